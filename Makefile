@@ -1,0 +1,87 @@
+# Everything runs from here with python3 (3.11 or later) and make; `make help` lists the targets.
+# The first target you run makes .venv and fills it; later runs find it up to date and install nothing.
+
+PYTHON ?= python3
+# Extra options for pip, for instance on a Linux machine without a GPU, where PyPI's torch brings CUDA along:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+# Extra options for pytest, for instance: make test PYTEST_ARGS="-x tests/loggers"
+PYTEST_ARGS ?= -n 2 --dist worksteal
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+BENCH_VENV := .venv-bench
+BENCH_PY := $(BENCH_VENV)/bin/python
+BENCH_READY := $(BENCH_VENV)/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+EXTRAS := dev,examples,data
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-resume test lint format bench bench-quick clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## make .venv and install what is missing
+
+demo: $(READY)  ## train on the real digits: the main example
+	$(PY) examples/digits.py
+
+demo-resume: $(READY)  ## kill the same training four times, resume it, compare the bits
+	$(PY) examples/demo_resume.py
+
+test: $(READY)  ## run the whole test suite
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff check, ruff format --check, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)  ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(BENCH_READY)  ## run the benchmarks against other trainers
+	$(BENCH_PY) -m benchmarks.run
+
+bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
+	$(BENCH_PY) -m benchmarks.run --quick
+
+clean:  ## remove environments, caches and runs
+	rm -rf $(VENV) $(BENCH_VENV) runs build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+# An exact torch goes in first and alone: asked for by a range, pip may download several builds before it settles.
+$(READY): pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	@echo "[set-up 2/3] installing $(TORCH)"
+	@$(PY) $(INSTALL) -c constraints.txt '$(TORCH)'
+	@echo "[set-up 3/3] installing purestep[$(EXTRAS)] and what it needs, at the versions of constraints.txt"
+	@$(PY) $(INSTALL) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+	@echo "[set-up] done"
+
+$(BENCH_READY): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(call make_venv,$(BENCH_VENV))
+	@echo "[set-up 2/3] installing $(TORCH)"
+	@$(BENCH_PY) $(INSTALL) -c constraints.txt '$(TORCH)'
+	@echo "[set-up 3/3] installing purestep and benchmarks/requirements.txt"
+	@$(BENCH_PY) $(INSTALL) -c constraints.txt -e . -r benchmarks/requirements.txt
+	@touch $@
+	@echo "[set-up] done"
+
+define make_venv
+@command -v $(PYTHON) >/dev/null || { echo "purestep needs Python 3.11 or later, and '$(PYTHON)' was not found." \
+	"Write: make PYTHON=/path/to/python3.11"; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "purestep needs Python 3.11 or later, and" \
+	"'$(PYTHON)' is $$($(PYTHON) --version). Write: make PYTHON=/path/to/python3.11"; exit 1; }
+@echo "[set-up 1/3] making $(1) with $$($(PYTHON) --version)"
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1) || { echo "$(PYTHON) could not" \
+	"make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+endef

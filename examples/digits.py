@@ -1,0 +1,141 @@
+"""Learn the 1,797 handwritten digits that scikit-learn ships: the main example, start to end.
+
+Run it, kill it, run it again: it continues where it was and ends with the same digest.
+
+    python examples/digits.py --run-dir runs/digits
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import purestep as ps
+
+EPOCHS = 30
+BATCH = 64
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.05
+PATIENCE = 12
+WORKERS = 2
+SEED = 0
+
+
+def load() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return (train, held-out) sets: four fifths and one fifth, in a fixed random order."""
+    digits = load_digits()
+    images = (digits.images[:, None] / 16.0).astype(np.float32)  # (1797, 1, 8, 8), in [0, 1]
+    order = np.random.default_rng(0).permutation(len(images))
+    fifth = len(images) // 5
+    held, rest = order[:fifth], order[fifth:]
+    return (
+        {"image": images[rest], "label": digits.target[rest]},
+        {"image": images[held], "label": digits.target[held]},
+    )
+
+
+def shift(sample: dict[str, torch.Tensor], key: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Move an image by up to one pixel each way: a function of the sample and its key, run in the workers."""
+    down, right = ps.random.randint(key, (2,), 0, 3).tolist()
+    padded = nn.functional.pad(sample["image"], (1, 1, 1, 1))
+    return {**sample, "image": padded[:, down : down + 8, right : right + 8]}
+
+
+def make_model() -> nn.Module:
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(1, 32),
+        *block(32, 32),
+        nn.MaxPool2d(2),
+        *block(32, 64),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(64 * 2 * 2, 10),
+    )
+
+
+def loss_fn(net: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, object]]:
+    logits = net(batch["image"])
+    return cross_entropy(logits, batch["label"]), {"accuracy": ps.metrics.accuracy(logits, batch["label"])}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/digits"))
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    parser.add_argument("--seed", type=int, default=SEED)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
+
+    train_set, held_out = load()
+    train = ps.data.batches(train_set, BATCH, seed=args.seed, transform=shift, num_workers=args.workers)
+    val = ps.data.batches(held_out, 256, shuffle=False, drop_last=False)
+
+    total = args.epochs * len(train)
+    schedule = ps.optim.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup_steps=total // 10, decay_steps=total)
+    tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(schedule, weight_decay=WEIGHT_DECAY))
+    step = ps.make_step(loss_fn, tx)
+    state = ps.init(make_model, tx, seed=args.seed)
+
+    result = ps.fit(
+        step,
+        state,
+        train,
+        until=ps.epochs(args.epochs),
+        run_dir=args.run_dir,
+        loggers=[ps.loggers.csv(), ps.loggers.tensorboard()],
+        callbacks=[
+            ps.callbacks.log(every=ps.every.steps(10)),
+            ps.callbacks.learning_rate(tx, every=ps.every.steps(10)),
+            ps.callbacks.evaluate(loss_fn, val, every=ps.every.epoch()),
+            ps.callbacks.early_stopping("val/loss", patience=PATIENCE),
+            ps.callbacks.snapshots(
+                every=ps.every.epoch(),
+                keep=ps.snapshot.best("val/accuracy", 2, mode="max") | ps.snapshot.latest(1),
+            ),
+        ],
+    )
+    if result.interrupted:
+        print(f"interrupted by {result.reason} after {result.loop.cursor.batches} batches; run it again to continue")
+        return result.exit_code
+
+    curves = args.run_dir / "learning_curves.png"
+    ps.ui.learning_curves(args.run_dir / "metrics.csv", curves)
+    best = ps.restore(args.run_dir, like=state, best="val/accuracy", mode="max")
+    report = {
+        "why it ended": result.reason,
+        "epochs, updates": f"{result.loop.cursor.epoch}, {int(result.state.step)}",
+        "held-out accuracy, last": f"{result.metrics['val/accuracy']:.2%}",
+        "held-out accuracy, best kept": f"{evaluate(best, val):.2%}",
+        "digest of the last state": ps.digest(result.state),
+        "time in training": f"{result.loop.elapsed:.1f} s",
+        "learning curves": str(curves),
+        "run directory": str(args.run_dir),
+    }
+    width = max(len(name) for name in report)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in report.items()))
+    return 0
+
+
+def evaluate(state: ps.TrainState, val: ps.data.Batches) -> float:
+    """Accuracy of any state, by the first level of the API: a pure evaluation step in a loop of our own."""
+    eval_step = ps.make_eval(loss_fn)
+    total = None
+    for batch in val.open(0, 0, None):
+        accuracy = eval_step(state, batch)["accuracy"]
+        total = accuracy if total is None else total.merge(accuracy)
+    return float(total)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,197 @@
+"""Bits of a leaf: what it is called, its bytes, and how far two leaves are apart.
+
+Owns `describe`, the digest over named leaves and `Difference`. It knows tensors, numpy arrays and Python scalars, and
+never
+looks at the structure of a tree: `tree.digest` and `tree.diff` do that and call it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from purestep.errors import TreeError, explain
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def describe(leaf: Any) -> str:
+    """Return `dtype[shape]` of a tensor or array, and the type and value of anything else.
+
+    Example:
+        >>> describe(torch.zeros(2, 3)), describe(7)
+        ('float32[2, 3]', 'int 7')
+    """
+    if isinstance(leaf, torch.Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(str(n) for n in leaf.shape)}]"
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return f"{leaf.dtype.name}[{', '.join(str(n) for n in leaf.shape)}]"
+    return f"{type(leaf).__name__} {leaf!r}"
+
+
+def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """Return the elements of a tensor as a flat uint8 array on the host, in logical (row-major) order.
+
+    It is a view where the memory allows. Conjugate and negative bits are resolved, strides do not show.
+    """
+    host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return host.reshape(-1).view(torch.uint8).numpy()
+
+
+def _is_numeric(dtype: np.dtype[Any]) -> bool:
+    # Kind "V" holds both records and the small floats that other packages register (ml_dtypes' bfloat16, float8).
+    return dtype.kind in "biufc" or (dtype.kind == "V" and dtype.isbuiltin == 2)
+
+
+def leaf_bytes(path: str, leaf: Any) -> tuple[str, Any]:
+    """Return what a leaf is, and its content as bytes or as a flat uint8 array (little endian).
+
+    Raises:
+        TreeError: the leaf is not a tensor, numpy array, number, string or bytes; the message names the path.
+    """
+    if isinstance(leaf, torch.Tensor):
+        return describe(leaf), tensor_bytes(leaf)
+    if isinstance(leaf, (np.ndarray, np.generic)) and _is_numeric(leaf.dtype):
+        return describe(leaf), _little_endian(leaf).reshape(-1).view(np.uint8)
+    if isinstance(leaf, bytes):
+        return "bytes", leaf
+    if isinstance(leaf, float):
+        return "float", leaf.hex().encode()
+    if isinstance(leaf, (bool, int, complex, str)):
+        return type(leaf).__name__, repr(leaf).encode()
+    raise TreeError(
+        explain(
+            f"a leaf of type {type(leaf).__module__}.{type(leaf).__qualname__} has no bytes to digest or compare",
+            where=path or "the root",
+            why="leaves are tensors, numpy arrays, numbers, strings and bytes",
+            instead="decorate your own classes with @ps.pytree, so that their fields are the leaves",
+        )
+    )
+
+
+def _little_endian(array: Any) -> np.ndarray:
+    swapped = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else None
+    return np.ascontiguousarray(array, dtype=swapped)
+
+
+def digest_leaves(pairs: Iterable[tuple[str, Any]]) -> str:
+    """Return the sha256, in hex, of paths and leaves, in any order: the `tree.digest` of the tree that has them."""
+    total = hashlib.sha256()
+    for path, leaf in sorted(pairs, key=lambda pair: pair[0]):
+        kind, content = leaf_bytes(path, leaf)
+        header = f"{path}\0{kind}\0{len(content)}\0".encode()
+        total.update(len(header).to_bytes(8, "little") + header)
+        total.update(content)
+    return total.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One path at which two trees differ.
+
+    Attributes:
+        path: printed path of the leaf.
+        left, right: `describe` of the two leaves, or "missing".
+        max_abs: largest absolute difference of the elements that differ; None where it has no meaning, NaN when one of
+            them is NaN.
+        max_ulp: largest distance in units in the last place over the elements that are numbers on both sides; None for
+            anything but floating point of one dtype.
+        elements: number of elements that differ in their bytes, None where shapes differ.
+    """
+
+    path: str
+    left: str
+    right: str
+    max_abs: float | None = None
+    max_ulp: int | None = None
+    elements: int | None = None
+
+    def __str__(self) -> str:
+        kinds = self.left if self.left == self.right else f"{self.left} != {self.right}"
+        parts = [f"{self.path or 'the root'}: {kinds}"]
+        if self.elements is not None:
+            parts.append(f"{self.elements} differ")
+        if self.max_abs is not None:
+            parts.append(f"max abs {self.max_abs:.3g}")
+        if self.max_ulp is not None:
+            parts.append(f"{self.max_ulp} ulp")
+        return ", ".join(parts)
+
+
+class Differences(tuple[Difference, ...]):
+    """The result of `diff`: a tuple that prints one difference a line. Empty (and false) when the trees are equal."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(d) for d in self) if self else "equal"
+
+
+def diff_leaves(left: Mapping[str, Any], right: Mapping[str, Any]) -> Differences:
+    """Return the differences between leaves by path, in the order of the left ones."""
+    found = []
+    for path in list(left) + [p for p in right if p not in left]:
+        if path not in right:
+            found.append(Difference(path, describe(left[path]), "missing"))
+        elif path not in left:
+            found.append(Difference(path, "missing", describe(right[path])))
+        elif (difference := _difference(path, left[path], right[path])) is not None:
+            found.append(difference)
+    return Differences(found)
+
+
+def _difference(path: str, a: Any, b: Any) -> Difference | None:
+    if a is b:
+        return None
+    (kind_a, bytes_a), (kind_b, bytes_b) = leaf_bytes(path, a), leaf_bytes(path, b)
+    if kind_a != kind_b:
+        return Difference(path, describe(a), describe(b))
+    if isinstance(bytes_a, bytes):
+        return None if bytes_a == bytes_b else Difference(path, describe(a), describe(b), _scalar_distance(a, b))
+    if np.array_equal(bytes_a, bytes_b):
+        return None
+    width = a.element_size() if isinstance(a, torch.Tensor) else a.dtype.itemsize
+    unequal = (bytes_a.reshape(-1, width) != bytes_b.reshape(-1, width)).any(axis=1)
+    left, right = (_elements(x)[torch.from_numpy(unequal)] for x in (a, b))
+    return Difference(path, describe(a), describe(b), _max_abs(left, right), _max_ulp(left, right), int(unequal.sum()))
+
+
+def _elements(leaf: Any) -> torch.Tensor:
+    """Return the elements as a flat tensor on the host; numpy and torch name the small floats alike."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    dtype = getattr(torch, leaf.dtype.name)
+    return torch.from_numpy(_little_endian(leaf).reshape(-1).view(np.uint8).copy()).view(dtype)
+
+
+def _scalar_distance(a: Any, b: Any) -> float | None:
+    return abs(a - b) if isinstance(a, (int, float, complex)) and not isinstance(a, bool) else None
+
+
+def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.is_complex() or a.is_floating_point():
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        return float((a.to(wide) - b.to(wide)).abs().max())
+    # Python integers: float64 cannot tell large neighbours apart, and int64 overflows.
+    return float(max(abs(int(x) - int(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)))
+
+
+def _max_ulp(a: torch.Tensor, b: torch.Tensor) -> int | None:
+    if not a.is_floating_point():
+        return None
+    numbers = ~(torch.isnan(a.to(torch.float64)) | torch.isnan(b.to(torch.float64)))
+    left, right = _ordered(a)[numbers.numpy()], _ordered(b)[numbers.numpy()]
+    return int((np.maximum(left, right) - np.minimum(left, right)).max()) if left.size else None
+
+
+def _ordered(values: torch.Tensor) -> np.ndarray:
+    """Map floats to unsigned integers that grow with the float, neighbours one apart, and -0.0 and 0.0 the same."""
+    bits = values.contiguous().view(_INTEGER[values.element_size()])
+    signed = bits.to(torch.int64)
+    if values.dtype == torch.float8_e8m0fnu:  # has no sign bit
+        return (signed & 0xFF).numpy().astype(np.uint64)
+    lowest = torch.iinfo(bits.dtype).min
+    return torch.where(signed < 0, lowest - signed, signed).numpy().astype(np.uint64) ^ np.uint64(1 << 63)

@@ -1,0 +1,12 @@
+"""Callbacks: features of the loop as pure reducers with their own state, one file each."""
+
+from purestep.callbacks.base import Reducer as Reducer
+from purestep.callbacks.early_stopping import early_stopping as early_stopping
+from purestep.callbacks.evaluate import evaluate as evaluate
+from purestep.callbacks.log import learning_rate as learning_rate
+from purestep.callbacks.log import log as log
+from purestep.callbacks.progress import progress as progress
+from purestep.callbacks.snapshots import snapshots as snapshots
+from purestep.callbacks.tap import tap as tap
+from purestep.callbacks.tap import transform as transform
+from purestep.callbacks.terminate_on_nan import terminate_on_nan as terminate_on_nan

@@ -1,0 +1,101 @@
+"""`evaluate`: metrics of a held-out set. It restores nothing, because it changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from purestep import data, metrics
+from purestep.callbacks.base import Reaction, Reducer
+from purestep.errors import DataError, explain
+from purestep.loop.cadence import Every, every
+from purestep.loop.events import Evaluate, Evaluated, Event, Horizon, Log, Started, View
+from purestep.loop.feed import device_of
+from purestep.step import Eval, make_eval
+
+_READ_EVERY = 100  # batches whose metrics wait on the device before they are read
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateCallback(Reducer):
+    """See `evaluate`."""
+
+    loss_fn: Callable[..., Any] = dataclasses.field(repr=False)
+    data: Any = dataclasses.field(repr=False)
+    every: Every
+    at_start: bool
+    name: str
+
+    def react(self, own: Any, event: Event, view: View) -> Reaction:
+        if isinstance(event, Evaluated) and event.name == self.name:
+            return own, (Log(event.row),)
+        if self.every.due(event, view) or (self.at_start and isinstance(event, Started)):
+            return own, (Evaluate(self.name),)
+        return own, ()
+
+    def horizon(self, view: View) -> Horizon:
+        return self.every.horizon(view)
+
+    @functools.cached_property
+    def _step(self) -> Callable[..., Any]:
+        inner = getattr(self.loss_fn, "__wrapped__", self.loss_fn)
+        return self.loss_fn if isinstance(inner, Eval) else make_eval(self.loss_fn)
+
+    @functools.cached_property
+    def _source(self) -> Any:
+        return data.as_source(self.data)
+
+    def evaluate(self, train: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        """Return the row of metrics over the whole set, or None when a signal cut it off."""
+        device, sums, waiting = device_of(train), {}, []
+        for batch in self._source.open(0, 0, None):
+            waiting.append(self._step(train, batch if device.type == "cpu" else data.to_device(batch, device)))
+            if len(waiting) == _READ_EVERY:
+                sums, waiting = _add(sums, waiting), []
+            if interrupted():
+                return None
+        sums = _add(sums, waiting)
+        if not sums:
+            raise DataError(
+                explain(
+                    f"the evaluation {self.name!r} has no batches",
+                    where=f"{self.data!r}",
+                    instead="ps.data.batches(val_set, batch_size, shuffle=False, drop_last=False)",
+                )
+            )
+        return metrics.compute(sums, prefix=f"{self.name}/")
+
+
+def _add(sums: dict[str, Any], waiting: list[Any]) -> dict[str, Any]:
+    for step in metrics.to_host(waiting):
+        sums = metrics.merge(sums, step) if sums else step
+    return sums
+
+
+def evaluate(
+    loss_fn: Callable[..., Any],
+    data: Any,
+    *,
+    every: Every = every.epoch(),  # noqa: B008
+    at_start: bool = False,
+    name: str = "val",
+) -> EvaluateCallback:
+    """Evaluate on a held-out set and log the exact weighted means as `<name>/<metric>`.
+
+    Several sets are several callbacks of different names.
+
+    Args:
+        loss_fn: the loss function of `make_step`, or an evaluation step from `make_eval` (jitted, say).
+        data: what `fit` takes as data; it is always read from its beginning, in the order of its epoch 0.
+        every: when.
+        at_start: also before the first step.
+        name: prefix of the metrics.
+
+    Example:
+        >>> import purestep as ps
+        >>> evaluate(lambda net, batch: net(batch).mean(), [], every=ps.every.steps(100), name="test")
+        EvaluateCallback(every=EverySteps(n=100), at_start=False, name='test')
+    """
+    return EvaluateCallback(loss_fn, data, every, at_start, name)

@@ -1,0 +1,82 @@
+"""`log` and `learning_rate`: rows for the loggers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from purestep import metrics
+from purestep.callbacks.base import Reaction, Reducer
+from purestep.loop.cadence import Every, every
+from purestep.loop.events import EpochDone, Event, Horizon, Log, StepsDone, View
+from purestep.optim.base import GradientTransformation
+
+
+@dataclasses.dataclass(frozen=True)
+class LogCallback(Reducer):
+    """See `log`."""
+
+    every: Every
+    name: str
+
+    def init(self) -> Mapping[str, metrics.Metric]:
+        return {}
+
+    def react(self, own: Mapping[str, metrics.Metric], event: Event, view: View) -> Reaction:
+        if isinstance(event, StepsDone):
+            for step in event.metrics:
+                own = metrics.merge(own, step) if own else dict(step)
+        if isinstance(event, EpochDone):
+            return own, (Log(event.row),)
+        if self.every.due(event, view) and own:
+            return {}, (Log(metrics.compute(own, prefix="train/")),)
+        return own, ()
+
+    def horizon(self, view: View) -> Horizon:
+        return self.every.horizon(view)
+
+
+def log(*, every: Every = every.steps(50), name: str = "log") -> LogCallback:  # noqa: B008
+    """Log the training metrics: their weighted means since the last row as `train/<metric>`, and over each epoch as
+    `train/<metric>_epoch`. Added by `fit` when absent.
+
+    Args:
+        every: when. Nothing is read from the device in between.
+        name: of the callback.
+    """
+    return LogCallback(every, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRate(Reducer):
+    """See `learning_rate`."""
+
+    tx: GradientTransformation = dataclasses.field(repr=False)
+    every: Every
+    name: str
+
+    def react(self, own: Any, event: Event, view: View) -> Reaction:
+        if not self.every.due(event, view):
+            return own, ()
+        values = self.tx.hyperparams(view.train.opt_state, view.train.step)
+        return own, (Log({name: float(value) for name, value in values.items()}),)
+
+    def horizon(self, view: View) -> Horizon:
+        return self.every.horizon(view)
+
+
+def learning_rate(
+    tx: GradientTransformation,
+    *,
+    every: Every = every.steps(50),  # noqa: B008
+    name: str = "learning_rate",
+) -> LearningRate:
+    """Log what the schedules of a transformation give at the present step: `learning_rate` and other hyperparameters.
+
+    Args:
+        tx: the transformation of the step.
+        every: when.
+        name: of the callback.
+    """
+    return LearningRate(tx, every, name)

@@ -1,0 +1,46 @@
+"""`snapshots`: when to take one, and which to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from purestep import snapshot
+from purestep.callbacks.base import Reaction, Reducer
+from purestep.loop.cadence import Every, every
+from purestep.loop.events import Event, Horizon, Save, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshots(Reducer):
+    """See `snapshots`."""
+
+    every: Every
+    keep: snapshot.Keep
+    name: str
+
+    def react(self, own: Any, event: Event, view: View) -> Reaction:
+        return own, ((Save(),) if self.every.due(event, view) else ())
+
+    def horizon(self, view: View) -> Horizon:
+        return self.every.horizon(view)
+
+
+def snapshots(
+    *,
+    every: Every = every.epoch(),  # noqa: B008
+    keep: snapshot.Keep | None = None,
+    name: str = "snapshots",
+) -> Snapshots:
+    """Take snapshots of the whole run into `run_dir/snapshots`, in the background.
+
+    A snapshot is taken when everything else of its moment is done (evaluations above all), and an old one is deleted only
+    when the new one is durable. A run that ends, or is ended by a signal, takes one more.
+
+    Args:
+        every: when.
+        keep: which to keep: `snapshot.latest(n)`, `best(metric, n, mode)`, `every_steps(n)`, combined with `|`; the latest
+            by default.
+        name: of the callback.
+    """
+    return Snapshots(every, snapshot.latest(1) if keep is None else keep, name)

@@ -1,0 +1,288 @@
+"""Sources made of sources: side by side, one after the other, shortened, or cut from an endless one.
+
+Owns `zip`, `concat`, `take` and `stream`. Each is again a source, resumes wherever its parts do, and holds no position
+of its own.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from purestep import tree
+from purestep.data.batches import Batches, limit
+from purestep.data.source import Source, as_source
+from purestep.errors import DataError, explain
+
+Mode = Literal["shortest", "cycle", "pad"]
+
+
+class Zipped:
+    """Sources side by side; see `zip`."""
+
+    def __init__(self, parts: Any, mode: Mode) -> None:
+        leaves, self._structure = tree.flatten(parts)
+        self._parts: list[Source] = [as_source(leaf) for leaf in leaves]
+        self._mode = mode
+        self._paths = tree.paths(parts, "parts")
+
+    def length(self) -> int | None:
+        """Return the number of batches of an epoch."""
+        lengths = [part.length() for part in self._parts]
+        known = [n for n in lengths if n is not None]
+        if len(known) < len(lengths):
+            return None
+        return min(known) if self._mode == "shortest" else max(known)
+
+    def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
+        """Return an iterator over trees of batches."""
+        states = [None] * len(self._parts) if state is None else state
+        if self._mode == "shortest":
+            opened = [p.open(epoch, batch, s) for p, s in builtins.zip(self._parts, states, strict=True)]
+            return _side_by_side(opened, self._structure)
+        lengths = [n for n in (part.length() for part in self._parts) if n is not None]
+        columns = [
+            self._column(part, epoch, batch, s, length, max(lengths))
+            for part, s, length in builtins.zip(self._parts, states, lengths, strict=True)
+        ]
+        return _side_by_side(columns, self._structure)
+
+    def state(self) -> Any:
+        """Return the states of the parts."""
+        states = [part.state() for part in self._parts]
+        return None if all(s is None for s in states) else states
+
+    def close(self) -> None:
+        """Close the parts."""
+        for part in self._parts:
+            _close(part)
+
+    def _column(self, part: Source, epoch: int, batch: int, state: Any, length: int, longest: int) -> Iterator[Any]:
+        if self._mode == "pad":
+            if batch < length:
+                yield from part.open(epoch, batch, state)
+            for _ in range(max(batch, length), longest):
+                yield None
+            return
+        # Each pass over a shorter source is an epoch of its own, so that it is shuffled anew.
+        passes = -(-longest // length)
+        position = batch
+        while position < longest:
+            turn, offset = divmod(position, length)
+            source = part.open(epoch * passes + turn, offset, state if position == batch and offset else None)
+            for item in source:
+                yield item
+                position += 1
+                if position == longest:
+                    break
+
+
+def zip(parts: Any, *, mode: Mode = "shortest") -> Source:
+    """Read several sources side by side: each batch is a tree of their batches.
+
+    Args:
+        parts: pytree whose leaves are sources, or anything `as_source` takes (lists are nodes of the tree).
+        mode: how long an epoch is. "shortest" ends with the first source that ends; "cycle" lasts as long as the
+            longest and starts the others again, each time in a new order; "pad" as well, and gives None where one has
+            ended.
+
+    Raises:
+        DataError: there are no parts, or "cycle" or "pad" meets a source of unknown or no length.
+
+    Example:
+        >>> import torch
+        >>> from purestep.data import batches
+        >>> pair = zip({"a": batches(torch.arange(4), 2, shuffle=False), "b": batches(torch.arange(2), 2)}, mode="pad")
+        >>> pair.length(), list(pair.open(0, 1, None))
+        (2, [{'a': tensor([2, 3]), 'b': None}])
+    """
+    if mode not in ("shortest", "cycle", "pad"):
+        raise DataError(explain("zip has no such mode", where=f"mode={mode!r}", instead='"shortest", "cycle" or "pad"'))
+    zipped = Zipped(parts, mode)
+    if not zipped._parts:
+        raise DataError(explain("there is nothing to zip", where=f"parts: {parts!r}"))
+    for path, part in builtins.zip(zipped._paths, zipped._parts, strict=True):
+        if mode != "shortest":
+            _known(part, path, f'mode="{mode}" repeats or pads the shorter sources', positive=True)
+    return zipped
+
+
+class Concatenated:
+    """Sources one after the other; see `concat`."""
+
+    def __init__(self, parts: list[Source]) -> None:
+        self._parts = parts
+        self._current = 0
+
+    def length(self) -> int | None:
+        """Return the number of batches of all parts, or None where the last one's is not known."""
+        lengths = [part.length() for part in self._parts]
+        return None if any(n is None for n in lengths) else sum(n for n in lengths if n is not None)
+
+    def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
+        """Return an iterator over the batches of all parts from number `batch` on."""
+        first, offset = 0, batch
+        while first < len(self._parts) - 1 and offset >= (length := self._parts[first].length() or 0):
+            first, offset = first + 1, offset - length
+        own = state["state"] if state is not None and state["part"] == first and offset else None
+        return self._run(epoch, first, offset, own)
+
+    def state(self) -> Any:
+        """Return the state of the part that gave the last batch."""
+        own = self._parts[self._current].state()
+        return None if own is None else {"part": self._current, "state": own}
+
+    def close(self) -> None:
+        """Close the parts."""
+        for part in self._parts:
+            _close(part)
+
+    def _run(self, epoch: int, first: int, offset: int, state: Any) -> Iterator[Any]:
+        for number in range(first, len(self._parts)):
+            beginning = number == first
+            iterator = self._parts[number].open(epoch, offset if beginning else 0, state if beginning else None)
+            for item in iterator:
+                self._current = number
+                yield item
+
+
+def concat(*parts: Any) -> Source:
+    """Read several sources one after the other in each epoch.
+
+    Args:
+        parts: sources, or anything `as_source` takes.
+
+    Raises:
+        DataError: there are no parts, or one but the last is of unknown length.
+
+    Example:
+        >>> list(concat([1, 2], [3]).open(0, 1, None))
+        [2, 3]
+    """
+    if not parts:
+        raise DataError(explain("there is nothing to concatenate", instead="concat(first, second)"))
+    sources = [as_source(part) for part in parts]
+    for number, source in enumerate(sources[:-1]):
+        _known(source, f"parts[{number}]", "a position is counted across all parts", positive=False)
+    return Concatenated(sources)
+
+
+class Taken:
+    """The first batches of each epoch of a source; see `take`."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self._source, self._count = source, count
+
+    def length(self) -> int | None:
+        """Return the number of batches of an epoch."""
+        length = self._source.length()
+        return self._count if length is None else min(length, self._count)
+
+    def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
+        """Return an iterator over the batches from number `batch` on."""
+        if batch >= self._count:
+            return iter(())
+        # range comes first, so that the batch after the last is never fetched.
+        pairs = builtins.zip(range(batch, self._count), self._source.open(epoch, batch, state), strict=False)
+        return (item for _, item in pairs)
+
+    def state(self) -> Any:
+        """Return the state of the source."""
+        return self._source.state()
+
+    def close(self) -> None:
+        """Close the source."""
+        _close(self._source)
+
+
+def take(data: Any, n: int | float) -> Source:
+    """Limit each epoch to its first `n` batches, or to a fraction of them. For `Batches` it is their `take`.
+
+    Args:
+        data: a source, or anything `as_source` takes.
+        n: an int counts batches, a float in [0, 1] is a share, which needs a known length.
+
+    Example:
+        >>> list(take([1, 2, 3], 2).open(0, 0, None))
+        [1, 2]
+    """
+    source = as_source(data)
+    if isinstance(source, Batches):
+        return source.take(n)
+    length = source.length()
+    if isinstance(n, float):
+        length = _known(source, "data", f"{n} is a share of the length", positive=False)
+    return Taken(source, limit(n, length if length is not None else 2**63 - 1))
+
+
+class Stream:
+    """Epochs cut from the one endless epoch of a source; see `stream`."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self._source, self._count = source, count
+
+    def length(self) -> int:
+        """Return the number of batches of an epoch."""
+        return self._count
+
+    def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
+        """Return an iterator over the batches of an epoch from number `batch` on."""
+        if batch >= self._count:
+            return iter(())
+        opened = self._source.open(0, epoch * self._count + batch, state)
+        return (item for _, item in builtins.zip(range(batch, self._count), opened, strict=False))
+
+    def state(self) -> Any:
+        """Return the state of the source."""
+        return self._source.state()
+
+    def close(self) -> None:
+        """Close the source."""
+        _close(self._source)
+
+
+def stream(data: Any, n: int) -> Source:
+    """Call every `n` batches of an endless source an epoch. Each epoch goes on where the one before ended.
+
+    Args:
+        data: a source without an end, such as a grain loader with `num_epochs=None`.
+        n: batches an epoch, 1 or more.
+
+    Example:
+        >>> import itertools
+        >>> numbers = stream(itertools.count, 3)
+        >>> [list(numbers.open(epoch, 0, None)) for epoch in range(2)]
+        [[0, 1, 2], [3, 4, 5]]
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise DataError(
+            explain("an epoch of a stream has 1 or more batches", where=f"n={n!r}", instead="stream(loader, 1000)")
+        )
+    return Stream(as_source(data), n)
+
+
+def _side_by_side(iterators: list[Iterator[Any]], structure: Any) -> Iterator[Any]:
+    for items in builtins.zip(*iterators, strict=False):
+        yield tree.unflatten(structure, items)
+
+
+def _known(source: Source, path: str, why: str, *, positive: bool) -> int:
+    length = source.length()
+    if length is None or (positive and length == 0):
+        shown = "unknown length" if length is None else "no batches"
+        raise DataError(
+            explain(
+                f"a source of {shown} does not fit here",
+                where=path,
+                why=why,
+                instead="limit it first: ps.data.take(source, 1000)",
+            )
+        )
+    return length
+
+
+def _close(source: Source) -> None:
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,159 @@
+"""Which samples make up which batch: a keyed permutation of the indices that is never stored.
+
+Owns `Permutation` (any position of any epoch in O(1) time and memory) and `Plan`, the arithmetic of epochs and batches.
+It never touches a sample. `Batches` and the worker pool ask it for index arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from purestep import random
+
+# Odd multipliers and the middle shift of the round hash, in the narrowest arithmetic that holds the domain.
+_NARROW = (np.uint32(0x9E3779B1), np.uint32(15), np.uint32(0x85EBCA77))
+_WIDE = (np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(0xD6E8FEB86659FD93))
+# Indices are computed for many batches at once; 4096 of them keep every temporary inside the L1 and L2 caches.
+_CHUNK = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutation:
+    """A bijection of `range(n)`, evaluated where it is asked for.
+
+    An alternating Feistel network permutes the integers of b bits, 2**b being the smallest power of two >= n (and
+    >= 4); what falls outside `range(n)` is sent through again until it falls inside (cycle walking), less than twice on
+    average. Each round xors one half with a keyed multiply-xorshift-multiply hash of the other, in 32-bit
+    arithmetic up to 2**32 elements and in 64-bit arithmetic beyond.
+
+    Args:
+        n: number of elements, 1 or more.
+        words: one 64-bit round key a round.
+
+    Example:
+        >>> order = permutation(random.key(0), 5)
+        >>> sorted(order(np.arange(5)).tolist())
+        [0, 1, 2, 3, 4]
+
+    Reference: J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
+    """
+
+    n: int
+    words: tuple[int, ...] = dataclasses.field(repr=False)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Return the elements at some positions: int64[k] in [0, n) for int64[k] in [0, n)."""
+        dtype = np.uint32 if self.n <= 1 << 32 else np.uint64
+        values = self._network(positions.astype(dtype))
+        last = dtype(self.n - 1)
+        outside = np.flatnonzero(values > last)
+        while outside.size:
+            walked = self._network(values[outside])
+            values[outside] = walked
+            outside = outside[walked > last]
+        return values.astype(np.int64)
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        kind = values.dtype.type
+        width = values.dtype.itemsize * 8
+        first, half, second = _NARROW if width == 32 else _WIDE
+        bits = max(2, (self.n - 1).bit_length())
+        low_bits = bits // 2
+        shift = kind(low_bits)
+        low, high = values & kind((1 << low_bits) - 1), values >> shift
+        keep_high, keep_low = kind(width - (bits - low_bits)), kind(width - low_bits)
+        mixed, spare = np.empty_like(low), np.empty_like(low)
+        for number, word in enumerate(self.words):
+            source, target, keep = (low, high, keep_high) if number % 2 == 0 else (high, low, keep_low)
+            np.add(source, kind(word & (1 << width) - 1), out=mixed)
+            np.multiply(mixed, first, out=mixed)
+            np.right_shift(mixed, half, out=spare)
+            np.bitwise_xor(mixed, spare, out=mixed)
+            np.multiply(mixed, second, out=mixed)
+            np.right_shift(mixed, keep, out=mixed)
+            np.bitwise_xor(target, mixed, out=target)
+        np.left_shift(high, shift, out=high)
+        return np.bitwise_or(high, low, out=high)
+
+
+def permutation(key: Tensor, n: int) -> Permutation:
+    """Derive the permutation of `range(n)` that belongs to a key.
+
+    Args:
+        key: int64[2], a PRNG key on the CPU.
+        n: number of elements, 1 or more.
+
+    Example:
+        >>> permutation(random.key(0), 10)(np.array([0, 1, 2])).shape
+        (3,)
+    """
+    # A round of a tiny network holds few random bits, so small domains take more rounds; they cost next to nothing.
+    rounds = 8 if n > 1 << 8 else 32
+    words = random.bits(key, (rounds, 2)).tolist()
+    return Permutation(n, tuple(low | high << 32 for low, high in words))
+
+
+class Request(NamedTuple):
+    """One batch to be loaded: its epoch, its number in the epoch, and its sample indices, int64[b]."""
+
+    epoch: int
+    batch: int
+    indices: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The order of a data set: a pure function of (seed, epoch, batch).
+
+    Args:
+        samples: number of samples in the data set.
+        batch_size: samples a batch.
+        seed: of the order.
+        shuffle: whether the order is a new permutation each epoch; False is the order of the data set.
+        drop_last: whether a last batch of fewer samples is left out.
+        limit: most batches an epoch, None for all.
+
+    Example:
+        >>> plan = Plan(samples=5, batch_size=2, seed=0, shuffle=False, drop_last=False)
+        >>> [r.indices.tolist() for r in plan.requests(epoch=0, batch=1)]
+        [[2, 3], [4]]
+    """
+
+    samples: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    drop_last: bool
+    limit: int | None = None
+
+    def length(self) -> int:
+        """Return the number of batches of an epoch."""
+        full = self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
+        return full if self.limit is None else min(full, self.limit)
+
+    def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the samples at positions [start, stop) of an epoch, int64."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        return self._permutation(epoch)(positions) if self.shuffle else positions
+
+    def requests(self, epoch: int, batch: int = 0) -> Iterator[Request]:
+        """Yield the batches of an epoch from number `batch` on, at the same cost wherever it begins."""
+        length, size = self.length(), self.batch_size
+        order = self._permutation(epoch) if self.shuffle else None
+        stride = max(1, _CHUNK // size)
+        for first in range(batch, length, stride):
+            last = min(first + stride, length)
+            chunk = np.arange(first * size, min(last * size, self.samples), dtype=np.int64)
+            if order is not None:
+                chunk = order(chunk)
+            for number in range(first, last):
+                offset = (number - first) * size
+                yield Request(epoch, number, chunk[offset : offset + size])
+
+    def _permutation(self, epoch: int) -> Permutation:
+        return permutation(random.fold_in(random.key(self.seed), "order", epoch), self.samples)

@@ -1,0 +1,177 @@
+"""Loading a batch sample by sample: seed, fetch, augment, collate, and the naming of a sample that fails.
+
+Owns what happens to one request, in whatever process it happens: the result is a function of (seed, epoch, indices)
+alone. It starts no process; `workers` calls it in worker processes, `batches` in this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from purestep.data import seeds
+from purestep.data.columns import Columns
+from purestep.data.order import Request
+from purestep.errors import DataError, explain
+
+# In a data set that is bad all over, `Epoch.skipped` counts on while the warnings stop.
+_WARNINGS = 10
+Transform = Callable[[Any, Tensor], Any]
+
+
+class BadSampleWarning(UserWarning):
+    """A sample could not be loaded and was left out, because `on_bad_sample="skip"`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a sample (or a whole batch, where `index` is None) could not be loaded: plain text, so that it travels."""
+
+    index: int | None
+    error: str
+    trace: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A batch and the samples left out of it; or, where `failure` is set, no batch."""
+
+    request: Request
+    batch: Any = None
+    skipped: tuple[Failure, ...] = ()
+    failure: Failure | None = None
+
+    def pin_memory(self) -> Loaded:
+        """Return the same with the tensors of the batch in page-locked memory (torch's loader calls this)."""
+        from torch.utils.data._utils.pin_memory import pin_memory
+
+        return dataclasses.replace(self, batch=pin_memory(self.batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Turns a request into a batch. It is picklable where its data set and functions are.
+
+    Args:
+        dataset: the data set of samples, or its columns.
+        seed: of augmentation and of the global generators.
+        collate: samples to batch; torch's `default_collate` when None.
+        transform: pure augmentation of a sample, `transform(sample, key)`.
+        skip: whether a sample that fails is left out.
+    """
+
+    dataset: Any
+    seed: int
+    collate: Callable[[list[Any]], Any] | None = None
+    transform: Transform | None = None
+    skip: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether batches are cut from columns as they are, with no Python per sample and no randomness."""
+        return isinstance(self.dataset, Columns) and self.transform is None and self.collate is None
+
+    def load(self, request: Request) -> Loaded:
+        """Load one batch, leaving the global generators in an unspecified state."""
+        if self.whole:
+            return Loaded(request, self.dataset.take(torch.from_numpy(request.indices)))
+        words = seeds.sample_words(seeds.epoch_words(self.seed, "augment", request.epoch), request.indices)
+        samples: list[Any] = []
+        skipped: list[Failure] = []
+        for index, row in zip(request.indices.tolist(), words.tolist(), strict=True):
+            try:
+                samples.append(self._sample(index, row))
+            except Exception as error:
+                failure = Failure(index, _brief(error), traceback.format_exc())
+                if not self.skip:
+                    return Loaded(request, failure=failure)
+                skipped.append(failure)
+        if not samples:
+            return Loaded(request, skipped=tuple(skipped), failure=skipped[0])
+        seeds.seed_globals(*seeds.fold_words(seeds.epoch_words(self.seed, "collate", request.epoch), request.batch))
+        try:
+            batch = self._collate(samples)
+        except Exception as error:
+            return Loaded(request, failure=Failure(None, _brief(error), traceback.format_exc()))
+        return Loaded(request, batch, tuple(skipped))
+
+    def _sample(self, index: int, words: list[int]) -> Any:
+        seeds.seed_globals(words[2], words[3])
+        sample = self.dataset[index]
+        return sample if self.transform is None else self.transform(sample, torch.tensor(words[:2]))
+
+    def _collate(self, samples: list[Any]) -> Any:
+        if self.collate is not None:
+            return self.collate(samples)
+        from torch.utils.data import default_collate
+
+        return default_collate(samples)
+
+
+class Epoch(Iterator[Any]):
+    """The batches of an epoch from some position on.
+
+    Attributes:
+        skipped: indices of the samples left out so far, in order.
+    """
+
+    def __init__(self, loads: Iterator[Loaded], dataset: str) -> None:
+        self._loads = loads
+        self._dataset = dataset
+        self.skipped: list[int] = []
+
+    def __next__(self) -> Any:
+        loaded = next(self._loads)
+        if loaded.failure is not None:
+            self.close()
+            raise _error(loaded, loaded.failure, self._dataset)
+        if loaded.skipped:
+            if len(self.skipped) < _WARNINGS:
+                first = loaded.skipped[0]
+                text = f"left out {_counted([f.index for f in loaded.skipped])} of {self._dataset}: {first.error}"
+                warnings.warn(text, BadSampleWarning, stacklevel=2)
+            self.skipped.extend(f.index for f in loaded.skipped if f.index is not None)
+        return loaded.batch
+
+    def close(self) -> None:
+        """End the iteration; worker processes become free for the next one."""
+        close = getattr(self._loads, "close", None)
+        if close is not None:
+            close()
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _error(loaded: Loaded, failure: Failure, dataset: str) -> DataError:
+    epoch, batch, indices = loaded.request
+    place = f"epoch {epoch}, batch {batch}"
+    if failure.index is None:
+        listed = f"samples {_listed(indices)} of {dataset} ({place})"
+        what, instead = "the samples of a batch cannot be collated", "samples of one structure and shape, or `collate=`"
+    elif loaded.skipped:
+        listed = f"samples {_listed(indices)} of {dataset} ({place})"
+        what, instead = "every sample of a batch is bad, so there is no batch to give", "mend the data set"
+    else:
+        listed = f"sample {failure.index} of {dataset} ({place})"
+        what = "a sample cannot be loaded"
+        instead = f'mend it: dataset[{failure.index}]; or leave such samples out: on_bad_sample="skip"'
+    text = explain(what, where=listed, why=failure.error, instead=instead)
+    return DataError(f"{text}\n\n{failure.trace.rstrip()}")
+
+
+def _counted(indices: list[int | None]) -> str:
+    return f"sample {indices[0]}" if len(indices) == 1 else f"samples {indices}"
+
+
+def _listed(indices: np.ndarray) -> str:
+    shown = ", ".join(str(i) for i in indices[:8].tolist())
+    return f"[{shown}{', ...' if len(indices) > 8 else ''}]"

@@ -1,0 +1,76 @@
+"""Randomness of samples: keys and seeds as a function of (seed, epoch, index), and the global generators put back.
+
+Owns the seeding of python's, numpy's and torch's global generators while somebody else's code (a data set, a collate
+function, a foreign loader) runs. Nothing else in purestep seeds them. `samples` and `foreign` call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random as python_random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from purestep import random
+from purestep.random.block import FOLD_INT, MASK, philox, philox_int
+
+Words = tuple[int, int]
+
+
+@functools.lru_cache(maxsize=256)
+def epoch_words(seed: int, purpose: str, epoch: int) -> Words:
+    """Return the two 32-bit words of `fold_in(key(seed), purpose, epoch)`."""
+    first, second = random.fold_in(random.key(seed), purpose, epoch).tolist()
+    return first, second
+
+
+def fold_words(key: Words, number: int) -> Words:
+    """Return the words of `fold_in(key, number)` for a number of 0 or more, without making a tensor."""
+    return philox_int((number & MASK, number >> 32, 0, FOLD_INT), key)
+
+
+def sample_words(key: Words, indices: np.ndarray) -> np.ndarray:
+    """Fold each index into a key, all at once.
+
+    Args:
+        key: the two words of a key.
+        indices: int64[b].
+
+    Returns:
+        int64[b, 4]. Words 0 and 1 are those of `fold_in(key, index)`; words 2 and 3, the other half of the same Philox
+        block, are what the global generators are seeded with.
+
+    Example:
+        >>> sample_words((0, 0), np.array([7]))[0, :2].tolist() == random.fold_in(random.key(0), 7).tolist()
+        True
+    """
+    counter = (indices & MASK, (indices >> 32) & MASK, np.zeros_like(indices), FOLD_INT)
+    return np.stack(np.broadcast_arrays(*philox(counter, key)), axis=-1)
+
+
+def seed_globals(first: int, second: int) -> None:
+    """Seed python's, numpy's and torch's (CPU) global generators from two 32-bit words.
+
+    Torch's CPU generator uses the first word only: it has 2**32 sequences.
+    """
+    seed = first | second << 32
+    python_random.seed(seed)
+    np.random.seed((first, second))
+    torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def preserved() -> Iterator[None]:
+    """Put the global generators of python, numpy and torch (CPU) back as they were, whatever happens inside."""
+    python_state = python_random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        np.random.set_state(numpy_state)
+        python_random.setstate(python_state)

@@ -1,0 +1,134 @@
+"""Backends: what runs a traced graph.
+
+Each is a function from a graph and its fake inputs to `run(tensors) -> tensors`. "inductor" compiles it (and is the default),
+"eager" runs it operator by operator, "aot_eager" and "dynamo" go through `torch.compile`. torch's compilers are imported on
+first use only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from purestep.errors import ConfigError, explain
+from purestep.jit.hoist import hoist_scalars
+from purestep.jit.trace import Traced
+
+Backend = Literal["inductor", "eager", "aot_eager", "dynamo"]
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+Run = Callable[[list[Tensor]], Sequence[Any]]
+
+
+def check(backend: str, mode: str | None) -> None:
+    """Refuse names that are not those of a backend or mode.
+
+    Raises:
+        ConfigError: with the names there are.
+    """
+    if backend not in _BACKENDS:
+        names = ", ".join(map(repr, _BACKENDS))
+        raise ConfigError(explain("jit has no such backend", where=f"backend={backend!r}", instead=f"one of {names}"))
+    if mode is not None and (mode not in _MODES or backend not in ("inductor", "dynamo")):
+        names = ", ".join(map(repr, _MODES))
+        raise ConfigError(
+            explain(
+                "jit has no such mode" if mode not in _MODES else "only a compiler has modes",
+                where=f"mode={mode!r}, backend={backend!r}",
+                instead=f"one of {names}, with backend='inductor' or 'dynamo'",
+            )
+        )
+
+
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def decompositions(backend: str) -> dict[Any, Any] | None:
+    """Return the operators to break up while tracing for a backend: none where the bits are to be those of eager."""
+    if backend != "inductor":
+        return None
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def compile(traced: Traced, backend: str, mode: str | None) -> Run:
+    """Return the function that runs a traced graph: it takes a list that it may empty, and returns the outputs."""
+    return _BACKENDS[backend](traced, mode)
+
+
+def _eager(traced: Traced, mode: str | None) -> Run:
+    forward = traced.graph.forward
+
+    def run(tensors: list[Tensor]) -> Sequence[Any]:
+        return forward(*tensors)
+
+    return run
+
+
+def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], Run]:
+    def build(traced: Traced, mode: str | None) -> Run:
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        options |= {"backend": name} if name else {"mode": mode}
+        compiled = torch.compile(traced.graph, **options)
+
+        def run(tensors: list[Tensor]) -> Sequence[Any]:
+            return compiled(*tensors)
+
+        return run
+
+    return build
+
+
+# --- Inductor -------------------------------------------------------------------------------------------------------------
+
+
+def _inductor(traced: Traced, mode: str | None) -> Run:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
+
+    options: dict[str, Any] = {**list_mode_options(mode or "default")}
+    # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
+    options.pop("triton.cudagraphs", None)
+    fake_mode, graph = traced.fakes[0].fake_mode, traced.graph  # type: ignore[attr-defined]
+    with (
+        torch._inductor.config.patch({**options, **_CONFIG}),
+        torch.no_grad(),
+        V.set_fake_mode(fake_mode),
+        torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
+        _patience(),
+    ):
+        graph = joint_graph_passes(graph, traced.fakes[0].device)
+        hoist_scalars(graph)
+        end = graph.graph.output_node()
+        end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))  # type: ignore[arg-type]
+        compiled: Any = compile_fx_inner(graph, traced.fakes, is_inference=True)
+    # The method that the object's own `__call__` ends in; what it does before is for profilers and autotuning caches.
+    return getattr(compiled, "current_callable", None) or compiled
+
+
+# Inputs are checked by the signature of the call, once more in every kernel call is not needed.
+_CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Keep the warnings of torch's compiler about itself away from users of `-W error`."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_BACKENDS: dict[str, Callable[[Traced, str | None], Run]] = {
+    "inductor": _inductor,
+    "eager": _eager,
+    "aot_eager": _through_torch_compile("aot_eager"),
+    "dynamo": _through_torch_compile(None),
+}

@@ -1,0 +1,217 @@
+"""Donation: writing the new state over the memory of the old one, and keeping that safe.
+
+`plan` adds the `copy_` epilogue to a graph and says where each leaf of the result comes from; `unaliased` gives a donated
+state memory of its own where leaves share some; `consume` makes the old state unusable. Only `call` calls them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from purestep import tree
+from purestep.errors import StepError, explain
+from purestep.jit.trace import Traced
+
+_copy = torch.ops.aten.copy_.default
+_IDENTITIES = {torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the leaves of a result are.
+
+    Attributes:
+        picks: for each leaf of the result, its position among (outputs of the graph, leaves of the arguments, constants).
+        constants: leaves that are not tensors.
+        state_leaves: leaves of the first argument, if the result starts with a value of the same structure, shapes and
+            dtypes; else 0.
+        alone: whether that value is the whole result, and not the first of a tuple.
+    """
+
+    picks: tuple[int, ...]
+    constants: tuple[Any, ...]
+    state_leaves: int
+    alone: bool
+
+
+def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str) -> Plan:
+    """Drop outputs that are inputs, add the epilogue of a donating function, and return where the results are.
+
+    Args:
+        traced: changed in place.
+        first: the first argument.
+        leaf_count: number of leaves of all arguments.
+        donate: whether to write the state of the result over `first`.
+        name: of the function, for errors.
+
+    Raises:
+        StepError: the function donates, and does not return a state like the one it was given.
+    """
+    inputs, end, returned = traced.nodes()
+    state_leaves, alone = _state_like(traced, first)
+    if donate and not state_leaves:
+        raise StepError(_not_a_state(traced, first, name))
+    slot_of = {leaf: i for i, leaf in enumerate(traced.takes)}
+    donated = {_memory(inputs[slot_of[leaf]]) for leaf in range(state_leaves) if leaf in slot_of} if donate else set()
+    outputs: list[fx.Node] = []
+    copies: list[tuple[fx.Node, fx.Node]] = []
+    sources: list[tuple[str, int]] = []
+    nodes = iter(returned)
+    constants: list[Any] = []
+    for position, leaf in enumerate(traced.leaves):
+        if leaf is not None:
+            sources.append(("constant", len(constants)))
+            constants.append(leaf)
+            continue
+        node = next(nodes)
+        root = _root(node)
+        if donate and position < state_leaves:
+            own = inputs[slot_of[position]]
+            if root is not own:
+                copies.append((own, _cloned(traced, end, node) if _memory(node) in donated else node))
+            sources.append(("input", position))
+        elif root.op == "placeholder" and _memory(root) not in donated:
+            sources.append(("input", traced.takes[inputs.index(root)]))
+        else:
+            sources.append(("output", len(outputs)))
+            outputs.append(node)
+    if donate:
+        kept = {_memory(node) for _, node in copies} | donated
+        outputs = [_cloned(traced, end, node) if _memory(node) in kept else node for node in outputs]
+    with traced.graph.graph.inserting_before(end):
+        for own, node in copies:
+            copy = traced.graph.graph.call_function(_copy, (own, node))
+            copy.meta["val"] = own.meta["val"]
+    end.args = (outputs,)
+    traced.graph.graph.eliminate_dead_code()
+    traced.graph.recompile()
+    offset = {"output": 0, "input": len(outputs), "constant": len(outputs) + leaf_count}
+    picks = tuple(offset[kind] + index for kind, index in sources)
+    return Plan(picks, tuple(constants), state_leaves, alone)
+
+
+def _memory(node: fx.Node) -> int:
+    return node.meta["val"].untyped_storage()._cdata
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """Follow copies that keep the layout back to what they copy: in a functional graph they are the same value."""
+    while node.target in _IDENTITIES and not node.kwargs:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.meta["val"].stride() != node.meta["val"].stride():
+            break
+        node = source
+    return node
+
+
+def _cloned(traced: Traced, end: fx.Node, node: fx.Node) -> fx.Node:
+    with traced.graph.graph.inserting_before(end):
+        clone = traced.graph.graph.call_function(torch.ops.aten.clone.default, (node,))
+    with traced.fakes[0].fake_mode:  # type: ignore[attr-defined]
+        clone.meta["val"] = node.meta["val"].clone()
+    return clone
+
+
+# --- is it a state? -------------------------------------------------------------------------------------------------------
+
+
+def _candidates(result: Any) -> list[tuple[Any, bool]]:
+    return ([(result[0], False)] if isinstance(result, tuple) and result else []) + [(result, True)]
+
+
+def _state_like(traced: Traced, first: Any) -> tuple[int, bool]:
+    """Return the number of leaves of a returned state that fits the first argument, and whether it stands alone."""
+    leaves, structure = tree.flatten(first)
+    for value, alone in _candidates(traced.result):
+        found, other = tree.flatten(value)
+        if other == structure and leaves and all(_fits(a, b) for a, b in zip(leaves, found, strict=True)):
+            return len(leaves), alone
+    return 0, False
+
+
+def _fits(old: Any, new: Any) -> bool:
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return type(old) is type(new) and bool(old == new)
+    same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return same and (old.is_contiguous() == new.is_contiguous()) and (old.is_contiguous() or old.stride() == new.stride())
+
+
+def _not_a_state(traced: Traced, first: Any, name: str) -> str:
+    value = _candidates(traced.result)[0][0]
+    before = dict(zip(tree.paths(first, "state"), tree.leaves(first), strict=True))
+    after = dict(zip(tree.paths(value, "state"), tree.leaves(value), strict=True))
+    where = "; ".join(f"{p} is missing" for p in before if p not in after)
+    where = where or "; ".join(f"{p} is new" for p in after if p not in before)
+    for path, leaf in before.items():
+        if not where and not _fits(leaf, after[path]):
+            where = f"{path} was {_layout(leaf)} and comes back as {_layout(after[path])}"
+    return explain(
+        "a donating function returns a state like the one it was given, first",
+        where=f"{name}: {where or 'other node types'}",
+        why="each new leaf is written into the memory of the old one at the same path",
+        instead="return state.replace(...), {'loss': loss}",
+    )
+
+
+def _layout(leaf: Any) -> str:
+    text = tree.describe(leaf)
+    return f"{text} of strides {tuple(leaf.stride())}" if isinstance(leaf, Tensor) and not leaf.is_contiguous() else text
+
+
+# --- at every call --------------------------------------------------------------------------------------------------------
+
+
+def unaliased(leaves: list[Any], state_leaves: int) -> list[Any]:
+    """Return the leaves with copies in place of those that share memory with a leaf of the state, or with themselves.
+
+    A state may hold one tensor twice (an average that starts as the parameters); as a value that is no different from two
+    tensors, so a donated state gets two.
+    """
+    owned: set[int] = set()
+    result = list(leaves)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.numel():
+            continue
+        start = leaf.untyped_storage().data_ptr()
+        overlaps = i < state_leaves and _folded(leaf)
+        if start in owned or overlaps:
+            result[i] = leaf.detach().clone(memory_format=torch.contiguous_format if overlaps else torch.preserve_format)
+        elif i < state_leaves:
+            owned.add(start)
+    return result
+
+
+def _folded(leaf: Tensor) -> bool:
+    """Tell whether several elements sit in one place, as `expand` makes them."""
+    return any(step == 0 and size > 1 for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+
+
+def storages(leaves: Sequence[Any]) -> frozenset[int]:
+    """Return the memory that a state owns."""
+    return frozenset(leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel())
+
+
+def apart(leaves: Sequence[Any], owned: frozenset[int]) -> list[Any]:
+    """Return leaves of a batch with copies in place of those that share memory with the state."""
+    return [
+        leaf.detach().clone() if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in owned else leaf
+        for leaf in leaves
+    ]
+
+
+def consume(value: Any, by: str) -> None:
+    """Make the nodes of a donated value unusable. Plain dicts, lists and tuples stay; what they hold is consumed."""
+    if tree.node_name(type(value)):
+        tree.consume(value, by)
+    elif isinstance(value, dict):
+        for child in value.values():
+            consume(child, by)
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            consume(child, by)
+

@@ -1,0 +1,41 @@
+"""One pass over a graph before Inductor sees it: numbers that all elements share are computed once.
+
+Inductor computes 0-d intermediates anew wherever they are used, and on CPU inside the loop over elements: Adam's two powers
+of the bias correction cost more there than everything else together. The pass gives such numbers memory of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+
+def hoist_scalars(graph: fx.GraphModule) -> int:
+    """Make 0-d intermediates that larger tensors use be computed outside of the loops that use them.
+
+    Returns:
+        How many there were.
+    """
+    hoisted = 0
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not _is_number(node):
+            continue
+        wide = [user for user in node.users if user.op == "call_function" and not _is_number(user)]
+        if not wide:
+            continue
+        with graph.graph.inserting_after(node):
+            # Inductor realizes what is viewed by strides; nothing else changes.
+            arguments = (node, list(node.meta["val"].shape), list(node.meta["val"].stride()))
+            stored = graph.graph.call_function(torch.ops.aten.as_strided.default, arguments)
+        stored.meta["val"] = node.meta["val"]
+        for user in wide:
+            user.replace_input_with(node, stored)
+        hoisted += 1
+    if hoisted:
+        graph.recompile()
+    return hoisted
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.numel() == 1

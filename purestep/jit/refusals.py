@@ -1,0 +1,250 @@
+"""The words for what `jit` cannot take: captured tensors, branches on values, changed inputs, global randomness.
+
+It turns what torch's tracers and compilers raise into errors that name the line and the tensor and say what to write.
+It never decides anything: `trace` and `backends` ask.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import os
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from purestep import tree
+from purestep.errors import CompileError, PurestepError, RandomnessError, TraceError, explain
+from purestep.functional import Definition
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_OPTREE = os.path.join(os.path.dirname(_TORCH), "optree")
+
+_VALUE_ERRORS = ("DataDependentOutputException", "GuardOnDataDependentSymNode")
+_SHAPE_ERRORS = ("DynamicOutputShapeException",)
+_VALUE_TEXTS = ("get value out of a tracing tensor", "_local_scalar_dense", ".tolist() is not supported", ".numpy() is not")
+
+
+def user_line(error: BaseException) -> str | None:
+    """Return the innermost line of the user's own code that an error passed through."""
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith((_HERE, _TORCH, _OPTREE, "<frozen")):
+            text = linecache.getline(code.co_filename, trace.tb_lineno).strip()
+            found = f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} in {code.co_name}" + (f": {text}" if text else "")
+        trace = trace.tb_next
+    return found
+
+
+def explained(error: Exception) -> Exception:
+    """Return the error to raise in place of one that tracing ran into; the user's own errors stay as they are."""
+    name, text = type(error).__name__, str(error)
+    if name in _SHAPE_ERRORS:
+        return TraceError(
+            explain(
+                "the shape of a result depends on the values of a tensor",
+                where=user_line(error),
+                why="jit traces the function once, on shapes without values, and the graph has fixed shapes",
+                instead="torch.where(mask, x, 0).sum() / mask.sum()   # in place of x[mask].mean()\n"
+                "or do it outside of the step, while the batch is made",
+            )
+        )
+    if name in _VALUE_ERRORS or any(part in text for part in _VALUE_TEXTS):
+        return TraceError(
+            explain(
+                "the function asks for the value of a traced tensor",
+                where=user_line(error),
+                why="jit traces the function once, on shapes without values; `if loss > 3:`, .item(), float() and .numpy() "
+                "need a value",
+                instead="torch.where(loss > 3, a, b)      # in place of: a if loss > 3 else b\n"
+                "return state, {'loss': loss}     # and read the metric outside of the step",
+            )
+        )
+    return error
+
+
+# --- captured tensors -----------------------------------------------------------------------------------------------------
+
+
+def check_captured(graph: fx.GraphModule, strictly: Callable[[], BaseException | None], function: Any) -> None:
+    """Refuse a graph that holds tensors made outside of the function.
+
+    Tensors made inside are constants too, but go through `lift_fresh_copy` before anything else.
+    """
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        constant = getattr(graph, node.target, None)
+        inside = all(user.target in _LIFTS for user in node.users)
+        if not isinstance(constant, Tensor) or inside:
+            continue
+        error = strictly()
+        line = None if error is None else user_line(error)
+        where = f"{locate(constant, function) or 'a tensor'}: {tree.describe(constant)}" + (f"\n{line}" if line else "")
+        raise TraceError(
+            explain(
+                "the function uses a tensor that is not among its arguments",
+                where=where,
+                why="it would be baked into the compiled step as it is now, and later changes of it would go unseen",
+                instead="put it in the state or the batch; in a module, self.register_buffer('name', tensor); "
+                "and use the `net` that the loss function is given, not the module it was made of",
+            )
+        )
+
+
+_LIFTS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
+
+
+def locate(tensor: Tensor, root: Any) -> str | None:
+    """Return how a tensor can be reached from a function: through closures, globals, attributes and modules."""
+    seen: set[int] = set()
+    queue: list[tuple[str, Any, int]] = [("", root, 0)]
+    storage = tensor.untyped_storage()._cdata
+    while queue and len(seen) < 20_000:
+        name, value, depth = queue.pop(0)
+        if isinstance(value, Tensor):
+            if value.device.type != "meta" and value.untyped_storage()._cdata == storage:
+                return name
+            continue
+        if depth > 9 or id(value) in seen:
+            continue
+        seen.add(id(value))
+        queue.extend((child, v, depth + 1) for child, v in _reachable(name, value))
+    return None
+
+
+def _reachable(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    prefix = f"{name}." if name else ""
+    if isinstance(value, types.FunctionType):
+        yield from _free(value)
+    elif isinstance(value, types.MethodType):
+        yield name, value.__func__
+        yield prefix + "self", value.__self__
+    elif isinstance(value, functools.partial):
+        yield name, value.func
+        yield f"{name}(...)", (value.args, value.keywords)
+    elif isinstance(value, Definition):
+        yield "the model", value.module
+    elif isinstance(value, nn.Module):
+        named = [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False), *value._modules.items()]
+        yield from ((prefix + key, v) for key, v in named)
+        yield from ((prefix + key, v) for key, v in value.__dict__.items() if not key.startswith("_"))
+        if type(value).__module__.split(".")[0] != "torch":
+            yield name, type(value).forward
+    elif isinstance(value, dict):
+        yield from ((f"{name}[{key!r}]", v) for key, v in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"{name}[{i}]", v) for i, v in enumerate(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
+        # Fields of a Step are not the user's words; what its loss function closes over is.
+        own = type(value).__module__.split(".")[0] == "purestep"
+        yield from ((name if own else prefix + key, v) for key, v in vars(value).items())
+
+
+def _free(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:
+            continue
+    pending, names = [code], set()
+    while pending:
+        current = pending.pop()
+        names.update(current.co_names)
+        pending.extend(c for c in current.co_consts if isinstance(c, types.CodeType))
+    yield from ((n, function.__globals__[n]) for n in sorted(names) if n in function.__globals__)
+    yield from ((f"a default of {function.__name__}", d) for d in (function.__defaults__ or ()))
+
+
+# --- inputs, randomness ---------------------------------------------------------------------------------------------------
+
+
+def check_mutation(graph: fx.GraphModule, mutable: list[fx.Node], names: list[str]) -> None:
+    """Refuse a graph that writes into one of its inputs."""
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    memory = {n.meta["val"].untyped_storage()._cdata: i for i, n in enumerate(inputs)}
+    for node in mutable:
+        for target in _written(node):
+            at = memory.get(target.meta["val"].untyped_storage()._cdata)
+            if at is not None:
+                operator = str(node.target.overloadpacket).removeprefix("aten.")  # type: ignore[union-attr]
+                raise TraceError(
+                    explain(
+                        "the function changes one of its arguments in place",
+                        where=f"{names[at]}: {tree.describe(inputs[at].meta['val'])}, by {operator}",
+                        why="a step is pure: it returns a new state and leaves the old one as it was",
+                        instead=f"x = x.{operator.rstrip('_')}(...)   # without the underscore, and return the result\n"
+                        "ps.jit(step, donate=True) then writes it into the old memory by itself",
+                    )
+                )
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    for position, argument in enumerate(arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), Tensor):
+                yield item
+
+
+def check_random(nodes: list[fx.Node]) -> None:
+    """Refuse a graph that draws from a global generator."""
+    if nodes:
+        raise RandomnessError(
+            explain(
+                "the function draws from the global generator of torch",
+                where=str(nodes[0].target),
+                why="a pure step never touches the global generators; compiled, it would draw other numbers",
+                instead='ps.random.normal(ps.random.fold_in(state.rng, state.step, "noise"), shape)',
+            )
+        )
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------------
+
+
+def no_compiler(error: BaseException) -> bool:
+    """Tell whether a compiler was not found, wherever in a chain of errors that stands."""
+    while error is not None:
+        text = f"{type(error).__name__}: {error}"
+        if "InvalidCxxCompiler" in text or "No working C++ compiler" in text or "working triton" in text.lower():
+            return True
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
+
+
+def no_compiler_message(name: str, error: BaseException) -> str:
+    """Return the warning for a machine without a compiler."""
+    return explain(
+        f"{name} runs without being compiled: Inductor found no compiler on this machine",
+        where=str(error).splitlines()[0],
+        why="Inductor writes C++ (on CPU) or Triton (on GPU) and compiles it; the results are the same, slower",
+        instead="Debian, Ubuntu: apt install g++    Fedora: dnf install gcc-c++    macOS: xcode-select --install\n"
+        "conda: conda install -c conda-forge cxx-compiler    elsewhere: set CXX to a C++17 compiler\n"
+        'or ps.jit(step, backend="eager"), which says the same without a warning',
+    )
+
+
+def not_compiled(name: str, backend: str, error: Exception) -> PurestepError:
+    """Return the error for a graph that a compiler cannot take."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    target = next((line for line in lines if line.startswith("target:")), None)
+    return CompileError(
+        explain(
+            f"{backend} cannot compile {name}",
+            where=target or (lines[0] if lines else type(error).__name__),
+            why=None if target is None else lines[0],
+            instead='ps.jit(step, backend="eager"), which runs the traced graph operator by operator;\n'
+            "and please report the operator to PyTorch",
+        )
+    )

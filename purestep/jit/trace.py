@@ -1,0 +1,151 @@
+"""Tracing: from a function of pytrees to one functional graph of tensor operations, autograd included.
+
+`trace` runs the function once on fake tensors (shapes without memory), so nothing is computed and no input is touched. What
+cannot be in a graph is refused with the words of `refusals`. It compiles nothing; `donation` and `backends` go on from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from purestep import tree
+from purestep.errors import PurestepError
+from purestep.jit import refusals
+
+
+@dataclasses.dataclass
+class Traced:
+    """A function as a graph.
+
+    Attributes:
+        graph: takes the tensor leaves of the arguments and returns the tensor leaves of the result, as lists.
+        fakes: the fake inputs.
+        takes: positions of the tensor leaves among all leaves of the arguments.
+        leaves: all leaves of the result; None where a tensor of the graph goes.
+        structure: structure of the result.
+        result: the result with its fake tensors, to compare structures and shapes with.
+    """
+
+    graph: fx.GraphModule
+    fakes: list[Tensor]
+    takes: list[int]
+    leaves: list[Any]
+    structure: Any
+    result: Any
+
+    def nodes(self) -> tuple[list[fx.Node], fx.Node, list[fx.Node]]:
+        """Return the inputs, the output node, and the nodes that are returned."""
+        every = list(self.graph.graph.nodes)
+        return [n for n in every if n.op == "placeholder"], every[-1], list(every[-1].args[0])
+
+
+def trace(
+    function: Callable[..., Any],
+    leaves: Sequence[Any],
+    structure: Any,
+    *,
+    paths: Callable[[], list[str]],
+    decompositions: dict[Any, Any] | None = None,
+) -> Traced:
+    """Trace a function of `(args, kwargs)` into one functional graph.
+
+    Args:
+        function: called as `function(*args, **kwargs)` on fake tensors, exactly once.
+        leaves: leaves of `(args, kwargs)`; those that are not tensors are constants of the graph.
+        structure: structure of `(args, kwargs)`.
+        paths: gives the printed path of each leaf, for errors.
+        decompositions: operators to break up while tracing.
+
+    Raises:
+        TraceError: the function captures a tensor, branches on values, changes an input or draws from a global generator.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    takes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    captured: dict[str, Any] = {}
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        values = list(leaves)
+        for i, tensor in zip(takes, tensors, strict=True):
+            values[i] = tensor
+        args, kwargs = tree.unflatten(structure, values)
+        result = function(*args, **kwargs)
+        out, captured["structure"] = tree.flatten(result)
+        captured["result"] = result
+        captured["leaves"] = [None if isinstance(x, Tensor) else x for x in out]
+        return [x.detach() if x.requires_grad else x for x in out if isinstance(x, Tensor)]
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fakes = [_fake(leaves[i]) for i in takes]
+    with _quiet():
+        try:
+            with mode:
+                graph = make_fx(flat, decomposition_table=decompositions)(*fakes)
+        except PurestepError:
+            raise
+        except Exception as error:
+            raise refusals.explained(error) from error
+        graph.graph.eliminate_dead_code()
+        refusals.check_captured(graph, lambda: _strictly(flat, fakes), function)
+        names = [paths()[i] for i in takes] if _mutable_nodes(graph) or _random_nodes(graph) else []
+        refusals.check_random(_random_nodes(graph))
+        refusals.check_mutation(graph, _mutable_nodes(graph), names)
+        if _mutable_nodes(graph):
+            with mode:
+                graph = make_fx(torch.func.functionalize(graph), decomposition_table=decompositions)(*fakes)
+            graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return Traced(graph, fakes, takes, captured["leaves"], captured["structure"], captured["result"])
+
+
+def _fake(leaf: Tensor) -> Tensor:
+    """A fake tensor of its own memory: inputs that share memory are not to be traced as views of each other."""
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Settings under which a trace is the same wherever it is made."""
+    # The autograd engine would run the backward pass of device tensors in threads that know nothing of our modes.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+def _strictly(flat: Callable[..., Any], fakes: list[Tensor]) -> BaseException | None:
+    """Run the function where a real tensor is an error, to learn which line of it uses one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    strict = FakeTensorMode(allow_non_fake_inputs=False)
+    with strict:
+        own = [_fake(x) for x in fakes]
+        try:
+            flat(*own)
+        except Exception as error:
+            return error
+    return None
+
+
+def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
+
+
+# Attention and recurrent kernels carry the tag for the dropout inside them, which `keyed` has replaced by then.
+_NOT_RANDOM = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn", "miopen", "mkldnn", "_fused_sdp")
+
+
+def _random_nodes(graph: fx.GraphModule) -> list[fx.Node]:
+    return [
+        n
+        for n in graph.graph.nodes
+        if isinstance(n.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in n.target.tags
+        and not n.target._schema.name.removeprefix("aten::").startswith(_NOT_RANDOM)
+    ]

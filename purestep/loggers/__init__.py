@@ -1,0 +1,11 @@
+"""Loggers: where the rows of a run go. `csv()` and the others are values; the loop opens and feeds their sinks."""
+
+from __future__ import annotations
+
+from purestep.loggers.base import Logger as Logger
+from purestep.loggers.base import Sink as Sink
+from purestep.loggers.csv import csv as csv
+from purestep.loggers.csv import read_csv as read_csv
+from purestep.loggers.mlflow import mlflow as mlflow
+from purestep.loggers.tensorboard import tensorboard as tensorboard
+from purestep.loggers.wandb import wandb as wandb

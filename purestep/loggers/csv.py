@@ -1,0 +1,217 @@
+"""`metrics.csv`: one row a step, in the run directory; always there, read by plots and people.
+
+Owns the file's format and its repair after a kill. A row is one `write` to the operating system, so a killed process
+loses nothing but, at the worst, the row it was writing; a resumed run leaves the same file as one that was never
+disturbed.
+"""
+
+from __future__ import annotations
+
+import csv as table
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from purestep.errors import ConfigError, explain
+from purestep.loggers.base import STEP, Logger, Sink, write_atomically
+
+
+@dataclass(frozen=True)
+class Csv(Logger):
+    """Rows go to `run_dir/name`; hyperparameters to `hparams.json` beside it. Made by `csv`."""
+
+    name: str = "metrics.csv"
+
+    def open(self, run_dir: Path, *, resume_step: int | None = None) -> Sink:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return CsvSink(run_dir / self.name, resume_step=resume_step)
+
+
+def csv(*, name: str = "metrics.csv") -> Csv:
+    """Log to a CSV file in the run directory.
+
+    The first column is `step`. Columns appear in the order in which their names were first logged; a name that appears
+    late leaves the earlier rows' cells empty. Numbers are written so that they read back exactly; `nan` and `inf` are
+    kept.
+
+    Args:
+        name: of the file in the run directory.
+
+    Returns:
+        A logger: a frozen value. `open(run_dir)` gives its sink.
+
+    Example:
+        >>> import tempfile
+        >>> run_dir = Path(tempfile.mkdtemp())
+        >>> sink = csv().open(run_dir)
+        >>> sink.log(1, {"loss": 0.5})
+        >>> sink.log(1, {"accuracy": 0.75})
+        >>> sink.log(2, {"loss": 0.25})
+        >>> sink.close()
+        >>> print((run_dir / "metrics.csv").read_text(), end="")
+        step,loss,accuracy
+        1,0.5,0.75
+        2,0.25,
+    """
+    if not name or Path(name).name != name:
+        raise ConfigError(
+            explain(f"{name!r} is not the name of a file in the run directory", instead='name="metrics.csv"')
+        )
+    return Csv(name)
+
+
+class CsvSink(Sink):
+    """An open `metrics.csv`. Only the last row is held in memory."""
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        super().__init__(first_step=resume_step or 0)
+        self._path = path
+        columns, rows = _surviving_rows(path, resume_step)
+        write_atomically(path, "".join(_lines(columns, rows)))
+        self._columns = columns
+        self._open_file()
+        # The row of the step to resume at may get more values; it is the last one, because later ones were cut.
+        self._row = dict(rows[-1][1]) if rows else {}
+        self._row_step = rows[-1][0] if rows else None
+        self._row_start = self._end - len(_line(columns, *rows[-1]).encode()) if rows else self._end
+
+    def _open_file(self) -> None:
+        self._file: BinaryIO = self._path.open("r+b", buffering=0)
+        self._end = self._file.seek(0, io.SEEK_END)
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        same = step == self._row_step
+        merged = self._row | row if same else row
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._grow(new)
+        start = self._row_start if same else self._end
+        content = _line(self._columns, step, merged).encode()
+        try:
+            self._put(start, content)
+        except OSError:
+            # A full disk: leave whole rows behind, so that the next attempt does not continue half of one.
+            with suppress(OSError):
+                self._put(start, _line(self._columns, step, self._row).encode() if same else b"")
+            raise
+        self._row, self._row_step, self._row_start, self._end = merged, step, start, start + len(content)
+
+    def _put(self, start: int, content: bytes) -> None:
+        self._file.seek(start)
+        written = 0
+        while written < len(content):
+            written += self._file.write(content[written:])
+        self._file.truncate(start + len(content))
+
+    def _grow(self, new: list[str]) -> None:
+        """Add columns: every line gets empty cells at its end, in a new file that replaces the old one."""
+        columns = [*self._columns, *new]
+        _, _, body = self._path.read_text(encoding="utf-8").partition("\n")
+        lines = [line + "," * len(new) + "\n" for line in body.split("\n")[:-1]]
+        write_atomically(self._path, _header(columns) + "".join(lines))
+        self._file.close()
+        self._columns = columns
+        self._open_file()
+        self._row_start = self._end - len(lines[-1].encode()) if lines else self._end
+
+    def _write_hparams(self, values: dict[str, Any]) -> None:
+        write_atomically(self._path.with_name("hparams.json"), json.dumps(values, indent=2) + "\n")
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def _close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+
+def read_csv(path: str | Path) -> dict[str, list[Any]]:
+    """Read a `metrics.csv` into one list a column, in the order of the file.
+
+    Args:
+        path: the file, or the run directory that holds a `metrics.csv`.
+
+    Returns:
+        `step` is a list of int; every other column a list of `float | None`, None where nothing was logged. A last line
+        that a killed process left half written is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: the file is not one of ours.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
+        >>> _ = path.write_text("step,loss,val/loss\\n1,0.5,\\n2,nan,0.75\\n3,0.")
+        >>> read_csv(path)
+        {'step': [1, 2], 'loss': [0.5, nan], 'val/loss': [None, 0.75]}
+    """
+    path = Path(path)
+    columns, rows = _read(path / "metrics.csv" if path.is_dir() else path)
+    result: dict[str, list[Any]] = {STEP: [step for step, _ in rows]}
+    return result | {name: [row.get(name) for _, row in rows] for name in columns}
+
+
+Rows = list[tuple[int, dict[str, float]]]
+
+
+def _surviving_rows(path: Path, resume_step: int | None) -> tuple[list[str], Rows]:
+    """What a new process keeps of the file: nothing for a fresh start, else the rows up to the step it resumes at."""
+    if not path.exists():
+        return [], []
+    columns, rows = _read(path)  # also refuses to overwrite a file that is not ours
+    if resume_step is None:
+        return [], []
+    rows = [(step, row) for step, row in rows if step <= resume_step]
+    # A column that only the cut rows had would not be there yet, had the run not been disturbed.
+    used = {name for _, row in rows for name in row}
+    return [name for name in columns if name in used], rows
+
+
+def _read(path: Path) -> tuple[list[str], Rows]:
+    whole = path.read_bytes().decode("utf-8", errors="replace")
+    whole = whole[: whole.rfind("\n") + 1]  # what follows the last newline was torn off by a kill
+    if not whole:
+        return [], []
+    header, *body = table.reader(io.StringIO(whole, newline=""))
+    if header[:1] != [STEP]:
+        what, where = "the file is not a log of metrics", f"{path}: its first column is {''.join(header[:1])!r}"
+        raise ConfigError(
+            explain(what, where=where, why=f"the first column is {STEP!r}", instead="use another run_dir")
+        )
+    return header[1:], list(_parse(header[1:], body))
+
+
+def _parse(columns: list[str], body: Iterable[list[str]]) -> Iterator[tuple[int, dict[str, float]]]:
+    for cells in body:
+        # A line that a crash of the machine damaged is worth less than an error that would keep the run from resuming.
+        with suppress(ValueError):
+            values = {name: float(cell) for name, cell in zip(columns, cells[1:], strict=True) if cell}
+            yield int(cells[0]), values
+
+
+def _cells(cells: Iterable[Any]) -> str:
+    text = io.StringIO()
+    table.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def _header(columns: list[str]) -> str:
+    return _cells([STEP, *columns])
+
+
+def _line(columns: list[str], step: int, row: dict[str, float]) -> str:
+    return _cells([step, *(repr(row[name]) if name in row else "" for name in columns)])
+
+
+def _lines(columns: list[str], rows: Rows) -> Iterator[str]:
+    if columns:
+        yield _header(columns)
+        yield from (_line(columns, step, row) for step, row in rows)

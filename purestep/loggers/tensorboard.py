@@ -1,0 +1,85 @@
+"""TensorBoard event files in the run directory, written by torch's `SummaryWriter`.
+
+Owns the mapping of rows to scalars and of a resume to TensorBoard's purge. An extra: nothing is imported before a sink
+opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from purestep.errors import ConfigError, explain, import_extra
+from purestep.loggers.base import Logger, Sink
+
+
+@dataclass(frozen=True)
+class TensorBoard(Logger):
+    """Rows go to event files under `run_dir/name`. Made by `tensorboard`."""
+
+    name: str = "tensorboard"
+    flush_seconds: float = 30.0
+
+    def open(self, run_dir: Path, *, resume_step: int | None = None) -> Sink:
+        import_extra("tensorboard", extra="tensorboard", needed_by="loggers.tensorboard")
+        module = import_extra("torch.utils.tensorboard", extra="tensorboard", needed_by="loggers.tensorboard")
+        # A purge tells readers to forget what earlier files hold at this step and later. A fresh start forgets all of
+        # it.
+        purge = 0 if resume_step is None else resume_step + 1
+        folder = run_dir / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = module.SummaryWriter(str(folder), purge_step=purge, flush_secs=self.flush_seconds)
+        return TensorBoardSink(writer, first_step=resume_step or 0)
+
+
+def tensorboard(*, name: str = "tensorboard", flush_seconds: float = 30.0) -> TensorBoard:
+    """Log scalars for TensorBoard: `tensorboard --logdir runs`.
+
+    The x-axis is `state.step`. Event files hold float32, so numbers are rounded; `metrics.csv` has them exactly.
+    Hyperparameters appear in the HPARAMS tab.
+
+    Args:
+        name: of the directory of event files inside the run directory.
+        flush_seconds: how long an event may wait before it reaches the disk.
+
+    Returns:
+        A logger: a frozen value. `open(run_dir)` gives its sink.
+
+    Raises:
+        MissingExtra: when it is opened and `tensorboard` is not installed (`pip install "purestep[tensorboard]"`).
+
+    Example:
+        >>> tensorboard(flush_seconds=5.0)
+        TensorBoard(name='tensorboard', flush_seconds=5.0)
+    """
+    if not flush_seconds > 0:
+        what = f"flush_seconds={flush_seconds!r} is not a positive number of seconds"
+        raise ConfigError(explain(what, instead="tensorboard(flush_seconds=30.0)"))
+    return TensorBoard(name, flush_seconds)
+
+
+class TensorBoardSink(Sink):
+    """An open `SummaryWriter`."""
+
+    def __init__(self, writer: Any, *, first_step: int) -> None:
+        super().__init__(first_step=first_step)
+        self._writer = writer
+
+    def _write(self, step: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def _write_hparams(self, values: dict[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        # SummaryWriter.add_hparams would open a second run; the three records of the plugin belong to this one.
+        for record in hparams({k: str(v) if v is None else v for k, v in values.items()}, {}):
+            self._writer.file_writer.add_summary(record)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def _close(self) -> None:
+        self._writer.close()

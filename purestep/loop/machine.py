@@ -1,0 +1,180 @@
+"""The pure machine: `transition(loop, event) -> (loop, effects)`.
+
+It decides everything and does nothing. It is total (every event is allowed in every state) and deterministic, so a run
+replays from its events. It knows neither torch nor files; the interpreter in `run.py` performs the effects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from purestep import metrics as metrics_
+from purestep.errors import ConfigError, explain
+from purestep.loop.cadence import Until
+from purestep.loop.events import (
+    Callback,
+    Effect,
+    EpochDone,
+    Evaluate,
+    Evaluated,
+    Event,
+    Failed,
+    Horizon,
+    Interrupted,
+    Log,
+    LoopState,
+    Resumed,
+    Save,
+    Saved,
+    SaveLost,
+    Started,
+    StepsDone,
+    Stop,
+    Stopped,
+    Ticked,
+    Train,
+    Transform,
+    Transformed,
+    View,
+)
+
+# A burst without any boundary is cut here, so that metrics waiting to be read stay few. Cuts change no bit.
+LONGEST_BURST = 1000
+# Facts whose moment depends on the disk or the clock. Callbacks do not hear of them: their states are functions of the data.
+_TIMING = (Saved, SaveLost, Ticked, Failed, Stopped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The decisions of a run.
+
+    Attributes:
+        callbacks: in any order; names must differ.
+        until: where the run ends.
+        length: batches an epoch, None when unknown.
+    """
+
+    callbacks: tuple[Callback, ...]
+    until: Until
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [callback.name for callback in self.callbacks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    explain(
+                        f"two callbacks are named {name!r}",
+                        why="a callback's state is stored under its name",
+                        instead=f"give one of them another name: ps.callbacks.{name}(..., name='{name}2')",
+                    )
+                )
+
+    def init(self, train: Any) -> LoopState:
+        """Return the loop at the start of a run."""
+        return LoopState(train, callbacks={c.name: c.init() for c in self.callbacks})
+
+    def transition(self, loop: LoopState, event: Event) -> tuple[LoopState, tuple[Effect, ...]]:
+        """Return the loop after an event, and what is wished now.
+
+        A snapshot is wished only when everything else of that moment was fed back, so that it holds no stale state.
+        """
+        if isinstance(event, Ticked):
+            return loop.replace(elapsed=event.seconds), ()
+        if isinstance(event, _TIMING):
+            return loop, ()
+        loop, event = self._record(loop, event)
+        loop, wishes = self._ask(loop, event)
+        if isinstance(event, StepsDone):
+            loop = loop.replace(status=loop.status.replace(boundary=loop.elapsed))
+        return self._decide(loop, event, wishes)
+
+    # --- what the event says ----------------------------------------------------------------------------------------------
+
+    def _record(self, loop: LoopState, event: Event) -> tuple[LoopState, Event]:
+        cursor, status = loop.cursor, loop.status
+        if isinstance(event, Resumed):
+            status = status.replace(stop=None)
+        elif isinstance(event, StepsDone):
+            cursor = cursor.replace(batch=cursor.batch + event.count, batches=cursor.batches + event.count)
+            status = status.replace(sums=_fold(status.sums, event.metrics))
+        elif isinstance(event, EpochDone):
+            cursor = cursor.replace(epoch=cursor.epoch + 1, batch=0)
+            means = metrics_.compute(status.sums)
+            row = {f"train/{name}_epoch": value for name, value in means.items()}
+            event = EpochDone(cursor.epoch, row)
+            status = status.replace(sums={}, metrics=status.metrics | row)
+        elif isinstance(event, Evaluated):
+            status = status.replace(due=_without(status.due, event.name), metrics=status.metrics | dict(event.row))
+        elif isinstance(event, Transformed):
+            status = status.replace(due=_without(status.due, event.name))
+            loop = loop.replace(train=event.train)
+        elif isinstance(event, Interrupted):
+            status = status.replace(stop=event.signal)
+        return loop.replace(cursor=cursor, status=status), event
+
+    # --- what the callbacks say ---------------------------------------------------------------------------------------------
+
+    def _ask(self, loop: LoopState, event: Event) -> tuple[LoopState, list[Effect]]:
+        view, owns, wishes = View(loop, self.length), dict(loop.callbacks), []
+        for callback in sorted(self.callbacks, key=lambda c: c.name):
+            owns[callback.name], effects = callback.react(owns[callback.name], event, view)
+            wishes.extend(effects)
+        return loop.replace(callbacks=owns), wishes
+
+    # --- what follows ---------------------------------------------------------------------------------------------------------
+
+    def _decide(self, loop: LoopState, event: Event, wishes: Sequence[Effect]) -> tuple[LoopState, tuple[Effect, ...]]:
+        status = loop.status
+        out: list[Effect] = []
+        for wish in wishes:
+            if isinstance(wish, Log):
+                status = status.replace(metrics=status.metrics | dict(wish.row))
+                out.append(wish)
+        new = [w for w in wishes if isinstance(w, (Evaluate, Transform)) and w.name not in status.due]
+        stops = [w.reason for w in wishes if isinstance(w, Stop)]
+        save = status.save or any(isinstance(w, Save) for w in wishes)
+        stop = status.stop or (stops[0] if stops else None)
+        due = status.due + tuple(w.name for w in new)
+        status = status.replace(due=due, save=save, stop=stop)
+        if isinstance(event, StepsDone) and event.epoch_end:
+            return loop.replace(status=status), tuple(out)  # EpochDone follows; everything waits for it
+        if isinstance(event, Interrupted):
+            return loop.replace(status=status), (*out, Save(), Stop(event.signal))
+        if due:
+            ask = self._wish(due) if isinstance(event, EpochDone | StepsDone | Started | Resumed) else tuple(new)
+            return loop.replace(status=status), (*out, *ask)
+        if stop is None and self.until.reached(View(loop, self.length)):
+            stop = f"reached {self.until}"
+        status = status.replace(save=False, stop=stop)
+        loop = loop.replace(status=status)
+        if stop is not None:
+            return loop, (*out, Save(), Stop(stop))
+        return loop, (*out, *([Save()] if save else []), self._train(loop))
+
+    def _wish(self, due: Iterable[str]) -> tuple[Effect, ...]:
+        transforms = {c.name for c in self.callbacks if hasattr(c, "transform")}
+        wishes: list[Effect] = [Transform(n) if n in transforms else Evaluate(n) for n in due]
+        return tuple(sorted(wishes, key=lambda w: isinstance(w, Evaluate)))
+
+    def _train(self, loop: LoopState) -> Train:
+        view = View(loop, self.length)
+        horizon = Horizon(LONGEST_BURST) & self.until.horizon(view)
+        if self.length is not None:
+            horizon &= Horizon(self.length - loop.cursor.batch)
+        for callback in self.callbacks:
+            horizon &= callback.horizon(view)
+        return Train(max(horizon.batches or 1, 1), horizon.elapsed)
+
+
+def _fold(sums: dict[str, Any], steps: Sequence[Any]) -> dict[str, Any]:
+    """Add the metrics of each batch to the sums, one after the other: so the sums do not depend on where bursts are cut."""
+    for step in steps:
+        sums = metrics_.merge(sums, step) if sums else dict(step)
+    return sums
+
+
+def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return tuple(n for n in names if n != name)

@@ -1,0 +1,67 @@
+"""Where a run shows itself: loggers for rows, sinks for events. Nothing that goes wrong here ends a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from purestep import loggers
+from purestep.loop.events import Callback, Event, LoopState
+from purestep.loop.resume import applied_steps
+
+
+class EventSink(Protocol):
+    """What a callback with an `open_sink(run_dir)` method returns: it is shown every event, after the machine."""
+
+    def receive(self, event: Event, loop: LoopState) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Outlets:
+    """The loggers and event sinks of a run. One that raises is reported once and then left out."""
+
+    def __init__(self, configs: Sequence[loggers.Logger] | None, run_dir: Path | None) -> None:
+        if configs is None:
+            configs = () if run_dir is None else (loggers.csv(),)
+        self._configs, self._run_dir = tuple(configs), run_dir
+        self._logs: dict[str, Any] = {}
+        self._sinks: dict[str, Any] = {}
+
+    def open(self, callbacks: Sequence[Callback], loop: LoopState, *, resumed: bool) -> None:
+        """Open everything; rows beyond the step that a resumed run begins at are taken back by the loggers."""
+        step = applied_steps(loop) if resumed else None
+        for config in self._configs:
+            self._logs[repr(config)] = config.open(self._run_dir or Path.cwd(), resume_step=step)
+        for callback in callbacks:
+            if hasattr(callback, "open_sink"):
+                self._sinks[callback.name] = callback.open_sink(self._run_dir)
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Write a row to every logger."""
+        self._each(self._logs, lambda sink: sink.log(step, row))
+
+    def event(self, event: Event, loop: LoopState) -> None:
+        """Show an event to every sink."""
+        if self._sinks:
+            self._each(self._sinks, lambda sink: sink.receive(event, loop))
+
+    def _each(self, sinks: dict[str, Any], call: Callable[[Any], None]) -> None:
+        for name, sink in list(sinks.items()):
+            try:
+                call(sink)
+            except Exception as error:
+                del sinks[name]
+                warnings.warn(
+                    f"{name} raised {type(error).__name__}: {error}\n  it is left out from here on; training goes on",
+                    stacklevel=2,
+                )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for group in (self._logs, self._sinks):
+            self._each(group, lambda sink: sink.close())

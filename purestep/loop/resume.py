@@ -1,0 +1,175 @@
+"""Where a run begins: at its beginning, or at a snapshot in its run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from purestep import snapshot
+from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
+from purestep.loop.events import LoopState
+from purestep.loop.machine import Machine
+from purestep.state import TrainState
+
+Resume = Literal["auto", "never", "must"] | int
+
+
+def store_root(run_dir: str | Path) -> Path:
+    """Return the directory of the snapshots of a run."""
+    return Path(run_dir) / "snapshots"
+
+
+def check_resume_argument(resume: Resume) -> None:
+    if resume not in ("auto", "never", "must") and (isinstance(resume, bool) or not isinstance(resume, int)):
+        raise ConfigError(
+            explain(
+                "resume= is 'auto', 'never', 'must', or the number of a snapshot",
+                where=f"resume={resume!r}",
+                instead="resume='auto'   # continue if there is a snapshot, start otherwise",
+            )
+        )
+
+
+def begin(
+    machine: Machine, train: Any, store: snapshot.Store | None, resume: Resume, *, strict: bool = False
+) -> tuple[LoopState, int | None]:
+    """Return the loop to begin with, and the snapshot it comes from (None: from the beginning).
+
+    Raises:
+        ConfigError: `resume` cannot be had.
+        SnapshotError: the snapshots cannot be read, or do not fit the state that was given.
+    """
+    fresh = machine.init(train)
+    steps = [] if store is None else store.steps()
+    if store is None or not steps or resume == "never":
+        if store is not None and steps:
+            raise ConfigError(
+                explain(
+                    "resume='never', but there are snapshots of an earlier run",
+                    where=f"{store.root}: {', '.join(str(s) for s in steps)}",
+                    why="the new run would have to overwrite them",
+                    instead="another run_dir=, or resume='auto' to continue; delete the directory to give the run up",
+                )
+            )
+        if resume not in ("auto", "never"):
+            raise ConfigError(
+                explain(
+                    "there is no snapshot to resume from",
+                    where="run_dir=None" if store is None else f"{store.root}",
+                    instead="resume='auto', which starts at the beginning when there is none",
+                )
+            )
+        return fresh, None
+    wanted = resume if isinstance(resume, int) else None
+    restored = store.restore(
+        like=LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0),  # type: ignore[arg-type]
+        step=wanted,
+        fallback=wanted is None,
+    )
+    _check_threads(store.read_manifest(restored.step), strict)
+    if wanted is not None:
+        store.delete_after(wanted)
+    return _adopt(fresh, restored.value, machine), restored.step
+
+
+def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
+    """Give each callback its stored state; a new callback starts fresh, a removed one is forgotten."""
+    owns = {}
+    for name, own in fresh.callbacks.items():
+        old = stored.callbacks.get(name, own)
+        if type(old) is not type(own):
+            raise TemplateMismatch(
+                explain(
+                    f"the stored state of callback {name!r} is of another kind",
+                    where=f"stored {type(old).__name__}, expected {type(own).__name__}",
+                    why="another callback had this name when the snapshot was taken",
+                    instead="give the callback another name=",
+                )
+            )
+        owns[name] = old
+    wished = tuple(name for name in stored.status.due if name in owns)
+    return stored.replace(callbacks=owns, status=stored.status.replace(due=wished))
+
+
+def _check_threads(manifest: Any, strict: bool) -> None:
+    stored = getattr(manifest, "threads", None)
+    if stored is None or stored == torch.get_num_threads():
+        return
+    text = explain(
+        "this run was saved under another number of intra-op threads, so its bits may differ from here on",
+        where=f"saved with {stored}, now {torch.get_num_threads()}",
+        why="sums inside matmul and LayerNorm depend on the number of threads on a CPU",
+        instead=f"torch.set_num_threads({stored})",
+    )
+    if strict:
+        raise SnapshotError(text)
+    warnings.warn(text, stacklevel=2)
+
+
+def restore(
+    run_dir: str | Path,
+    like: Any,
+    *,
+    step: int | None = None,
+    best: str | None = None,
+    mode: Literal["min", "max"] = "min",
+) -> Any:
+    """Read the train state of a run from its snapshots.
+
+    Args:
+        run_dir: run directory of `fit`.
+        like: a train state of the same structure, shapes and dtypes; `ps.init(model, tx)` makes one.
+        step: which snapshot; the latest by default.
+        best: name of a metric: take the snapshot that is best in it, among those that were kept.
+        mode: whether the smallest or the largest value is best.
+
+    Returns:
+        The train state.
+
+    Raises:
+        ConfigError: both `step` and `best` are given.
+        SnapshotError: there is none, it is damaged, or does not fit `like`.
+    """
+    if step is not None and best is not None:
+        raise ConfigError(explain("restore takes a step or a best metric, not both", where=f"step={step}, best={best!r}"))
+    store = snapshot.Store(store_root(run_dir))
+    if best is not None:
+        step = store.best(best, mode)
+        if step is None:
+            raise SnapshotError(
+                explain(
+                    f"no snapshot knows the metric {best!r}",
+                    where=f"{store.root}: {store.steps()}",
+                    instead="ps.callbacks.snapshots(keep=ps.snapshot.best(metric)) keeps those that are best",
+                )
+            )
+    template = LoopState(like, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
+    return store.restore(like=template, step=step, fallback=step is None).value.train
+
+
+def applied_steps(loop: LoopState) -> int:
+    """Return the x-axis of the logs: `state.step`, or the batches consumed when the train state has no step."""
+    for node in _states(loop.train):
+        return int(node.step)
+    return loop.cursor.batches
+
+
+def _states(train: Any) -> Iterator[TrainState]:
+    if isinstance(train, TrainState):
+        yield train
+    elif isinstance(train, Mapping):
+        for value in train.values():
+            yield from _states(value)
+    elif isinstance(train, (tuple, list)):
+        for value in train:
+            yield from _states(value)
+    elif dataclasses.is_dataclass(train):
+        for field in dataclasses.fields(train):
+            yield from _states(getattr(train, field.name))
+
+

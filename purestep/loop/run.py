@@ -1,0 +1,285 @@
+"""The interpreter: the only impure room of the loop.
+
+It performs the machine's effects (trains, evaluates, saves, logs), reads the clock and the signals, and feeds facts back.
+`Run` is an iterator of events; `purestep.fit` makes and drains it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from purestep import data, loggers, metrics, snapshot
+from purestep.errors import ConfigError, SaveFailed, explain
+from purestep.loop import resume as resume_
+from purestep.loop.cadence import Until
+from purestep.loop.contract import check_returned
+from purestep.loop.events import (
+    Callback,
+    Effect,
+    Evaluate,
+    Evaluated,
+    Event,
+    Failed,
+    Interrupted,
+    Log,
+    LoopState,
+    Resumed,
+    Save,
+    Saved,
+    SaveLost,
+    Started,
+    StepsDone,
+    EpochDone,
+    Stop,
+    Stopped,
+    Ticked,
+    Train,
+    Transform,
+    Transformed,
+)
+from purestep.loop.feed import Feed, device_of
+from purestep.loop.machine import Machine
+from purestep.loop.outlets import Outlets
+from purestep.loop.result import Result
+from purestep.loop.signals import Lock, Signals
+
+StepFn = Callable[[Any, Any], tuple[Any, Any]]
+
+
+class Run:
+    """A run as an iterator of events. Made by `run`; iterate it once.
+
+    Attributes:
+        loop: the whole run in one value, as of the last event.
+        run_dir: the run directory, None without one.
+    """
+
+    loop: LoopState
+
+    def __init__(
+        self,
+        step: StepFn,
+        state: Any,
+        train: Any,
+        *,
+        until: Until,
+        callbacks: Sequence[Callback] = (),
+        loggers: Sequence[loggers.Logger] | None = None,
+        run_dir: str | Path | None = None,
+        resume: resume_.Resume = "auto",
+        on_save_error: Literal["continue", "stop"] = "continue",
+        strict: bool = False,
+    ) -> None:
+        _check_arguments(step, until, on_save_error)
+        resume_.check_resume_argument(resume)
+        self._step, self._given, self._resume, self._strict = step, state, resume, strict
+        self._on_save_error = on_save_error
+        self.run_dir = None if run_dir is None else Path(run_dir).absolute()
+        self._feed = Feed(data.as_source(train), device_of(state))
+        self.callbacks = tuple(callbacks)
+        self._by_name = {c.name: c for c in self.callbacks}
+        self.machine = Machine(self.callbacks, until, self._feed.length)
+        self._outlets = Outlets(loggers, self.run_dir)
+        self._signals = Signals()
+        self._store: snapshot.Store | None = None
+        self._saved: Any = None
+        self._checked = False
+        self.loop = self.machine.init(state)
+        self.reason: str | None = None
+        self._events: Iterator[Event] | None = None
+
+    # --- iterating ------------------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Event]:
+        if self._events is None:
+            self._events = self._run()
+        return self._events
+
+    def __next__(self) -> Event:
+        return next(iter(self))
+
+    def result(self) -> Result:
+        """Return what the run has come to; complete once the iteration is over."""
+        reason = self.reason or "not finished"
+        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop)
+
+    def _run(self) -> Iterator[Event]:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._feed.close)
+            if self.run_dir is not None:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(Lock(self.run_dir))
+                self._store = stack.enter_context(
+                    snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
+                )
+            elif any(hasattr(c, "keep") for c in self.callbacks):
+                raise ConfigError(
+                    explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
+                )
+            self.loop, at = resume_.begin(self.machine, self._given, self._store, self._resume, strict=self._strict)
+            self._given = None
+            self._saved = None if at is None else _position(self.loop)
+            stack.enter_context(self._signals)
+            stack.enter_context(self._outlets)
+            self._outlets.open(self.callbacks, self.loop, resumed=at is not None)
+            try:
+                yield from self._interpret(Started() if at is None else Resumed(at))
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                self._outlets.event(Failed(f"{type(error).__name__}: {error}"), self.loop)
+                raise
+
+    def _interpret(self, first: Event) -> Iterator[Event]:
+        self._start = time.monotonic() - self.loop.elapsed
+        queue: collections.deque[Effect] = collections.deque()
+        yield from self._tell(first, queue)
+        while queue:
+            if self._signals.unread:
+                kept = [e for e in queue if isinstance(e, Log)]
+                queue.clear()
+                queue.extend(kept)
+                yield from self._tell(Interrupted(self._signals.read()), queue)
+            effect = queue.popleft()
+            if isinstance(effect, Stop):
+                yield from self._finish(effect.reason, queue)
+                return
+            for event in self._perform(effect):
+                yield from self._tell(event, queue)
+
+    def _tell(self, event: Event, queue: collections.deque[Effect]) -> Iterator[Event]:
+        self.loop, effects = self.machine.transition(self.loop, event)
+        queue.extend(effects)
+        self._outlets.event(event, self.loop)
+        yield event
+
+    # --- performing effects -----------------------------------------------------------------------------------------------------
+
+    def _perform(self, effect: Effect) -> Iterator[Event]:
+        if isinstance(effect, Train):
+            yield from self._train(effect)
+        elif isinstance(effect, Evaluate):
+            row = self._by_name[effect.name].evaluate(self.loop.train, lambda: self._signals.unread)  # type: ignore[attr-defined]
+            yield Ticked(time.monotonic() - self._start)
+            if row is not None:
+                yield Evaluated(effect.name, row)
+        elif isinstance(effect, Transform):
+            yield Transformed(effect.name, self._by_name[effect.name].transform(self.loop.train))  # type: ignore[attr-defined]
+        elif isinstance(effect, Save):
+            yield from self._save()
+        elif isinstance(effect, Log):
+            self._outlets.log(resume_.applied_steps(self.loop), {"epoch": self.loop.cursor.epoch, **effect.row})
+
+    def _train(self, effect: Train) -> Iterator[Event]:
+        cursor = self.loop.cursor
+        state, seen = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
+        steps = tuple(metrics.to_host([metrics.as_metrics(m, n) if n else m for m, n in seen]))
+        short = len(seen) < effect.n and not self._signals.unread and not self._late(effect.elapsed)
+        end = self._feed.at_end(cursor.batch + len(seen), short)
+        self.loop = self.loop.replace(train=state)
+        yield Ticked(time.monotonic() - self._start)
+        yield StepsDone(len(seen), steps, end)
+        if end:
+            self._feed.end_epoch()
+            yield EpochDone()
+        yield from self._durable()
+
+    def _burst(self, state: Any, batches: Iterator[Any], elapsed: float | None) -> tuple[Any, list[tuple[Any, int]]]:
+        """Train on the batches of one burst. Nothing is read from the device here."""
+        step, signals, deadline = self._step, self._signals, None if elapsed is None else elapsed + self._start
+        seen: list[tuple[Any, int]] = []
+        clock, plain = time.monotonic, None
+        for batch in batches:
+            if not self._checked:
+                returned = step(state, batch)
+                check_returned(step, state, returned)
+                self._checked = True
+                state, values = returned
+            else:
+                state, values = step(state, batch)
+            if plain is None:
+                plain = metrics.are_plain(values)
+            seen.append((values, metrics.sample_count(batch) if plain else 0))
+            if signals.unread or (deadline is not None and clock() >= deadline):
+                break
+        return state, seen
+
+    def _late(self, elapsed: float | None) -> bool:
+        return elapsed is not None and time.monotonic() - self._start >= elapsed
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> Iterator[Event]:
+        if self._store is None or self._saved == _position(self.loop):
+            return
+        loop = self.loop.replace(cursor=self.loop.cursor.replace(loader=self._feed.loader_state()))
+        number = loop.cursor.batches
+        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "stop": loop.status.stop}
+        try:
+            latest = self._store.latest()
+            if latest is not None and latest >= number:
+                # The same position once more, with an evaluation that was cut off before: it takes the place of the other.
+                self._store.wait()
+                self._store.delete_after(number - 1)
+            self._store.save(number, loop, metrics=loop.status.metrics, info=info)
+            self._saved = _position(self.loop)
+        except SaveFailed as error:
+            yield self._lost(error)
+
+    def _durable(self) -> Iterator[Event]:
+        if self._store is None:
+            return
+        try:
+            for number in self._store.poll():
+                yield Saved(number)
+        except SaveFailed as error:
+            yield self._lost(error)
+
+    def _lost(self, error: SaveFailed) -> SaveLost:
+        if self._on_save_error == "stop":
+            raise error
+        self._saved = None
+        warnings.warn(f"{error}\n  training goes on; the next snapshot is tried as planned", stacklevel=2)
+        return SaveLost(str(error))
+
+    def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
+        if self._store is not None:
+            with contextlib.suppress(SaveFailed):
+                self._store.wait()
+            yield from self._durable()
+        self.reason = reason
+        yield from self._tell(Stopped(reason), queue)
+
+
+def _position(loop: LoopState) -> tuple[Any, ...]:
+    """What tells two loop states of one run apart: a snapshot of the same position is not taken twice."""
+    return loop.cursor.batches, loop.cursor.epoch, loop.status.due, loop.status.stop is None
+
+
+def _keep(callbacks: Sequence[Callback]) -> snapshot.Keep:
+    policies = [c.keep for c in callbacks if hasattr(c, "keep")]
+    keep = policies[0] if policies else snapshot.latest(1)
+    for other in policies[1:]:
+        keep = keep | other
+    return keep
+
+
+def _check_arguments(step: Any, until: Any, on_save_error: str) -> None:
+    if not callable(step):
+        raise ConfigError(explain("a step is a function (state, batch) -> (state, metrics)", where=f"step={step!r}"))
+    if not isinstance(until, Until):
+        raise ConfigError(
+            explain(
+                "until= says when the run ends",
+                where=f"until={until!r}",
+                instead="ps.epochs(5), ps.steps(1000), ps.seconds(3600), or a combination: ps.epochs(5) | ps.seconds(3600)",
+            )
+        )
+    if on_save_error not in ("continue", "stop"):
+        raise ConfigError(explain("on_save_error= is 'continue' or 'stop'", where=f"on_save_error={on_save_error!r}"))

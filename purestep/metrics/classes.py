@@ -1,0 +1,98 @@
+"""Metrics of classification: `accuracy` and `confusion`, with the meaning scikit-learn gives them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import MetricError, explain
+from purestep.metrics.kinds import Mean, mean
+from purestep.tree import pytree
+
+
+@pytree
+class Confusion:
+    """Counts of (label, prediction) pairs, from which accuracy and macro-averaged precision, recall and F1 follow.
+
+    Attributes:
+        counts: int64[classes, classes], rows are labels, columns predictions.
+
+    Example:
+        >>> c = confusion(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), torch.tensor([0, 1, 1]))
+        >>> c.counts.tolist(), round(c.compute()["accuracy"], 3)
+        ([[1, 0], [1, 1]], 0.667)
+    """
+
+    counts: Tensor
+
+    def merge(self, other: Confusion) -> Confusion:
+        return Confusion(self.counts + other.counts)
+
+    def compute(self) -> dict[str, float]:
+        counts = self.counts.to(torch.float64)
+        hits, labels, predictions = counts.diagonal(), counts.sum(1), counts.sum(0)
+        seen = labels + predictions > 0  # as scikit-learn has it: a class that occurs on neither side does not count
+        recall, precision = hits / labels.clamp(min=1), hits / predictions.clamp(min=1)
+        f1 = 2 * hits / (labels + predictions).clamp(min=1)
+        return {
+            "accuracy": float(hits.sum() / counts.sum()),
+            "precision": float(precision[seen].mean()),
+            "recall": float(recall[seen].mean()),
+            "f1": float(f1[seen].mean()),
+        }
+
+
+def accuracy(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None, top_k: int = 1) -> Mean:
+    """Share of predictions that hit: the largest logit (or one of the `top_k` largest) is at the label.
+
+    Args:
+        logits: floating [..., classes].
+        labels: integer [...], class indices.
+        ignore_index: labels of this value do not count.
+        top_k: how many of the largest logits may hit.
+
+    Raises:
+        MetricError: the shapes do not fit, or there are fewer than `top_k` classes.
+
+    Example:
+        >>> float(accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])))
+        0.5
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise MetricError(
+            explain(
+                "accuracy needs one label for each row of logits",
+                where=f"logits: {tree.describe(logits)}, labels: {tree.describe(labels)}",
+                instead="logits of shape (..., classes) and labels of shape (...); "
+                "for (N, classes, ...) logits move the classes last: logits.movedim(1, -1)",
+            )
+        )
+    if not 1 <= top_k <= logits.shape[-1]:
+        where = f"top_k={top_k}, logits: {tree.describe(logits)}"
+        raise MetricError(explain("top_k lies between 1 and the number of classes", where=where))
+    if top_k == 1:
+        hits = logits.argmax(-1) == labels
+    else:
+        hits = (logits.topk(top_k, dim=-1).indices == labels.unsqueeze(-1)).any(-1)
+    return mean(hits, None if ignore_index is None else labels != ignore_index)
+
+
+def confusion(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None) -> Confusion:
+    """Count (label, prediction) pairs.
+
+    Args:
+        logits: floating [..., classes].
+        labels: integer [...], class indices.
+        ignore_index: labels of this value do not count.
+
+    Example:
+        >>> confusion(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, -1]), ignore_index=-1).counts.tolist()
+        [[1, 0], [0, 0]]
+    """
+    classes = logits.shape[-1]
+    labels, predictions = labels.reshape(-1).to(torch.int64), logits.argmax(-1).reshape(-1)
+    counted = torch.ones_like(labels) if ignore_index is None else (labels != ignore_index).to(torch.int64)
+    pairs = torch.where(counted == 1, labels, 0) * classes + predictions
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=logits.device)
+    return Confusion(counts.scatter_add(0, pairs, counted).reshape(classes, classes))

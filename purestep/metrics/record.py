@@ -1,0 +1,182 @@
+"""Dicts of metrics: read from what a loss function returned, merged over batches, taken to the host, computed to a row.
+
+Steps call `as_metrics`, the loop the others. Only `to_host` and `compute` read values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import MetricError, explain
+from purestep.metrics.kinds import Metric, mean
+
+
+def sample_count(batch: Any) -> int:
+    """Return the number of samples of a batch: the size of dim 0 of its first leaf that has dims.
+
+    A batch without leaves (None, for a loss that draws its own data) counts as one sample.
+
+    Raises:
+        MetricError: there are leaves, but none has dims.
+
+    Example:
+        >>> sample_count({"image": torch.zeros(32, 8, 8), "label": torch.zeros(32)})
+        32
+    """
+    leaves = tree.leaves(batch)
+    for leaf in leaves:
+        if getattr(leaf, "ndim", 0) > 0:
+            return int(leaf.shape[0])
+    if not leaves:
+        return 1
+    shown = [f"{path}: {tree.describe(x)}" for path, x in zip(tree.paths(batch, "batch"), leaves, strict=True)]
+    raise MetricError(
+        explain(
+            "the batch has no tensor with dims, so its number of samples is unknown",
+            where=", ".join(shown[:5]),
+            instead="let the first dim of the tensors in a batch be the samples",
+        )
+    )
+
+
+def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
+    """Read what a step or loss function returned as metrics: a plain number is a mean over the samples of the batch.
+
+    Args:
+        values: dict of str to a metric, a 0-d tensor, a number, or a tensor of one value a sample.
+        samples: number of samples of the batch, the weight of plain numbers.
+
+    Returns:
+        The same keys with metrics, detached.
+
+    Raises:
+        MetricError: a key is not a string, or a value cannot be a metric; the message names the key.
+
+    Example:
+        >>> m = as_metrics({"loss": torch.tensor(2.0), "tokens": Sum(torch.tensor(7))}, samples=4)
+        >>> float(m["loss"].total), float(m["tokens"])
+        (8.0, 7.0)
+    """
+    if not isinstance(values, Mapping):
+        raise MetricError(
+            explain(
+                f"metrics are a dict of names to values, not {tree.describe(values)}",
+                instead='return loss, {"accuracy": ps.metrics.accuracy(logits, labels)}',
+            )
+        )
+    return {_name(key): _metric(key, value, samples) for key, value in values.items()}
+
+
+def _name(key: Any) -> str:
+    if not isinstance(key, str) or not key:
+        raise MetricError(
+            explain("the name of a metric is a string", where=f"metrics key {key!r} of type {type(key).__name__}")
+        )
+    return key
+
+
+def _metric(key: str, value: Any, samples: int) -> Metric:
+    if isinstance(value, Metric):
+        return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, value)
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] != samples:
+        raise MetricError(
+            explain(
+                f"metric {key!r} is neither one number nor one value a sample",
+                where=f"metrics[{key!r}]: {tree.describe(value)}, samples in the batch: {samples}",
+                instead=f"reduce it: {{{key!r}: value.mean()}}, or say how it merges: ps.metrics.Sum(value.sum())",
+            )
+        )
+    if isinstance(value, (Tensor, int, float)):
+        return mean(value, samples if not isinstance(value, Tensor) or value.ndim == 0 else None)
+    raise MetricError(
+        explain(
+            f"metric {key!r} has no value that can be merged over batches",
+            where=f"metrics[{key!r}]: {type(value).__name__}",
+            instead="a 0-d tensor, a number, or one of ps.metrics.Mean, Sum, Min, Max, Last",
+        )
+    )
+
+
+def are_plain(values: Any) -> bool:
+    """Tell whether a dict of metrics holds plain numbers, which need the number of samples to become metrics."""
+    return not isinstance(values, Mapping) or any(isinstance(v, (Tensor, int, float)) for v in values.values())
+
+
+def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Merge two dicts of metrics of the same names.
+
+    Raises:
+        MetricError: a name is in one of them only.
+    """
+    if a.keys() != b.keys():
+        new, gone = sorted(b.keys() - a.keys()), sorted(a.keys() - b.keys())
+        raise MetricError(
+            explain(
+                "a step returned other metrics than the one before",
+                where="; ".join(
+                    f"{word}: {', '.join(keys)}" for word, keys in (("new", new), ("missing", gone)) if keys
+                ),
+                why="a mean over an epoch needs the metric of every batch",
+                instead="return the same names every time; a metric that does not count for a batch has weight 0",
+            )
+        )
+    return {key: a[key].merge(b[key]) for key in a}
+
+
+def to_host(steps: Sequence[Mapping[str, Metric]]) -> list[dict[str, Metric]]:
+    """Read the metrics of several steps from the device, in one transfer for each leaf position.
+
+    0-d leaves become Python numbers (so that further sums are float64), others CPU tensors.
+    """
+    if not steps:
+        return []
+    first, structure = tree.flatten(dict(steps[0]))
+    rows = [first]
+    for step in steps[1:]:
+        values, other = tree.flatten(dict(step))
+        if other != structure:
+            merge(steps[0], step)
+            raise MetricError(explain("a metric changed its type between two steps", where=f"{structure} and {other}"))
+        rows.append(values)
+    columns = [_column([row[i] for row in rows]) for i in range(len(first))]
+    if not columns:
+        return [{} for _ in steps]
+    return [tree.unflatten(structure, values) for values in zip(*columns, strict=True)]
+
+
+def _column(values: list[Any]) -> Sequence[Any]:
+    if not isinstance(values[0], Tensor):
+        return values
+    stacked = torch.stack(values).cpu() if len(values) > 1 else values[0].unsqueeze(0).cpu()
+    return stacked.tolist() if stacked.ndim == 1 else stacked.unbind()
+
+
+def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]:
+    """Compute each metric to a float; one that computes to a dict gives a row entry for each part.
+
+    Example:
+        >>> compute({"loss": mean(torch.tensor(2.0), 4)}, prefix="val/")
+        {'val/loss': 2.0}
+    """
+    row: dict[str, float] = {}
+    for name, metric in metrics.items():
+        value = metric.compute()
+        parts: Iterable[tuple[str, Any]] = (
+            ((f"{name}/{part}", v) for part, v in value.items()) if isinstance(value, Mapping) else ((name, value),)
+        )
+        for part, number in parts:
+            if isinstance(number, Tensor) and number.numel() != 1:
+                raise MetricError(
+                    explain(
+                        f"metric {name!r} computes to more than one number",
+                        where=tree.describe(number),
+                        instead="let compute() return a number, or a dict of numbers",
+                    )
+                )
+            row[prefix + part] = float(number)
+    return row

@@ -1,0 +1,224 @@
+"""What a gradient transformation is, and how its updates reach the parameters.
+
+Owns `GradientTransformation`, `apply_updates` and the few helpers each transformation calls: reading a learning rate, asking
+for parameters, refusing a tree of another structure. It never loops over leaves itself: `foreach` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim import foreach as fx
+
+Scalar = float | Tensor
+Schedule = Callable[[Any], Any]
+ScalarOrSchedule = Scalar | Schedule
+T = TypeVar("T")
+
+
+@tree.pytree(eq=True)
+class EmptyState:
+    """The state of a transformation that remembers nothing."""
+
+
+class GradientTransformation:
+    """A pure rule that turns gradients into updates, as a frozen value: it prints, compares and pickles.
+
+    Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state they
+    return is a `@pytree` class with named fields, so that its paths read well. They never change what they are given.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word for this transformation in `repr` and in the paths of a chain's state."""
+        return _snake(type(self).__name__)
+
+    def init(self, params: Any) -> Any:
+        """Return the state before the first update, for a pytree of parameters."""
+        return EmptyState()
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        """Return the transformed updates and the next state; the inputs are left as they are.
+
+        Args:
+            updates: gradients, or the updates of the transformation before; a pytree like `params`.
+            state: what `init` or the last `update` returned.
+            params: the current parameters; some transformations need them and say so.
+            **extra: what the caller knows besides: `step=` (0-d int64, updates applied so far: the only clock of
+                schedules), `value=` (the loss), `value_fn=` (params -> loss), ... Unknown ones are passed down.
+        """
+        raise OptimError(explain(f"{type(self).__name__} has no update rule", instead="override `update`"))
+
+    def applied(self, state: Any) -> Tensor | None:
+        """Tell whether the last update was applied, as a 0-d bool tensor; None means that it always is."""
+        return None
+
+    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+        """Return the current values of what a user may want to watch, by name: floats or 0-d tensors."""
+        return {}
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the update of an element depends on that element's own gradient, parameter and state only."""
+        return True
+
+    @property
+    def shard_invariant(self) -> bool:
+        """Whether updating a slice of a parameter gives the bits of that slice of the whole update."""
+        return True
+
+    def __repr__(self) -> str:
+        return f"{self.name}({_arguments(self)})"
+
+
+class Wrapper(GradientTransformation):
+    """A transformation around one `inner`, whose state keeps the inner one in a field `inner`."""
+
+    inner: GradientTransformation
+
+    def applied(self, state: Any) -> Tensor | None:
+        return self.inner.applied(state.inner)
+
+    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+        return self.inner.hyperparams(state.inner, step)
+
+    @property
+    def elementwise(self) -> bool:
+        return self.inner.elementwise
+
+    @property
+    def shard_invariant(self) -> bool:
+        return self.inner.shard_invariant
+
+
+@dataclass_transform(frozen_default=True)
+def transformation(cls: type[T]) -> type[T]:
+    """Make a subclass of `GradientTransformation` a frozen dataclass that keeps the short `repr` of the base."""
+    return dataclasses.dataclass(frozen=True, repr=False)(cls)
+
+
+def apply_updates(params: T, updates: Any) -> T:
+    r"""Return `params + updates`, out of place; each parameter keeps its dtype.
+
+    Args:
+        params: a pytree of tensors.
+        updates: a pytree of the same structure; a wider dtype is added in that dtype and rounded once.
+
+    Raises:
+        OptimError: the two trees differ in structure.
+
+    Example:
+        >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
+        {'w': tensor([1.5000, 0.5000])}
+    """
+    values, treedef = tree.flatten(params)
+    return tree.unflatten(treedef, fx.cast(fx.add(values, same_leaves(updates, treedef, params, "updates")), values))
+
+
+# --- helpers of the transformations -----------------------------------------------------------------------------------
+
+
+def same_leaves(other: Any, treedef: Any, like: Any, what: str) -> list[Tensor]:
+    """Return the leaves of a tree that must match another one leaf by leaf, or say how it does not."""
+    values = tree.leaves(other)
+    if len(values) != treedef.num_leaves:
+        left, right = set(tree.names(like)), set(tree.names(other))
+        odd = sorted(left ^ right)
+        where = f"{odd[0]!r} is only in {'the ' + what if odd[0] in right else 'the other tree'}" if odd else None
+        raise OptimError(
+            explain(
+                f"the {what} have {len(values)} leaves where {treedef.num_leaves} were expected",
+                where=where,
+                why="gradients, parameters and optimizer state must come from the same parameters",
+                instead="opt_state = tx.init(params)   # with the parameters whose gradients you pass to tx.update",
+            )
+        )
+    return values
+
+
+def need_params(params: Any, name: str, why: str = "its update depends on the parameters") -> Any:
+    """Return the parameters, or raise the error that says how to pass them."""
+    if params is None:
+        raise OptimError(
+            explain(
+                f"{name} needs the parameters", why=why, instead="tx.update(grads, opt_state, params, step=state.step)"
+            )
+        )
+    return params
+
+
+def need_step(step: Any, name: str) -> Any:
+    """Return the number of applied updates, or raise the error that says how to pass it."""
+    if step is None:
+        raise OptimError(
+            explain(
+                f"{name} needs the step",
+                why="what it does depends on the number of applied updates, which the train state counts",
+                instead="tx.update(grads, opt_state, params, step=state.step)",
+            )
+        )
+    return step
+
+
+def value_at(value: ScalarOrSchedule, step: Any, name: str = "learning_rate") -> Scalar:
+    """Return a hyperparameter at a step: numbers and tensors are themselves, a schedule is called with the step."""
+    if not callable(value):
+        return value
+    if step is None:
+        raise OptimError(
+            explain(
+                f"{name} is a schedule, and `update` was called without a step",
+                where=f"{name}: {value!r}",
+                why="a schedule reads only the number of applied updates, which the train state counts",
+                instead="tx.update(grads, opt_state, params, step=state.step)",
+            )
+        )
+    result: Scalar = value(step)
+    return result
+
+
+def is_zero(value: Any) -> bool:
+    """Tell whether a hyperparameter is the number 0; a tensor never is, as reading it would wait for the device."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def zeros_like(params: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return a tree of zeros of the parameters' shapes, dtypes and devices."""
+    return tree.map(lambda p: torch.zeros_like(p, dtype=dtype), params)
+
+
+def new_count(params: Any) -> Tensor:
+    """Return a 0-d int64 zero on the device of the parameters."""
+    device = next((p.device for p in tree.leaves(params) if isinstance(p, Tensor)), None)
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def wide(count: Any) -> Tensor:
+    """Return a count in float64, where the device has it, so that bias corrections round only once."""
+    tensor = torch.as_tensor(count)
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def _snake(name: str) -> str:
+    return "".join(("_" + c.lower() if c.isupper() and i else c.lower()) for i, c in enumerate(name))
+
+
+def _arguments(value: Any) -> str:
+    shown = []
+    for field in dataclasses.fields(value):
+        content = getattr(value, field.name)
+        if field.default is not dataclasses.MISSING and _same(content, field.default):
+            continue
+        shown.append(f"{field.name}={content!r}")
+    return ", ".join(shown)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))

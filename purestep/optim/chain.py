@@ -1,0 +1,154 @@
+"""Transformations one after another: `chain`, the composition of the algebra, and `identity`, its neutral element.
+
+A chain is again a transformation. Its state has one attribute per part, named after the part.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep.errors import OptimError, explain
+from purestep.optim.base import GradientTransformation, transformation
+from purestep.optim.parts import parts, parts_class, unique
+
+
+@transformation
+class Identity(GradientTransformation):
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return updates, state
+
+
+def identity() -> GradientTransformation:
+    """Return the transformation that passes updates on as they are.
+
+    Example:
+        >>> identity().update({"w": 1.0}, identity().init({"w": 2.0}))[0]
+        {'w': 1.0}
+    """
+    return Identity()
+
+
+@transformation
+class Chain(GradientTransformation):
+    transforms: tuple[GradientTransformation, ...]
+    names: tuple[str, ...]
+    label: str = "chain"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def init(self, params: Any) -> Any:
+        return parts(self.names, [t.init(params) for t in self.transforms])
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        following = []
+        for transform, name in zip(self.transforms, self.names, strict=True):
+            updates, own = transform.update(updates, _part(state, name, self), params, **extra)
+            following.append(own)
+        return updates, parts(self.names, following)
+
+    def applied(self, state: Any) -> Tensor | None:
+        return all_applied(t.applied(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
+
+    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+        return merged(
+            (n, t.hyperparams(getattr(state, n), step)) for t, n in zip(self.transforms, self.names, strict=True)
+        )
+
+    @property
+    def elementwise(self) -> bool:
+        return all(t.elementwise for t in self.transforms)
+
+    @property
+    def shard_invariant(self) -> bool:
+        return all(t.shard_invariant for t in self.transforms)
+
+    def __repr__(self) -> str:
+        usual = unique([t.name for t in self.transforms])
+        shown = [
+            repr(t) if n == u else f"({n!r}, {t!r})" for t, n, u in zip(self.transforms, self.names, usual, strict=True)
+        ]
+        if self.label != "chain":
+            shown.append(f"name={self.label!r}")
+        return f"chain({', '.join(shown)})"
+
+
+def chain(
+    *transforms: GradientTransformation | tuple[str, GradientTransformation], name: str = "chain"
+) -> GradientTransformation:
+    r"""Apply transformations one after another: the updates of one are the gradients of the next.
+
+    Args:
+        *transforms: transformations, or `(name, transformation)` pairs. A part without a name takes its own: `adam`,
+            `clip_by_global_norm`; when one comes twice, the second is `adam_2`.
+        name: the name of the whole, for use inside another chain.
+
+    Returns:
+        A transformation whose state has one attribute per part.
+
+    Raises:
+        OptimError: a part is not a transformation, or a name is not an identifier or comes twice.
+
+    Example:
+        >>> from purestep import optim, tree
+        >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(3e-4))
+        >>> tx
+        chain(clip_by_global_norm(max_norm=1.0), adamw(learning_rate=0.0003, weight_decay=0.01))
+        >>> tree.paths(tx.init({"w": torch.zeros(2)}), "opt_state")[1]
+        "opt_state.adamw.mu['w']"
+
+    Reference: `optax.chain` and `optax.named_chain`.
+    """
+    given: list[str | None] = []
+    members: list[GradientTransformation] = []
+    for position, item in enumerate(transforms):
+        own, transform = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
+        if not isinstance(transform, GradientTransformation):
+            raise OptimError(
+                explain(
+                    "a part of a chain is not a gradient transformation",
+                    where=f"part {position}: {type(transform).__name__} {transform!r}",
+                    instead="chain(clip_by_global_norm(1.0), adamw(3e-4))   # lift(torch.optim.SGD, lr=0.1) for torch's own",
+                )
+            )
+        given.append(own)
+        members.append(transform)
+    chosen = [n for n in given if n is not None]
+    rest = iter(unique([*chosen, *(t.name for t, n in zip(members, given, strict=True) if n is None)])[len(chosen) :])
+    names = tuple(n if n is not None else next(rest) for n in given)
+    parts_class(names)
+    return Chain(transforms=tuple(members), names=names, label=name)
+
+
+def all_applied(flags: Any) -> Tensor | None:
+    """Combine what parts say about their last update: applied when each says so, None when none of them ever skips."""
+    said = [flag for flag in flags if flag is not None]
+    return reduce(torch.logical_and, said) if said else None
+
+
+def merged(named: Any) -> dict[str, Any]:
+    """Merge the hyperparameters of parts; a name that comes twice is written `part.name` from the second on."""
+    result: dict[str, Any] = {}
+    for part, values in named:
+        for name, value in values.items():
+            result[name if name not in result else f"{part}.{name}"] = value
+    return result
+
+
+def _part(state: Any, name: str, transform: Chain) -> Any:
+    try:
+        return getattr(state, name)
+    except AttributeError:
+        raise OptimError(
+            explain(
+                f"the state has no part {name!r}",
+                where=f"opt_state: {type(state).__name__}",
+                why=f"it was not made by this transformation: {transform!r}",
+                instead="opt_state = tx.init(params)",
+            )
+        ) from None

@@ -1,0 +1,291 @@
+"""Any `torch.optim.Optimizer` class as a pure transformation, third-party ones too.
+
+An update builds the optimizer over copies, gives it the remembered state, lets it step, and reads back what it changed: so
+optimizers that rebind their state are as pure as those that write into it. (`torch.optim.swap_in_optimizer_params_and_state`
+would lose what is rebound.) It is a bridge: our own optimizers are faster, traceable and mappable.
+"""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim import foreach as fx
+from purestep.optim.base import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    need_params,
+    new_count,
+    same_leaves,
+    transformation,
+    value_at,
+)
+from purestep.optim.decay import fixed_filter
+from purestep.optim.masks import by_name
+from purestep.tree import static
+
+Slots = dict[str, dict[str, Tensor]]
+
+
+@tree.pytree
+class LiftedState:
+    """`slots`: the optimizer's per-parameter state, `{key: {parameter: tensor}}`; `groups`: numbers it keeps in its groups.
+
+    `numbers` names the slots that the optimizer keeps as python numbers; `first_differs` says that its first update is not
+    its later update from some initial state.
+    """
+
+    count: Tensor
+    slots: Slots
+    groups: dict[str, dict[str, Tensor]]
+    numbers: tuple[str, ...] = static()
+    first_differs: bool = static()
+
+
+@transformation
+class Lift(GradientTransformation):
+    optimizer: type[torch.optim.Optimizer]
+    learning_rate: ScalarOrSchedule | None = None
+    arguments: tuple[tuple[str, Any], ...] = ()
+    param_groups: tuple[tuple[tuple[str, Any], ...], ...] = ()
+
+    def init(self, params: Any) -> LiftedState:
+        named = by_name(params)
+        with torch.no_grad():
+            initial, group_values, numbers = self._discover(named)
+            differs = self._first_differs(named, initial, group_values, numbers)
+        return LiftedState(new_count(params), initial, group_values, numbers, differs)
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        gs, treedef = tree.flatten(updates)
+        ps = same_leaves(need_params(params, repr(self)), treedef, updates, "params")
+        self._check_context(gs, ps)
+        named, grads = by_name(params), by_name(updates)
+        rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
+        moved, slots, groups = self._stepped(named, grads, state, rate)
+        if state.first_differs:
+            fresh, first, first_groups = self._stepped(named, grads, None, rate)
+            new = state.count == 0
+            moved, slots, groups = tree.select(new, (fresh, first, first_groups), (moved, slots, groups))
+        us = fx.sub([moved[name] for name in named], list(named.values()))
+        following = LiftedState(state.count + 1, slots, groups, state.numbers, state.first_differs)
+        return tree.unflatten(treedef, us), following
+
+    def _check_context(self, gs: list[Tensor], ps: list[Tensor]) -> None:
+        if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+            raise OptimError(
+                explain(
+                    "a lifted torch optimizer cannot be traced or mapped",
+                    where=repr(self),
+                    why="it reads numbers on the host and writes in place, as torch's optimizers do",
+                    instead="one of purestep.optim's own optimizers, or an eager step",
+                )
+            )
+
+    def _stepped(
+        self, named: dict[str, Tensor], grads: dict[str, Tensor], state: LiftedState | None, rate: Any
+    ) -> tuple[dict[str, Tensor], Slots, dict[str, dict[str, Tensor]]]:
+        """Let the optimizer take one step over copies; without a state it is a new optimizer's first step."""
+        copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
+        for name, copy in copies.items():
+            copy.grad = grads[name].detach().to(copy.dtype).clone()
+        optimizer = self._made(copies, rate)
+        if state is not None:
+            for key, values in state.slots.items():
+                for name, value in values.items():
+                    optimizer.state[copies[name]][key] = value.item() if key in state.numbers else value.clone()
+            for index, values in state.groups.items():
+                optimizer.param_groups[int(index)].update({k: v.item() for k, v in values.items()})
+        kept = state.groups if state is not None else {}
+        _step(optimizer)
+        groups = {
+            index: {key: _tensor(optimizer.param_groups[int(index)][key], like) for key, like in values.items()}
+            for index, values in kept.items()
+        }
+        return {n: c.detach() for n, c in copies.items()}, _slots(optimizer, copies), groups
+
+    def _made(self, copies: dict[str, Tensor], rate: Any) -> torch.optim.Optimizer:
+        arguments = dict(self.arguments)
+        if rate is not None:
+            arguments["lr"] = float(rate)
+        members: list[list[Tensor]] = [[] for _ in range(len(self.param_groups) + 1)]
+        for name, copy in copies.items():
+            found = (i for i, group in enumerate(self.param_groups) if tree.matches(dict(group)["params"], name))
+            members[next(found, len(self.param_groups))].append(copy)
+        options = [{k: v for k, v in group if k != "params"} for group in self.param_groups] + [{}]
+        groups = [{"params": m, **o} for m, o in zip(members, options, strict=True) if m]
+        return self.optimizer(groups, **arguments)
+
+    def _discover(self, named: dict[str, Tensor]) -> tuple[Slots, dict[str, dict[str, Tensor]], tuple[str, ...]]:
+        """Find the initial state: what the optimizer first stores under each key, before it writes into it."""
+        copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
+        for copy in copies.values():
+            copy.grad = torch.zeros_like(copy)
+        rate = None if self.learning_rate is None else value_at(self.learning_rate, 0)
+        optimizer = self._made(copies, rate)
+        optimizer.state = defaultdict(_FirstValues)
+        before = [{k: v for k, v in g.items() if _is_number(v)} for g in optimizer.param_groups]
+        _step(optimizer)
+        slots: Slots = {}
+        numbers = []
+        for name, copy in copies.items():
+            for key, value in getattr(optimizer.state.get(copy), "first", {}).items():
+                slots.setdefault(key, {})[name] = _tensor(value, None)
+                if _is_number(value) and key not in numbers:
+                    numbers.append(key)
+        groups = {}
+        for index, (old, group) in enumerate(zip(before, optimizer.param_groups, strict=True)):
+            changed = {k: _tensor(v, None) for k, v in old.items() if group[k] != v}
+            if changed:
+                groups[str(index)] = changed
+        return slots, groups, tuple(numbers)
+
+    def _first_differs(self, named: dict[str, Tensor], slots: Slots, groups: Any, numbers: tuple[str, ...]) -> bool:
+        """Compare a new optimizer's first step with a step from the initial state that was found."""
+        grads = {n: torch.sin(torch.arange(1.0, p.numel() + 1)).reshape(p.shape).to(p) for n, p in named.items()}
+        rate = None if self.learning_rate is None else value_at(self.learning_rate, 0)
+        start = LiftedState(torch.zeros(()), slots, groups, numbers, False)
+        fresh, continued = self._stepped(named, grads, None, rate), self._stepped(named, grads, start, rate)
+        if tree.structure(fresh[1]) != tree.structure(continued[1]) or tree.structure(continued[1]) != tree.structure(
+            slots
+        ):
+            raise OptimError(
+                explain(
+                    "this optimizer's state does not keep its structure from one step to the next",
+                    where=repr(self),
+                    why="a state of another structure cannot be restored, compared or selected",
+                    instead="one of purestep.optim's own optimizers",
+                )
+            )
+        return not tree.equal(fresh[:2], continued[:2])
+
+    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+        return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
+
+    @property
+    def elementwise(self) -> bool:
+        return False
+
+    @property
+    def shard_invariant(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        shown = [f"torch optimizer {self.optimizer.__name__}"]
+        if self.learning_rate is not None:
+            shown.append(f"lr={self.learning_rate!r}")
+        return f"lift({', '.join(shown + [f'{k}={v!r}' for k, v in self.arguments])})"
+
+
+def lift(
+    optimizer: Any,
+    lr: ScalarOrSchedule | None = None,
+    *,
+    param_groups: Sequence[dict[str, Any]] = (),
+    **arguments: Any,
+) -> GradientTransformation:
+    """Make any torch optimizer class a pure transformation.
+
+    Args:
+        optimizer: the class, `torch.optim.ASGD` or a third party's; not an instance.
+        lr: its learning rate: a number, or a schedule of the number of applied updates; None for the class's default.
+        param_groups: torch's param groups, with a filter of dotted names in place of the parameters: `[{"params": "*bias",
+            "weight_decay": 0.0}]`. The first that matches wins; what is left forms a last group.
+        **arguments: the other arguments of the class.
+
+    Returns:
+        A transformation with the state `LiftedState(count, slots, groups)`; `update` needs `params`. It runs eagerly only.
+        Adding its updates gives torch's parameters exactly, unless one more than doubles or halves: then to rounding.
+
+    Raises:
+        OptimError: not an optimizer class, one that needs a closure, or one whose state changes its structure.
+
+    Example:
+        >>> tx = lift(torch.optim.SGD, lr=0.1, momentum=0.9)
+        >>> params = {"w": torch.ones(2)}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates, state.slots["momentum_buffer"]
+        ({'w': tensor([-0.1000, -0.1000])}, {'w': tensor([1., 1.])})
+
+    Reference: `torch.optim.Optimizer`.
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        where, instead = f"{type(optimizer).__name__}", "lift(torch.optim.SGD, lr=0.1, momentum=0.9)"
+        raise OptimError(
+            explain("lift takes the class of a torch optimizer, and its arguments", where=where, instead=instead)
+        )
+    closure = python_inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is python_inspect.Parameter.empty:
+        raise OptimError(
+            explain(
+                f"{optimizer.__name__} needs a closure that evaluates the loss again",
+                why="it decides during a step how often to call it, and keeps lists that grow in its state",
+                instead="optim.lbfgs(), with tx.update(..., value_fn=lambda params: loss)",
+            )
+        )
+    for group in param_groups:
+        if "params" not in group:
+            raise OptimError(
+                explain("a param group has no filter", where=repr(group), instead='{"params": "*bias", "lr": 0.1}')
+            )
+    groups = tuple(tuple((k, fixed_filter(v)) for k, v in group.items()) for group in param_groups)
+    return Lift(optimizer, lr, tuple(arguments.items()), groups)
+
+
+class _FirstValues(dict[str, Any]):
+    """A parameter's state that remembers a copy of what was first stored under each key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self.first and value is not None:
+            self.first[key] = value.detach().clone() if isinstance(value, Tensor) else value
+        super().__setitem__(key, value)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        name = type(optimizer).__name__
+        raise OptimError(
+            explain(f"the lifted {name} failed in its step", why=f"{type(error).__name__}: {error}")
+        ) from error
+
+
+def _slots(optimizer: torch.optim.Optimizer, copies: dict[str, Tensor]) -> Slots:
+    slots: Slots = {}
+    for name, copy in copies.items():
+        for key, value in optimizer.state.get(copy, {}).items():
+            if value is not None:
+                slots.setdefault(key, {})[name] = _tensor(value, None)
+    return slots
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _tensor(value: Any, like: Tensor | None) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if _is_number(value):
+        kind = torch.float64 if isinstance(value, float) else torch.int64
+        return torch.tensor(value, dtype=kind if like is None else like.dtype)
+    raise OptimError(
+        explain(
+            f"an optimizer keeps a {type(value).__name__} in its state",
+            why="only tensors and numbers can be kept by value",
+        )
+    )

@@ -1,0 +1,267 @@
+"""Different rules for different parameters: `partition` by label, `masked` by filter, `freeze`, `set_to_zero`.
+
+Inner transformations see a flat dict of the parameters that are theirs, by dotted name; so their state reads
+`opt_state.partition.head.adamw.mu['head.weight']`. Which leaf is whose is decided from names and structure, on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim.base import GradientTransformation, Wrapper, transformation
+from purestep.optim.chain import all_applied, merged
+from purestep.optim.decay import fixed_filter
+from purestep.optim.parts import parts, parts_class
+
+Labels = Mapping[str, Any] | Callable[[str], str] | Any
+
+
+@transformation
+class SetToZero(GradientTransformation):
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return tree.map(torch.zeros_like, updates), state
+
+
+def set_to_zero() -> GradientTransformation:
+    """Replace updates by zeros; NaNs too.
+
+    Example:
+        >>> set_to_zero().update({"w": torch.tensor([float("nan")])}, None)[0]
+        {'w': tensor([0.])}
+
+    Reference: `optax.set_to_zero`.
+    """
+    return SetToZero()
+
+
+@tree.pytree
+class MaskedState:
+    """`inner`: state of the inner transformation, for the parameters it sees."""
+
+    inner: Any
+
+
+@transformation
+class Masked(Wrapper):
+    inner: GradientTransformation
+    mask: Any
+
+    def init(self, params: Any) -> MaskedState:
+        return MaskedState(self.inner.init(self._seen(params)))
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        seen = None if params is None else self._seen(params)
+        changed, inner = self.inner.update(self._seen(updates), state.inner, seen, **extra)
+        return _put_back(updates, [changed]), MaskedState(inner)
+
+    def _seen(self, values: Any) -> dict[str, Any]:
+        named = by_name(values)
+        if is_filter(self.mask):
+            return {name: x for name, x in named.items() if tree.matches(self.mask, name)}
+        wanted = by_name(self.mask)
+        check_same_names(wanted, named, "mask")
+        return {name: x for name, x in named.items() if wanted[name]}
+
+
+def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
+    """Apply a transformation to some parameters only; the updates of the others pass unchanged.
+
+    Args:
+        inner: the transformation.
+        mask: a filter of dotted names (a glob, a list of globs, a function of the name), or a tree of bools like the
+            parameters.
+
+    Raises:
+        OptimError: a tree of bools has other leaves than the parameters.
+
+    Example:
+        >>> from purestep.optim import scale
+        >>> tx = masked(scale(10.0), "*weight")
+        >>> updates = {"weight": torch.ones(1), "bias": torch.ones(1)}
+        >>> tx.update(updates, tx.init(updates))[0]
+        {'weight': tensor([10.]), 'bias': tensor([1.])}
+
+    Reference: `optax.masked`.
+    """
+    return Masked(inner, fixed_filter(mask))
+
+
+def freeze(mask: Any) -> GradientTransformation:
+    """Set the updates of some parameters to zero.
+
+    Put it last in a chain. An optimizer before it still keeps state for them: `ps.init(..., frozen=...)`, or `partition` with
+    `set_to_zero()`, keeps none.
+
+    Args:
+        mask: as for `masked`.
+
+    Example:
+        >>> tx = freeze("backbone.*")
+        >>> updates = {"backbone.w": torch.ones(1), "head.w": torch.ones(1)}
+        >>> tx.update(updates, tx.init(updates))[0]
+        {'backbone.w': tensor([0.]), 'head.w': tensor([1.])}
+
+    Reference: `optax.freeze`.
+    """
+    return masked(set_to_zero(), mask)
+
+
+@transformation
+class Partition(GradientTransformation):
+    transforms: tuple[GradientTransformation, ...]
+    names: tuple[str, ...]
+    labels: Any
+    label: str = "partition"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def init(self, params: Any) -> Any:
+        groups = self._groups(params)
+        return parts(self.names, [t.init(groups[n]) for t, n in zip(self.transforms, self.names, strict=True)])
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        groups = self._groups(updates)
+        seen = dict.fromkeys(self.names) if params is None else self._groups(params)
+        changed, following = [], []
+        for transform, name in zip(self.transforms, self.names, strict=True):
+            new, own = transform.update(groups[name], getattr(state, name), seen[name], **extra)
+            changed.append(new)
+            following.append(own)
+        return _put_back(updates, changed), parts(self.names, following)
+
+    def _groups(self, values: Any) -> dict[str, dict[str, Any]]:
+        groups: dict[str, dict[str, Any]] = {name: {} for name in self.names}
+        named = by_name(values)
+        find = self._finder(named)
+        for name, leaf in named.items():
+            label = find(name, leaf)
+            if label not in groups:
+                raise OptimError(
+                    explain(
+                        f"a parameter has the label {label!r}, for which there is no transformation",
+                        where=f"{name}: {tree.describe(leaf)}",
+                        why=f"the labels are {list(self.names)}",
+                        instead='give the last label the glob "*", which takes what is left',
+                    )
+                )
+            groups[label][name] = leaf
+        return groups
+
+    def _finder(self, named: dict[str, Any]) -> Callable[[str, Any], Any]:
+        if isinstance(self.labels, MatrixLabels):
+            return self.labels
+        if isinstance(self.labels, tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in self.labels):
+            return lambda name, leaf: next((n for n, f in self.labels if tree.matches(f, name)), None)
+        if callable(self.labels):
+            return lambda name, leaf: self.labels(name)
+        given = by_name(self.labels)
+        check_same_names(given, named, "tree of labels")
+        return lambda name, leaf: given[name]
+
+    def applied(self, state: Any) -> Tensor | None:
+        return all_applied(t.applied(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
+
+    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+        pairs = zip(self.transforms, self.names, strict=True)
+        return merged((n, t.hyperparams(getattr(state, n), step)) for t, n in pairs)
+
+    @property
+    def elementwise(self) -> bool:
+        return all(t.elementwise for t in self.transforms)
+
+    @property
+    def shard_invariant(self) -> bool:
+        return all(t.shard_invariant for t in self.transforms)
+
+
+def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) -> GradientTransformation:
+    """Give each parameter the transformation of its label: torch's param groups, by path.
+
+    Args:
+        transforms: `{label: transformation}`; labels are identifiers.
+        labels: `{label: filter}`, where the first filter that matches a dotted name wins; or a function of the dotted name
+            that returns a label; or a tree of labels like the parameters.
+
+    Returns:
+        A transformation whose state has one attribute per label.
+
+    Raises:
+        OptimError: a label is unknown, or a parameter has none (when its tree is first seen).
+
+    Example:
+        >>> from purestep.optim import sgd
+        >>> tx = partition({"slow": sgd(0.1), "fast": sgd(1.0)}, {"slow": "backbone.*", "fast": "*"})
+        >>> grads = {"backbone.w": torch.ones(1), "head.w": torch.ones(1)}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'backbone.w': tensor([-0.1000]), 'head.w': tensor([-1.])}
+
+    Reference: `optax.partition` (`optax.multi_transform`).
+    """
+    names = tuple(transforms)
+    parts_class(names)
+    for name, transform in transforms.items():
+        if not isinstance(transform, GradientTransformation):
+            raise OptimError(explain("not a gradient transformation", where=f"{name}: {transform!r}"))
+    if isinstance(labels, Mapping) and all(is_filter(f) for f in labels.values()) and set(labels) <= set(names):
+        labels = tuple((name, fixed_filter(f)) for name, f in labels.items())
+    return Partition(tuple(transforms.values()), names, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLabels:
+    """Labels by shape: `matrix` for 2-d parameters that a filter names, `other` for the rest."""
+
+    matrix: str
+    other: str
+    filter: tree.Filter | None = None
+
+    def __call__(self, name: str, leaf: Any) -> str:
+        chosen = leaf.dim() == 2 and (self.filter is None or tree.matches(self.filter, name))
+        return self.matrix if chosen else self.other
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+
+def by_name(values: Any) -> dict[str, Any]:
+    """Return the leaves of a tree as a dict by dotted name."""
+    names = tree.names(values)
+    named = dict(zip(names, tree.leaves(values), strict=True))
+    if len(named) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise OptimError(
+            explain(f"two leaves have the dotted name {twice!r}", why="masks and labels go by dotted name")
+        )
+    return named
+
+
+def is_filter(value: Any) -> bool:
+    """Tell whether a value is a filter of names, rather than a tree of bools or labels."""
+    if isinstance(value, str) or callable(value):
+        return True
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, str) for v in value)
+
+
+def check_same_names(given: dict[str, Any], named: dict[str, Any], what: str) -> None:
+    """Refuse a tree given by the user whose leaves are not those of the parameters."""
+    odd = sorted(set(given) ^ set(named))
+    if odd:
+        where = f"{odd[0]!r} is only in the {what if odd[0] in given else 'parameters'}"
+        raise OptimError(explain(f"the {what} does not have the leaves of the parameters", where=where))
+
+
+def _put_back(updates: Any, changed: list[dict[str, Any]]) -> Any:
+    """Return the updates with some leaves replaced, by dotted name."""
+    named = by_name(updates)
+    for group in changed:
+        named.update(group)
+    return tree.unflatten(tree.structure(updates), list(named.values()))

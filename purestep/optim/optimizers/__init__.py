@@ -1,0 +1,1 @@
+"""Optimizers: one file for each family, each optimizer one function."""

@@ -1,0 +1,143 @@
+"""Adafactor: second moments of a matrix kept as its row and column sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim import foreach as fx
+from purestep.optim.base import (
+    GradientTransformation,
+    ScalarOrSchedule,
+    is_zero,
+    need_params,
+    new_count,
+    same_leaves,
+    transformation,
+    value_at,
+    wide,
+)
+from purestep.optim.decay import add_decay, fixed_filter
+from purestep.optim.scale import checked_rate
+
+
+@tree.pytree
+class AdafactorState:
+    """`row`, `column`: averages of squared gradients over the last and the last but one dim; `full`: for vectors.
+
+    Each is a tree like the parameters; a tensor that does not need one has an empty tensor there.
+    """
+
+    count: Tensor
+    row: Any
+    column: Any
+    full: Any
+
+
+@transformation
+class Adafactor(GradientTransformation):
+    learning_rate: ScalarOrSchedule = 1e-2
+    beta2_decay: float = -0.8
+    eps: tuple[float | None, float] = (None, 1e-3)
+    d: float = 1.0
+    weight_decay: ScalarOrSchedule = 0.0
+    mask: tree.Filter | None = None
+
+    def init(self, params: Any) -> AdafactorState:
+        empty = lambda p: p.new_zeros(0)  # noqa: E731
+        return AdafactorState(
+            new_count(params),
+            tree.map(lambda p: torch.zeros_like(p[..., :1]) if p.dim() > 1 else empty(p), params),
+            tree.map(lambda p: torch.zeros_like(p[..., :1, :]) if p.dim() > 1 else empty(p), params),
+            tree.map(lambda p: empty(p) if p.dim() > 1 else torch.zeros_like(p), params),
+        )
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        gs, treedef = tree.flatten(updates)
+        ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
+        memory = [same_leaves(getattr(state, n), treedef, updates, n) for n in ("row", "column", "full")]
+        count, rate = state.count + 1, value_at(self.learning_rate, step)
+        t = wide(count)
+        rho = torch.minimum(torch.as_tensor(rate, device=t.device).to(t.dtype), 1 / t**0.5)
+        weight = t**self.beta2_decay
+        leaves = zip(fx.cast(gs, ps), ps, *memory, strict=True)
+        results = [self._leaf(g, p, row, column, full, rho, weight) for g, p, row, column, full in leaves]
+        us, rows, columns, fulls = (list(column) for column in zip(*results, strict=True)) if results else ([],) * 4
+        if not is_zero(self.weight_decay):
+            decay = value_at(self.weight_decay, step, "weight_decay")
+            us = add_decay(us, ps, -rate * decay, mask=self.mask, like=updates)
+        trees = [tree.unflatten(treedef, xs) for xs in (rows, columns, fulls)]
+        return tree.unflatten(treedef, us), AdafactorState(count, *trees)
+
+    def _leaf(
+        self, g: Tensor, p: Tensor, row: Tensor, column: Tensor, full: Tensor, rho: Tensor, weight: Tensor
+    ) -> tuple[Tensor, ...]:
+        eps1 = torch.finfo(p.dtype).eps if self.eps[0] is None else self.eps[0]
+        share = weight.to(g.dtype)
+        if g.dim() > 1:
+            row = torch.lerp(row, torch.linalg.vector_norm(g, dim=-1, keepdim=True).square() / g.shape[-1], share)
+            column = torch.lerp(column, torch.linalg.vector_norm(g, dim=-2, keepdim=True).square() / g.shape[-2], share)
+            estimate = (row @ column) / row.mean(dim=-2, keepdim=True).clamp(min=eps1)
+        else:
+            full = torch.lerp(full, g * g, share)
+            estimate = full
+        step = estimate.clamp(min=eps1 * eps1).rsqrt() * g
+        rms = torch.linalg.vector_norm(step).to(rho.dtype) / (max(step.numel(), 1) ** 0.5 * self.d)
+        size = torch.linalg.vector_norm(p).to(rho.dtype) / max(p.numel(), 1) ** 0.5
+        alpha = size.clamp(min=self.eps[1]) * rho / rms.clamp(min=1.0)
+        return step * -alpha.to(step.dtype), row, column, full
+
+    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+        return {"learning_rate": value_at(self.learning_rate, step)}
+
+    @property
+    def elementwise(self) -> bool:
+        return False
+
+
+def adafactor(
+    learning_rate: ScalarOrSchedule = 1e-2,
+    beta2_decay: float = -0.8,
+    *,
+    eps: tuple[float | None, float] = (None, 1e-3),
+    d: float = 1.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: tree.Filter | None = None,
+) -> GradientTransformation:
+    r"""Adafactor: Adam's second moment at the cost of a row and a column for each matrix, and steps relative to the weights.
+
+    $u = -\alpha_t \, g / \sqrt{\hat V} / \max(1, \mathrm{rms}(\cdot) / d)$ with $\hat V = r c^\top / \bar r$,
+    $\alpha_t = \max(\epsilon_2, \mathrm{rms}(w)) \min(\eta, 1 / \sqrt t)$.
+
+    Args:
+        learning_rate: $\eta$, the largest relative step.
+        beta2_decay: the averages decay with $1 - t^{\text{beta2\_decay}}$.
+        eps: smallest variance (by default the machine epsilon of the dtype) and smallest scale of the weights.
+        d: limit of the root mean square of a step.
+        weight_decay: decoupled decay.
+        mask: which parameters decay.
+
+    Returns:
+        A transformation with the state `AdafactorState(count, row, column, full)`. The last two dims are factored.
+
+    Example:
+        >>> tx = adafactor(0.5)
+        >>> params = {"w": torch.ones(2, 3)}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["w"][0], tuple(state.row["w"].shape)
+        (tensor([-0.5000, -0.5000, -0.5000]), (2, 1))
+
+    Reference: Shazeer and Stern, 2018 <https://arxiv.org/abs/1804.04235>; `torch.optim.Adafactor`.
+    """
+    if len(eps) != 2 or d < 1.0 or beta2_decay > 0:
+        where = f"{eps=}, {d=}, {beta2_decay=}"
+        raise OptimError(
+            explain("adafactor needs two eps, d >= 1 and beta2_decay <= 0", where=where, instead="adafactor(0.01)")
+        )
+    return Adafactor(checked_rate(learning_rate), beta2_decay, (eps[0], eps[1]), d, weight_decay, fixed_filter(mask))

@@ -1,0 +1,316 @@
+"""Adam and what differs from it by a line: adamw, amsgrad, the bare direction `scale_by_adam`.
+
+One transformation holds the moments, the learning rate and the decoupled decay, so that an update makes few passes over the
+memory. Moments and updates follow `torch.optim.Adam(foreach=True)` to the bit in float32 and float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim import foreach as fx
+from purestep.optim.base import (
+    GradientTransformation,
+    Scalar,
+    ScalarOrSchedule,
+    is_zero,
+    need_params,
+    new_count,
+    same_leaves,
+    transformation,
+    value_at,
+    wide,
+    zeros_like,
+)
+from purestep.optim.decay import add_decay, fixed_filter
+from purestep.optim.optimizers.fused import fused_adam
+from purestep.optim.scale import checked_rate
+
+
+@tree.pytree
+class AdamState:
+    """`mu`, `nu`: moving averages of the gradient and its square, like the parameters; `count`: updates so far."""
+
+    count: Tensor
+    mu: Any
+    nu: Any
+
+
+@tree.pytree
+class AmsgradState:
+    """As `AdamState`, with `nu_max`: the largest `nu` so far."""
+
+    count: Tensor
+    mu: Any
+    nu: Any
+    nu_max: Any
+
+
+@transformation
+class Adam(GradientTransformation):
+    learning_rate: ScalarOrSchedule | None = None
+    b1: Scalar = 0.9
+    b2: Scalar = 0.999
+    eps: Scalar = 1e-8
+    eps_root: Scalar = 0.0
+    weight_decay: ScalarOrSchedule = 0.0
+    mask: tree.Filter | None = None
+    nesterov: bool = False
+    amsgrad: bool = False
+    fused: bool = False
+    mu_dtype: torch.dtype | None = None
+    label: str = "adam"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def init(self, params: Any) -> Any:
+        count, mu, nu = new_count(params), zeros_like(params, self.mu_dtype), zeros_like(params)
+        return AmsgradState(count, mu, nu, zeros_like(params)) if self.amsgrad else AdamState(count, mu, nu)
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        gs, treedef = tree.flatten(updates)
+        mu = same_leaves(state.mu, treedef, updates, "first moments")
+        nu = same_leaves(state.nu, treedef, updates, "second moments")
+        top = same_leaves(state.nu_max, treedef, updates, "largest second moments") if self.amsgrad else None
+        gs = fx.cast(gs, nu)
+        count = state.count + 1
+        rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
+        if self.fused and fx.plain(gs, mu, nu):
+            us, mu, nu, top = self._fused(gs, mu, nu, top, count, rate)
+        else:
+            us, mu, nu, top = self._foreach(gs, mu, nu, top, count, rate)
+        if not is_zero(self.weight_decay):
+            ps = same_leaves(need_params(params, f"{self.name} with weight decay"), treedef, updates, "params")
+            decay = value_at(self.weight_decay, step, "weight_decay")
+            us = add_decay(us, ps, decay * (1.0 if rate is None else -rate), mask=self.mask, like=updates, reuse=True)
+        trees = [tree.unflatten(treedef, xs) for xs in (us, mu, nu, top) if xs is not None]
+        return trees[0], (AmsgradState if self.amsgrad else AdamState)(count, *trees[1:])
+
+    def _foreach(self, gs: Any, mu: Any, nu: Any, top: Any, count: Tensor, rate: Any) -> tuple[Any, ...]:
+        """The moments, then the descent; the order of operations is that of torch's foreach implementation."""
+        mu = fx.lerp(mu, fx.cast(gs, mu), 1 - self.b1)
+        nu = fx.average_of_squares(nu, gs, self.b2)
+        if top is not None:
+            top = fx.maximum(top, nu)
+        t = wide(count)
+        largest = nu if top is None else top
+        root = fx.sqrt(largest) if is_zero(self.eps_root) else fx.sqrt(fx.add(largest, self.eps_root), reuse=True)
+        denom = fx.add(fx.div(root, torch.sqrt(1 - self.b2**t), reuse=True), self.eps, reuse=True)
+        sign = 1.0 if rate is None else -rate
+        moment = fx.cast(mu, nu)
+        if not self.nesterov:
+            us = fx.mul(moment, sign / (1 - self.b1**t))
+        else:
+            us = fx.mul(moment, sign * self.b1 / (1 - self.b1 ** (t + 1)))
+            us = fx.add(us, gs, alpha=sign * (1 - self.b1) / (1 - self.b1**t), reuse=True)
+        return fx.div(us, denom, reuse=True), mu, nu, top
+
+    def _fused(self, gs: Any, mu: Any, nu: Any, top: Any, count: Tensor, rate: Any) -> tuple[Any, ...]:
+        mu, nu = [m.clone() for m in mu], [n.clone() for n in nu]
+        top = None if top is None else [m.clone() for m in top]
+        b1, b2, eps = (float(x) for x in (self.b1, self.b2, self.eps))
+        return fused_adam(gs, mu, nu, top, count, rate=rate, b1=b1, b2=b2, eps=eps), mu, nu, top
+
+    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+        return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
+
+    @property
+    def shard_invariant(self) -> bool:
+        return not self.fused
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(f", label={self.label!r}", "").replace(f"label={self.label!r}", "")
+
+
+def adam(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    *,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    nesterov: bool = False,
+    mu_dtype: torch.dtype | None = None,
+    fused: bool = False,
+) -> GradientTransformation:
+    r"""Adam: steps scaled by moving averages of the gradient and of its square.
+
+    $m \leftarrow \beta_1 m + (1 - \beta_1) g$, $v \leftarrow \beta_2 v + (1 - \beta_2) g^2$,
+    $u = -\eta \, \hat m / (\sqrt{\hat v + \bar\epsilon} + \epsilon)$ with $\hat m = m / (1 - \beta_1^t)$, $\hat v = v / (1 - \beta_2^t)$.
+
+    Args:
+        learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root.
+        eps_root: added under the root, to the uncorrected second moment; for differentiating through the update.
+        nesterov: use Nesterov's form of the first moment (`optax.nadam`).
+        mu_dtype: dtype of the first moment; by default that of each parameter.
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same bits
+            for a shard as for the whole (`shard_invariant` is False).
+
+    Returns:
+        A transformation with the state `AdamState(count, mu, nu)`.
+
+    Raises:
+        OptimError: a hyperparameter is out of range, or `fused` goes with what the kernel cannot do.
+
+    Example:
+        >>> tx = adam(0.1)
+        >>> grads = {"w": torch.tensor([0.5, -2.0])}
+        >>> updates, state = tx.update(grads, tx.init(grads))
+        >>> updates
+        {'w': tensor([-0.1000,  0.1000])}
+
+    Reference: Kingma and Ba, 2015 <https://arxiv.org/abs/1412.6980>; `torch.optim.Adam`. For L2 regularisation put
+    `add_decayed_weights` before it; for decoupled decay use `adamw`.
+    """
+    return _checked(
+        Adam(checked_rate(learning_rate), b1, b2, eps, eps_root, nesterov=nesterov, fused=fused, mu_dtype=mu_dtype)
+    )
+
+
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    *,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    weight_decay: ScalarOrSchedule = 1e-2,
+    mask: tree.Filter | None = None,
+    nesterov: bool = False,
+    mu_dtype: torch.dtype | None = None,
+    fused: bool = False,
+) -> GradientTransformation:
+    r"""Adam with decoupled weight decay: $u = u_\mathrm{Adam} - \eta \lambda w$.
+
+    Args:
+        learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root.
+        eps_root: added under the root.
+        weight_decay: $\lambda$, multiplied by the learning rate; torch's default.
+        mask: which parameters decay, by dotted name: a glob, a list of globs, or a function of the name. All by default.
+        nesterov: use Nesterov's form of the first moment (`optax.nadamw`).
+        mu_dtype: dtype of the first moment; by default that of each parameter.
+        fused: as for `adam`.
+
+    Returns:
+        A transformation with the state `AdamState(count, mu, nu)`.
+
+    Raises:
+        OptimError: as for `adam`.
+
+    Example:
+        >>> tx = adamw(0.1, weight_decay=0.5, mask="*weight")
+        >>> params = {"bias": torch.tensor([1.0]), "weight": torch.tensor([1.0])}
+        >>> grads = {"bias": torch.tensor([1.0]), "weight": torch.tensor([1.0])}
+        >>> tx.update(grads, tx.init(params), params)[0]
+        {'bias': tensor([-0.1000]), 'weight': tensor([-0.1500])}
+
+    Reference: Loshchilov and Hutter, 2019 <https://arxiv.org/abs/1711.05101>; `torch.optim.AdamW`, which applies the decay to the
+    parameters before the step instead of adding it to the update: equal up to rounding.
+    """
+    rate, filter = checked_rate(learning_rate), fixed_filter(mask)
+    return _checked(
+        Adam(rate, b1, b2, eps, eps_root, weight_decay, filter, nesterov, False, fused, mu_dtype, label="adamw")
+    )
+
+
+def amsgrad(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    *,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: tree.Filter | None = None,
+    fused: bool = False,
+) -> GradientTransformation:
+    r"""Adam whose step never grows: it divides by the largest second moment so far.
+
+    $v_{\max} \leftarrow \max(v_{\max}, v)$, $u = -\eta \, \hat m / (\sqrt{v_{\max} / (1 - \beta_2^t)} + \epsilon)$.
+
+    Args:
+        learning_rate: as for `adam`, like `b1`, `b2`, `eps` and `fused`.
+        weight_decay: decoupled decay, as in `adamw`.
+        mask: which parameters decay.
+
+    Example:
+        >>> tx = amsgrad(0.1)
+        >>> grads = {"w": torch.tensor([0.5])}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'w': tensor([-0.1000])}
+
+    Reference: Reddi et al., 2018 <https://openreview.net/forum?id=ryQu7f-RZ>; `torch.optim.Adam(amsgrad=True)`.
+    """
+    rate, filter = checked_rate(learning_rate), fixed_filter(mask)
+    return _checked(Adam(rate, b1, b2, eps, 0.0, weight_decay, filter, amsgrad=True, fused=fused, label="amsgrad"))
+
+
+def scale_by_adam(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    *,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    nesterov: bool = False,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    r"""Adam's direction $\hat m / (\sqrt{\hat v} + \epsilon)$, without a learning rate and uphill.
+
+    Example:
+        >>> tx = scale_by_adam()
+        >>> tx.update({"w": torch.tensor([4.0])}, tx.init({"w": torch.zeros(1)}))[0]
+        {'w': tensor([1.0000])}
+
+    Reference: `optax.scale_by_adam`.
+    """
+    return _checked(Adam(None, b1, b2, eps, eps_root, nesterov=nesterov, mu_dtype=mu_dtype, label="scale_by_adam"))
+
+
+def scale_by_amsgrad(b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8) -> GradientTransformation:
+    """AMSGrad's direction, without a learning rate and uphill; see `amsgrad`.
+
+    Example:
+        >>> tx = scale_by_amsgrad()
+        >>> tx.update({"w": torch.tensor([4.0])}, tx.init({"w": torch.zeros(1)}))[0]
+        {'w': tensor([1.0000])}
+    """
+    return _checked(Adam(None, b1, b2, eps, amsgrad=True, label="scale_by_amsgrad"))
+
+
+def check_betas(owner: str, **betas: Scalar) -> None:
+    """Refuse decay rates outside [0, 1); tensors are taken as they are, since reading them would wait for the device."""
+    for name, value in betas.items():
+        if not isinstance(value, Tensor) and not 0.0 <= value < 1.0:
+            raise OptimError(
+                explain(
+                    f"{owner}: {name} must be in [0, 1)", where=f"{name}={value!r}", why="it is the decay of an average"
+                )
+            )
+
+
+def _checked(tx: Adam) -> Adam:
+    check_betas(tx.label, b1=tx.b1, b2=tx.b2)
+    unfit = tx.nesterov or tx.mu_dtype is not None or not is_zero(tx.eps_root)
+    if tx.fused and (unfit or any(isinstance(x, Tensor) for x in (tx.b1, tx.b2, tx.eps))):
+        raise OptimError(
+            explain(
+                "the fused kernel takes b1, b2 and eps as numbers, and neither nesterov, eps_root nor mu_dtype",
+                where=repr(tx),
+                instead=f"{tx.label}(1e-3)   # without fused=True",
+            )
+        )
+    return tx

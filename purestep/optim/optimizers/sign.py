@@ -1,0 +1,200 @@
+"""Optimizers that follow signs: lion, rprop, sign_sgd."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim import foreach as fx
+from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation
+from purestep.optim.chain import chain
+from purestep.optim.decay import add_decayed_weights
+from purestep.optim.optimizers.adam import check_betas
+from purestep.optim.rule import Memory, Rule
+from purestep.optim.scale import scale, scale_by_learning_rate
+
+
+@transformation
+class ScaleBySign(GradientTransformation):
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        xs, treedef = tree.flatten(updates)
+        return tree.unflatten(treedef, fx.sign(xs)), state
+
+
+def scale_by_sign() -> GradientTransformation:
+    """Replace each element by its sign; what is not finite becomes NaN.
+
+    Example:
+        >>> scale_by_sign().update({"w": torch.tensor([-3.0, 0.0])}, None)[0]
+        {'w': tensor([-1.,  0.])}
+
+    Reference: `optax.scale_by_sign`.
+    """
+    return ScaleBySign()
+
+
+def sign_sgd(learning_rate: ScalarOrSchedule) -> GradientTransformation:
+    r"""Signs of gradients: $u = -\eta \, \mathrm{sign}(g)$.
+
+    Example:
+        >>> tx = sign_sgd(0.1)
+        >>> tx.update({"w": torch.tensor([-3.0, 2.0])}, tx.init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([ 0.1000, -0.1000])}
+
+    Reference: Bernstein et al., 2018 <https://arxiv.org/abs/1802.04434>; `optax.sign_sgd`.
+    """
+    return chain(scale_by_sign(), scale_by_learning_rate(learning_rate), name="sign_sgd")
+
+
+@transformation
+class ScaleByLion(Rule):
+    memory: ClassVar[tuple[str, ...]] = ("mu",)
+    b1: Scalar = 0.9
+    b2: Scalar = 0.99
+
+    def direction(self, gs: list[Tensor], memory: Memory, t: Tensor, ps: list[Tensor]) -> tuple[list[Tensor], Memory]:
+        us = fx.sign(fx.lerp(memory["mu"], gs, 1 - self.b1))
+        return us, {"mu": fx.lerp(memory["mu"], gs, 1 - self.b2)}
+
+
+def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> GradientTransformation:
+    r"""Lion's direction $\mathrm{sign}(\beta_1 m + (1 - \beta_1) g)$.
+
+    Example:
+        >>> tx = scale_by_lion()
+        >>> tx.update({"w": torch.tensor([-3.0, 0.5])}, tx.init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([-1.,  1.])}
+
+    Reference: `optax.scale_by_lion`.
+    """
+    check_betas("scale_by_lion", b1=b1, b2=b2)
+    return ScaleByLion(b1, b2)
+
+
+def lion(
+    learning_rate: ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    *,
+    b2: Scalar = 0.99,
+    weight_decay: ScalarOrSchedule = 1e-3,
+    mask: tree.Filter | None = None,
+) -> GradientTransformation:
+    r"""Lion: signs of an interpolated momentum, with decoupled weight decay.
+
+    $u = -\eta (\mathrm{sign}(\beta_1 m + (1 - \beta_1) g) + \lambda w)$, $m \leftarrow \beta_2 m + (1 - \beta_2) g$.
+
+    Args:
+        learning_rate: $\eta$, usually 3 to 10 times smaller than AdamW's.
+        b1: weight of the momentum in the step.
+        b2: decay of the momentum.
+        weight_decay: $\lambda$, multiplied by the learning rate.
+        mask: which parameters decay.
+
+    Example:
+        >>> tx = lion(0.1, weight_decay=0.0)
+        >>> grads = {"w": torch.tensor([-3.0, 0.5])}
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        {'w': tensor([ 0.1000, -0.1000])}
+
+    Reference: Chen et al., 2023 <https://arxiv.org/abs/2302.06675>; `optax.lion`.
+    """
+    return chain(
+        scale_by_lion(b1, b2),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+        name="lion",
+    )
+
+
+@transformation
+class ScaleByRprop(Rule):
+    memory: ClassVar[tuple[str, ...]] = ("prev", "step_size")
+    learning_rate: Scalar
+    eta_minus: float = 0.5
+    eta_plus: float = 1.2
+    min_step_size: float = 1e-6
+    max_step_size: float = 50.0
+
+    def initial(self, name: str, param: Tensor) -> Tensor:
+        start = torch.zeros_like(param)
+        return start if name == "prev" else start + torch.as_tensor(self.learning_rate).to(param.dtype)
+
+    def direction(self, gs: list[Tensor], memory: Memory, t: Tensor, ps: list[Tensor]) -> tuple[list[Tensor], Memory]:
+        agreement = fx.mul(gs, memory["prev"])
+        sizes = [
+            torch.where(a > 0, s * self.eta_plus, torch.where(a < 0, s * self.eta_minus, s)).clamp(
+                self.min_step_size, self.max_step_size
+            )
+            for a, s in zip(agreement, memory["step_size"], strict=True)
+        ]
+        kept = [torch.where(a < 0, torch.zeros_like(g), g) for a, g in zip(agreement, gs, strict=True)]
+        return fx.mul(fx.sign(kept), sizes, reuse=True), {"prev": kept, "step_size": sizes}
+
+
+def scale_by_rprop(
+    learning_rate: Scalar,
+    eta_minus: float = 0.5,
+    *,
+    eta_plus: float = 1.2,
+    min_step_size: float = 1e-6,
+    max_step_size: float = 50.0,
+) -> GradientTransformation:
+    """Rprop's direction, uphill; see `rprop`.
+
+    Example:
+        >>> tx = scale_by_rprop(0.1)
+        >>> tx.update({"w": torch.tensor([-3.0, 0.5])}, tx.init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([-0.1000,  0.1000])}
+
+    Reference: `optax.scale_by_rprop`.
+    """
+    if callable(learning_rate):
+        raise OptimError(
+            explain(
+                "rprop takes no schedule as its learning rate",
+                where=f"learning_rate={learning_rate!r}",
+                why="it is only the first step size of each weight; the weights' own steps grow and shrink from there",
+                instead="rprop(0.01)",
+            )
+        )
+    return ScaleByRprop(learning_rate, eta_minus, eta_plus, min_step_size, max_step_size)
+
+
+def rprop(
+    learning_rate: Scalar,
+    eta_minus: float = 0.5,
+    *,
+    eta_plus: float = 1.2,
+    min_step_size: float = 1e-6,
+    max_step_size: float = 50.0,
+) -> GradientTransformation:
+    """Resilient backpropagation: each weight has its own step, which grows while the sign of its gradient stays the same.
+
+    For full batches: it looks at signs of gradients only.
+
+    Args:
+        learning_rate: the first step size of every weight.
+        eta_minus: factor of the step when the sign changes; that update is skipped.
+        eta_plus: factor of the step when the sign stays.
+        min_step_size: smallest step.
+        max_step_size: largest step.
+
+    Raises:
+        OptimError: the learning rate is a schedule.
+
+    Example:
+        >>> tx = rprop(0.1)
+        >>> grads = {"w": torch.tensor([-3.0, 0.5])}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'w': tensor([ 0.1000, -0.1000])}
+
+    Reference: Riedmiller and Braun, 1993; `torch.optim.Rprop`.
+    """
+    rule = scale_by_rprop(
+        learning_rate, eta_minus, eta_plus=eta_plus, min_step_size=min_step_size, max_step_size=max_step_size
+    )
+    return chain(rule, scale(-1.0), name="rprop")

@@ -1,0 +1,87 @@
+"""Any `torch.optim.lr_scheduler` as a schedule: the scheduler is run once over a dummy, its values become a table."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep.errors import OptimError, explain
+from purestep.optim.schedules.base import ScheduleBase, schedule
+
+
+@schedule
+class TableSchedule(ScheduleBase):
+    """A value for each step; the last one stays.
+
+    Example:
+        >>> [TableSchedule((1.0, 0.5))(step) for step in (0, 1, 9)]
+        [1.0, 0.5, 0.5]
+    """
+
+    values: tuple[float, ...]
+    source: str = ""
+
+    def at(self, t: Tensor) -> Tensor:
+        index = t.to(torch.int64).clamp(0, len(self.values) - 1)
+        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None:
+            # A tracer must see the table as a constant of the graph, not as a tensor from elsewhere.
+            return torch.tensor(self.values, dtype=t.dtype, device=t.device)[index]
+        return _table(self.values, t.dtype, t.device)[index]
+
+    def __repr__(self) -> str:
+        return self.source or f"TableSchedule({len(self.values)} values)"
+
+
+@functools.lru_cache(maxsize=32)
+def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def lift_scheduler(scheduler: Any, base_lr: float, *, total_steps: int, **arguments: Any) -> TableSchedule:
+    """Make any torch scheduler class a schedule.
+
+    Args:
+        scheduler: the class, `torch.optim.lr_scheduler.StepLR` or a third party's; or a function of an optimizer that
+            returns a scheduler, for `SequentialLR` and `ChainedScheduler`.
+        base_lr: the learning rate that the scheduler starts from.
+        total_steps: how many steps to tabulate; after them the last value stays.
+        **arguments: the other arguments of the class.
+
+    Raises:
+        OptimError: the scheduler needs a metric, or cannot be run.
+
+    Example:
+        >>> lr = lift_scheduler(torch.optim.lr_scheduler.StepLR, 1.0, total_steps=9, step_size=3, gamma=0.5)
+        >>> [lr(step) for step in (0, 3, 6)]
+        [1.0, 0.5, 0.25]
+
+    Reference: `torch.optim.lr_scheduler`. The commonest have names of their own here, without a table: `optim.StepLR(1.0, 3)`.
+    """
+    name = getattr(scheduler, "__name__", repr(scheduler))
+    if isinstance(scheduler, type) and issubclass(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        why = "its value depends on the metrics of the run, not on the step alone"
+        raise OptimError(
+            explain(f"{name} is not a schedule", why=why, instead="optim.reduce_on_plateau(0.1, patience=10)")
+        )
+    if total_steps < 1:
+        raise OptimError(explain("there is no step to tabulate", where=f"{total_steps=}", instead="total_steps=10_000"))
+    optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=base_lr)
+    values = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            running = scheduler(optimizer, **arguments)
+            for _ in range(total_steps):
+                values.append(float(optimizer.param_groups[0]["lr"]))
+                optimizer.step()
+                running.step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        # A scheduler of a fixed length (OneCycleLR) ends with an error; its last value stays, as for all of them.
+        if not values or "total steps" not in str(error):
+            raise OptimError(explain(f"{name} cannot be run", where=f"{arguments}", why=str(error))) from error
+    shown = "".join(f", {k}={v!r}" for k, v in arguments.items())
+    return TableSchedule(tuple(values), f"lift_scheduler({name}, {base_lr!r}, total_steps={total_steps}{shown})")

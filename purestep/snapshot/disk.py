@@ -1,0 +1,112 @@
+"""Directories that appear whole or not at all, and that survive a power cut.
+
+It owns temporary names, fsync, the rename that commits, and removal. It knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+MARK = ".purestep-tmp-"  # in the name of everything that is not, or no longer, a snapshot
+_numbers = itertools.count()
+_active: set[Path] = set()  # temporary directories that this process is writing
+
+
+def begin(root: Path, name: str) -> Path:
+    """Make and return a new temporary directory under an existing root."""
+    path = root / f"{name}{MARK}{os.getpid()}-{next(_numbers)}"
+    _active.add(path)
+    try:
+        path.mkdir()
+    except OSError:
+        _active.discard(path)
+        raise
+    return path
+
+
+def make_root(root: Path) -> None:
+    """Make a directory and its parents, durably."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        fsync(path.parent)
+
+
+def write(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files, by their relative names."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def fsync(path: Path) -> None:
+    """Force a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Force all that lies under a directory to the disk, files before the directories that name them."""
+    for parent, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            fsync(Path(parent, name))
+        fsync(Path(parent))
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Make a temporary directory the final one, in one step that is durable on return."""
+    fsync_tree(temporary)
+    os.rename(temporary, final)
+    _active.discard(temporary)
+    fsync(final.parent)
+
+
+def abandon(temporary: Path) -> None:
+    """Remove a temporary directory, as far as the disk lets us."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    _active.discard(temporary)
+
+
+def remove(directory: Path) -> None:
+    """Remove a committed directory so that no half of it can ever be taken for a whole."""
+    with contextlib.suppress(FileNotFoundError):
+        trash = set_aside(directory)
+        fsync(directory.parent)
+        abandon(trash)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename something to a temporary name that the next writer removes."""
+    trash = path.with_name(f"{path.name}{MARK}{os.getpid()}-{next(_numbers)}")
+    _active.add(trash)
+    os.rename(path, trash)
+    return trash
+
+
+def clean(root: Path) -> None:
+    """Remove what dead writers left in a root. Only the one writer of that root may call it."""
+    for path in root.glob(f"*{MARK}*"):
+        if path not in _active:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_space(root: Path, nbytes: int) -> None:
+    """Refuse to begin what cannot fit.
+
+    Raises:
+        OSError: ENOSPC, with both numbers.
+    """
+    free = shutil.disk_usage(root).free
+    if free < nbytes:
+        import errno
+
+        raise OSError(errno.ENOSPC, f"{nbytes / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free", str(root))

@@ -1,0 +1,186 @@
+"""What a snapshot says about itself: step, metrics, environment, structure, leaves and checksums.
+
+Three sealed JSON files: `meta/data.json` (small, read to list), `meta/tree.json` (structure and leaves) and
+`parts/<rank>/spec` (where the bytes of each leaf are). A seal is a checksum over the exact text; `data.json` also seals
+the other two. Nothing read here is ever used as a path or as code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.backends.cpu
+
+from purestep.errors import CorruptSnapshot, SnapshotError, explain
+from purestep.snapshot.codec import JSON, Leaf
+from purestep.snapshot.pack import Piece, checksum
+
+FORMAT = 1
+DATA, TREE, SPEC = "meta/data.json", "meta/tree.json", "parts/0/spec"
+_OPEN, _MIDDLE, _CLOSE = b'{"checksum": "', b'", "body": ', b"}\n"
+
+
+@dataclass(frozen=True)
+class Header:
+    """The small part of a manifest: all that listing and preservation policies need.
+
+    Attributes:
+        step: the step the snapshot was saved under.
+        metrics: as given to `save`.
+        info: as given to `save`.
+        digest: `purestep.tree.digest` of the saved tree.
+        created: seconds since the epoch.
+        environment: versions, thread count, CPU capability, deterministic flags, world size: what bits depend on.
+        keep: repr of the preservation policy of the writer.
+        seals: checksum of each of the other files.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    info: Mapping[str, JSON]
+    digest: str
+    created: float = 0.0
+    environment: Mapping[str, JSON] = field(default_factory=dict)
+    keep: str = ""
+    seals: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest(Header):
+    """All that a snapshot says about itself, without the arrays.
+
+    Attributes:
+        structure: the nodes of the tree as JSON, referring to leaves by index.
+        leaves: path, kind, dtype, shape of each leaf, and the text of Python leaves.
+        pieces: place, size and xxh3 of the bytes of each leaf that has any, in order of the leaves.
+    """
+
+    structure: JSON = None
+    leaves: Sequence[Leaf] = ()
+    pieces: Sequence[Piece] = ()
+
+
+def environment() -> dict[str, JSON]:
+    """Return what the bits of a run depend on besides its inputs."""
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "world_size": 1,
+    }
+
+
+def now() -> float:
+    """Return the wall-clock time that a new snapshot records."""
+    return time.time()
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def dump(manifest: Manifest) -> dict[str, bytes]:
+    """Return the content of each file of a manifest, by its place in the snapshot."""
+    files = {
+        TREE: seal({"structure": manifest.structure, "leaves": [leaf.to_json() for leaf in manifest.leaves]}),
+        SPEC: seal({"pieces": [list(piece) for piece in manifest.pieces]}),
+    }
+    head = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "created": manifest.created,
+        "digest": manifest.digest,
+        "metrics": {name: _number(value) for name, value in manifest.metrics.items()},
+        "info": dict(manifest.info),
+        "environment": dict(manifest.environment),
+        "keep": manifest.keep,
+        "seals": {name: checksum(content) for name, content in files.items()},
+    }
+    return {**files, DATA: seal(head)}
+
+
+def seal(body: JSON) -> bytes:
+    """Return JSON text that carries the checksum of itself.
+
+    Example:
+        >>> unseal(seal({"a": 1}), "meta/data.json")
+        {'a': 1}
+    """
+    text = json.dumps(body, separators=(",", ":")).encode("ascii")
+    return _OPEN + checksum(text).encode("ascii") + _MIDDLE + text + _CLOSE
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else repr(value)  # NaN and infinity are no JSON
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def unseal(content: bytes, name: str) -> JSON:
+    """Return the body of sealed text.
+
+    Raises:
+        CorruptSnapshot: the text is not what was sealed.
+    """
+    start = len(_OPEN) + 16 + len(_MIDDLE)
+    text = content[start : -len(_CLOSE)]
+    if content != _OPEN + checksum(text).encode("ascii") + _MIDDLE + text + _CLOSE:
+        why = "its text does not match the checksum in it: it was truncated, changed, or is of another program"
+        raise CorruptSnapshot(explain("a file of the snapshot is corrupt", where=name, why=why))
+    return json.loads(text)
+
+
+def read_header(directory: Path) -> Header:
+    """Read what lists a snapshot.
+
+    Raises:
+        CorruptSnapshot: the file is missing, unreadable or not what was written.
+        SnapshotError: it was written in a format that this version does not know.
+    """
+    head = unseal(_read(directory, DATA), str(directory / DATA))
+    if head["format"] != FORMAT:
+        what = f"the snapshot is of format {head['format']}, this version of purestep reads format {FORMAT}"
+        raise SnapshotError(explain(what, where=str(directory), instead="read it with the version that wrote it"))
+    metrics = {name: float(value) for name, value in head["metrics"].items()}
+    return Header(**{key: value for key, value in head.items() if key != "format"} | {"metrics": metrics})
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read everything but the arrays.
+
+    Raises:
+        CorruptSnapshot: a file is missing, unreadable or not what was written.
+    """
+    head = read_header(directory)
+    bodies = {}
+    for name in (TREE, SPEC):
+        content = _read(directory, name)
+        if checksum(content) != head.seals.get(name):
+            why = f"it is not the file that {DATA} was written with"
+            raise CorruptSnapshot(explain("a file of the snapshot is corrupt", where=str(directory / name), why=why))
+        bodies[name] = unseal(content, str(directory / name))
+    leaves = [Leaf.from_json(row) for row in bodies[TREE]["leaves"]]
+    pieces = [Piece(*row) for row in bodies[SPEC]["pieces"]]
+    known: dict[str, Any] = {name: getattr(head, name) for name in Header.__dataclass_fields__}
+    return Manifest(**known, structure=bodies[TREE]["structure"], leaves=leaves, pieces=pieces)
+
+
+def _read(directory: Path, name: str) -> bytes:
+    try:
+        return (directory / name).read_bytes()
+    except OSError as error:
+        what = "a file of the snapshot cannot be read"
+        raise CorruptSnapshot(explain(what, where=str(directory / name), why=str(error.strerror or error))) from error

@@ -1,0 +1,177 @@
+"""Leaves <-> the few flat arrays that go to disk, each leaf with its own checksum.
+
+Large leaves are arrays of their own, small ones lie side by side in arenas: thousands of tiny files would cost more
+than their bytes. It owns dtypes and checksums; it never touches a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import torch
+
+from purestep.errors import CorruptSnapshot, explain
+from purestep.snapshot.codec import Leaf, show
+
+SMALL = 1 << 20  # bytes below which a leaf goes into an arena
+ARENA = 32 << 20  # bytes after which the next arena is begun
+ARRAY_NAME = re.compile(r"arena-\d+|\d+-[\w%-]*", re.ASCII)
+_NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
+_STANDARD = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
+_MINI_FLOAT = re.compile(r"bfloat16|float8_\w+")
+_HASH_THREADS = 4
+
+
+class Piece(NamedTuple):
+    """Where the bytes of one leaf are: which array, from which byte, how many, and their xxh3."""
+
+    array: str
+    offset: int
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Flat arrays by name, and one piece for each leaf that has bytes, in order of the leaves."""
+
+    arrays: dict[str, np.ndarray]
+    pieces: list[Piece]
+
+
+def checksum(data: bytes | np.ndarray) -> str:
+    """Return the xxh3 (64 bit) of some bytes, in hex."""
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(data)  # type: ignore[arg-type]
+
+
+def pack(leaves: Sequence[Leaf], contents: Sequence[np.ndarray]) -> Packed:
+    """Lay leaves out in arrays.
+
+    Args:
+        leaves: the leaves that have bytes.
+        contents: uint8[nbytes] of each, contiguous; large ones are not copied.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    pieces: list[Piece] = []
+    arena: list[np.ndarray] = []
+    filled = number = 0
+    sums = _in_threads(checksum, contents)
+    for index, (leaf, content, total) in enumerate(zip(leaves, contents, sums, strict=True)):
+        if content.nbytes >= SMALL:
+            name = array_name(index, leaf.path)
+            arrays[name] = _typed(content, leaf)
+            pieces.append(Piece(name, 0, content.nbytes, total))
+            continue
+        if filled >= ARENA:
+            arrays[f"arena-{number}"] = np.concatenate(arena)
+            arena, filled, number = [], 0, number + 1
+        name = f"arena-{number}" if content.nbytes else ""
+        pieces.append(Piece(name, filled, content.nbytes, total))
+        arena.append(content)
+        filled += content.nbytes
+    if filled:
+        arrays[f"arena-{number}"] = np.concatenate(arena)
+    return Packed(arrays, pieces)
+
+
+def array_name(index: int, path: str) -> str:
+    """Return the name of a large leaf's array: unique, and safe as the name of a file.
+
+    Example:
+        >>> array_name(3, ".params['0/../weight']")
+        '3-params%5B%270%2F%2E%2E%2Fweight%27%5D'
+    """
+    return f"{index}-" + quote(show(path), safe="").replace(".", "%2E").replace("~", "%7E")[:150]
+
+
+def _typed(content: np.ndarray, leaf: Leaf) -> np.ndarray:
+    """View bytes as the dtype that other readers of the array expect; as bytes where numpy has no such dtype."""
+    if leaf.kind == "tensor":
+        dtype: Any = _numpy_name(leaf.dtype)
+    else:
+        dtype = np.dtype(leaf.dtype) if np.dtype(leaf.dtype).isnative else None
+    return content if dtype is None else content.view(dtype).reshape(leaf.shape)
+
+
+def _numpy_name(name: str) -> Any:
+    if _STANDARD.fullmatch(name):
+        return np.dtype(name)
+    if _MINI_FLOAT.fullmatch(name):  # only these: 4-bit types of ml_dtypes do not keep every bit of a byte
+        import ml_dtypes  # comes with Orbax
+
+        return np.dtype(getattr(ml_dtypes, name))
+    return None
+
+
+def unpack(
+    leaves: Sequence[Leaf], pieces: Sequence[Piece], arrays: Mapping[str, np.ndarray], *, verify: bool
+) -> list[Any]:
+    """Return the tensor (on the CPU), array or scalar of each leaf that has bytes.
+
+    Raises:
+        CorruptSnapshot: names the leaves whose bytes are missing or are not the bytes that were saved.
+    """
+    flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
+    contents = [_slice(flat, leaf, piece) for leaf, piece in zip(leaves, pieces, strict=True)]
+    if verify:
+        sums = _in_threads(checksum, contents)
+        wrong = [leaf for leaf, piece, total in zip(leaves, pieces, sums, strict=True) if total != piece.checksum]
+        if wrong:
+            where = "\n".join(f"{show(leaf.path)}: {leaf}" for leaf in wrong[:10])
+            where += f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            why = "their checksums are not those of the manifest: the bytes changed after they were saved"
+            raise CorruptSnapshot(explain("stored leaves are corrupt", where=where, why=why))
+    return [materialize(leaf, content) for leaf, content in zip(leaves, contents, strict=True)]
+
+
+def _slice(flat: Mapping[str, np.ndarray], leaf: Leaf, piece: Piece) -> np.ndarray:
+    if piece.nbytes == 0:
+        return np.empty(0, np.uint8)
+    array = flat.get(piece.array)
+    whole = array is not None and array.nbytes == piece.nbytes
+    if array is None or piece.offset < 0 or array.nbytes < piece.offset + piece.nbytes:
+        what = "the bytes of a leaf are missing"
+        raise CorruptSnapshot(explain(what, where=f"{show(leaf.path)}: {leaf}, in array {piece.array!r}"))
+    # A slice of an arena is copied, so that no leaf keeps the whole arena alive or shares its storage.
+    return array if whole and array.flags.writeable else array[piece.offset : piece.offset + piece.nbytes].copy()
+
+
+def materialize(leaf: Leaf, content: np.ndarray) -> Any:
+    """View uint8[nbytes] as the tensor, array or scalar that a leaf describes. Nothing is copied.
+
+    Raises:
+        CorruptSnapshot: the bytes cannot be of that dtype and shape.
+    """
+    try:
+        if leaf.kind == "tensor":
+            dtype = getattr(torch, leaf.dtype)
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"torch.{leaf.dtype} is not a dtype")
+            host = torch.from_numpy(content) if content.size else torch.empty(0, dtype=torch.uint8)
+            return host.view(dtype).reshape(leaf.shape)
+        if not _NUMPY_DTYPE.fullmatch(leaf.dtype):
+            raise TypeError(f"{leaf.dtype!r} is not a dtype that snapshots hold")
+        array = content.view(np.dtype(leaf.dtype)).reshape(leaf.shape)
+        return array[()] if leaf.kind == "scalar" else array
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        where = f"{show(leaf.path)}: {leaf.dtype}{list(leaf.shape)} from {content.nbytes} bytes"
+        raise CorruptSnapshot(explain("a leaf cannot be rebuilt", where=where, why=str(error))) from error
+
+
+def _in_threads(function: Callable[[np.ndarray], str], items: Iterable[np.ndarray]) -> list[str]:
+    """Map over arrays; the large ones in threads, because hashing them releases the GIL."""
+    items = list(items)
+    large = [i for i, item in enumerate(items) if item.nbytes >= SMALL]
+    found: dict[int, str] = {}
+    if len(large) > 1:
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            found = dict(zip(large, pool.map(lambda i: function(items[i]), large), strict=True))
+    return [found[i] if i in found else function(item) for i, item in enumerate(items)]

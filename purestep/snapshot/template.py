@@ -1,0 +1,227 @@
+"""A stored structure held against a user's template, and the tree built from both.
+
+It says where a snapshot and a template differ before any array is read, and puts the leaves back together. It never
+imports a module and never calls a constructor that a snapshot names: classes come from the template or are registered.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from purestep import tree
+from purestep.errors import TemplateMismatch, explain
+from purestep.snapshot.codec import JSON, Leaf, children, dtype_name, is_namedtuple, kind_of, show
+
+_SHOWN = 40
+_NOTHING = object()
+Values = Callable[[int, "torch.device | None"], Any]  # (index of the leaf, device of the template's tensor) -> the leaf
+
+
+def check(structure: JSON, leaves: list[Leaf], template: Any) -> None:
+    """Refuse a snapshot that does not fit a template; `...` in the template fits whatever is stored.
+
+    Raises:
+        TemplateMismatch: lists every difference with its path: shape, dtype, missing, extra, other node type.
+
+    Example:
+        >>> check(0, [Leaf("", "tensor", "float32", (3,))], torch.empty(3, device="meta"))
+        >>> check(0, [Leaf("", "tensor", "float32", (3,))], torch.zeros(4))
+        Traceback (most recent call last):
+        purestep.errors.TemplateMismatch: the snapshot does not fit what was asked for
+          where:   the root: stored float32[3], template float32[4]
+          instead: pass like= a tree of the stored structure, with ... for each part that may come as it is stored
+    """
+    checker = _Checker(leaves)
+    checker.node(structure, template, "")
+    if checker.found:
+        lines = checker.found[:_SHOWN]
+        if len(checker.found) > _SHOWN:
+            lines.append(f"and {len(checker.found) - _SHOWN} more")
+        what = "the snapshot does not fit what was asked for"
+        instead = "pass like= a tree of the stored structure, with ... for each part that may come as it is stored"
+        raise TemplateMismatch(explain(what, where="\n".join(lines), instead=instead))
+
+
+class _Checker:
+    def __init__(self, leaves: list[Leaf]) -> None:
+        self.leaves = leaves
+        self.found: list[str] = []
+
+    def differ(self, path: str, text: str) -> None:
+        self.found.append(f"{show(path)}: {text}")
+
+    def node(self, stored: JSON, template: Any, path: str) -> None:
+        if template is ...:
+            self.buildable(stored, path)
+            return
+        parts = None if isinstance(template, torch.Tensor) else children(template, path)
+        if isinstance(stored, int) and parts is None:
+            self.leaf(self.leaves[stored], template, path)
+        elif parts is None or not _same_node(stored, parts[0]):
+            self.differ(path, f"stored {self.describe(stored)}, template {_describe_template(template)}")
+        else:
+            self.items(stored, dict(parts[1]), path)
+
+    def leaf(self, stored: Leaf, template: Any, path: str) -> None:
+        kind = kind_of(template)
+        asked = f"a leaf of type {type(template).__qualname__}"
+        if kind == "tensor":
+            asked = str(Leaf(path, kind, dtype_name(template.dtype), tuple(template.shape)))
+        elif kind in ("array", "scalar"):
+            asked = str(Leaf(path, kind, template.dtype.str, template.shape))
+        elif kind is not None:
+            asked = kind
+        if stored.kind != kind or str(stored) != asked or (kind == "array" and stored.dtype != template.dtype.str):
+            self.differ(path, f"stored {stored}, template {asked}")
+
+    def items(self, stored: JSON, asked: dict[str, Any], path: str) -> None:
+        if stored is None:
+            return
+        have = dict(zip(stored_paths(stored, path), stored["items"], strict=True))
+        for where, item in have.items():
+            if where in asked:
+                self.node(item, asked[where], where)
+            else:
+                self.differ(where, f"stored {self.describe(item)}, missing in the template")
+        for where, template in asked.items():
+            if where not in have:
+                self.differ(where, f"not stored, template {_describe_template(template)}")
+
+    def buildable(self, stored: JSON, path: str) -> None:
+        if stored is None or isinstance(stored, int):
+            return
+        if stored["node"] in ("namedtuple", "defaultdict"):
+            name = stored.get("class", stored["node"])
+            self.differ(path, f"a {name} comes back only through a template, because a snapshot holds no code")
+        elif stored["node"] == "pytree":
+            self.registered(stored, path)
+        for where, item in zip(stored_paths(stored, path), stored["items"], strict=True):
+            self.buildable(item, where)
+
+    def registered(self, stored: JSON, path: str) -> None:
+        name, fields = stored["class"], stored["fields"]
+        cls = tree.node_class(name)
+        if cls is None:
+            module = name.rpartition(".")[0]
+            self.differ(path, f"a {name}, which no imported module registers; import {module} first, or pass like=")
+        elif (tuple(fields), tuple(stored["static"])) != tree.node_fields(cls):
+            now = tree.node_fields(cls)
+            self.differ(path, f"{name} was stored with fields {fields} and {list(stored['static'])}, and has {now} now")
+        for field, value in stored["static"].items():
+            if opaque := _opaque(value):
+                self.differ(
+                    f"{path}.{field}", f"a static {opaque}, which is no JSON; pass like= so that it comes from there"
+                )
+
+    def describe(self, stored: JSON) -> str:
+        if isinstance(stored, int):
+            return str(self.leaves[stored])
+        return _describe_head(stored)
+
+
+def stored_paths(stored: JSON, path: str) -> list[str]:
+    """Return the path of each child of a stored node, as `purestep.tree.paths` prints it."""
+    if "keys" in stored:
+        return [f"{path}[{key!r}]" for key in stored["keys"]]
+    if "fields" in stored:
+        return [f"{path}.{field}" for field in stored["fields"]]
+    return [f"{path}[{i}]" for i in range(len(stored["items"]))]
+
+
+def _same_node(stored: JSON, head: JSON) -> bool:
+    if not isinstance(stored, dict) or head is None:
+        return stored is None and head is None
+    # A class may have moved to another module (a script is `__main__` when run and a module when imported).
+    last = [str(node.get("class", "")).rpartition(".")[2] for node in (stored, head)]
+    return stored["node"] == head["node"] and last[0] == last[1]
+
+
+def _describe_head(head: JSON) -> str:
+    if head is None:
+        return "None"
+    return f"a {head['class']}" if "class" in head else f"a {head['node']}"
+
+
+def _describe_template(template: Any) -> str:
+    if template is ...:
+        return "..."
+    if isinstance(template, torch.Tensor) or kind_of(template) is not None:
+        return tree.describe(template)
+    parts = children(template, "")
+    return f"a {type(template).__qualname__}" if parts is None else _describe_head(parts[0])
+
+
+def _opaque(value: JSON) -> str | None:
+    if isinstance(value, dict):
+        if "opaque" in value:
+            return str(value["opaque"])
+        parts = list(value.get("tuple", value.get("dict", {}).values() if "dict" in value else []))
+    else:
+        parts = value if isinstance(value, list) else []
+    return next((found for part in parts if (found := _opaque(part))), None)
+
+
+def _static_value(value: JSON) -> Any:
+    if isinstance(value, list):
+        return [_static_value(v) for v in value]
+    if isinstance(value, dict):
+        if "tuple" in value:
+            return tuple(_static_value(v) for v in value["tuple"])
+        return {key: _static_value(v) for key, v in value["dict"].items()}
+    return value
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def build(stored: JSON, template: Any, values: Values) -> Any:
+    """Put a checked structure, the nodes of a template and the leaves together."""
+    if isinstance(stored, int):
+        return values(stored, _device(template))
+    if stored is None:
+        return None
+    asked: dict[str, Any] = {} if template is ... else dict(children(template, "")[1])  # type: ignore[index]
+    have = dict(zip(stored_paths(stored, ""), stored["items"], strict=True))
+    items = {where: build(item, asked.get(where, ...), values) for where, item in have.items()}
+    if "keys" in stored:
+        named = dict(zip(have, stored["keys"], strict=True))
+        order = asked if asked else have  # the template's order of keys wins, like its classes and static fields
+        return _mapping(stored["node"], template, [(named[where], items[where]) for where in order])
+    return _sequence_or_record(stored, template, list(items.values()))
+
+
+def _device(template: Any) -> torch.device | None:
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if not isinstance(template, torch.Tensor) or (fake is not None and isinstance(template, fake.FakeTensor)):
+        return None
+    return None if template.device.type in ("cpu", "meta") else template.device
+
+
+def _mapping(node: str, template: Any, pairs: list[tuple[str | int, Any]]) -> Any:
+    if node == "defaultdict":
+        return defaultdict(template.default_factory, pairs)
+    return OrderedDict(pairs) if node == "OrderedDict" else dict(pairs)
+
+
+def _sequence_or_record(stored: JSON, template: Any, items: list[Any]) -> Any:
+    node, given = stored["node"], template is not ...
+    if node == "list":
+        return items
+    if node == "tuple":
+        return tuple(items)
+    if node == "deque":
+        return deque(items, maxlen=template.maxlen if given else stored["maxlen"])
+    if node == "namedtuple" and is_namedtuple(type(template)):
+        return type(template)._make(items)
+    fields = dict(zip(stored["fields"], items, strict=True))
+    if given:
+        static = {name: getattr(template, name) for name in tree.node_fields(type(template))[1]}
+        return tree.node_build(type(template), fields | static)
+    static = {name: _static_value(value) for name, value in stored["static"].items()}
+    cls: Any = tree.node_class(stored["class"])
+    return tree.node_build(cls, fields | static)

@@ -1,0 +1,244 @@
+"""`TrainState`: all that a training step reads and writes, in one immutable pytree.
+
+Owns the state, its construction (`init`), the one way to advance it (`apply_gradients`) and the way back to a module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random as python_random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from purestep import random, tree
+from purestep.errors import StepError, explain
+from purestep.functional import Definition, Slots, slots
+from purestep.optim.base import GradientTransformation, apply_updates
+from purestep.tree import Filter, pytree, static
+
+
+@pytree
+class TrainState:
+    """All that a step reads and writes. Extend it by subclassing with `@ps.pytree`, or use any pytree of several.
+
+    Attributes:
+        step: int64[], updates applied so far; the only counter that schedules read.
+        params: trained parameters by name.
+        buffers: everything else of the module by name: BatchNorm statistics, frozen parameters, tables.
+        opt_state: state of the gradient transformation.
+        rng: int64[2] key. Never advanced: fold `step` into it.
+        loss_scale: state of a loss scale, None without one.
+        model: the module without its weights. It belongs to the structure and is not a leaf.
+    """
+
+    step: Tensor
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    opt_state: Any
+    rng: Tensor
+    loss_scale: Any = None
+    model: Definition | None = static(default=None)
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the state with some fields changed."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        unknown = changes.keys() - self.__dict__.keys()
+        if unknown:
+            fields = ", ".join(self.__dict__)
+            raise StepError(explain(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}", where=f"fields: {fields}"))
+        new.__dict__.update(changes)
+        return new
+
+    def apply_gradients(
+        self, tx: GradientTransformation, grads: Any, *, buffers: Mapping[str, Tensor] | None = None, **extra: Any
+    ) -> Self:
+        """Return the state after one update.
+
+        A transformation that skips updates (`optim.apply_if_finite`) leaves params, its inner state, buffers and `step` as
+        they are when it skips.
+
+        Args:
+            tx: the transformation whose `init` made `opt_state`.
+            grads: gradients, of the structure of `params`.
+            buffers: buffers after the forward pass; unchanged by default.
+            **extra: passed to `tx.update`, besides `step`.
+
+        Raises:
+            StepError: gradients of another structure than the params.
+        """
+        if tree.structure(grads) != tree.structure(self.params):
+            tree.map(lambda a, b: None, self.params, grads)
+        with torch.no_grad():
+            updates, opt_state = tx.update(grads, self.opt_state, self.params, step=self.step, **extra)
+            params = apply_updates(self.params, updates)
+            applied = tx.applied(opt_state)
+            buffers = self.buffers if buffers is None else dict(buffers)
+            if applied is None:
+                step = self.step + 1
+            else:
+                step = self.step + applied.to(self.step.dtype)
+                buffers = tree.select(applied, buffers, self.buffers)
+        return self.replace(step=step, params=params, buffers=buffers, opt_state=opt_state)
+
+    def _repr_html_(self) -> str:
+        from purestep import notebook
+
+        return notebook.show(self)._repr_html_()
+
+
+def init(
+    model: nn.Module | Callable[[], nn.Module],
+    tx: GradientTransformation,
+    *,
+    seed: int = 0,
+    frozen: Filter | None = None,
+    device: torch.device | str | None = None,
+) -> TrainState:
+    """Make the first state of a run.
+
+    Args:
+        model: a module, whose weights are copied; or a function (a module class, say) that makes one: it is called under
+            `seed`, so that the weights are a function of the seed alone, whatever was drawn before.
+        tx: gradient transformation.
+        seed: integer in [0, 2**64). The key of all randomness of the run.
+        frozen: path filter (a glob, several, or a function of the name) of parameters that are not trained. They get no
+            gradient and no optimizer state and live in `state.buffers`. Parameters with `requires_grad=False` are frozen too.
+        device: where the state lives; by default where the module is.
+
+    Returns:
+        TrainState at step 0. The module is not changed, and later changes to it do not reach the state.
+
+    Raises:
+        StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that matches
+            nothing.
+
+    Example:
+        >>> from purestep import optim
+        >>> state = init(lambda: nn.Linear(3, 2), optim.sgd(0.1), seed=0)
+        >>> {name: tuple(p.shape) for name, p in state.params.items()}
+        {'weight': (2, 3), 'bias': (2,)}
+    """
+    rng = random.key(seed)
+    if not isinstance(model, nn.Module):
+        with _seeded(random.fold_in(rng, "init")):
+            model = _made(model)
+    found = slots(model)
+    tensors = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
+    _check_shapes(model, tensors)
+    trained = _trained(model, found, tensors, frozen)
+    copied = {name: t.detach().clone().to(device or t.device) for name, t in tensors.items()}
+    params = {name: copied[name] for name in trained}
+    place = next(iter(params.values())).device
+    return TrainState(
+        step=torch.zeros((), dtype=torch.int64, device=place),
+        params=params,
+        buffers={name: t for name, t in copied.items() if name not in params},
+        opt_state=tx.init(params),
+        rng=rng.to(place),
+        model=Definition(model),
+    )
+
+
+def _made(factory: Callable[[], nn.Module]) -> nn.Module:
+    made = factory()
+    if not isinstance(made, nn.Module):
+        raise StepError(
+            explain(
+                "init needs a module, or a function that makes one",
+                where=f"it returned {tree.describe(made)}",
+                instead="state = ps.init(lambda: nn.Linear(64, 10), tx, seed=0)",
+            )
+        )
+    return made
+
+
+def _trained(model: nn.Module, found: Slots, tensors: dict[str, Tensor], frozen: Filter | None) -> list[str]:
+    hit = [n for n in found.params if frozen is not None and tree.matches(frozen, n)]
+    if frozen is not None and not hit:
+        raise StepError(
+            explain(
+                "the filter frozen= matches no parameter",
+                where=f"frozen={frozen!r}; parameters: {', '.join(list(found.params)[:8])}, ...",
+            )
+        )
+    trained = [n for n in found.params if tensors[n].requires_grad and n not in hit]
+    if not trained:
+        raise StepError(
+            explain(
+                "the model has no parameter to train",
+                where=f"{type(model).__qualname__} with {len(found.params)} parameters",
+                why="all are frozen, by requires_grad=False or by frozen=",
+            )
+        )
+    return trained
+
+
+def _check_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise StepError(
+                explain(
+                    "a lazy module has no shapes yet",
+                    where=f"{type(model).__qualname__}: {name!r}",
+                    instead="model(example_input)  # once, then ps.init(model, tx)",
+                )
+            )
+
+
+@contextlib.contextmanager
+def _seeded(rng: Tensor) -> Iterator[None]:
+    """Seed the python, numpy and torch generators from a key, and put their states back afterwards."""
+    low, high = rng.tolist()
+    saved = python_random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            python_random.seed(low + (high << 32))
+            np.random.seed(low)
+            torch.manual_seed(low + ((high & 0x7FFFFFFF) << 32))
+            yield
+    finally:
+        python_random.setstate(saved[0])
+        np.random.set_state(saved[1])
+
+
+def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
+    """Make an ordinary module from a state: to export, to publish, or to use without purestep.
+
+    Args:
+        state: a state made by `init`.
+        module: a module to load the weights into, in place; by default a new one is made.
+
+    Returns:
+        The module, in evaluation mode, with its own copy of the weights.
+
+    Example:
+        >>> from purestep import optim
+        >>> state = init(lambda: nn.Linear(3, 2), optim.sgd(0.1))
+        >>> torch.equal(to_module(state).weight, state.params["weight"])
+        True
+    """
+    tensors = {**state.params, **state.buffers}
+    if module is None:
+        if state.model is None:
+            raise StepError(explain("the state holds no model", instead="ps.to_module(state, module)"))
+        module = copy.deepcopy(state.model.module)
+        for name, places in (slots(module).params | slots(module).buffers).items():
+            copied = tensors[name].detach().clone()
+            if isinstance(places[0][0][places[0][1]], nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=name in state.params)
+            for place, key in places:
+                place[key] = copied
+        for m in slots(module).rnns:
+            m._init_flat_weights()
+        return module.eval()
+    with torch.no_grad():
+        for name, places in (slots(module).params | slots(module).buffers).items():
+            places[0][0][places[0][1]].copy_(tensors[name])
+    return module.eval()

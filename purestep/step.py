@@ -1,0 +1,286 @@
+"""Steps: pure functions `(state, batch) -> (state, metrics)` made from a loss function and a gradient transformation.
+
+A step is two pure pieces, `grads(state, microbatch, index)` and `update(state, gradients)`; accumulation and data parallelism
+put a fixed-order sum between them. `make_eval` makes the read-only counterpart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import metrics as metrics_
+from purestep import random, tree
+from purestep.errors import ConfigError, StepError, explain
+from purestep.functional import Definition, bind
+from purestep.grad import Engine, TreeSum, grad_and_value, split_batch, weighted_mean
+from purestep.metrics import Metric, as_metrics, sample_count
+from purestep.optim.base import GradientTransformation
+from purestep.state import TrainState
+from purestep.tree import pytree
+
+LossFn = Callable[[Any, Any], Any]
+Metrics = dict[str, Metric]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """A loss and what it is a mean over. Made by `weighted`."""
+
+    loss: Tensor
+    weight: Tensor
+
+
+def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
+    """Return a loss together with what it is a mean over, when that is not the samples: tokens, pixels, edges.
+
+    Microbatches and epochs are then weighted by it, so that the gradient is that of the mean over the whole batch.
+
+    Args:
+        loss: floating [], the mean over `weight` items.
+        weight: number of items, a number or a 0-d tensor.
+
+    Example:
+        >>> weighted(torch.tensor(2.0), 3)
+        Weighted(loss=tensor(2.), weight=tensor(3.))
+    """
+    return Weighted(loss, torch.as_tensor(weight, dtype=torch.float32, device=loss.device).detach())
+
+
+@pytree
+class Gradients:
+    """What one microbatch contributes to an update.
+
+    Attributes:
+        grads: gradients of the mean loss of the microbatch, of the structure of the params.
+        weight: what the loss is a mean over: samples (int), or the weight the loss function returned.
+        buffers: buffers after the forward pass.
+        metrics: metrics of the microbatch.
+    """
+
+    grads: Any
+    weight: Any
+    buffers: dict[str, Tensor]
+    metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step. Made by `make_step`; call it as `step(state, batch)`."""
+
+    loss_fn: LossFn
+    tx: GradientTransformation
+    microbatches: int = 1
+    engine: Engine = "auto"
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Return the state after one update, and the metrics of the batch."""
+        parts = [
+            self.grads(state, microbatch, index)
+            for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatches))
+        ]
+        return self.update(state, merge_gradients(state, parts))
+
+    def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
+        """Compute the gradients and metrics of one microbatch, with the randomness of (state.rng, state.step, index)."""
+        samples = sample_count(microbatch)
+        module = definition(state).module
+        rng = random.fold_in(state.rng, state.step, index)
+
+        def loss_of(params: Any) -> tuple[Tensor, Any]:
+            bound = bind(module, params, state.buffers, rng=rng)
+            loss, weight, metrics = read_loss(self.loss_fn, bound, microbatch, samples)
+            return loss, (weight, bound.new_buffers, metrics)
+
+        grads, (_, (weight, buffers, metrics)) = grad_and_value(loss_of, has_aux=True, engine=self.engine)(state.params)
+        return Gradients(grads, weight, buffers, metrics)
+
+    def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
+        """Apply the gradients of a whole batch; a skipped update counts itself in the metric `skipped`."""
+        loss = gradients.metrics["loss"].compute()
+        new = state.apply_gradients(self.tx, gradients.grads, buffers=gradients.buffers, value=loss)
+        metrics = gradients.metrics
+        applied = self.tx.applied(new.opt_state)
+        if applied is not None:
+            metrics = metrics | {"skipped": metrics_.Sum(1 - applied.to(torch.int64))}
+        return new, metrics
+
+
+def make_step(
+    loss_fn: LossFn, tx: GradientTransformation, *, microbatches: int = 1, engine: Engine = "auto"
+) -> Step:
+    """Make a pure training step `(state, batch) -> (state, metrics)`.
+
+    Args:
+        loss_fn: `loss_fn(net, batch)` returns a loss, or `(loss, metrics)`. `net` is the model bound to the params that are
+            differentiated; use it like the module it is. The loss is a 0-d floating mean over the samples of the batch, or
+            `ps.weighted(mean, weight)` for a mean over something else. Metrics are a dict; see `metrics.as_metrics`.
+        tx: gradient transformation, the one the state was made with.
+        microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their gradients
+            in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
+        engine: see `grad_and_value`.
+
+    Returns:
+        A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` can skip updates.
+
+    Raises:
+        ConfigError: `microbatches` is not a positive integer, or `loss_fn` does not take two arguments.
+
+    Example:
+        >>> from torch import nn
+        >>> import purestep as ps
+        >>> def loss_fn(net, batch):
+        ...     return ((net(batch["x"]) - batch["y"]) ** 2).mean()
+        >>> tx = ps.optim.sgd(0.1)
+        >>> state = ps.init(lambda: nn.Linear(3, 1), tx, seed=0)
+        >>> step = make_step(loss_fn, tx)
+        >>> batch = {"x": torch.ones(4, 3), "y": torch.ones(4, 1)}
+        >>> new, metrics = step(state, batch)
+        >>> int(state.step), int(new.step), sorted(metrics)
+        (0, 1, ['loss'])
+    """
+    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
+        raise ConfigError(explain("microbatches is a positive integer", where=f"microbatches={microbatches!r}"))
+    if not isinstance(tx, GradientTransformation):
+        raise ConfigError(
+            explain(
+                "make_step needs a gradient transformation",
+                where=f"tx: {type(tx).__module__}.{type(tx).__qualname__}",
+                instead="tx = ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.AdamW, lr=3e-4) for a torch optimizer",
+            )
+        )
+    _check_arity(loss_fn)
+    return Step(loss_fn, tx, microbatches, engine)
+
+
+def _check_arity(loss_fn: LossFn) -> None:
+    try:
+        signature = inspect.signature(loss_fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(loss_fn, "__name__", "loss_fn")
+        raise ConfigError(
+            explain(
+                "a loss function takes the model and the batch",
+                where=f"{name}{signature}",
+                instead="def loss_fn(net, batch): ...",
+            )
+        ) from error
+
+
+def definition(state: Any) -> Definition:
+    """Return the model of a state, or say how to get one."""
+    found = getattr(state, "model", None)
+    if not isinstance(found, Definition):
+        raise StepError(
+            explain(
+                "the state holds no model to bind the params to",
+                where=f"state: {type(state).__qualname__}",
+                instead="state = ps.init(model, tx, seed=0); or write the step by hand with ps.apply(model, params, ...)",
+            )
+        )
+    return found
+
+
+def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[Tensor, Any, Metrics]:
+    """Call a loss function on a bound model, and check and normalise what it returns.
+
+    Returns:
+        The loss to differentiate, its weight, and all metrics, `loss` first.
+    """
+    with bound as net:
+        out = loss_fn(net, batch)
+    loss, extra = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
+    weight: Any = samples
+    if isinstance(loss, Weighted):
+        loss, weight = loss.loss, loss.weight
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or not isinstance(extra, Mapping):
+        raise StepError(_loss_message(loss_fn, out))
+    if "loss" in extra:
+        raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
+    metrics: Metrics = {"loss": metrics_.mean(loss.detach(), weight), **as_metrics(extra, samples)}
+    return loss, weight, metrics
+
+
+def _loss_message(loss_fn: LossFn, out: Any) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{k!r}: {shown(v)}" for k, v in list(value.items())[:6]) + "}"
+        if isinstance(value, (tuple, list)):
+            return "(" + ", ".join(shown(v) for v in value) + ")"
+        return tree.describe(value) if isinstance(value, Tensor) else type(value).__name__
+
+    instead = "return loss\nreturn loss, {'accuracy': ps.metrics.accuracy(logits, labels)}"
+    if isinstance(out, Mapping) and "loss" in out:
+        instead = "return out['loss'], {...}   # the loss first, then a dict of metrics"
+    elif isinstance(out, Tensor) and out.ndim:
+        instead = "return loss.mean()   # one number"
+    return explain(
+        "a loss function returns a loss, or (loss, metrics): a 0-d floating tensor and a dict",
+        where=f"{getattr(loss_fn, '__name__', 'loss_fn')} returned {shown(out)}",
+        instead=instead,
+    )
+
+
+def merge_gradients(state: TrainState, parts: list[Gradients]) -> Gradients:
+    """Merge what the microbatches of one batch contribute, in a fixed binary tree.
+
+    Gradients are averaged by weight. Buffers that the forward pass changed are averaged likewise (each microbatch starts from
+    the same buffers, as on several devices); integer buffers are taken from the first.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    weights = [part.weight for part in parts]
+    buffers: dict[str, Tensor] = {}
+    for name, old in state.buffers.items():
+        new = [part.buffers[name] for part in parts]
+        averaged = old.is_floating_point() and not all(t is old for t in new)
+        buffers[name] = weighted_mean(new, weights) if averaged else new[0]
+    total = TreeSum(metrics_.merge)
+    for part in parts:
+        total.add(part.metrics)
+    grads = weighted_mean([part.grads for part in parts], weights)
+    return Gradients(grads, sum(weights), buffers, total.result())
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """An evaluation step. Made by `make_eval`; call it as `eval_step(state, batch)`."""
+
+    loss_fn: LossFn
+
+    def __call__(self, state: TrainState, batch: Any) -> Metrics:
+        """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
+        samples = sample_count(batch)
+        bound = bind(
+            definition(state).module, state.params, state.buffers, rng=random.fold_in(state.rng, "eval"), train=False
+        )
+        with torch.no_grad():
+            return read_loss(self.loss_fn, bound, batch, samples)[2]
+
+
+def make_eval(loss_fn: LossFn) -> Eval:
+    """Make a pure evaluation step `(state, batch) -> metrics`.
+
+    Args:
+        loss_fn: as in `make_step`; the same function serves both. It runs in evaluation mode without gradients. A model that
+            draws random numbers even then draws them from a key that is the same for every batch.
+
+    Example:
+        >>> from torch import nn
+        >>> import purestep as ps
+        >>> state = ps.init(lambda: nn.Linear(3, 1), ps.optim.sgd(0.1))
+        >>> evaluate = make_eval(lambda net, batch: net(batch).square().mean())
+        >>> sorted(evaluate(state, torch.ones(4, 3)))
+        ['loss']
+    """
+    _check_arity(loss_fn)
+    return Eval(loss_fn)

@@ -1,0 +1,108 @@
+"""`fit` and `run`: what users call to train. They put the defaults around the interpreter in `loop`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from purestep import callbacks as callbacks_
+from purestep.loggers import Logger
+from purestep.loop.cadence import Until
+from purestep.loop.events import Callback
+from purestep.loop.resume import Resume
+from purestep.loop.result import Result
+from purestep.loop.run import Run, StepFn
+
+
+def _with_defaults(callbacks: Sequence[Callback], until: Any) -> tuple[Callback, ...]:
+    names = {callback.name for callback in callbacks}
+    added: list[Any] = [] if "log" in names else [callbacks_.log()]
+    if "progress" not in names:
+        added.append(callbacks_.progress(epochs=getattr(until, "epochs", None)))
+    return (*callbacks, *added)
+
+
+def run(step: StepFn, state: Any, train: Any, *, until: Until, **options: Any) -> Run:
+    """Start a run and return it as an iterator of events; control stays with you. Takes what `fit` takes.
+
+    Example:
+        >>> import torch
+        >>> import purestep as ps
+        >>> tx = ps.optim.sgd(0.1)
+        >>> state = ps.init(lambda: torch.nn.Linear(2, 1), tx)
+        >>> step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+        >>> batches = ps.data.batches({"x": torch.ones(8, 2)}, 4)
+        >>> events = ps.run(step, state, batches, until=ps.steps(3))
+        >>> [type(event).__name__ for event in events if not isinstance(event, ps.loop.Ticked)]
+        ['Started', 'StepsDone', 'EpochDone', 'StepsDone', 'Stopped']
+        >>> events.loop.cursor.batches
+        3
+    """
+    options["callbacks"] = _with_defaults(options.get("callbacks", ()), until)
+    return Run(step, state, train, until=until, **options)
+
+
+def fit(
+    step: StepFn,
+    state: Any,
+    train: Any,
+    *,
+    until: Until,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] | None = None,
+    run_dir: str | Path | None = None,
+    resume: Resume = "auto",
+    on_save_error: Literal["continue", "stop"] = "continue",
+    strict: bool = False,
+) -> Result:
+    """Train until the end, and return what came of it. A second call with the same run_dir continues the first.
+
+    Args:
+        step: pure function `(state, batch) -> (state, metrics)`, from `make_step` or written by hand.
+        state: the first state; a resumed run takes its structure, shapes and dtypes, not its values.
+        train: `data.batches(...)`, a DataLoader, any iterable of batches, or a `data.Source`.
+        until: where the run ends: `steps(n)`, `epochs(n)`, `seconds(s)`, combined with `|` and `&`.
+        callbacks: features of the run, see `purestep.callbacks`. `log()` and `progress()` are added when absent.
+        loggers: where rows go, see `purestep.loggers`; a CSV file in `run_dir` when None.
+        run_dir: directory of everything the run writes; None writes nothing (and cannot resume).
+        resume: "auto" continues from the latest snapshot if there is one, "must" demands one, "never" refuses any, and a
+            number goes back to that snapshot and gives up the later ones.
+        on_save_error: when a snapshot cannot be written (a full disk): "continue" warns and tries again at the next due
+            moment, "stop" raises.
+        strict: refuse to resume, instead of warning, where bits may differ (another number of intra-op threads).
+
+    Returns:
+        Result with state, metrics, reason and run_dir. After SIGINT or SIGTERM the run ends at the next step, with a snapshot;
+        `result.exit_code` is then 130 or 143. A second SIGINT raises KeyboardInterrupt at once.
+
+    Raises:
+        ConfigError: arguments that do not fit together, or a run_dir in use by a living process.
+        StepError: the step broke its contract.
+        SnapshotError: the snapshots of `run_dir` cannot be read or do not fit `state`.
+
+    Example:
+        >>> import torch
+        >>> import purestep as ps
+        >>> tx = ps.optim.sgd(0.1)
+        >>> state = ps.init(lambda: torch.nn.Linear(2, 1), tx)
+        >>> step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+        >>> result = ps.fit(step, state, ps.data.batches({"x": torch.ones(8, 2)}, 4), until=ps.epochs(3))
+        >>> result.reason, int(result.state.step)
+        ('reached 3 epochs', 6)
+    """
+    events = Run(
+        step,
+        state,
+        train,
+        until=until,
+        callbacks=_with_defaults(callbacks, until),
+        loggers=loggers,
+        run_dir=run_dir,
+        resume=resume,
+        on_save_error=on_save_error,
+        strict=strict,
+    )
+    for _ in events:
+        pass
+    return events.result()

@@ -1,0 +1,39 @@
+"""What every test shares: one torch thread, hypothesis without deadlines, seeds that print when a test fails."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+# Before anything imports numpy, torch or JAX: some read these only once. Subprocesses of tests inherit them.
+for _name, _value in {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}.items():
+    os.environ.setdefault(_name, _value)
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread():
+    """Bits of CPU kernels depend on the number of threads, and two cores are shared with other workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this test's own, stable between runs; python's, numpy's and torch's generators start from it."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
