@@ -1,8 +1,8 @@
 """Calling an `nn.Module` as a pure function: the one place that does it.
 
-`bind` puts tensors in the places of a module's parameters and buffers for the duration of a `with` block and takes them out
-again; `apply` is one such call. Buffers go in as clones, randomness comes from a key, and nothing of the module is left
-changed. `grad`, `step` and users' own steps call it.
+`bind` puts tensors in the places of a module's parameters and buffers for the duration of a `with` block and takes
+them out again; `apply` is one such call. Buffers go in as clones, randomness comes from a key, and nothing of the
+module is left changed. `grad`, `step` and users' own steps call it.
 """
 
 from __future__ import annotations
@@ -10,96 +10,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from purestep import random
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
+from purestep.slots import Definition as Definition
+from purestep.slots import Slots as Slots
+from purestep.slots import slots as slots
 
 Tensors = Mapping[str, Tensor]
-
-
-class Slots:
-    """Where the named parameters and buffers of a module live: found once, checked at every use.
-
-    A tied parameter has several places under its first name, so it is passed once and put everywhere.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.links = [(m._modules, n, c) for m in module.modules() for n, c in m._modules.items()]
-        self.params = _places(module, "_parameters")
-        self.buffers = _places(module, "_buffers")
-        self.rnns = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
-
-    def stale(self) -> bool:
-        """Tell whether a submodule was replaced since the places were found."""
-        return any(children.get(name) is not child for children, name, child in self.links)
-
-
-def _places(module: nn.Module, kind: str) -> dict[str, list[tuple[dict[str, Any], str]]]:
-    places: dict[str, list[tuple[dict[str, Any], str]]] = {}
-    first: dict[int, str] = {}
-    for prefix, owner in module.named_modules():
-        for key, tensor in getattr(owner, kind).items():
-            if tensor is not None:
-                name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                places.setdefault(name, []).append((getattr(owner, kind), key))
-    return places
-
-
-_slots: weakref.WeakKeyDictionary[nn.Module, Slots] = weakref.WeakKeyDictionary()
-
-
-def slots(module: nn.Module) -> Slots:
-    """Return the places of a module's tensors, from a cache that notices replaced submodules."""
-    found = _slots.get(module)
-    if found is None or found.stale():
-        found = _slots[module] = Slots(module)
-    return found
-
-
-class Definition:
-    """The static part of a model: its module without the weights.
-
-    Two definitions are equal when class, printed structure and the names and shapes of their tensors are, so that states of
-    separately built models of one architecture have one tree structure (they can be mapped together and stacked for vmap).
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        tensors = [t for m in module.modules() for kind in (m._parameters, m._buffers) for t in kind.values()]
-        memo: dict[int, Any] = {id(t): _weightless(t) for t in tensors if t is not None}
-        self.module: nn.Module = copy.deepcopy(module, memo)
-        self._signature: tuple[Any, ...] | None = None
-
-    def signature(self) -> tuple[Any, ...]:
-        """Return what equality compares."""
-        if self._signature is None:
-            found = slots(self.module)
-            tensors = [
-                (n, tuple(places[0][0][places[0][1]].shape)) for n, places in (found.params | found.buffers).items()
-            ]
-            self._signature = (type(self.module), repr(self.module), tuple(tensors))
-        return self._signature
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Definition) and self.signature() == other.signature())
-
-    def __hash__(self) -> int:
-        return hash(type(self.module))
-
-    def __repr__(self) -> str:
-        return f"<{type(self.module).__qualname__}>"
-
-
-def _weightless(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
+_RECOMPUTED = explain(
+    "random numbers were drawn in the backward pass",
+    why="torch.utils.checkpoint recomputes dropout without the keys of the forward pass",
+    instead="return ps.checkpoint(block, x)    # in place of torch.utils.checkpoint.checkpoint",
+)
 
 _local = threading.local()
 
@@ -121,8 +49,9 @@ class bind:
         params: tensors by parameter name, as `named_parameters` has them (a tied one once, under its first name).
         buffers: tensors by buffer name; parameters that are not trained may be among them. Buffers are cloned first.
         rng: int64[2] key of everything random, or None: then random operations raise RandomnessError.
-        train: True runs in training mode (as `module.train()` would set it; if the module is in training mode already, the
-            flags of its submodules are respected, so a frozen BatchNorm stays frozen). False runs in evaluation mode.
+        train: True runs in training mode (as `module.train()` would set it; if the module is in training mode already,
+            the flags of its submodules are respected, so a frozen BatchNorm stays frozen). False runs in evaluation
+            mode.
 
     Attributes:
         new_buffers: after the block, the buffers as the call left them, by name.
@@ -140,26 +69,38 @@ class bind:
     """
 
     def __init__(
-        self, module: nn.Module, params: Tensors, buffers: Tensors | None = None, *, rng: Tensor | None = None, train: bool = True
+        self,
+        module: nn.Module,
+        params: Tensors,
+        buffers: Tensors | None = None,
+        *,
+        rng: Tensor | None = None,
+        train: bool = True,
     ) -> None:
         self.module = module
-        self.slots = slots(module)
-        self.original = buffers or {}
-        self.given = {**params, **self.original}
+        self.given = {**params, **(buffers or {})}
         self.buffer_names = list(buffers or {})
         self.train = train
         self.mode = KeyedRandom(rng)
+        self.first_call = 0
+        self.exclusive = True
         self.new_buffers: dict[str, Tensor] = {}
-        missing = [n for n in (*self.slots.params, *self.slots.buffers) if n not in self.given]
-        if missing or len(self.given) != len(self.slots.params) + len(self.slots.buffers):
-            raise self._name_error(missing)
-        # A buffer may be written in place by the module; a frozen parameter among the buffers is never written.
-        for name in self.buffer_names:
-            if name in self.slots.buffers:
-                self.given[name] = self.given[name].clone()
+        self.slots = slots(module)
+        if not self._fits():
+            # Parameters may have been tied, added or removed since.
+            self.slots = slots(module, fresh=True)
+            if not self._fits():
+                raise self._name_error()
 
-    def _name_error(self, missing: list[str]) -> StepError:
+    def _fits(self) -> bool:
+        known = len(self.slots.params) + len(self.slots.buffers)
+        return len(self.given) == known and all(
+            n in self.given for group in (self.slots.params, self.slots.buffers) for n in group
+        )
+
+    def _name_error(self) -> StepError:
         known = self.slots.params.keys() | self.slots.buffers.keys()
+        missing = [n for n in (*self.slots.params, *self.slots.buffers) if n not in self.given]
         unknown = [n for n in self.given if n not in known]
         return StepError(
             explain(
@@ -175,31 +116,29 @@ class bind:
         )
 
     def __enter__(self) -> nn.Module:
-        self._saved = [
-            (place, key, place[key])
-            for group in (self.slots.params, self.slots.buffers)
-            for places in group.values()
-            for place, key in places
-        ]
-        given = self.given
+        if self.exclusive:
+            self.slots.lock.acquire()
+        # A buffer may be written in place by the module; a frozen parameter among the buffers is never written.
+        given = self.given | {n: self.given[n].clone() for n in self.buffer_names if n in self.slots.buffers}
+        self._saved = []
         for group in (self.slots.params, self.slots.buffers):
             for name, places in group.items():
                 tensor = given[name]
                 for place, key in places:
+                    self._saved.append((place, key, place[key]))
                     place[key] = tensor
-        self._rnn_saved = [(m, m._flat_weights, m._flat_weight_refs) for m in self.slots.rnns]
+        self._rnn_saved = [(m, m._flat_weights) for m in self.slots.rnns]
         for rnn in self.slots.rnns:
-            rnn._init_flat_weights()
+            # Not rnn._init_flat_weights(): with cuDNN it moves the memory of the tensors it is given.
+            rnn._flat_weights = [getattr(rnn, n) if hasattr(rnn, n) else None for n in rnn._flat_weights_names]
+        # In training mode the flags of submodules are respected, so a frozen BatchNorm stays frozen.
         self._flags: list[nn.Module] = []
-        if self.module.training != self.train:
+        if not self.train or not self.module.training:
             self._flags = [m for m in self.module.modules() if m.training != self.train]
-            for m in self._flags:
-                m.__dict__["training"] = self.train
-        elif not self.train:
-            self._flags = [m for m in self.module.modules() if m.training]
-            for m in self._flags:
-                m.__dict__["training"] = False
+        for m in self._flags:
+            m.__dict__["training"] = self.train
         _stack("active").append(self)
+        self.mode.calls = self.first_call
         self.mode.__enter__()
         return self.module
 
@@ -216,23 +155,40 @@ class bind:
             place[key] = tensor
         for m in self._flags:
             m.__dict__["training"] = not self.train
-        for rnn, weights, refs in self._rnn_saved:
-            rnn._flat_weights, rnn._flat_weight_refs = weights, refs
+        for rnn, weights in self._rnn_saved:
+            rnn._flat_weights = weights
         scope = getattr(_local, "scope", None)
         if scope is not None:
             scope.append(self)
+        if self.exclusive:
+            self.slots.lock.release()
 
-    def again(self, calls: int) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which this binding is active once more, for a recomputation in the backward pass.
+    def again(self, calls: int) -> bind:
+        """Return this binding for a recomputation in the backward pass: updates of buffers are thrown away.
 
         Args:
             calls: how many random operations came before what is recomputed.
         """
         repeated = copy.copy(self)
         repeated.new_buffers = {}
-        # Recomputation starts from the buffers of the forward pass and updates clones that nobody keeps.
-        repeated.given = self.given | {n: t.clone() for n, t in self.original.items() if n in self.slots.buffers}
-        repeated.mode = KeyedRandom(self.mode.key, calls)
+        repeated.first_call = calls
+        repeated.mode = KeyedRandom(self.mode.key)
+        # It may run on a thread of the autograd engine, while the thread that waits for the gradient holds the lock.
+        repeated.exclusive = False
+        return repeated
+
+    def silent(self, others: list[bind]) -> bind:
+        """Return this binding for the backward pass, where nobody says which call is recomputed.
+
+        So random operations are refused, and of a module that was called with several sets of tensors those that
+        differ are replaced by tensors without data, with which a recomputation fails instead of giving other numbers.
+        """
+        repeated = self.again(0)
+        repeated.exclusive = True
+        repeated.mode = KeyedRandom(None, refusal=_RECOMPUTED)
+        same = [o.given for o in others if o.module is self.module and o is not self]
+        unclear = [n for n, t in self.given.items() if any(given.get(n) is not t for given in same)]
+        repeated.given = self.given | {n: torch.empty_like(self.given[n], device="meta") for n in unclear}
         return repeated
 
 
@@ -278,7 +234,8 @@ def apply(
 def gradient_scope() -> Iterator[list[bind]]:
     """Collect the bindings whose results are differentiated, so that `backward_scope` can restore them."""
     outer = getattr(_local, "scope", None)
-    _local.scope = collected = []
+    collected: list[bind] = []
+    _local.scope = collected
     try:
         yield collected
     finally:
@@ -292,7 +249,7 @@ def backward_scope(collected: list[bind]) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             for bound in collected:
-                stack.enter_context(bound.again(0))
+                stack.enter_context(bound.silent(collected))
             yield
     finally:
         _local.scope = outer
@@ -312,6 +269,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         What the function returns.
 
     Example:
+        >>> from purestep import random
         >>> block = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
         >>> class Net(nn.Module):
         ...     def __init__(self):

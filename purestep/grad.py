@@ -1,7 +1,8 @@
 """Gradients: `grad_and_value`, and the fixed-order sum of microbatch gradients.
 
-The engine is `torch.autograd.grad` over detached leaves; inside a torch.func transform it is `torch.func.grad_and_value`,
-so that steps compose with vmap, jvp and grad. `microbatched` is what accumulation and data parallelism share.
+The engine is `torch.autograd.grad` over detached leaves; inside a torch.func transform it is
+`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. `microbatched` is what accumulation and
+data parallelism share.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def grad_and_value(
         value does not depend on has gradient zero. Value and aux are detached.
 
     Raises:
-        StepError: the value is not a 0-d floating tensor, or does not depend on any argument; or a leaf is not floating.
+        StepError: the value is not a 0-d floating tensor, or does not depend on any argument; or a leaf is not
+            floating.
 
     Example:
         >>> grads, value = grad_and_value(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 3.0])})
@@ -100,7 +102,7 @@ def _autograd(function: Callable[..., Any], argnums: Any, has_aux: bool, args: A
         raise StepError(
             explain(
                 "activations recomputed by torch.utils.checkpoint differ from those of the forward pass",
-                why="dropout or other randomness inside it would have to be drawn from the same keys again",
+                why="it has to run under the same keys, parameters and buffers again",
                 instead="return ps.checkpoint(block, x)    # in place of torch.utils.checkpoint.checkpoint",
             )
         ) from error
@@ -139,7 +141,7 @@ def stop_gradient(value: T) -> T:
     return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, value)
 
 
-# --- microbatches -----------------------------------------------------------------------------------------------------------
+# --- microbatches -----------------------------------------------------------------------------------------------------
 
 
 def microbatch_sizes(samples: int, parts: int) -> list[int]:
@@ -181,7 +183,7 @@ def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
     if uneven:
         raise StepError(
             explain(
-                f"the leaves of a batch have different numbers of samples, so it cannot be cut into {parts} microbatches",
+                f"the leaves of a batch differ in their number of samples, so it cannot be cut into {parts} parts",
                 where=f"{', '.join(uneven)}; the first leaf has {samples}",
                 instead="give every tensor of the batch the samples as dim 0, or make shared values 0-d",
             )
@@ -198,7 +200,8 @@ def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
 class TreeSum:
     """Sum values in a fixed balanced binary tree, holding at most log2(n) + 1 of them at a time.
 
-    The order of additions depends on the number of values only: 4 values give (a + b) + (c + d). Contiguous aligned parts
+    The order of additions depends on the number of values only: 4 values give (a + b) + (c + d). Contiguous aligned
+        parts
     of it can be summed elsewhere, which is what makes the sum independent of who computes which microbatch.
 
     Example:

@@ -51,7 +51,9 @@ class TrainState:
         unknown = changes.keys() - self.__dict__.keys()
         if unknown:
             fields = ", ".join(self.__dict__)
-            raise StepError(explain(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}", where=f"fields: {fields}"))
+            raise StepError(
+                explain(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}", where=f"fields: {fields}")
+            )
         new.__dict__.update(changes)
         return new
 
@@ -60,8 +62,8 @@ class TrainState:
     ) -> Self:
         """Return the state after one update.
 
-        A transformation that skips updates (`optim.apply_if_finite`) leaves params, its inner state, buffers and `step` as
-        they are when it skips.
+        A transformation that skips updates (`optim.apply_if_finite`) leaves params, its inner state, buffers and
+        `step` as they are when it skips.
 
         Args:
             tx: the transformation whose `init` made `opt_state`.
@@ -70,10 +72,11 @@ class TrainState:
             **extra: passed to `tx.update`, besides `step`.
 
         Raises:
-            StepError: gradients of another structure than the params.
+            StepError: gradients or buffers of other names, or gradients of other shapes, than those of the state.
         """
-        if tree.structure(grads) != tree.structure(self.params):
-            tree.map(lambda a, b: None, self.params, grads)
+        _check_same("gradients", grads, "params", self.params)
+        if buffers is not None and buffers.keys() != self.buffers.keys():
+            _check_same("buffers", dict(buffers), "buffers", self.buffers)
         with torch.no_grad():
             updates, opt_state = tx.update(grads, self.opt_state, self.params, step=self.step, **extra)
             params = apply_updates(self.params, updates)
@@ -92,6 +95,24 @@ class TrainState:
         return notebook.show(self)._repr_html_()
 
 
+def _check_same(what: str, given: Any, field: str, own: Any) -> None:
+    left, right = tree.names(given), tree.names(own)
+    odd = sorted(set(left) ^ set(right))
+    if odd or len(left) != len(right) or tree.structure(given) != tree.structure(own):
+        where = f"{odd[0]!r} is only in the {what if odd[0] in left else field}" if odd else str(tree.structure(given))
+        raise StepError(
+            explain(
+                f"the {what} do not have the structure of state.{field}",
+                where=where,
+                instead="grads, value = ps.grad_and_value(loss_of)(state.params)\nstate.apply_gradients(tx, grads)",
+            )
+        )
+    for name, a, b in zip(left, tree.leaves(given), tree.leaves(own), strict=True):
+        if what == "gradients" and getattr(a, "shape", None) != b.shape:
+            where = f"{name!r}: {tree.describe(a)}, state.params: {tree.describe(b)}"
+            raise StepError(explain("a gradient does not have the shape of its parameter", where=where))
+
+
 def init(
     model: nn.Module | Callable[[], nn.Module],
     tx: GradientTransformation,
@@ -103,20 +124,21 @@ def init(
     """Make the first state of a run.
 
     Args:
-        model: a module, whose weights are copied; or a function (a module class, say) that makes one: it is called under
-            `seed`, so that the weights are a function of the seed alone, whatever was drawn before.
+        model: a module, whose weights are copied; or a function (a module class, say) that makes one: it is called
+            under `seed`, so that the weights are a function of the seed alone, whatever was drawn before.
         tx: gradient transformation.
         seed: integer in [0, 2**64). The key of all randomness of the run.
         frozen: path filter (a glob, several, or a function of the name) of parameters that are not trained. They get no
-            gradient and no optimizer state and live in `state.buffers`. Parameters with `requires_grad=False` are frozen too.
+            gradient and no optimizer state and live in `state.buffers`. Parameters with `requires_grad=False` are
+            frozen too.
         device: where the state lives; by default where the module is.
 
     Returns:
         TrainState at step 0. The module is not changed, and later changes to it do not reach the state.
 
     Raises:
-        StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that matches
-            nothing.
+        StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that
+            matches nothing.
 
     Example:
         >>> from purestep import optim
@@ -181,7 +203,7 @@ def _trained(model: nn.Module, found: Slots, tensors: dict[str, Tensor], frozen:
 
 def _check_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise StepError(
                 explain(
                     "a lazy module has no shapes yet",

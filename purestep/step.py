@@ -1,7 +1,7 @@
 """Steps: pure functions `(state, batch) -> (state, metrics)` made from a loss function and a gradient transformation.
 
-A step is two pure pieces, `grads(state, microbatch, index)` and `update(state, gradients)`; accumulation and data parallelism
-put a fixed-order sum between them. `make_eval` makes the read-only counterpart.
+A step is two pure pieces, `grads(state, microbatch, index)` and `update(state, gradients)`; accumulation and data
+parallelism put a fixed-order sum between them. `make_eval` makes the read-only counterpart.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
         >>> weighted(torch.tensor(2.0), 3)
         Weighted(loss=tensor(2.), weight=tensor(3.))
     """
-    return Weighted(loss, torch.as_tensor(weight, dtype=torch.float32, device=loss.device).detach())
+    if not isinstance(loss, Tensor):
+        raise StepError(explain("ps.weighted takes the loss as a tensor", where=f"loss: {tree.describe(loss)}"))
+    if isinstance(weight, Tensor):
+        return Weighted(loss, weight.detach().to(loss.device, torch.float32))
+    return Weighted(loss, torch.full((), weight, dtype=torch.float32, device=loss.device))
 
 
 @pytree
@@ -87,7 +91,7 @@ class Step:
         return self.update(state, merge_gradients(state, parts))
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
-        """Compute the gradients and metrics of one microbatch, with the randomness of (state.rng, state.step, index)."""
+        """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
         samples = sample_count(microbatch)
         module = definition(state).module
         rng = random.fold_in(state.rng, state.step, index)
@@ -111,18 +115,17 @@ class Step:
         return new, metrics
 
 
-def make_step(
-    loss_fn: LossFn, tx: GradientTransformation, *, microbatches: int = 1, engine: Engine = "auto"
-) -> Step:
+def make_step(loss_fn: LossFn, tx: GradientTransformation, *, microbatches: int = 1, engine: Engine = "auto") -> Step:
     """Make a pure training step `(state, batch) -> (state, metrics)`.
 
     Args:
-        loss_fn: `loss_fn(net, batch)` returns a loss, or `(loss, metrics)`. `net` is the model bound to the params that are
-            differentiated; use it like the module it is. The loss is a 0-d floating mean over the samples of the batch, or
-            `ps.weighted(mean, weight)` for a mean over something else. Metrics are a dict; see `metrics.as_metrics`.
+        loss_fn: `loss_fn(net, batch)` returns a loss, or `(loss, metrics)`. `net` is the model bound to the params
+            that are differentiated; use it like the module it is. The loss is a 0-d floating mean over the samples of
+            the batch, or `ps.weighted(mean, weight)` for a mean over something else. Metrics are a dict; see
+            `metrics.as_metrics`.
         tx: gradient transformation, the one the state was made with.
-        microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their gradients
-            in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
+        microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
+            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
         engine: see `grad_and_value`.
 
     Returns:
@@ -184,7 +187,7 @@ def definition(state: Any) -> Definition:
             explain(
                 "the state holds no model to bind the params to",
                 where=f"state: {type(state).__qualname__}",
-                instead="state = ps.init(model, tx, seed=0); or write the step by hand with ps.apply(model, params, ...)",
+                instead="state = ps.init(model, tx, seed=0)\nor write the step by hand with ps.apply(model, ...)",
             )
         )
     return found
@@ -201,7 +204,8 @@ def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[T
     loss, extra = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
     weight: Any = samples
     if isinstance(loss, Weighted):
-        loss, weight = loss.loss, loss.weight
+        weight = loss.weight
+        loss = loss.loss
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or not isinstance(extra, Mapping):
         raise StepError(_loss_message(loss_fn, out))
     if "loss" in extra:
@@ -233,8 +237,10 @@ def _loss_message(loss_fn: LossFn, out: Any) -> str:
 def merge_gradients(state: TrainState, parts: list[Gradients]) -> Gradients:
     """Merge what the microbatches of one batch contribute, in a fixed binary tree.
 
-    Gradients are averaged by weight. Buffers that the forward pass changed are averaged likewise (each microbatch starts from
-    the same buffers, as on several devices); integer buffers are taken from the first.
+    Gradients are averaged by weight, and so is what the forward pass added to floating buffers: each microbatch starts
+        from
+    the same buffers, as on several devices. A buffer that nobody changed keeps its bits. Integer buffers are taken from
+    the first.
     """
     if len(parts) == 1:
         return parts[0]
@@ -242,13 +248,20 @@ def merge_gradients(state: TrainState, parts: list[Gradients]) -> Gradients:
     buffers: dict[str, Tensor] = {}
     for name, old in state.buffers.items():
         new = [part.buffers[name] for part in parts]
-        averaged = old.is_floating_point() and not all(t is old for t in new)
-        buffers[name] = weighted_mean(new, weights) if averaged else new[0]
+        kept = not (old.is_floating_point() or old.is_complex()) or all(t is old for t in new)
+        buffers[name] = new[0] if kept else _merge_buffer(old, new, weights)
     total = TreeSum(metrics_.merge)
     for part in parts:
         total.add(part.metrics)
     grads = weighted_mean([part.grads for part in parts], weights)
     return Gradients(grads, sum(weights), buffers, total.result())
+
+
+def _merge_buffer(old: Tensor, new: list[Tensor], weights: list[Any]) -> Tensor:
+    with torch.no_grad():
+        changes = [torch.where(t == old, torch.zeros_like(old), t - old) for t in new]  # equal infinities differ by 0
+        mean = weighted_mean(changes, weights)
+        return torch.where(mean == 0, old, old + mean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,8 +284,8 @@ def make_eval(loss_fn: LossFn) -> Eval:
     """Make a pure evaluation step `(state, batch) -> metrics`.
 
     Args:
-        loss_fn: as in `make_step`; the same function serves both. It runs in evaluation mode without gradients. A model that
-            draws random numbers even then draws them from a key that is the same for every batch.
+        loss_fn: as in `make_step`; the same function serves both. It runs in evaluation mode without gradients. A
+            model that draws random numbers even then draws them from a key that is the same for every batch.
 
     Example:
         >>> from torch import nn

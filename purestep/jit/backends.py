@@ -8,6 +8,7 @@ first use only.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from purestep.errors import ConfigError, explain
 from purestep.jit.hoist import hoist_scalars
+from purestep.jit.replay import Replay
 from purestep.jit.trace import Traced
 
 Backend = Literal["inductor", "eager", "aot_eager", "dynamo"]
@@ -44,6 +46,7 @@ def check(backend: str, mode: str | None) -> None:
 
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_RECORDED = ("reduce-overhead", "max-autotune")
 
 
 def decompositions(backend: str) -> dict[Any, Any] | None:
@@ -55,9 +58,19 @@ def decompositions(backend: str) -> dict[Any, Any] | None:
     return select_decomp_table()
 
 
-def compile(traced: Traced, backend: str, mode: str | None) -> Run:
-    """Return the function that runs a traced graph: it takes a list that it may empty, and returns the outputs."""
-    return _BACKENDS[backend](traced, mode)
+def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> Run:
+    """Return the function that runs a traced graph: it takes a list that it may empty, and returns the outputs.
+
+    Args:
+        traced: the graph, its epilogue included.
+        backend: name of the backend.
+        mode: name of a mode, or None.
+        donated: how many leaves of the arguments, the first ones, the graph overwrites.
+    """
+    run = _BACKENDS[backend](traced, mode)
+    if backend == "inductor" and donated and mode in _RECORDED and any(x.is_cuda for x in traced.fakes):
+        return Replay(run, [slot for slot, leaf in enumerate(traced.takes) if leaf < donated])
+    return run
 
 
 def _eager(traced: Traced, mode: str | None) -> Run:
@@ -119,8 +132,6 @@ _CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
     """Keep the warnings of torch's compiler about itself away from users of `-W error`."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -161,20 +161,18 @@ class Shape:
     """The readable side of a signature: one line a leaf."""
 
     leaves: dict[str, str]
-    rest: str
 
     @classmethod
-    def of(cls, names: Sequence[str], leaves: Sequence[Any], rest: str) -> Shape:
-        """Describe the leaves of a call under their paths; `rest` stands for what else was static."""
-        return cls({n: _describe(leaf) for n, leaf in zip(names, leaves, strict=True)}, rest)
+    def of(cls, names: Sequence[str], leaves: Sequence[Any], given: Sequence[tuple[str, type, Any]]) -> Shape:
+        """Describe the leaves of a call under their paths, and the static arguments under their names."""
+        lines = {n: _describe(leaf) for n, leaf in zip(names, leaves, strict=True)}
+        return cls(lines | {name: repr(value) for name, _, value in given})
 
     def changes(self, new: Shape) -> list[str]:
         """Return one sentence for each difference, at most one for each leaf."""
         found = [f"{p} changed from {self.leaves[p]} to {d}" for p, d in new.leaves.items() if self.leaves.get(p, d) != d]
         found += [f"{p} is new" for p in new.leaves if p not in self.leaves]
         found += [f"{p} is gone" for p in self.leaves if p not in new.leaves]
-        if self.rest != new.rest:
-            found.append(f"static arguments changed from {self.rest} to {new.rest}")
         return found or ["the model, another static value or a setting of torch is not the same object or value"]
 
 

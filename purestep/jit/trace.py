@@ -70,6 +70,7 @@ def trace(
 
     takes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     captured: dict[str, Any] = {}
+    table = _decompositions(decompositions)
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         values = list(leaves)
@@ -88,7 +89,7 @@ def trace(
     with _quiet():
         try:
             with mode:
-                graph = make_fx(flat, decomposition_table=decompositions)(*fakes)
+                graph = make_fx(flat, decomposition_table=table)(*fakes)
         except PurestepError:
             raise
         except Exception as error:
@@ -100,10 +101,25 @@ def trace(
         refusals.check_mutation(graph, _mutable_nodes(graph), names)
         if _mutable_nodes(graph):
             with mode:
-                graph = make_fx(torch.func.functionalize(graph), decomposition_table=decompositions)(*fakes)
+                graph = make_fx(torch.func.functionalize(graph), decomposition_table=table)(*fakes)
             graph.graph.eliminate_dead_code()
     graph.recompile()
     return Traced(graph, fakes, takes, captured["leaves"], captured["structure"], captured["result"])
+
+
+def _decompositions(given: dict[Any, Any] | None) -> dict[Any, Any]:
+    """Add the operators that write into arguments which their schema calls unchanged: nobody would see the write."""
+    aten = torch.ops.aten
+    return {aten.native_batch_norm.default: _batch_norm, **(given or {})}
+
+
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    legit = torch.ops.aten._native_batch_norm_legit
+    if mean is None:
+        return legit.no_stats(x, weight, bias, training, momentum, eps)
+    return legit.default(x, weight, bias, mean, var, training, momentum, eps)
 
 
 def _fake(leaf: Tensor) -> Tensor:
@@ -115,8 +131,17 @@ def _fake(leaf: Tensor) -> Tensor:
 def _quiet() -> Iterator[None]:
     """Settings under which a trace is the same wherever it is made."""
     # The autograd engine would run the backward pass of device tensors in threads that know nothing of our modes.
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-        yield
+    threads = torch.autograd.set_multithreading_enabled(False)
+    # It lets activation checkpoints recompute within a trace as they do outside of one.
+    tracing = getattr(torch.compiler, "_non_strict_tracing_context", contextlib.nullcontext)
+    # oneDNN's recurrent layers hand an opaque workspace to their backward pass, which no graph can hold.
+    onednn = torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), threads, tracing():
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 def _strictly(flat: Callable[..., Any], fakes: list[Tensor]) -> BaseException | None:

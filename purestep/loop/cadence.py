@@ -15,7 +15,13 @@ from purestep.loop.events import EpochDone, Event, Horizon, StepsDone, View
 
 def _positive(value: float, call: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(explain("a cadence is a positive number", where=f"{call.format(repr(value))}"))
+        raise ConfigError(explain("a cadence is a positive number", where=call.format(repr(value))))
+
+
+def _whole(value: int, call: str) -> None:
+    _positive(value, call)
+    if not isinstance(value, int):
+        raise ConfigError(explain("steps and epochs are counted in a whole number", where=call.format(repr(value))))
 
 
 # --- every ---------------------------------------------------------------------------------------------------------------------
@@ -97,13 +103,13 @@ class every:
     @staticmethod
     def steps(n: int) -> Every:
         """Every n batches, counted over the whole run (a resume does not shift them)."""
-        _positive(n, "every.steps({})")
+        _whole(n, "every.steps({})")
         return EverySteps(n)
 
     @staticmethod
     def epoch(n: int = 1) -> Every:
         """At the end of every n-th epoch."""
-        _positive(n, "every.epoch({})")
+        _whole(n, "every.epoch({})")
         return EveryEpoch(n)
 
     @staticmethod
@@ -224,13 +230,13 @@ def steps(n: int) -> Until:
         >>> print(steps(1000) | seconds(60))
         1000 steps or 60 seconds
     """
-    _positive(n, "steps({})")
+    _whole(n, "steps({})")
     return UntilSteps(n)
 
 
 def epochs(n: int) -> Until:
     """End after n epochs."""
-    _positive(n, "epochs({})")
+    _whole(n, "epochs({})")
     return UntilEpochs(n)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from purestep import snapshot
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
@@ -36,7 +34,7 @@ def check_resume_argument(resume: Resume) -> None:
 
 
 def begin(
-    machine: Machine, train: Any, store: snapshot.Store | None, resume: Resume, *, strict: bool = False
+    machine: Machine, train: Any, store: snapshot.Store | None, resume: Resume, *, step: Any, strict: bool = False
 ) -> tuple[LoopState, int | None]:
     """Return the loop to begin with, and the snapshot it comes from (None: from the beginning).
 
@@ -71,7 +69,7 @@ def begin(
         step=wanted,
         fallback=wanted is None,
     )
-    _check_threads(store.read_manifest(restored.step), strict)
+    _check_identity(store.read_manifest(restored.step), step, strict)
     if wanted is not None:
         store.delete_after(wanted)
     return _adopt(fresh, restored.value, machine), restored.step
@@ -96,15 +94,37 @@ def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
     return stored.replace(callbacks=owns, status=stored.status.replace(due=wished))
 
 
-def _check_threads(manifest: Any, strict: bool) -> None:
-    stored = getattr(manifest, "threads", None)
-    if stored is None or stored == torch.get_num_threads():
+# What bits depend on besides the values of a run, and how to have it as it was.
+_ENVIRONMENT = {
+    "torch": "pip install torch=={}",
+    "threads": "torch.set_num_threads({})",
+    "cpu_capability": "a machine of the kind the run began on (CPU capability {})",
+    "deterministic": "torch.use_deterministic_algorithms({})",
+    "float32_matmul_precision": "torch.set_float32_matmul_precision({!r})",
+}
+
+
+def identity(step: Any) -> dict[str, Any]:
+    """Return what the bits of a run depend on in its step: the number of microbatches, and what compiled it."""
+    inner = getattr(step, "__wrapped__", step)
+    return {"microbatches": getattr(inner, "microbatches", None), "compiled": getattr(step, "backend", None)}
+
+
+def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool) -> None:
+    now, then = snapshot.environment(), manifest.environment
+    changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]
+    was, is_ = manifest.info.get("step"), identity(step)
+    if isinstance(was, Mapping):
+        hints = {"microbatches": "ps.make_step(..., microbatches={})", "compiled": "the step compiled as it was: {}"}
+        changed += [(name, was.get(name), is_[name], hints[name]) for name in is_]
+    changed = [entry for entry in changed if entry[1] != entry[2]]
+    if not changed:
         return
     text = explain(
-        "this run was saved under another number of intra-op threads, so its bits may differ from here on",
-        where=f"saved with {stored}, now {torch.get_num_threads()}",
-        why="sums inside matmul and LayerNorm depend on the number of threads on a CPU",
-        instead=f"torch.set_num_threads({stored})",
+        "this run was saved under other conditions, so its bits may differ from here on",
+        where="; ".join(f"{name}: saved under {old}, now {new}" for name, old, new, _ in changed),
+        why="the order of sums inside matmul, LayerNorm and the like depends on them",
+        instead="\n".join(hint.format(old) for _, old, _, hint in changed),
     )
     if strict:
         raise SnapshotError(text)

@@ -122,7 +122,9 @@ class Run:
                 raise ConfigError(
                     explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
                 )
-            self.loop, at = resume_.begin(self.machine, self._given, self._store, self._resume, strict=self._strict)
+            self.loop, at = resume_.begin(
+                self.machine, self._given, self._store, self._resume, step=self._step, strict=self._strict
+            )
             self._given = None
             self._saved = None if at is None else _position(self.loop)
             stack.enter_context(self._signals)
@@ -140,12 +142,13 @@ class Run:
         self._start = time.monotonic() - self.loop.elapsed
         queue: collections.deque[Effect] = collections.deque()
         yield from self._tell(first, queue)
-        while queue:
+        while queue or self._signals.unread:
             if self._signals.unread:
                 kept = [e for e in queue if isinstance(e, Log)]
                 queue.clear()
                 queue.extend(kept)
                 yield from self._tell(Interrupted(self._signals.read()), queue)
+                continue
             effect = queue.popleft()
             if isinstance(effect, Stop):
                 yield from self._finish(effect.reason, queue)
@@ -220,7 +223,7 @@ class Run:
             return
         loop = self.loop.replace(cursor=self.loop.cursor.replace(loader=self._feed.loader_state()))
         number = loop.cursor.batches
-        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "stop": loop.status.stop}
+        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume_.identity(self._step)}
         try:
             latest = self._store.latest()
             if latest is not None and latest >= number:

@@ -58,6 +58,7 @@ def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
         MetricError: a key is not a string, or a value cannot be a metric; the message names the key.
 
     Example:
+        >>> from purestep.metrics import Sum
         >>> m = as_metrics({"loss": torch.tensor(2.0), "tokens": Sum(torch.tensor(7))}, samples=4)
         >>> float(m["loss"].total), float(m["tokens"])
         (8.0, 7.0)
@@ -104,7 +105,7 @@ def _metric(key: str, value: Any, samples: int) -> Metric:
 
 def are_plain(values: Any) -> bool:
     """Tell whether a dict of metrics holds plain numbers, which need the number of samples to become metrics."""
-    return not isinstance(values, Mapping) or any(isinstance(v, (Tensor, int, float)) for v in values.values())
+    return not isinstance(values, Mapping) or any(not hasattr(v, "merge") for v in values.values())
 
 
 def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]:

@@ -206,6 +206,13 @@ def wide(count: Any) -> Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
+def scalar_like(value: Any, like: Tensor) -> Tensor:
+    """Return a number or a tensor in the dtype and on the device of another; a number is rounded once."""
+    if isinstance(value, Tensor):
+        return value.to(like)
+    return torch.tensor(value, dtype=like.dtype, device=like.device)
+
+
 def _snake(name: str) -> str:
     return "".join(("_" + c.lower() if c.isupper() and i else c.lower()) for i, c in enumerate(name))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, Wrapper, new_count, transformation, value_at, wide
+from purestep.optim.base import GradientTransformation, Wrapper, new_count, scalar_like, transformation, value_at, wide
 
 
 @tree.pytree
@@ -45,7 +45,7 @@ class InjectHyperparams(Wrapper):
 
     def init(self, params: Any) -> InjectHyperparamsState:
         like = wide(new_count(params))
-        values = {name: torch.as_tensor(value).to(like).clone() for name, value in self.numbers}
+        values = {name: scalar_like(value, like).clone() for name, value in self.numbers}
         scheduled = {name: torch.zeros_like(like) for name, _ in self.schedules}
         return InjectHyperparamsState(values, scheduled, self._made(values | scheduled).init(params))
 
@@ -53,7 +53,7 @@ class InjectHyperparams(Wrapper):
         self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         scheduled = {
-            name: torch.as_tensor(value_at(schedule, step, name)).to(state.scheduled[name])
+            name: scalar_like(value_at(schedule, step, name), state.scheduled[name])
             for name, schedule in self.schedules
         }
         tx = self._made(state.hyperparams | scheduled)

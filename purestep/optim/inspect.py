@@ -10,7 +10,7 @@ import torch
 
 from purestep import tree
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, transformation
+from purestep.optim.base import GradientTransformation, scalar_like, transformation
 
 Path = tuple[str, ...]
 
@@ -106,10 +106,10 @@ def _the_one(opt_state: Any, name: str) -> tuple[Path, Any]:
 
 def _fitted(name: str, old: Any, new: Any) -> Any:
     if isinstance(old, torch.Tensor) and isinstance(new, (bool, int, float, torch.Tensor)):
-        value = torch.as_tensor(new, device=old.device)
+        value = scalar_like(new, old)
         if value.dim() and value.shape != old.shape:
             _refuse(name, old, new)
-        return value.to(old.dtype).expand(old.shape).clone()
+        return value.expand(old.shape).clone()
     if tree.structure(old) != tree.structure(new):
         _refuse(name, old, new)
     for a, b in zip(tree.leaves(old), tree.leaves(new), strict=True):

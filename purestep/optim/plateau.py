@@ -11,7 +11,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.base import GradientTransformation, new_count, transformation, wide
+from purestep.optim.base import GradientTransformation, new_count, scalar_like, transformation, wide
 
 
 @tree.pytree
@@ -58,7 +58,7 @@ class ReduceOnPlateau(GradientTransformation):
 
     def watch(self, state: ReduceOnPlateauState, value: Any) -> ReduceOnPlateauState:
         """Return the state after one more value of the metric; `update` calls it, and an evaluation may instead."""
-        new = torch.as_tensor(value, device=state.average.device).detach().to(state.average.dtype)
+        new = scalar_like(value, state.average).detach()
         count = state.count + 1
         average = state.average + ((new if self.mode == "min" else -new) - state.average) / count
         due = count == self.accumulation_size

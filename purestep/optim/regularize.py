@@ -101,7 +101,7 @@ def centralize() -> GradientTransformation:
         {'w': tensor([[-1.,  1.],
                 [ 0.,  0.]])}
 
-    Reference: Yong et al., 2020 <https://arxiv.org/abs/2004.01461>; `optax.centralize`, whose matrices are `[in, out]`.
+    Reference: Yong et al., 2020 <https://arxiv.org/abs/2004.01461>; `optax.centralize`.
     """
     return Centralize()
 

@@ -6,14 +6,16 @@ are ours. The loop calls it; it knows nothing of training.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import json
 import logging
 import operator
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -114,7 +116,7 @@ class Store:
         try:
             writer.write(self.root, request, _write_arrays, clean=not self._cleaned)
         except BaseException as error:
-            self._staging.clear()  # what failed may still read the buffers
+            self._cleaned = False
             return self._save_failed(request.step, error)
         self._cleaned = True
         self._durable.append(request.step)
@@ -327,12 +329,40 @@ def _is_basic(handler: logging.Handler) -> bool:
     return type(handler) is logging.StreamHandler and template == logging.BASIC_FORMAT
 
 
+@functools.cache
+def _quiescent_handler(ocp: Any) -> Any:
+    """Give a handler of numpy arrays that, when one fails, ends the others before it says so.
+
+    Orbax's own raises at the first failure and leaves the rest running: they go on to write into a directory that is
+    being removed, and complain on stderr that nobody listens to them any more.
+    """
+
+    class Handler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
+        async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+            each, args = super()._background_serialize, args or [ocp.SaveArgs()] * len(infos)
+            await _all_of(each([v], [i], [a]) for v, i, a in zip(values, infos, args, strict=True))
+
+        async def deserialize(self, infos: Any, args: Any = None) -> list[np.ndarray]:
+            each, args = super().deserialize, args or [ocp.RestoreArgs()] * len(infos)
+            found = await _all_of(each([i], [a]) for i, a in zip(infos, args, strict=True))
+            return [array for arrays in found for array in arrays]
+
+    return Handler(deepcopy_host_arrays=False)  # the arrays are our own copies
+
+
+async def _all_of(work: Iterable[Awaitable[Any]]) -> list[Any]:
+    done = await asyncio.gather(*work, return_exceptions=True)
+    for result in done:
+        if isinstance(result, BaseException):
+            raise result
+    return done
+
+
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[tuple[Any, Any]]:
     """Give Orbax and a checkpointer of flat numpy arrays."""
     with _quiet() as ocp:
-        handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # the arrays are our own copies
-        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _quiescent_handler(ocp)))
         # Neither compression nor OCDBT: weights do not compress, and large arrays as plain files are written faster.
         pytrees = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False, use_zarr3=False, use_compression=False, type_handler_registry=registry

@@ -17,6 +17,9 @@ from purestep.errors import DataError
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
 
+ONE_THREAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+
+
 def long() -> data.Batches:
     return data.batches(torch.arange(14), 2, seed=1)
 
@@ -30,7 +33,7 @@ def stateful() -> Any:
 
 
 def endless() -> Any:
-    return grain.MapDataset.range(5).shuffle(seed=3).repeat().batch(2).to_iter_dataset()
+    return grain.MapDataset.range(5).shuffle(seed=3).repeat().batch(2).to_iter_dataset(ONE_THREAD)
 
 
 SOURCES = {

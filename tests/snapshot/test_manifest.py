@@ -72,7 +72,7 @@ def test_a_file_of_another_snapshot_is_found(written, tmp_path):
     directory, _ = written
     path = directory / TREE
     path.write_bytes(seal({"structure": 0, "leaves": []}))  # whole in itself
-    with pytest.raises(CorruptSnapshot, match="not the file that meta/data.json was written with"):
+    with pytest.raises(CorruptSnapshot, match=r"not the file that meta/data\.json was written with"):
         read_manifest(directory)
 
 

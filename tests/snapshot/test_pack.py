@@ -32,7 +32,11 @@ def test_layout_does_not_change_what_comes_back(monkeypatch, seed, small, arena)
 
 
 def test_large_leaves_are_arrays_of_their_dtype(seed):
-    value = {"w": torch.randn(600, 700), "b": torch.randn(1 << 20).bfloat16(), "f": torch.zeros(1 << 20, dtype=torch.int8)}
+    value = {
+        "w": torch.randn(600, 700),
+        "b": torch.randn(1 << 20).bfloat16(),
+        "f": torch.zeros(1 << 20, dtype=torch.int8),
+    }
     _, result = packed(value)
     assert [str(array.dtype) for array in result.arrays.values()] == ["float32", "bfloat16", "int8"]
     assert next(iter(result.arrays.values())).shape == (600, 700)
@@ -69,7 +73,9 @@ def test_missing_and_short_arrays(seed):
         unpack(leaves, [Piece("arena-0", -4, 20, "")], result.arrays, verify=False)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("tensor", "load"), ("tensor", "nothing"), ("array", "O"), ("array", "M8[s]")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("tensor", "load"), ("tensor", "nothing"), ("array", "O"), ("array", "M8[s]")]
+)
 def test_only_dtypes_are_dtypes(kind, dtype):
     leaf = type(encode(torch.zeros(2)).leaves[0])("", kind, dtype, (1,))
     with pytest.raises(CorruptSnapshot, match="cannot be rebuilt"):

@@ -106,7 +106,9 @@ def test_old_snapshots_are_deleted_only_after_the_new_one_is_durable(tmp_path, m
     store = fill(tmp_path, 1, keep=latest())
     events = []
     real_commit, real_remove = disk.commit, disk.remove
-    monkeypatch.setattr(disk, "commit", lambda a, b: (events.append("begin"), real_commit(a, b), events.append("durable")))
+    monkeypatch.setattr(
+        disk, "commit", lambda a, b: (events.append("begin"), real_commit(a, b), events.append("durable"))
+    )
     monkeypatch.setattr(disk, "remove", lambda path: (events.append(f"remove {path.name}"), real_remove(path)))
     store.save(2, value(2))
     store.wait()
@@ -116,7 +118,9 @@ def test_old_snapshots_are_deleted_only_after_the_new_one_is_durable(tmp_path, m
 def test_going_back(tmp_path):
     store = fill(tmp_path, 1, 2, 5)
     for step in (5, 4, 0):
-        with pytest.raises(SnapshotError, match=rf"step {step} is not after the latest snapshot, of step 5\n(.|\n)*delete_after"):
+        with pytest.raises(
+            SnapshotError, match=rf"step {step} is not after the latest snapshot, of step 5\n(.|\n)*delete_after"
+        ):
             store.save(step, value(step))
     store.delete_after(1)
     assert store.steps() == [1]
@@ -151,7 +155,9 @@ def test_mismatch_names_the_step_reads_no_array_and_never_falls_back(tmp_path, m
     store = fill(tmp_path, 1, 2)
     monkeypatch.setattr("purestep.snapshot.store._read_arrays", lambda *args: pytest.fail("arrays were read"))
     like = value(0) | {"w": torch.zeros(4)}
-    with pytest.raises(TemplateMismatch, match=r"\['w'\]: stored float32\[3\], template float32\[4\]\n(.|\n)*step 2 in"):
+    with pytest.raises(
+        TemplateMismatch, match=r"\['w'\]: stored float32\[3\], template float32\[4\]\n(.|\n)*step 2 in"
+    ):
         store.restore(like)
 
 
@@ -212,7 +218,9 @@ def test_a_failed_save_is_told_once_and_the_next_one_is_saved(tmp_path):
     root.write_text("a file where the directory belongs")
     store = Store(root, keep=all_())
     store.save(1, value(1))
-    with pytest.raises(SaveFailed, match=r"the save of step 1 failed\n(.|\n)*FileExistsError(.|\n)*no earlier snapshot") as caught:
+    with pytest.raises(
+        SaveFailed, match=r"the save of step 1 failed\n(.|\n)*FileExistsError(.|\n)*no earlier snapshot"
+    ) as caught:
         store.wait()
     assert isinstance(caught.value.__cause__, FileExistsError)
     store.wait()
@@ -243,7 +251,9 @@ def test_a_failure_in_any_phase_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_poll_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "check_space", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        disk, "check_space", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     store = Store(tmp_path)
     store.save(1, value(1))
     store._background._job.thread.join()
@@ -283,7 +293,9 @@ def test_other_programs_can_read_the_arrays(tmp_path):
     fill(tmp_path, 4)
     arrays = ocp.PyTreeCheckpointer().restore(tmp_path / "4" / "parts" / "0" / "state")
     assert {name.partition("-")[0] for name in arrays} == {"arena", "1"}
-    assert np.array_equal(next(array for name, array in arrays.items() if name.startswith("1-")), value(4)["large"].numpy())
+    assert np.array_equal(
+        next(array for name, array in arrays.items() if name.startswith("1-")), value(4)["large"].numpy()
+    )
     for path in ("meta/data.json", "meta/tree.json", "parts/0/spec"):
         json.loads((tmp_path / "4" / path).read_text())
 

@@ -116,7 +116,9 @@ def test_fake_and_meta_tensors_mean_the_cpu():
 def test_classes_come_from_the_registry_or_the_template_only():
     encoded = encode(State(1, 2))
     encoded.structure["class"] = "elsewhere.State"
-    with pytest.raises(TemplateMismatch, match=r"a elsewhere\.State, which no imported module registers; import elsewhere"):
+    with pytest.raises(
+        TemplateMismatch, match=r"a elsewhere\.State, which no imported module registers; import elsewhere"
+    ):
         check(encoded.structure, encoded.leaves, ...)
     check(encoded.structure, encoded.leaves, State(0, 0))  # a class that moved to another module is known by its name
     assert type(build(encoded.structure, State(0, 0), lambda index, device: index)) is State

@@ -17,6 +17,7 @@ from purestep.optim.base import (
     need_params,
     new_count,
     same_leaves,
+    scalar_like,
     transformation,
     value_at,
     wide,
@@ -64,7 +65,7 @@ class Adafactor(GradientTransformation):
         memory = [same_leaves(getattr(state, n), treedef, updates, n) for n in ("row", "column", "full")]
         count, rate = state.count + 1, value_at(self.learning_rate, step)
         t = wide(count)
-        rho = torch.minimum(torch.as_tensor(rate, device=t.device).to(t.dtype), 1 / t**0.5)
+        rho = torch.minimum(scalar_like(rate, t), 1 / t**0.5)
         weight = t**self.beta2_decay
         leaves = zip(fx.cast(gs, ps), ps, *memory, strict=True)
         results = [self._leaf(g, p, row, column, full, rho, weight) for g, p, row, column, full in leaves]

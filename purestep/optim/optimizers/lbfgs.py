@@ -20,6 +20,7 @@ from purestep.optim.base import (
     need_params,
     new_count,
     same_leaves,
+    scalar_like,
     transformation,
     value_at,
 )
@@ -99,7 +100,7 @@ class Lbfgs(GradientTransformation):
 
     def _search(self, at: Any, value: Any, x: Tensor, g: Tensor, direction: Tensor, start: Tensor) -> Tensor:
         """Bisect for a step that lowers the loss enough (c1) and flattens the slope enough (c2), both relative to the start."""
-        before = torch.as_tensor(at(x)[0] if value is None else value, device=x.device).detach().to(x.dtype)
+        before = scalar_like(at(x)[0] if value is None else value, x).detach()
         slope = torch.dot(g, direction)
         low, high, trial = torch.zeros_like(start), torch.full_like(start, torch.inf), start
         done = torch.zeros_like(start, dtype=torch.bool)

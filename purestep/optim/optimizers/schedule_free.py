@@ -18,6 +18,7 @@ from purestep.optim.base import (
     need_params,
     new_count,
     same_leaves,
+    scalar_like,
     transformation,
     value_at,
     wide,
@@ -59,7 +60,7 @@ class ScheduleFree(Wrapper):
         ys, treedef = tree.flatten(need_params(params, self.name))
         before = same_leaves(state.z, treedef, params, "iterates z")
         rate = value_at(self.learning_rate, step)
-        highest = torch.maximum(state.max_lr, torch.as_tensor(rate, device=state.max_lr.device).to(state.max_lr.dtype))
+        highest = torch.maximum(state.max_lr, scalar_like(rate, state.max_lr))
         weight = highest**self.weight_lr_power
         total = state.weight_sum + weight
         # While a warm-up starts at 0 there is nothing to average yet: the weight is 0, not 0/0.

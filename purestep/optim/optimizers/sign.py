@@ -10,7 +10,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation
+from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, scalar_like, transformation
 from purestep.optim.chain import chain
 from purestep.optim.decay import add_decayed_weights
 from purestep.optim.optimizers.adam import check_betas
@@ -121,7 +121,7 @@ class ScaleByRprop(Rule):
 
     def initial(self, name: str, param: Tensor) -> Tensor:
         start = torch.zeros_like(param)
-        return start if name == "prev" else start + torch.as_tensor(self.learning_rate).to(param.dtype)
+        return start if name == "prev" else start + scalar_like(self.learning_rate, param)
 
     def direction(self, gs: list[Tensor], memory: Memory, t: Tensor, ps: list[Tensor]) -> tuple[list[Tensor], Memory]:
         agreement = fx.mul(gs, memory["prev"])

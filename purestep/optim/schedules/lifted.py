@@ -27,10 +27,10 @@ class TableSchedule(ScheduleBase):
 
     def at(self, t: Tensor) -> Tensor:
         index = t.to(torch.int64).clamp(0, len(self.values) - 1)
-        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None:
-            # A tracer must see the table as a constant of the graph, not as a tensor from elsewhere.
-            return torch.tensor(self.values, dtype=t.dtype, device=t.device)[index]
-        return _table(self.values, t.dtype, t.device)[index]
+        traced = torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None
+        # A tracer must see the table as a constant of the graph, not as a tensor from elsewhere.
+        make = _table.__wrapped__ if traced else _table
+        return make(self.values, t.dtype, t.device).index_select(0, index.reshape(-1)).reshape(t.shape)
 
     def __repr__(self) -> str:
         return self.source or f"TableSchedule({len(self.values)} values)"

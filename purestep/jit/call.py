@@ -1,0 +1,299 @@
+"""`jit`: trace once, compile, call flat.
+
+Owns the compiled function, its cache and its call path: flatten, look up, run, unflatten. `trace` makes graphs, `donation`
+their epilogue, `backends` what runs them; a Step of several microbatches goes through `pieces`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import operator
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from purestep import tree
+from purestep.errors import explain
+from purestep.jit import backends, donation, refusals, signature
+from purestep.jit.donation import Plan
+from purestep.jit.progress import progress
+from purestep.jit.static import Statics
+from purestep.jit.trace import Traced, trace
+
+log = logging.getLogger("purestep.jit")
+_MANY = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One compiled signature.
+
+    Attributes:
+        run: the compiled graph.
+        takes: picks the tensors among the leaves of a call; None where all are.
+        pick: picks the leaves of the result among (outputs, leaves, constants).
+        plan: where they come from.
+        structure: structure of the result.
+        code: the graph, as text.
+        held: static objects that the signature knows by identity, so that they stay alive.
+        fixed: whether only the first argument holds such objects.
+    """
+
+    run: backends.Run
+    takes: Callable[[Sequence[Any]], Sequence[Any]] | None
+    pick: Callable[[Sequence[Any]], Sequence[Any]]
+    plan: Plan
+    structure: Any
+    code: str
+    held: tuple[Any, ...]
+    fixed: bool
+
+    def __call__(self, leaves: list[Any]) -> Sequence[Any]:
+        """Run on the leaves of the arguments and return the leaves of the result."""
+        tensors = leaves if self.takes is None else self.takes(leaves)
+        grad = torch.is_grad_enabled()
+        if grad:
+            torch._C._set_grad_enabled(False)
+        try:
+            outputs = self.run([*tensors])
+        finally:
+            if grad:
+                torch._C._set_grad_enabled(True)
+        return self.pick((*outputs, *leaves, *self.plan.constants))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Last:
+    """The state that the last call returned: if it comes back untouched, its signature is known."""
+
+    state: weakref.ref[Any]
+    leaves: tuple[Any, ...]
+    structure: Any
+    rest: list[Hashable]
+    extra: Any
+    entry: Entry
+    owned: frozenset[int]
+
+
+class Jit:
+    """A compiled function. Made by `jit`; call it like the function.
+
+    Attributes:
+        donate: whether the first argument is consumed.
+        backend: name of the backend.
+        retraces: why each trace but the first was made, in order.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], donate: bool, backend: str, static: Sequence[int | str], mode: str | None
+    ) -> None:
+        self.__wrapped__ = function
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.__doc__ = function.__doc__
+        self.donate, self.backend, self.mode = donate, backend, mode
+        self._statics = Statics(function, static)
+        self._lock = threading.RLock()
+        self._fell_back = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything that was compiled."""
+        self._entries: dict[Hashable, Entry] = {}
+        self._shapes: list[signature.Shape] = []
+        self._last: _Last | None = None
+        self.retraces: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
+        return f"jit({self.__wrapped__!r}, {options})"
+
+    # --- calling ----------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+            # Inside a transform or another trace, a compiled function is the function it was made of.
+            return self.__wrapped__(*args, **kwargs)
+        args, kwargs, extra = self._split(args, kwargs)
+        leaves, structure = tree.flatten((args, kwargs))
+        last = self._last
+        if last is not None and args and last.state() is args[0]:
+            entry = self._again(last, leaves, structure, extra)
+            if entry is not None:
+                if self.donate:
+                    n = len(last.leaves)
+                    leaves[n:] = donation.apart(leaves[n:], last.owned)
+                return self._run(entry, args, leaves, structure, extra, last)
+        entry = self._find(args, kwargs, leaves, structure, extra)
+        if self.donate:
+            leaves = donation.unaliased(leaves, entry.plan.state_leaves)
+        return self._run(entry, args, leaves, structure, extra, None)
+
+    def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any, tuple[Hashable, Any]]:
+        """Return the traced arguments, and what else a call is known by: settings of torch and static arguments."""
+        if not self._statics:
+            return args, kwargs, (signature.ambient(), ())
+        args, kwargs, given = self._statics.split(args, kwargs)
+        return args, kwargs, (signature.ambient(), given)
+
+    def _again(self, last: _Last, leaves: list[Any], structure: Any, extra: Any) -> Entry | None:
+        """Return the entry of the last call if this one differs from it in the contents of the batch only."""
+        n = len(last.leaves)
+        if (
+            all(map(operator.is_, last.leaves, leaves))
+            and [signature.leaf_signature(leaf) for leaf in leaves[n:]] == last.rest
+            and extra == last.extra
+            and structure == last.structure
+        ):
+            return last.entry
+        return None
+
+    def _run(
+        self, entry: Entry, args: tuple[Any, ...], leaves: list[Any], structure: Any, extra: Any, last: _Last | None
+    ) -> Any:
+        if not self.donate:
+            found = entry(leaves)
+            result = tree.unflatten(entry.structure, found)
+        else:
+            try:
+                found = entry(leaves)
+            except BaseException:
+                donation.consume(args[0], f"{self.__name__}, which failed while it wrote over it")
+                raise
+            result = tree.unflatten(entry.structure, found)
+            donation.consume(args[0], self.__name__)
+        n = entry.plan.state_leaves
+        if n and entry.fixed:
+            self._remember(entry, result if entry.plan.alone else result[0], found[:n], leaves[n:], structure, extra, last)
+        return result
+
+    def _remember(
+        self,
+        entry: Entry,
+        state: Any,
+        found: Sequence[Any],
+        others: list[Any],
+        structure: Any,
+        extra: Any,
+        last: _Last | None,
+    ) -> None:
+        try:
+            reference = weakref.ref(state, self._forget)
+        except TypeError:
+            return
+        if last is not None:
+            rest, owned = last.rest, last.owned
+        else:
+            rest = [signature.leaf_signature(leaf) for leaf in others]
+            owned = donation.storages(found) if self.donate else frozenset()
+        self._last = _Last(reference, tuple(found), structure, rest, extra, entry, owned)
+
+    def _forget(self, reference: weakref.ref[Any]) -> None:
+        last = self._last
+        if last is not None and last.state is reference:
+            self._last = None
+
+    # --- looking up and compiling -------------------------------------------------------------------------------------------
+
+    def _find(self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any) -> Entry:
+        objects = signature.static_values((args, kwargs))
+        signatures = tuple([signature.leaf_signature(leaf) for leaf in leaves])
+        key = (structure, extra, tuple(map(signature.fingerprint, objects)), signatures)
+        try:
+            entry = self._entries.get(key)
+        except TypeError:
+            signature.check_leaves(leaves, lambda: self._paths(args, kwargs))
+            raise
+        if entry is None:
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is None:
+                    entry = self._entries[key] = self._build(args, kwargs, leaves, structure, extra, objects)
+        return entry
+
+    def _build(
+        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, objects: list[Any]
+    ) -> Entry:
+        names = functools.cache(lambda: self._paths(args, kwargs))
+        signature.check_leaves(leaves, names)
+        self._explain_retrace(signature.Shape.of(names(), leaves, extra[1]))
+        with progress(self.__name__) as note:
+            backend = "eager" if self._fell_back else self.backend
+            note(f"tracing {len(leaves)} leaves")
+            traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names, backend)
+            note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
+            try:
+                run = backends.compile(traced, backend, self.mode, donated=plan.state_leaves if self.donate else 0)
+            except Exception as error:
+                if not refusals.no_compiler(error):
+                    raise refusals.not_compiled(self.__name__, backend, error) from error
+                self._fell_back = True
+                warnings.warn(refusals.no_compiler_message(self.__name__, error), stacklevel=5)
+                traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names, "eager")
+                run = backends.compile(traced, "eager", None, donated=0)
+        takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
+        fixed = not signature.static_values((args[1:], kwargs))
+        return Entry(run, takes, _picker(plan.picks), plan, traced.structure, code, tuple(objects), fixed)
+
+    def _traced(
+        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, names: Any, backend: str
+    ) -> tuple[Traced, Plan, str]:
+        function = self._statics.bound(self.__wrapped__, extra[1])
+        traced = trace(function, leaves, structure, paths=names, decompositions=backends.decompositions(backend))
+        first = args[0] if args else None
+        plan = donation.plan(traced, first, len(leaves), donate=self.donate, name=self.__name__)
+        return traced, plan, traced.graph.print_readable(print_output=False)
+
+    def _paths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        named = self._statics.names(len(args))
+        roots = [*zip(named, args, strict=True), *((k, kwargs[k]) for k in sorted(kwargs))]
+        return [path for name, value in roots for path in tree.paths(value, name)]
+
+    def _explain_retrace(self, shape: signature.Shape) -> None:
+        if self._shapes:
+            reason = signature.why(shape, self._shapes)
+            self.retraces = (*self.retraces, reason)
+            log.info("%s is traced again: %s", self.__name__, reason)
+            if len(self.retraces) == _MANY + 1:
+                warnings.warn(
+                    explain(
+                        f"{self.__name__} was traced more than {_MANY} times again, and each time costs a compilation",
+                        where=reason,
+                        why="a compiled function is kept for each combination of structure, shapes, dtypes and Python values",
+                        instead="pad batches to a few fixed sizes; make a number that changes a tensor: torch.tensor(0.1)\n"
+                        "all reasons are in step.retraces",
+                    ),
+                    stacklevel=6,
+                )
+        self._shapes.append(shape)
+
+    # --- ahead of time --------------------------------------------------------------------------------------------------------
+
+    def compile(self, *args: Any, **kwargs: Any) -> Jit:
+        """Compile for the signature of these arguments without running anything; they are not consumed.
+
+        Returns:
+            The compiled function itself.
+        """
+        self._entry_for(args, kwargs)
+        return self
+
+    def graph(self, *args: Any, **kwargs: Any) -> str:
+        """Return the traced graph of a call as code, the epilogue of a donation included."""
+        return self._entry_for(args, kwargs).code
+
+    def _entry_for(self, args: Any, kwargs: Any) -> Entry:
+        args, kwargs, extra = self._split(args, kwargs)
+        leaves, structure = tree.flatten((args, kwargs))
+        return self._find(args, kwargs, leaves, structure, extra)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    if len(positions) >= 2:
+        return operator.itemgetter(*positions)
+    return lambda values: tuple([values[p] for p in positions])

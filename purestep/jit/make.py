@@ -1,0 +1,81 @@
+"""`jit`: the function that users call. It checks what it is given and chooses how it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from purestep.errors import ConfigError, explain
+from purestep.jit import backends
+from purestep.jit.backends import Backend, Mode
+from purestep.jit.call import Jit
+from purestep.jit.pieces import JitStep
+from purestep.step import Step
+
+
+def jit(
+    function: Callable[..., Any],
+    *,
+    donate: bool = False,
+    backend: Backend = "inductor",
+    static: int | str | Sequence[int | str] = (),
+    mode: Mode | None = None,
+) -> Any:
+    """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
+
+    The function is traced once for each combination of structure, shapes, dtypes, devices, strides and Python values of its
+    arguments, on tensors without memory, as `jax.jit` does. What it does besides tensor operations (printing, counting)
+    happens while tracing only. Numbers and strings in the arguments are constants of the graph: one that changes is traced
+    again, so keep a learning rate that moves in a tensor. Inside a transform, such as `vmap` or `grad`, and inside another
+    `jit`, it is the plain function.
+
+    Args:
+        function: any function of pytrees of tensors; a step of `make_step` or `make_eval`, or one written by hand. It must be
+            pure: it changes none of its arguments and reads no other tensor than those.
+        donate: consume the first argument: the state that is returned is written over its memory, and using the old one again
+            raises DonatedStateError. The function returns such a state, alone or first in a tuple. Tensors taken out of the
+            old state before show the new values; a plain dict or list around states cannot be marked, the states in it are.
+        backend: "inductor" compiles the graph. "eager" runs the same graph operator by operator, with the bits of the
+            function itself. "aot_eager" and "dynamo" hand the traced graph to `torch.compile`, with its `aot_eager` backend
+            and its default one.
+        static: arguments, by position or name, that are no pytrees of tensors: they need a hash, and each value is compiled
+            for.
+        mode: as in `torch.compile`, for "inductor" and "dynamo". "reduce-overhead" and "max-autotune" record a donated step on
+            CUDA as one CUDA graph.
+
+    Returns:
+        An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),
+        `compile(*args)` (ahead of time, runs nothing), `graph(*args)` (the graph as code), `clear()` and `__wrapped__`.
+        A step of several microbatches is compiled in two pieces, `grads` and `update`.
+
+    Raises:
+        ConfigError: an unknown backend, mode or argument name.
+
+        When it is called: TraceError for a captured tensor, a Python branch on the value of a tensor or an argument changed in
+        place; StepError for a donating function that returns no such state; CompileError for an operator that the backend
+        cannot take.
+
+    Example:
+        >>> import torch
+        >>> double = jit(lambda x: {"y": 2 * x}, backend="eager")
+        >>> double(torch.ones(3))
+        {'y': tensor([2., 2., 2.])}
+        >>> double(torch.ones(2))["y"].shape, double.retraces
+        (torch.Size([2]), ('x changed from float32[3] to float32[2]',))
+
+    References:
+        `jax.jit` and its `donate_argnums`, https://docs.jax.dev/en/latest/_autosummary/jax.jit.html
+    """
+    if not callable(function):
+        raise ConfigError(
+            explain(
+                "jit compiles a function",
+                where=f"{type(function).__name__} {function!r}",
+                instead="step = ps.jit(ps.make_step(loss_fn, tx))",
+            )
+        )
+    backends.check(backend, mode)
+    names: Sequence[int | str] = (static,) if isinstance(static, (int, str)) else tuple(static)
+    if isinstance(function, Step) and function.microbatches > 1:
+        return JitStep(function, bool(donate), backend, mode)
+    return Jit(function, bool(donate), backend, names, mode)
