@@ -21,7 +21,9 @@ EPOCHS = 8
 
 def start(run_dir: Path, epochs: int, workers: int) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPT), "--run-dir", str(run_dir), "--epochs", str(epochs), "--workers", str(workers)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / "stderr.txt", "a") as errors:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
 def rows(run_dir: Path) -> int:
@@ -61,7 +63,7 @@ def finish(run_dir: Path, epochs: int, workers: int) -> str:
     out, _ = process.communicate()
     found = re.search(r"digest of the last state\s+([0-9a-f]{64})", out)
     if process.returncode or not found:
-        raise SystemExit(f"the run failed with exit code {process.returncode}:\n{out}")
+        raise SystemExit(f"the run failed with exit code {process.returncode}, see {run_dir / 'stderr.txt'}\n{out}")
     return found.group(1)
 
 

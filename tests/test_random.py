@@ -116,8 +116,15 @@ def test_folding_parts_is_folding_one_after_the_other(parts, seed):
 def test_a_tensor_folds_like_its_value(value):
     k = random.key(3)
     assert torch.equal(random.fold_in(k, torch.tensor(value), "x"), random.fold_in(k, value, "x"))
-    traced = make_fx(lambda k, v: random.fold_in(k, v, "x"))(k, torch.tensor(value))
-    assert torch.equal(traced(k, torch.tensor(value)), random.fold_in(k, value, "x"))
+
+
+def test_a_traced_fold_has_the_bits_of_a_folded_number():
+    k, fold = random.key(3), lambda k, v: random.fold_in(k, v, "x", 4)
+    traced = make_fx(fold)(k, torch.tensor(1))
+    for value in (0, 1, -1, 2**31, 2**32, -(2**63), 2**63 - 1):
+        assert torch.equal(traced(k, torch.tensor(value)), fold(k, value))
+    values = torch.arange(5)
+    assert torch.equal(torch.func.vmap(fold, (None, 0))(k, values), torch.stack([fold(k, int(v)) for v in values]))
 
 
 def test_the_parts_of_a_path_do_not_run_together():
@@ -183,6 +190,7 @@ def test_a_wrong_index_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_the_same_bits_compiled():
     def draws(k, step):
         k = random.fold_in(k, step, "x", 3)
@@ -200,11 +208,7 @@ def test_the_same_bits_compiled():
 
     k, step = random.key(2**40 + 11), torch.tensor(12)
     eager = draws(k, step)
-    traced = make_fx(draws)(k, step)
-    from torch._inductor.compile_fx import compile_fx
-
-    compiled = compile_fx(traced, [k, step])(k, step)
-    compiled = compiled if isinstance(compiled, dict) else dict(zip(eager, compiled, strict=True))
+    compiled = torch.compile(draws, fullgraph=True)(k, step)
     for name, value in eager.items():
         assert torch.equal(compiled[name], value), name
 

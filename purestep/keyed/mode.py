@@ -96,7 +96,7 @@ def _is_seeded(op: Any) -> bool:
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
-def refused(mode: KeyedRandom, func: Any, *args: Any, **kwargs: Any) -> Any:
+def refused(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Raise the error of an operation that has no keyed form."""
     raise RandomnessError(
         explain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ class Feed:
     the last batch of an epoch be told from the others.
     """
 
-    def __init__(self, source: data.Source, device: torch.device) -> None:
+    def __init__(self, source: data.Source, device: torch.device, stopping: Callable[[], bool] = lambda: False) -> None:
         self.source = source
         self.device = device
+        self.stopping = stopping
         self.length = source.length()
         self._iterator: Iterator[Any] | None = None
         self._ahead: Any = _END
@@ -40,16 +41,21 @@ class Feed:
 
     def take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         """Yield up to n batches from the cursor on; fewer at the end of the epoch."""
-        if self._iterator is None:
-            self._iterator = self.source.open(cursor.epoch, cursor.batch, cursor.loader)
-            self._ahead = self._pull() if self.length is None else _END
-        for _ in range(n):
-            batch = self._pull() if self.length is not None else self._ahead
-            if batch is _END:
-                return
-            if self.length is None:
-                self._ahead = self._pull()
-            yield batch
+        try:
+            if self._iterator is None:
+                self._iterator = self.source.open(cursor.epoch, cursor.batch, cursor.loader)
+                self._ahead = self._pull() if self.length is None else _END
+            for _ in range(n):
+                batch = self._pull() if self.length is not None else self._ahead
+                if batch is _END:
+                    return
+                if self.length is None:
+                    self._ahead = self._pull()
+                yield batch
+        except DataError:
+            # A signal to the whole process group ends the workers too. What was trained on so far is whole.
+            if not self.stopping():
+                raise
 
     def _pull(self) -> Any:
         self._loader = self.source.state() if self.length is None and self._iterator is not None else None

@@ -81,12 +81,12 @@ class Run:
         self._step, self._given, self._resume, self._strict = step, state, resume, strict
         self._on_save_error = on_save_error
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
-        self._feed = Feed(data.as_source(train), device_of(state))
+        self._signals = Signals()
+        self._feed = Feed(data.as_source(train), device_of(state), lambda: self._signals.unread)
         self.callbacks = tuple(callbacks)
         self._by_name = {c.name: c for c in self.callbacks}
         self.machine = Machine(self.callbacks, until, self._feed.length)
         self._outlets = Outlets(loggers, self.run_dir)
-        self._signals = Signals()
         self._store: snapshot.Store | None = None
         self._saved: Any = None
         self._checked = False
@@ -224,6 +224,7 @@ class Run:
         loop = self.loop.replace(cursor=self.loop.cursor.replace(loader=self._feed.loader_state()))
         number = loop.cursor.batches
         info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume_.identity(self._step)}
+        self._outlets.flush()
         try:
             latest = self._store.latest()
             if latest is not None and latest >= number:

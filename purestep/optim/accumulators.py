@@ -75,7 +75,9 @@ def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
 
 @tree.pytree
 class AccumulateState:
-    """`mini_step`: calls since the last update; `total`: sum of their gradients; `last_applied`: whether it was an update."""
+    """`mini_step`: calls since the last update; `total`: sum of their gradients; `last_applied`: whether it was an
+    update.
+    """
 
     mini_step: Tensor
     total: Any
@@ -126,8 +128,8 @@ def accumulate(inner: GradientTransformation, every: int, *, use_mean: bool = Tr
         use_mean: pass on the mean; otherwise the sum.
 
     Returns:
-        A transformation with the state `AccumulateState(mini_step, total, last_applied, inner)`; sums are kept in at least
-        float32.
+        A transformation with the state `AccumulateState(mini_step, total, last_applied, inner)`; sums are kept in at
+        least float32.
 
     Raises:
         OptimError: `every` is not a positive integer.

@@ -1,7 +1,7 @@
 """What a gradient transformation is, and how its updates reach the parameters.
 
-Owns `GradientTransformation`, `apply_updates` and the few helpers each transformation calls: reading a learning rate, asking
-for parameters, refusing a tree of another structure. It never loops over leaves itself: `foreach` does.
+Owns `GradientTransformation`, `apply_updates` and the few helpers each transformation calls: reading a learning rate,
+asking for parameters, refusing a tree of another structure. It never loops over leaves itself: `foreach` does.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class EmptyState:
 class GradientTransformation:
     """A pure rule that turns gradients into updates, as a frozen value: it prints, compares and pickles.
 
-    Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state they
-    return is a `@pytree` class with named fields, so that its paths read well. They never change what they are given.
+    Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
+    they return is a `@pytree` class with named fields, so that its paths read well. They change nothing they are given.
     """
 
     @property

@@ -113,7 +113,8 @@ def chain(
                 explain(
                     "a part of a chain is not a gradient transformation",
                     where=f"part {position}: {type(transform).__name__} {transform!r}",
-                    instead="chain(clip_by_global_norm(1.0), adamw(3e-4))   # lift(torch.optim.SGD, lr=0.1) for torch's own",
+                    instead="chain(clip_by_global_norm(1.0), adamw(3e-4))\n"
+                    "lift(torch.optim.SGD, lr=0.1)   # for torch's own",
                 )
             )
         given.append(own)

@@ -63,8 +63,8 @@ class ClipByGlobalNorm(GradientTransformation):
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     r"""Scale all updates so that their 2-norm, over all leaves together, is at most `max_norm`.
 
-    $u \leftarrow u \cdot \min(1, c / \lVert u \rVert)$. Updates within the limit keep their bits; a NaN anywhere makes every
-    update NaN, for `apply_if_finite` to see.
+    $u \leftarrow u \cdot \min(1, c / \lVert u \rVert)$. Updates within the limit keep their bits; a NaN anywhere makes
+    every update NaN, for `apply_if_finite` to see.
 
     Args:
         max_norm: the limit $c$, greater than 0.
@@ -133,9 +133,9 @@ class AdaptiveGradClip(GradientTransformation):
 def adaptive_grad_clip(clipping: Scalar, eps: float = 1e-3) -> GradientTransformation:
     r"""Limit the norm of each unit's gradient to a fraction of the norm of its weights.
 
-    For row $i$ of a matrix: $g_i \leftarrow g_i \cdot \lambda \max(\lVert w_i \rVert, \epsilon) / \lVert g_i \rVert$ when the
-    gradient is larger than that. A unit is an output: one index of dim 0 of a weight in torch's layout (`[out, in, ...]`); a
-    vector or a scalar is one unit.
+    For row $i$ of a matrix: $g_i \leftarrow g_i \cdot \lambda \max(\lVert w_i \rVert, \epsilon) / \lVert g_i \rVert$
+    when the gradient is larger than that. A unit is an output: one index of dim 0 of a weight in torch's layout (`[out,
+    in, ...]`); a vector or a scalar is one unit.
 
     Args:
         clipping: the fraction $\lambda$.
@@ -146,7 +146,8 @@ def adaptive_grad_clip(clipping: Scalar, eps: float = 1e-3) -> GradientTransform
         >>> tx.update({"w": torch.tensor([3.0, 4.0])}, None, {"w": torch.tensor([0.0, 1.0])})[0]
         {'w': tensor([0.0600, 0.0800])}
 
-    Reference: Brock et al., 2021 <https://arxiv.org/abs/2102.06171>; `optax.adaptive_grad_clip`, whose matrices are `[in, out]`.
+    Reference: Brock et al., 2021 <https://arxiv.org/abs/2102.06171>; `optax.adaptive_grad_clip`, whose matrices are
+    `[in, out]`.
     """
     return AdaptiveGradClip(_positive(clipping, "clipping"), eps)
 

@@ -1,4 +1,6 @@
-"""Transformations that act on some steps only, or that look back: conditionally_transform, conditionally_mask, lookahead."""
+"""Transformations that act on some steps only, or that look back: conditionally_transform, conditionally_mask,
+lookahead.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ Condition = Callable[[Any], Any]
 
 @tree.pytree
 class ConditionalState:
-    """`inner`: state of the inner transformation, moved only on the steps on which it acts; `acted`: whether the last was one."""
+    """`inner`: state of the inner transformation, moved only on the steps on which it acts; `acted`: whether the last
+    was one.
+    """
 
     acted: Tensor
     inner: Any
@@ -144,8 +148,8 @@ def lookahead(
 ) -> GradientTransformation:
     r"""Every few updates, move slow parameters part of the way to the fast ones, and start again from there.
 
-    $s \leftarrow s + \alpha (w - s)$, $w \leftarrow s$ every `sync_period` updates. Parameters are an ordinary tree: the slow
-    ones live in the state.
+    $s \leftarrow s + \alpha (w - s)$, $w \leftarrow s$ every `sync_period` updates. Parameters are an ordinary tree:
+    the slow ones live in the state.
 
     Args:
         inner: the fast optimizer.

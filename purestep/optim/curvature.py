@@ -1,6 +1,6 @@
 """Losses as functions of the parameters: values, gradients and Hessian-vector products for the rules that ask for more.
 
-`lbfgs`, `sam` and `sophia` are given `value_fn=` by a hand-written step. Plain autograd outside of transforms, `torch.func`
+`lbfgs`, `sam` and `sophia` get `value_fn=` from a hand-written step. Plain autograd outside of transforms, `torch.func`
 inside them, as everywhere in the project.
 """
 

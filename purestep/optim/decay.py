@@ -1,7 +1,7 @@
 """Weight decay: pull parameters towards zero, all of them or those a path filter names.
 
-Owns `add_decayed_weights` and the mask that decoupled optimizers share. A filter is matched against dotted names when the
-update runs, on the host, from the names alone.
+Owns `add_decayed_weights` and the mask that decoupled optimizers share. A filter is matched against dotted names when
+the update runs, on the host, from the names alone.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ class AddDecayedWeights(GradientTransformation):
 def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: tree.Filter | None = None) -> GradientTransformation:
     r"""Add a multiple of the parameters to the updates: $u \leftarrow u + \lambda w$.
 
-    Before an optimizer this is L2 regularisation (what `weight_decay` of `torch.optim.Adam` means); after `scale_by_*` and
-    before the learning rate it is decoupled decay (AdamW).
+    Before an optimizer this is L2 regularisation (`weight_decay` of `torch.optim.Adam`); after `scale_by_*` and before the
+    learning rate it is decoupled decay (AdamW).
 
     Args:
         weight_decay: $\lambda$: a number, a 0-d tensor or a schedule.
-        mask: which parameters decay, by dotted name: a glob, a list of globs, or a function of the name. All by default.
+        mask: which parameters decay, by dotted name: a glob, a list of globs, or a function of the name. All by
+            default.
 
     Example:
         >>> import torch

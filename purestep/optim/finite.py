@@ -1,6 +1,7 @@
 """Refusing bad gradients: `apply_if_finite`, `skip_large_updates`, `zero_nans`.
 
-A skipped update is zeros, and leaves the inner state bitwise as it was; `applied` tells the train state not to count it. The
+A skipped update is zeros, and leaves the inner state bitwise as it was; `applied` tells the train state not to count
+it. The
 decision is a tensor: the host is never asked.
 """
 
@@ -19,7 +20,9 @@ from purestep.optim.chain import all_applied
 
 @tree.pytree
 class ApplyIfFiniteState:
-    """`notfinite_count`: refusals in a row; `total_notfinite`: all refusals; `last_finite`: whether the last was accepted."""
+    """`notfinite_count`: refusals in a row; `total_notfinite`: all refusals; `last_finite`: whether the last was
+    accepted.
+    """
 
     notfinite_count: Tensor
     total_notfinite: Tensor

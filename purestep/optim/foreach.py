@@ -1,8 +1,9 @@
 """Arithmetic over lists of tensors: the one place that knows `torch._foreach_*` and where it cannot be used.
 
 Each function returns a new list. With `reuse=True` it may overwrite its first argument, which the caller must have made
-itself; it does so only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
-(foreach has no batching rules, and its derivatives of 0-d tensors are wrong); under a tracer nothing is written in place.
+itself, and only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
+(foreach has no batching rules, and its derivatives of 0-d tensors are wrong); under a tracer nothing is written in
+place.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def global_norm(xs: Tensors) -> Tensor:
 
 
 def all_finite(xs: Tensors) -> Tensor:
-    """Return a 0-d bool tensor: no tensor holds an infinity or a NaN. One pass over the memory, nothing is read back."""
+    """Return a 0-d bool tensor: no tensor holds an infinity or a NaN. One pass over the memory, nothing read back."""
     filled = [x for x in xs if x.numel() > 0]
     if not filled:
         return torch.ones((), dtype=torch.bool)

@@ -17,7 +17,9 @@ from purestep.optim.base import GradientTransformation, Wrapper, new_count, scal
 
 @tree.pytree
 class InjectHyperparamsState:
-    """`hyperparams`: values that `optim.set` may change; `scheduled`: the latest values of schedules; `inner`: the rest."""
+    """`hyperparams`: values that `optim.set` may change; `scheduled`: the latest values of schedules; `inner`: the
+    rest.
+    """
 
     hyperparams: dict[str, Tensor]
     scheduled: dict[str, Tensor]
@@ -109,9 +111,9 @@ def inject_hyperparams(
 ) -> Callable[..., GradientTransformation]:
     """Make an optimizer whose hyperparameters are tensors in its state.
 
-    The arguments that are passed on the call and are floats, 0-d tensors or schedules are kept; defaults stay part of the
-    transformation, which is cheaper. `optim.get` and `optim.set` read and change them; a change never retraces a compiled
-    step, `vmap` can sweep them, gradients flow to them, and a snapshot holds them.
+    The arguments that are passed on the call and are floats, 0-d tensors or schedules are kept; defaults stay part of
+    the transformation, which is cheaper. `optim.get` and `optim.set` read and change them; a change never retraces a
+    compiled step, `vmap` can sweep them, gradients flow to them, and a snapshot holds them.
 
     Args:
         factory: a function of this module, `adamw` say, or your own that returns a transformation.

@@ -42,7 +42,8 @@ def set(opt_state: Any, changes: Mapping[str, Any] | None = None, /, **named: An
     Args:
         opt_state: what `tx.init` or `tx.update` returned.
         changes: `{name: value}`, for names with dots; see `get`.
-        **named: the same for plain names. A number becomes a tensor of the old value's dtype, shape and device; a tensor or
+        **named: the same for plain names. A number becomes a tensor of the old value's dtype, shape and device; a
+        tensor or
             a tree must fit the old one.
 
     Raises:
@@ -164,11 +165,12 @@ class Monitor(GradientTransformation):
 def monitor(measures: Mapping[str, Callable[[Any], Any]]) -> GradientTransformation:
     """Measure updates as they pass, and change nothing.
 
-    First in a chain it sees gradients, last it sees what is added to the parameters. `get(opt_state, name)` reads the latest
-    values, and `tx.hyperparams` lists them next to the learning rate.
+    First in a chain it sees gradients, last it sees what is added to the parameters. `get(opt_state, name)` reads the
+    latest values, and `tx.hyperparams` lists them next to the learning rate.
 
     Args:
-        measures: `{name: function of the updates}`; a function returns a tensor, or a tree of them, always of the same shapes.
+        measures: `{name: function of the updates}`; a function returns a tensor, or a tree of them, always of the same
+            shapes.
 
     Example:
         >>> from purestep import optim

@@ -1,8 +1,9 @@
 """Any `torch.optim.Optimizer` class as a pure transformation, third-party ones too.
 
-An update builds the optimizer over copies, gives it the remembered state, lets it step, and reads back what it changed: so
-optimizers that rebind their state are as pure as those that write into it. (`torch.optim.swap_in_optimizer_params_and_state`
-would lose what is rebound.) It is a bridge: our own optimizers are faster, traceable and mappable.
+An update builds the optimizer over copies, gives it the remembered state, lets it step, and reads back what it changed:
+optimizers that rebind their state are as pure as those that write into it, while the public
+`torch.optim.swap_in_optimizer_params_and_state` would lose what is rebound. It is a bridge: our own optimizers can be
+traced and mapped.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ Slots = dict[str, dict[str, Tensor]]
 
 @tree.pytree
 class LiftedState:
-    """`slots`: the optimizer's per-parameter state, `{key: {parameter: tensor}}`; `groups`: numbers it keeps in its groups.
+    """`slots`: the optimizer's per-parameter state, `{key: {parameter: tensor}}`; `groups`: numbers it keeps in its
+    groups.
 
-    `numbers` names the slots that the optimizer keeps as python numbers; `first_differs` says that its first update is not
-    its later update from some initial state.
+    `numbers` names the slots that the optimizer keeps as python numbers; `first_differs` says that its first update is
+    not its later update from some initial state.
     """
 
     count: Tensor
@@ -73,7 +75,7 @@ class Lift(GradientTransformation):
         rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
         moved, slots, groups = self._stepped(named, grads, state, rate)
         if state.first_differs:
-            fresh, first, first_groups = self._stepped(named, grads, None, rate)
+            fresh, first, first_groups = self._stepped(named, grads, state, rate, anew=True)
             new = state.count == 0
             moved, slots, groups = tree.select(new, (fresh, first, first_groups), (moved, slots, groups))
         us = fx.sub([moved[name] for name in named], list(named.values()))
@@ -92,24 +94,23 @@ class Lift(GradientTransformation):
             )
 
     def _stepped(
-        self, named: dict[str, Tensor], grads: dict[str, Tensor], state: LiftedState | None, rate: Any
+        self, named: dict[str, Tensor], grads: dict[str, Tensor], state: LiftedState, rate: Any, *, anew: bool = False
     ) -> tuple[dict[str, Tensor], Slots, dict[str, dict[str, Tensor]]]:
-        """Let the optimizer take one step over copies; without a state it is a new optimizer's first step."""
+        """Let the optimizer take one step over copies, from the state, or anew: a new optimizer's first step."""
         copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
         for name, copy in copies.items():
             copy.grad = grads[name].detach().to(copy.dtype).clone()
         optimizer = self._made(copies, rate)
-        if state is not None:
+        if not anew:
             for key, values in state.slots.items():
                 for name, value in values.items():
                     optimizer.state[copies[name]][key] = value.item() if key in state.numbers else value.clone()
             for index, values in state.groups.items():
                 optimizer.param_groups[int(index)].update({k: v.item() for k, v in values.items()})
-        kept = state.groups if state is not None else {}
         _step(optimizer)
         groups = {
             index: {key: _tensor(optimizer.param_groups[int(index)][key], like) for key, like in values.items()}
-            for index, values in kept.items()
+            for index, values in state.groups.items()
         }
         return {n: c.detach() for n, c in copies.items()}, _slots(optimizer, copies), groups
 
@@ -154,7 +155,8 @@ class Lift(GradientTransformation):
         grads = {n: torch.sin(torch.arange(1.0, p.numel() + 1)).reshape(p.shape).to(p) for n, p in named.items()}
         rate = None if self.learning_rate is None else value_at(self.learning_rate, 0)
         start = LiftedState(torch.zeros(()), slots, groups, numbers, False)
-        fresh, continued = self._stepped(named, grads, None, rate), self._stepped(named, grads, start, rate)
+        fresh = self._stepped(named, grads, start, rate, anew=True)
+        continued = self._stepped(named, grads, start, rate)
         if tree.structure(fresh[1]) != tree.structure(continued[1]) or tree.structure(continued[1]) != tree.structure(
             slots
         ):
@@ -166,7 +168,7 @@ class Lift(GradientTransformation):
                     instead="one of purestep.optim's own optimizers",
                 )
             )
-        return not tree.equal(fresh[:2], continued[:2])
+        return not tree.equal(fresh, continued)
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
@@ -198,13 +200,14 @@ def lift(
     Args:
         optimizer: the class, `torch.optim.ASGD` or a third party's; not an instance.
         lr: its learning rate: a number, or a schedule of the number of applied updates; None for the class's default.
-        param_groups: torch's param groups, with a filter of dotted names in place of the parameters: `[{"params": "*bias",
-            "weight_decay": 0.0}]`. The first that matches wins; what is left forms a last group.
+        param_groups: torch's param groups, with a filter of dotted names in place of the parameters: `[{"params":
+            "*bias", "weight_decay": 0.0}]`. The first that matches wins; what is left forms a last group.
         **arguments: the other arguments of the class.
 
     Returns:
-        A transformation with the state `LiftedState(count, slots, groups)`; `update` needs `params`. It runs eagerly only.
-        Adding its updates gives torch's parameters exactly, unless one more than doubles or halves: then to rounding.
+        A transformation with the state `LiftedState(count, slots, groups)`; `update` needs `params`. It runs eagerly
+        only. Adding its updates gives torch's parameters exactly, unless one more than doubles or halves: then to
+        rounding.
 
     Raises:
         OptimError: not an optimizer class, one that needs a closure, or one whose state changes its structure.

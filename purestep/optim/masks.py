@@ -1,7 +1,8 @@
 """Different rules for different parameters: `partition` by label, `masked` by filter, `freeze`, `set_to_zero`.
 
 Inner transformations see a flat dict of the parameters that are theirs, by dotted name; so their state reads
-`opt_state.partition.head.adamw.mu['head.weight']`. Which leaf is whose is decided from names and structure, on the host.
+`opt_state.partition.head.adamw.mu['head.weight']`. Which leaf is whose is decided from names and structure, on the
+host.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
 def freeze(mask: Any) -> GradientTransformation:
     """Set the updates of some parameters to zero.
 
-    Put it last in a chain. An optimizer before it still keeps state for them: `ps.init(..., frozen=...)`, or `partition` with
-    `set_to_zero()`, keeps none.
+    Put it last in a chain. An optimizer before it still keeps state for them: `ps.init(..., frozen=...)`, or
+    `partition` with `set_to_zero()`, keeps none.
 
     Args:
         mask: as for `masked`.
@@ -188,8 +189,8 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
 
     Args:
         transforms: `{label: transformation}`; labels are identifiers.
-        labels: `{label: filter}`, where the first filter that matches a dotted name wins; or a function of the dotted name
-            that returns a label; or a tree of labels like the parameters.
+        labels: `{label: filter}`, where the first filter that matches a dotted name wins; or a function of the dotted
+            name that returns a label; or a tree of labels like the parameters.
 
     Returns:
         A transformation whose state has one attribute per label.
@@ -229,7 +230,7 @@ class MatrixLabels:
         return self.matrix if chosen else self.other
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------------------------
 
 
 def by_name(values: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """State nodes whose parts are named at run time, so that a chain's state reads `opt_state.adamw.mu['0.weight']`.
 
-Each combination of names becomes one `@pytree` class of this module, made on first use and found again by name, which is
-what lets such states pickle. Only the combining transformations call it.
+Each combination of names becomes one `@pytree` class of this module, made on first use and found again by name, which
+is what lets such states pickle. Only the combining transformations call it.
 """
 
 from __future__ import annotations

@@ -97,8 +97,9 @@ def reduce_on_plateau(
 ) -> GradientTransformation:
     """Multiply updates by a scale that falls when a metric stops getting better.
 
-    Put it last in a chain. The metric is the `value=` of `update`: the loss of a step, averaged over `accumulation_size`
-    steps. To watch a validation metric instead, let an evaluation call `tx.watch(state, value)` on this part of the state.
+    Put it last in a chain. The metric is the `value=` of `update`: the loss of a step, averaged over
+    `accumulation_size` steps. To watch a validation metric instead, let an evaluation call `tx.watch(state, value)` on
+    this part of the state.
 
     Args:
         factor: what the scale is multiplied by, in (0, 1).
@@ -110,7 +111,8 @@ def reduce_on_plateau(
         mode: "min" for a loss, "max" for a score.
 
     Returns:
-        A transformation with the state `ReduceOnPlateauState(scale, best_value, plateau_count, cooldown_count, count, average)`.
+        A transformation with the state `ReduceOnPlateauState(scale, best_value, plateau_count, cooldown_count, count,
+        average)`.
 
     Raises:
         OptimError: an argument is out of range, or `update` gets no `value=`.

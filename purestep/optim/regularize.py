@@ -1,4 +1,4 @@
-"""What keeps training healthy besides decay: `add_noise`, `centralize`, `keep_params_nonnegative`, unit-norm updates."""
+"""What keeps training healthy besides decay: `add_noise`, `centralize`, `keep_params_nonnegative`, unit norms."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class AddNoise(GradientTransformation):
 def add_noise(eta: Scalar, gamma: Scalar, *, seed: int = 0) -> GradientTransformation:
     r"""Add annealed Gaussian noise of variance $\eta / (1 + t)^\gamma$.
 
-    The noise is a function of (seed, step, name of the parameter): the same after a resume, on any device, under any sharding.
+    The noise is a function of (seed, step, name of the parameter): the same after a resume, on any device, under any
+    sharding.
 
     Args:
         eta: variance at step 0.

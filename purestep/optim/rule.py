@@ -1,7 +1,7 @@
 """What most `scale_by_*` rules share: named memory for each parameter, a count, and one formula over lists of tensors.
 
-A rule names its memory and overrides `direction`; flattening, state and structure checks are done here once. The state reads
-`opt_state.scale_by_lion.mu['0.weight']`.
+A rule names its memory and overrides `direction`; flattening, state and structure checks are done here once. The state
+reads `opt_state.scale_by_lion.mu['0.weight']`.
 """
 
 from __future__ import annotations

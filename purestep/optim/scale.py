@@ -1,4 +1,5 @@
-"""The simplest rules: multiply updates by a number, by a learning rate, by a schedule; the last step of most optimizers.
+"""The simplest rules: multiply updates by a number, by a learning rate, by a schedule; the last step of most
+optimizers.
 
 `scale_by_learning_rate` is where an update changes its sign: what follows gradients uphill becomes a descent.
 """
@@ -105,6 +106,6 @@ def checked_rate(value: ScalarOrSchedule, name: str = "learning_rate") -> Scalar
             f"{name} is not a learning rate",
             where=f"{name}={value!r}",
             why="it is a number >= 0, a 0-d tensor, or a schedule: a function of the number of applied updates",
-            instead="adam(1e-3)   or   adam(warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=100, decay_steps=10_000))",
+            instead="adam(1e-3)   or   adam(linear_schedule(0.0, 1e-3, transition_steps=100))",
         )
     )

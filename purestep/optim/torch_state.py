@@ -56,7 +56,8 @@ def from_torch(tx: GradientTransformation, state_dict: Mapping[str, Any], params
     Args:
         tx: the transformation that goes on with it: `adamw(...)` for `torch.optim.AdamW`, alone or in a chain.
         state_dict: what `optimizer.state_dict()` returned.
-        params: parameters by name, in the order in which the torch optimizer was given them (`dict(model.named_parameters())`).
+        params: parameters by name, in the order in which the torch optimizer was given them
+            (`dict(model.named_parameters())`).
 
     Raises:
         OptimError: the numbers of parameters differ, or a part of torch's state has no place in the state of `tx`.
@@ -157,7 +158,7 @@ def _path_of(state: Any, key: str, name: str) -> Path:
     if len(places) != 1:
         raise OptimError(
             explain(
-                f"torch's {key!r} of {name!r} has {len(places) or 'no'} place{'s' if len(places) > 1 else ''} in the state",
+                f"torch's {key!r} of {name!r} has {'several places' if places else 'no place'} in the state",
                 where=", ".join(".".join(path) for path, _ in places) or f"opt_state: {type(state).__name__}",
                 why="the transformation is not the counterpart of that torch optimizer",
                 instead="from_torch(optim.adamw(1e-3), torch_adamw.state_dict(), params)",

@@ -59,10 +59,12 @@ def check_key(rng: Tensor) -> None:
 
 def is_host(*tensors: Tensor) -> bool:
     """Tell whether tensors can be read now, without a device sync: plain CPU tensors outside tracing and transforms."""
+    if torch.compiler.is_compiling():
+        return False
     for t in tensors:
         if type(t) is not Tensor or not t.is_cpu:
             return False
-    return _current_level() is None and _dispatch_modes() == 0 and not torch.compiler.is_compiling()
+    return _current_level() is None and _dispatch_modes() == 0
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,9 +10,11 @@ import itertools
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MARK = ".purestep-tmp-"  # in the name of everything that is not, or no longer, a snapshot
+_SYNC_THREADS = 8
 _numbers = itertools.count()
 _active: set[Path] = set()  # temporary directories that this process is writing
 
@@ -54,17 +56,33 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(directory: Path) -> None:
-    """Force all that lies under a directory to the disk, files before the directories that name them."""
-    for parent, _, files in os.walk(directory, topdown=False):
-        for name in files:
-            fsync(Path(parent, name))
-        fsync(Path(parent))
+def fsync_tree(directory: Path, *, skip: Path | None = None) -> None:
+    """Force all that lies under a directory to the disk, files before the directories that name them.
+
+    Args:
+        directory: the directory.
+        skip: a directory under it whose content has been forced already.
+    """
+    directories, files = [], []
+    for parent, below, names in os.walk(directory):
+        directories.append(Path(parent))
+        files += [Path(parent, name) for name in names]
+        below[:] = [name for name in below if Path(parent, name) != skip]
+    # Each waits for the device; from several threads they share its flushes.
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:
+        list(pool.map(fsync, files))
+        list(pool.map(fsync, directories))
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Make a temporary directory the final one, in one step that is durable on return."""
-    fsync_tree(temporary)
+def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
+    """Make a temporary directory the final one, in one step that is durable on return.
+
+    Args:
+        temporary: from `begin`.
+        final: its name from now on.
+        synced: a directory in it that `fsync_tree` has forced to the disk already.
+    """
+    fsync_tree(temporary, skip=synced)
     os.rename(temporary, final)
     _active.discard(temporary)
     fsync(final.parent)

@@ -337,7 +337,7 @@ def _quiescent_handler(ocp: Any) -> Any:
     being removed, and complain on stderr that nobody listens to them any more.
     """
 
-    class Handler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
+    class Handler(ocp.type_handlers.NumpyHandler):
         async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
             each, args = super()._background_serialize, args or [ocp.SaveArgs()] * len(infos)
             await _all_of(each([v], [i], [a]) for v, i, a in zip(values, infos, args, strict=True))

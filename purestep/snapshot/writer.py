@@ -63,6 +63,7 @@ def write(root: Path, request: Request, write_arrays: WriteArrays, *, clean: boo
             if packed.arrays:
                 (temporary / STATE).parent.mkdir(parents=True)
                 write_arrays(temporary / STATE, packed.arrays)
+                disk.fsync_tree(temporary / STATE)
         made = Manifest(
             step=request.step,
             metrics=request.metrics,
@@ -93,19 +94,19 @@ def preserve(index: Index, policy: Keep) -> None:
 
 def _commit(temporary: Path, final: Path) -> None:
     if not final.exists() and not final.is_symlink():
-        disk.commit(temporary, final)
+        disk.commit(temporary, final, synced=temporary / STATE)
         return
     # `save` has refused every step that is listed: this is a damaged snapshot of ours, or something of another owner.
     if not final.is_symlink() and any((final / part).exists() for part in ("meta", "parts")):
         aside = disk.set_aside(final)
-        disk.commit(temporary, final)
+        disk.commit(temporary, final, synced=temporary / STATE)
         disk.abandon(aside)
         return
     number = 1
     while (stray := final.with_name(f"{final.name}.stray-{number}")).exists():
         number += 1
     final.rename(stray)
-    disk.commit(temporary, final)
+    disk.commit(temporary, final, synced=temporary / STATE)
 
 
 def _digest(encoded: Encoded, contents: list[np.ndarray]) -> str:

@@ -106,6 +106,16 @@ def test_random_collate_is_reproducible(sets) -> None:
     assert len({b["pick"] for b in whole}) == 4
 
 
+def test_collate_does_not_draw_what_a_sample_drew(sets) -> None:
+    def drawing(samples: list) -> float:
+        return python_random.random()
+
+    drawn = set(data.batches(list(range(12)), 3, collate=drawing).epoch(0))
+    assert len(drawn) == 4
+    by_samples = {row[0] for b in data.batches(sets.Noisy(12), 3).epoch(0) for row in b["noise"].tolist()}
+    assert not by_samples & drawn
+
+
 def test_take_and_overfit() -> None:
     source = data.batches(torch.arange(100), 10, seed=3)
     assert tree.equal(list(source.take(4).epoch(2)), list(source.epoch(2))[:4])

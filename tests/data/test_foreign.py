@@ -165,6 +165,15 @@ def test_shuffling_loaders_shuffle_anew_each_epoch() -> None:
     ]
 
 
+def test_noise_is_new_in_every_batch_and_epoch_and_owes_nothing_to_the_global_generators(seed: int) -> None:
+    source = data.as_source(Iterable())
+    drawn = [b.tolist() for e in range(3) for b in source.open(e, 0, None)]
+    assert len({tuple(d) for d in drawn}) == 12
+    np.random.seed(1)
+    again = data.as_source(Iterable())
+    assert [b.tolist() for e in range(3) for b in again.open(e, 0, None)] == drawn
+
+
 def test_the_seed_of_the_source_changes_what_it_draws() -> None:
     a, b, c = (data.as_source(Iterable(), seed=s) for s in (0, 1, 1))
     first, second, third = (list(x.open(0, 0, None)) for x in (a, b, c))

@@ -111,6 +111,16 @@ def test_batches_larger_than_a_chunk_of_indices() -> None:
     assert [len(r.indices) for r in plan.requests(0)] == [9_000, 9_000, 2_000]
 
 
+def test_epochs_of_many_chunks_from_anywhere() -> None:
+    plan = Plan(20_011, 7, 1, True, False)
+    whole = [r.indices.tolist() for r in plan.requests(2)]
+    assert sorted(i for batch in whole for i in batch) == list(range(20_011))
+    for batch in (1, 584, 585, 586, 1171, len(whole) - 1):
+        assert [r.indices.tolist() for r in plan.requests(2, batch)] == whole[batch:]
+        start = batch * 7
+        assert plan.indices(2, start, min(start + 7, 20_011)).tolist() == whole[batch]
+
+
 def test_the_last_batch_of_a_huge_epoch_costs_what_the_first_does() -> None:
     plan = Plan(10**9, 128, 0, True, True)
     next(plan.requests(0))

@@ -94,6 +94,7 @@ class Case:
     model: Callable[[], nn.Module]
     tx: Any
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recurrent: bool = False
 
     def step(self) -> Any:
         return ps.make_step(loss_fn, self.tx, **self.options)
@@ -118,11 +119,30 @@ CASES = {
     "microbatches and batch norm": Case(convolutional, ps.optim.adamw(1e-3), {"microbatches": 2}),
     "tied": Case(tied, ps.optim.adamw(1e-3)),
     "attention": Case(Attention, ps.optim.adamw(1e-3)),
-    "recurrent": Case(Recurrent, ps.optim.adamw(1e-3)),
+    "recurrent": Case(Recurrent, ps.optim.adamw(1e-3), recurrent=True),
     "checkpoint": Case(Checkpointed, ps.optim.adamw(1e-3)),
     "vmap": Case(Vmapped, ps.optim.adamw(1e-3)),
     "engine func": Case(plain, ps.optim.adamw(1e-3), {"engine": "func"}),
 }
+
+
+@pytest.fixture
+def cases() -> dict[str, Case]:
+    return CASES
+
+
+@pytest.fixture
+def trained() -> Callable[..., Any]:
+    """Runs a step over batches; returns the state and the rows of metrics."""
+
+    def run(step, state, batches):
+        rows = []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            rows.append(ps.metrics.compute(metrics))
+        return state, rows
+
+    return run
 
 
 @pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))

@@ -6,38 +6,163 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 
 import purestep as ps
+from purestep.errors import ConfigError
 from purestep.jit import jit
 from purestep.testing import assert_trees_close, assert_trees_equal, check_pure
 
 
 @contextlib.contextmanager
-def spelled_out():
+def spelled_out(recurrent):
     """A graph spells out what a recurrent layer does; eager takes oneDNN's kernel, which rounds otherwise."""
     before = torch.backends.mkldnn.enabled
-    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_mkldnn_enabled(before and not recurrent)
     yield
     torch._C._set_mkldnn_enabled(before)
 
 
-def trained(step, state, batches):
-    rows = []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        rows.append(ps.metrics.compute(metrics))
-    return state, rows
-
-
-@pytest.mark.parametrize("donate", [False, True])
-def test_the_traced_step_has_the_bits_of_the_step(case, batches, donate):
-    data = batches(4, seed=3)
-    with spelled_out():
+def test_the_traced_step_has_the_bits_of_the_step(case, batches, trained):
+    data = batches(3, seed=3)
+    with spelled_out(case.recurrent):
         expected, rows = trained(case.step(), case.state(3), data)
-    actual, found = trained(jit(case.step(), backend="eager", donate=donate), case.state(3), data)
+    step = jit(case.step(), backend="eager")
+    actual, found = trained(step, case.state(3), data)
     assert_trees_equal(actual, expected, "state")
+    assert found == rows
+    check_pure(step, case.state(3), data[0])
+    donated, found = trained(jit(case.step(), backend="eager", donate=True), case.state(3), data)
+    assert_trees_equal(donated, expected, "state")
     assert found == rows
 
 
-def test_a_traced_step_is_pure(case, batches):
-    check_pure(jit(case.step(), backend="eager"), case.state(), batches(1)[0])
+def test_torch_compiles_the_traced_step_to_the_same_bits(cases, batches, trained):
+    case, data = cases["batch norm"], batches(3)
+    expected, rows = trained(case.step(), case.state(), data)
+    for donate in (False, True):
+        actual, found = trained(jit(case.step(), backend="aot_eager", donate=donate), case.state(), data)
+        assert_trees_equal(actual, expected, "state")
+        assert found == rows
+
+
+def close(actual, expected, rtol=1e-5):
+    """Within 1e-5 of the largest element of each leaf: what single elements near 0 lose is no matter."""
+    for path, a, b in zip(ps.tree.paths(expected), ps.tree.leaves(actual), ps.tree.leaves(expected), strict=True):
+        scale = float(b.abs().max()) if b.numel() else 0.0
+        assert a.dtype == b.dtype
+        assert float((a - b).abs().max()) <= rtol * scale, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dropout", "batch norm", "attention"])
+def test_inductor_agrees_with_eager_after_50_steps(cases, batches, trained, name):
+    case, data = cases[name], batches(50, seed=5)
+    expected, rows = trained(case.step(), case.state(5), data)
+    actual, found = trained(jit(case.step()), case.state(5), data)
+    close(actual.params, expected.params)
+    close(actual.buffers, expected.buffers)
+    assert_trees_equal(actual.step, expected.step)
+    for row, other in zip(found, rows, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+    donated, found_donated = trained(jit(case.step(), donate=True), case.state(5), data)
+    assert_trees_equal(donated, actual, "state")
+    assert found_donated == found
+
+
+@pytest.mark.slow
+def test_inductor_compiles_microbatches_in_pieces(cases, batches, trained):
+    case, data = cases["microbatches"], batches(3, 12)
+    expected, _ = trained(case.step(), case.state(), data)
+    actual, _ = trained(jit(case.step(), donate=True), case.state(), data)
+    assert_trees_close(actual.params, expected.params, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_dynamo_agrees_with_eager(cases, batches, trained):
+    case, data = cases["plain"], batches(3)
+    expected, _ = trained(case.step(), case.state(), data)
+    actual, _ = trained(jit(case.step(), backend="dynamo"), case.state(), data)
+    assert_trees_close(actual.params, expected.params, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_random_bits_are_those_of_eager():
+    def draw(key):
+        return ps.random.bits(ps.random.fold_in(key, "noise", 3), (37,)), ps.random.uniform(key, (5, 3))
+
+    compiled = jit(draw)
+    for seed in range(3):
+        assert_trees_equal(compiled(ps.random.key(seed)), draw(ps.random.key(seed)))
+
+
+def test_an_eval_step(cases, batches):
+    state, batch = cases["dropout"].state(), batches(1)[0]
+
+    def loss_fn(net, batch):
+        return nn.functional.cross_entropy(net(batch["x"]), batch["y"])
+
+    evaluate = ps.make_eval(loss_fn)
+    assert_trees_equal(jit(evaluate, backend="eager")(state, batch), evaluate(state, batch))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_hand_written_step_over_a_dict(donate, batches):
+    model = nn.Sequential(nn.Linear(7, 6), nn.Dropout(0.2), nn.Linear(6, 5))
+    tx = ps.optim.sgd(0.1, momentum=0.9)
+
+    def train_step(state, batch):
+        def loss_of(params):
+            logits, _ = ps.apply(model, params, {}, batch["x"], rng=ps.random.fold_in(state["rng"], state["step"]))
+            return nn.functional.cross_entropy(logits, batch["y"])
+
+        grads, loss = ps.grad_and_value(loss_of)(state["params"])
+        updates, opt = tx.update(grads, state["opt"], state["params"], step=state["step"])
+        params = ps.optim.apply_updates(state["params"], updates)
+        return {"params": params, "opt": opt, "rng": state["rng"], "step": state["step"] + 1}, {"loss": loss}
+
+    def fresh():
+        params = {n: p.detach().clone() for n, p in model.named_parameters()}
+        return {"params": params, "opt": tx.init(params), "rng": ps.random.key(1), "step": torch.tensor(0)}
+
+    expected, actual = fresh(), fresh()
+    step = jit(train_step, backend="eager", donate=donate)
+    for batch in batches(3, 11):
+        expected, loss = train_step(expected, batch)
+        actual, found = step(actual, batch)
+        assert_trees_equal((actual, found), (expected, loss))
+
+
+def test_inside_a_transform_it_is_the_function_itself(cases, batches):
+    def f(x):
+        return (x**3).sum()
+
+    x = torch.randn(4)
+    assert torch.equal(torch.func.grad(jit(f, backend="eager"))(x), 3 * x**2)
+    doubled = jit(lambda x: 2 * jit(f, backend="eager")(x), backend="eager")
+    assert torch.equal(doubled(x), 2 * f(x))
+
+
+def test_parameters_that_require_gradients_are_values(cases):
+    weight = nn.Parameter(torch.ones(3, 3))
+    out = jit(lambda w, x: w @ x, backend="eager")(weight, torch.ones(3, 3))
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"backend": "xla"}, "jit has no such backend"),
+        ({"mode": "fast"}, "jit has no such mode"),
+        ({"mode": "reduce-overhead", "backend": "eager"}, "only a compiler has modes"),
+        ({"static": "training"}, "static= names no argument of the function"),
+    ],
+)
+def test_options_are_checked(options, text):
+    with pytest.raises(ConfigError, match=text):
+        jit(lambda state, batch: state, **options)
+
+
+def test_it_compiles_functions_only():
+    with pytest.raises(ConfigError, match="jit compiles a function"):
+        jit(3)

@@ -159,6 +159,33 @@ def test_a_signal_inside_an_evaluation_cuts_it_off_and_it_is_done_after_the_resu
     assert_trees_equal(comparable(resumed.loop), comparable(straight.loop))
 
 
+def test_workers_that_die_of_the_same_signal_do_no_harm(job, tmp_path):
+    """A scheduler signals the whole process group: data may fail while the run is about to stop anyway."""
+
+    class Dying(list):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if i == 2 and self.deadly:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise DataError("a worker process died")
+                yield batch
+
+    def source(deadly):
+        class Once(Dying):
+            pass
+
+        Once.deadly = deadly
+        batches = Once(ps.data.batches(job.table(40, 0), 8, shuffle=False).open(0, 0, None))
+        return lambda: lambda: iter(batches)
+
+    with pytest.warns(ps.data.ReplayWarning):
+        cut = quiet(lambda: job(data=source(True)), until=ps.steps(5), run_dir=tmp_path / "a")
+        assert (cut.reason, cut.loop.cursor.batches) == ("SIGTERM", 1)
+        resumed = quiet(lambda: job(data=source(False)), until=ps.steps(5), run_dir=tmp_path / "a")
+    straight = quiet(lambda: job(data=source(False)), until=ps.steps(5), run_dir=tmp_path / "b")
+    assert_trees_equal(comparable(resumed.loop), comparable(straight.loop))
+
+
 def test_a_second_ctrl_c_does_not_wait(job):
     def press(net, batch):
         os.kill(os.getpid(), signal.SIGINT)

@@ -81,7 +81,7 @@ def test_a_schedule_without_a_step_says_how_to_pass_it() -> None:
 
 @pytest.mark.parametrize("make", [optim.adam, optim.adamw, lambda lr: optim.sgd(lr, 0.9), optim.nadam, optim.lamb])
 def test_a_schedule_reads_the_step_it_is_given_and_no_count(make: Any) -> None:
-    """The update at step 7 under a schedule is the update under that schedule's value, whatever the state has counted."""
+    """The update at step 7 under a schedule is the update under its value there, whatever the state has counted."""
     schedule = optim.linear_schedule(0.0, 1.0, transition_steps=64)
     params, grads = params_of(3, 4), params_of(3, 4)
     state = make(0.5).init(params)
@@ -110,7 +110,7 @@ def test_decay_without_params_is_refused() -> None:
 
 @pytest.mark.parametrize("rate", [-1.0, "fast", None, True, torch.ones(2)])
 def test_what_is_no_learning_rate_is_refused(rate: Any) -> None:
-    with pytest.raises(OptimError, match="learning_rate (is not a learning rate|must be a scalar)"):
+    with pytest.raises(OptimError, match=r"learning_rate (is not a learning rate|must be a scalar)"):
         optim.sgd(rate)
 
 

@@ -77,7 +77,9 @@ ROWS = [
         lambda: optim.adamw(1e-2, weight_decay=0.1),
         lambda p: T.AdamW(p, 1e-2, weight_decay=0.1, foreach=True),
     ),
-    Row("adamw as optax", lambda: optim.adamw(1e-2, weight_decay=0.1), optax=lambda ox: ox.adamw(1e-2, weight_decay=0.1)),
+    Row(
+        "adamw as optax", lambda: optim.adamw(1e-2, weight_decay=0.1), optax=lambda ox: ox.adamw(1e-2, weight_decay=0.1)
+    ),
     Row("amsgrad", lambda: optim.amsgrad(1e-2), lambda p: T.Adam(p, 1e-2, amsgrad=True, foreach=True), exact=True),
     Row("nadam", lambda: optim.nadam(1e-2), lambda p: T.NAdam(p, 1e-2, foreach=True)),
     Row(
@@ -114,7 +116,11 @@ ROWS = [
         square=True,
     ),
     Row("sophia", lambda: optim.sophia(LR), optax=lambda ox: _frozen_sophia(ox), value_fn=True, smooth=False),
-    Row("schedule_free_adamw", lambda: optim.schedule_free_adamw(LR), optax=lambda ox: ox.contrib.schedule_free_adamw(LR)),
+    Row(
+        "schedule_free_adamw",
+        lambda: optim.schedule_free_adamw(LR),
+        optax=lambda ox: ox.contrib.schedule_free_adamw(LR),
+    ),
     Row(
         "sam",
         lambda: optim.sam(optim.sgd(LR, 0.9), rho=0.05),
@@ -171,7 +177,7 @@ def run(row: Row, params: Any, seed: int, steps: int = 20) -> tuple[Any, Any]:
     return params, state
 
 
-# --- oracles ---------------------------------------------------------------------------------------------------------
+# --- oracles --------------------------------------------------------------------------------------------------------
 
 
 def _frozen_sophia(ox: Any) -> Any:
@@ -269,14 +275,14 @@ BF16 = [row for row in ORACLES if row.torch and not row.value_fn and not row.squ
 @pytest.mark.parametrize("row", BF16, ids=[row.name for row in BF16])
 def test_agrees_in_bfloat16(row: Row) -> None:
     params = {n: p.bfloat16() if n != "a.bias" else p for n, p in random_tree(5).items()}
-    ours, state = run(row, params, 5, steps=5)
+    ours, _ = run(row, params, 5, steps=5)
     theirs = torch_oracle(row, params, 5, steps=5)
     assert {n: p.dtype for n, p in ours.items()} == {n: p.dtype for n, p in params.items()}
     for name, p in ours.items():
         torch.testing.assert_close(p.float(), theirs[name].float(), rtol=4e-2, atol=4e-2)
 
 
-# --- properties of every row --------------------------------------------------------------------------------------------
+# --- properties of every row ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
@@ -367,7 +373,10 @@ def test_vmap_equals_a_loop(row: Row) -> None:
     def update(g: Any, s: Any, p: Any) -> Any:
         return tx.update(g, s, p, **extras(row, 2))
 
-    stacked = [tree.map(lambda *xs: torch.stack(xs), *parts) for parts in (grads, [s for _, s in starts], [p for p, _ in starts])]
+    stacked = [
+        tree.map(lambda *xs: torch.stack(xs), *parts)
+        for parts in (grads, [s for _, s in starts], [p for p, _ in starts])
+    ]
     mapped = torch.vmap(update)(*stacked)
     for i, (p, s) in enumerate(starts):
         alone = tx.update(grads[i], s, p, **extras(row, 2))

@@ -94,7 +94,9 @@ def test_get_finds_trees_and_tells_ambiguity() -> None:
     assert tree.equal(optim.set(state, {"slow.mu": new}).slow.mu, new)
     assert (optim.set(state, {"fast.count": 7}).fast.count) == 7
     before = tree.digest(state)
-    with pytest.raises(OptimError, match=r"(?s)the new 'slow.mu' does not fit the old.*float32\[2, 3\] != float32\[1\]"):
+    with pytest.raises(
+        OptimError, match=r"(?s)the new 'slow.mu' does not fit the old.*float32\[2, 3\] != float32\[1\]"
+    ):
         optim.set(state, {"slow.mu": {"w": torch.ones(1)}})
     with pytest.raises(OptimError, match="does not fit"):
         optim.set(state, {"slow.mu": {"other": torch.ones(2, 3)}})

@@ -33,7 +33,7 @@ class PythonState(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 state["k"] = state.get("k", 0) + 1
-                state["buf"] = p.grad * state["k"] + (state["buf"] if "buf" in state else 0.0)
+                state["buf"] = p.grad * state["k"] + state.get("buf", 0.0)
                 p -= group["lr"] * min(1.0, group["warm"]) * state["buf"]
 
 
@@ -84,7 +84,9 @@ def test_lifted_optimizers_are_torch(name: str) -> None:
 
 def test_lift_with_param_groups_and_a_schedule() -> None:
     schedule = optim.linear_schedule(0.0, 1.0, transition_steps=4)
-    tx = optim.lift(T.SGD, schedule, param_groups=[{"params": "a.*", "weight_decay": 0.5}, {"params": "c.*", "lr": 0.25}])
+    tx = optim.lift(
+        T.SGD, schedule, param_groups=[{"params": "a.*", "weight_decay": 0.5}, {"params": "c.*", "lr": 0.25}]
+    )
     params, grads = draw(0), draw(1)
     updates, _ = tx.update(grads, tx.init(params), params, step=torch.tensor(2))
     torch.testing.assert_close(updates["b.w"], -0.5 * grads["b.w"])
@@ -119,7 +121,7 @@ def test_lift_fits_into_the_algebra() -> None:
     assert all((u == 0).all() for u in updates.values())
 
 
-# --- state_dicts -------------------------------------------------------------------------------------------------------
+# --- state_dicts ----------------------------------------------------------------------------------------------------
 
 L = 2.0**-5
 PAIRS: dict[str, tuple[Callable[[], Any], Callable[[Any], torch.optim.Optimizer]]] = {
@@ -185,7 +187,7 @@ def test_states_that_do_not_fit_are_refused() -> None:
         optim.from_torch(optim.sgd(0.1, 0.9), adam.state_dict(), params)
     with pytest.raises(OptimError, match="another number of parameters"):
         optim.from_torch(optim.adam(0.1), adam.state_dict(), {"b.w": params["b.w"]})
-    with pytest.raises(OptimError, match=r"(?s)another shape.*mu\.c\.w: float32\[4, 7\] into float32\[2, 2\]"):
+    with pytest.raises(OptimError, match=r"(?s)another shape.*mu\.c\.w: float32\[5, 3\] into float32\[2, 2\]"):
         optim.from_torch(optim.adam(0.1), adam.state_dict(), dict(sorted(params.items(), reverse=True)))
     with pytest.raises(OptimError, match="the state of ASGD is not known"):
         optim.to_torch(optim.adam(0.1).init(params), params, T.ASGD(live))

@@ -221,7 +221,9 @@ def test_warm_restarts_begin_exactly_where_they_should(cycle: int, first: int, m
 
 @given(st.integers(0, 10**9), st.integers(1, 10**6), st.integers(1, 10**6))
 def test_warmup_cosine_stays_in_its_range(step: int, warmup: int, decay: int) -> None:
-    schedule = optim.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps=warmup, decay_steps=warmup + decay, end_value=0.1)
+    schedule = optim.warmup_cosine_decay_schedule(
+        0.0, 1.0, warmup_steps=warmup, decay_steps=warmup + decay, end_value=0.1
+    )
     assert 0.0 <= schedule(step) <= 1.0
     if step >= warmup:
         assert schedule(step) >= 0.1 - 1e-9
@@ -256,7 +258,10 @@ def test_lifted_schedulers_of_several_parts() -> None:
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: optim.warmup_cosine_decay_schedule(0, 1, warmup_steps=9, decay_steps=9), "the decay ends before the warm-up"),
+    (
+        lambda: optim.warmup_cosine_decay_schedule(0, 1, warmup_steps=9, decay_steps=9),
+        "the decay ends before the warm-up",
+    ),
     (lambda: optim.cosine_decay_schedule(1.0, 0), "a cosine decay needs at least one step"),
     (lambda: optim.join_schedules([optim.constant_schedule(1.0)], [3]), "schedules and boundaries do not fit"),
     (lambda: optim.piecewise_interpolate_schedule("square", 1.0), "there is no such interpolation"),
@@ -265,7 +270,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: optim.CyclicLR(0.0, 1.0, mode="square"), "there is no such mode"),
     (lambda: optim.CosineAnnealingWarmRestarts(1.0, 0), "cycles need a length of at least 1"),
     (lambda: optim.sgdr_schedule([]), "there is no cycle to follow"),
-    (lambda: optim.lift_scheduler(lr_scheduler.StepLR, 1.0, total_steps=0, step_size=3), "there is no step to tabulate"),
+    (
+        lambda: optim.lift_scheduler(lr_scheduler.StepLR, 1.0, total_steps=0, step_size=3),
+        "there is no step to tabulate",
+    ),
     (lambda: optim.lift_scheduler(lr_scheduler.StepLR, 1.0, total_steps=5), "StepLR cannot be run"),
     (
         lambda: optim.lift_scheduler(lr_scheduler.ReduceLROnPlateau, 1.0, total_steps=5),

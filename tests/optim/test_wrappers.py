@@ -27,7 +27,7 @@ def with_bad(grads: dict[str, torch.Tensor], bad: float) -> dict[str, torch.Tens
     return broken
 
 
-# --- clipping --------------------------------------------------------------------------------------------------------
+# --- clipping -------------------------------------------------------------------------------------------------------
 
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 50))
@@ -90,7 +90,7 @@ def test_clipping_shows_what_is_not_finite(bad: float) -> None:
     assert not torch.isfinite(clipped["head.weight"]).all()
 
 
-# --- refusing --------------------------------------------------------------------------------------------------------
+# --- refusing -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -135,7 +135,7 @@ def test_skip_large_updates_and_zero_nans() -> None:
     assert torch.isfinite(cleaned["head.weight"]).all()
 
 
-# --- accumulation, conditions, lookahead -------------------------------------------------------------------------------
+# --- accumulation, conditions, lookahead ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_mean", [True, False])
@@ -205,7 +205,7 @@ def test_lookahead_moves_to_between_fast_and_slow() -> None:
     assert all((m == 0).all() for m in state.inner.momentum.values())
 
 
-# --- masks and partitions ------------------------------------------------------------------------------------------------
+# --- masks and partitions -------------------------------------------------------------------------------------------
 
 LABELS: list[Any] = [
     {"slow": "body.*", "fast": "*"},
@@ -274,7 +274,7 @@ def test_weight_decay_masks() -> None:
         assert hash(tx) is not None
 
 
-# --- noise and plateau -----------------------------------------------------------------------------------------------------
+# --- noise and plateau ----------------------------------------------------------------------------------------------
 
 
 def test_noise_is_a_function_of_seed_step_and_name() -> None:
@@ -305,7 +305,9 @@ def test_plateau_agrees_with_optax(cooldown: int) -> None:
     from optax import contrib
 
     tx = optim.reduce_on_plateau(0.5, patience=3, rtol=1e-2, cooldown=cooldown, accumulation_size=2, min_scale=0.05)
-    other = contrib.reduce_on_plateau(0.5, patience=3, rtol=1e-2, cooldown=cooldown, accumulation_size=2, min_scale=0.05)
+    other = contrib.reduce_on_plateau(
+        0.5, patience=3, rtol=1e-2, cooldown=cooldown, accumulation_size=2, min_scale=0.05
+    )
     grads = {"w": torch.ones(1)}
     state, theirs = tx.init(grads), other.init({"w": grads["w"].numpy()})
     generator = torch.Generator().manual_seed(0)

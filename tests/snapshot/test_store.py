@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -107,12 +108,31 @@ def test_old_snapshots_are_deleted_only_after_the_new_one_is_durable(tmp_path, m
     events = []
     real_commit, real_remove = disk.commit, disk.remove
     monkeypatch.setattr(
-        disk, "commit", lambda a, b: (events.append("begin"), real_commit(a, b), events.append("durable"))
+        disk, "commit", lambda *a, **k: (events.append("begin"), real_commit(*a, **k), events.append("durable"))
     )
     monkeypatch.setattr(disk, "remove", lambda path: (events.append(f"remove {path.name}"), real_remove(path)))
     store.save(2, value(2))
     store.wait()
     assert events == ["begin", "durable", "remove 1"]
+
+
+def test_every_file_of_a_snapshot_is_synced_before_it_is_one(tmp_path, monkeypatch, layout):
+    synced: set[str] = set()
+    missed = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def rename(source, target):
+        if Path(target).name == "1":
+            names = {str(path) for path in Path(source).rglob("*")} | {str(source)}
+            missed.extend(sorted(names - synced))
+            synced.clear()
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.readlink(f"/proc/self/fd/{fd}")), real_sync(fd)))
+    monkeypatch.setattr(os, "rename", rename)
+    fill(tmp_path, 1)
+    assert missed == []
+    assert str(tmp_path) in synced  # and the rename itself after it
 
 
 def test_going_back(tmp_path):
@@ -239,7 +259,7 @@ def test_a_failure_in_any_phase_leaves_what_was_there(tmp_path, monkeypatch):
     want = store.restore().digest
     for i, name in enumerate(["check_space", "begin", "write", "fsync_tree", "commit"]):
         with monkeypatch.context() as patch:
-            patch.setattr(disk, name, lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            patch.setattr(disk, name, lambda *args, **kwargs: (_ for _ in ()).throw(OSError(5, "Input/output error")))
             store.save(2 + i, value(2))
             with pytest.raises(SaveFailed, match=r"Input/output error(.|\n)*untouched: 1"):
                 store.wait()
@@ -252,7 +272,7 @@ def test_a_failure_in_any_phase_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_poll_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        disk, "check_space", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        disk, "check_space", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     store = Store(tmp_path)
     store.save(1, value(1))

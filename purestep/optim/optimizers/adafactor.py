@@ -111,7 +111,8 @@ def adafactor(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
-    r"""Adafactor: Adam's second moment at the cost of a row and a column for each matrix, and steps relative to the weights.
+    r"""Adafactor: Adam's second moment at the cost of a row and a column for each matrix, and steps relative to the
+    weights.
 
     $u = -\alpha_t \, g / \sqrt{\hat V} / \max(1, \mathrm{rms}(\cdot) / d)$ with $\hat V = r c^\top / \bar r$,
     $\alpha_t = \max(\epsilon_2, \mathrm{rms}(w)) \min(\eta, 1 / \sqrt t)$.

@@ -1,7 +1,7 @@
 """Adam and what differs from it by a line: adamw, amsgrad, the bare direction `scale_by_adam`.
 
-One transformation holds the moments, the learning rate and the decoupled decay, so that an update makes few passes over the
-memory. Moments and updates follow `torch.optim.Adam(foreach=True)` to the bit in float32 and float64.
+One transformation holds the moments, the learning rate and the decoupled decay, so that an update makes few passes over
+the memory. Moments and updates follow `torch.optim.Adam(foreach=True)` to the bit in float32 and float64.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def adam(
     r"""Adam: steps scaled by moving averages of the gradient and of its square.
 
     $m \leftarrow \beta_1 m + (1 - \beta_1) g$, $v \leftarrow \beta_2 v + (1 - \beta_2) g^2$,
-    $u = -\eta \, \hat m / (\sqrt{\hat v + \bar\epsilon} + \epsilon)$ with $\hat m = m / (1 - \beta_1^t)$, $\hat v = v / (1 - \beta_2^t)$.
+    $u = -\eta \, \hat m / (\sqrt{\hat v + \bar\epsilon} + \epsilon)$ with $\hat m = m / (1 - \beta_1^t)$, $\hat v = v /
+    (1 - \beta_2^t)$.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
@@ -155,8 +156,8 @@ def adam(
         eps_root: added under the root, to the uncorrected second moment; for differentiating through the update.
         nesterov: use Nesterov's form of the first moment (`optax.nadam`).
         mu_dtype: dtype of the first moment; by default that of each parameter.
-        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same bits
-            for a shard as for the whole (`shard_invariant` is False).
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same
+            bits for a shard as for the whole (`shard_invariant` is False).
 
     Returns:
         A transformation with the state `AdamState(count, mu, nu)`.
@@ -201,7 +202,8 @@ def adamw(
         eps: added to the root.
         eps_root: added under the root.
         weight_decay: $\lambda$, multiplied by the learning rate; torch's default.
-        mask: which parameters decay, by dotted name: a glob, a list of globs, or a function of the name. All by default.
+        mask: which parameters decay, by dotted name: a glob, a list of globs, or a function of the name. All by
+            default.
         nesterov: use Nesterov's form of the first moment (`optax.nadamw`).
         mu_dtype: dtype of the first moment; by default that of each parameter.
         fused: as for `adam`.
@@ -219,7 +221,8 @@ def adamw(
         >>> tx.update(grads, tx.init(params), params)[0]
         {'bias': tensor([-0.1000]), 'weight': tensor([-0.1500])}
 
-    Reference: Loshchilov and Hutter, 2019 <https://arxiv.org/abs/1711.05101>; `torch.optim.AdamW`, which applies the decay to the
+    Reference: Loshchilov and Hutter, 2019 <https://arxiv.org/abs/1711.05101>; `torch.optim.AdamW`, which applies the
+    decay to the
     parameters before the step instead of adding it to the update: equal up to rounding.
     """
     rate, filter = checked_rate(learning_rate), fixed_filter(mask)
@@ -292,7 +295,7 @@ def scale_by_amsgrad(b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8
 
 
 def check_betas(owner: str, **betas: Scalar) -> None:
-    """Refuse decay rates outside [0, 1); tensors are taken as they are, since reading them would wait for the device."""
+    """Refuse decay rates outside [0, 1); tensors are taken as they are: reading one would wait for the device."""
     for name, value in betas.items():
         if not isinstance(value, Tensor) and not 0.0 <= value < 1.0:
             raise OptimError(

@@ -93,7 +93,8 @@ def nadam(
 ) -> GradientTransformation:
     r"""Adam with Nesterov's momentum on a schedule $\mu_t = \beta_1 (1 - \tfrac12 0.96^{t \psi})$.
 
-    $u = -\eta \left(\frac{(1 - \mu_t) g}{1 - \prod_i^t \mu_i} + \frac{\mu_{t+1} m}{1 - \prod_i^{t+1} \mu_i}\right) / (\sqrt{\hat v} + \epsilon)$
+    $u = -\eta \left(\frac{(1 - \mu_t) g}{1 - \prod_i^t \mu_i} + \frac{\mu_{t+1} m}{1 - \prod_i^{t+1} \mu_i}\right) /
+    (\sqrt{\hat v} + \epsilon)$
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
@@ -191,7 +192,8 @@ def radam(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
-    r"""Rectified Adam: plain momentum until the variance of the second moment is known, then Adam scaled by that knowledge.
+    r"""Rectified Adam: plain momentum until the variance of the second moment is known, then Adam scaled by that
+    knowledge.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
@@ -251,7 +253,8 @@ def adamax(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
-    r"""Adam with the largest recent gradient in place of the root mean square: $n \leftarrow \max(\beta_2 n, |g| + \epsilon)$.
+    r"""Adam with the largest recent gradient in place of the root mean square: $n \leftarrow \max(\beta_2 n, |g| +
+    \epsilon)$.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.

@@ -1,6 +1,8 @@
-"""torch's fused optimizer kernels as pure functions: they are given zeros for parameters, so what they write is the update.
+"""torch's fused optimizer kernels as pure functions: they are given zeros for parameters, so what they write is the
+update.
 
-Used by sgd, adam and adamw with `fused=True`, in plain eager mode only. The lists of state that come in must be copies made
+Used by sgd, adam and adamw with `fused=True`, in plain eager mode only. The lists of state that come in must be copies
+made
 by the caller: the kernels write into them.
 """
 

@@ -52,7 +52,8 @@ class ScaleByTrustRatio(GradientTransformation):
 def scale_by_trust_ratio(
     min_norm: float = 0.0, trust_coefficient: Scalar = 1.0, *, eps: float = 0.0
 ) -> GradientTransformation:
-    r"""Scale each tensor's update to the norm of the tensor: $u \leftarrow u \, c \lVert w \rVert / (\lVert u \rVert + \epsilon)$.
+    r"""Scale each tensor's update to the norm of the tensor: $u \leftarrow u \, c \lVert w \rVert / (\lVert u \rVert +
+    \epsilon)$.
 
     Args:
         min_norm: the norm that both are taken to have at least.

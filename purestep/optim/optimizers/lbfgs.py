@@ -1,7 +1,7 @@
 """L-BFGS for full batches, with a line search that satisfies the weak Wolfe conditions.
 
-The history lives in flat buffers of fixed size, so the state keeps its shapes. The line search is branch-free: traced or
-mapped it runs its full number of trials, in plain eager mode it stops early by reading one flag after each trial.
+The history lives in flat buffers of fixed size, so the state keeps its shapes. The line search is branch-free: traced
+or mapped it runs its full number of trials, in plain eager mode it stops early by reading one flag after each trial.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from purestep.optim.scale import checked_rate
 
 @tree.pytree
 class LbfgsState:
-    """`steps`, `changes`: the latest moves of parameters and gradients, newest last; `pairs`: how many of them are valid.
+    """`steps`, `changes`: the latest moves of parameters and gradients, newest last; `pairs`: how many of them are
+    valid.
 
     `params` and `grads` are those of the update before. All are flat, over every parameter in order of path.
     """
@@ -99,7 +100,9 @@ class Lbfgs(GradientTransformation):
         return loss.to(flat.dtype), _flat(tree.leaves(grads))
 
     def _search(self, at: Any, value: Any, x: Tensor, g: Tensor, direction: Tensor, start: Tensor) -> Tensor:
-        """Bisect for a step that lowers the loss enough (c1) and flattens the slope enough (c2), both relative to the start."""
+        """Bisect for a step that lowers the loss enough (c1) and flattens the slope enough (c2), both relative to the
+        start.
+        """
         before = scalar_like(at(x)[0] if value is None else value, x).detach()
         slope = torch.dot(g, direction)
         low, high, trial = torch.zeros_like(start), torch.full_like(start, torch.inf), start
@@ -118,7 +121,8 @@ class Lbfgs(GradientTransformation):
             trial, done = torch.where(done_now, trial, following), done_now
             if eager and bool(done):
                 break
-        # Without a step that satisfies both, the longest one known to lower the loss; none of them is worse than staying.
+        # Without a step that satisfies both, the longest one known to lower the loss; none of them is worse than
+        # staying.
         return torch.where(done, trial, low)
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
@@ -139,8 +143,8 @@ def lbfgs(
 ) -> GradientTransformation:
     r"""Limited-memory BFGS with a line search, for full batches.
 
-    $u = -\alpha H g$ with $H$ from the last `memory_size` moves and $\alpha$ such that $L(w + u) \le L(w) + c_1 g^\top u$ and
-    $\nabla L(w + u)^\top u \ge c_2 \, g^\top u$ (weak Wolfe conditions), found by bisection and doubling.
+    $u = -\alpha H g$ with $H$ from the last `memory_size` moves and $\alpha$ such that $L(w + u) \le L(w) + c_1 g^\top
+    u$ and $\nabla L(w + u)^\top u \ge c_2 \, g^\top u$ (weak Wolfe conditions), found by bisection and doubling.
 
     Args:
         learning_rate: the first $\alpha$ tried; the step itself when there is no line search.
@@ -167,7 +171,8 @@ def lbfgs(
         >>> bool(loss(params) < 1e-6)
         True
 
-    Reference: Nocedal and Wright, Numerical Optimization, ch. 7; Lewis and Overton, 2013, for the line search; `optax.lbfgs`.
+    Reference: Nocedal and Wright, Numerical Optimization, ch. 7; Lewis and Overton, 2013, for the line search;
+    `optax.lbfgs`.
     """
     if memory_size < 1 or max_linesearch_steps < 0 or not 0.0 < c1 < c2 < 1.0:
         where = f"{memory_size=}, {max_linesearch_steps=}, {c1=}, {c2=}"
@@ -176,7 +181,9 @@ def lbfgs(
 
 
 def two_loop(g: Tensor, steps: Tensor, changes: Tensor, pairs: Tensor) -> Tensor:
-    """Return the product of the inverse Hessian's approximation with a gradient; rows before the last `pairs` do not count."""
+    """Return the product of the inverse Hessian's approximation with a gradient; rows before the last `pairs` do not
+    count.
+    """
     size = steps.shape[0]
     valid = torch.arange(size, device=g.device) >= size - pairs
     products = (steps * changes).sum(dim=1)

@@ -64,7 +64,8 @@ _SHAPES: dict[str, Any] = {
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int, *, eps: float = 1e-7) -> Tensor:
     """Return nearly the orthogonal factor of a matrix, in bfloat16, by a quintic Newton-Schulz iteration.
 
-    Singular values end up between about 0.5 and 1.5, not at 1: the coefficients favour speed, as in torch and the original.
+    Singular values end up between about 0.5 and 1.5, not at 1: the coefficients favour speed, as in torch and the
+    original.
     """
     a, b, c = coefficients
     tall = x.shape[0] > x.shape[1]
@@ -135,8 +136,8 @@ def muon(
             ($0.2 \sqrt{\max(rows, columns)}$, for learning rates tuned for AdamW) or "none".
         weight_decay: decoupled decay of the matrices.
         mask: which of the matrices decay.
-        matrices: which 2-d parameters are matrices to Muon, by dotted name; all by default. Embeddings and output layers
-            usually do better with AdamW: `matrices=lambda name: "embed" not in name and "head" not in name`.
+        matrices: which 2-d parameters are matrices to Muon, by dotted name; all by default. Embeddings and output
+            layers usually do better with AdamW: `matrices=lambda name: "embed" not in name and "head" not in name`.
         adam_learning_rate: of the rest; `learning_rate` by default.
         adam_b1, adam_b2, adam_eps, adam_weight_decay: of the rest.
 
@@ -149,7 +150,8 @@ def muon(
         >>> tree.paths(tx.init(params), "opt_state")[1::2]
         ["opt_state.muon.scale_by_muon.momentum['weight']", "opt_state.adamw.mu['bias']"]
 
-    Reference: Jordan et al., 2024 <https://kellerjordan.github.io/posts/muon/>; `torch.optim.Muon`, `optax.contrib.muon`.
+    Reference: Jordan et al., 2024 <https://kellerjordan.github.io/posts/muon/>; `torch.optim.Muon`,
+    `optax.contrib.muon`.
     """
     direction = scale_by_muon(
         beta, nesterov=nesterov, ns_steps=ns_steps, ns_coefficients=ns_coefficients, eps=eps, adjust=adjust

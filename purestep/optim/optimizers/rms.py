@@ -186,7 +186,8 @@ class ScaleByAdadelta(Rule):
 
 
 def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
-    r"""Adadelta's direction: $g \sqrt{d + \epsilon} / \sqrt{v + \epsilon}$ with $d$ the moving average of squared steps.
+    r"""Adadelta's direction: $g \sqrt{d + \epsilon} / \sqrt{v + \epsilon}$ with $d$ the moving average of squared
+    steps.
 
     Example:
         >>> tx = scale_by_adadelta(eps=1.0)

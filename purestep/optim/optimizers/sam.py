@@ -49,7 +49,8 @@ class Sam(Wrapper):
 def sam(inner: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = False) -> GradientTransformation:
     r"""Minimise the worst loss in a ball of radius $\rho$ around the parameters.
 
-    $u = \mathrm{inner}(\nabla L(w + \rho \, g / \lVert g \rVert))$; adaptive: $w + \rho \, w^2 g / \lVert |w| g \rVert$.
+    $u = \mathrm{inner}(\nabla L(w + \rho \, g / \lVert g \rVert))$; adaptive: $w + \rho \, w^2 g / \lVert |w| g
+    \rVert$.
 
     Args:
         inner: the optimizer.
@@ -57,7 +58,8 @@ def sam(inner: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = F
         adaptive: measure the ball relative to each weight (ASAM).
 
     Returns:
-        A transformation whose `update` needs `params` and `value_fn=`: the loss of this batch as a function of the parameters.
+        A transformation whose `update` needs `params` and `value_fn=`: the loss of this batch as a function of the
+        parameters.
 
     Example:
         >>> import torch

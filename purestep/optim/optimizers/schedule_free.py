@@ -81,8 +81,9 @@ def schedule_free(
 ) -> GradientTransformation:
     r"""Turn an optimizer without momentum into a schedule-free one.
 
-    Gradients are taken at $y = \beta_1 x + (1 - \beta_1) z$, the inner optimizer moves $z$, and $x$ is the weighted average of
-    the $z$. The parameters of the train state are $y$; evaluate and ship $x = $ `schedule_free_eval_params(opt_state, params)`.
+    Gradients are taken at $y = \beta_1 x + (1 - \beta_1) z$, the inner optimizer moves $z$, and $x$ is the weighted
+    average of the $z$. The parameters of the train state are $y$; evaluate and ship $x = $
+    `schedule_free_eval_params(opt_state, params)`.
 
     Args:
         inner: the optimizer of $z$; it must not have momentum of its own.
@@ -163,7 +164,7 @@ def schedule_free_eval_params(opt_state: Any, params: Any) -> Any:
         raise OptimError(
             explain(
                 f"{len(found)} schedule-free states in the optimizer state, where one was expected",
-                instead="schedule_free_eval_params(state.opt_state, state.params)   # with tx = schedule_free_adamw(...)",
+                instead="schedule_free_eval_params(state.opt_state, state.params)   # tx = schedule_free_adamw(...)",
             )
         )
     state = found[0]

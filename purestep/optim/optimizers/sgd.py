@@ -92,15 +92,16 @@ def sgd(
 ) -> GradientTransformation:
     r"""Stochastic gradient descent.
 
-    $m \leftarrow \mu m + (1 - d) g$, $u = -\eta m$; with Nesterov $u = -\eta (g + \mu m)$; without momentum $u = -\eta g$.
+    $m \leftarrow \mu m + (1 - d) g$, $u = -\eta m$; with Nesterov $u = -\eta (g + \mu m)$; without momentum $u = -\eta
+    g$.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
         momentum: $\mu$; 0 keeps no state.
         nesterov: look ahead along the momentum.
         dampening: $d$; the first gradient enters undamped.
-        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same bits
-            for a shard as for the whole (`shard_invariant` is False).
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same
+            bits for a shard as for the whole (`shard_invariant` is False).
 
     Returns:
         A transformation with the state `SgdState(count, momentum)`, or an empty one without momentum.

@@ -172,7 +172,8 @@ def rprop(
     min_step_size: float = 1e-6,
     max_step_size: float = 50.0,
 ) -> GradientTransformation:
-    """Resilient backpropagation: each weight has its own step, which grows while the sign of its gradient stays the same.
+    """Resilient backpropagation: each weight has its own step, which grows while the sign of its gradient stays the
+    same.
 
     For full batches: it looks at signs of gradients only.
 

@@ -28,7 +28,9 @@ from purestep.optim.scale import scale_by_learning_rate
 
 @tree.pytree
 class SophiaState:
-    """`mu`: average gradient; `hessian`: average of the estimated diagonal; `rng`: key of the estimates; `count`: updates."""
+    """`mu`: average gradient; `hessian`: average of the estimated diagonal; `rng`: key of the estimates; `count`:
+    updates.
+    """
 
     count: Tensor
     rng: Tensor
@@ -121,11 +123,12 @@ def sophia(
     mask: tree.Filter | None = None,
     seed: int = 0,
 ) -> GradientTransformation:
-    r"""Sophia-H: $u = -\eta \, \mathrm{clip}(\hat m / \max(\gamma h, \epsilon), \rho)$, with $h$ the average Hessian diagonal.
+    r"""Sophia-H: $u = -\eta \, \mathrm{clip}(\hat m / \max(\gamma h, \epsilon), \rho)$, with $h$ the average Hessian
+    diagonal.
 
-    Every `update_interval` updates $h$ takes in Hutchinson's estimate $r \odot (H r)$. That needs `value_fn=` in `update`: the
-    loss as a function of the parameters. Passing it costs a second backward pass; pass it only on the steps that use it
-    (`step % update_interval == 0`, decided in your loop) to pay only then. Without it $h$ stays.
+    Every `update_interval` updates $h$ takes in Hutchinson's estimate $r \odot (H r)$. That needs `value_fn=` in
+    `update`: the loss as a function of the parameters. Passing it costs a second backward pass; pass it only on the
+    steps that use it (`step % update_interval == 0`, decided in your loop) to pay only then. Without it $h$ stays.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.

@@ -1,4 +1,6 @@
-"""Adam's relatives whose second moment is of something else: adan (differences), adabelief (surprise), yogi (slow growth)."""
+"""Adam's relatives whose second moment is of something else: adan (differences), adabelief (surprise), yogi (slow
+growth).
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,8 @@ def adan(
 ) -> GradientTransformation:
     r"""Adan: Nesterov's momentum from the differences of gradients.
 
-    $u = -\eta \left(\hat m + (1 - \beta_2) \hat d\right) / (\sqrt{\hat n + \bar\epsilon} + \epsilon)$ with $m$, $d$, $n$ the
-    averages of $g$, of $g - g_{t-1}$ and of $(g + (1 - \beta_2)(g - g_{t-1}))^2$.
+    $u = -\eta \left(\hat m + (1 - \beta_2) \hat d\right) / (\sqrt{\hat n + \bar\epsilon} + \epsilon)$ with $m$, $d$,
+    $n$ the averages of $g$, of $g - g_{t-1}$ and of $(g + (1 - \beta_2)(g - g_{t-1}))^2$.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.

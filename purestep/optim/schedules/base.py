@@ -1,7 +1,7 @@
 """What a schedule is: a frozen value that maps the number of applied updates to a number.
 
-Subclasses give one formula, in float64 tensors; `Schedule.__call__` takes care of ints, tensors and dtypes. A schedule reads
-nothing but the step it is given.
+Subclasses give one formula, in float64 tensors; `Schedule.__call__` takes care of ints, tensors and dtypes. A schedule
+reads nothing but the step it is given.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ T = TypeVar("T")
 class ScheduleBase:
     """A schedule: call it with the step.
 
-    An int gives a float. A tensor of any shape gives a float32 tensor of that shape, on its device; the formula is evaluated
-    in float64, so that large steps and small differences keep their meaning.
+    An int gives a float. A tensor of any shape gives a float32 tensor of that shape, on its device; the formula is
+    evaluated in float64, so that large steps and small differences keep their meaning.
     """
 
     def at(self, t: Tensor) -> Tensor:

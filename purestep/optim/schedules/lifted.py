@@ -59,7 +59,8 @@ def lift_scheduler(scheduler: Any, base_lr: float, *, total_steps: int, **argume
         >>> [lr(step) for step in (0, 3, 6)]
         [1.0, 0.5, 0.25]
 
-    Reference: `torch.optim.lr_scheduler`. The commonest have names of their own here, without a table: `optim.StepLR(1.0, 3)`.
+    Reference: `torch.optim.lr_scheduler`. The commonest have names of their own here, without a table:
+    `optim.StepLR(1.0, 3)`.
     """
     name = getattr(scheduler, "__name__", repr(scheduler))
     if isinstance(scheduler, type) and issubclass(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

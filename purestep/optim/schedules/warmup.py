@@ -146,7 +146,8 @@ def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> JoinSchedules:
     """Cosine decays with warm restarts, each cycle with its own arguments.
 
     Args:
-        cosine_kwargs: the keyword arguments of `warmup_cosine_decay_schedule` for each cycle; `decay_steps` is its length.
+        cosine_kwargs: the keyword arguments of `warmup_cosine_decay_schedule` for each cycle; `decay_steps` is its
+            length.
 
     Example:
         >>> cycle = dict(init_value=0.0, peak_value=1.0, warmup_steps=2, decay_steps=4)
@@ -202,7 +203,8 @@ def cosine_onecycle_schedule(
     div_factor: float = 25.0,
     final_div_factor: float = 1e4,
 ) -> PiecewiseInterpolateSchedule:
-    """Half a cosine up to the peak and half a cosine down to nearly nothing; arguments as in `linear_onecycle_schedule`.
+    """Half a cosine up to the peak and half a cosine down to nearly nothing; arguments as in
+    `linear_onecycle_schedule`.
 
     Example:
         >>> cosine_onecycle_schedule(100, 1.0)(30)
