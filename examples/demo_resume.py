@@ -20,7 +20,16 @@ EPOCHS = 8
 
 
 def start(run_dir: Path, epochs: int, workers: int) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), "--run-dir", str(run_dir), "--epochs", str(epochs), "--workers", str(workers)]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--run-dir",
+        str(run_dir),
+        "--epochs",
+        str(epochs),
+        "--workers",
+        str(workers),
+    ]
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / "stderr.txt", "a") as errors:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -39,7 +48,7 @@ def saving(run_dir: Path) -> bool:
 
 
 def kill_in_progress(run_dir: Path, epochs: int, workers: int, rng: random.Random, *, in_save: bool) -> str | None:
-    """Start or continue the run and kill it: in a save, or after a random number of new rows. None if it ended before."""
+    """Start or continue the run and kill it, in a save or after a random number of rows. None if it ended before."""
     before, process = rows(run_dir), start(run_dir, epochs, workers)
     more = rng.randint(2, 8)
     while process.poll() is None:

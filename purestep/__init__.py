@@ -24,8 +24,8 @@ from purestep.loop.cadence import epochs as epochs
 from purestep.loop.cadence import every as every
 from purestep.loop.cadence import seconds as seconds
 from purestep.loop.cadence import steps as steps
-from purestep.loop.resume import restore as restore
 from purestep.loop.result import Result as Result
+from purestep.loop.resume import restore as restore
 from purestep.state import TrainState as TrainState
 from purestep.state import init as init
 from purestep.state import to_module as to_module
@@ -34,8 +34,8 @@ from purestep.step import make_step as make_step
 from purestep.step import weighted as weighted
 from purestep.trainer import fit as fit
 from purestep.trainer import run as run
-from purestep.tree import digest as digest
 from purestep.tree import diff as diff
+from purestep.tree import digest as digest
 from purestep.tree import pytree as pytree
 from purestep.tree import static as static
 

@@ -68,6 +68,10 @@ class ConfigError(PurestepError, ValueError):
     """Arguments that are each fine do not fit together."""
 
 
+class PrecisionError(PurestepError, ValueError):
+    """A precision policy is malformed, or does not fit the model or the state."""
+
+
 class TraceError(PurestepError, TypeError):
     """A function that `jit` was given cannot be traced into one graph."""
 

@@ -18,10 +18,12 @@ from torch.utils.checkpoint import CheckpointError
 from purestep import tree
 from purestep.errors import StepError, explain
 from purestep.functional import backward_scope, gradient_scope
+from purestep.keyed.mode import undispatched
 from purestep.metrics import sample_count
 
 T = TypeVar("T")
 Engine = Literal["auto", "autograd", "func"]
+_gradient = undispatched(torch.autograd.grad)
 
 
 def grad_and_value(
@@ -95,9 +97,11 @@ def _autograd(function: Callable[..., Any], argnums: Any, has_aux: bool, args: A
                     instead="compute it from net(batch[...]), not from the module that net was made of",
                 )
             )
+    # Dynamo knows the function by its identity; elsewhere the modes of the backward scope have to be active inside.
+    gradient = torch.autograd.grad if torch.compiler.is_compiling() else _gradient
     try:
         with backward_scope(scope):
-            found = torch.autograd.grad(value, tracked, allow_unused=True)
+            found = gradient(value, tracked, allow_unused=True)
     except CheckpointError as error:
         raise StepError(
             explain(

@@ -47,13 +47,15 @@ def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
 
     Example:
         >>> weighted(torch.tensor(2.0), 3)
-        Weighted(loss=tensor(2.), weight=tensor(3.))
+        Weighted(loss=tensor(2.), weight=tensor(3., dtype=torch.float64))
     """
     if not isinstance(loss, Tensor):
         raise StepError(explain("ps.weighted takes the loss as a tensor", where=f"loss: {tree.describe(loss)}"))
+    # float64 counts tokens exactly, and divides without adding to the error of the gradients.
+    dtype = torch.float32 if loss.device.type == "mps" else torch.float64
     if isinstance(weight, Tensor):
-        return Weighted(loss, weight.detach().to(loss.device, torch.float32))
-    return Weighted(loss, torch.full((), weight, dtype=torch.float32, device=loss.device))
+        return Weighted(loss, weight.detach().to(loss.device, dtype))
+    return Weighted(loss, torch.full((), weight, dtype=dtype, device=loss.device))
 
 
 @pytree

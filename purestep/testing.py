@@ -46,16 +46,17 @@ def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: 
     if left != right:
         raise AssertionError(f"the trees have different paths:\n{tree.diff(actual, expected, root)}")
     for path, a, b in zip(left, tree.leaves(actual), tree.leaves(expected), strict=True):
-        torch.testing.assert_close(
-            torch.as_tensor(a), torch.as_tensor(b), rtol=rtol, atol=atol, msg=lambda text, path=path: f"{path}: {text}"
-        )
+        try:
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=rtol, atol=atol)
+        except AssertionError as error:
+            raise AssertionError(f"{path}: {error}") from None
 
 
 def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
     """Prove that a step is pure, by calling it twice: contract 1.
 
-    It must leave its inputs bitwise unchanged and unaliased in place, the python, numpy and torch generators unmoved, and
-    give the same bits both times.
+    It must leave its inputs bitwise unchanged and unaliased in place, the python, numpy and torch generators unmoved,
+    and give the same bits both times.
 
     Args:
         step: any function of (state, batch): a training step, hand-written or made, or an evaluation step.
@@ -102,7 +103,7 @@ def _generators() -> dict[str, Any]:
     numpy_state = np.random.get_state(legacy=False)
     states = {
         "python": hash(python_random.getstate()),
-        "numpy": (numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"]),  # type: ignore[index,call-overload]
+        "numpy": (numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"]),
         "torch": torch.random.get_rng_state().numpy().tobytes(),
     }
     if torch.cuda.is_initialized():
@@ -131,11 +132,13 @@ def check_resume(
 ) -> None:
     """Prove that a run stopped anywhere and resumed has the bits of the undisturbed run: contract 2.
 
-    The run is made once straight, and for each k once stopped after k batches, thrown away, and resumed from its snapshot
-    with everything made anew. Train state, data cursor, callbacks' states and metrics have to be equal bit for bit.
+    The run is made once straight, and for each k once stopped after k batches, thrown away, and resumed from its
+    snapshot with everything made anew. Train state, data cursor, callbacks' states and metrics have to be equal bit
+    for bit.
 
     Args:
-        make: returns the keyword arguments of `fit` (step, state, train, callbacks, ...) afresh, without `until` and `run_dir`.
+        make: returns the keyword arguments of `fit` (step, state, train, callbacks, ...) afresh, without `until` and
+            `run_dir`.
         batches: length of the run.
         at: the moments k to stop at; all of 1 ... batches - 1 by default.
         run_dir: directory for the runs; a temporary one by default.
@@ -153,7 +156,9 @@ def check_resume(
             found = tree.diff(comparable(resumed), comparable(straight), "loop")
             if found:
                 shown = "\n".join(f"  {difference}" for difference in found[:10])
-                raise AssertionError(f"stopped after {k} batches and resumed, the run differs from the straight one:\n{shown}")
+                raise AssertionError(
+                    f"stopped after {k} batches and resumed, the run differs from the straight one:\n{shown}"
+                )
 
 
 def _run(make: Callable[[], dict[str, Any]], batches: int, run_dir: Path) -> LoopState:

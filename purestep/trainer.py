@@ -10,8 +10,8 @@ from purestep import callbacks as callbacks_
 from purestep.loggers import Logger
 from purestep.loop.cadence import Until
 from purestep.loop.events import Callback
-from purestep.loop.resume import Resume
 from purestep.loop.result import Result
+from purestep.loop.resume import Resume
 from purestep.loop.run import Run, StepFn
 
 
@@ -66,15 +66,15 @@ def fit(
         callbacks: features of the run, see `purestep.callbacks`. `log()` and `progress()` are added when absent.
         loggers: where rows go, see `purestep.loggers`; a CSV file in `run_dir` when None.
         run_dir: directory of everything the run writes; None writes nothing (and cannot resume).
-        resume: "auto" continues from the latest snapshot if there is one, "must" demands one, "never" refuses any, and a
-            number goes back to that snapshot and gives up the later ones.
+        resume: "auto" continues from the latest snapshot if there is one, "must" demands one, "never" refuses any,
+            and a number goes back to that snapshot and gives up the later ones.
         on_save_error: when a snapshot cannot be written (a full disk): "continue" warns and tries again at the next due
             moment, "stop" raises.
         strict: refuse to resume, instead of warning, where bits may differ (another number of intra-op threads).
 
     Returns:
-        Result with state, metrics, reason and run_dir. After SIGINT or SIGTERM the run ends at the next step, with a snapshot;
-        `result.exit_code` is then 130 or 143. A second SIGINT raises KeyboardInterrupt at once.
+        Result with state, metrics, reason and run_dir. After SIGINT or SIGTERM the run ends at the next step, with a
+        snapshot; `result.exit_code` is then 130 or 143. A second SIGINT raises KeyboardInterrupt at once.
 
     Raises:
         ConfigError: arguments that do not fit together, or a run_dir in use by a living process.

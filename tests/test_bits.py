@@ -25,7 +25,9 @@ def random_bits(shape, dtype, seed):
     """A tensor with random bytes: all values of a dtype, NaN payloads included."""
     width = dtype.itemsize
     count = math.prod(shape)
-    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (count, width), generator=torch.Generator().manual_seed(seed))
+    raw = torch.randint(
+        0, 2 if dtype == torch.bool else 256, (count, width), generator=torch.Generator().manual_seed(seed)
+    )
     return raw.to(torch.uint8).reshape(-1).view(dtype).reshape(shape)
 
 

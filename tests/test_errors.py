@@ -35,7 +35,9 @@ def test_every_error_is_a_purestep_error_and_an_ordinary_one():
 
 def test_an_extra_is_imported_or_named():
     assert import_extra("json", extra="x", needed_by="y").__name__ == "json"
-    with pytest.raises(MissingExtra, match=r'loggers\.foo needs the module no_such_\w+(.|\n)*pip install "purestep\[foo\]"'):
+    with pytest.raises(
+        MissingExtra, match=r'loggers\.foo needs the module no_such_\w+(.|\n)*pip install "purestep\[foo\]"'
+    ):
         import_extra("no_such_thing", extra="foo", needed_by="loggers.foo")
     with pytest.raises(ImportError):
         import_extra("no_such_thing", extra="foo", needed_by="loggers.foo")

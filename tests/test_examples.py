@@ -28,7 +28,12 @@ def test_digits_learns_continues_and_leaves_what_it_says(tmp_path):
     first = run("digits.py", "--run-dir", tmp_path / "a", "--epochs", 3, "--workers", 2)
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
-    assert {p.name for p in (tmp_path / "a").iterdir()} >= {"learning_curves.png", "metrics.csv", "snapshots", "tensorboard"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} >= {
+        "learning_curves.png",
+        "metrics.csv",
+        "snapshots",
+        "tensorboard",
+    }
     assert float(re.search(r"accuracy, last\s+([\d.]+)%", first.stdout).group(1)) > 90
     again = run("digits.py", "--run-dir", tmp_path / "a", "--epochs", 3, "--workers", 2)
     alone = run("digits.py", "--run-dir", tmp_path / "b", "--epochs", 3, "--workers", 0)
@@ -51,7 +56,8 @@ def test_a_signal_ends_the_script_with_its_code(tmp_path, number, code):
     process = subprocess.Popen([*command, "--workers", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log, end = tmp_path / "metrics.csv", time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)

@@ -180,7 +180,10 @@ def test_no_random_function_of_torch_is_forgotten():
 
 
 def test_a_generator_is_refused_as_hidden_state():
-    with pytest.raises(RandomnessError, match=r"was given a torch\.Generator(.|\n)*leave generator= out"), KeyedRandom(random.key(0)):
+    with (
+        pytest.raises(RandomnessError, match=r"was given a torch\.Generator(.|\n)*leave generator= out"),
+        KeyedRandom(random.key(0)),
+    ):
         torch.rand(3, generator=torch.Generator())
     with KeyedRandom(random.key(0)):
         assert torch.rand(3, generator=None).shape == (3,)
@@ -225,7 +228,9 @@ def test_dropout_has_its_rate_and_scale(p):
             torch.testing.assert_close(y[y != 0].unique(), torch.tensor([1 / (1 - p)]))
 
 
-@pytest.mark.parametrize(("drop", "shape"), [(F.dropout1d, (40, 50, 3)), (F.dropout2d, (40, 50, 3, 2)), (F.dropout3d, (40, 50, 2, 2, 2))])
+@pytest.mark.parametrize(
+    ("drop", "shape"), [(F.dropout1d, (40, 50, 3)), (F.dropout2d, (40, 50, 3, 2)), (F.dropout3d, (40, 50, 2, 2, 2))]
+)
 def test_dropout_of_channels_drops_whole_ones(drop, shape):
     with KeyedRandom(random.key(0)):
         y = drop(torch.ones(shape), 0.3).flatten(2)

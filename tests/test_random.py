@@ -190,7 +190,7 @@ def test_a_wrong_index_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_same_bits_compiled():
     def draws(k, step):
         k = random.fold_in(k, step, "x", 3)
@@ -244,7 +244,9 @@ def test_uniform_of_a_range_never_reaches_its_end(dtype, seed):
         x = random.uniform(random.key(seed), (N,), minval=low, maxval=high, dtype=dtype)
         assert low <= x.min()
         assert x.max() < high
-    t = random.uniform(random.key(1), (3,), minval=torch.tensor([0.0, 10.0, 20.0]), maxval=torch.tensor([1.0, 11.0, 21.0]))
+    t = random.uniform(
+        random.key(1), (3,), minval=torch.tensor([0.0, 10.0, 20.0]), maxval=torch.tensor([1.0, 11.0, 21.0])
+    )
     assert t.floor().tolist() == [0, 10, 20]
 
 

@@ -118,7 +118,11 @@ def test_nodes_are_frozen_compare_by_identity_and_replace():
 
 def test_a_class_defined_again_is_found_under_its_name():
     def define(n):
-        namespace = {"__module__": "notebook", "__qualname__": "Cell", "__annotations__": {f"f{i}": Any for i in range(n)}}
+        namespace = {
+            "__module__": "notebook",
+            "__qualname__": "Cell",
+            "__annotations__": {f"f{i}": Any for i in range(n)},
+        }
         return pytree(type("Cell", (), namespace))
 
     first, second = define(1), define(2)

@@ -102,7 +102,8 @@ def early_stopping(
     """End the run when a metric has not improved for some checks. Each argument means what it means in Lightning.
 
     Args:
-        monitor: metric of an evaluation (`val/loss`) or epoch mean of training (`train/loss_epoch`); checked when it is new.
+        monitor: metric of an evaluation (`val/loss`) or epoch mean of training (`train/loss_epoch`); checked when it
+            is new.
         patience: checks without improvement after which to stop.
         min_delta: an improvement is strictly better than the best by more than this.
         mode: whether "min" or "max" is better.

@@ -49,7 +49,9 @@ class EvaluateCallback(Reducer):
 
     def evaluate(self, train: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Return the row of metrics over the whole set, or None when a signal cut it off."""
-        device, sums, waiting = device_of(train), {}, []
+        device = device_of(train)
+        sums: dict[str, Any] = {}
+        waiting: list[Any] = []
         for batch in self._source.open(0, 0, None):
             waiting.append(self._step(train, batch if device.type == "cpu" else data.to_device(batch, device)))
             if len(waiting) == _READ_EVERY:

@@ -53,7 +53,12 @@ class _Bar:
             self._last = (cursor.batches, loop.elapsed)
             shown = dict(loop.status.metrics) or {k: float(v.compute()) for k, v in event.metrics[-1].items()}
             self._sink.update(
-                epoch=cursor.epoch, epochs=self._epochs, batch=cursor.batch, length=self._length, metrics=shown, rate=rate
+                epoch=cursor.epoch,
+                epochs=self._epochs,
+                batch=cursor.batch,
+                length=self._length,
+                metrics=shown,
+                rate=rate,
             )
         elif isinstance(event, Stopped):
             self._sink.close()

@@ -34,13 +34,13 @@ def snapshots(
 ) -> Snapshots:
     """Take snapshots of the whole run into `run_dir/snapshots`, in the background.
 
-    A snapshot is taken when everything else of its moment is done (evaluations above all), and an old one is deleted only
-    when the new one is durable. A run that ends, or is ended by a signal, takes one more.
+    A snapshot is taken when everything else of its moment is done (evaluations above all), and an old one is deleted
+    only when the new one is durable. A run that ends, or is ended by a signal, takes one more.
 
     Args:
         every: when.
-        keep: which to keep: `snapshot.latest(n)`, `best(metric, n, mode)`, `every_steps(n)`, combined with `|`; the latest
-            by default.
+        keep: which to keep: `snapshot.latest(n)`, `best(metric, n, mode)`, `every_steps(n)`, combined with `|`; the
+            latest by default.
         name: of the callback.
     """
     return Snapshots(every, snapshot.latest(1) if keep is None else keep, name)

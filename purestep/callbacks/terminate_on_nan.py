@@ -39,8 +39,8 @@ def _finite(metric: Metric) -> bool:
 def terminate_on_nan(metric: str = "loss", *, name: str = "terminate_on_nan") -> TerminateOnNan:
     """End the run when a training metric is NaN or infinite, and say at which batch.
 
-    It looks whenever metrics are read anyway (see `log`), so it costs nothing in between. To skip such updates instead, wrap
-    the transformation: `optim.apply_if_finite(tx)`.
+    It looks whenever metrics are read anyway (see `log`), so it costs nothing in between. To skip such updates
+    instead, wrap the transformation: `optim.apply_if_finite(tx)`.
 
     Args:
         metric: which.

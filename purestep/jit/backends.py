@@ -53,9 +53,10 @@ def decompositions(backend: str) -> dict[Any, Any] | None:
     """Return the operators to break up while tracing for a backend: none where the bits are to be those of eager."""
     if backend != "inductor":
         return None
-    from torch._inductor.decomposition import select_decomp_table
+    with _patience():
+        from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()
+        return select_decomp_table()
 
 
 def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> Run:
@@ -67,7 +68,8 @@ def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> 
         mode: name of a mode, or None.
         donated: how many leaves of the arguments, the first ones, the graph overwrites.
     """
-    run = _BACKENDS[backend](traced, mode)
+    with _patience():
+        run = _BACKENDS[backend](traced, mode)
     if backend == "inductor" and donated and mode in _RECORDED and any(x.is_cuda for x in traced.fakes):
         return Replay(run, [slot for slot, leaf in enumerate(traced.takes) if leaf < donated])
     return run
@@ -87,9 +89,15 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         options |= {"backend": name} if name else {"mode": mode}
         compiled = torch.compile(traced.graph, **options)
+        ready = False
 
         def run(tensors: list[Tensor]) -> Sequence[Any]:
-            return compiled(*tensors)
+            nonlocal ready
+            if ready:
+                return compiled(*tensors)
+            with _patience():
+                ready = True
+                return compiled(*tensors)
 
         return run
 
@@ -108,15 +116,15 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
     options: dict[str, Any] = {**list_mode_options(mode or "default")}
     # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
     options.pop("triton.cudagraphs", None)
-    fake_mode, graph = traced.fakes[0].fake_mode, traced.graph  # type: ignore[attr-defined]
+    fake_mode, graph = traced.mode, traced.graph
+    device = traced.fakes[0].device if traced.fakes else None
     with (
         torch._inductor.config.patch({**options, **_CONFIG}),
         torch.no_grad(),
         V.set_fake_mode(fake_mode),
         torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
-        _patience(),
     ):
-        graph = joint_graph_passes(graph, traced.fakes[0].device)
+        graph = joint_graph_passes(graph, device)
         hoist_scalars(graph)
         end = graph.graph.output_node()
         end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))  # type: ignore[arg-type]

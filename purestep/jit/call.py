@@ -169,7 +169,9 @@ class Jit:
             donation.consume(args[0], self.__name__)
         n = entry.plan.state_leaves
         if n and entry.fixed:
-            self._remember(entry, result if entry.plan.alone else result[0], found[:n], leaves[n:], structure, extra, last)
+            self._remember(
+                entry, result if entry.plan.alone else result[0], found[:n], leaves[n:], structure, extra, last
+            )
         return result
 
     def _remember(
@@ -244,7 +246,14 @@ class Jit:
         self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, names: Any, backend: str
     ) -> tuple[Traced, Plan, str]:
         function = self._statics.bound(self.__wrapped__, extra[1])
-        traced = trace(function, leaves, structure, paths=names, decompositions=backends.decompositions(backend))
+        traced = trace(
+            function,
+            leaves,
+            structure,
+            paths=names,
+            static=signature.static_values((args, kwargs)),
+            decompositions=backends.decompositions(backend),
+        )
         first = args[0] if args else None
         plan = donation.plan(traced, first, len(leaves), donate=self.donate, name=self.__name__)
         return traced, plan, traced.graph.print_readable(print_output=False)

@@ -112,7 +112,7 @@ def _root(node: fx.Node) -> fx.Node:
 def _cloned(traced: Traced, end: fx.Node, node: fx.Node) -> fx.Node:
     with traced.graph.graph.inserting_before(end):
         clone = traced.graph.graph.call_function(torch.ops.aten.clone.default, (node,))
-    with traced.fakes[0].fake_mode:  # type: ignore[attr-defined]
+    with traced.mode:
         clone.meta["val"] = node.meta["val"].clone()
     return clone
 
@@ -138,7 +138,9 @@ def _fits(old: Any, new: Any) -> bool:
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return type(old) is type(new) and bool(old == new)
     same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
-    return same and (old.is_contiguous() == new.is_contiguous()) and (old.is_contiguous() or old.stride() == new.stride())
+    return (
+        same and (old.is_contiguous() == new.is_contiguous()) and (old.is_contiguous() or old.stride() == new.stride())
+    )
 
 
 def _not_a_state(traced: Traced, first: Any, name: str) -> str:
@@ -160,7 +162,9 @@ def _not_a_state(traced: Traced, first: Any, name: str) -> str:
 
 def _layout(leaf: Any) -> str:
     text = tree.describe(leaf)
-    return f"{text} of strides {tuple(leaf.stride())}" if isinstance(leaf, Tensor) and not leaf.is_contiguous() else text
+    return (
+        f"{text} of strides {tuple(leaf.stride())}" if isinstance(leaf, Tensor) and not leaf.is_contiguous() else text
+    )
 
 
 # --- at every call --------------------------------------------------------------------------------------------------------
@@ -180,7 +184,9 @@ def unaliased(leaves: list[Any], state_leaves: int) -> list[Any]:
         start = leaf.untyped_storage().data_ptr()
         overlaps = i < state_leaves and _folded(leaf)
         if start in owned or overlaps:
-            result[i] = leaf.detach().clone(memory_format=torch.contiguous_format if overlaps else torch.preserve_format)
+            result[i] = leaf.detach().clone(
+                memory_format=torch.contiguous_format if overlaps else torch.preserve_format
+            )
         elif i < state_leaves:
             owned.add(start)
     return result
@@ -214,4 +220,3 @@ def consume(value: Any, by: str) -> None:
     elif isinstance(value, (list, tuple)):
         for child in value:
             consume(child, by)
-

@@ -26,7 +26,12 @@ _OPTREE = os.path.join(os.path.dirname(_TORCH), "optree")
 
 _VALUE_ERRORS = ("DataDependentOutputException", "GuardOnDataDependentSymNode")
 _SHAPE_ERRORS = ("DynamicOutputShapeException",)
-_VALUE_TEXTS = ("get value out of a tracing tensor", "_local_scalar_dense", ".tolist() is not supported", ".numpy() is not")
+_VALUE_TEXTS = (
+    "get value out of a tracing tensor",
+    "_local_scalar_dense",
+    ".tolist() is not supported",
+    ".numpy() is not",
+)
 
 
 def user_line(error: BaseException) -> str | None:
@@ -37,7 +42,9 @@ def user_line(error: BaseException) -> str | None:
         code = trace.tb_frame.f_code
         if not code.co_filename.startswith((_HERE, _TORCH, _OPTREE, "<frozen")):
             text = linecache.getline(code.co_filename, trace.tb_lineno).strip()
-            found = f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} in {code.co_name}" + (f": {text}" if text else "")
+            found = f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} in {code.co_name}" + (
+                f": {text}" if text else ""
+            )
         trace = trace.tb_next
     return found
 
@@ -72,7 +79,7 @@ def explained(error: Exception) -> Exception:
 # --- captured tensors -----------------------------------------------------------------------------------------------------
 
 
-def check_captured(graph: fx.GraphModule, strictly: Callable[[], BaseException | None], function: Any) -> None:
+def check_captured(graph: fx.GraphModule, strictly: Callable[[], BaseException | None], roots: list[Any]) -> None:
     """Refuse a graph that holds tensors made outside of the function.
 
     Tensors made inside are constants too, but go through `lift_fresh_copy` before anything else.
@@ -86,7 +93,7 @@ def check_captured(graph: fx.GraphModule, strictly: Callable[[], BaseException |
             continue
         error = strictly()
         line = None if error is None else user_line(error)
-        where = f"{locate(constant, function) or 'a tensor'}: {tree.describe(constant)}" + (f"\n{line}" if line else "")
+        where = f"{locate(constant, roots) or 'a tensor'}: {tree.describe(constant)}" + (f"\n{line}" if line else "")
         raise TraceError(
             explain(
                 "the function uses a tensor that is not among its arguments",
@@ -101,10 +108,10 @@ def check_captured(graph: fx.GraphModule, strictly: Callable[[], BaseException |
 _LIFTS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
-def locate(tensor: Tensor, root: Any) -> str | None:
-    """Return how a tensor can be reached from a function: through closures, globals, attributes and modules."""
+def locate(tensor: Tensor, roots: list[Any]) -> str | None:
+    """Return how a tensor can be reached from functions and models: through closures, globals, attributes and modules."""
     seen: set[int] = set()
-    queue: list[tuple[str, Any, int]] = [("", root, 0)]
+    queue: list[tuple[str, Any, int]] = [("", root, 0) for root in roots]
     storage = tensor.untyped_storage()._cdata
     while queue and len(seen) < 20_000:
         name, value, depth = queue.pop(0)

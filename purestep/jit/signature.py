@@ -170,7 +170,9 @@ class Shape:
 
     def changes(self, new: Shape) -> list[str]:
         """Return one sentence for each difference, at most one for each leaf."""
-        found = [f"{p} changed from {self.leaves[p]} to {d}" for p, d in new.leaves.items() if self.leaves.get(p, d) != d]
+        found = [
+            f"{p} changed from {self.leaves[p]} to {d}" for p, d in new.leaves.items() if self.leaves.get(p, d) != d
+        ]
         found += [f"{p} is new" for p in new.leaves if p not in self.leaves]
         found += [f"{p} is gone" for p in self.leaves if p not in new.leaves]
         return found or ["the model, another static value or a setting of torch is not the same object or value"]

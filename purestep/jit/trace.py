@@ -30,6 +30,7 @@ class Traced:
         leaves: all leaves of the result; None where a tensor of the graph goes.
         structure: structure of the result.
         result: the result with its fake tensors, to compare structures and shapes with.
+        mode: the mode that the fake tensors belong to.
     """
 
     graph: fx.GraphModule
@@ -38,6 +39,7 @@ class Traced:
     leaves: list[Any]
     structure: Any
     result: Any
+    mode: Any
 
     def nodes(self) -> tuple[list[fx.Node], fx.Node, list[fx.Node]]:
         """Return the inputs, the output node, and the nodes that are returned."""
@@ -51,6 +53,7 @@ def trace(
     structure: Any,
     *,
     paths: Callable[[], list[str]],
+    static: Sequence[Any] = (),
     decompositions: dict[Any, Any] | None = None,
 ) -> Traced:
     """Trace a function of `(args, kwargs)` into one functional graph.
@@ -60,6 +63,7 @@ def trace(
         leaves: leaves of `(args, kwargs)`; those that are not tensors are constants of the graph.
         structure: structure of `(args, kwargs)`.
         paths: gives the printed path of each leaf, for errors.
+        static: static values of the arguments, such as the model of a state; for errors, too.
         decompositions: operators to break up while tracing.
 
     Raises:
@@ -95,7 +99,7 @@ def trace(
         except Exception as error:
             raise refusals.explained(error) from error
         graph.graph.eliminate_dead_code()
-        refusals.check_captured(graph, lambda: _strictly(flat, fakes), function)
+        refusals.check_captured(graph, lambda: _strictly(flat, fakes), [function, *static])
         names = [paths()[i] for i in takes] if _mutable_nodes(graph) or _random_nodes(graph) else []
         refusals.check_random(_random_nodes(graph))
         refusals.check_mutation(graph, _mutable_nodes(graph), names)
@@ -104,7 +108,7 @@ def trace(
                 graph = make_fx(torch.func.functionalize(graph), decomposition_table=table)(*fakes)
             graph.graph.eliminate_dead_code()
     graph.recompile()
-    return Traced(graph, fakes, takes, captured["leaves"], captured["structure"], captured["result"])
+    return Traced(graph, fakes, takes, captured["leaves"], captured["structure"], captured["result"], mode)
 
 
 def _decompositions(given: dict[Any, Any] | None) -> dict[Any, Any]:
@@ -163,7 +167,15 @@ def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 # Attention and recurrent kernels carry the tag for the dropout inside them, which `keyed` has replaced by then.
-_NOT_RANDOM = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn", "miopen", "mkldnn", "_fused_sdp")
+_NOT_RANDOM = (
+    "_scaled_dot_product",
+    "_flash_attention",
+    "_efficient_attention",
+    "_cudnn",
+    "miopen",
+    "mkldnn",
+    "_fused_sdp",
+)
 
 
 def _random_nodes(graph: fx.GraphModule) -> list[fx.Node]:

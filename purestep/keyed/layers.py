@@ -7,7 +7,6 @@ Each handler has the signature of the function it stands for, after `(mode, func
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from purestep import random
-from purestep.keyed.mode import KeyedRandom, rate
+from purestep.keyed.mode import KeyedRandom, rate, undispatched
 
 
 def _dropout(
@@ -102,15 +101,11 @@ def _attention(
 
 def _multi_head_attention(mode: KeyedRandom, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run torch's own function, with the two random functions that it calls replaced by the keyed ones."""
-    names = {
-        "has_torch_function": lambda tensors: False,
-        "dropout": lambda *a, **k: _dropout(mode, F.dropout, *a, **k),
-        "scaled_dot_product_attention": lambda *a, **k: _attention(mode, F.scaled_dot_product_attention, *a, **k),
-    }
-    own = types.FunctionType(
-        func.__code__, {**func.__globals__, **names}, func.__name__, func.__defaults__, func.__closure__
+    own = undispatched(
+        func,
+        dropout=lambda *a, **k: _dropout(mode, F.dropout, *a, **k),
+        scaled_dot_product_attention=lambda *a, **k: _attention(mode, F.scaled_dot_product_attention, *a, **k),
     )
-    own.__kwdefaults__ = func.__kwdefaults__
     return own(*args, **kwargs)
 
 

@@ -5,6 +5,7 @@ Owns `KeyedRandom` and what all handlers share. It knows no operation itself: `l
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class KeyedRandom(TorchFunctionMode):
         self.calls = calls
         self.refusal = refusal
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _handlers.get(func)
         if handler is None:
             if type(func) in (OpOverload, OpOverloadPacket) and _is_seeded(func):
@@ -89,6 +90,24 @@ class KeyedRandom(TorchFunctionMode):
         """Return a tensor of 0 (with probability p) and 1 / (1 - p), of the dtype and device of `like`."""
         drop = random.bernoulli(self.next_key(name, like), p, shape)
         return torch.where(drop, 0.0, 0.0 if p == 1.0 else 1.0 / (1.0 - p)).to(like.dtype)
+
+
+def undispatched(func: Any, **names: Any) -> Any:
+    """Return a Python function of torch that runs its body under the modes that are active.
+
+    torch hands such a function to the mode as a whole, and then runs its body without the mode, where randomness inside
+    of it would come from the global generator.
+
+    Args:
+        func: a function that begins with a test of `has_torch_function`.
+        **names: globals of its module to replace.
+    """
+    names["has_torch_function"] = lambda tensors: False
+    own = types.FunctionType(
+        func.__code__, {**func.__globals__, **names}, func.__name__, func.__defaults__, func.__closure__
+    )
+    own.__kwdefaults__ = func.__kwdefaults__
+    return own
 
 
 def _is_seeded(op: Any) -> bool:

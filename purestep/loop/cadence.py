@@ -1,7 +1,7 @@
 """When things happen: the algebra of `every` (recurring) and `until` (the end of a run).
 
-Frozen values over the run's own cursor and clock. They answer two questions: is it now, and how far is it at most until the
-next time. Combine them with `|` (either) and, for `until`, `&` (both).
+Frozen values over the run's own cursor and clock. They answer two questions: is it now, and how far is it at most
+until the next time. Combine them with `|` (either) and, for `until`, `&` (both).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _whole(value: int, call: str) -> None:
         raise ConfigError(explain("steps and epochs are counted in a whole number", where=call.format(repr(value))))
 
 
-# --- every ---------------------------------------------------------------------------------------------------------------------
+# --- every --------------------------------------------------------------------------------------------------------
 
 
 class Every:
@@ -119,7 +119,7 @@ class every:
         return EverySeconds(s)
 
 
-# --- until ---------------------------------------------------------------------------------------------------------------------
+# --- until --------------------------------------------------------------------------------------------------------
 
 
 class Until:

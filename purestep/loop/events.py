@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from purestep.metrics import Metric
 from purestep.tree import pytree
 
-# --- the whole run in one value ------------------------------------------------------------------------------------------
+# --- the whole run in one value -----------------------------------------------------------------------------------
 
 
 @pytree(eq=True)
@@ -81,7 +81,7 @@ class LoopState:
         return dataclasses.replace(self, **changes)
 
 
-# --- events: what happened -------------------------------------------------------------------------------------------------
+# --- events: what happened ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Stopped(Event):
     reason: str
 
 
-# --- effects: what is wished -------------------------------------------------------------------------------------------------
+# --- effects: what is wished --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Stop(Effect):
     reason: str
 
 
-# --- what features look like ---------------------------------------------------------------------------------------------------
+# --- what features look like --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The stream of batches a run trains on: opened at the cursor, moved to the state's device, one epoch after the other."""
+"""The stream of batches a run trains on: opened at the cursor, on the state's device, one epoch after the other."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _END = object()
 class Feed:
     """Batches of a source, position by position.
 
-    It never reads ahead of what the run consumes, except for one batch when the length of an epoch is unknown: only so can
-    the last batch of an epoch be told from the others.
+    It never reads ahead of what the run consumes, except for one batch when the length of an epoch is unknown: only
+    so can the last batch of an epoch be told from the others.
     """
 
     def __init__(self, source: data.Source, device: torch.device, stopping: Callable[[], bool] = lambda: False) -> None:

@@ -42,7 +42,8 @@ from purestep.loop.events import (
 
 # A burst without any boundary is cut here, so that metrics waiting to be read stay few. Cuts change no bit.
 LONGEST_BURST = 1000
-# Facts whose moment depends on the disk or the clock. Callbacks do not hear of them: their states are functions of the data.
+# Facts whose moment depends on the disk or the clock. Callbacks do not hear of them: their states are functions of
+# the data.
 _TIMING = (Saved, SaveLost, Ticked, Failed, Stopped)
 
 
@@ -91,7 +92,7 @@ class Machine:
             loop = loop.replace(status=loop.status.replace(boundary=loop.elapsed))
         return self._decide(loop, event, wishes)
 
-    # --- what the event says ----------------------------------------------------------------------------------------------
+    # --- what the event says --------------------------------------------------------------------------------------
 
     def _record(self, loop: LoopState, event: Event) -> tuple[LoopState, Event]:
         cursor, status = loop.cursor, loop.status
@@ -115,16 +116,17 @@ class Machine:
             status = status.replace(stop=event.signal)
         return loop.replace(cursor=cursor, status=status), event
 
-    # --- what the callbacks say ---------------------------------------------------------------------------------------------
+    # --- what the callbacks say -----------------------------------------------------------------------------------
 
     def _ask(self, loop: LoopState, event: Event) -> tuple[LoopState, list[Effect]]:
-        view, owns, wishes = View(loop, self.length), dict(loop.callbacks), []
+        view, owns = View(loop, self.length), dict(loop.callbacks)
+        wishes: list[Effect] = []
         for callback in sorted(self.callbacks, key=lambda c: c.name):
             owns[callback.name], effects = callback.react(owns[callback.name], event, view)
             wishes.extend(effects)
         return loop.replace(callbacks=owns), wishes
 
-    # --- what follows ---------------------------------------------------------------------------------------------------------
+    # --- what follows ---------------------------------------------------------------------------------------------
 
     def _decide(self, loop: LoopState, event: Event, wishes: Sequence[Effect]) -> tuple[LoopState, tuple[Effect, ...]]:
         status = loop.status
@@ -170,7 +172,7 @@ class Machine:
 
 
 def _fold(sums: dict[str, Any], steps: Sequence[Any]) -> dict[str, Any]:
-    """Add the metrics of each batch to the sums, one after the other: so the sums do not depend on where bursts are cut."""
+    """Add the metrics of each batch to the sums, one by one: so the sums do not depend on where bursts are cut."""
     for step in steps:
         sums = metrics_.merge(sums, step) if sums else dict(step)
     return sums

@@ -156,7 +156,9 @@ def restore(
         SnapshotError: there is none, it is damaged, or does not fit `like`.
     """
     if step is not None and best is not None:
-        raise ConfigError(explain("restore takes a step or a best metric, not both", where=f"step={step}, best={best!r}"))
+        raise ConfigError(
+            explain("restore takes a step or a best metric, not both", where=f"step={step}, best={best!r}")
+        )
     store = snapshot.Store(store_root(run_dir))
     if best is not None:
         step = store.best(best, mode)
@@ -191,5 +193,3 @@ def _states(train: Any) -> Iterator[TrainState]:
     elif dataclasses.is_dataclass(train):
         for field in dataclasses.fields(train):
             yield from _states(getattr(train, field.name))
-
-

@@ -1,7 +1,7 @@
 """The interpreter: the only impure room of the loop.
 
-It performs the machine's effects (trains, evaluates, saves, logs), reads the clock and the signals, and feeds facts back.
-`Run` is an iterator of events; `purestep.fit` makes and drains it.
+It performs the machine's effects (trains, evaluates, saves, logs), reads the clock and the signals, and feeds facts
+back. `Run` is an iterator of events; `purestep.fit` makes and drains it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from purestep.loop.contract import check_returned
 from purestep.loop.events import (
     Callback,
     Effect,
+    EpochDone,
     Evaluate,
     Evaluated,
     Event,
@@ -35,7 +36,6 @@ from purestep.loop.events import (
     SaveLost,
     Started,
     StepsDone,
-    EpochDone,
     Stop,
     Stopped,
     Ticked,
@@ -94,7 +94,7 @@ class Run:
         self.reason: str | None = None
         self._events: Iterator[Event] | None = None
 
-    # --- iterating ------------------------------------------------------------------------------------------------------------
+    # --- iterating ------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Event]:
         if self._events is None:
@@ -162,18 +162,19 @@ class Run:
         self._outlets.event(event, self.loop)
         yield event
 
-    # --- performing effects -----------------------------------------------------------------------------------------------------
+    # --- performing effects ---------------------------------------------------------------------------------------
 
     def _perform(self, effect: Effect) -> Iterator[Event]:
         if isinstance(effect, Train):
             yield from self._train(effect)
         elif isinstance(effect, Evaluate):
-            row = self._by_name[effect.name].evaluate(self.loop.train, lambda: self._signals.unread)  # type: ignore[attr-defined]
-            yield Ticked(time.monotonic() - self._start)
+            row = self._by_name[effect.name].evaluate(self.loop.train, lambda: self._signals.unread)  # type:
+            ignore[attr-defined] yield Ticked(time.monotonic() - self._start)
             if row is not None:
                 yield Evaluated(effect.name, row)
         elif isinstance(effect, Transform):
-            yield Transformed(effect.name, self._by_name[effect.name].transform(self.loop.train))  # type: ignore[attr-defined]
+            yield Transformed(effect.name, self._by_name[effect.name].transform(self.loop.train))  # type:
+            ignore[attr-defined]
         elif isinstance(effect, Save):
             yield from self._save()
         elif isinstance(effect, Log):
@@ -216,7 +217,7 @@ class Run:
     def _late(self, elapsed: float | None) -> bool:
         return elapsed is not None and time.monotonic() - self._start >= elapsed
 
-    # --- snapshots ----------------------------------------------------------------------------------------------------------------
+    # --- snapshots ------------------------------------------------------------------------------------------------
 
     def _save(self) -> Iterator[Event]:
         if self._store is None or self._saved == _position(self.loop):
@@ -228,7 +229,8 @@ class Run:
         try:
             latest = self._store.latest()
             if latest is not None and latest >= number:
-                # The same position once more, with an evaluation that was cut off before: it takes the place of the other.
+                # The same position once more, with an evaluation that was cut off before: it takes the place of the
+                # other.
                 self._store.wait()
                 self._store.delete_after(number - 1)
             self._store.save(number, loop, metrics=loop.status.metrics, info=info)
@@ -282,7 +284,7 @@ def _check_arguments(step: Any, until: Any, on_save_error: str) -> None:
             explain(
                 "until= says when the run ends",
                 where=f"until={until!r}",
-                instead="ps.epochs(5), ps.steps(1000), ps.seconds(3600), or a combination: ps.epochs(5) | ps.seconds(3600)",
+                instead="ps.epochs(5), ps.steps(1000), ps.seconds(3600), or both: ps.epochs(5) | ps.seconds(3600)",
             )
         )
     if on_save_error not in ("continue", "stop"):

@@ -16,7 +16,8 @@ from purestep.errors import ConfigError, explain
 class Signals:
     """Notes SIGINT and SIGTERM instead of dying of them, while active.
 
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python has no signals, it notes none.
+    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python has no signals, it notes
+    none.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class Lock:
         self.path = run_dir / "lock"
 
     def __enter__(self) -> Self:
-        self._file = open(self.path, "a+")  # noqa: SIM115
+        self._file = open(self.path, "a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -42,8 +42,8 @@ class AddDecayedWeights(GradientTransformation):
 def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: tree.Filter | None = None) -> GradientTransformation:
     r"""Add a multiple of the parameters to the updates: $u \leftarrow u + \lambda w$.
 
-    Before an optimizer this is L2 regularisation (`weight_decay` of `torch.optim.Adam`); after `scale_by_*` and before the
-    learning rate it is decoupled decay (AdamW).
+    Before an optimizer this is L2 regularisation (`weight_decay` of `torch.optim.Adam`); after `scale_by_*` and before
+    the learning rate it is decoupled decay (AdamW).
 
     Args:
         weight_decay: $\lambda$: a number, a 0-d tensor or a schedule.

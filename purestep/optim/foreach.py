@@ -195,6 +195,21 @@ def cast(xs: Tensors, like: Tensors) -> list[Tensor]:
     return [x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
 
 
+def convert(xs: Tensors, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Return the tensors in other dtypes, with few kernels; those that have it already are passed on."""
+    result = list(xs)
+    at = [i for i, (x, dtype) in enumerate(zip(xs, dtypes, strict=True)) if x.dtype != dtype]
+    if _mode(xs) != _PLAIN or not any(xs[i].is_cuda for i in at):
+        for i in at:
+            result[i] = xs[i].to(dtypes[i])
+        return result
+    made = [torch.empty_like(xs[i], dtype=dtypes[i]) for i in at]
+    torch._foreach_copy_(made, [xs[i] for i in at])
+    for i, x in zip(at, made, strict=True):
+        result[i] = x
+    return result
+
+
 def select(condition: Tensor, on_true: Tensors, on_false: Tensors) -> list[Tensor]:
     """Return the tensors of one list or the other, by a 0-d bool tensor that the host never reads."""
     return [torch.where(condition, x, y) for x, y in zip(on_true, on_false, strict=True)]

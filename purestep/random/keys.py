@@ -6,7 +6,6 @@ trace, compile and batch; the bits are the same.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from typing import Any
 
@@ -67,7 +66,6 @@ def is_host(*tensors: Tensor) -> bool:
     return _current_level() is None and _dispatch_modes() == 0
 
 
-@functools.lru_cache(maxsize=1024)
 def _text_words(part: str) -> tuple[int, int, int]:
     hashed = hashlib.blake2b(part.encode(errors="surrogatepass"), digest_size=12).digest()
     return tuple(int.from_bytes(hashed[i : i + 4], "little") for i in (0, 4, 8))  # type: ignore[return-value]

@@ -199,7 +199,9 @@ def test_no_compiler_falls_back_to_the_traced_graph_once(monkeypatch):
 
 def test_an_operator_that_the_backend_cannot_take(monkeypatch):
     def broken(traced, mode):
-        raise RuntimeError("MissingOperatorWithoutDecomp: missing lowering\n  target: aten.strange.default\n  args[0]: x")
+        raise RuntimeError(
+            "MissingOperatorWithoutDecomp: missing lowering\n  target: aten.strange.default\n  args[0]: x"
+        )
 
     monkeypatch.setitem(backends._BACKENDS, "inductor", broken)
     with pytest.raises(CompileError) as caught:

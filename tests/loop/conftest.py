@@ -1,4 +1,4 @@
-"""A small job that uses what makes resuming hard: shuffle, augmentation, dropout, BatchNorm, schedule, early stopping."""
+"""A small job with what makes resuming hard: shuffle, augmentation, dropout, BatchNorm, schedule, early stopping."""
 
 import pytest
 import torch

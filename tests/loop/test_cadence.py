@@ -55,7 +55,9 @@ def test_until_combines_with_or_and_and():
 
 
 @pytest.mark.parametrize(
-    "make", [ps.every.steps, ps.every.epoch, ps.every.seconds, ps.steps, ps.epochs, ps.seconds], ids=lambda f: f.__name__
+    "make",
+    [ps.every.steps, ps.every.epoch, ps.every.seconds, ps.steps, ps.epochs, ps.seconds],
+    ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("bad", [0, -1, "3", True, None, float("nan")])
 def test_cadences_are_positive_numbers(make, bad):

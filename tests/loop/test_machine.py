@@ -75,7 +75,7 @@ class StopsAt(Reducer):
     name: str = "stops"
 
     def react(self, own, event, view):
-        return own, ((Stop("enough"),) if view.cursor.batches >= self.batches else ())
+        return own, ((Stop(f"{self.name}: enough"),) if view.cursor.batches >= self.batches else ())
 
 
 def machine(*callbacks, until=None, length=10):
@@ -148,8 +148,16 @@ def test_a_snapshot_waits_until_everything_else_was_fed_back(order):
 
 
 def test_the_order_of_callbacks_does_not_matter():
-    parts = [Asks("a"), Counts("c"), Saves(), StopsAt(4), ps.callbacks.log(every=ps.every.steps(1))]
-    events = [Started(), steps_done(2, end=True), EpochDone(), Evaluated("a", {"a/x": 1.0}), steps_done(2, 3.0, end=True)]
+    parts = [
+        Asks("a"),
+        Counts("c"),
+        Saves(),
+        StopsAt(4, "x"),
+        StopsAt(4, "y"),
+        ps.callbacks.log(every=ps.every.steps(1)),
+    ]
+    done = Evaluated("a", {"a/x": 1.0})
+    events = [Started(), steps_done(2, end=True), EpochDone(), done, steps_done(2, 3.0, end=True), EpochDone(), done]
     outcomes = set()
     for permuted in itertools.permutations(parts):
         m = machine(*permuted, length=2)

@@ -22,7 +22,7 @@ def quiet(make, **extra):
     return ps.fit(**{**options, **extra})
 
 
-# --- contract 2: resume -------------------------------------------------------------------------------------------------
+# --- contract 2: resume -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -59,7 +59,9 @@ def test_check_resume_sees_a_run_that_does_not_resume(job):
 
         return {**options, "step": step}
 
-    with pytest.raises(AssertionError, match=r"stopped after 2 batches and resumed, the run differs[\s\S]*loop\['train'\]"):
+    with pytest.raises(
+        AssertionError, match=r"stopped after 2 batches and resumed, the run differs[\s\S]*loop\['train'\]"
+    ):
         check_resume(make, batches=4, at=[2])
 
 
@@ -110,7 +112,7 @@ def test_an_iterable_of_unknown_length_ends_its_epochs(job):
     assert sum(isinstance(e, StepsDone) and e.epoch_end for e in events) == 2
 
 
-# --- signals ------------------------------------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -178,9 +180,9 @@ def test_workers_that_die_of_the_same_signal_do_no_harm(job, tmp_path):
         batches = Once(ps.data.batches(job.table(40, 0), 8, shuffle=False).open(0, 0, None))
         return lambda: lambda: iter(batches)
 
+    cut = quiet(lambda: job(data=source(True)), until=ps.steps(5), run_dir=tmp_path / "a")
+    assert (cut.reason, cut.loop.cursor.batches) == ("SIGTERM", 1)
     with pytest.warns(ps.data.ReplayWarning):
-        cut = quiet(lambda: job(data=source(True)), until=ps.steps(5), run_dir=tmp_path / "a")
-        assert (cut.reason, cut.loop.cursor.batches) == ("SIGTERM", 1)
         resumed = quiet(lambda: job(data=source(False)), until=ps.steps(5), run_dir=tmp_path / "a")
     straight = quiet(lambda: job(data=source(False)), until=ps.steps(5), run_dir=tmp_path / "b")
     assert_trees_equal(comparable(resumed.loop), comparable(straight.loop))
@@ -206,7 +208,7 @@ def test_it_runs_outside_the_main_thread(job):
     assert results[0].loop.cursor.batches == 2
 
 
-# --- contract 4: observers do not disturb ---------------------------------------------------------------------------------------
+# --- contract 4: observers do not disturb -------------------------------------------------------------------------
 
 
 def test_no_observer_changes_a_bit_of_the_training(job, tmp_path):
@@ -236,7 +238,7 @@ def test_a_logger_or_sink_that_raises_is_left_out_and_training_goes_on(job, tmp_
     assert result.loop.cursor.batches == 3
 
 
-# --- contract 10: no hidden sync --------------------------------------------------------------------------------------------------
+# --- contract 10: no hidden sync ----------------------------------------------------------------------------------
 
 
 def test_between_two_boundaries_no_tensor_is_read(job):
@@ -267,7 +269,7 @@ def test_the_test_above_can_fail(job):
         run._burst(meta, iter([batch] * 5), None)
 
 
-# --- level 2: a generator ---------------------------------------------------------------------------------------------------------
+# --- level 2: a generator -----------------------------------------------------------------------------------------
 
 
 def test_events_come_in_order_and_the_user_may_leave(job, tmp_path):
@@ -317,12 +319,16 @@ def test_two_states_in_one_dict_train_together(job):
         return {n: s.apply_gradients(tx, grads[n]) for n, s in states.items()}, {"loss": loss}
 
     def make():
-        return {**job(callbacks=[]), "step": train_step, "state": {"a": ps.init(a, tx, seed=1), "b": ps.init(b, tx, seed=2)}}
+        return {
+            **job(callbacks=[]),
+            "step": train_step,
+            "state": {"a": ps.init(a, tx, seed=1), "b": ps.init(b, tx, seed=2)},
+        }
 
     check_resume(make, batches=6, at=[4])
 
 
-# --- snapshots and the run directory ----------------------------------------------------------------------------------------------
+# --- snapshots and the run directory ------------------------------------------------------------------------------
 
 
 def test_best_and_latest_are_kept_and_restored(job, tmp_path):
@@ -442,7 +448,7 @@ def test_a_save_that_fails_can_stop_the_run(job, tmp_path, monkeypatch):
         quiet(job, until=ps.steps(6), run_dir=tmp_path, on_save_error="stop")
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -483,7 +489,7 @@ def test_arguments_that_do_not_fit(job, change, message):
 
 def test_data_without_a_batch(job):
     with pytest.raises(DataError):
-        ps.fit(**job(data=lambda: []), until=ps.steps(1))
+        ps.fit(**job(data=list), until=ps.steps(1))
     empty = ps.callbacks.evaluate(job.loss_fn, [], every=ps.every.steps(1))
     with pytest.raises(DataError, match="val"):
         ps.fit(**job(callbacks=[empty]), until=ps.steps(1))

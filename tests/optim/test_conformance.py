@@ -287,8 +287,8 @@ def test_agrees_in_bfloat16(row: Row) -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_takes_unknown_extras_and_changes_nothing(row: Row) -> None:
-    params = random_tree(3)
-    tx, state = row.make(), row.make().init(params)
+    tx = row.make()
+    params, state = run(row, random_tree(3), 3, steps=2)  # a state of zeros would hide a change
     grads = gradients(row, params, 3, 0)
     before = tree.digest((params, grads, state))
     first = tx.update(grads, state, params, **extras(row, 0), loss_of_another_kind=torch.ones(()), verbose=True)

@@ -1,7 +1,8 @@
 """Adam and what differs from it by a line: adamw, amsgrad, the bare direction `scale_by_adam`.
 
 One transformation holds the moments, the learning rate and the decoupled decay, so that an update makes few passes over
-the memory. Moments and updates follow `torch.optim.Adam(foreach=True)` to the bit in float32 and float64.
+the memory. Moments and updates follow `torch.optim.Adam(foreach=True)` to the bit in float32; in float64 the bias
+corrections may differ in the last place.
 """
 
 from __future__ import annotations

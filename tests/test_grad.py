@@ -1,0 +1,259 @@
+"""Gradients against torch's own engines, and microbatches against the whole batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import purestep as ps
+from purestep import tree
+from purestep.errors import MetricError, StepError
+from purestep.grad import (
+    TreeSum,
+    add_trees,
+    grad_and_value,
+    microbatch_sizes,
+    scale_tree,
+    split_batch,
+    stop_gradient,
+    weighted_mean,
+)
+
+ENGINES = ["auto", "autograd", "func"]
+
+
+def make(seed, sizes=(3, 5, 2)):
+    g = torch.Generator().manual_seed(seed)
+    params = {"w": torch.randn(*sizes[:2], generator=g), "b": [torch.randn(sizes[1], generator=g)]}
+    return params, torch.randn(sizes[2], sizes[0], generator=g)
+
+
+def loss(params, x):
+    return (torch.tanh(x @ params["w"]) + params["b"][0]).pow(2).mean()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes", [(3, 5, 2), (1, 1, 1), (7, 4, 13)])
+def test_gradients_are_those_of_torch(engine, seed, sizes):
+    params, x = make(seed, sizes)
+    before = tree.digest(params)
+    grads, value = grad_and_value(loss, engine=engine)(params, x)
+    leaves = [t.clone().requires_grad_() for t in tree.leaves(params)]
+    expected = loss(tree.unflatten(tree.structure(params), leaves), x)
+    wanted = torch.autograd.grad(expected, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(grads), wanted, strict=True))
+    assert torch.equal(value, expected.detach())
+    assert not value.requires_grad
+    assert tree.structure(grads) == tree.structure(params)
+    assert tree.digest(params) == before
+    assert not any(t.requires_grad for t in tree.leaves(params))
+    theirs, their_value = torch.func.grad_and_value(loss)(params, x)
+    assert tree.equal(theirs, grads)
+    assert torch.equal(their_value, value)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_argnums_aux_and_keyword_arguments(engine):
+    params, x = make(0)
+
+    def with_aux(x, params, *, scale):
+        value = scale * loss(params, x)
+        return value, {"value": value, "n": 3, "none": None, "text": "t", "many": (value * x,)}
+
+    transform = grad_and_value(with_aux, argnums=(1, 0), has_aux=True, engine=engine)
+    (dp, dx), (value, aux) = transform(x, params, scale=2.0)
+    assert torch.equal(dp["w"], grad_and_value(lambda p: 2.0 * loss(p, x))(params)[0]["w"])
+    assert torch.equal(dx, grad_and_value(lambda v: 2.0 * loss(params, v))(x)[0])
+    assert torch.equal(aux["value"], value)
+    assert (aux["n"], aux["none"], aux["text"]) == (3, None, "t")
+    assert not any(t.requires_grad for t in tree.leaves(aux) if isinstance(t, torch.Tensor))
+    single, _ = grad_and_value(with_aux, argnums=(0,), has_aux=True, engine=engine)(x, params, scale=2.0)
+    assert torch.equal(single[0], dx)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_the_value_does_not_depend_on_has_gradient_zero(engine):
+    grads, _ = grad_and_value(lambda p: (p["a"] ** 2).sum(), engine=engine)({"a": torch.ones(2), "b": torch.ones(3)})
+    assert torch.equal(grads["b"], torch.zeros(3))
+
+
+def test_gradients_are_wanted_also_under_no_grad():
+    params, x = make(0)
+    with torch.no_grad():
+        grads, _ = grad_and_value(loss)(params, x)
+    assert tree.equal(grads, grad_and_value(loss)(params, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda p: p * 2, r"a loss is one floating-point number(.|\n)*returned float32\[3\](.|\n)*loss\.mean\(\)"),
+        (lambda p: 3.0, r"returned float 3\.0"),
+        (lambda p: p.sum().to(torch.int64), r"returned int64\[\]"),
+        (lambda p: (p.sum(), {}), r"returned tuple"),
+        (lambda p: None, r"returned NoneType None"),
+    ],
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_value_that_is_no_loss_is_refused(function, text, engine):
+    with pytest.raises(StepError, match=text):
+        grad_and_value(function, engine=engine)(torch.ones(3))
+
+
+@pytest.mark.parametrize("function", [lambda p: p.detach().sum(), lambda p: torch.tensor(1.0)])
+def test_a_value_without_parameters_is_refused(function):
+    with pytest.raises(
+        StepError, match=r"does not depend on the parameters(.|\n)*float32\[\](.|\n)*net\(batch\[\.\.\.\]\)"
+    ):
+        grad_and_value(function)(torch.ones(3))
+
+
+@pytest.mark.parametrize("leaf", [torch.ones(2, dtype=torch.int64), 1.0, "x"])
+def test_only_floating_tensors_are_differentiated(leaf):
+    with pytest.raises(StepError, match=r"only floating tensors can be differentiated(.|\n)*argument\[0\]\['b'\]"):
+        grad_and_value(lambda p: p["a"].sum())({"a": torch.ones(2), "b": leaf})
+
+
+def test_transforms_of_torch_func_go_through():
+    params, _ = make(1)
+    xs = torch.randn(4, 6, 3)
+    grads, values = torch.func.vmap(grad_and_value(loss), in_dims=(None, 0))(params, xs)
+    for i, x in enumerate(xs):
+        one, value = grad_and_value(loss)(params, x)
+        torch.testing.assert_close(grads["w"][i], one["w"])
+        torch.testing.assert_close(values[i], value)
+
+    def dw(p, x):
+        return grad_and_value(loss)(p, x)[0]["w"]
+
+    tangent = tree.map(torch.ones_like, params)
+    _, out = torch.func.jvp(lambda p: dw(p, xs[0]), (params,), (tangent,))
+    eps = 1e-3
+    shifted = [tree.map(lambda a, s=s: a + s * eps, params) for s in (1, -1)]
+    torch.testing.assert_close(out, (dw(shifted[0], xs[0]) - dw(shifted[1], xs[0])) / (2 * eps), atol=1e-3, rtol=1e-2)
+    second, _ = grad_and_value(
+        lambda x: grad_and_value(lambda y: (y**3).sum(), engine="func")(x)[0].sum(), engine="func"
+    )(torch.tensor([2.0, 5.0]))
+    assert second.tolist() == [12.0, 30.0]
+    assert torch.func.grad(lambda x: grad_and_value(lambda y: (y**3).sum())(x)[0].sum())(torch.tensor(2.0)) == 12.0
+
+
+# --- microbatches -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_microbatch_sizes_are_even_and_complete(samples, parts):
+    sizes = microbatch_sizes(samples, parts)
+    assert len(sizes) == parts
+    assert sum(sizes) == samples
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_a_split_batch_is_the_batch(samples, parts):
+    batch = {"x": torch.arange(samples), "pair": (torch.randn(samples, 2), None), "scalar": torch.tensor(3), "n": 7}
+    pieces = split_batch(batch, parts)
+    assert len(pieces) == min(parts, samples)
+    assert sum(n for _, n in pieces) == samples
+    assert torch.equal(torch.cat([b["x"] for b, _ in pieces]), batch["x"])
+    assert torch.equal(torch.cat([b["pair"][0] for b, _ in pieces]), batch["pair"][0])
+    assert all(b["scalar"] is batch["scalar"] and b["n"] == 7 for b, _ in pieces)
+
+
+def test_batches_that_cannot_be_split_are_refused():
+    batch = {"x": torch.zeros(4, 2), "y": torch.zeros(3)}
+    with pytest.raises(
+        StepError, match=r"differ in their number of samples(.|\n)*batch\['y'\]: float32\[3\]; the first leaf has 4"
+    ):
+        split_batch(batch, 2)
+    assert len(split_batch(batch, 1)) == 1
+    with pytest.raises(MetricError, match=r"number of samples is unknown(.|\n)*batch\['n'\]: int 1"):
+        split_batch({"n": 1}, 2)
+    assert split_batch(None, 3) == [(None, 1)]
+
+
+@given(st.lists(st.integers(), min_size=1, max_size=70))
+def test_a_tree_sum_adds_everything_once_and_holds_little(values):
+    total = TreeSum(lambda a, b: a + b)
+    for n, v in enumerate(values, 1):
+        total.add(v)
+        assert len(total._stack) <= math.log2(n) + 1
+    assert total.result() == sum(values)
+
+
+@given(st.integers(0, 4), st.integers(0, 4))
+def test_aligned_parts_of_a_tree_sum_can_be_added_elsewhere(parts, size):
+    def join(a, b):
+        return f"({a}{b})"
+
+    def total(items):
+        acc = TreeSum(join)
+        for item in items:
+            acc.add(item)
+        return acc.result()
+
+    n, chunk = 2 ** (parts + size), 2**size
+    items = [chr(97 + i % 26) for i in range(n)]
+    assert total([total(items[i : i + chunk]) for i in range(0, n, chunk)]) == total(items)
+
+
+def test_weighted_means_of_trees():
+    values = [
+        {"a": torch.tensor([1.0, 2.0])},
+        {"a": torch.tensor([4.0, 0.0])},
+        {"a": torch.tensor([float("nan"), 1.0])},
+    ]
+    assert weighted_mean(values[:1], [5]) is values[0]
+    torch.testing.assert_close(weighted_mean(values[:2], [3, 1])["a"], torch.tensor([1.75, 1.5]))
+    torch.testing.assert_close(weighted_mean(values[:2], [2, 2])["a"], torch.tensor([2.5, 1.0]))
+    weights = [torch.tensor(3.0), torch.tensor(1.0), torch.tensor(0.0)]
+    torch.testing.assert_close(weighted_mean(values, weights)["a"], torch.tensor([1.75, 1.5]))
+    assert weighted_mean([torch.ones(2, dtype=torch.bfloat16)] * 3, [1, 1, 2]).dtype == torch.bfloat16
+    assert torch.equal(add_trees([torch.ones(2)], [torch.ones(2)])[0], torch.full((2,), 2.0))
+    assert scale_tree(values, 1.0) is values
+    assert not stop_gradient([torch.ones(1, requires_grad=True) * 2, 3])[0].requires_grad
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("parts", range(1, 10))
+@pytest.mark.parametrize("samples", [1, 2, 7, 16, 23])
+@pytest.mark.parametrize("weights", ["samples", "tokens"])
+def test_microbatch_gradients_are_those_of_the_whole_batch(parts, samples, weights, seed):
+    batch = {"x": torch.randn(samples, 5, 4, dtype=torch.float64), "y": torch.randint(0, 3, (samples, 5))}
+    if weights == "tokens":
+        batch["y"][torch.rand(samples, 5) < 0.4] = -100
+        batch["y"][: samples // 3 + 1] = -100  # a whole microbatch of padding
+        batch["y"][-1, -1] = 1
+    seen = []
+
+    def loss_fn(net, batch):
+        logits, labels = net(batch["x"]).flatten(0, 1), batch["y"].flatten()
+        value = cross_entropy(logits, labels, ignore_index=-100)
+        seen.append(len(batch["x"]))
+        return ps.weighted(value, (labels != -100).sum()) if weights == "tokens" else value
+
+    tx = ps.optim.sgd(1.0)
+    start = ps.init(lambda: Net().double(), tx, seed=1)
+    whole, m = ps.make_step(loss_fn, tx)(start, batch)
+    cut, n = ps.make_step(loss_fn, tx, microbatches=parts)(start, batch)
+    assert seen[1:] == [s for s in microbatch_sizes(samples, parts) if s]
+    for name in start.params:
+        torch.testing.assert_close(cut.params[name], whole.params[name], atol=1e-12, rtol=1e-12)
+        assert torch.isfinite(cut.params[name]).all()
+    assert float(n["loss"]) == pytest.approx(float(m["loss"]), abs=1e-12)
