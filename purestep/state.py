@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from purestep import random, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
-from purestep.optim.base import GradientTransformation, apply_updates
+from purestep.optim.base import GradientTransformation
 from purestep.tree import Filter, pytree, static
 
 
@@ -79,7 +79,7 @@ class TrainState:
             _check_same("buffers", dict(buffers), "buffers", self.buffers)
         with torch.no_grad():
             updates, opt_state = tx.update(grads, self.opt_state, self.params, step=self.step, **extra)
-            params = apply_updates(self.params, updates)
+            params = tx.apply(self.params, updates, opt_state)
             applied = tx.applied(opt_state)
             buffers = self.buffers if buffers is None else dict(buffers)
             if applied is None:

@@ -121,6 +121,7 @@ def test_only_floating_tensors_are_differentiated(leaf):
         grad_and_value(lambda p: p["a"].sum())({"a": torch.ones(2), "b": leaf})
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transforms_of_torch_func_go_through():
     params, _ = make(1)
     xs = torch.randn(4, 6, 3)

@@ -168,17 +168,20 @@ class Run:
         if isinstance(effect, Train):
             yield from self._train(effect)
         elif isinstance(effect, Evaluate):
-            row = self._by_name[effect.name].evaluate(self.loop.train, lambda: self._signals.unread)  # type:
-            ignore[attr-defined] yield Ticked(time.monotonic() - self._start)
+            row = self._performer(effect).evaluate(self.loop.train, lambda: self._signals.unread)
+            yield Ticked(time.monotonic() - self._start)
             if row is not None:
                 yield Evaluated(effect.name, row)
         elif isinstance(effect, Transform):
-            yield Transformed(effect.name, self._by_name[effect.name].transform(self.loop.train))  # type:
-            ignore[attr-defined]
+            yield Transformed(effect.name, self._performer(effect).transform(self.loop.train))
         elif isinstance(effect, Save):
             yield from self._save()
         elif isinstance(effect, Log):
             self._outlets.log(resume_.applied_steps(self.loop), {"epoch": self.loop.cursor.epoch, **effect.row})
+
+    def _performer(self, effect: Evaluate | Transform) -> Any:
+        """The callback that wished it also knows how it is done."""
+        return self._by_name[effect.name]
 
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor

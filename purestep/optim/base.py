@@ -56,6 +56,10 @@ class GradientTransformation:
         """
         raise OptimError(explain(f"{type(self).__name__} has no update rule", instead="override `update`"))
 
+    def apply(self, params: Any, updates: Any, state: Any) -> Any:
+        """Return the parameters after an update; `updates` and `state` are what `update` returned."""
+        return apply_updates(params, updates)
+
     def applied(self, state: Any) -> Tensor | None:
         """Tell whether the last update was applied, as a 0-d bool tensor; None means that it always is."""
         return None

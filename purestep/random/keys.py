@@ -71,6 +71,10 @@ def _text_words(part: str) -> tuple[int, int, int]:
     return tuple(int.from_bytes(hashed[i : i + 4], "little") for i in (0, 4, 8))  # type: ignore[return-value]
 
 
+# What `torch.compiler.assume_constant_result` sets, without importing Dynamo, which cannot trace a hash.
+_text_words._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def fold_in(key: Tensor, *data: int | str | Tensor) -> Tensor:
     """Derive a key from a key and data; other data give an independent key.
 

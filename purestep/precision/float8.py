@@ -1,0 +1,100 @@
+"""Linear layers in float8, by torchao's training conversion (the extra `float8`).
+
+Owns which layers are converted, the refusal of sizes that GPUs cannot multiply, and the converted copy of a model. The
+user's module is never changed, and torchao is loaded only when a policy asks for float8.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from purestep.errors import PrecisionError, explain, import_extra
+from purestep.precision.rules import Settings
+
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+"""torchao's recipes: one scale a tensor, one a row, and one a row with the gradient of the weight in high precision."""
+
+_MULTIPLE = 16
+
+
+def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
+    """Return a copy of a model whose linear layers multiply in float8; parameters keep their names and dtypes.
+
+    Args:
+        module: the model. It is not changed.
+        recipe: one of `RECIPES`.
+        settings: resolved rules; `float8=False` leaves a layer out.
+
+    Raises:
+        MissingExtra: torchao is not installed.
+        PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert.
+    """
+    chosen = [path for path, m in module.named_modules() if type(m) is nn.Linear and _taken(settings, path)]
+    for path in chosen:
+        _check_sizes(path, module.get_submodule(path))
+    if not chosen:
+        raise PrecisionError(
+            explain(
+                "float8 finds no linear layer in the model",
+                where=type(module).__qualname__,
+                why="it multiplies in torch.nn.Linear, and not in subclasses of it",
+                instead='policy="bf16-mixed"',
+            )
+        )
+    torchao = import_extra("torchao.float8", extra="float8", needed_by='policy("float8")')
+    config = dataclasses.replace(torchao.Float8LinearConfig.from_recipe_name(recipe))
+    made = torchao.convert_to_float8_training(
+        _unshared_copy(module), config=config, module_filter_fn=lambda m, path: path in chosen
+    )
+    for path in chosen:
+        made.get_submodule(path).register_forward_pre_hook(CheckRows(path))
+    return made  # type: ignore[no-any-return]
+
+
+def _taken(settings: Settings, path: str) -> bool:
+    return bool(settings.of_module(path, "float8", True))
+
+
+def _unshared_copy(module: nn.Module) -> nn.Module:
+    made = copy.deepcopy(module)
+    made.__dict__.pop("_is_fsdp_managed_module", None)
+    return made
+
+
+def _check_sizes(path: str, linear: Any) -> None:
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+    odd = [f"{name}={size}" for name, size in sizes.items() if size % _MULTIPLE]
+    if odd:
+        raise PrecisionError(
+            explain(
+                f"float8 cannot multiply in a layer whose sizes are no multiples of {_MULTIPLE}",
+                where=f"{path or 'the model itself'}: Linear[{linear.out_features}, {linear.in_features}], {', '.join(odd)}",
+                why="GPUs refuse it, so it is refused on every device",
+                instead=f'policy.where("{path or "*"}", float8=False)',
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckRows:
+    """A forward pre-hook: the gradient of a weight sums over the rows of the input, so their number matters as well."""
+
+    path: str
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].numel() // max(1, args[0].shape[-1])
+        if args[0].requires_grad or module.weight.requires_grad:  # type: ignore[union-attr]
+            if rows % _MULTIPLE:
+                raise PrecisionError(
+                    explain(
+                        f"float8 cannot train on a number of rows that is no multiple of {_MULTIPLE}",
+                        where=f"{self.path or 'the model itself'}: input {tuple(args[0].shape)}, {rows} rows",
+                        why="GPUs refuse the product that gives the gradient of the weight, so it is refused on every device",
+                        instead="a batch size, divided by microbatches, that is a multiple of 16, and drop_last=True\n"
+                        f'or policy.where("{self.path or "*"}", float8=False)',
+                    )
+                )

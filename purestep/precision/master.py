@@ -1,0 +1,95 @@
+"""Master weights: full-precision parameters kept in the optimizer state, for parameters of few digits.
+
+Owns `master_weights`, a wrapper of the algebra. `Policy.apply` puts its state into a train state, and a step under such a
+policy wraps its transformation with it; a step written by hand does the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim import foreach as fx
+from purestep.optim.base import GradientTransformation, Wrapper, apply_updates, need_params, same_leaves, transformation
+
+
+@tree.pytree
+class MasterWeightsState:
+    """`master`: the parameters with all their digits; `inner`: the state of the transformation that updates them."""
+
+    master: Any
+    inner: Any
+
+
+@transformation
+class MasterWeights(Wrapper):
+    inner: GradientTransformation
+    dtype: torch.dtype = torch.float32
+
+    def init(self, params: Any) -> MasterWeightsState:
+        master = masters(params, self.dtype)
+        return MasterWeightsState(master, self.inner.init(master))
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if not isinstance(state, MasterWeightsState):
+            raise OptimError(
+                explain(
+                    "the optimizer state holds no master weights",
+                    where=f"opt_state: {type(state).__qualname__}",
+                    instead='state = ps.precision.policy("bf16-master").apply(state)',
+                )
+            )
+        ps, treedef = tree.flatten(need_params(params, self.name, "its updates lead from them to the master weights"))
+        old = same_leaves(state.master, treedef, params, "master weights")
+        gs = same_leaves(updates, treedef, params, "updates")
+        proposed, inner = self.inner.update(tree.unflatten(treedef, fx.cast(gs, old)), state.inner, state.master, **extra)
+        master = apply_updates(state.master, proposed)
+        change = fx.sub(tree.leaves(master), fx.cast(ps, old))
+        return tree.unflatten(treedef, change), MasterWeightsState(master, inner)
+
+    def apply(self, params: Any, updates: Any, state: Any) -> Any:
+        """Return the master weights in the dtypes of the parameters: to the bit, where adding updates would round twice."""
+        values, treedef = tree.flatten(params)
+        master = tree.leaves(state.master)
+        rounded = fx.convert(master, [p.dtype for p in values])
+        # A parameter that has all the digits already must not be the master weight itself: a donated state owns each once.
+        return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
+
+
+def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.float32) -> GradientTransformation:
+    """Let a transformation update full-precision master weights, of which the parameters are rounded copies.
+
+    A bfloat16 parameter swallows each update below about 1/256 of itself; the master weights add them up.
+
+    Args:
+        inner: the transformation; it sees gradients and parameters in `dtype`.
+        dtype: of the master weights.
+
+    Returns:
+        A transformation with the state `MasterWeightsState(master, inner)`. Outermost in `state.apply_gradients`, the
+        parameters are the rounded master weights to the bit; inside of another transformation, to rounding.
+
+    Example:
+        >>> from purestep.optim import sgd
+        >>> tx = master_weights(sgd(1.0))
+        >>> params = {"w": torch.ones(1, dtype=torch.bfloat16)}
+        >>> state = tx.init(params)
+        >>> for _ in range(4):
+        ...     updates, state = tx.update({"w": torch.full((1,), -0.001)}, state, params)
+        ...     params = tx.apply(params, updates, state)
+        >>> state.master["w"], params["w"]
+        (tensor([1.0040]), tensor([1.0078], dtype=torch.bfloat16))
+
+    Reference: Micikevicius et al., Mixed Precision Training, 2018.
+    """
+    if not isinstance(inner, GradientTransformation):
+        raise OptimError(explain("not a gradient transformation", where=f"master_weights({inner!r})"))
+    return MasterWeights(inner, dtype)
+
+
+def masters(params: Any, dtype: torch.dtype) -> Any:
+    """Return master weights of parameters: always tensors of their own, so that a state can be donated."""
+    return tree.map(lambda p: p.detach().clone() if p.dtype == dtype else p.detach().to(dtype), params)

@@ -1,0 +1,245 @@
+"""`Policy`: numerical precision as a value, and `policy`, which makes one from a name or from words.
+
+A policy is compared, hashed and printed; it changes nothing by itself. `apply` is a pure transform of a state, and
+`make_step(..., policy=)` and `make_eval(..., policy=)` read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from purestep.errors import PrecisionError, explain
+from purestep.precision import convert, rules
+from purestep.precision.float8 import RECIPES
+from purestep.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale
+from purestep.precision.rules import NORMS, DType, Rule, dtype_of, word
+
+S = TypeVar("S")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Which dtype is used where. Made by `policy`; `replace` and `where` give another one.
+
+    Attributes:
+        param: dtype of parameters and floating buffers at rest, in the state.
+        compute: dtype in which modules see parameters, buffers and inputs.
+        output: dtype of what the model returns, so that of the loss.
+        reduce: dtype in which gradients of microbatches are summed.
+        master: dtype of master weights in the optimizer state; None keeps none.
+        loss_scale: a loss scale with plain numbers.
+        rules: what differs by path or by class of module, later ones first.
+        autocast: run the loss function under `torch.autocast` to `compute`, which chooses by operator, instead of casting
+            parameters and inputs by module.
+        float8: recipe of torchao for linear layers, or None.
+        name: how it was asked for; no part of its value.
+    """
+
+    param: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    output: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
+    master: torch.dtype | None = None
+    loss_scale: LossScale = NoLossScale()
+    rules: tuple[Rule, ...] = ()
+    autocast: bool = False
+    float8: str | None = None
+    name: str = dataclasses.field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for field in ("param", "compute", "output", "reduce", "master"):
+            value = getattr(self, field)
+            if value is not None or field != "master":
+                object.__setattr__(self, field, dtype_of(value, where=field))
+        if self.loss_scale is None:
+            object.__setattr__(self, "loss_scale", NoLossScale())
+        if not isinstance(self.loss_scale, LossScale):
+            instead = "loss_scale=ps.precision.StaticLossScale(1024.0)"
+            raise PrecisionError(
+                explain("this is not a loss scale", where=f"loss_scale={self.loss_scale!r}", instead=instead)
+            )
+        if self.float8 is not None and self.float8 not in RECIPES:
+            where = f"float8={self.float8!r}"
+            raise PrecisionError(
+                explain("torchao has no such float8 recipe", where=where, instead=f"one of {', '.join(RECIPES)}")
+            )
+        if self.autocast:
+            _check_autocast(self)
+
+    def replace(self, **changes: Any) -> Policy:
+        """Return the policy with some fields changed; words are welcome for dtypes."""
+        fields = [f.name for f in dataclasses.fields(self)]
+        if odd := sorted(changes.keys() - set(fields)):
+            raise PrecisionError(
+                explain(f"a policy has no {odd[0]!r}", where=f"policy(..., {odd[0]}=...)", instead=", ".join(fields[:-1]))
+            )
+        return dataclasses.replace(self, **{"name": "", **changes})
+
+    def where(
+        self,
+        filter: rules.Where | list[str],
+        *,
+        param: DType | None = None,
+        compute: DType | None = None,
+        output: DType | None = None,
+        float8: bool | None = None,
+    ) -> Policy:
+        """Return the policy with a rule more: other settings for a part of the model, which win over earlier rules.
+
+        Args:
+            filter: globs of dotted names of modules, parameters or buffers, a function of the name, or module classes
+                (`ps.precision.NORMS` are torch's normalisation layers). It takes in all that is inside of what it finds.
+            param: dtype at rest.
+            compute: dtype of the computation. What the module returns is cast to the dtype around it.
+            output: dtype of what the module itself returns, in place of the one around it.
+            float8: False keeps linear layers out of float8.
+
+        Raises:
+            PrecisionError: the rule changes nothing. One that finds nothing in a model is refused when it meets it.
+
+        Example:
+            >>> policy("bf16-true").where("head", compute="f32", output="f32").rules[0].where
+            'head'
+        """
+        found = rules.rule(filter, param=param, compute=compute, output=output, float8=float8)
+        return self.replace(rules=(*self.rules, found))
+
+    def apply(self, state: S) -> S:
+        """Return a train state with the dtypes, master weights and loss scale of this policy; see `convert.apply`.
+
+        Whatever policy the state was under, it is under this one afterwards. A widening cast is exact, so `bf16-true` ->
+        `32` keeps every value, and master weights become the parameters when a policy has none.
+
+        Args:
+            state: a `TrainState`, of `ps.init` or of any step of a run. It is not changed.
+
+        Raises:
+            PrecisionError: a rule finds nothing.
+
+        Example:
+            >>> import purestep as ps
+            >>> state = ps.init(lambda: nn.Linear(3, 2), ps.optim.sgd(0.1))
+            >>> half = policy("bf16-master").apply(state)
+            >>> half.params["weight"].dtype, half.opt_state.master["weight"].dtype
+            (torch.bfloat16, torch.float32)
+            >>> ps.tree.equal(policy("32").apply(half), state)
+            True
+        """
+        return convert.apply(self, state)
+
+    def __str__(self) -> str:
+        parts = [f"params={word(self.param)}", f"compute={word(self.compute)}", f"output={word(self.output)}"]
+        parts += [f"reduce={word(self.reduce)}"]
+        parts += [f"master={word(self.master)}"] if self.master is not None else []
+        parts += ["autocast"] if self.autocast else []
+        parts += [f"float8={self.float8}"] if self.float8 else []
+        parts += [] if isinstance(self.loss_scale, NoLossScale) else [f"loss_scale={self.loss_scale!r}"]
+        return ",".join([*parts, *(f"[{r}]" for r in self.rules)])
+
+
+def _check_autocast(p: Policy) -> None:
+    changing = [r for r in p.rules if r.required and (r.compute or r.output)]
+    if p.float8 or changing or p.compute not in (torch.float16, torch.bfloat16):
+        where = "float8" if p.float8 else f"where({changing[0].where!r})" if changing else f"compute={word(p.compute)}"
+        raise PrecisionError(
+            explain(
+                "autocast goes with compute=f16 or bf16 and with no other choice of how to compute",
+                where=where,
+                why="it chooses the dtype of each operator itself",
+                instead="rules with param= only, or autocast=False",
+            )
+        )
+
+
+f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+_KEEP_NORMS = Rule(NORMS, compute=f32, required=False)
+_STORE_NORMS = Rule(NORMS, param=f32, compute=f32, required=False)
+
+_NAMED = {
+    "32": Policy(),
+    "64": Policy(f64, f64, f64, f64),
+    "bf16-mixed": Policy(compute=bf16, rules=(_KEEP_NORMS,)),
+    "16-mixed": Policy(compute=f16, loss_scale=DynamicLossScale(), rules=(_KEEP_NORMS,)),
+    "bf16-true": Policy(bf16, bf16, f32, bf16),
+    "16-true": Policy(f16, f16, f32, f16),
+    "bf16-master": Policy(bf16, bf16, f32, f32, master=f32, rules=(_STORE_NORMS,)),
+    "float8": Policy(compute=bf16, float8="tensorwise", rules=(_KEEP_NORMS,)),
+}
+_ALIASES = {"32-true": "32", "64-true": "64"}
+NAMES = tuple(_NAMED)
+"""The named policies."""
+
+_FIELDS = {"p": "param", "params": "param", "param": "param", "c": "compute", "o": "output", "r": "reduce"}
+
+
+def policy(spec: str | int | Policy, **changes: Any) -> Policy:
+    """Return a precision policy from its name, from words, or from another policy.
+
+    Args:
+        spec: one of
+
+            - `32`, `64`: everything in that precision;
+            - `bf16-mixed`, `16-mixed`: float32 parameters, the model computes in the half precision, normalisation layers
+              and the loss in float32. `16-mixed` has a dynamic loss scale, and means float16 on a CPU too;
+            - `bf16-true`, `16-true`: everything but the loss in the half precision, optimizer state included;
+            - `bf16-master`: bfloat16 parameters, float32 master weights in the optimizer state, normalisation layers float32;
+            - `float8`: linear layers in float8 by torchao, the rest as `bf16-mixed`;
+
+            or the long form `params=f32,compute=bf16,output=f32`, which also takes `reduce=` and `master=` and has no rules:
+            compute, output and reduce are those of params by default.
+        **changes: fields of `Policy` to change: `autocast=True`, `loss_scale=StaticLossScale(1024.0)`, `reduce="f32"`.
+
+    Raises:
+        PrecisionError: an unknown name or word.
+
+    Example:
+        >>> print(policy("bf16-true"))
+        params=bf16,compute=bf16,output=f32,reduce=bf16
+        >>> policy("params=f32,compute=bf16,output=f32").compute
+        torch.bfloat16
+
+    References:
+        `precision=` of the Lightning Trainer, for the names; `jmp.get_policy`, for the long form.
+    """
+    if isinstance(spec, Policy):
+        return spec.replace(**changes) if changes else spec
+    text = str(spec).strip() if isinstance(spec, (str, int)) and not isinstance(spec, bool) else ""
+    name = _ALIASES.get(text, text)
+    if name in _NAMED:
+        found = dataclasses.replace(_NAMED[name], name=name)
+    elif "=" in text:
+        found = _from_words(text)
+    else:
+        hint = {"16": "16-mixed or 16-true", "bf16": "bf16-mixed or bf16-true", "fp8": "float8"}.get(text)
+        raise PrecisionError(
+            explain(
+                "there is no such precision policy",
+                where=f"policy({spec!r})",
+                instead=hint or f"one of {', '.join(NAMES)}\nor 'params=f32,compute=bf16,output=f32'",
+            )
+        )
+    return found.replace(**changes) if changes else found
+
+
+def _from_words(text: str) -> Policy:
+    values: dict[str, torch.dtype] = {}
+    for part in text.split(","):
+        key, _, value = (s.strip() for s in part.partition("="))
+        field = _FIELDS.get(key, key)
+        if field not in ("param", "compute", "output", "reduce", "master") or field in values:
+            raise PrecisionError(
+                explain(
+                    f"a policy in words has no {key!r}" if field not in values else f"{key!r} is said twice",
+                    where=f"policy({text!r})",
+                    instead="params=f32,compute=bf16,output=f32,reduce=f32,master=f32",
+                )
+            )
+        values[field] = dtype_of(value, where=key)
+    rest = values.setdefault("param", values.get("master") or f32)
+    for field in ("compute", "output", "reduce"):
+        values.setdefault(field, rest)
+    return Policy(**values, name=text)  # type: ignore[arg-type]
