@@ -11,6 +11,7 @@ from purestep import loop as loop
 from purestep import metrics as metrics
 from purestep import notebook as notebook
 from purestep import optim as optim
+from purestep import precision as precision
 from purestep import random as random
 from purestep import snapshot as snapshot
 from purestep import testing as testing

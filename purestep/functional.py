@@ -52,6 +52,8 @@ class bind:
         train: True runs in training mode (as `module.train()` would set it; if the module is in training mode already,
             the flags of its submodules are respected, so a frozen BatchNorm stays frozen). False runs in evaluation
             mode.
+        around: makes a context that is entered in the block, and in every recomputation of it (hooks of a precision
+            policy).
 
     Attributes:
         new_buffers: after the block, the buffers as the call left them, by name.
@@ -76,11 +78,13 @@ class bind:
         *,
         rng: Tensor | None = None,
         train: bool = True,
+        around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.module = module
         self.given = {**params, **(buffers or {})}
         self.buffer_names = list(buffers or {})
         self.train = train
+        self.around = around or contextlib.nullcontext
         self.mode = KeyedRandom(rng)
         self.first_call = 0
         self.exclusive = True
@@ -138,12 +142,15 @@ class bind:
         for m in self._flags:
             m.__dict__["training"] = self.train
         _stack("active").append(self)
+        self._around = self.around()
+        self._around.__enter__()
         self.mode.calls = self.first_call
         self.mode.__enter__()
         return self.module
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.mode.__exit__(kind, error, trace)
+        self._around.__exit__(kind, error, trace)
         _stack("active").pop()
         for name in self.buffer_names:
             if name in self.slots.buffers:

@@ -240,6 +240,9 @@ def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
     Returns:
         The module, in evaluation mode, with its own copy of the weights.
 
+    Raises:
+        StepError: the state holds no model and none is given, or the one that is given has other tensors.
+
     Example:
         >>> from purestep import optim
         >>> state = init(lambda: nn.Linear(3, 2), optim.sgd(0.1))
@@ -260,7 +263,20 @@ def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
         for m in slots(module).rnns:
             m._init_flat_weights()
         return module.eval()
+    found = slots(module, fresh=True)
+    own = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
+    odd = sorted(own.keys() ^ tensors.keys())
+    odd = odd or [name for name, tensor in own.items() if tensor.shape != tensors[name].shape]
+    if odd:
+        sides = (tree.describe(d[odd[0]]) if odd[0] in d else "missing" for d in (own, tensors))
+        raise StepError(
+            explain(
+                f"the state does not fit the module {type(module).__qualname__}",
+                where="{!r}: {} in the module, {} in the state".format(odd[0], *sides),
+                instead="ps.to_module(state)   # makes the module that the state was made for",
+            )
+        )
     with torch.no_grad():
-        for name, places in (slots(module).params | slots(module).buffers).items():
-            places[0][0][places[0][1]].copy_(tensors[name])
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
     return module.eval()

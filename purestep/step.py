@@ -21,6 +21,9 @@ from purestep.functional import Definition, bind
 from purestep.grad import Engine, TreeSum, grad_and_value, split_batch, weighted_mean
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.optim.base import GradientTransformation
+from purestep.precision import Policy
+from purestep.precision import policy as policy_of
+from purestep.precision.casting import casting, wrapped
 from purestep.state import TrainState
 from purestep.tree import pytree
 
@@ -83,6 +86,7 @@ class Step:
     tx: GradientTransformation
     microbatches: int = 1
     engine: Engine = "auto"
+    policy: Policy | None = None
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
@@ -95,29 +99,44 @@ class Step:
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
         samples = sample_count(microbatch)
-        module = definition(state).module
         rng = random.fold_in(state.rng, state.step, index)
+        cast = casting(self.policy, definition(state).module)
+        cast.check(state)
+        given = cast.buffers(state.buffers)
 
         def loss_of(params: Any) -> tuple[Tensor, Any]:
-            bound = bind(module, params, state.buffers, rng=rng)
-            loss, weight, metrics = read_loss(self.loss_fn, bound, microbatch, samples)
-            return loss, (weight, bound.new_buffers, metrics)
+            bound = bind(cast.module, params, given, rng=rng, around=cast.around)
+            with cast.scope(params):
+                loss, weight, metrics = read_loss(self.loss_fn, bound, cast.batch(microbatch), samples)
+            return cast.scaled(loss, state), (weight, bound.new_buffers, metrics)
 
-        grads, (_, (weight, buffers, metrics)) = grad_and_value(loss_of, has_aux=True, engine=self.engine)(state.params)
-        return Gradients(grads, weight, buffers, metrics)
+        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine)
+        grads, (_, (weight, new, metrics)) = gradient(cast.params(state.params))
+        return Gradients(cast.reduced(grads), weight, cast.kept(state.buffers, given, new), metrics)
 
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
         """Apply the gradients of a whole batch; a skipped update counts itself in the metric `skipped`."""
-        loss = gradients.metrics["loss"].compute()
-        new = state.apply_gradients(self.tx, gradients.grads, buffers=gradients.buffers, value=loss)
         metrics = gradients.metrics
+        grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
+        value = metrics["loss"].compute()
+        new = state.apply_gradients(self.tx, grads, buffers=gradients.buffers, value=value)
         applied = self.tx.applied(new.opt_state)
+        if finite is not None:
+            applied = finite if applied is None else applied & finite
+            new = tree.select(finite, new, state).replace(loss_scale=state.loss_scale.adjust(finite))
         if applied is not None:
             metrics = metrics | {"skipped": metrics_.Sum(1 - applied.to(torch.int64))}
         return new, metrics
 
 
-def make_step(loss_fn: LossFn, tx: GradientTransformation, *, microbatches: int = 1, engine: Engine = "auto") -> Step:
+def make_step(
+    loss_fn: LossFn,
+    tx: GradientTransformation,
+    *,
+    microbatches: int = 1,
+    engine: Engine = "auto",
+    policy: Policy | str | None = None,
+) -> Step:
     """Make a pure training step `(state, batch) -> (state, metrics)`.
 
     Args:
@@ -129,9 +148,13 @@ def make_step(loss_fn: LossFn, tx: GradientTransformation, *, microbatches: int 
         microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
             gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
         engine: see `grad_and_value`.
+        policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is cast
+            by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a loss
+            scale an update with gradients that are not finite changes nothing but the scale.
 
     Returns:
-        A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` can skip updates.
+        A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its `tx`
+        is the one it applies: the given one, with master weights around it if the policy has them.
 
     Raises:
         ConfigError: `microbatches` is not a positive integer, or `loss_fn` does not take two arguments.
@@ -160,7 +183,8 @@ def make_step(loss_fn: LossFn, tx: GradientTransformation, *, microbatches: int 
             )
         )
     _check_arity(loss_fn)
-    return Step(loss_fn, tx, microbatches, engine)
+    chosen = None if policy is None else policy_of(policy)
+    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen)
 
 
 def _check_arity(loss_fn: LossFn) -> None:
@@ -271,23 +295,26 @@ class Eval:
     """An evaluation step. Made by `make_eval`; call it as `eval_step(state, batch)`."""
 
     loss_fn: LossFn
+    policy: Policy | None = None
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples = sample_count(batch)
-        bound = bind(
-            definition(state).module, state.params, state.buffers, rng=random.fold_in(state.rng, "eval"), train=False
-        )
-        with torch.no_grad():
-            return read_loss(self.loss_fn, bound, batch, samples)[2]
+        cast = casting(self.policy, definition(state).module)
+        params, buffers = cast.params(state.params), cast.buffers(state.buffers)
+        rng = random.fold_in(state.rng, "eval")
+        bound = bind(cast.module, params, buffers, rng=rng, train=False, around=cast.around)
+        with torch.no_grad(), cast.scope(params):
+            return read_loss(self.loss_fn, bound, cast.batch(batch), samples)[2]
 
 
-def make_eval(loss_fn: LossFn) -> Eval:
+def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None) -> Eval:
     """Make a pure evaluation step `(state, batch) -> metrics`.
 
     Args:
         loss_fn: as in `make_step`; the same function serves both. It runs in evaluation mode without gradients. A
             model that draws random numbers even then draws them from a key that is the same for every batch.
+        policy: precision policy to evaluate under, or the name of one.
 
     Example:
         >>> from torch import nn
@@ -298,4 +325,4 @@ def make_eval(loss_fn: LossFn) -> Eval:
         ['loss']
     """
     _check_arity(loss_fn)
-    return Eval(loss_fn)
+    return Eval(loss_fn, None if policy is None else policy_of(policy))

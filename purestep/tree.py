@@ -168,7 +168,7 @@ def node_build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 class Consumed:
-    """What a node becomes when its tensors were given away: it prints, and raises DonatedStateError on any other use."""
+    """What a node becomes when its tensors were given away: it prints; any other use raises DonatedStateError."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__class__":

@@ -1,4 +1,4 @@
-"""Random operations of torch under a key: deterministic, numerically those of torch, and never the global generators."""
+"""Random operations of torch under a key: deterministic, with the numbers of torch, never the global generators."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_calls_are_numbered_and_a_number_can_be_started_from():
     assert len({tuple(t.tolist()) for t in (a, b, c)}) == 3
     with KeyedRandom(random.key(3), calls=1):
         assert torch.equal(torch.rand(4), b)
-    with pytest.raises(RandomnessError, match="^mine$"), KeyedRandom(random.key(3), refusal="mine"):
+    with pytest.raises(RandomnessError, match=r"^mine$"), KeyedRandom(random.key(3), refusal="mine"):
         torch.rand(4)
 
 
@@ -216,7 +216,7 @@ def test_ordinary_functions_pass_and_out_and_requires_grad_are_honoured():
     assert out.unique().numel() == 6
 
 
-# --- the numbers are those of torch ---------------------------------------------------------------------------------------
+# --- the numbers are those of torch -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])

@@ -111,7 +111,7 @@ def test_a_nan_stays(kind, make):
     assert float(kind(make(1)).merge(kind(make(2)))) == (1 if kind is Min else 2)
 
 
-# --- classification -----------------------------------------------------------------------------------------------------
+# --- classification ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed_", range(4))
@@ -192,7 +192,7 @@ def test_what_is_no_metric_is_refused(call, text):
         call()
 
 
-# --- dicts of them ------------------------------------------------------------------------------------------------------
+# --- dicts of them ----------------------------------------------------------------------------------------------------
 
 
 def test_a_metric_of_the_users_own_is_one():
@@ -232,7 +232,7 @@ def test_reading_many_steps_at_once():
     assert [float(h["a"]) for h in hosted] == [0, 1, 2, 3, 4]
     assert hosted[3]["a"].weight == 4.0
     assert all(torch.equal(h["c"].counts, s["c"].counts) for h, s in zip(hosted, steps, strict=True))
-    assert to_host([]) == []
+    assert list(to_host([])) == []
     assert to_host([{}, {}]) == [{}, {}]
     # Sums of what was read are float64: a float32 sum of this many would stop growing.
     big = to_host([{"n": Sum(torch.tensor(2.0**24))}, {"n": Sum(torch.tensor(1.0))}])

@@ -71,7 +71,7 @@ def test_domains_of_one_key_never_meet():
     assert len(folded | texts | splits | drawn) == 2000
 
 
-# --- keys ---------------------------------------------------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_key_holds_all_bits_of_its_seed():
@@ -153,7 +153,7 @@ def test_the_default_device_and_the_global_generators_play_no_part():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- the same bits ------------------------------------------------------------------------------------------------------
+# --- the same bits ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -213,7 +213,7 @@ def test_the_same_bits_compiled():
         assert torch.equal(compiled[name], value), name
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 N = 40_000
 
@@ -227,7 +227,7 @@ def plausible(p):
 def test_uniform_is_uniform(dtype, seed):
     x = random.uniform(random.key(seed), (N,), dtype=dtype)
     assert x.dtype == dtype
-    assert 0 <= x.min()
+    assert x.min() >= 0
     assert x.max() < 1
     width = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}[dtype]
     # The grid of the dtype's own resolution, moved to the middle of its cells.
@@ -339,7 +339,7 @@ def test_categorical_draws_with_the_probabilities_of_softmax(dim, seed):
     assert random.categorical(random.key(seed), torch.tensor([0.0, -math.inf, 0.0]), shape=(500,)).ne(1).all()
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

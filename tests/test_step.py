@@ -1,4 +1,4 @@
-"""Training and evaluation steps: pure, strict about what a loss function returns, and equal to a loop written by hand."""
+"""Training and evaluation steps: pure, strict about what losses return, and equal to a loop written by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Noisy(nn.Linear):
 
 MODELS = {
     "linear": lambda: nn.Linear(4, 1),
-    "batchnorm and dropout": lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.4), nn.Linear(6, 1)),
+    "batchnorm and dropout": lambda: nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.4), nn.Linear(6, 1)
+    ),
     "lstm": Recurrent,
     "transformer": Transformer,
     "noise": lambda: Noisy(4, 1),
@@ -98,18 +100,24 @@ def test_twenty_steps_have_the_bits_of_a_loop_in_torch(momentum, nesterov, seed)
     def make():
         return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
 
-    tx = optim.sgd(0.1, momentum=momentum or None, nesterov=nesterov)
+    tx = optim.sgd(0.1, momentum=momentum, nesterov=nesterov)
     state, step = ps.init(make, tx, seed=3), make_step(loss_fn, tx)
     model = ps.to_module(state).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=momentum, nesterov=nesterov, foreach=True)
+    params = list(model.parameters())
+    traces = [torch.zeros_like(p) for p in params]
     losses = []
     for _ in range(20):
         batch = {"x": torch.randn(9, 4), "y": torch.randn(9, 1)}
         state, metrics = step(state, batch)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = loss_fn(model, batch)
         loss.backward()
-        optimizer.step()
+        with torch.no_grad():
+            grads = [p.grad for p in params]
+            torch._foreach_mul_(traces, momentum)
+            torch._foreach_add_(traces, grads)
+            direction = torch._foreach_add(grads, traces, alpha=momentum) if nesterov else traces
+            torch._foreach_add_(params, torch._foreach_mul(direction, -0.1))
         losses.append(float(metrics["loss"]) - loss.item())
     assert max(map(abs, losses)) < 1e-6
     assert not tree.diff(state.params, dict(model.named_parameters()), "params")
@@ -131,7 +139,7 @@ def test_the_loss_falls_on_a_toy_problem():
     assert float(make_eval(loss_fn)(state, {"x": x, "y": x @ w})["loss"]) < 0.3 * first
 
 
-# --- what a loss function returns ---------------------------------------------------------------------------------------------
+# --- what a loss function returns -------------------------------------------------------------------------------------
 
 
 def take(returned, batch=BATCH, **options):
@@ -142,7 +150,9 @@ def take(returned, batch=BATCH, **options):
 
 def test_the_forms_a_loss_may_have():
     assert list(take(lambda loss: loss)) == ["loss"]
-    metrics = take(lambda loss: (loss, {"double": loss * 2, "n": ps.metrics.Sum(torch.tensor(3)), "each": torch.arange(7.0)}))
+    metrics = take(
+        lambda loss: (loss, {"double": loss * 2, "n": ps.metrics.Sum(torch.tensor(3)), "each": torch.arange(7.0)})
+    )
     assert list(metrics) == ["loss", "double", "n", "each"]
     assert float(metrics["double"]) == pytest.approx(2 * float(metrics["loss"]))
     assert float(metrics["each"]) == 3.0
@@ -160,7 +170,10 @@ class HuggingFaceOutput:
 @pytest.mark.parametrize(
     ("returned", "text"),
     [
-        (lambda loss: {"loss": loss, "acc": 1.0}, r"returned \{'loss': float32\[\], 'acc': float\}(.|\n)*return out\['loss'\]"),
+        (
+            lambda loss: {"loss": loss, "acc": 1.0},
+            r"returned \{'loss': float32\[\], 'acc': float\}(.|\n)*return out\['loss'\]",
+        ),
         (lambda loss: loss * torch.ones(3), r"returned float32\[3\](.|\n)*return loss\.mean\(\)"),
         (lambda loss: 3, r"returned int(.|\n)*return loss, \{'accuracy'"),
         (lambda loss: None, r"returned NoneType"),
@@ -191,13 +204,16 @@ def test_other_mistakes_are_refused():
     for microbatches in (0, -1, 1.5, True, "2"):
         with pytest.raises(ConfigError, match="microbatches is a positive integer"):
             make_step(loss_fn, tx, microbatches=microbatches)
-    with pytest.raises(ConfigError, match=r"a loss function takes the model and the batch(.|\n)*bad\(batch\)(.|\n)*def loss_fn\(net, batch\)"):
 
-        def bad(batch):
-            return batch
+    def bad(batch):
+        return batch
 
+    text = r"a loss function takes the model and the batch(.|\n)*bad\(batch\)(.|\n)*def loss_fn\(net, batch\)"
+    with pytest.raises(ConfigError, match=text):
         make_step(bad, tx)
-    with pytest.raises(ConfigError, match=r"needs a gradient transformation(.|\n)*torch\.optim\.sgd\.SGD(.|\n)*optim\.lift"):
+    with pytest.raises(
+        ConfigError, match=r"needs a gradient transformation(.|\n)*torch\.optim\.sgd\.SGD(.|\n)*optim\.lift"
+    ):
         make_step(loss_fn, torch.optim.SGD([torch.zeros(1)], 0.1))
     state = ps.init(lambda: nn.Linear(4, 1), tx)
     with pytest.raises(StepError, match=r"holds no model to bind(.|\n)*TrainState(.|\n)*ps\.apply"):
@@ -216,7 +232,7 @@ def test_a_loss_that_draws_its_own_data_needs_no_batch():
     assert metrics["loss"].weight == 1
 
 
-# --- microbatches, randomness, skipping ---------------------------------------------------------------------------------------
+# --- microbatches, randomness, skipping -------------------------------------------------------------------------------
 
 
 def test_metrics_of_microbatches_merge_exactly():
@@ -252,7 +268,10 @@ def test_batchnorm_statistics_of_microbatches_are_averaged_and_constants_keep_th
     new, _ = parts(state, BATCH)
     for name in ("table", "frozen.running_mean", "frozen.running_var"):
         assert not tree.diff(new.buffers[name], state.buffers[name], name)
-    singles = [parts.grads(state, {"x": x, "y": y}).buffers for x, y in zip(X.split([3, 2, 2]), Y.split([3, 2, 2]), strict=True)]
+    singles = [
+        parts.grads(state, {"x": x, "y": y}).buffers
+        for x, y in zip(X.split([3, 2, 2]), Y.split([3, 2, 2]), strict=True)
+    ]
     wanted = sum(n * b["norm.running_mean"] for n, b in zip((3, 2, 2), singles, strict=True)) / 7
     torch.testing.assert_close(new.buffers["norm.running_mean"], wanted)
     assert int(new.buffers["norm.num_batches_tracked"]) == 1
@@ -302,7 +321,9 @@ def test_skipped_updates_are_counted():
     assert int(metrics["skipped"].compute()) == 1
     for field in ("step", "params", "buffers"):
         assert not tree.diff(getattr(bad, field), getattr(good, field))
-    assert "skipped" not in make_step(loss_fn, optim.sgd(0.1))(ps.init(lambda: nn.Linear(4, 1), optim.sgd(0.1)), BATCH)[1]
+    assert (
+        "skipped" not in make_step(loss_fn, optim.sgd(0.1))(ps.init(lambda: nn.Linear(4, 1), optim.sgd(0.1)), BATCH)[1]
+    )
 
 
 def test_engines_agree():
@@ -313,14 +334,16 @@ def test_engines_agree():
     assert not tree.diff(a, b)
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_is_without_dropout_or_gradients_and_changes_nothing():
     tx = optim.sgd(0.1)
     state = ps.init(MODELS["batchnorm and dropout"], tx)
     state, _ = make_step(loss_fn, tx)(state, BATCH)
-    evaluate = make_eval(lambda net, batch: (loss_fn(net, batch), {"graph": torch.tensor(float(net(batch["x"]).requires_grad))}))
+    evaluate = make_eval(
+        lambda net, batch: (loss_fn(net, batch), {"graph": torch.tensor(float(net(batch["x"]).requires_grad))})
+    )
     before = tree.digest(state)
     a = evaluate(state, BATCH)
     assert tree.digest(state) == before

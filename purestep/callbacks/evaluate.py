@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from purestep import data, metrics
@@ -50,15 +50,15 @@ class EvaluateCallback(Reducer):
     def evaluate(self, train: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Return the row of metrics over the whole set, or None when a signal cut it off."""
         device = device_of(train)
-        sums: dict[str, Any] = {}
+        sums: Mapping[str, Any] = {}
         waiting: list[Any] = []
         for batch in self._source.open(0, 0, None):
             waiting.append(self._step(train, batch if device.type == "cpu" else data.to_device(batch, device)))
             if len(waiting) == _READ_EVERY:
-                sums, waiting = _add(sums, waiting), []
+                sums, waiting = metrics.fold(sums, metrics.to_host(waiting)), []
             if interrupted():
                 return None
-        sums = _add(sums, waiting)
+        sums = metrics.fold(sums, metrics.to_host(waiting))
         if not sums:
             raise DataError(
                 explain(
@@ -68,12 +68,6 @@ class EvaluateCallback(Reducer):
                 )
             )
         return metrics.compute(sums, prefix=f"{self.name}/")
-
-
-def _add(sums: dict[str, Any], waiting: list[Any]) -> dict[str, Any]:
-    for step in metrics.to_host(waiting):
-        sums = metrics.merge(sums, step) if sums else step
-    return sums
 
 
 def evaluate(

@@ -25,8 +25,7 @@ class LogCallback(Reducer):
 
     def react(self, own: Mapping[str, metrics.Metric], event: Event, view: View) -> Reaction:
         if isinstance(event, StepsDone):
-            for step in event.metrics:
-                own = metrics.merge(own, step) if own else dict(step)
+            own = metrics.fold(own, event.metrics)
         if isinstance(event, EpochDone):
             return own, (Log(event.row),)
         if self.every.due(event, view) and own:

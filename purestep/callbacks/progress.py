@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from purestep import metrics
 from purestep.callbacks.base import Reducer
 from purestep.loop.cadence import EverySeconds
 from purestep.loop.events import Event, Horizon, LoopState, StepsDone, Stopped, View
@@ -23,8 +24,8 @@ class Progress(Reducer):
     def horizon(self, view: View) -> Horizon:
         return EverySeconds(self.refresh).horizon(view) if _visible() else Horizon()
 
-    def open_sink(self, run_dir: Path | None) -> _Bar:
-        return _Bar(self.epochs)
+    def open_sink(self, run_dir: Path | None, length: int | None) -> _Bar:
+        return _Bar(self.epochs, length)
 
 
 def _visible() -> bool:
@@ -37,10 +38,10 @@ def _visible() -> bool:
 class _Bar:
     """Shows the loop on a ProgressSink."""
 
-    def __init__(self, epochs: int | None) -> None:
+    def __init__(self, epochs: int | None, length: int | None) -> None:
         self._sink = ProgressSink()
         self._epochs = epochs
-        self._length: int | None = None
+        self._length = length
         self._last = (0, 0.0)
 
     def receive(self, event: Event, loop: LoopState) -> None:
@@ -51,7 +52,12 @@ class _Bar:
             batches, seconds = cursor.batches - self._last[0], loop.elapsed - self._last[1]
             rate = batches / seconds if seconds > 0 and batches > 0 else None
             self._last = (cursor.batches, loop.elapsed)
-            shown = dict(loop.status.metrics) or {k: float(v.compute()) for k, v in event.metrics[-1].items()}
+            row = loop.status.metrics
+            # What is measured comes first; what is set, like the learning rate, after it; epoch means are for the log.
+            measured = [n for n in row if "/" in n and not n.endswith("_epoch")]
+            shown = {n: row[n] for n in [*measured, *(n for n in row if "/" not in n)]}
+            if not shown and event.metrics:
+                shown = metrics.compute(event.metrics[-1], prefix="train/")
             self._sink.update(
                 epoch=cursor.epoch,
                 epochs=self._epochs,

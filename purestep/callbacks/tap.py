@@ -23,7 +23,7 @@ class Tap(Reducer):
     def horizon(self, view: View) -> Horizon:
         return Horizon() if self.every is None else self.every.horizon(view)
 
-    def open_sink(self, run_dir: Path | None) -> _TapSink:
+    def open_sink(self, run_dir: Path | None, length: int | None) -> _TapSink:
         return _TapSink(self.function)
 
 

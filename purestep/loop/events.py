@@ -6,7 +6,7 @@ Everything here is a value. The machine turns events into effects, the interpret
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from purestep.metrics import Metric
@@ -49,7 +49,7 @@ class Status:
     """
 
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    sums: dict[str, Metric] = dataclasses.field(default_factory=dict)
+    sums: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
     due: tuple[str, ...] = ()
     save: bool = False
     stop: str | None = None
@@ -112,7 +112,7 @@ class StepsDone(Event):
     """
 
     count: int
-    metrics: tuple[Mapping[str, Metric], ...] = ()
+    metrics: Sequence[Mapping[str, Metric]] = ()
     epoch_end: bool = False
 
 

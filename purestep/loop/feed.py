@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,25 +43,32 @@ class Feed:
     def take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         """Yield up to n batches from the cursor on; fewer at the end of the epoch."""
         try:
+            fresh = self._iterator is None
             if self._iterator is None:
-                self._iterator = self.source.open(cursor.epoch, cursor.batch, cursor.loader)
-                self._ahead = self._pull() if self.length is None else _END
+                self._iterator = self._placed(self.source.open(cursor.epoch, cursor.batch, cursor.loader))
+            if self.length is not None:
+                yield from itertools.islice(self._iterator, n)
+                return
+            if fresh:
+                self._look_ahead(self._iterator)
             for _ in range(n):
-                batch = self._pull() if self.length is not None else self._ahead
+                batch = self._ahead
                 if batch is _END:
                     return
-                if self.length is None:
-                    self._ahead = self._pull()
+                self._look_ahead(self._iterator)
                 yield batch
         except DataError:
             # A signal to the whole process group ends the workers too. What was trained on so far is whole.
             if not self.stopping():
                 raise
 
-    def _pull(self) -> Any:
-        self._loader = self.source.state() if self.length is None and self._iterator is not None else None
-        batch = next(self._iterator, _END)  # type: ignore[call-overload]
-        return batch if batch is _END or self.device.type == "cpu" else data.to_device(batch, self.device)
+    def _placed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return batches if self.device.type == "cpu" else (data.to_device(batch, self.device) for batch in batches)
+
+    def _look_ahead(self, batches: Iterator[Any]) -> None:
+        # The state that belongs to the cursor is the one before the batch that is only looked at.
+        self._loader = self.source.state()
+        self._ahead = next(batches, _END)
 
     def at_end(self, batch: int, short: bool) -> bool:
         """Tell whether the epoch is over after `batch` batches; `short` when fewer came than were asked for."""

@@ -100,7 +100,7 @@ class Machine:
             status = status.replace(stop=None)
         elif isinstance(event, StepsDone):
             cursor = cursor.replace(batch=cursor.batch + event.count, batches=cursor.batches + event.count)
-            status = status.replace(sums=_fold(status.sums, event.metrics))
+            status = status.replace(sums=metrics_.fold(status.sums, event.metrics))
         elif isinstance(event, EpochDone):
             cursor = cursor.replace(epoch=cursor.epoch + 1, batch=0)
             means = metrics_.compute(status.sums)
@@ -169,13 +169,6 @@ class Machine:
         for callback in self.callbacks:
             horizon &= callback.horizon(view)
         return Train(max(horizon.batches or 1, 1), horizon.elapsed)
-
-
-def _fold(sums: dict[str, Any], steps: Sequence[Any]) -> dict[str, Any]:
-    """Add the metrics of each batch to the sums, one by one: so the sums do not depend on where bursts are cut."""
-    for step in steps:
-        sums = metrics_.merge(sums, step) if sums else dict(step)
-    return sums
 
 
 def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from purestep.loop.resume import applied_steps
 
 
 class EventSink(Protocol):
-    """What a callback with an `open_sink(run_dir)` method returns: it is shown every event, after the machine."""
+    """What a callback with an `open_sink(run_dir, length)` method returns: it is shown every event, after the machine."""
 
     def receive(self, event: Event, loop: LoopState) -> None: ...
 
@@ -30,14 +30,14 @@ class Outlets:
         self._logs: dict[str, Any] = {}
         self._sinks: dict[str, Any] = {}
 
-    def open(self, callbacks: Sequence[Callback], loop: LoopState, *, resumed: bool) -> None:
+    def open(self, callbacks: Sequence[Callback], loop: LoopState, length: int | None, *, resumed: bool) -> None:
         """Open everything; rows beyond the step that a resumed run begins at are taken back by the loggers."""
         step = applied_steps(loop) if resumed else None
         for config in self._configs:
             self._logs[repr(config)] = config.open(self._run_dir or Path.cwd(), resume_step=step)
         for callback in callbacks:
             if hasattr(callback, "open_sink"):
-                self._sinks[callback.name] = callback.open_sink(self._run_dir)
+                self._sinks[callback.name] = callback.open_sink(self._run_dir, length)
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Write a row to every logger."""

@@ -12,6 +12,9 @@ from purestep import snapshot
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
 from purestep.loop.machine import Machine
+from purestep.precision import Policy
+from purestep.precision import policy as policy_of
+from purestep.precision.convert import any_policy, under_policy
 from purestep.state import TrainState
 
 Resume = Literal["auto", "never", "must"] | int
@@ -105,9 +108,14 @@ _ENVIRONMENT = {
 
 
 def identity(step: Any) -> dict[str, Any]:
-    """Return what the bits of a run depend on in its step: the number of microbatches, and what compiled it."""
+    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy."""
     inner = getattr(step, "__wrapped__", step)
-    return {"microbatches": getattr(inner, "microbatches", None), "compiled": getattr(step, "backend", None)}
+    policy = getattr(inner, "policy", None)
+    return {
+        "microbatches": getattr(inner, "microbatches", None),
+        "compiled": getattr(step, "backend", None),
+        "policy": None if policy is None else str(policy),
+    }
 
 
 def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool) -> None:
@@ -115,8 +123,9 @@ def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool) -> Non
     changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]
     was, is_ = manifest.info.get("step"), identity(step)
     if isinstance(was, Mapping):
+        _check_policy(was, is_)
         hints = {"microbatches": "ps.make_step(..., microbatches={})", "compiled": "the step compiled as it was: {}"}
-        changed += [(name, was.get(name), is_[name], hints[name]) for name in is_]
+        changed += [(name, was.get(name), is_[name], hint) for name, hint in hints.items()]
     changed = [entry for entry in changed if entry[1] != entry[2]]
     if not changed:
         return
@@ -131,6 +140,18 @@ def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool) -> Non
     warnings.warn(text, stacklevel=2)
 
 
+def _check_policy(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if "policy" in was and was["policy"] != now["policy"]:
+        raise TemplateMismatch(
+            explain(
+                "this run was saved under another precision policy than that of the step",
+                where=f"saved under {was['policy']}, now {now['policy']}",
+                instead="state = ps.restore(run_dir, like=state, policy=policy)   # and go on in another run_dir\n"
+                "or ps.make_step(loss_fn, tx, policy=...) with the policy it was saved under",
+            )
+        )
+
+
 def restore(
     run_dir: str | Path,
     like: Any,
@@ -138,6 +159,7 @@ def restore(
     step: int | None = None,
     best: str | None = None,
     mode: Literal["min", "max"] = "min",
+    policy: Policy | str | None = None,
 ) -> Any:
     """Read the train state of a run from its snapshots.
 
@@ -147,6 +169,8 @@ def restore(
         step: which snapshot; the latest by default.
         best: name of a metric: take the snapshot that is best in it, among those that were kept.
         mode: whether the smallest or the largest value is best.
+        policy: precision policy to have the state under, whatever it was saved under; `like` may be under any. Without one,
+            a state of other dtypes than those of `like` is refused.
 
     Returns:
         The train state.
@@ -170,8 +194,10 @@ def restore(
                     instead="ps.callbacks.snapshots(keep=ps.snapshot.best(metric)) keeps those that are best",
                 )
             )
-    template = LoopState(like, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
-    return store.restore(like=template, step=step, fallback=step is None).value.train
+    asked = like if policy is None else any_policy(like)
+    template = LoopState(asked, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
+    found = store.restore(like=template, step=step, fallback=step is None).value.train
+    return found if policy is None else under_policy(policy_of(policy), found, like)
 
 
 def applied_steps(loop: LoopState) -> int:

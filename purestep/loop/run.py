@@ -129,7 +129,7 @@ class Run:
             self._saved = None if at is None else _position(self.loop)
             stack.enter_context(self._signals)
             stack.enter_context(self._outlets)
-            self._outlets.open(self.callbacks, self.loop, resumed=at is not None)
+            self._outlets.open(self.callbacks, self.loop, self._feed.length, resumed=at is not None)
             try:
                 yield from self._interpret(Started() if at is None else Resumed(at))
             except GeneratorExit:
@@ -186,7 +186,7 @@ class Run:
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
         state, seen = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
-        steps = tuple(metrics.to_host([metrics.as_metrics(m, n) if n else m for m, n in seen]))
+        steps = metrics.to_host([metrics.as_metrics(m, n) if n else m for m, n in seen])
         short = len(seen) < effect.n and not self._signals.unread and not self._late(effect.elapsed)
         end = self._feed.at_end(cursor.batch + len(seen), short)
         self.loop = self.loop.replace(train=state)

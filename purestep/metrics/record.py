@@ -1,6 +1,6 @@
-"""Dicts of metrics: read from what a loss function returned, merged over batches, taken to the host, computed to a row.
+"""Dicts of metrics: read from what a loss function returned, merged over batches, computed to a row.
 
-Steps call `as_metrics`, the loop the others. Only `to_host` and `compute` read values.
+Steps call `as_metrics`, the loop the others. Only `compute` reads values.
 """
 
 from __future__ import annotations
@@ -127,34 +127,6 @@ def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]
             )
         )
     return {key: a[key].merge(b[key]) for key in a}
-
-
-def to_host(steps: Sequence[Mapping[str, Metric]]) -> list[dict[str, Metric]]:
-    """Read the metrics of several steps from the device, in one transfer for each leaf position.
-
-    0-d leaves become Python numbers (so that further sums are float64), others CPU tensors.
-    """
-    if not steps:
-        return []
-    first, structure = tree.flatten(dict(steps[0]))
-    rows = [first]
-    for step in steps[1:]:
-        values, other = tree.flatten(dict(step))
-        if other != structure:
-            merge(steps[0], step)
-            raise MetricError(explain("a metric changed its type between two steps", where=f"{structure} and {other}"))
-        rows.append(values)
-    columns = [_column([row[i] for row in rows]) for i in range(len(first))]
-    if not columns:
-        return [{} for _ in steps]
-    return [tree.unflatten(structure, values) for values in zip(*columns, strict=True)]
-
-
-def _column(values: list[Any]) -> Sequence[Any]:
-    if not isinstance(values[0], Tensor):
-        return values
-    stacked = torch.stack(values).cpu() if len(values) > 1 else values[0].unsqueeze(0).cpu()
-    return stacked.tolist() if stacked.ndim == 1 else stacked.unbind()
 
 
 def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]:

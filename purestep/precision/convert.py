@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
-from purestep.errors import PrecisionError, explain
+from purestep.errors import PrecisionError, TemplateMismatch, explain
 from purestep.optim import foreach as fx
 from purestep.precision.loss_scale import NoLossScale
 from purestep.precision.master import MasterWeightsState, masters
@@ -50,6 +50,38 @@ def apply(policy: Any, state: Any) -> Any:
         opt_state=opt_state,
         loss_scale=_loss_scale(policy, state.loss_scale, device),
     )
+
+
+def any_policy(like: Any) -> Any:
+    """Return a template that a snapshot fits under whatever policy it was saved."""
+    return like.replace(params=..., buffers=..., opt_state=..., loss_scale=...)
+
+
+def under_policy(policy: Any, found: Any, like: Any) -> Any:
+    """Return a state that was read with such a template under a policy, held against the state it shall be like.
+
+    Raises:
+        TemplateMismatch: it differs in more than what a policy decides; each path is listed.
+    """
+    made, wanted = policy.apply(found), policy.apply(like)
+    left, right = ({p: tree.describe(x) for p, x in zip(tree.paths(s), tree.leaves(s), strict=True)} for s in (made, wanted))
+    odd = [p for p in (*left, *right) if left.get(p) != right.get(p)]
+    if odd:
+        lines = [f"state{p}: stored {left.get(p, 'nothing')}, like= {right.get(p, 'nothing')}" for p in dict.fromkeys(odd)]
+        raise TemplateMismatch(explain("the snapshot does not fit what was asked for", where="\n".join(lines[:40])))
+    return made.replace(
+        params={n: made.params[n] for n in wanted.params}, buffers={n: made.buffers[n] for n in wanted.buffers}
+    )
+
+
+def cast_tree(policy: Any, values: Any, field: str) -> Any:
+    """Return a tree with its floating leaves in the dtype that a policy and its rules by name have in a field."""
+    settings = Settings(policy.rules, None)
+
+    def change(name: str, leaf: Any) -> Any:
+        return fitted(leaf, settings.of_tensor(name, field, getattr(policy, field))) if isinstance(leaf, Tensor) else leaf
+
+    return tree.map_with_name(change, values)
 
 
 def fitted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

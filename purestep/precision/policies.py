@@ -131,6 +131,25 @@ class Policy:
         """
         return convert.apply(self, state)
 
+    def cast_to_param(self, values: S) -> S:
+        """Return a tree with its floating leaves in the dtype at rest; rules by name hold for dotted names of leaves."""
+        return convert.cast_tree(self, values, "param")
+
+    def cast_to_compute(self, values: S) -> S:
+        """Return a tree with its floating leaves in the dtype of the computation: for a step written by hand.
+
+        Example:
+            >>> policy("bf16-mixed").cast_to_compute({"x": torch.ones(2), "label": torch.ones(2, dtype=torch.int64)})
+            {'x': tensor([1., 1.], dtype=torch.bfloat16), 'label': tensor([1, 1])}
+
+        Reference: `jmp.Policy.cast_to_compute`.
+        """
+        return convert.cast_tree(self, values, "compute")
+
+    def cast_to_output(self, values: S) -> S:
+        """Return a tree with its floating leaves in the dtype of outputs."""
+        return convert.cast_tree(self, values, "output")
+
     def __str__(self) -> str:
         parts = [f"params={word(self.param)}", f"compute={word(self.compute)}", f"output={word(self.output)}"]
         parts += [f"reduce={word(self.reduce)}"]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -34,15 +36,27 @@ def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, A
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    # Inductor multiplies an arange by a constant in 32 bits; an operation between the two keeps it from that.
+    c0 = c0 ^ 0
     for _ in range(10):
-        # An int64 product wraps; shifting and masking its bits still gives the halves of the unsigned product.
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        # c * m would pass 2**63, which compiled C++ may take for impossible and then drop a mask (Inductor's did). With
+        # m - 2**32 it stays within 2**62; the low words agree, and c more gives the high one.
+        p0, p1 = c0 * (_M0 - 2**32), c2 * (_M1 - 2**32)
+        high0, high1 = (p0 >> 32) + c0 & MASK, (p1 >> 32) + c2 & MASK
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & MASK, high0 ^ c3 ^ k1, p0 & MASK
         k0, k1 = (k0 + _W0) & MASK, (k1 + _W1) & MASK
     return c0, c1, c2, c3
 
 
 _KEYS = tuple((i * _W0 & MASK, i * _W1 & MASK) for i in range(10))
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """Return block numbers 0 ... count - 1 as a tensor, masked so that Inductor computes with them as with any data.
+
+    Without the mask it takes products with the numbers of `arange` for index arithmetic, which does not wrap at 64 bits.
+    """
+    return torch.arange(count, device=device) & MASK
 
 
 def philox_int(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int]:
