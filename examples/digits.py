@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--precision", default="32", choices=[n for n in ps.precision.NAMES if n != "float8"])
     args = parser.parse_args()
     torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
 
@@ -84,8 +86,10 @@ def main() -> int:
     total = args.epochs * len(train)
     schedule = ps.optim.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup_steps=total // 10, decay_steps=total)
     tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(schedule, weight_decay=WEIGHT_DECAY))
-    step = ps.make_step(loss_fn, tx)
-    state = ps.init(make_model, tx, seed=args.seed)
+    policy = ps.precision.policy(args.precision)
+    step = ps.make_step(loss_fn, tx, policy=policy)
+    state = policy.apply(ps.init(make_model, tx, seed=args.seed))
+    eval_step = ps.make_eval(loss_fn, policy=policy)
 
     result = ps.fit(
         step,
@@ -96,8 +100,8 @@ def main() -> int:
         loggers=[ps.loggers.csv(), ps.loggers.tensorboard()],
         callbacks=[
             ps.callbacks.log(every=ps.every.steps(10)),
-            ps.callbacks.learning_rate(tx, every=ps.every.steps(10)),
-            ps.callbacks.evaluate(loss_fn, val, every=ps.every.epoch()),
+            ps.callbacks.learning_rate(step.tx, every=ps.every.steps(10)),
+            ps.callbacks.evaluate(eval_step, val, every=ps.every.epoch()),
             ps.callbacks.early_stopping("val/loss", patience=PATIENCE),
             ps.callbacks.snapshots(
                 every=ps.every.epoch(),
@@ -116,7 +120,7 @@ def main() -> int:
         "why it ended": result.reason,
         "epochs, updates": f"{result.loop.cursor.epoch}, {int(result.state.step)}",
         "held-out accuracy, last": f"{result.metrics['val/accuracy']:.2%}",
-        "held-out accuracy, best kept": f"{evaluate(best, val):.2%}",
+        "held-out accuracy, best kept": f"{evaluate(eval_step, best, val):.2%}",
         "digest of the last state": ps.digest(result.state),
         "time in training": f"{result.loop.elapsed:.1f} s",
         "learning curves": str(curves),
@@ -127,9 +131,8 @@ def main() -> int:
     return 0
 
 
-def evaluate(state: ps.TrainState, val: ps.data.Batches) -> float:
+def evaluate(eval_step: Any, state: ps.TrainState, val: ps.data.Batches) -> float:
     """Accuracy of any state, by the first level of the API: a pure evaluation step in a loop of our own."""
-    eval_step = ps.make_eval(loss_fn)
     total = None
     for batch in val.open(0, 0, None):
         accuracy = eval_step(state, batch)["accuracy"]

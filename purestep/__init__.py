@@ -1,43 +1,52 @@
 """purestep: training as pure functions `(state, batch) -> (state, metrics)` over one immutable state.
 
-What the user types is re-exported here, and nothing else. See README.md for a first run.
+What the user types is re-exported here, and nothing else. What a step needs is imported at once; the rooms around it
+(the loop and what it calls) when first used, so that importing purestep, in every worker process too, stays cheap.
 """
 
-from purestep import callbacks as callbacks
-from purestep import data as data
+from typing import TYPE_CHECKING
+
 from purestep import errors as errors
-from purestep import loggers as loggers
-from purestep import loop as loop
 from purestep import metrics as metrics
-from purestep import notebook as notebook
 from purestep import optim as optim
-from purestep import precision as precision
 from purestep import random as random
-from purestep import snapshot as snapshot
-from purestep import testing as testing
 from purestep import tree as tree
-from purestep import ui as ui
 from purestep.functional import apply as apply
 from purestep.functional import bind as bind
 from purestep.functional import checkpoint as checkpoint
 from purestep.grad import grad_and_value as grad_and_value
-from purestep.loop.cadence import epochs as epochs
-from purestep.loop.cadence import every as every
-from purestep.loop.cadence import seconds as seconds
-from purestep.loop.cadence import steps as steps
-from purestep.loop.result import Result as Result
-from purestep.loop.resume import restore as restore
+from purestep.jit import jit as jit
+from purestep.lazy import attach
 from purestep.state import TrainState as TrainState
 from purestep.state import init as init
 from purestep.state import to_module as to_module
 from purestep.step import make_eval as make_eval
 from purestep.step import make_step as make_step
 from purestep.step import weighted as weighted
-from purestep.trainer import fit as fit
-from purestep.trainer import run as run
 from purestep.tree import diff as diff
 from purestep.tree import digest as digest
 from purestep.tree import pytree as pytree
 from purestep.tree import static as static
 
+if TYPE_CHECKING:
+    from purestep import callbacks as callbacks
+    from purestep import data as data
+    from purestep import loggers as loggers
+    from purestep import loop as loop
+    from purestep import notebook as notebook
+    from purestep import precision as precision
+    from purestep import snapshot as snapshot
+    from purestep import testing as testing
+    from purestep import ui as ui
+    from purestep.loop.cadence import epochs as epochs
+    from purestep.loop.cadence import every as every
+    from purestep.loop.cadence import seconds as seconds
+    from purestep.loop.cadence import steps as steps
+    from purestep.loop.result import Result as Result
+    from purestep.loop.resume import restore as restore
+    from purestep.trainer import fit as fit
+    from purestep.trainer import run as run
+
 __version__ = "0.1.0"
+
+__getattr__, __dir__ = attach(__name__)

@@ -233,7 +233,7 @@ def test_reading_many_steps_at_once():
     assert hosted[3]["a"].weight == 4.0
     assert all(torch.equal(h["c"].counts, s["c"].counts) for h, s in zip(hosted, steps, strict=True))
     assert list(to_host([])) == []
-    assert to_host([{}, {}]) == [{}, {}]
+    assert list(to_host([{}, {}])) == [{}, {}]
     # Sums of what was read are float64: a float32 sum of this many would stop growing.
     big = to_host([{"n": Sum(torch.tensor(2.0**24))}, {"n": Sum(torch.tensor(1.0))}])
     assert float(metrics.merge(*big)["n"]) == 2**24 + 1

@@ -1,8 +1,8 @@
 """Backends: what runs a traced graph.
 
-Each is a function from a graph and its fake inputs to `run(tensors) -> tensors`. "inductor" compiles it (and is the default),
-"eager" runs it operator by operator, "aot_eager" and "dynamo" go through `torch.compile`. torch's compilers are imported on
-first use only.
+Each is a function from a graph and its fake inputs to `run(tensors) -> tensors`. "inductor" compiles it (and is the
+default), "eager" runs it operator by operator, "aot_eager" and "dynamo" go through `torch.compile`. torch's compilers
+are imported on first use only.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
     return build
 
 
-# --- Inductor -------------------------------------------------------------------------------------------------------------
+# --- Inductor ---------------------------------------------------------------------------------------------------------
 
 
 def _inductor(traced: Traced, mode: str | None) -> Run:
@@ -127,7 +127,7 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
         graph = joint_graph_passes(graph, device)
         hoist_scalars(graph)
         end = graph.graph.output_node()
-        end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))  # type: ignore[arg-type]
+        end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
         compiled: Any = compile_fx_inner(graph, traced.fakes, is_inference=True)
     # The method that the object's own `__call__` ends in; what it does before is for profilers and autotuning caches.
     return getattr(compiled, "current_callable", None) or compiled

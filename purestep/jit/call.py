@@ -1,7 +1,7 @@
 """`jit`: trace once, compile, call flat.
 
-Owns the compiled function, its cache and its call path: flatten, look up, run, unflatten. `trace` makes graphs, `donation`
-their epilogue, `backends` what runs them; a Step of several microbatches goes through `pieces`.
+Owns the compiled function, its cache and its call path: flatten, look up, run, unflatten. `trace` makes graphs,
+`donation` their epilogue, `backends` what runs them; a Step of several microbatches goes through `pieces`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Jit:
         options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
         return f"jit({self.__wrapped__!r}, {options})"
 
-    # --- calling ----------------------------------------------------------------------------------------------------------
+    # --- calling ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
@@ -200,7 +200,7 @@ class Jit:
         if last is not None and last.state is reference:
             self._last = None
 
-    # --- looking up and compiling -------------------------------------------------------------------------------------------
+    # --- looking up and compiling -------------------------------------------------------------------------------------
 
     def _find(self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any) -> Entry:
         objects = signature.static_values((args, kwargs))
@@ -273,15 +273,16 @@ class Jit:
                     explain(
                         f"{self.__name__} was traced more than {_MANY} times again, and each time costs a compilation",
                         where=reason,
-                        why="a compiled function is kept for each combination of structure, shapes, dtypes and Python values",
-                        instead="pad batches to a few fixed sizes; make a number that changes a tensor: torch.tensor(0.1)\n"
+                        why="one is kept for each combination of structure, shapes, dtypes and Python values",
+                        instead="pad batches to a few fixed sizes\n"
+                        "make a number that changes a tensor: torch.tensor(0.1)\n"
                         "all reasons are in step.retraces",
                     ),
                     stacklevel=6,
                 )
         self._shapes.append(shape)
 
-    # --- ahead of time --------------------------------------------------------------------------------------------------------
+    # --- ahead of time ------------------------------------------------------------------------------------------------
 
     def compile(self, *args: Any, **kwargs: Any) -> Jit:
         """Compile for the signature of these arguments without running anything; they are not consumed.

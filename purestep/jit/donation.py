@@ -1,7 +1,7 @@
 """Donation: writing the new state over the memory of the old one, and keeping that safe.
 
-`plan` adds the `copy_` epilogue to a graph and says where each leaf of the result comes from; `unaliased` gives a donated
-state memory of its own where leaves share some; `consume` makes the old state unusable. Only `call` calls them.
+`plan` adds the `copy_` epilogue to a graph and says where each leaf of the result comes from; `unaliased` gives a
+donated state memory of its own where leaves share some; `consume` makes the old state unusable. Only `call` calls them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Plan:
     """Where the leaves of a result are.
 
     Attributes:
-        picks: for each leaf of the result, its position among (outputs of the graph, leaves of the arguments, constants).
+        picks: for each leaf of the result, its position among (outputs of the graph, leaves of the arguments,
+            constants).
         constants: leaves that are not tensors.
         state_leaves: leaves of the first argument, if the result starts with a value of the same structure, shapes and
             dtypes; else 0.
@@ -60,6 +61,7 @@ def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str
     donated = {_memory(inputs[slot_of[leaf]]) for leaf in range(state_leaves) if leaf in slot_of} if donate else set()
     outputs: list[fx.Node] = []
     copies: list[tuple[fx.Node, fx.Node]] = []
+    kept: list[fx.Node] = []
     sources: list[tuple[str, int]] = []
     nodes = iter(returned)
     constants: list[Any] = []
@@ -73,7 +75,10 @@ def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str
         if donate and position < state_leaves:
             own = inputs[slot_of[position]]
             if root is not own:
-                copies.append((own, _cloned(traced, end, node) if _memory(node) in donated else node))
+                if _memory(node) in donated:
+                    node = _cloned(traced, end, node)
+                    kept.append(node)
+                copies.append((own, node))
             sources.append(("input", position))
         elif root.op == "placeholder" and _memory(root) not in donated:
             sources.append(("input", traced.takes[inputs.index(root)]))
@@ -81,16 +86,18 @@ def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str
             sources.append(("output", len(outputs)))
             outputs.append(node)
     if donate:
-        kept = {_memory(node) for _, node in copies} | donated
-        outputs = [_cloned(traced, end, node) if _memory(node) in kept else node for node in outputs]
+        written = {_memory(node) for _, node in copies} | donated
+        outputs = [_cloned(traced, end, node) if _memory(node) in written else node for node in outputs]
     with traced.graph.graph.inserting_before(end):
         for own, node in copies:
             copy = traced.graph.graph.call_function(_copy, (own, node))
             copy.meta["val"] = own.meta["val"]
-    end.args = (outputs,)
+    # Leaves that trade places need their copies, and Inductor drops a copy of an input that the graph does not return.
+    end.args = (outputs + kept,)
     traced.graph.graph.eliminate_dead_code()
     traced.graph.recompile()
-    offset = {"output": 0, "input": len(outputs), "constant": len(outputs) + leaf_count}
+    count = len(outputs) + len(kept)
+    offset = {"output": 0, "input": count, "constant": count + leaf_count}
     picks = tuple(offset[kind] + index for kind, index in sources)
     return Plan(picks, tuple(constants), state_leaves, alone)
 
@@ -117,7 +124,7 @@ def _cloned(traced: Traced, end: fx.Node, node: fx.Node) -> fx.Node:
     return clone
 
 
-# --- is it a state? -------------------------------------------------------------------------------------------------------
+# --- is it a state? ---------------------------------------------------------------------------------------------------
 
 
 def _candidates(result: Any) -> list[tuple[Any, bool]]:
@@ -167,14 +174,14 @@ def _layout(leaf: Any) -> str:
     )
 
 
-# --- at every call --------------------------------------------------------------------------------------------------------
+# --- at every call ----------------------------------------------------------------------------------------------------
 
 
 def unaliased(leaves: list[Any], state_leaves: int) -> list[Any]:
     """Return the leaves with copies in place of those that share memory with a leaf of the state, or with themselves.
 
-    A state may hold one tensor twice (an average that starts as the parameters); as a value that is no different from two
-    tensors, so a donated state gets two.
+    A state may hold one tensor twice (an average that starts as the parameters); as a value that is no different from
+    two tensors, so a donated state gets two.
     """
     owned: set[int] = set()
     result = list(leaves)

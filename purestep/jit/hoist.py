@@ -1,7 +1,8 @@
 """One pass over a graph before Inductor sees it: numbers that all elements share are computed once.
 
-Inductor computes 0-d intermediates anew wherever they are used, and on CPU inside the loop over elements: Adam's two powers
-of the bias correction cost more there than everything else together. The pass gives such numbers memory of their own.
+Inductor computes 0-d intermediates anew wherever they are used, and on CPU inside the loop over elements: Adam's two
+powers of the bias correction cost more there than everything else together. The pass gives such numbers memory of
+their own.
 """
 
 from __future__ import annotations

@@ -23,25 +23,26 @@ def jit(
 ) -> Any:
     """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
 
-    The function is traced once for each combination of structure, shapes, dtypes, devices, strides and Python values of its
-    arguments, on tensors without memory, as `jax.jit` does. What it does besides tensor operations (printing, counting)
-    happens while tracing only. Numbers and strings in the arguments are constants of the graph: one that changes is traced
-    again, so keep a learning rate that moves in a tensor. Inside a transform, such as `vmap` or `grad`, and inside another
-    `jit`, it is the plain function.
+    The function is traced once for each combination of structure, shapes, dtypes, devices, strides and Python values of
+    its arguments, on tensors without memory, as `jax.jit` does. What it does besides tensor operations (printing,
+    counting) happens while tracing only. Numbers and strings in the arguments are constants of the graph: one that
+    changes is traced again, so keep a learning rate that moves in a tensor. Inside a transform, such as `vmap` or
+    `grad`, and inside another `jit`, it is the plain function.
 
     Args:
-        function: any function of pytrees of tensors; a step of `make_step` or `make_eval`, or one written by hand. It must be
-            pure: it changes none of its arguments and reads no other tensor than those.
-        donate: consume the first argument: the state that is returned is written over its memory, and using the old one again
-            raises DonatedStateError. The function returns such a state, alone or first in a tuple. Tensors taken out of the
-            old state before show the new values; a plain dict or list around states cannot be marked, the states in it are.
+        function: any function of pytrees of tensors; a step of `make_step` or `make_eval`, or one written by hand. It
+            must be pure: it changes none of its arguments and reads no other tensors than those.
+        donate: consume the first argument. The state that is returned is written over its memory, and using the old
+            one again raises DonatedStateError. The function returns such a state, alone or first in a tuple. Tensors
+            taken out of the old state before show the new values; of plain dicts and lists around states, only the
+            states in them can be marked.
         backend: "inductor" compiles the graph. "eager" runs the same graph operator by operator, with the bits of the
-            function itself. "aot_eager" and "dynamo" hand the traced graph to `torch.compile`, with its `aot_eager` backend
-            and its default one.
-        static: arguments, by position or name, that are no pytrees of tensors: they need a hash, and each value is compiled
-            for.
-        mode: as in `torch.compile`, for "inductor" and "dynamo". "reduce-overhead" and "max-autotune" record a donated step on
-            CUDA as one CUDA graph.
+            function itself. "aot_eager" and "dynamo" hand the traced graph to `torch.compile`, with its `aot_eager`
+            backend and its default one.
+        static: arguments, by position or name, that are no pytrees of tensors: they need a hash, and the function is
+            compiled for each of their values.
+        mode: as in `torch.compile`, for "inductor" and "dynamo". "reduce-overhead" and "max-autotune" record a donated
+            step on CUDA as one CUDA graph.
 
     Returns:
         An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),
@@ -50,10 +51,10 @@ def jit(
 
     Raises:
         ConfigError: an unknown backend, mode or argument name.
-
-        When it is called: TraceError for a captured tensor, a Python branch on the value of a tensor or an argument changed in
-        place; StepError for a donating function that returns no such state; CompileError for an operator that the backend
-        cannot take.
+        TraceError: when called: a captured tensor, a Python branch on the value of a tensor, an argument that is
+            changed in place.
+        StepError: when called: a donating function that returns no such state.
+        CompileError: when called: an operator that the backend cannot take.
 
     Example:
         >>> import torch

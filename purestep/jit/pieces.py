@@ -1,8 +1,8 @@
 """A step of several microbatches, compiled in two pieces.
 
-`grads` is compiled once and called for each microbatch, `update` (with the fixed tree sum of what they contribute) once.
-One graph of all microbatches would take several times as long to compile, and whoever computes a microbatch elsewhere runs
-the same piece, so it has the same bits.
+`grads` is compiled once and called for each microbatch, `update` (with the fixed tree sum of what they contribute)
+once. One graph of all microbatches would take several times as long to compile, and whoever computes a microbatch
+elsewhere runs the same piece, so it has the same bits.
 """
 
 from __future__ import annotations

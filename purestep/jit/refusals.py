@@ -67,8 +67,8 @@ def explained(error: Exception) -> Exception:
             explain(
                 "the function asks for the value of a traced tensor",
                 where=user_line(error),
-                why="jit traces the function once, on shapes without values; `if loss > 3:`, .item(), float() and .numpy() "
-                "need a value",
+                why="jit traces the function once, on shapes without values; `if loss > 3:`, .item(), float() and "
+                ".numpy() need a value",
                 instead="torch.where(loss > 3, a, b)      # in place of: a if loss > 3 else b\n"
                 "return state, {'loss': loss}     # and read the metric outside of the step",
             )
@@ -76,7 +76,7 @@ def explained(error: Exception) -> Exception:
     return error
 
 
-# --- captured tensors -----------------------------------------------------------------------------------------------------
+# --- captured tensors -------------------------------------------------------------------------------------------------
 
 
 def check_captured(graph: fx.GraphModule, strictly: Callable[[], BaseException | None], roots: list[Any]) -> None:
@@ -109,7 +109,8 @@ _LIFTS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.defa
 
 
 def locate(tensor: Tensor, roots: list[Any]) -> str | None:
-    """Return how a tensor can be reached from functions and models: through closures, globals, attributes and modules."""
+    """Return how a tensor can be reached from functions and models: through closures, globals, attributes and
+    modules."""
     seen: set[int] = set()
     queue: list[tuple[str, Any, int]] = [("", root, 0) for root in roots]
     storage = tensor.untyped_storage()._cdata
@@ -161,7 +162,8 @@ def _free(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
         except ValueError:
             continue
-    pending, names = [code], set()
+    names: set[str] = set()
+    pending = [code]
     while pending:
         current = pending.pop()
         names.update(current.co_names)
@@ -170,7 +172,7 @@ def _free(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     yield from ((f"a default of {function.__name__}", d) for d in (function.__defaults__ or ()))
 
 
-# --- inputs, randomness ---------------------------------------------------------------------------------------------------
+# --- inputs, randomness -----------------------------------------------------------------------------------------------
 
 
 def check_mutation(graph: fx.GraphModule, mutable: list[fx.Node], names: list[str]) -> None:
@@ -217,16 +219,17 @@ def check_random(nodes: list[fx.Node]) -> None:
         )
 
 
-# --- compilers --------------------------------------------------------------------------------------------------------------
+# --- compilers --------------------------------------------------------------------------------------------------------
 
 
 def no_compiler(error: BaseException) -> bool:
     """Tell whether a compiler was not found, wherever in a chain of errors that stands."""
-    while error is not None:
-        text = f"{type(error).__name__}: {error}"
+    current: BaseException | None = error
+    while current is not None:
+        text = f"{type(current).__name__}: {current}"
         if "InvalidCxxCompiler" in text or "No working C++ compiler" in text or "working triton" in text.lower():
             return True
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        current = current.__cause__ or current.__context__
     return False
 
 

@@ -1,7 +1,7 @@
 """CUDA graphs of donated steps: the whole compiled call is recorded once and replayed with one launch.
 
-A recording reads and writes fixed addresses. A donated state stays where it is, so only the batch is copied in and the small
-outputs (metrics) are copied out. Nothing waits for the device.
+A recording reads and writes fixed addresses. A donated state stays where it is, so only the batch is copied in and the
+small outputs (metrics) are copied out. Nothing waits for the device.
 """
 
 from __future__ import annotations

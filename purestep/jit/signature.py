@@ -1,7 +1,7 @@
 """What a compiled call is looked up by, and why a call did not find one.
 
-A signature is all that tracing may bake into a graph: structure, shapes, dtypes, devices, strides, Python values and the code
-of the modules inside. Nothing here traces or compiles; `call` asks.
+A signature is all that tracing may bake into a graph: structure, shapes, dtypes, devices, strides, Python values and
+the code of the modules inside. Nothing here traces or compiles; `call` asks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.
 
 
 def leaf_signature(leaf: Any) -> Hashable:
-    """Return what of a leaf a graph depends on: everything but the elements of a tensor; of anything else, the value."""
+    """Return what of a leaf a graph depends on: all but the elements of a tensor; of anything else, the value."""
     if isinstance(leaf, Tensor):
         if leaf.is_contiguous():
             return leaf.dtype, leaf.shape, leaf.device
@@ -72,7 +72,7 @@ def ambient() -> Hashable:
     return torch.get_default_dtype(), mixed
 
 
-# --- static values ------------------------------------------------------------------------------------------------------
+# --- static values ----------------------------------------------------------------------------------------------------
 
 
 _fields: dict[type, tuple[tuple[str, ...], tuple[str, ...]] | None] = {}
@@ -153,7 +153,7 @@ def _setting(value: Any) -> Hashable:
     return id(value)
 
 
-# --- why a call was traced again ------------------------------------------------------------------------------------------
+# --- why a call was traced again --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

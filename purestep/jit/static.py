@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from purestep.errors import ConfigError, TraceError, explain
@@ -47,7 +47,7 @@ class Statics:
 
     def split(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[tuple[str, Hashable], ...]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[tuple[str, type, Any], ...]]:
         """Return the traced arguments and the static ones, those by name.
 
         Raises:
@@ -68,7 +68,7 @@ class Statics:
                     )
                 ) from error
         rest = {n: v for n, v in kwargs.items() if n not in self.static}
-        return traced, rest, tuple(sorted((n, type(v), v) for n, v in given.items()))  # type: ignore[return-value]
+        return traced, rest, tuple((n, type(given[n]), given[n]) for n in sorted(given))
 
     def bound(self, function: Callable[..., Any], given: Sequence[Any]) -> Callable[..., Any]:
         """Return the function of its traced arguments alone."""

@@ -1,7 +1,8 @@
 """Tracing: from a function of pytrees to one functional graph of tensor operations, autograd included.
 
-`trace` runs the function once on fake tensors (shapes without memory), so nothing is computed and no input is touched. What
-cannot be in a graph is refused with the words of `refusals`. It compiles nothing; `donation` and `backends` go on from here.
+`trace` runs the function once on fake tensors (shapes without memory), so nothing is computed and no input is touched.
+What cannot be in a graph is refused with the words of `refusals`. It compiles nothing; `donation` and `backends` go on
+from here.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def trace(
         decompositions: operators to break up while tracing.
 
     Raises:
-        TraceError: the function captures a tensor, branches on values, changes an input or draws from a global generator.
+        TraceError: the function captures a tensor, branches on values, changes an input or draws from a global
+            generator.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -139,7 +141,7 @@ def _quiet() -> Iterator[None]:
     # It lets activation checkpoints recompute within a trace as they do outside of one.
     tracing = getattr(torch.compiler, "_non_strict_tracing_context", contextlib.nullcontext)
     # oneDNN's recurrent layers hand an opaque workspace to their backward pass, which no graph can hold.
-    onednn = torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    onednn: Any = torch.backends.mkldnn.enabled
     torch._C._set_mkldnn_enabled(False)
     try:
         with torch.inference_mode(False), torch.enable_grad(), threads, tracing():

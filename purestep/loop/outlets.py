@@ -13,7 +13,7 @@ from purestep.loop.resume import applied_steps
 
 
 class EventSink(Protocol):
-    """What a callback with an `open_sink(run_dir, length)` method returns: it is shown every event, after the machine."""
+    """What the `open_sink(run_dir, length)` of a callback returns: it is shown every event, after the machine."""
 
     def receive(self, event: Event, loop: LoopState) -> None: ...
 

@@ -169,8 +169,8 @@ def restore(
         step: which snapshot; the latest by default.
         best: name of a metric: take the snapshot that is best in it, among those that were kept.
         mode: whether the smallest or the largest value is best.
-        policy: precision policy to have the state under, whatever it was saved under; `like` may be under any. Without one,
-            a state of other dtypes than those of `like` is refused.
+        policy: precision policy to have the state under, whatever it was saved under; `like` may be under any.
+            Without one, a state of other dtypes than those of `like` is refused.
 
     Returns:
         The train state.

@@ -5,10 +5,9 @@ Steps call `as_metrics`, the loop the others. Only `compute` reads values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from purestep import tree
@@ -25,6 +24,7 @@ def sample_count(batch: Any) -> int:
         MetricError: there are leaves, but none has dims.
 
     Example:
+        >>> import torch
         >>> sample_count({"image": torch.zeros(32, 8, 8), "label": torch.zeros(32)})
         32
     """
@@ -58,6 +58,7 @@ def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
         MetricError: a key is not a string, or a value cannot be a metric; the message names the key.
 
     Example:
+        >>> import torch
         >>> from purestep.metrics import Sum
         >>> m = as_metrics({"loss": torch.tensor(2.0), "tokens": Sum(torch.tensor(7))}, samples=4)
         >>> float(m["loss"].total), float(m["tokens"])
@@ -133,6 +134,7 @@ def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]
     """Compute each metric to a float; one that computes to a dict gives a row entry for each part.
 
     Example:
+        >>> import torch
         >>> compute({"loss": mean(torch.tensor(2.0), 4)}, prefix="val/")
         {'val/loss': 2.0}
     """

@@ -1,8 +1,8 @@
 """The metrics of several steps, read from the device at once and folded in order.
 
-`to_host` makes a `Series` of what a burst of steps returned; `fold` adds it to sums, one step after the other, without making
-an object for each step where the metric is a plain sum. The loop calls both; the result never depends on how steps are
-grouped into bursts.
+`to_host` makes a `Series` of what a burst of steps returned; `fold` adds it to sums, one step after the other,
+without making an object for each step where the metric is a plain sum. The loop calls both; the result never depends
+on how steps are grouped into bursts.
 """
 
 from __future__ import annotations

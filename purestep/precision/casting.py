@@ -85,7 +85,8 @@ class Casting(Uncast):
         self.policy = policy
         self.settings = Settings(policy.rules, module)
         names = [n for n, _ in module.named_parameters(remove_duplicate=False)]
-        check_rules(self.settings, names + [n for n, _ in module.named_buffers(remove_duplicate=False)])
+        self._written = {n for n, _ in module.named_buffers(remove_duplicate=False)}
+        check_rules(self.settings, [*names, *self._written])
         # The cache that holds this object must not keep the model alive.
         self._module = weakref.ref(module)
         self._converted = None if policy.float8 is None else float8.converted(module, policy.float8, self.settings)
@@ -169,7 +170,8 @@ class Casting(Uncast):
         return loss if state.loss_scale is None else state.loss_scale.scale(loss)
 
     def kept(self, old: Tensors, given: Tensors, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {n: _kept(old[n], given[n], new[n]) for n in new}
+        # Parameters that are frozen are among the buffers, and nobody writes to them.
+        return {n: _kept(old[n], given[n], new[n]) if n in self._written else old[n] for n in new}
 
     def reduced(self, grads: Any) -> Any:
         leaves, structure = tree.flatten(grads)
@@ -193,8 +195,6 @@ def _owns_tensors(module: nn.Module) -> bool:
 
 
 def _kept(old: Tensor, given: Tensor, new: Tensor) -> Tensor:
-    if new is given:
-        return old
     if given is old or new.shape != given.shape:
         return new.to(old.dtype)
     # What the model left alone keeps the digits that the cast dropped.

@@ -109,10 +109,10 @@ def _unwrapped(state: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def _cast_kept(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """Cast what an optimizer keeps for each parameter in its dtype: moments, averages, copies.
+    """Cast what an optimizer keeps for each parameter in its dtype: moments, whole or factored, averages, copies.
 
-    Such a leaf has the parameter's name at the end of its own, its dtype and its number of dims. Counts, norms and what was
-    asked for in another dtype (`mu_dtype=`) stay.
+    Such a leaf has the parameter's name at the end of its own and its dtype. Counts, norms and what was asked for in another
+    dtype (`mu_dtype=`) stay.
     """
 
     def change(name: str, leaf: Any) -> Any:
@@ -121,7 +121,8 @@ def _cast_kept(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.dtype
         if owner is None or not isinstance(leaf, Tensor):
             return leaf
         own = params[owner]
-        return fitted(leaf, dtypes[owner]) if leaf.dtype == own.dtype and leaf.shape == own.shape else leaf
+        alike = leaf.dtype == own.dtype and (leaf.shape == own.shape or leaf.ndim > 0)
+        return fitted(leaf, dtypes[owner]) if alike else leaf
 
     return tree.map_with_name(change, opt_state)
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -49,14 +47,6 @@ def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, A
 
 
 _KEYS = tuple((i * _W0 & MASK, i * _W1 & MASK) for i in range(10))
-
-
-def counters(count: int, device: torch.device) -> Tensor:
-    """Return block numbers 0 ... count - 1 as a tensor, masked so that Inductor computes with them as with any data.
-
-    Without the mask it takes products with the numbers of `arange` for index arithmetic, which does not wrap at 64 bits.
-    """
-    return torch.arange(count, device=device) & MASK
 
 
 def philox_int(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int]:

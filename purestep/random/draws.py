@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from purestep.errors import KeyShapeError, explain
-from purestep.random.block import DRAW, MASK, counters, philox, philox_numpy
+from purestep.random.block import DRAW, MASK, philox, philox_numpy
 from purestep.random.keys import check_key, is_host
 
 _FLOAT_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
@@ -29,7 +29,7 @@ def _words(key: Tensor, shape: Sequence[int], index: Tensor | None, per_element:
         if is_host(key):
             words = torch.from_numpy(philox_numpy(blocks, tuple(key.tolist())))
         else:
-            counter = counters(blocks, key.device)
+            counter = torch.arange(blocks, device=key.device)
             words = torch.stack(philox((counter, 0, 0, DRAW), (key[0], key[1])), dim=-1).reshape(-1)
         words = words[: count * per_element].reshape(*shape, per_element)
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from purestep.errors import KeyShapeError, explain
-from purestep.random.block import FOLD_INT, FOLD_STR, MASK, SPLIT, counters, philox, philox_int
+from purestep.random.block import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
 
 _current_level, _dispatch_modes = torch._C._functorch.maybe_current_level, torch._C._len_torch_dispatch_stack
 
@@ -132,6 +132,6 @@ def split(key: Tensor, n: int = 2) -> Tensor:
         torch.Size([3, 2])
     """
     check_key(key)
-    index = counters(n, key.device)
+    index = torch.arange(n, device=key.device)
     words = philox((index, 0, 0, SPLIT), (key[0], key[1]))
     return torch.stack(words[:2], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -57,7 +58,9 @@ def close(actual, expected, rtol=1e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dropout", "batch norm", "attention"])
 def test_inductor_agrees_with_eager_after_50_steps(cases, batches, trained, name):
-    case, data = cases[name], batches(50, seed=5)
+    # Adam would divide the rounding of a gradient that is zero (of a bias before a norm, of the keys) by itself.
+    tx = cases["plain"].tx if name == "dropout" else ps.optim.sgd(0.05, momentum=0.9)
+    case, data = dataclasses.replace(cases[name], tx=tx), batches(50, seed=5)
     expected, rows = trained(case.step(), case.state(5), data)
     actual, found = trained(jit(case.step()), case.state(5), data)
     close(actual.params, expected.params)
@@ -72,7 +75,7 @@ def test_inductor_agrees_with_eager_after_50_steps(cases, batches, trained, name
 
 @pytest.mark.slow
 def test_inductor_compiles_microbatches_in_pieces(cases, batches, trained):
-    case, data = cases["microbatches"], batches(3, 12)
+    case, data = dataclasses.replace(cases["plain"], options={"microbatches": 3}), batches(3, 12)
     expected, _ = trained(case.step(), case.state(), data)
     actual, _ = trained(jit(case.step(), donate=True), case.state(), data)
     assert_trees_close(actual.params, expected.params, rtol=1e-4, atol=1e-6)
@@ -88,12 +91,23 @@ def test_dynamo_agrees_with_eager(cases, batches, trained):
 
 @pytest.mark.slow
 def test_random_bits_are_those_of_eager():
-    def draw(key):
-        return ps.random.bits(ps.random.fold_in(key, "noise", 3), (37,)), ps.random.uniform(key, (5, 3))
+    """Shifts, products and masks of 64-bit words are where a C++ compiler may disagree with torch."""
+
+    def draw(key, step):
+        folded = ps.random.fold_in(key, step, "noise", 3)
+        return {
+            "bits": ps.random.bits(folded, (37,)),
+            "uniform": ps.random.uniform(key, (5, 3)),
+            "wide": ps.random.uniform(folded, (9,), dtype=torch.float64),
+            "split": ps.random.split(folded, 11),
+            "randint": ps.random.randint(ps.random.fold_in(key, -7), (21,), -5, 1000),
+            "slice": ps.random.bits(key, (10,), index=torch.arange(20, 30)),
+        }
 
     compiled = jit(draw)
-    for seed in range(3):
-        assert_trees_equal(compiled(ps.random.key(seed)), draw(ps.random.key(seed)))
+    for seed in (0, 1, 2**63 + 5, 2**64 - 1):
+        key, step = ps.random.key(seed), torch.tensor(seed % 1000)
+        assert_trees_equal(compiled(key, step), draw(key, step))
 
 
 def test_an_eval_step(cases, batches):

@@ -237,7 +237,7 @@ def test_a_pending_snapshot_is_not_overwritten(cases, batches, tmp_path):
     case = cases["plain"]
     step, state = jit(case.step(), backend="eager", donate=True), case.state()
     digests = []
-    with ps.snapshot.Store(tmp_path / "snapshots") as store:
+    with ps.snapshot.Store(tmp_path / "snapshots", keep=ps.snapshot.latest(3)) as store:
         for number, batch in enumerate(batches(3)):
             store.save(number, state)
             digests.append(ps.digest(state))

@@ -156,7 +156,7 @@ def test_a_setting_of_a_layer_is_part_of_the_signature():
 
 @pytest.mark.parametrize("static", ["training", ("training",), 2, (2,)])
 def test_static_arguments(static):
-    function, traces = counting(lambda w, x, training, *, scale=1.0: w + x * scale if training else w)
+    function, _ = counting(lambda w, x, training, *, scale=1.0: w + x * scale if training else w)
 
     def f(w, x, training, *, scale=1.0):
         return function(w, x, training, scale=scale)

@@ -1,0 +1,63 @@
+"""Names that a package offers, imported when they are first used.
+
+A package lists them as ordinary imports under `if TYPE_CHECKING:`, where type checkers read them, and calls `attach`.
+So importing purestep, in every worker process too, does not build what most programs never use.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the `__getattr__` and `__dir__` of a package.
+
+    Args:
+        package: its `__name__`.
+
+    Raises:
+        AttributeError: when a name is used that the package does not list.
+    """
+    table: dict[str, tuple[str, str]] = {}
+
+    def names() -> dict[str, tuple[str, str]]:
+        if not table:
+            table.update(_listed(package))
+        return table
+
+    def get(name: str) -> Any:
+        if name.startswith("__") or name not in names():
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        home, original = names()[name]
+        try:
+            value = importlib.import_module(f"{home}.{original}") if home == package else None
+        except ModuleNotFoundError as error:
+            if error.name != f"{home}.{original}":
+                raise
+            value = None
+        if value is None:
+            value = getattr(importlib.import_module(home), original)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def directory() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *names()})
+
+    return get, directory
+
+
+def _listed(package: str) -> dict[str, tuple[str, str]]:
+    """Read the imports under `if TYPE_CHECKING:` from the source of a package."""
+    source = sys.modules[package].__loader__.get_source(package)  # type: ignore[union-attr]
+    return {
+        alias.asname or alias.name: (node.module or "", alias.name)
+        for block in ast.parse(source).body
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }

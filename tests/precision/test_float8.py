@@ -1,0 +1,112 @@
+"""float8 through torchao: which layers, what is refused, and that the model it was given stays as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import purestep as ps
+from purestep.errors import MissingExtra, PrecisionError
+from purestep.precision import policy
+from purestep.precision.casting import casting
+from purestep.precision.float8 import RECIPES
+
+TX = ps.optim.sgd(0.05)
+
+
+def loss_fn(net, batch):
+    return nn.functional.cross_entropy(net(batch["x"]), batch["y"])
+
+
+def make_batch(rows=32):
+    return {"x": torch.randn(rows, 32), "y": torch.randint(0, 10, (rows,))}
+
+
+def make_model():
+    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Sequential(nn.Linear(48, 16), nn.LayerNorm(16)), nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_trains_near_bfloat16_and_leaves_the_model_alone(recipe, seed):
+    model = make_model()
+    p = policy("float8", float8=recipe).where("3", float8=False)
+    batch, losses = make_batch(), {}
+    for chosen in (p, policy("bf16-mixed")):
+        state, step = ps.init(model, TX), ps.make_step(loss_fn, TX, policy=chosen)
+        for _ in range(20):
+            state, metrics = step(state, batch)
+        losses[chosen] = float(metrics["loss"].compute())
+    assert losses[p] == pytest.approx(losses[policy("bf16-mixed")], rel=0.05)
+    assert losses[p] != losses[policy("bf16-mixed")]
+    for m in [*model.modules(), *state.model.module.modules()]:
+        assert "Float8" not in type(m).__name__
+
+
+def test_the_layers_that_rules_exclude_are_not_converted():
+    model = make_model()
+    kinds = {
+        path: type(m).__name__
+        for path, m in casting(policy("float8").where(["3", "2"], float8=False), model).module.named_modules()
+        if isinstance(m, nn.Linear)
+    }
+    assert kinds == {"0": "Float8Linear", "2.0": "Linear", "3": "Linear"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "where"),
+    [
+        (nn.Linear(32, 10), "1.0: Linear[10, 32], out_features=10"),
+        (nn.Linear(20, 16), "1.0: Linear[16, 20], in_features=20"),
+        (nn.Linear(7, 9), "1.0: Linear[9, 7], in_features=7, out_features=9"),
+    ],
+)
+def test_sizes_that_are_no_multiples_of_16_are_refused(layer, where):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Sequential(layer))
+    with pytest.raises(PrecisionError) as caught:
+        ps.make_step(loss_fn, TX, policy="float8")(ps.init(model, TX), make_batch())
+    assert where in str(caught.value)
+    assert 'policy.where("1.0", float8=False)' in str(caught.value)
+    ps.precision.casting.casting(policy("float8").where("1.0", float8=False), model)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 40])
+def test_a_number_of_rows_that_is_no_multiple_of_16_trains_not_but_evaluates(rows):
+    p = policy("float8").where("3", float8=False)
+    state = ps.init(make_model(), TX)
+    with pytest.raises(PrecisionError, match=rf"0: input \({rows}, 32\), {rows} rows"):
+        ps.make_step(loss_fn, TX, policy=p)(state, make_batch(rows))
+    assert ps.make_eval(loss_fn, policy=p)(state, make_batch(rows))["loss"].compute().isfinite()
+
+
+def test_a_model_without_linear_layers_is_refused():
+    state = ps.init(nn.Conv2d(1, 16, 3), TX)
+    with pytest.raises(PrecisionError, match="float8 finds no linear layer"):
+        ps.make_step(loss_fn, TX, policy="float8")(state, torch.ones(16, 1, 3, 3))
+
+
+def test_a_state_goes_between_float8_and_other_mixed_policies_as_it_is():
+    state = ps.init(make_model(), TX)
+    assert not ps.diff(policy("float8").where("3", float8=False).apply(state), state)
+
+
+def test_under_vmap_torch_says_why_not():
+    p = policy("float8").where("3", float8=False)
+    states = [ps.init(make_model(), TX, seed=i) for i in range(2)]
+    stacked = ps.tree.map(lambda *xs: torch.stack(xs), *states)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(ps.make_step(loss_fn, TX, policy=p), in_dims=(0, None))(stacked, make_batch())
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(MissingExtra, match=r'pip install "purestep\[float8\]"'):
+        casting(policy("float8").where("3", float8=False), make_model())
+
+
+def test_a_float8_policy_does_not_load_torchao():
+    code = "import sys, purestep as ps; ps.precision.policy('float8'); sys.exit('torchao' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
