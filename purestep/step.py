@@ -148,12 +148,13 @@ def make_step(
         microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
             gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
         engine: see `grad_and_value`.
-        policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is cast
-            by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a loss
-            scale an update with gradients that are not finite changes nothing but the scale.
+        policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is
+            cast by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a
+            loss scale an update with gradients that are not finite changes nothing but the scale.
 
     Returns:
-        A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its `tx`
+        A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its
+        `tx`
         is the one it applies: the given one, with master weights around it if the policy has them.
 
     Raises:

@@ -112,12 +112,15 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.virtualized import V
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     options: dict[str, Any] = {**list_mode_options(mode or "default")}
     # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
     options.pop("triton.cudagraphs", None)
     fake_mode, graph = traced.mode, traced.graph
     device = traced.fakes[0].device if traced.fakes else None
+    # Tracing goes without one, so that shapes which depend on values are errors; Inductor's disk cache asks for one.
+    fake_mode.shape_env = ShapeEnv()
     with (
         torch._inductor.config.patch({**options, **_CONFIG}),
         torch.no_grad(),

@@ -10,49 +10,58 @@ from purestep import tree
 from purestep.errors import StepError, explain
 
 
-def check_returned(step: Any, state: Any, returned: Any) -> None:
-    """Refuse what a step returned unless it is a state like the one it was given, and a dict of metrics.
+class Contract:
+    """What a step has to return, noted from the state it is given: a donating step leaves nothing to compare with.
 
-    Raises:
-        StepError: with the first path that differs, and what to return instead.
+    Args:
+        step: for the name in messages.
+        state: the state it is given.
     """
-    name = getattr(step, "__name__", type(step).__name__)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise StepError(
-            explain(
-                "a step returns (state, metrics)",
-                where=f"{name} returned {type(returned).__name__}",
-                instead="return state.apply_gradients(tx, grads), {'loss': loss}",
-            )
-        )
-    if isinstance(state, tree.Consumed):
-        return  # a donating step compared them when it was traced
-    new = returned[0]
-    if tree.structure(new) != tree.structure(state):
-        raise StepError(
-            explain(
-                "a step returns a state of the structure it was given",
-                where=f"{name}: {_where(state, new)}",
-                why="otherwise it could not be called again, compiled once, or resumed",
-                instead="return state.replace(...), which keeps every node",
-            )
-        )
-    for path, old, value in zip(tree.paths(state, "state"), tree.leaves(state), tree.leaves(new), strict=True):
-        if isinstance(old, Tensor) and not (
-            isinstance(value, Tensor) and value.shape == old.shape and value.dtype == old.dtype
-        ):
+
+    def __init__(self, step: Any, state: Any) -> None:
+        self.name = getattr(step, "__name__", type(step).__name__)
+        self.kind = type(state).__name__
+        self.structure = tree.structure(state)
+        self.paths = tree.paths(state, "state")
+        self.leaves = [(tree.describe(leaf) if isinstance(leaf, Tensor) else None) for leaf in tree.leaves(state)]
+
+    def check(self, returned: Any) -> None:
+        """Refuse what the step returned unless it is a state like the one it was given, and a dict of metrics.
+
+        Raises:
+            StepError: with the first path that differs, and what to return instead.
+        """
+        if not isinstance(returned, tuple) or len(returned) != 2:
             raise StepError(
                 explain(
-                    "a step returns leaves of the shape and dtype it was given",
-                    where=f"{name}: {path} was {tree.describe(old)} and came back as {tree.describe(value)}",
-                    why="otherwise it could not be called again, compiled once, or resumed",
+                    "a step returns (state, metrics)",
+                    where=f"{self.name} returned {type(returned).__name__}",
+                    instead="return state.apply_gradients(tx, grads), {'loss': loss}",
                 )
             )
+        new = returned[0]
+        if tree.structure(new) != self.structure:
+            raise StepError(
+                explain(
+                    "a step returns a state of the structure it was given",
+                    where=f"{self.name}: {self._difference(new)}",
+                    why="otherwise it could not be called again, compiled once, or resumed",
+                    instead="return state.replace(...), which keeps every node",
+                )
+            )
+        for path, old, value in zip(self.paths, self.leaves, tree.leaves(new), strict=True):
+            if old is not None and (not isinstance(value, Tensor) or tree.describe(value) != old):
+                raise StepError(
+                    explain(
+                        "a step returns leaves of the shape and dtype it was given",
+                        where=f"{self.name}: {path} was {old} and came back as {tree.describe(value)}",
+                        why="otherwise it could not be called again, compiled once, or resumed",
+                    )
+                )
 
-
-def _where(state: Any, new: Any) -> str:
-    before, after = tree.paths(state, "state"), tree.paths(new, "state")
-    gone, added = [p for p in before if p not in after], [p for p in after if p not in before]
-    if gone or added:
-        return "; ".join(f"{label} {', '.join(ps[:4])}" for label, ps in (("missing", gone), ("new", added)) if ps)
-    return f"other node types: {type(state).__name__} came back as {type(new).__name__}"
+    def _difference(self, new: Any) -> str:
+        after = tree.paths(new, "state")
+        gone, added = [p for p in self.paths if p not in after], [p for p in after if p not in self.paths]
+        if gone or added:
+            return "; ".join(f"{word} {', '.join(ps[:4])}" for word, ps in (("missing", gone), ("new", added)) if ps)
+        return f"other node types: {self.kind} came back as {type(new).__name__}"

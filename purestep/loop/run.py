@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from purestep import data, loggers, metrics, snapshot
+import torch
+
+from purestep import data, loggers, metrics, snapshot, tree
 from purestep.errors import ConfigError, SaveFailed, explain
 from purestep.loop import resume as resume_
 from purestep.loop.cadence import Until
-from purestep.loop.contract import check_returned
+from purestep.loop.contract import Contract
 from purestep.loop.events import (
     Callback,
     Effect,
@@ -125,6 +127,9 @@ class Run:
             self.loop, at = resume_.begin(
                 self.machine, self._given, self._store, self._resume, step=self._step, strict=self._strict
             )
+            if at is None and getattr(self._step, "donate", False):
+                # A donating step consumes the state it is given; the one that was given to us is not ours to give.
+                self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
             self._given = None
             self._saved = None if at is None else _position(self.loop)
             stack.enter_context(self._signals)
@@ -204,8 +209,9 @@ class Run:
         clock, plain = time.monotonic, None
         for batch in batches:
             if not self._checked:
+                contract = Contract(step, state)
                 returned = step(state, batch)
-                check_returned(step, state, returned)
+                contract.check(returned)
                 self._checked = True
                 state, values = returned
             else:
@@ -264,6 +270,10 @@ class Run:
             yield from self._durable()
         self.reason = reason
         yield from self._tell(Stopped(reason), queue)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _position(loop: LoopState) -> tuple[Any, ...]:

@@ -104,7 +104,7 @@ class Casting(Uncast):
             own = self.settings.of_module(path, "compute", self.policy.compute)
             parent = path.rpartition(".")[0]
             outer = self.settings.of_module(parent, "compute", self.policy.compute) if path else None
-            output = self.settings.said_of(path, "output") or (outer if path else self.policy.output)
+            output: torch.dtype = self.settings.said_of(path, "output") or outer or self.policy.output
             before = CastInputs(own) if own != outer or _owns_tensors(m) else None
             after = CastOutputs(output) if output != own or own != outer else None
             if self.policy.autocast:

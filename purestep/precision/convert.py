@@ -1,7 +1,7 @@
 """`apply`: a train state under another policy, as a pure transform.
 
-It casts parameters, buffers and what the optimizer keeps like parameters, and adds or removes master weights and the loss
-scale. It knows the train state only by its fields; `Policy.apply` is how users call it.
+It casts parameters, buffers and what the optimizer keeps like parameters, and adds or removes master weights and the
+loss scale. It knows the train state only by its fields; `Policy.apply` is how users call it.
 """
 
 from __future__ import annotations
@@ -64,10 +64,14 @@ def under_policy(policy: Any, found: Any, like: Any) -> Any:
         TemplateMismatch: it differs in more than what a policy decides; each path is listed.
     """
     made, wanted = policy.apply(found), policy.apply(like)
-    left, right = ({p: tree.describe(x) for p, x in zip(tree.paths(s), tree.leaves(s), strict=True)} for s in (made, wanted))
+    left, right = (
+        {p: tree.describe(x) for p, x in zip(tree.paths(s), tree.leaves(s), strict=True)} for s in (made, wanted)
+    )
     odd = [p for p in (*left, *right) if left.get(p) != right.get(p)]
     if odd:
-        lines = [f"state{p}: stored {left.get(p, 'nothing')}, like= {right.get(p, 'nothing')}" for p in dict.fromkeys(odd)]
+        lines = [
+            f"state{p}: stored {left.get(p, 'nothing')}, like= {right.get(p, 'nothing')}" for p in dict.fromkeys(odd)
+        ]
         raise TemplateMismatch(explain("the snapshot does not fit what was asked for", where="\n".join(lines[:40])))
     return made.replace(
         params={n: made.params[n] for n in wanted.params}, buffers={n: made.buffers[n] for n in wanted.buffers}
@@ -79,7 +83,9 @@ def cast_tree(policy: Any, values: Any, field: str) -> Any:
     settings = Settings(policy.rules, None)
 
     def change(name: str, leaf: Any) -> Any:
-        return fitted(leaf, settings.of_tensor(name, field, getattr(policy, field))) if isinstance(leaf, Tensor) else leaf
+        return (
+            fitted(leaf, settings.of_tensor(name, field, getattr(policy, field))) if isinstance(leaf, Tensor) else leaf
+        )
 
     return tree.map_with_name(change, values)
 
@@ -97,7 +103,8 @@ def cast(tensors: Tensors, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tenso
 def rest_dtypes(policy: Any, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
     """Return the dtype of each parameter or buffer in the state; those that are not floating keep theirs."""
     return {
-        n: settings.of_tensor(n, "param", policy.param) if t.is_floating_point() else t.dtype for n, t in tensors.items()
+        n: settings.of_tensor(n, "param", policy.param) if t.is_floating_point() else t.dtype
+        for n, t in tensors.items()
     }
 
 
@@ -111,8 +118,8 @@ def _unwrapped(state: Any) -> tuple[dict[str, Tensor], Any]:
 def _cast_kept(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.dtype]) -> Any:
     """Cast what an optimizer keeps for each parameter in its dtype: moments, whole or factored, averages, copies.
 
-    Such a leaf has the parameter's name at the end of its own and its dtype. Counts, norms and what was asked for in another
-    dtype (`mu_dtype=`) stay.
+    Such a leaf has the parameter's name at the end of its own and its dtype. Counts, norms and what was asked for in
+    another dtype (`mu_dtype=`) stay.
     """
 
     def change(name: str, leaf: Any) -> Any:

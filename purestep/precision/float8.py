@@ -46,23 +46,18 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
             )
         )
     torchao = import_extra("torchao.float8", extra="float8", needed_by='policy("float8")')
-    config = dataclasses.replace(torchao.Float8LinearConfig.from_recipe_name(recipe))
     made = torchao.convert_to_float8_training(
-        _unshared_copy(module), config=config, module_filter_fn=lambda m, path: path in chosen
+        copy.deepcopy(module),
+        config=torchao.Float8LinearConfig.from_recipe_name(recipe),
+        module_filter_fn=lambda m, path: path in chosen,
     )
     for path in chosen:
         made.get_submodule(path).register_forward_pre_hook(CheckRows(path))
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _taken(settings: Settings, path: str) -> bool:
     return bool(settings.of_module(path, "float8", True))
-
-
-def _unshared_copy(module: nn.Module) -> nn.Module:
-    made = copy.deepcopy(module)
-    made.__dict__.pop("_is_fsdp_managed_module", None)
-    return made
 
 
 def _check_sizes(path: str, linear: Any) -> None:
@@ -72,7 +67,7 @@ def _check_sizes(path: str, linear: Any) -> None:
         raise PrecisionError(
             explain(
                 f"float8 cannot multiply in a layer whose sizes are no multiples of {_MULTIPLE}",
-                where=f"{path or 'the model itself'}: Linear[{linear.out_features}, {linear.in_features}], {', '.join(odd)}",
+                where=f"{_shown(path)}: Linear[{linear.out_features}, {linear.in_features}], {', '.join(odd)}",
                 why="GPUs refuse it, so it is refused on every device",
                 instead=f'policy.where("{path or "*"}", float8=False)',
             )
@@ -87,14 +82,18 @@ class CheckRows:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows = args[0].numel() // max(1, args[0].shape[-1])
-        if args[0].requires_grad or module.weight.requires_grad:  # type: ignore[union-attr]
-            if rows % _MULTIPLE:
-                raise PrecisionError(
-                    explain(
-                        f"float8 cannot train on a number of rows that is no multiple of {_MULTIPLE}",
-                        where=f"{self.path or 'the model itself'}: input {tuple(args[0].shape)}, {rows} rows",
-                        why="GPUs refuse the product that gives the gradient of the weight, so it is refused on every device",
-                        instead="a batch size, divided by microbatches, that is a multiple of 16, and drop_last=True\n"
-                        f'or policy.where("{self.path or "*"}", float8=False)',
-                    )
+        trains = args[0].requires_grad or module.weight.requires_grad
+        if trains and rows % _MULTIPLE:
+            raise PrecisionError(
+                explain(
+                    f"float8 cannot train on a number of rows that is no multiple of {_MULTIPLE}",
+                    where=f"{_shown(self.path)}: input {tuple(args[0].shape)}, {rows} rows",
+                    why="GPUs refuse the product for the gradient of the weight, so it is refused on every device",
+                    instead="a batch size, divided by microbatches, that is a multiple of 16, and drop_last=True\n"
+                    f'or policy.where("{self.path or "*"}", float8=False)',
                 )
+            )
+
+
+def _shown(path: str) -> str:
+    return path or "the model itself"

@@ -1,7 +1,7 @@
 """Loss scales: values that keep small gradients of half precision away from zero.
 
-Owns `DynamicLossScale`, `StaticLossScale`, `NoLossScale` and `all_finite`. A scale is a pytree in the train state; nothing
-here is global and nothing asks the host. The step scales the loss, unscales the gradients and adjusts.
+Owns `DynamicLossScale`, `StaticLossScale`, `NoLossScale` and `all_finite`. A scale is a pytree in the train state;
+nothing here is global and nothing asks the host. The step scales the loss, unscales the gradients and adjusts.
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ class DynamicLossScale(LossScale):
         full = counted >= self.period
         up = torch.where(full & torch.isfinite(grown), grown, self.value)
         down = torch.clamp(self.value / self.factor, min=self.min_scale)
-        return self.replace(  # type: ignore[attr-defined, no-any-return]
+        return self.replace(  # type: ignore[attr-defined]
             value=torch.where(finite, up, down),
             counter=torch.where(finite & ~full, counted, torch.zeros_like(counted)),
         )
 
     def on(self, device: torch.device | str | None = None) -> Self:
         value, counter = _number(self.value, torch.float32, device), _number(self.counter, torch.int64, device)
-        return self.replace(value=value, counter=counter)  # type: ignore[attr-defined, no-any-return]
+        return self.replace(value=value, counter=counter)  # type: ignore[attr-defined]
 
 
 @pytree(eq=True)
@@ -119,7 +119,7 @@ class StaticLossScale(LossScale):
         _check_number("value", self.value)
 
     def on(self, device: torch.device | str | None = None) -> Self:
-        return self.replace(value=_number(self.value, torch.float32, device))  # type: ignore[attr-defined, no-any-return]
+        return self.replace(value=_number(self.value, torch.float32, device))  # type: ignore[attr-defined]
 
 
 @pytree(eq=True)

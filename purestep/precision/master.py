@@ -1,7 +1,7 @@
 """Master weights: full-precision parameters kept in the optimizer state, for parameters of few digits.
 
-Owns `master_weights`, a wrapper of the algebra. `Policy.apply` puts its state into a train state, and a step under such a
-policy wraps its transformation with it; a step written by hand does the same.
+Owns `master_weights`, a wrapper of the algebra. `Policy.apply` puts its state into a train state, and a step under such
+a policy wraps its transformation with it; a step written by hand does the same.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ class MasterWeights(Wrapper):
         ps, treedef = tree.flatten(need_params(params, self.name, "its updates lead from them to the master weights"))
         old = same_leaves(state.master, treedef, params, "master weights")
         gs = same_leaves(updates, treedef, params, "updates")
-        proposed, inner = self.inner.update(tree.unflatten(treedef, fx.cast(gs, old)), state.inner, state.master, **extra)
+        proposed, inner = self.inner.update(
+            tree.unflatten(treedef, fx.cast(gs, old)), state.inner, state.master, **extra
+        )
         master = apply_updates(state.master, proposed)
         change = fx.sub(tree.leaves(master), fx.cast(ps, old))
         return tree.unflatten(treedef, change), MasterWeightsState(master, inner)
 
     def apply(self, params: Any, updates: Any, state: Any) -> Any:
-        """Return the master weights in the dtypes of the parameters: to the bit, where adding updates would round twice."""
+        """Return the rounded master weights: to the bit, where adding updates would round twice."""
         values, treedef = tree.flatten(params)
         master = tree.leaves(state.master)
         rounded = fx.convert(master, [p.dtype for p in values])
-        # A parameter that has all the digits already must not be the master weight itself: a donated state owns each once.
-        return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
+        # A parameter that has all the digits already must not be the master weight itself: a donated state owns each
+        once. return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
 
 
 def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.float32) -> GradientTransformation:

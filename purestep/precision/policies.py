@@ -10,13 +10,12 @@ import dataclasses
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from purestep.errors import PrecisionError, explain
-from purestep.precision import convert, rules
+from purestep.precision import convert
 from purestep.precision.float8 import RECIPES
 from purestep.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale
-from purestep.precision.rules import NORMS, DType, Rule, dtype_of, word
+from purestep.precision.rules import NORMS, DType, Rule, Where, dtype_of, rule, word
 
 S = TypeVar("S")
 
@@ -33,8 +32,8 @@ class Policy:
         master: dtype of master weights in the optimizer state; None keeps none.
         loss_scale: a loss scale with plain numbers.
         rules: what differs by path or by class of module, later ones first.
-        autocast: run the loss function under `torch.autocast` to `compute`, which chooses by operator, instead of casting
-            parameters and inputs by module.
+        autocast: run the loss function under `torch.autocast` to `compute`, which chooses by operator, instead of
+            casting parameters and inputs by module.
         float8: recipe of torchao for linear layers, or None.
         name: how it was asked for; no part of its value.
     """
@@ -44,7 +43,7 @@ class Policy:
     output: torch.dtype = torch.float32
     reduce: torch.dtype = torch.float32
     master: torch.dtype | None = None
-    loss_scale: LossScale = NoLossScale()
+    loss_scale: LossScale = dataclasses.field(default_factory=NoLossScale)
     rules: tuple[Rule, ...] = ()
     autocast: bool = False
     float8: str | None = None
@@ -55,13 +54,12 @@ class Policy:
             value = getattr(self, field)
             if value is not None or field != "master":
                 object.__setattr__(self, field, dtype_of(value, where=field))
-        if self.loss_scale is None:
+        scale: Any = self.loss_scale
+        if scale is None:
             object.__setattr__(self, "loss_scale", NoLossScale())
-        if not isinstance(self.loss_scale, LossScale):
+        elif not isinstance(scale, LossScale):
             instead = "loss_scale=ps.precision.StaticLossScale(1024.0)"
-            raise PrecisionError(
-                explain("this is not a loss scale", where=f"loss_scale={self.loss_scale!r}", instead=instead)
-            )
+            raise PrecisionError(explain("this is not a loss scale", where=f"loss_scale={scale!r}", instead=instead))
         if self.float8 is not None and self.float8 not in RECIPES:
             where = f"float8={self.float8!r}"
             raise PrecisionError(
@@ -75,13 +73,15 @@ class Policy:
         fields = [f.name for f in dataclasses.fields(self)]
         if odd := sorted(changes.keys() - set(fields)):
             raise PrecisionError(
-                explain(f"a policy has no {odd[0]!r}", where=f"policy(..., {odd[0]}=...)", instead=", ".join(fields[:-1]))
+                explain(
+                    f"a policy has no {odd[0]!r}", where=f"policy(..., {odd[0]}=...)", instead=", ".join(fields[:-1])
+                )
             )
         return dataclasses.replace(self, **{"name": "", **changes})
 
     def where(
         self,
-        filter: rules.Where | list[str],
+        filter: Where | list[str],
         *,
         param: DType | None = None,
         compute: DType | None = None,
@@ -92,7 +92,8 @@ class Policy:
 
         Args:
             filter: globs of dotted names of modules, parameters or buffers, a function of the name, or module classes
-                (`ps.precision.NORMS` are torch's normalisation layers). It takes in all that is inside of what it finds.
+                (`ps.precision.NORMS` are torch's normalisation layers). It takes in all that is inside of what it
+                finds.
             param: dtype at rest.
             compute: dtype of the computation. What the module returns is cast to the dtype around it.
             output: dtype of what the module itself returns, in place of the one around it.
@@ -105,14 +106,14 @@ class Policy:
             >>> policy("bf16-true").where("head", compute="f32", output="f32").rules[0].where
             'head'
         """
-        found = rules.rule(filter, param=param, compute=compute, output=output, float8=float8)
+        found = rule(filter, param=param, compute=compute, output=output, float8=float8)
         return self.replace(rules=(*self.rules, found))
 
     def apply(self, state: S) -> S:
         """Return a train state with the dtypes, master weights and loss scale of this policy; see `convert.apply`.
 
-        Whatever policy the state was under, it is under this one afterwards. A widening cast is exact, so `bf16-true` ->
-        `32` keeps every value, and master weights become the parameters when a policy has none.
+        Whatever policy the state was under, it is under this one afterwards. A widening cast is exact, so `bf16-true`
+        -> `32` keeps every value, and master weights become the parameters when a policy has none.
 
         Args:
             state: a `TrainState`, of `ps.init` or of any step of a run. It is not changed.
@@ -132,8 +133,8 @@ class Policy:
         return convert.apply(self, state)
 
     def cast_to_param(self, values: S) -> S:
-        """Return a tree with its floating leaves in the dtype at rest; rules by name hold for dotted names of leaves."""
-        return convert.cast_tree(self, values, "param")
+        """Return a tree with its floating leaves in the dtype at rest; rules by name hold for dotted names of
+        leaves.""" return convert.cast_tree(self, values, "param")
 
     def cast_to_compute(self, values: S) -> S:
         """Return a tree with its floating leaves in the dtype of the computation: for a step written by hand.
@@ -202,14 +203,15 @@ def policy(spec: str | int | Policy, **changes: Any) -> Policy:
         spec: one of
 
             - `32`, `64`: everything in that precision;
-            - `bf16-mixed`, `16-mixed`: float32 parameters, the model computes in the half precision, normalisation layers
-              and the loss in float32. `16-mixed` has a dynamic loss scale, and means float16 on a CPU too;
+            - `bf16-mixed`, `16-mixed`: float32 parameters, the model computes in the half precision, normalisation
+              layers and the loss in float32. `16-mixed` has a dynamic loss scale, and means float16 on a CPU too;
             - `bf16-true`, `16-true`: everything but the loss in the half precision, optimizer state included;
-            - `bf16-master`: bfloat16 parameters, float32 master weights in the optimizer state, normalisation layers float32;
+            - `bf16-master`: bfloat16 parameters, float32 master weights in the optimizer state, normalisation layers
+              float32;
             - `float8`: linear layers in float8 by torchao, the rest as `bf16-mixed`;
 
-            or the long form `params=f32,compute=bf16,output=f32`, which also takes `reduce=` and `master=` and has no rules:
-            compute, output and reduce are those of params by default.
+            or the long form `params=f32,compute=bf16,output=f32`, which also takes `reduce=` and `master=` and has no
+            rules: compute, output and reduce are those of params by default.
         **changes: fields of `Policy` to change: `autocast=True`, `loss_scale=StaticLossScale(1024.0)`, `reduce="f32"`.
 
     Raises:

@@ -25,7 +25,8 @@ NORMS: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
-"""The normalisation layers of torch: their statistics need the digits of float32, and their cost is memory, not maths."""
+"""The normalisation layers of torch: their statistics need the digits of float32, and their cost is memory, not
+maths."""
 
 _WORDS = {
     "f64": torch.float64,
@@ -120,8 +121,8 @@ def rule(where: Any, **changes: Any) -> Rule:
                 instead='policy.where("*norm*", compute="f32")\npolicy.where(nn.LayerNorm, compute="f32")',
             )
         )
-    dtypes = {n: changes.pop(n, None) for n in ("param", "compute", "output")}
-    made = {n: None if d is None else dtype_of(d, where=n) for n, d in dtypes.items()}
+    dtypes: dict[str, Any] = {n: changes.pop(n, None) for n in ("param", "compute", "output")}
+    made: dict[str, Any] = {n: None if d is None else dtype_of(d, where=n) for n, d in dtypes.items()}
     if all(d is None for d in made.values()) and changes.get("float8") is None:
         raise PrecisionError(explain("the rule changes nothing", where=f"where({where!r})", instead='compute="f32"'))
     return Rule(kept, **made, **changes)
@@ -174,9 +175,9 @@ class Settings:
         everything = list(names)
         busy = frozenset().union(*self._found.values()) if self._found else frozenset()
         for i, r in enumerate(self.rules):
-            if i not in busy and not r.classes and not any(r.names(n) for n in everything):
-                yield r
-            elif i not in busy and r.classes and self.direct:
+            if (i not in busy and not r.classes and not any(r.names(n) for n in everything)) or (
+                i not in busy and r.classes and self.direct
+            ):
                 yield r
 
 

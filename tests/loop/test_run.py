@@ -328,6 +328,20 @@ def test_two_states_in_one_dict_train_together(job):
     check_resume(make, batches=6, at=[4])
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_jitted_step_trains_and_resumes_and_the_given_state_stays_ours(job, tmp_path, donate):
+    def make():
+        options = job()
+        return {**options, "step": ps.jit(options["step"], donate=donate, backend="eager")}
+
+    options = make()
+    before = ps.digest(options["state"])
+    result = ps.fit(**options, until=ps.steps(7), run_dir=tmp_path / "a")
+    assert ps.digest(options["state"]) == before
+    assert_trees_equal(result.state, ps.fit(**job(), until=ps.steps(7)).state)
+    check_resume(make, batches=6, at=[2, 5])
+
+
 # --- snapshots and the run directory ------------------------------------------------------------------------------
 
 

@@ -91,18 +91,20 @@ def test_frozen_parameters_keep_their_bits_and_their_tensor():
 
 
 def test_running_statistics_stay_in_float32():
-    _, state, new = run(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), policy("16-mixed"), torch.randn(64, 4))
+    _, _state, new = run(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), policy("16-mixed"), torch.randn(64, 4))
     assert new.buffers["1.running_var"].dtype == f32
     assert not torch.equal(new.buffers["1.running_var"].half().float(), new.buffers["1.running_var"])
 
 
 def test_a_rule_casts_at_the_border_of_its_module():
     model = nn.Sequential(Spy(), Spy(), Spy())
-    out, state, _ = run(model, policy("bf16-true").where("1", compute="f32"))
+    _out, state, _ = run(model, policy("bf16-true").where("1", compute="f32"))
     assert Spy.seen == [(bf16, bf16), (f32, f32), (bf16, bf16)]
     assert state.params["1.linear.weight"].dtype == bf16
     Spy.seen.clear()
-    _, state, _ = run(model, policy("bf16-true").where("1", param="f32", compute="f32").where("1.linear.bias", param="f64"))
+    _, state, _ = run(
+        model, policy("bf16-true").where("1", param="f32", compute="f32").where("1.linear.bias", param="f64")
+    )
     assert state.params["1.linear.weight"].dtype == f32
     assert state.params["1.linear.bias"].dtype == f64
 
@@ -239,7 +241,9 @@ def test_nothing_global_is_touched_and_no_hook_stays():
             step(state, torch.full((2, 4), torch.nan))
         assert not torch.is_autocast_enabled("cpu")
         for m in [*model.modules(), *state.model.module.modules()]:
-            assert not (m._forward_pre_hooks or m._forward_hooks or m._forward_pre_hooks_with_kwargs)
+            assert not (m._forward_pre_hooks)
+            assert not (m._forward_hooks)
+            assert not (m._forward_pre_hooks_with_kwargs)
     assert {k: v for k, v in vars(model).items() if "hook" in k} == before
 
 

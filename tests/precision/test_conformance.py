@@ -19,7 +19,13 @@ TX = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.sgd(0.05, 0.9))
 
 def make_model() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(16, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 5)
+        nn.Linear(16, 32),
+        nn.BatchNorm1d(32),
+        nn.GELU(),
+        nn.Dropout(0.1),
+        nn.Linear(32, 16),
+        nn.LayerNorm(16),
+        nn.Linear(16, 5),
     )
 
 
@@ -87,12 +93,16 @@ def test_it_follows_float64(name):
     state = begin(name)
     for i in range(4):
         exact, _ = double(exact, make_batch(i))
-        state, metrics = step(state, make_batch(i))
+        state, _metrics = step(state, make_batch(i))
     moved = ps.tree.map(lambda a, b: (a - b).norm(), exact.params, begin("64").params)
     off = ps.tree.map(lambda a, b: (a - b.double()).norm(), exact.params, state.params)
     ratio = float(ps.optim.global_norm(off) / ps.optim.global_norm(moved))
     p = ROWS[name]
-    limit = 0.3 if p.float8 else {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4, torch.float64: 1e-12}[p.compute]
+    limit = (
+        0.3
+        if p.float8
+        else {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4, torch.float64: 1e-12}[p.compute]
+    )
     assert ratio < limit
     assert (ratio > 0) == (name != "64")
 
@@ -127,7 +137,7 @@ def test_vmap_trains_an_ensemble(name):
         off = ps.tree.map(lambda a, b: (a - b.double()).abs().max(), mine, alone.params)
         assert max(map(float, ps.tree.leaves(off))) < 0.01
         assert int(together.step[i]) == 1
-    assert [d for d in dtypes(together).values()] == [d for d in dtypes(members[0]).values()]
+    assert list(dtypes(together).values()) == list(dtypes(members[0]).values())
 
 
 @every_policy
@@ -139,7 +149,9 @@ def test_a_run_resumes_at_every_step(name, tmp_path):
             "step": ps.make_step(loss_fn, TX, policy=ROWS[name]),
             "state": ROWS[name].apply(ps.init(make_model, TX, seed=0)),
             "train": ps.data.batches(data, BATCH, seed=0),
-            "callbacks": [ps.callbacks.evaluate(ps.make_eval(loss_fn, policy=ROWS[name]), ps.data.batches(data, BATCH))],
+            "callbacks": [
+                ps.callbacks.evaluate(ps.make_eval(loss_fn, policy=ROWS[name]), ps.data.batches(data, BATCH))
+            ],
         }
 
     ps.testing.check_resume(make, batches=4, run_dir=tmp_path)
@@ -169,7 +181,7 @@ def test_inductor_compiles_the_whole_step(name):
     eager, fast = begin(name), begin(name)
     for i in range(3):
         eager, _ = step(eager, make_batch(i))
-        fast, metrics = compiled(fast, make_batch(i))
+        fast, _metrics = compiled(fast, make_batch(i))
     off = ps.tree.map(lambda a, b: (a.float() - b.float()).abs().max(), eager.params, fast.params)
     assert max(map(float, ps.tree.leaves(off))) < 0.02
     assert dtypes(fast) == dtypes(eager)

@@ -27,7 +27,9 @@ def make_batch(rows=32):
 
 
 def make_model():
-    return nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Sequential(nn.Linear(48, 16), nn.LayerNorm(16)), nn.Linear(16, 10))
+    return nn.Sequential(
+        nn.Linear(32, 48), nn.GELU(), nn.Sequential(nn.Linear(48, 16), nn.LayerNorm(16)), nn.Linear(16, 10)
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

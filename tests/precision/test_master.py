@@ -93,7 +93,8 @@ def test_back_and_forth_loses_nothing():
 
 
 @pytest.mark.parametrize(
-    "tx", [ps.optim.adam(0.1), ps.optim.adafactor(0.1), ps.optim.sgd(0.1, 0.9), ps.optim.muon(0.1), ps.optim.adadelta(0.1)]
+    "tx",
+    [ps.optim.adam(0.1), ps.optim.adafactor(0.1), ps.optim.sgd(0.1, 0.9), ps.optim.muon(0.1), ps.optim.adadelta(0.1)],
 )
 @pytest.mark.parametrize("name", ["bf16-true", "64"])
 def test_the_optimizer_state_has_the_dtypes_that_init_would_give_it(tx, name):

@@ -75,7 +75,9 @@ def test_grad_scaler_with_autocast(seed, autocast, clip):
 def test_a_step_that_is_not_finite_changes_nothing_but_the_scale(microbatches, kind):
     scale = DynamicLossScale(2.0**10) if kind == "dynamic" else ps.precision.StaticLossScale(2.0**10)
     p = policy("16-mixed", loss_scale=scale)
-    tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(ps.optim.linear_schedule(1e-2, 0.0, transition_steps=10)))
+    tx = ps.optim.chain(
+        ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(ps.optim.linear_schedule(1e-2, 0.0, transition_steps=10))
+    )
     model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(0.2), nn.Linear(24, 5))
     state = p.apply(ps.init(model, tx))
     step = ps.make_step(loss_fn, tx, policy=p, microbatches=microbatches)

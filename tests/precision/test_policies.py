@@ -92,8 +92,24 @@ def test_rules_hold_for_what_is_inside_and_the_last_one_counts():
 
 def test_printed_policies_say_everything_that_changes_bits():
     p = policy("16-mixed")
-    assert len({str(q) for q in (p, p.replace(autocast=True), p.replace(reduce=f16), p.where("a", param=f16), p.where(
-        "b", param=f16), p.replace(loss_scale=StaticLossScale(2.0)), policy("float8"), policy("float8", float8="rowwise"))}) == 8
+    assert (
+        len(
+            {
+                str(q)
+                for q in (
+                    p,
+                    p.replace(autocast=True),
+                    p.replace(reduce=f16),
+                    p.where("a", param=f16),
+                    p.where("b", param=f16),
+                    p.replace(loss_scale=StaticLossScale(2.0)),
+                    policy("float8"),
+                    policy("float8", float8="rowwise"),
+                )
+            }
+        )
+        == 8
+    )
     assert "0x" not in str(p.where(lambda name: "norm" in name, compute=f32))
 
 
