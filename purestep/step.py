@@ -154,8 +154,7 @@ def make_step(
 
     Returns:
         A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its
-        `tx`
-        is the one it applies: the given one, with master weights around it if the policy has them.
+        `tx` is the one it applies: the given one, with master weights around it if the policy has them.
 
     Raises:
         ConfigError: `microbatches` is not a positive integer, or `loss_fn` does not take two arguments.

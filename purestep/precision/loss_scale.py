@@ -59,12 +59,12 @@ class DynamicLossScale(LossScale):
         min_scale: $s_\min$.
 
     Example:
-        >>> scale = DynamicLossScale(8.0, period=2).on("cpu")
-        >>> [float(s.value) for s in (scale, down := scale.adjust(torch.tensor(False)))]
-        [8.0, 4.0]
-        >>> yes = torch.tensor(True)
-        >>> [float(s.value) for s in (down.adjust(yes), down.adjust(yes).adjust(yes))]
-        [4.0, 8.0]
+        >>> scale, values = DynamicLossScale(8.0, period=2).on("cpu"), []
+        >>> for finite in (False, True, True, True):
+        ...     scale = scale.adjust(torch.tensor(finite))
+        ...     values.append(float(scale.value))
+        >>> values
+        [4.0, 4.0, 8.0, 8.0]
 
     Reference: `jmp.DynamicLossScale`; the defaults are those of `torch.amp.GradScaler`.
     """

@@ -57,8 +57,8 @@ class MasterWeights(Wrapper):
         values, treedef = tree.flatten(params)
         master = tree.leaves(state.master)
         rounded = fx.convert(master, [p.dtype for p in values])
-        # A parameter that has all the digits already must not be the master weight itself: a donated state owns each
-        once. return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
+        # A parameter that has all the digits must not be the master weight itself: a donated state owns each once.
+        return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
 
 
 def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.float32) -> GradientTransformation:

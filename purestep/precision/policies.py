@@ -123,6 +123,7 @@ class Policy:
 
         Example:
             >>> import purestep as ps
+            >>> from torch import nn
             >>> state = ps.init(lambda: nn.Linear(3, 2), ps.optim.sgd(0.1))
             >>> half = policy("bf16-master").apply(state)
             >>> half.params["weight"].dtype, half.opt_state.master["weight"].dtype
@@ -133,8 +134,8 @@ class Policy:
         return convert.apply(self, state)
 
     def cast_to_param(self, values: S) -> S:
-        """Return a tree with its floating leaves in the dtype at rest; rules by name hold for dotted names of
-        leaves.""" return convert.cast_tree(self, values, "param")
+        """Return a tree with its floating leaves in the dtype at rest; rules by name hold for names of leaves."""
+        return convert.cast_tree(self, values, "param")
 
     def cast_to_compute(self, values: S) -> S:
         """Return a tree with its floating leaves in the dtype of the computation: for a step written by hand.

@@ -180,3 +180,36 @@ def test_options_are_checked(options, text):
 def test_it_compiles_functions_only():
     with pytest.raises(ConfigError, match="jit compiles a function"):
         jit(3)
+
+
+@pytest.mark.slow
+def test_the_disk_cache_of_inductor_serves_the_same_graph_again():
+    """A graph that Inductor refuses to cache compiles anew in every process, silently."""
+    from torch._dynamo.utils import counters
+
+    def f(state, batch):
+        return {"w": state["w"] * 0.5 + batch.sum()}, {"seen": batch.mean()}
+
+    hits = []
+    for _ in range(2):
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        jit(f, donate=True).compile({"w": torch.ones(11)}, torch.ones(7, 3))
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
+    assert hits[1] == 1
+
+
+def test_shared_numbers_are_computed_outside_of_loops():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from purestep.jit.hoist import hoist_scalars
+
+    def f(count, x, y):
+        scale = 1 / (1 - 0.9**count)
+        return x * scale, y * scale, scale + 1
+
+    arguments = torch.tensor(3.0), torch.randn(5), torch.randn(2, 3)
+    graph = make_fx(f, tracing_mode="fake")(*arguments)
+    assert hoist_scalars(graph) == 1
+    stored = [n for n in graph.graph.nodes if n.target is torch.ops.aten.as_strided.default]
+    assert [len(n.users) for n in stored] == [2]
+    assert_trees_equal(list(graph(*arguments)), list(f(*arguments)))

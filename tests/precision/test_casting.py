@@ -252,7 +252,7 @@ def test_hooks_of_the_user_stay_and_see_what_the_module_computes_in():
     model[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
     cast = casting(policy("bf16-true"), model)
     with bind(model, cast.params(dict(model.named_parameters())), around=cast.around) as net:
-        net(torch.ones(2, 4))
+        net[0](torch.ones(2, 4))
     assert seen == [bf16]
     assert len(model[0]._forward_pre_hooks) == 1
 

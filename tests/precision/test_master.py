@@ -8,7 +8,7 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import OptimError
-from purestep.precision import master_weights, policy
+from purestep.precision import MasterWeightsState, master_weights, policy
 
 bf16 = torch.bfloat16
 
@@ -36,6 +36,16 @@ def test_the_master_is_the_inner_optimizer_and_params_are_its_rounding_to_the_bi
         oracle = ps.optim.apply_updates(oracle, steps)
         assert not ps.diff(state.master, oracle)
         assert not ps.diff(params, rounded(oracle))
+
+
+def test_a_sum_of_two_roundings_is_not_good_enough():
+    """A master weight just above the middle of two bfloat16 values, far from the parameter it replaces."""
+    params = {"w": torch.tensor([2.0**-24], dtype=bf16)}
+    master = {"w": torch.tensor([1 + 2.0**-8 + 2.0**-23])}
+    updates = {"w": master["w"] - params["w"].float()}
+    state = MasterWeightsState(master, None)
+    assert not ps.diff(master_weights(ps.optim.sgd(0.1)).apply(params, updates, state), rounded(master))
+    assert ps.diff(ps.optim.apply_updates(params, updates), rounded(master))
 
 
 def test_inside_of_another_transformation_params_follow_to_rounding():

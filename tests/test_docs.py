@@ -1,0 +1,43 @@
+"""The Python blocks of README and docs run, in order, page by page; optimizers have a page test of their own."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_loop_page(capsys):
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/loop.md"):
+        exec(compile(block, "docs/loop.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "reached 2 epochs" in out
+    assert "loss below 0.5" in out
+
+
+@pytest.mark.slow
+def test_readme(tmp_path, monkeypatch):
+    """The first block trains for real; the hand-written step of the second takes its place in `fit`."""
+    from sklearn.datasets import load_digits
+
+    monkeypatch.chdir(tmp_path)
+    digits = load_digits()
+    table = {"image": (digits.images / 16).astype(np.float32), "label": digits.target}
+    cut = {k: v[:1400] for k, v in table.items()}, {k: v[1400:] for k, v in table.items()}
+    first, second = (b for b in blocks("README.md") if "import purestep" in b or "def train_step" in b)
+    namespace = {"__name__": "page", "train_set": cut[0], "val_set": cut[1]}
+    exec(compile(first, "README.md", "exec"), namespace)
+    result, ps = namespace["result"], namespace["ps"]
+    assert result.metrics["val/accuracy"] > 0.85
+    namespace["model"] = namespace["make_model"]()
+    exec(compile(second, "README.md", "exec"), namespace)
+    data = ps.data.batches({"x": cut[0]["image"], "y": cut[0]["label"]}, 128)
+    by_hand = ps.fit(namespace["train_step"], ps.init(namespace["model"], namespace["tx"]), data, until=ps.epochs(1))
+    assert by_hand.metrics["train/loss_epoch"] < 2.3
