@@ -35,7 +35,7 @@ def test_readme(tmp_path, monkeypatch):
     namespace = {"__name__": "page", "train_set": cut[0], "val_set": cut[1]}
     exec(compile(first, "README.md", "exec"), namespace)
     result, ps = namespace["result"], namespace["ps"]
-    assert result.metrics["val/accuracy"] > 0.85
+    assert result.metrics["val/accuracy"] > 0.7  # five epochs at 3e-4; chance is 0.1
     namespace["model"] = namespace["make_model"]()
     exec(compile(second, "README.md", "exec"), namespace)
     data = ps.data.batches({"x": cut[0]["image"], "y": cut[0]["label"]}, 128)
