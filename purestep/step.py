@@ -264,9 +264,8 @@ def merge_gradients(state: TrainState, parts: list[Gradients]) -> Gradients:
     """Merge what the microbatches of one batch contribute, in a fixed binary tree.
 
     Gradients are averaged by weight, and so is what the forward pass added to floating buffers: each microbatch starts
-        from
-    the same buffers, as on several devices. A buffer that nobody changed keeps its bits. Integer buffers are taken from
-    the first.
+    from the same buffers, as on several devices. A buffer that nobody changed keeps its bits. Integer buffers are taken
+    from the first.
     """
     if len(parts) == 1:
         return parts[0]

@@ -162,10 +162,24 @@ def test_leaves_that_are_views_of_one_buffer_or_expanded():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_batch_that_shares_memory_with_the_state(first):
+def test_a_batch_that_shares_memory_with_the_state(first, monkeypatch):
+    """A compiled kernel may write the state before another reads the batch, so the batch has to be a copy."""
+    from purestep.jit import backends
+
+    shared = []
+
+    def spying(traced, mode):
+        def run(tensors):
+            state = {x.untyped_storage().data_ptr() for x in tensors[:2]}
+            shared.append(tensors[2].untyped_storage().data_ptr() in state)
+            return traced.graph.forward(*tensors)
+
+        return run
+
     def function(s, x):
         return Pair(s.a * 2 + x.sum(), s.b + x), {}
 
+    monkeypatch.setitem(backends._BACKENDS, "eager", spying)
     step = jit(function, backend="eager", donate=True)
     state = Pair(torch.ones(3), torch.ones(3))
     if not first:
@@ -173,6 +187,7 @@ def test_a_batch_that_shares_memory_with_the_state(first):
     expected, _ = function(copy.deepcopy(state), state.a.clone())
     new, _ = step(state, state.a)
     assert_trees_equal(new, expected)
+    assert not any(shared)
 
 
 def test_a_state_that_stays_as_it_is():
