@@ -20,6 +20,7 @@ from purestep.errors import StepError, explain
 from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
 from purestep.metrics import sample_count
+from purestep.sharding.local import microbatch_sizes as microbatch_sizes
 from purestep.treesum import TreeSum as TreeSum
 
 T = TypeVar("T")
@@ -147,17 +148,6 @@ def stop_gradient(value: T) -> T:
 
 
 # --- microbatches -----------------------------------------------------------------------------------------------------
-
-
-def microbatch_sizes(samples: int, parts: int) -> list[int]:
-    """Return the sizes of the microbatches: equal, or with the first ones larger by one sample.
-
-    Example:
-        >>> microbatch_sizes(10, 4)
-        [3, 3, 2, 2]
-    """
-    base, rest = divmod(samples, parts)
-    return [base + (i < rest) for i in range(parts)]
 
 
 def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
