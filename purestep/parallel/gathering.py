@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purestep.accumulate import Accumulation
+from purestep.accumulate import Accumulation, Gradients
 from purestep.parallel.shares import Shares
 from purestep.sharding import collectives, place
 from purestep.sharding.gather import Session, Unit, Units
@@ -52,6 +52,31 @@ class Gathering:
         known = self.session.tensors()
         given = {n: known.get(n, t) for n, t in params.items()}, {n: known.get(n, t) for n, t in buffers.items()}
         return *given, functools.partial(both, self.session.around, cast.around)
+
+    def gathered(self, view: Any) -> Any:
+        """Return the state with all parameters whole, for a compiled piece: they stay until it has run."""
+        params, buffers = view.params, view.buffers
+        parts = {n: (params if n in params else buffers)[n] for n in self.split}
+        self.units = units_of(self.shares.plan, view.model.module, self.split, parts, params)
+        self.session = Session(self.units, parts, self.sink)
+        pending = [collectives.gather(u.rows.pack([parts[n] for n in u.names]), self.units.group) for u in self.units.units]
+        known: dict[str, Tensor] = {}
+        for unit, sent in zip(self.units.units, pending, strict=True):
+            known.update(unit.rows.wholes(unit.rows.unpack(sent.wait())))
+        return view.replace(
+            params={n: known.get(n, t) for n, t in params.items()},
+            buffers={n: known.get(n, t) for n, t in buffers.items()},
+        )
+
+    def taken(self, part: Gradients, view: Any) -> Gradients:
+        """Take the gradients of whole parameters, as a compiled piece returns them; `part` with frozen parts again."""
+        self.weight = part.weight
+        for number, unit in enumerate(self.units.units):
+            if unit.trained:
+                self._late[number] = self._rows(unit, [part.grads[n] for n in unit.trained])
+        buffers = {n: view.buffers[n] if n in self.split else t for n, t in part.buffers.items()}
+        kept = {n: view.params[n] if n in self.split else g for n, g in part.grads.items()}
+        return part.replace(buffers=buffers, grads=kept)  # type: ignore[attr-defined, no-any-return]
 
     def forward_done(self, weight: Any, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take note of what the microbatch weighs, before its backward pass; return the buffers with frozen parts."""

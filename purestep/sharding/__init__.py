@@ -3,6 +3,8 @@
 Re-exports what users type. Nothing here loads torch's DTensor before a leaf is sharded over more than one process.
 """
 
+from purestep.sharding.local import LocalBatch as LocalBatch
+from purestep.sharding.local import local_batch as local_batch
 from purestep.sharding.mesh import Mesh as Mesh
 from purestep.sharding.mesh import mesh as mesh
 from purestep.sharding.plan import Plan as Plan
