@@ -1,15 +1,14 @@
 """Bits of a leaf: what it is called, its bytes, and how far two leaves are apart.
 
 Owns `describe`, the digest over named leaves and `Difference`. It knows tensors, numpy arrays and Python scalars, and
-never
-looks at the structure of a tree: `tree.digest` and `tree.diff` do that and call it.
+never looks at the structure of a tree: `tree.digest` and `tree.diff` do that and call it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,12 +33,23 @@ def describe(leaf: Any) -> str:
     return f"{type(leaf).__name__} {leaf!r}"
 
 
+# How to gather a tensor that is split over processes; `sharding.place` sets it.
+gatherer: Callable[[Any], torch.Tensor] | None = None
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, gathered if it is split over processes (a DTensor): then each of them calls this."""
+    if type(tensor) is torch.Tensor or not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.full_tensor() if gatherer is None else gatherer(tensor)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     """Return the elements of a tensor as a flat uint8 array on the host, in logical (row-major) order.
 
     It is a view where the memory allows. Conjugate and negative bits are resolved, strides do not show.
     """
-    host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    host = whole(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
     return host.reshape(-1).view(torch.uint8).numpy()
 
 
@@ -162,7 +172,7 @@ def _difference(path: str, a: Any, b: Any) -> Difference | None:
 def _elements(leaf: Any) -> torch.Tensor:
     """Return the elements as a flat tensor on the host; numpy and torch name the small floats alike."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+        return whole(leaf).detach().resolve_conj().resolve_neg().cpu().reshape(-1)
     dtype = getattr(torch, leaf.dtype.name)
     return torch.from_numpy(_little_endian(leaf).reshape(-1).view(np.uint8).copy()).view(dtype)
 
