@@ -92,11 +92,12 @@ def test_the_whole_tape_replayed_in_order_is_the_plain_init(make, seed):
 def test_deferred_states_have_the_structure_of_plain_ones(make):
     plain, one, two = (ps.init(make, TX, seed=3, deferred=d) for d in (False, True, True))
     assert ps.digest(one) == ps.digest(two)
-    assert tree.structure(plain) == tree.structure(one)
+    # Every parametrized module has a class of its own.
+    assert tree.structure(plain.replace(model=None)) == tree.structure(one.replace(model=None))
     for name, a, b in zip(tree.names(plain), tree.leaves(plain), tree.leaves(one), strict=True):
         assert tree.describe(a) == tree.describe(b), name
         assert b.device.type == "cpu"
-        assert b.is_contiguous()
+        assert b.stride() == a.stride()
         assert not b.requires_grad
     # What is not drawn at random has the bits of the plain init.
     exact = [n for n in ("constant", "eye") if n in plain.params]
