@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import random
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 # Before anything imports numpy, torch or JAX: some read these only once. Subprocesses of tests inherit them.
 for _name, _value in {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}.items():
     os.environ.setdefault(_name, _value)
+
+# Whichever test starts the fork server of its process: workers find torch there, as those of `ps.data.batches` do.
+multiprocessing.set_forkserver_preload(["__main__", "purestep.data.workers"])
 
 import hypothesis
 import numpy as np

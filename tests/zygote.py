@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PRELOAD = "numpy torch purestep purestep.data purestep.loop purestep.callbacks"
+PRELOAD = "numpy numpy.random torch purestep purestep.data purestep.loop purestep.callbacks"
 
 # --- the side of the tests --------------------------------------------------------------------------------------------
 
