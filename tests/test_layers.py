@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # The order of rooms: each may import from those before it, and from itself. `__init__` stands above all.
 ROOMS = (
-    "lazy errors bits tree notebook random keyed sharding metrics optim precision slots functional state grad step jit "
+    "lazy errors bits tree notebook random keyed slots sharding metrics optim precision functional state grad step jit "
     "data snapshot loggers ui loop callbacks trainer testing cli"
 ).split()
 
