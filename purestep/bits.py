@@ -18,9 +18,7 @@ import torch
 
 from purestep.errors import TreeError, explain
 
-BLOCK = (
-    1 << 20
-)  # bytes; a longer leaf is hashed by blocks of this size, so that several threads or processes can share it
+BLOCK = 1 << 20  # bytes; longer leaves are hashed by blocks of this size, which threads and ranks can share
 _HASH_THREADS = 4
 _DECIMAL_BITS = 10_000  # Python refuses to write much longer integers in decimal
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -103,7 +101,7 @@ def digest_row(path: str, leaf: Any) -> tuple[str, int, bytes]:
 
 
 def digest_rows(rows: Iterable[tuple[str, str, int, bytes]]) -> str:
-    """Return the digest of a tree from the (path, kind, number of bytes, condensed bytes) of each leaf, in any order."""
+    """Return the digest of a tree from (path, kind, number of bytes, condensed bytes) of its leaves, in any order."""
     total = hashlib.sha256()
     for path, kind, count, content in sorted(rows, key=lambda row: row[0]):
         header = f"{path}\0{kind}\0{count}\0".encode()

@@ -218,9 +218,8 @@ def test_long_leaves_are_hashed_by_blocks_and_every_block_counts():
         other[position] ^= 1
         assert digest({"w": other}) != want
     assert digest({"w": torch.cat([blocks[1], blocks[0], blocks[2]])}) != want
-    assert digest({"w": raw[:BLOCK]}) == digest_rows(
-        [("['w']", f"uint8[{BLOCK}]", BLOCK, raw[:BLOCK].numpy().tobytes())]
-    )
+    small = raw[:BLOCK]
+    assert digest({"w": small}) == digest_rows([("['w']", f"uint8[{BLOCK}]", BLOCK, small.numpy().tobytes())])
 
 
 def test_a_digest_can_be_put_together_from_rows_made_anywhere():
