@@ -114,7 +114,7 @@ def condense(content: bytes | np.ndarray) -> bytes:
     """Return up to `BLOCK` bytes as they are, and the sha256 over the sha256 of each block of more than that."""
     if len(content) <= BLOCK:
         return bytes(content)
-    view = memoryview(content)
+    view = np.frombuffer(content, np.uint8)
     blocks = [view[start : start + BLOCK] for start in range(0, len(content), BLOCK)]
     with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
