@@ -21,6 +21,7 @@ from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
 from purestep.metrics import sample_count
 from purestep.sharding.local import microbatch_sizes as microbatch_sizes
+from purestep.sharding.local import piece
 from purestep.treesum import TreeSum as TreeSum
 
 T = TypeVar("T")
@@ -186,7 +187,6 @@ def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
     out, start = [], 0
     for size in microbatch_sizes(samples, parts):
         if size:
-            piece = slice(start, start + size)
-            out.append((tree.map(lambda x, s=piece: x[s] if getattr(x, "ndim", 0) else x, batch), size))
+            out.append((piece(batch, start, start + size), size))
             start += size
     return out
