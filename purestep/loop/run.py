@@ -117,6 +117,7 @@ class Run:
             if self.run_dir is not None:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(Lock(self.run_dir))
+                snapshot.disk.clean(resume_.store_root(self.run_dir))  # what a process that was killed left half-written
                 self._store = stack.enter_context(
                     snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
                 )

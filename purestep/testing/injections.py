@@ -18,7 +18,8 @@ from purestep.testing import powercut
 from purestep.testing.lane import Lane, Straight, facts_of
 
 _KILLED, _INTERRUPTED, _TERMINATED = -9, 130, 143
-_KILLS_A_RUN = 20
+_KILLS_A_RUN = 25
+_COMMIT = re.compile(r"rename /snapshots/\d+\.purestep-tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,54 +65,68 @@ class Fault:
 
 
 def _kill_at_random(trial: Trial) -> None:
-    draw, lane, struck = trial.draw, trial.lane(), 0
-    while struck < trial.times:
-        outcome = lane.go(kill_after=draw.random() * trial.base.seconds, codes=(_KILLED, 0))
-        struck += outcome.code == _KILLED
-        if outcome.code == 0 or lane.injected == _KILLS_A_RUN:
-            lane.end()
-            lane = trial.lane()
-    lane.end()
+    draw, lanes = trial.draw, _Lanes(trial)
+    while lanes.struck < trial.times:
+        lane = lanes.next()
+        lane.go(kill_after=0.7 * draw.random() * trial.base.seconds, codes=(_KILLED, 0), verify=True)
+    lanes.end()
 
 
 def _kill_in_saves(trial: Trial) -> None:
-    """Before and after each operation of the first saves in turn, then at random ones; the rerun goes on from there."""
-    first = _operations_of_saves(trial.base.operations, saves=2)
-    draw, lane, struck = trial.draw, trial.lane(), 0
-    while struck < trial.times:
-        whole = 2 * len(trial.base.operations)
-        at = first[struck] if struck < len(first) else draw.randint(1, whole)
-        shim = {"do": "kill", "on": "os", "at": at, "run_dir": str(lane.run_dir)}
-        outcome = lane.go(shim, codes=(_KILLED, 0))
-        struck += outcome.code == _KILLED
-        # A run that was killed in its first save has to be killed there afresh: each of these is a run of its own.
-        if outcome.code == 0 or struck < len(first) or lane.injected == _KILLS_A_RUN:
-            lane.end()
-            lane = trial.lane()
-    lane.end()
-
-
-def _operations_of_saves(operations: tuple[str, ...], *, saves: int) -> list[int]:
-    """Return the counts (twice for each operation) from the first operation of a snapshot to the end of some saves."""
-    inside = [i for i, name in enumerate(operations) if "/snapshots" in name]
-    commits = [i for i, name in enumerate(operations) if re.match(r"rename /snapshots/\d+\.purestep-tmp", name)]
-    last = commits[min(saves, len(commits)) - 1] + 1
-    return [count for i in inside if i <= last for count in (2 * i + 1, 2 * i + 2)]
+    """Before and after each operation of a process's first two saves in turn, then at random ones."""
+    saves = [name for name in trial.base.operations if "/snapshots" in name]
+    commits = [i for i, name in enumerate(saves) if _COMMIT.match(name)]
+    first = 2 * (commits[min(2, len(commits)) - 1] + 3)
+    draw, lanes = trial.draw, _Lanes(trial)
+    while lanes.struck < trial.times:
+        lane = lanes.next()
+        at = lanes.struck + 1 if lanes.struck < first else draw.randint(1, 2 * len(saves))
+        shim = {"do": "kill", "on": "save", "at": at, "run_dir": str(lane.run_dir)}
+        lane.go(shim, codes=(_KILLED, 0), verify=True)
+    lanes.end()
 
 
 def _power_cut(trial: Trial) -> None:
-    draw, lane = trial.draw, trial.lane()
-    for number in range(trial.times):
+    draw, lanes = trial.draw, _Lanes(trial, kills=5)
+    while lanes.struck < trial.times:
+        lane = lanes.next()
         at = draw.randint(1, len(trial.base.operations))
         under = {"run_dir": str(lane.run_dir)}
         record = {"do": "record", "shadow": str(lane.shadow), **under}
-        outcome = lane.go(record, {"do": "kill", "on": "os", "at": at, **under}, codes=(_KILLED, 0))
+        outcome = lane.go(record, {"do": "kill", "on": "os", "at": at, **under}, codes=(_KILLED, 0), verify=True)
         if outcome.code == _KILLED:
+            number = lanes.struck
             powercut.cut(lane.run_dir, lane.shadow, seed=trial.seed + number, durable_only=number % 2 == 0)
-        if outcome.code == 0 or number % 4 == 3:
-            lane.end()
-            lane = trial.lane()
-    lane.end()
+    lanes.end()
+
+
+class _Lanes:
+    """Lanes that are struck until their run is complete, or often enough."""
+
+    def __init__(self, trial: Trial, *, kills: int = _KILLS_A_RUN) -> None:
+        self.trial, self.kills = trial, kills
+        self.done: list[Lane] = []
+        self.lane: Lane | None = None
+
+    @property
+    def struck(self) -> int:
+        """Faults so far."""
+        return sum(lane.injected for lane in self.done) + (0 if self.lane is None else self.lane.injected)
+
+    def next(self) -> Lane:
+        """Return the lane to strike."""
+        if self.lane is not None and (self.lane.complete or self.lane.injected >= self.kills):
+            self.end()
+        if self.lane is None:
+            self.lane = self.trial.lane()
+        return self.lane
+
+    def end(self) -> None:
+        """Let the present lane finish."""
+        if self.lane is not None:
+            self.lane.end()
+            self.done.append(self.lane)
+            self.lane = None
 
 
 def _signalled(signals: list[str], codes: tuple[int, ...]) -> Callable[[Trial], None]:

@@ -7,6 +7,7 @@ may have written it in passing) there: a draw decides for each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -33,40 +34,47 @@ class Recorder:
         for path in _places(run_dir).values() if run_dir.exists() else ():
             self._keep(str(path))
 
-    def note(self, name: str, path: str) -> None:
-        """Hear of an operation that is about to happen: fsync keeps what is there now, and what is removed is lost."""
+    def note(self, name: str, path: str, target: str = "") -> None:
+        """Hear of an operation that is about to happen: fsync keeps what is there now."""
         if name in ("unlink", "rmdir"):
             self._forget(path)
+        elif name in ("rename", "replace"):
+            self._forget(target)
         elif name == "fsync":
             self._keep(path)
 
     def _keep(self, path: str) -> None:
         status = os.stat(path)
-        partial = self.shadow / f"{status.st_ino}.partial"
         with self._lock:
+            key = _key(self.shadow, status.st_ino)
+            partial = self.shadow / f"{key}.partial"
             if os.path.isdir(path):
-                partial.write_text(json.dumps({entry.name: entry.inode() for entry in os.scandir(path)}))
-                partial.rename(_listing(self.shadow, status.st_ino))
+                partial.write_text(json.dumps(_entries(self.shadow, Path(path))))
+                partial.rename(self.shadow / f"{key}.entries")
             else:
                 shutil.copyfile(path, partial)
-                partial.rename(_content(self.shadow, status.st_ino))
+                partial.rename(self.shadow / f"{key}.bytes")
 
     def _forget(self, path: str) -> None:
-        try:
+        """The inode may be used again: what comes then is another file."""
+        with contextlib.suppress(OSError):
             inode = os.lstat(path).st_ino
-        except OSError:
-            return
-        with self._lock:
-            _listing(self.shadow, inode).unlink(missing_ok=True)
-            _content(self.shadow, inode).unlink(missing_ok=True)
+            with self._lock:
+                (self.shadow / f"{inode}.version").write_text(str(_version(self.shadow, inode) + 1))
 
 
-def _listing(shadow: Path, inode: int) -> Path:
-    return shadow / f"{inode}.entries"
+def _version(shadow: Path, inode: int) -> int:
+    path = shadow / f"{inode}.version"
+    return int(path.read_text()) if path.exists() else 0
 
 
-def _content(shadow: Path, inode: int) -> Path:
-    return shadow / f"{inode}.bytes"
+def _key(shadow: Path, inode: int) -> str:
+    """Name what is now behind an inode."""
+    return f"{inode}.{_version(shadow, inode)}"
+
+
+def _entries(shadow: Path, directory: Path) -> dict[str, str]:
+    return {entry.name: _key(shadow, entry.inode()) for entry in os.scandir(directory)}
 
 
 def cut(run_dir: Path, shadow: Path, *, seed: int, durable_only: bool) -> None:
@@ -81,22 +89,21 @@ def cut(run_dir: Path, shadow: Path, *, seed: int, durable_only: bool) -> None:
     draw = random.Random(seed)
     rebuilt = run_dir.with_name(f"{run_dir.name}.after-cut")
     shutil.rmtree(rebuilt, ignore_errors=True)
-    places = _places(run_dir)
+    places = {_key(shadow, inode): path for inode, path in _places(run_dir).items()}
 
     def lucky() -> bool:
         return not durable_only and draw.random() < 0.5
 
-    def rebuild(inode: int, target: Path) -> None:
-        now, listing, content = places.get(inode), _listing(shadow, inode), _content(shadow, inode)
-        if listing.exists() or (now is not None and now.is_dir()):
+    def rebuild(key: str, target: Path) -> None:
+        now, listing, content = places.get(key), shadow / f"{key}.entries", shadow / f"{key}.bytes"
+        if now.is_dir() if now is not None else listing.exists():
             target.mkdir()
             entries = json.loads(listing.read_text()) if listing.exists() else {}
-            present = {entry.name: entry.inode() for entry in os.scandir(now)} if now is not None else {}
+            present = {} if now is None else _entries(shadow, now)
             for name in sorted({*entries, *present}):
                 # An entry that was added, removed or renamed since the last fsync is as it was, or as it is by luck.
-                settled = entries.get(name) == present.get(name)
-                chosen = present.get(name) if settled or lucky() else entries.get(name)
-                if chosen is not None and (chosen in places or _known(shadow, chosen)):
+                chosen = present.get(name) if entries.get(name) == present.get(name) or lucky() else entries.get(name)
+                if chosen is not None:
                     rebuild(chosen, target / name)
         elif now is not None and lucky():
             shutil.copyfile(now, target)
@@ -105,7 +112,7 @@ def cut(run_dir: Path, shadow: Path, *, seed: int, durable_only: bool) -> None:
         else:
             target.write_bytes(b"")
 
-    rebuild(run_dir.stat().st_ino, rebuilt)
+    rebuild(_key(shadow, run_dir.stat().st_ino), rebuilt)
     shutil.rmtree(run_dir)
     rebuilt.rename(run_dir)
     shutil.rmtree(shadow)
@@ -118,7 +125,3 @@ def _places(root: Path) -> dict[int, Path]:
             path = Path(parent, name)
             found[path.lstat().st_ino] = path
     return found
-
-
-def _known(shadow: Path, inode: int) -> bool:
-    return _listing(shadow, inode).exists() or _content(shadow, inode).exists()

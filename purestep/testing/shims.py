@@ -1,7 +1,7 @@
 """What the fault harness installs in a child before its run: triggers, and what they set off.
 
-A trigger counts operations of the operating system under the run directory ("os"), batches ("batch"), or is there from
-the beginning ("start"). All of it is patched in one process that ends soon; nothing here is used by a run of a user's.
+A trigger counts operations of the operating system under the run directory ("os"; "save" those on snapshots), batches
+("batch"), rows of the log ("log"), reactions of callbacks ("react"), or is there from the beginning ("start"). All of it is patched in one process that ends soon; nothing here is used by a run of a user's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Injector:
 
     def __init__(self, shims: Sequence[Shim], report: Path) -> None:
         self.shims, self.report = shims, report
-        self.counts = {"os": 0, "batch": 0, "log": 0, "react": 0, "start": 0}
+        self.counts = {"os": 0, "save": 0, "batch": 0, "log": 0, "react": 0, "start": 0}
         self.failing: set[int] = set()
         self.template: Any = None
         self.under = next((s["run_dir"] for s in shims if "run_dir" in s), "")
@@ -55,22 +55,28 @@ class Injector:
 
     # --- operations of the operating system ---------------------------------------------------------------------------
 
-    def operation(self, name: str, path: str, call: Callable[[], Any]) -> Any:
+    def operation(self, name: str, path: str, call: Callable[[], Any], target: str = "") -> Any:
         """Do an operation, or fail as the disk would. It is counted twice: a process may die before and after it."""
         if not self.under or not (path + os.sep).startswith(self.under + os.sep):
             return call()
         if self.tracing:
             self.note("os", f"{name} {path[len(self.under) :]}")
-        self.tick("os")
+        in_snapshots = path[len(self.under) :].startswith("/snapshots")
+        self._moment(in_snapshots)
         for number in self.failing:
             # A full disk still lets go of what is there; one that is read-only changes nothing at all.
             if number == errno.EROFS or name not in ("unlink", "rmdir"):
                 raise OSError(number, os.strerror(number), path)
         for recorder in self.recorders:
-            recorder.note(name, path)
+            recorder.note(name, path, target)
         result = call()
-        self.tick("os")
+        self._moment(in_snapshots)
         return result
+
+    def _moment(self, in_snapshots: bool) -> None:
+        self.tick("os")
+        if in_snapshots:
+            self.tick("save")
 
 
 def _path(target: Any, dir_fd: int | None) -> str:
@@ -120,7 +126,8 @@ def _wrapped(injector: Injector, name: str) -> Callable[..., Any]:
     @functools.wraps(call)
     def operation(*args: Any, **kwargs: Any) -> Any:
         path = _path(args[0], kwargs.get("dir_fd")) if args else ""
-        return injector.operation(name, path, lambda: call(*args, **kwargs))
+        target = _path(args[1], None) if name in ("rename", "replace") else ""
+        return injector.operation(name, path, lambda: call(*args, **kwargs), target)
 
     return operation
 

@@ -1,12 +1,14 @@
 """A process that has imported everything once and forks children that run a script or a function.
 
 Importing torch, JAX and Orbax costs seconds, a fork milliseconds, so hundreds of runs can be started and killed. The
-server never trains and never starts a thread. `faults` talks to it; every child is an ordinary process that ends through
-the interpreter, with an exit code.
+server never trains and never starts a thread. `faults` talks to it; every child is a process of its own, which waits for
+its threads, runs its exit functions and says how it ended by its exit code.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -15,7 +17,9 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,9 +164,11 @@ class Zygote:
 
 
 def serve(requests: int, replies: int) -> None:
-    """Fork a child for each request until the pipe of requests is closed. A child returns from here like a script."""
+    """Fork a child for each request until the pipe of requests is closed."""
     for name in _PRELOAD:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page that it looks at
     wake, note = os.pipe()
     os.set_blocking(note, False)
     os.set_blocking(wake, False)
@@ -191,7 +197,6 @@ def serve(requests: int, replies: int) -> None:
                 for descriptor in (requests, replies, wake, note):
                     os.close(descriptor)
                 _run(request)
-                return
             os.write(replies, json.dumps(["started", pid]).encode() + b"\n")
 
 
@@ -218,7 +223,7 @@ def _loaded(file: str) -> Any:
 
 
 def _run(request: Mapping[str, Any]) -> None:
-    """Be the child: redirect, inject, run, and leave by SystemExit."""
+    """Be the child: redirect, inject, run, and leave."""
     from purestep.testing import shims
 
     directory = Path(request["directory"])
@@ -228,18 +233,44 @@ def _run(request: Mapping[str, Any]) -> None:
     _redirect(str(directory / "stderr"), 2)
     injector = shims.install(request["shims"], report=directory / "report")
     sys.argv = [request["file"], *request["argv"]]
-    code: Any = 0
+    try:
+        code = _called(request)
+        if request["verify"] and not code:
+            injector.note("digest", shims.digest_of(Path(request["verify"]), injector.template))
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = -signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _called(request: Mapping[str, Any]) -> int:
     try:
         if request["function"] is None:
             runpy.run_path(request["file"], run_name="__main__")
-        else:
-            result = getattr(_loaded(request["file"]), request["function"])(Path(request["argv"][0]))
-            code = getattr(result, "exit_code", result if isinstance(result, int) else 0)
+            return 0
+        result = getattr(_loaded(request["file"]), request["function"])(Path(request["argv"][0]))
+        return getattr(result, "exit_code", result if isinstance(result, int) else 0)
     except SystemExit as ended:
-        code = ended.code
-    if request["verify"] and not code:
-        injector.note("digest", shims.digest_of(Path(request["verify"]), injector.template))
-    sys.exit(code)
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+
+def _leave(code: int) -> None:
+    """End as the interpreter does: threads, exit functions, flush, code. Taking all modules apart first, in every
+    child, would take longer than the runs."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        code = code or 120
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def _redirect(place: str, descriptor: int) -> None:
