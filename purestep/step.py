@@ -16,16 +16,16 @@ from torch import Tensor
 
 from purestep import metrics as metrics_
 from purestep import random, tree
+from purestep.accumulate import Gradients, accumulate
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
-from purestep.grad import Engine, TreeSum, grad_and_value, split_batch, weighted_mean
+from purestep.grad import Engine, grad_and_value, split_batch
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.optim.base import GradientTransformation
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
 from purestep.state import TrainState
-from purestep.tree import pytree
 
 LossFn = Callable[[Any, Any], Any]
 Metrics = dict[str, Metric]
@@ -61,23 +61,6 @@ def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
     return Weighted(loss, torch.full((), weight, dtype=dtype, device=loss.device))
 
 
-@pytree
-class Gradients:
-    """What one microbatch contributes to an update.
-
-    Attributes:
-        grads: gradients of the mean loss of the microbatch, of the structure of the params.
-        weight: what the loss is a mean over: samples (int), or the weight the loss function returned.
-        buffers: buffers after the forward pass.
-        metrics: metrics of the microbatch.
-    """
-
-    grads: Any
-    weight: Any
-    buffers: dict[str, Tensor]
-    metrics: Metrics
-
-
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A training step. Made by `make_step`; call it as `step(state, batch)`."""
@@ -90,11 +73,10 @@ class Step:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        parts = [
-            self.grads(state, microbatch, index)
-            for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatches))
-        ]
-        return self.update(state, merge_gradients(state, parts))
+        total = accumulate(state, sample_count(batch), self.microbatches)
+        for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatches)):
+            total.add(self.grads(state, microbatch, index), index)
+        return self.update(state, total.result())
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
@@ -258,35 +240,6 @@ def _loss_message(loss_fn: LossFn, out: Any) -> str:
         where=f"{getattr(loss_fn, '__name__', 'loss_fn')} returned {shown(out)}",
         instead=instead,
     )
-
-
-def merge_gradients(state: TrainState, parts: list[Gradients]) -> Gradients:
-    """Merge what the microbatches of one batch contribute, in a fixed binary tree.
-
-    Gradients are averaged by weight, and so is what the forward pass added to floating buffers: each microbatch starts
-    from the same buffers, as on several devices. A buffer that nobody changed keeps its bits. Integer buffers are taken
-    from the first.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    weights = [part.weight for part in parts]
-    buffers: dict[str, Tensor] = {}
-    for name, old in state.buffers.items():
-        new = [part.buffers[name] for part in parts]
-        kept = not (old.is_floating_point() or old.is_complex()) or all(t is old for t in new)
-        buffers[name] = new[0] if kept else _merge_buffer(old, new, weights)
-    total = TreeSum(metrics_.merge)
-    for part in parts:
-        total.add(part.metrics)
-    grads = weighted_mean([part.grads for part in parts], weights)
-    return Gradients(grads, sum(weights), buffers, total.result())
-
-
-def _merge_buffer(old: Tensor, new: list[Tensor], weights: list[Any]) -> Tensor:
-    with torch.no_grad():
-        changes = [torch.where(t == old, torch.zeros_like(old), t - old) for t in new]  # equal infinities differ by 0
-        mean = weighted_mean(changes, weights)
-        return torch.where(mean == 0, old, old + mean)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -290,6 +290,16 @@ def names(tree: Any) -> list[str]:
     return [".".join(str(part) for part in path) for path in optree.tree_paths(tree)]
 
 
+def parts(tree: Any) -> list[tuple[Any, ...]]:
+    """Return the path of each leaf, in order, as the tuple of its keys, indices and field names.
+
+    Example:
+        >>> parts({"0.weight": 1, "layers": [2, 3]})
+        [('0.weight',), ('layers', 0), ('layers', 1)]
+    """
+    return [tuple(path) for path in optree.tree_paths(tree)]
+
+
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like `map`, but the function gets the dotted name of the leaf (see `names`) as its first argument."""
     values, treedef = flatten(tree)
