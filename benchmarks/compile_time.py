@@ -1,0 +1,47 @@
+"""Seconds of the first step: cold (an empty compiler cache) and warm (a new process, the cache of the cold one).
+
+Every measurement has a process of its own, which has imported torch but none of its compiler; the clock runs from the
+first call of the step to its loss.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from benchmarks.training import Say
+from benchmarks.worker import Failure, Worker
+
+PEERS = ("compile-all", "ps-donate", "jax")
+
+
+def run(settings: Any, say: Say) -> dict[str, Any]:
+    """Measure each workload of `settings.compile_workloads` `settings.compile_rounds` times."""
+    results: dict[str, Any] = {}
+    for workload in settings.compile_workloads:
+        found: dict[str, dict[str, list[float]]] = {name: {"cold": [], "warm": []} for name in PEERS}
+        failed: dict[str, str] = {}
+        for _ in range(settings.compile_rounds):
+            for name in PEERS:
+                try:
+                    with tempfile.TemporaryDirectory(prefix="purestep-bench-") as cache:
+                        for kind in ("cold", "warm"):
+                            found[name][kind].append(_first_step(name, workload, cache))
+                except Failure as failure:
+                    failed[name] = str(failure)
+        results[workload] = {"seconds": found, "failed": failed}
+        shown = (f"{n} {min(s['cold']):.1f} / {min(s['warm']):.1f} s" for n, s in found.items() if s["warm"])
+        say(f"first step of {workload}, cold / warm: " + ", ".join(shown))
+    return results
+
+
+def _first_step(name: str, workload: str, cache: str) -> float:
+    worker = Worker(name, {"TORCHINDUCTOR_CACHE_DIR": cache})
+    try:
+        worker.ask("load")
+        worker.answer()
+        worker.ask("build", workload)
+        worker.answer()
+        return worker.run(1)["wall"]
+    finally:
+        worker.close()
