@@ -22,9 +22,10 @@ CODE = "import time; t = time.perf_counter(); import {}; print(time.perf_counter
 
 def run(settings: Any, say: Say) -> dict[str, Any]:
     """Return `{name: {"seconds": (median, quartiles), "rounds": [...]}}`; what is not installed is left out."""
-    rounds: dict[str, list[float]] = {name: [] for name in LIBRARIES}
+    chosen = {name: LIBRARIES[name] for name in settings.imports}
+    rounds: dict[str, list[float]] = {name: [] for name in chosen}
     for number in range(settings.import_rounds + 1):  # the first one fills the page cache
-        for name, modules in LIBRARIES.items():
+        for name, modules in chosen.items():
             done = subprocess.run(
                 [sys.executable, "-c", CODE.format(modules)],
                 capture_output=True,

@@ -7,8 +7,6 @@ from typing import Any
 from benchmarks.training import Say
 from benchmarks.worker import Failure, Worker
 
-PEERS = ("loop", "loop-fused", "compile-all", "lightning", "jax", "ps-eager", "ps-fused", "ps-jit", "ps-donate")
-
 
 def run(settings: Any, say: Say) -> dict[str, Any]:
     """Return `{"peers": {name: {"loaded", "peak", "grown"}}, "failed": {...}}`, in MB.
@@ -18,7 +16,7 @@ def run(settings: Any, say: Say) -> dict[str, Any]:
     """
     found: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}
-    for name in PEERS:
+    for name in settings.memory:
         try:
             found[name] = peak(name, "wide", {"TORCHINDUCTOR_CACHE_DIR": str(settings.cache)})
         except Failure as failure:

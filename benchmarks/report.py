@@ -40,8 +40,8 @@ def _heading(results: Results) -> str:
     return (
         f"# Benchmark, {results['settings']}\n\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}; "
-        f"Python {machine['python']}; {machine['compiler']}; {versions}. One thread per process; load of the machine at "
-        f"the start {machine['load']:.1f}; {results['seconds'] / 60:.0f} minutes, {results['date']}. A ratio is the "
+        f"Python {machine['python']}; {machine['compiler']}; {versions}. One thread per process; load at the start "
+        f"{machine['load']:.1f}; {results['seconds'] / 60:.0f} minutes, {results['date']}. A ratio is the "
         "median of the ratios of rounds, in brackets its quartiles."
     )
 
@@ -81,8 +81,7 @@ def _training(results: Any) -> str:
             rows.append([PEERS[name].title, f"{middle:.2f} [{low:.2f}, {high:.2f}]", time, f"{peer['cpu']:.2f}"])
         rows += [[PEERS[name].title, "-", _why(text), "-"] for name, text in found["failed"].items()]
         parts.append(
-            f"**{found['title']}**\n\n"
-            + table(["trainer", "x", "a step, median [min, max]", "cores used"], rows)
+            f"**{found['title']}**\n\n" + table(["trainer", "x", "a step, median [min, max]", "cores used"], rows)
         )
     return "\n\n".join(parts)
 
@@ -100,16 +99,23 @@ def _compile_time(results: Any) -> str:
     for workload, found in results.items():
         for name, seconds in found["seconds"].items():
             if seconds["warm"]:
-                shown = [", ".join(f"{s:.1f} s" for s in seconds[kind]) for kind in ("cold", "warm")]
+                shown = [", ".join(f"{s:.1f}" for s in seconds[k]) for k in ("cold", "warm", "cold_cpu", "warm_cpu")]
                 rows.append([workload, PEERS[name].title, *shown])
-        rows += [[workload, PEERS[name].title, _why(text), "-"] for name, text in found["failed"].items()]
-    return "## First step\n\n" + table(["model", "trainer", "empty cache", "cache filled"], rows)
+        rows += [[workload, PEERS[name].title, _why(text), "-", "-", "-"] for name, text in found["failed"].items()]
+    head = ["model", "trainer", "empty cache", "cache filled", "CPU, empty", "CPU, filled"]
+    return "## First step, seconds\n\n" + table(head, rows)
 
 
 def _memory(results: Any) -> str:
     base = results["peers"].get("loop-fused", {}).get("peak", float("nan"))
     rows = [
-        [PEERS[n].title, f"{v['peak'] / base:.2f}", f"{v['peak']:.0f} MB", f"{v['loaded']:.0f} MB", f"{v['grown']:.0f} MB"]
+        [
+            PEERS[n].title,
+            f"{v['peak'] / base:.2f}",
+            f"{v['peak']:.0f} MB",
+            f"{v['loaded']:.0f} MB",
+            f"{v['grown']:.0f} MB",
+        ]
         for n, v in results["peers"].items()
     ]
     head = ["trainer", "/ hand-written fused", "peak", "after imports", "difference"]

@@ -59,7 +59,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smaller and shorter")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections; the others stay as they were")
     parser.add_argument("--name", help="name of the files in benchmarks/results")
-    parser.add_argument("--report", metavar="FILE", help="write table and chart of an earlier JSON file, measure nothing")
+    parser.add_argument("--report", metavar="FILE", help="only write table and chart of this JSON file")
     return parser.parse_args(arguments)
 
 

@@ -18,12 +18,6 @@ CHECK_STEPS = 10
 # Losses after CHECK_STEPS, relative. Peers round differently, and Adam divides small gradients by themselves.
 TOLERANCE = 1e-3
 
-TRAINERS = ("loop", "loop-fused", "compile", "compile-all", "lightning", "lightning-log", "fabric", "accelerate")
-TRAINERS += ("jax", "ps-eager", "ps-fused", "ps-jit", "ps-donate", "ps-fit")
-# Fewer where each needs 0.6 GB and more, and loops cost nothing next to the work.
-FEW = ("loop", "loop-fused", "compile-all", "lightning", "jax", "ps-fused", "ps-jit", "ps-donate")
-WORKLOADS = {"mlp": TRAINERS, "gpt": TRAINERS, "cnn": TRAINERS, "wide": FEW}
-
 Say = Callable[[str], None]
 
 
@@ -154,7 +148,7 @@ def start(names: Iterable[str], say: Say, environment: dict[str, str] | None = N
             workers[name].ask("load")
         for name in pair:
             try:
-                workers[name].answer()
+                workers[name].loaded = workers[name].answer()["memory"]
             except Failure as failure:
                 failed[name] = str(failure)
                 workers.pop(name).close()
@@ -165,10 +159,11 @@ def start(names: Iterable[str], say: Say, environment: dict[str, str] | None = N
 def run(settings: Any, say: Say) -> dict[str, Any]:
     """Measure all workloads."""
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(settings.cache)}
-    workers, failed = start(TRAINERS, say, environment)
+    everybody = dict.fromkeys(name for names in settings.training.values() for name in names)
+    workers, failed = start(everybody, say, environment)
     results: dict[str, Any] = {}
     try:
-        for workload, names in WORKLOADS.items():
+        for workload, names in settings.training.items():
             chosen = {name: workers[name] for name in names if name in workers}
             results[workload] = measure(
                 chosen, workload, rounds=settings.rounds, seconds=settings.round_seconds, say=say

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -33,7 +34,12 @@ class Worker:
     Args:
         name: name of a peer.
         environment: variables of the process, besides `ENVIRONMENT`.
+
+    Attributes:
+        loaded: resident memory in MB once the libraries are imported, set by who asks for it.
     """
+
+    loaded = 0.0
 
     def __init__(self, name: str, environment: dict[str, str] | None = None) -> None:
         self.name = name
@@ -77,10 +83,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         if self._process.is_alive():
-            try:
+            with contextlib.suppress(OSError):
                 self.ask("quit")
-            except OSError:
-                pass
             self._process.join(5)
         if self._process.is_alive():
             self._process.kill()

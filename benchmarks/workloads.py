@@ -7,6 +7,7 @@ that flax can name its own alike (`jax_models`). torch is imported by the functi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,7 @@ class Workload:
 
 def _mlp(name: str, title: str, widths: list[int], batch: int) -> Workload:
     shapes: dict[str, tuple[int, ...]] = {}
-    for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         shapes |= {f"layer{i}.weight": (b, a), f"layer{i}.bias": (b,)}
 
     def data(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +90,7 @@ def _gpt(name: str, title: str, layers: int, width: int, length: int, batch: int
 
 def _cnn(name: str, title: str, channels: list[int], side: int, batch: int) -> Workload:
     shapes: dict[str, tuple[int, ...]] = {}
-    for i, (a, b) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(channels)):
         shapes |= {f"conv{i}.weight": (b, a, 3, 3), f"norm{i}.weight": (b,), f"norm{i}.bias": (b,)}
     shapes |= {"head.weight": (10, channels[-1]), "head.bias": (10,)}
 
