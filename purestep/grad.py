@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
 from purestep.metrics import sample_count
 from purestep.sharding.local import microbatch_sizes as microbatch_sizes
+from purestep.sharding.local import piece
 from purestep.treesum import TreeSum as TreeSum
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ def grad_and_value(
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        func = engine == "func" or (engine == "auto" and torch._C._functorch.maybe_current_level() is not None)
+        func = engine == "func" or (engine == "auto" and transforms.active())
         return (_func if func else _autograd)(function, argnums, has_aux, args, kwargs)
 
     return wrapped
@@ -186,7 +187,6 @@ def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
     out, start = [], 0
     for size in microbatch_sizes(samples, parts):
         if size:
-            piece = slice(start, start + size)
-            out.append((tree.map(lambda x, s=piece: x[s] if getattr(x, "ndim", 0) else x, batch), size))
+            out.append((piece(batch, start, start + size), size))
             start += size
     return out

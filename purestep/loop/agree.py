@@ -26,8 +26,8 @@ class Alone:
         self._signals = signals
         self._start = time.monotonic()
 
-    def begin(self, elapsed: float) -> None:
-        """Start the clock at so many seconds."""
+    def begin(self, elapsed: float, batches: int) -> None:
+        """Start the clock at so many seconds, and the count of batches."""
         self._start = time.monotonic() - elapsed
 
     @property
@@ -69,7 +69,11 @@ class Together(Alone):
         self._met = time.monotonic()
         self._since = 0  # steps since the last exchange
         self._next = 1  # steps from one exchange to the next
-        self.batches = 0
+        self._batches = 0
+
+    def begin(self, elapsed: float, batches: int) -> None:
+        super().begin(elapsed, batches)
+        self._elapsed, self._batches = elapsed, batches
 
     @property
     def unread(self) -> bool:
@@ -96,8 +100,8 @@ class Together(Alone):
 
     def stop(self, deadline: float | None) -> bool:
         self._since += 1
-        self.batches += 1
-        world.at(f"batch {self.batches}")
+        self._batches += 1
+        world.at(f"batch {self._batches}")
         if self._since < self._next:
             return False
         self.meet("a burst", deadline=deadline)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from purestep import tree
+from purestep import bits, tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding.mesh import check_world, this_rank
 from purestep.sharding.spec import Box, Spec, box, placements, spec_of
@@ -187,6 +187,9 @@ def full(leaf: Tensor) -> Tensor:
     for part, (offset, shape) in zip(_exchanged(split, spec, sizes, boxes), boxes, strict=True):
         slice_of(whole, (offset, shape)).copy_(part)
     return whole
+
+
+bits.gatherer = full
 
 
 def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int]]:

@@ -12,7 +12,9 @@ import dataclasses
 import datetime
 import os
 import pickle
+import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -176,21 +178,45 @@ def agree(value: Any, *, what: str, instead: str | None = None) -> Any:
         >>> agree(4, what="microbatches")
         4
     """
-    values = gather(value, what=what)
-    groups: dict[str, list[int]] = {}
-    for number, other in enumerate(values):
-        groups.setdefault(repr(other), []).append(number)
-    if len(groups) > 1:
-        _me.failed = True
-        raise RankError(
-            explain(
-                f"the ranks differ in {what}",
-                where="; ".join(f"{_ranks(numbers)}: {text}" for text, numbers in groups.items()),
-                why="every rank runs the same program on the same values; only the rows of a batch differ",
-                instead=instead,
-            )
-        )
+    agree_each({what: value}, what=what, instead=instead)
     return value
+
+
+def agree_each(values: Mapping[str, Any], *, what: str, instead: str | None = None) -> None:
+    """Check that named values are the same on every rank: in one exchange. Collective.
+
+    Args:
+        values: by name, the same names everywhere; compared by their repr.
+        what: what is exchanged, as in `gather`.
+        instead: what to do about a difference.
+
+    Raises:
+        RankError: on every rank, with what differs and between which ranks.
+    """
+    found = gather({name: repr(value) for name, value in values.items()}, what=what)
+    differences = []
+    for name in found[0]:
+        groups: dict[str, list[int]] = {}
+        for number, entry in enumerate(found):
+            groups.setdefault(entry.get(name, "nothing"), []).append(number)
+        if len(groups) > 1:
+            shown = "; ".join(f"{_ranks(numbers)}: {_short(text)}" for text, numbers in groups.items())
+            differences.append((name, f"{name}: {shown}"))
+    if not differences:
+        return
+    _me.failed = True
+    raise RankError(
+        explain(
+            f"the ranks differ in {', '.join(name for name, _ in differences)}",
+            where="\n".join(text for _, text in differences),
+            why="every rank runs the same program on the same values; only the rows of a batch differ",
+            instead=instead,
+        )
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _exchange(data: bytes) -> list[bytes]:
@@ -233,6 +259,8 @@ def _control() -> Any:
 def failed(error: BaseException) -> None:
     """Leave word for the other ranks why this one ends. Its own error goes on; they find the word when they miss it."""
     _me.failed = True
+    if isinstance(error, RankError):
+        return  # what others did, which they tell themselves
     if dist.is_available() and dist.is_initialized() and size() > 1:
         _note("failed", f"failed at {_me.position}: {_brief(error)}")
 
@@ -299,5 +327,7 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:400]
+    """The first line of an error, without what gloo wraps around it."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    text = re.sub(r"^\[\S+\.cc:\d+\] ", "", text).split(". This is typically caused by")[0]
+    return f"{type(error).__name__}: {text}"[:400]
