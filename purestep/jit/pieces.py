@@ -73,7 +73,9 @@ class JitStep:
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             # What needs whole tensors gathers them, which no graph can hold.
             compiled = view is state or whole.only_parts(step.tx)
-            new, metrics = (self.update if compiled else step.update)(view, _changed(view, gradients) if compiled else gradients)
+            new, metrics = (self.update if compiled else step.update)(
+                view, _changed(view, gradients) if compiled else gradients
+            )
         if view is state:
             return new, metrics
         new = place.rewrap(new, state)
