@@ -151,9 +151,7 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if self._ranks.first:
                 stack.enter_context(Lock(self.run_dir))
-                snapshot.disk.clean(
-                    resume_.store_root(self.run_dir)
-                )  # what a process that was killed left half-written
+                snapshot.disk.clean(resume_.store_root(self.run_dir))  # what a process that was killed left half-written
             self._store = stack.enter_context(
                 snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
             )
