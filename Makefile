@@ -46,10 +46,10 @@ format: $(READY)  ## let ruff mend what it can
 	$(PY) -m ruff format .
 
 bench: $(BENCH_READY)  ## run the benchmarks against other trainers
-	$(BENCH_PY) -m benchmarks.run
+	$(BENCH_PY) -m benchmarks.run $(ARGS)
 
 bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
-	$(BENCH_PY) -m benchmarks.run --quick
+	$(BENCH_PY) -m benchmarks.run --quick $(ARGS)
 
 clean:  ## remove environments, caches and runs
 	rm -rf $(VENV) $(BENCH_VENV) runs build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
