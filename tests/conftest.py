@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
 import os
 import random
+import sys
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # Before anything imports numpy, torch or JAX: some read these only once. Subprocesses of tests inherit them.
 for _name, _value in {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}.items():
     os.environ.setdefault(_name, _value)
 
+# Whichever test starts the fork server of its process: workers find torch there, as those of `ps.data.batches` do.
+multiprocessing.set_forkserver_preload(["__main__", "purestep.data.workers"])
+
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+
+def _shared(name: str) -> Any:
+    """Import a module of this directory by its path: `tests` may be the name of somebody else's package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_zygote = _shared("zygote")
+_shared("shared_models")
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -27,6 +48,14 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[_zygote.Zygotes]:
+    """Forks processes that have torch already: `zygote.run(script, *arguments)`, `zygote.popen(...)`; see its file."""
+    zygotes = _zygote.Zygotes()
+    yield zygotes
+    zygotes.close()
 
 
 @pytest.fixture
