@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Seconds to wait for anything; compiling a GPT on a busy machine takes minutes.
+PATIENCE = 900.0
 
 
 class Failure(RuntimeError):
@@ -64,8 +66,11 @@ class Worker:
         """Wait for the answer to the oldest request.
 
         Raises:
-            Failure: the peer failed, or its process is gone.
+            Failure: the peer failed, its process is gone, or it takes longer than `PATIENCE`.
         """
+        if not self._pipe.poll(PATIENCE):
+            self._process.kill()
+            raise Failure(f"{self.name} gave no answer in {PATIENCE:.0f} s")
         try:
             kind, value = self._pipe.recv()
         except EOFError:
