@@ -73,7 +73,7 @@ class Worker:
             raise Failure(f"{self.name} gave no answer in {PATIENCE:.0f} s")
         try:
             kind, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join(5)
             raise Failure(f"the process of {self.name} ended with code {self._process.exitcode}") from None
         if kind == "failed":
@@ -108,7 +108,7 @@ def main(pipe: Any, name: str) -> None:
     while True:
         try:
             message = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             if message[0] == "quit":
