@@ -26,6 +26,7 @@ class EvaluateCallback(Reducer):
     data: Any = dataclasses.field(repr=False)
     every: Every
     at_start: bool
+    of: Callable[[Any], Any] | None
     name: str
 
     def react(self, own: Any, event: Event, view: View) -> Reaction:
@@ -49,6 +50,7 @@ class EvaluateCallback(Reducer):
 
     def evaluate(self, train: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         """Return the row of metrics over the whole set, or None when a signal cut it off."""
+        train = train if self.of is None else self.of(train)
         device = device_of(train)
         sums: Mapping[str, Any] = {}
         waiting: list[Any] = []
@@ -76,6 +78,7 @@ def evaluate(
     *,
     every: Every = every.epoch(),  # noqa: B008
     at_start: bool = False,
+    of: Callable[[Any], Any] | None = None,
     name: str = "val",
 ) -> EvaluateCallback:
     """Evaluate on a held-out set and log the exact weighted means as `<name>/<metric>`.
@@ -87,11 +90,13 @@ def evaluate(
         data: what `fit` takes as data; it is always read from its beginning, in the order of its epoch 0.
         every: when.
         at_start: also before the first step.
+        of: what of the train state is evaluated: a pure function of it. `of=ps.optim.averaged` evaluates the averages
+            of the parameters that `ps.optim.average_params` keeps.
         name: prefix of the metrics.
 
     Example:
         >>> import purestep as ps
         >>> evaluate(lambda net, batch: net(batch).mean(), [], every=ps.every.steps(100), name="test")
-        EvaluateCallback(every=EverySteps(n=100), at_start=False, name='test')
+        EvaluateCallback(every=EverySteps(n=100), at_start=False, of=None, name='test')
     """
-    return EvaluateCallback(loss_fn, data, every, at_start, name)
+    return EvaluateCallback(loss_fn, data, every, at_start, of, name)
