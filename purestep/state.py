@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import random, tree
+from purestep import random, transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation
@@ -77,7 +77,7 @@ class TrainState:
         _check_same("gradients", grads, "params", self.params)
         if buffers is not None and buffers.keys() != self.buffers.keys():
             _check_same("buffers", dict(buffers), "buffers", self.buffers)
-        with torch.no_grad():
+        with transforms.unrecorded():
             updates, opt_state = tx.update(grads, self.opt_state, self.params, step=self.step, **extra)
             params = tx.apply(self.params, updates, opt_state)
             applied = tx.applied(opt_state)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep import metrics as metrics_
-from purestep import random, tree
+from purestep import random, transforms, tree
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
 from purestep.grad import Engine, TreeSum, grad_and_value, split_batch, weighted_mean
@@ -57,7 +57,7 @@ def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
     # float64 counts tokens exactly, and divides without adding to the error of the gradients.
     dtype = torch.float32 if loss.device.type == "mps" else torch.float64
     if isinstance(weight, Tensor):
-        return Weighted(loss, weight.detach().to(loss.device, dtype))
+        return Weighted(loss, transforms.detached(weight).to(loss.device, dtype))
     return Weighted(loss, torch.full((), weight, dtype=dtype, device=loss.device))
 
 
@@ -236,7 +236,7 @@ def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[T
         raise StepError(_loss_message(loss_fn, out))
     if "loss" in extra:
         raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
-    metrics: Metrics = {"loss": metrics_.mean(loss.detach(), weight), **as_metrics(extra, samples)}
+    metrics: Metrics = {"loss": metrics_.mean(loss, weight), **as_metrics(extra, samples)}
     return loss, weight, metrics
 
 
@@ -283,7 +283,7 @@ def merge_gradients(state: TrainState, parts: list[Gradients]) -> Gradients:
 
 
 def _merge_buffer(old: Tensor, new: list[Tensor], weights: list[Any]) -> Tensor:
-    with torch.no_grad():
+    with transforms.unrecorded():
         changes = [torch.where(t == old, torch.zeros_like(old), t - old) for t in new]  # equal infinities differ by 0
         mean = weighted_mean(changes, weights)
         return torch.where(mean == 0, old, old + mean)
@@ -303,7 +303,7 @@ class Eval:
         params, buffers = cast.params(state.params), cast.buffers(state.buffers)
         rng = random.fold_in(state.rng, "eval")
         bound = bind(cast.module, params, buffers, rng=rng, train=False, around=cast.around)
-        with torch.no_grad(), cast.scope(params):
+        with transforms.unrecorded(), cast.scope(params):
             return read_loss(self.loss_fn, bound, cast.batch(batch), samples)[2]
 
 
