@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from purestep import loop as loop
     from purestep import notebook as notebook
     from purestep import precision as precision
+    from purestep import sharding as sharding
     from purestep import snapshot as snapshot
     from purestep import testing as testing
     from purestep import ui as ui

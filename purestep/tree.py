@@ -290,6 +290,16 @@ def names(tree: Any) -> list[str]:
     return [".".join(str(part) for part in path) for path in optree.tree_paths(tree)]
 
 
+def parts(tree: Any) -> list[tuple[Any, ...]]:
+    """Return the path of each leaf, in order, as the tuple of its keys, indices and field names.
+
+    Example:
+        >>> parts({"0.weight": 1, "layers": [2, 3]})
+        [('0.weight',), ('layers', 0), ('layers', 1)]
+    """
+    return [tuple(path) for path in optree.tree_paths(tree)]
+
+
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like `map`, but the function gets the dotted name of the leaf (see `names`) as its first argument."""
     values, treedef = flatten(tree)
@@ -332,7 +342,8 @@ def digest(tree: Any) -> str:
     """Return the sha256, in hex, over (path, dtype, shape, bytes) of every leaf, in order of path.
 
     It does not depend on strides, storage sharing, device or the order of dict keys; it does depend on every bit of
-    every leaf, -0.0 and NaN payloads included.
+    every leaf, -0.0 and NaN payloads included. Nor does it depend on how leaves are split over processes: those are
+    gathered one at a time, and every process calls it.
 
     Raises:
         TreeError: a leaf is not a tensor, numpy array, number, string or bytes.
@@ -349,7 +360,8 @@ def digest(tree: Any) -> str:
 def diff(a: Any, b: Any, root: str = "") -> Differences:
     """List each path at which two trees differ, with shape, dtype, largest absolute and ulp difference.
 
-    Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not.
+    Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not. Leaves that are split over processes
+    are gathered, so every process calls it.
 
     Example:
         >>> print(diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params"))

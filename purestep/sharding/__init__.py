@@ -1,0 +1,13 @@
+"""Sharding: one plan from laptop to cluster. A plan says where each tensor of a state lives and who computes what.
+
+Re-exports what users type. Nothing here loads torch's DTensor before a leaf is sharded over more than one process.
+"""
+
+from purestep.sharding.mesh import Mesh as Mesh
+from purestep.sharding.mesh import mesh as mesh
+from purestep.sharding.plan import Plan as Plan
+from purestep.sharding.presets import ddp as ddp
+from purestep.sharding.presets import fsdp as fsdp
+from purestep.sharding.presets import hsdp as hsdp
+from purestep.sharding.presets import tensor_parallel as tensor_parallel
+from purestep.sharding.spec import Spec as Spec

@@ -1,0 +1,226 @@
+"""Placing a state: whole tensors to DTensors of local shards and back, and what part of a tensor is here.
+
+At rest a split leaf is a DTensor; a leaf that is whole on every rank stays a plain tensor. Inside of a step there are
+only the local tensors, which `local` takes out and `rewrap` puts back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purestep import bits, tree
+from purestep.errors import ConfigError, explain
+from purestep.sharding.mesh import check_world, this_rank
+from purestep.sharding.spec import Box, Spec, box, placements, spec_of
+
+if TYPE_CHECKING:
+    from purestep.sharding.plan import Plan
+
+
+def place(plan: Plan, value: Any) -> Any:
+    """Return a state whose leaves live where a plan says.
+
+    It needs no communication when every rank holds the same whole values, as after `init` under one seed. Leaves that
+    are split already, by this or another plan, are taken as they are, or gathered and split anew: then every rank calls
+    it.
+
+    Args:
+        plan: the plan.
+        value: a state, or any pytree; see `Plan.specs`.
+
+    Returns:
+        The same tree. Leaves that are whole are the very tensors that were given; parts are copies.
+
+    Example:
+        >>> from purestep.sharding import fsdp
+        >>> params = {"w": torch.ones(4, 4)}
+        >>> place(fsdp(), params)["w"] is params["w"]    # one process holds everything
+        True
+    """
+    specs = plan.specs(value)
+    if all(not spec.axes for spec in tree.leaves(specs)):
+        return gather(value)
+    check_world(plan.mesh)
+    return tree.map(lambda leaf, spec: _placed(plan, leaf, spec), value, specs)
+
+
+def _placed(plan: Plan, leaf: Any, spec: Spec) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if is_split(leaf):
+        if leaf._spec.mesh == plan.mesh.device_mesh and spec_of_leaf(leaf) == spec:  # type: ignore[attr-defined]
+            return leaf
+        leaf = full(leaf)
+    if not spec.axes:
+        return leaf
+    return wrap(plan, cut(plan, leaf, spec), spec, tuple(leaf.shape))
+
+
+def cut(plan: Plan, whole: Tensor, spec: Spec) -> Tensor:
+    """Return a copy of the part of a whole tensor that this rank holds under a resolved spec, contiguous."""
+    sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
+    return (
+        slice_of(whole, box(spec, sizes, whole.shape, plan.mesh.coordinate()))
+        .detach()
+        .clone(memory_format=torch.contiguous_format)
+    )
+
+
+def slice_of(whole: Tensor, part: Box) -> Tensor:
+    """Return the view of a tensor at `(offset, shape)`."""
+    for dim, (start, length) in enumerate(zip(*part, strict=True)):
+        whole = whole.narrow(dim, start, length)
+    return whole
+
+
+def wrap(plan: Plan, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tensor:
+    """Return the DTensor of a shape whose part on this rank is `shard`."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
+    meta = TensorMeta(torch.Size(shape), _contiguous(shape), shard.dtype)
+    layout = DTensorSpec(plan.mesh.device_mesh, placements(spec, sizes), tensor_meta=meta)
+    return DTensor(shard, layout, requires_grad=False)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+# --- in a step --------------------------------------------------------------------------------------------------------
+
+
+def is_split(leaf: Any) -> bool:
+    """Tell whether a leaf is a DTensor, without loading torch's DTensor."""
+    return isinstance(leaf, Tensor) and type(leaf) is not Tensor and hasattr(leaf, "_local_tensor")
+
+
+def local(value: Any) -> Any:
+    """Return a tree with the local part of each split leaf; other leaves are themselves."""
+    return tree.map(lambda x: x._local_tensor if is_split(x) else x, value)
+
+
+def rewrap(values: Any, like: Any) -> Any:
+    """Return a tree of local tensors with each leaf split again as the leaf of `like` is; `local` undone.
+
+    Raises:
+        ConfigError: a local tensor does not have the shape of the part it stands for.
+    """
+    return tree.map(_rewrapped, values, like)
+
+
+def _rewrapped(part: Any, like: Any) -> Any:
+    if not is_split(like):
+        return part
+    if part.shape != like._local_tensor.shape:
+        where = f"{tree.describe(part)} for {tree.describe(like._local_tensor)} of {tree.describe(like)}"
+        raise ConfigError(explain("a local tensor has another shape than the part it stands for", where=where))
+    layout = like._spec
+    if part.dtype != like.dtype:
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+        layout = DTensorSpec(layout.mesh, layout.placements, tensor_meta=layout.tensor_meta._replace(dtype=part.dtype))
+    return type(like)(part, layout, requires_grad=False)
+
+
+# --- what is where ----------------------------------------------------------------------------------------------------
+
+
+def _sizes(leaf: Any) -> dict[str, int]:
+    mesh = leaf._spec.mesh
+    names = mesh.mesh_dim_names or tuple(str(i) for i in range(mesh.ndim))
+    return dict(zip(names, mesh.shape, strict=True))
+
+
+def spec_of_leaf(leaf: Any) -> Spec:
+    """Return the resolved spec of a split leaf."""
+    return spec_of(leaf._spec.placements, _sizes(leaf))
+
+
+def _coordinate(leaf: Any) -> Mapping[str, int]:
+    return dict(zip(_sizes(leaf), leaf._spec.mesh.get_coordinate(), strict=True))
+
+
+def shard_of(leaf: Tensor) -> Box:
+    """Return `(offset, shape)` of the part of a tensor that this rank holds: all of it for a plain tensor."""
+    if not is_split(leaf):
+        return (0,) * leaf.dim(), tuple(leaf.shape)
+    return box(spec_of_leaf(leaf), _sizes(leaf), leaf.shape, _coordinate(leaf))
+
+
+def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
+    """Tell whether this rank is the first of those that hold the same part of a tensor: the one that writes it.
+
+    Args:
+        leaf: a leaf of a state.
+        among: look only at the ranks along these axes of the mesh of a split leaf; at all by default.
+    """
+    if not is_split(leaf):
+        return this_rank() == 0
+    split = spec_of_leaf(leaf).axes
+    others = [axis for axis in _coordinate(leaf) if axis not in split and (among is None or axis in among)]
+    return all(_coordinate(leaf)[axis] == 0 for axis in others)
+
+
+def gather(value: Any) -> Any:
+    """Return a tree of whole plain tensors; every rank calls it when leaves are split."""
+    return tree.map(lambda x: full(x) if is_split(x) else x, value)
+
+
+def full(leaf: Tensor) -> Tensor:
+    """Return the whole of a split tensor, on every rank of its mesh; every rank calls it."""
+    split: Any = leaf
+    sizes, spec = _sizes(split), spec_of_leaf(split)
+    shard: Tensor = split._local_tensor
+    boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
+    whole = shard.new_empty(leaf.shape)
+    for part, (offset, shape) in zip(_exchanged(split, spec, sizes, boxes), boxes, strict=True):
+        slice_of(whole, (offset, shape)).copy_(part)
+    return whole
+
+
+bits.gatherer = full
+
+
+def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """Return the coordinates along some axes, in the order of the mesh, the last axis fastest."""
+    grid: list[dict[str, int]] = [{}]
+    for axis in sizes:
+        if axis in axes:
+            grid = [c | {axis: i} for c in grid for i in range(sizes[axis])]
+    return grid
+
+
+def _exchanged(leaf: Any, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]) -> list[Tensor]:
+    """Return every part of a tensor, in the order of the grid, as bytes went over the wire: any dtype can be sent."""
+    shard = leaf._local_tensor.detach().contiguous()
+    width = shard.element_size()
+    lengths = [torch.Size(shape).numel() * width for _, shape in boxes]
+    sent = torch.zeros(max(lengths), dtype=torch.uint8, device=shard.device)
+    sent[: shard.numel() * width] = shard.reshape(-1).view(torch.uint8)
+    group = _group(leaf, spec)
+    received = [torch.empty_like(sent) for _ in boxes]
+    dist.all_gather(received, sent, group=group)
+    return [r[:n].view(shard.dtype).view(shape) for r, n, (_, shape) in zip(received, lengths, boxes, strict=True)]
+
+
+def _group(leaf: Any, spec: Spec) -> Any:
+    from purestep.sharding.mesh import Mesh
+
+    sizes = _sizes(leaf)
+    return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
+
+
+def part_like(whole: Tensor, leaf: Any) -> Tensor:
+    """Return a copy of the part of a whole tensor that this rank holds of a split leaf."""
+    return slice_of(whole, shard_of(leaf)).clone(memory_format=torch.contiguous_format)

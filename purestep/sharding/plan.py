@@ -1,0 +1,301 @@
+"""Plans: where each tensor of a state lives, and which process computes which microbatches.
+
+A `Plan` is a value of names and numbers: ordered rules from path globs to specs over the axes of a mesh. It moves
+nothing itself: `place` does, and steps, loops and snapshots ask it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from purestep import tree
+from purestep.errors import ConfigError, explain
+from purestep.sharding.follow import follow
+from purestep.sharding.mesh import Mesh
+from purestep.sharding.mesh import mesh as mesh_of
+from purestep.sharding.spec import REPLICATED, Fallback, Spec, resolve
+
+if TYPE_CHECKING:
+    from purestep.sharding.describe import Description
+    from purestep.sharding.dry_run import DryRun
+
+Rules = Sequence[tuple[tree.Filter, Spec]]
+Reduction = Literal["tree", "fast"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """A filter of names that two filters let through; products of plans make it."""
+
+    first: tree.Filter
+    second: tree.Filter
+
+    def __call__(self, name: str) -> bool:
+        return tree.matches(self.first, name) and tree.matches(self.second, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where each tensor of a state lives, and who computes which microbatches.
+
+    Args:
+        mesh: the processes.
+        rules: ordered `(filter, Spec)` pairs; filters are those of `tree.matches`, over dotted names of parameters. The
+            first that matches wins. Optimizer state lives where its parameter lives; steps, keys, counters and buffers
+            that are not parameters are whole on every rank.
+        batch: axes over which microbatches are distributed. Those that split parameters too take them in turns, the
+            others contiguous runs, so that each sum is a subtree of the same tree on every topology.
+        fallback: what happens to a parameter that no rule matches, an axis that the mesh does not have, or a dim that
+            is not divisible: "error", "replicate" (whole on every rank) or "pad" (a dim is split unevenly).
+        min_size: automatic specs leave tensors of fewer elements whole.
+        units: globs of submodules whose parameters are gathered together; by default each child of a list or sequence.
+        reshard_after_forward: free gathered parameters after the forward pass and gather them again in the backward.
+        reduction: "tree" sums gradients in one fixed order, so that the bits do not depend on the topology; "fast" by
+            the collectives of the backend.
+
+    Raises:
+        ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
+
+    Example:
+        >>> from purestep.sharding import mesh
+        >>> plan = Plan(mesh({"fsdp": 4}), [("*.bias", Spec()), ("*", Spec("fsdp"))])
+        >>> plan.spec("0.weight", (8, 3)), plan.spec("0.bias", (8,))
+        (Spec('fsdp'), Spec())
+        >>> plan.replicas
+        4
+    """
+
+    mesh: Mesh
+    rules: Rules = ()
+    _: dataclasses.KW_ONLY
+    batch: tuple[str, ...] = ("data", "fsdp")
+    fallback: Fallback = "error"
+    min_size: int = 0
+    units: tuple[str, ...] | None = None
+    reshard_after_forward: bool = True
+    reduction: Reduction = "tree"
+
+    def __post_init__(self) -> None:
+        rules = tuple((_frozen(rule[0]), rule[1]) if _is_rule(rule) else rule for rule in self.rules)
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "batch", _names(self.batch))
+        object.__setattr__(self, "units", None if self.units is None else _names(self.units))
+        _check(self)
+
+    # --- who computes what ---
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """Batch axes of the mesh that split no parameter: microbatches are contiguous runs over them."""
+        return tuple(a for a in self.batch if a in self.mesh.axes and a not in self._named)
+
+    @property
+    def shard_axes(self) -> tuple[str, ...]:
+        """Batch axes of the mesh that rules may split parameters over: microbatches take turns over them."""
+        return tuple(a for a in self.batch if a in self.mesh.axes and a in self._named)
+
+    @property
+    def model_axes(self) -> tuple[str, ...]:
+        """Axes of the mesh over which the batch is the same: tensor parallelism."""
+        return tuple(a for a in self.mesh.axes if a not in self.batch)
+
+    @property
+    def _named(self) -> set[str]:
+        return {axis for _, spec in self.rules for axis in spec.axes}
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks that compute different microbatches (W)."""
+        return self.mesh.size(*self.data_axes, *self.shard_axes)
+
+    @property
+    def index(self) -> int:
+        """This rank's number among those that compute different microbatches."""
+        return self.mesh.index(*self.data_axes, *self.shard_axes)
+
+    def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
+        """Return the numbers of the microbatches that a rank computes, in its order.
+
+        Args:
+            count: microbatches of a global batch (V); a multiple of `replicas`.
+            rank: this process by default.
+
+        Raises:
+            ConfigError: `count` is not a multiple of `replicas`; the message names numbers that are.
+
+        Example:
+            >>> from purestep.sharding import hsdp, mesh
+            >>> plan = hsdp(fsdp=2).on(mesh({"data": 2, "fsdp": 2}))
+            >>> [plan.microbatches(8, rank=r) for r in range(4)]
+            [(0, 2), (1, 3), (4, 6), (5, 7)]
+        """
+        outer, inner = self.mesh.size(*self.data_axes), self.mesh.size(*self.shard_axes)
+        if count < 1 or count % (outer * inner):
+            _refuse_count(self, count)
+        start = self.mesh.index(*self.data_axes, rank=rank) * (count // outer)
+        turn = self.mesh.index(*self.shard_axes, rank=rank)
+        return tuple(start + m * inner + turn for m in range(count // (outer * inner)))
+
+    # --- where what lives ---
+
+    def spec(self, name: str, shape: Sequence[int]) -> Spec:
+        """Return where a parameter lives: the first rule that matches its name, for its shape on this mesh.
+
+        Raises:
+            ConfigError: no rule matches, or the spec does not fit, under `fallback="error"`; more entries than dims.
+        """
+        found = next((s for f, s in self.rules if tree.matches(f, name)), None)
+        if found is None:
+            if self.fallback == "error":
+                _refuse_unmatched(self, name, shape)
+            return REPLICATED
+        sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
+        return resolve(found, sizes, shape, fallback=self.fallback, min_size=self.min_size, where=name)
+
+    def specs(self, value: Any) -> Any:
+        """Return a tree like a state (or like a tree of parameters) with the Spec of each leaf."""
+        specs = [REPLICATED if f.name is None else self.spec(f.name, f.shape) for f in follow(value)]
+        return tree.unflatten(tree.structure(value), specs)
+
+    def unit(self, name: str) -> str:
+        """Return the submodule with which a parameter is gathered; "" is the root.
+
+        Example:
+            >>> from purestep.sharding import fsdp
+            >>> fsdp().unit("blocks.3.attention.weight"), fsdp().unit("head.weight")
+            ('blocks.3', '')
+        """
+        parents = name.split(".")[:-1]
+        prefixes = [".".join(parents[: i + 1]) for i in range(len(parents))]
+        if self.units is None:
+            return next((p for p in prefixes if p.rsplit(".", 1)[-1].isdigit()), "")
+        return next((p for p in prefixes if tree.matches(self.units, p)), "")
+
+    def on(self, mesh: Mesh | Mapping[str, int]) -> Plan:
+        """Return this plan on another mesh, which may be one that is not here."""
+        return dataclasses.replace(self, mesh=mesh if isinstance(mesh, Mesh) else mesh_of(mesh))
+
+    def place(self, value: Any) -> Any:
+        """Return a state whose leaves live where this plan says; see `sharding.place.place`."""
+        from purestep.sharding import place
+
+        return place.place(self, value)
+
+    def gather(self, value: Any) -> Any:
+        """Return a state of whole plain tensors, on every rank; every rank calls it."""
+        from purestep.sharding import place
+
+        return place.gather(value)
+
+    def describe(self, value: Any, *, rank: int = 0) -> Description:
+        """Return where each leaf of a state lives: spec, shape and bytes on a rank. Print it.
+
+        Args:
+            value: a state, or any tree of tensors, on the meta device too.
+            rank: whose parts; rank 0 holds the largest.
+
+        Example:
+            >>> import torch
+            >>> from purestep.sharding import fsdp
+            >>> print(fsdp(4).describe({"w": torch.zeros(8, 2), "b": torch.zeros(2)}))
+            mesh({'fsdp': 4}), rank 0 of 4
+            path   leaf           spec          on a rank  bytes
+            ['b']  float32[2]     Spec()        [2]            8
+            ['w']  float32[8, 2]  Spec('fsdp')  [2, 2]        16
+                                                all           24
+        """
+        from purestep.sharding import describe
+
+        return describe.describe(self, value, rank=rank)
+
+    def dry_run(
+        self,
+        value: Any,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        microbatches: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> DryRun:
+        """Return what a step would need of a rank, on a machine that need not be here. Print it.
+
+        Args:
+            value: a state, on the meta device if it is large: `with torch.device("meta"): model = ...`.
+            sizes: of the mesh axes; those of this plan's mesh by default.
+            microbatches: V of the step; one per replica by default.
+            compute_dtype: dtype in which parameters are gathered; their own by default.
+            reduce_dtype: dtype in which gradients are summed; the parameters' by default.
+
+        Example:
+            >>> import torch
+            >>> from purestep.sharding import fsdp
+            >>> run = fsdp().dry_run({"blocks.0.w": torch.zeros(1024, 8, device="meta")}, {"fsdp": 1024})
+            >>> run.memory, run.sent
+            ({'params': 32, 'grads': 32, 'gathered': 65536}, {'gather': 65472, 'reduce': 32736})
+        """
+        from purestep.sharding import dry_run
+
+        plan = self if sizes is None else self.on(sizes)
+        return dry_run.dry_run(
+            plan, value, microbatches=microbatches, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype
+        )
+
+    def __mul__(self, other: Plan) -> Plan:
+        """Return the plan that does both: the axes of both meshes, each tensor split by the specs of both."""
+        from purestep.sharding import product
+
+        return product.product(self, other)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _is_rule(rule: Any) -> bool:
+    return isinstance(rule, tuple) and len(rule) == 2
+
+
+def _frozen(filter: Any) -> Any:
+    return tuple(filter) if isinstance(filter, list) else filter
+
+
+def _check(plan: Plan) -> None:
+    for rule in plan.rules:
+        if not _is_rule(rule) or not isinstance(rule[1], Spec):
+            instead = 'Plan(mesh, [("*.weight", Spec("fsdp")), ("*", Spec())])'
+            raise ConfigError(explain("a rule is a pair of a filter and a Spec", where=repr(rule), instead=instead))
+    for word, value, known in (
+        ("fallback", plan.fallback, ("replicate", "error", "pad")),
+        ("reduction", plan.reduction, ("tree", "fast")),
+    ):
+        if value not in known:
+            raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
+
+
+def _refuse_unmatched(plan: Plan, name: str, shape: Sequence[int]) -> None:
+    raise ConfigError(
+        explain(
+            "no rule of the plan matches a parameter",
+            where=f"{name}: {list(shape)}",
+            why=f"fallback='error', and the rules are for {', '.join(repr(f) for f, _ in plan.rules) or 'nothing'}",
+            instead='end the rules with ("*", Spec()), or fallback="replicate": it is then whole on every rank',
+        )
+    )
+
+
+def _refuse_count(plan: Plan, count: int) -> None:
+    replicas = plan.replicas
+    near = sorted({max(1, count // replicas) * replicas, (max(0, count) // replicas + 1) * replicas})
+    raise ConfigError(
+        explain(
+            f"{count} microbatches cannot be shared equally by {replicas} ranks",
+            where=repr(plan.mesh),
+            why="every rank computes the same number of microbatches",
+            instead=f"make_step(..., microbatches={' or '.join(map(str, near))}, plan=plan), or another multiple of "
+            f"{replicas}",
+        )
+    )

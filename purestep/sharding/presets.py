@@ -1,0 +1,84 @@
+"""The usual plans by name: `ddp`, `fsdp`, `hsdp`, `tensor_parallel`, and their products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from purestep.sharding.mesh import mesh
+from purestep.sharding.plan import Plan, Rules
+from purestep.sharding.spec import Spec
+from purestep.tree import Filter
+
+
+def ddp(size: int = -1, **settings: Any) -> Plan:
+    """Data parallelism: every rank holds the whole state and computes its own microbatches.
+
+    Args:
+        size: ranks; by default all of the job, which is 1 on a laptop.
+        **settings: of `Plan`: `reduction`, ...
+
+    Example:
+        >>> ddp(4).spec("weight", (8, 8)), ddp().replicas
+        (Spec(), 1)
+    """
+    return Plan(mesh({"data": size}), (), **({"fallback": "replicate"} | settings))
+
+
+def fsdp(size: int = -1, *, min_size: int = 0, **settings: Any) -> Plan:
+    """Fully sharded data parallelism (ZeRO-3): params, gradients and optimizer state are split over all ranks.
+
+    A tensor is split along its first dim that the number of ranks divides. One without such a dim is whole on every
+    rank, unless `fallback="pad"`.
+
+    Args:
+        size: ranks; by default all of the job.
+        min_size: leave tensors of fewer elements whole.
+        **settings: of `Plan`: `reshard_after_forward`, `units`, `fallback`, `reduction`, ...
+
+    Example:
+        >>> plan = fsdp(4)
+        >>> plan.spec("weight", (8, 3)), plan.spec("weight", (3, 8)), plan.spec("bias", (3,))
+        (Spec('fsdp'), Spec(None, 'fsdp'), Spec())
+    """
+    return Plan(mesh({"fsdp": size}), _EVERYWHERE, min_size=min_size, **({"fallback": "replicate"} | settings))
+
+
+def hsdp(*, fsdp: int, data: int = -1, min_size: int = 0, **settings: Any) -> Plan:
+    """Hybrid sharding: the state is split over `fsdp` ranks, and that group is repeated over the axis `data`.
+
+    Args:
+        fsdp: ranks that hold one state together: those of one machine, say.
+        data: such groups; by default what is left of the job.
+        min_size: leave tensors of fewer elements whole.
+        **settings: of `Plan`.
+
+    Example:
+        >>> hsdp(fsdp=2, data=4).mesh
+        mesh({'data': 4, 'fsdp': 2})
+    """
+    settings = {"fallback": "replicate"} | settings
+    return Plan(mesh({"data": data, "fsdp": fsdp}), _EVERYWHERE, min_size=min_size, **settings)
+
+
+def tensor_parallel(rules: Rules | Mapping[Any, Spec], size: int, *, axis: str = "tensor", **settings: Any) -> Plan:
+    """Tensor parallelism: matrices are split over `size` ranks, which compute every microbatch together.
+
+    Args:
+        rules: `(filter, Spec)` pairs, or a dict of them, over the axis: `Spec("tensor")` for the weight of a layer
+            whose outputs are split, `Spec(None, "tensor")` for one whose inputs are. What no rule matches is whole.
+        size: ranks.
+        axis: name of the mesh axis.
+        **settings: of `Plan`.
+
+    Example:
+        >>> plan = ddp() * tensor_parallel({"*.up.weight": Spec("tensor"), "*.down.weight": Spec(None, "tensor")}, 2)
+        >>> plan.mesh
+        mesh({'data': -1, 'tensor': 2})
+    """
+    pairs: Any = rules.items() if isinstance(rules, Mapping) else rules
+    found: tuple[tuple[Filter, Spec], ...] = tuple(pairs)
+    return Plan(mesh({axis: size}), found, **({"fallback": "replicate"} | settings))
+
+
+_EVERYWHERE = (("*", Spec(auto="fsdp")),)

@@ -1,0 +1,103 @@
+"""Products of plans: each tensor split by the specs of both factors, over the axes of both meshes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from purestep.errors import ConfigError, explain
+from purestep.sharding.mesh import Mesh
+from purestep.sharding.plan import Both, Plan
+from purestep.sharding.spec import REPLICATED, Spec
+from purestep.tree import Filter
+
+
+def product(left: Plan, right: Plan) -> Plan:
+    """Return the plan that does what two plans do.
+
+    Axes of the batch stand outside of the others, so that a tensor-parallel group is one run of ranks, and split a dim
+    that both split last, so that gathering over them gives whole tensor-parallel parts.
+
+    Raises:
+        ConfigError: an axis is in both meshes, both take what is left of the job, or they disagree about a setting.
+
+    Example:
+        >>> from purestep.sharding import fsdp, tensor_parallel
+        >>> plan = fsdp(2) * tensor_parallel({"*.up.weight": Spec("tensor")}, size=2)
+        >>> plan.mesh
+        mesh({'fsdp': 2, 'tensor': 2})
+        >>> plan.spec("0.up.weight", (8, 4)), plan.spec("0.norm.weight", (8,))
+        (Spec(('tensor', 'fsdp')), Spec('fsdp'))
+    """
+    shared = [a for a in left.mesh.axes if a in right.mesh.axes]
+    if shared:
+        raise ConfigError(
+            explain(
+                f"both plans have the mesh axis {shared[0]!r}",
+                where=f"{left.mesh!r} * {right.mesh!r}",
+                instead="fsdp() * tensor_parallel(rules, size=4), or one Plan with the rules of both",
+            )
+        )
+    batch = tuple(dict.fromkeys([*left.batch, *right.batch]))
+    sizes = dict(zip(left.mesh.axes + right.mesh.axes, left.mesh.sizes + right.mesh.sizes, strict=True))
+    if list(sizes.values()).count(-1) > 1:
+        raise ConfigError(
+            explain(
+                "both plans take what is left of the job",
+                where=f"{left.mesh!r} * {right.mesh!r}",
+                instead="name the size of one: hsdp(fsdp=8), or ddp() * fsdp(8)",
+            )
+        )
+    ordered = [a for a in batch if a in sizes] + [a for a in sizes if a not in batch]
+    mesh = Mesh(tuple(ordered), tuple(sizes[a] for a in ordered))
+    settings = {f.name: _agreed(left, right, f) for f in dataclasses.fields(Plan) if f.name in _SETTINGS}
+    return Plan(mesh, _rules(left, right, batch), batch=batch, **settings)
+
+
+# What a plan has when nobody said otherwise; of two factors, the one that was told something decides.
+_SETTINGS: dict[str, Any] = {
+    "fallback": "replicate",
+    "min_size": 0,
+    "units": None,
+    "reshard_after_forward": True,
+    "reduction": "tree",
+}
+
+
+def _agreed(left: Plan, right: Plan, field: dataclasses.Field[Any]) -> Any:
+    a, b, default = getattr(left, field.name), getattr(right, field.name), _SETTINGS[field.name]
+    if a != b and default not in (a, b):
+        raise ConfigError(
+            explain(
+                f"the two plans disagree about {field.name}",
+                where=f"{a!r} and {b!r}",
+                instead=f"give both the same {field.name}",
+            )
+        )
+    return b if a == default else a
+
+
+def _rules(left: Plan, right: Plan, batch: tuple[str, ...]) -> tuple[tuple[Filter, Spec], ...]:
+    # In the order of pairs, the first that matches a name is the pair of the first matches of both.
+    one, two = [*left.rules, ("*", REPLICATED)], [*right.rules, ("*", REPLICATED)]
+    found = [(_both(f, g), _joined(s, t, batch)) for f, s in one for g, t in two]
+    kept: list[tuple[Filter, Spec]] = []
+    for rule in found:
+        if all(rule[0] != earlier and earlier != "*" for earlier, _ in kept):
+            kept.append(rule)
+    return tuple(kept)
+
+
+def _both(f: Filter, g: Filter) -> Filter:
+    return g if f == "*" or f == g else f if g == "*" else Both(f, g)
+
+
+def _joined(a: Spec, b: Spec, batch: tuple[str, ...]) -> Spec:
+    dims = [
+        sorted(
+            (*(a.entries[d] if d < len(a.entries) else ()), *(b.entries[d] if d < len(b.entries) else ())),
+            key=lambda axis: axis in batch,
+        )
+        for d in range(max(len(a.entries), len(b.entries)))
+    ]
+    return Spec(*dims, auto=(*a.auto, *b.auto))

@@ -1,0 +1,254 @@
+"""Specs: which mesh axes split which dim of a tensor, and which part of it a process then holds.
+
+Everything here is arithmetic on shapes and names. `placements` and `spec_of` translate to and from torch's DTensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from purestep.errors import ConfigError, explain
+
+Axes = str | Sequence[str] | None
+Fallback = Literal["replicate", "error", "pad"]
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _as_axes(entry: Any) -> tuple[str, ...]:
+    axes = (
+        (entry,) if isinstance(entry, str) or not isinstance(entry, (tuple, list, type(None))) else tuple(entry or ())
+    )
+    if not all(isinstance(a, str) for a in axes):
+        raise ConfigError(
+            explain(
+                "an entry of a spec is a mesh axis, a tuple of axes, or None",
+                where=f"Spec(..., {entry!r}, ...)",
+                instead='Spec("fsdp", None)',
+            )
+        )
+    return axes
+
+
+def _shown(axes: tuple[str, ...]) -> Axes:
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class Spec:
+    """Which mesh axes split each dim of a tensor: `Spec("fsdp", None)` splits dim 0 over the axis `fsdp`.
+
+    Dims that are not named are whole. Of several axes for one dim the first splits it into the largest parts:
+    `Spec(("tensor", "fsdp"))` gives each `tensor` coordinate one contiguous part, split again over `fsdp`.
+
+    Args:
+        *entries: for each dim an axis, a tuple of axes, or None.
+        auto: axes that split whichever dim they divide: the first one that does.
+
+    Raises:
+        ConfigError: an axis is used twice.
+
+    Example:
+        >>> Spec("fsdp", None), Spec(None, ("tensor", "fsdp")), Spec()
+        (Spec('fsdp'), Spec(None, ('tensor', 'fsdp')), Spec())
+        >>> Spec("tensor", auto="fsdp")
+        Spec('tensor', auto='fsdp')
+    """
+
+    entries: tuple[tuple[str, ...], ...]
+    auto: tuple[str, ...]
+
+    def __init__(self, *entries: Axes, auto: Axes = None) -> None:
+        dims = [_as_axes(e) for e in entries]
+        while dims and not dims[-1]:
+            dims.pop()
+        object.__setattr__(self, "entries", tuple(dims))
+        object.__setattr__(self, "auto", _as_axes(auto))
+        twice = sorted({a for a in self.axes if self.axes.count(a) > 1})
+        if twice:
+            raise ConfigError(
+                explain(
+                    f"the mesh axis {twice[0]!r} is used twice in a spec",
+                    where=repr(self),
+                    why="an axis splits a tensor once",
+                    instead='Spec("fsdp", "tensor"), or Spec(("tensor", "fsdp")) for two axes on one dim',
+                )
+            )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All axes that are named, in order of dims."""
+        return tuple(a for entry in self.entries for a in entry) + self.auto
+
+    def __repr__(self) -> str:
+        shown = [repr(_shown(e)) for e in self.entries] + ([f"auto={_shown(self.auto)!r}"] if self.auto else [])
+        return f"Spec({', '.join(shown)})"
+
+
+REPLICATED = Spec()
+
+
+def resolve(
+    spec: Spec,
+    sizes: Mapping[str, int],
+    shape: Sequence[int],
+    *,
+    fallback: Fallback,
+    min_size: int = 0,
+    where: str = "tensor",
+) -> Spec:
+    """Return a spec for one shape on one mesh: automatic axes have a dim, axes of size 1 and what cannot be are gone.
+
+    Args:
+        spec: the wish.
+        sizes: size of each mesh axis.
+        shape: of the tensor.
+        fallback: what happens to an axis that the mesh does not have, or whose size does not divide the dim:
+            "replicate" leaves it out, "error" raises, "pad" splits the dim unevenly, as `torch.chunk` does.
+        min_size: automatic axes leave tensors of fewer elements whole.
+        where: name of the tensor, for errors.
+
+    Raises:
+        ConfigError: more entries than dims, or what `fallback="error"` refuses.
+
+    Example:
+        >>> resolve(Spec(auto="fsdp"), {"fsdp": 4}, (6, 8), fallback="replicate")
+        Spec(None, 'fsdp')
+        >>> resolve(Spec("fsdp"), {"fsdp": 4}, (6, 8), fallback="replicate")
+        Spec()
+    """
+    where = f"{where}: {list(shape)} under {spec!r}"
+    if len(spec.entries) > len(shape):
+        raise ConfigError(
+            explain(
+                f"a spec names {len(spec.entries)} dims of a tensor that has {len(shape)}",
+                where=where,
+                instead="one entry a dim; a rule whose glob matches these tensors only",
+            )
+        )
+    unknown = [a for a in spec.axes if a not in sizes]
+    if unknown and fallback == "error":
+        raise ConfigError(
+            explain(
+                f"the mesh has no axis {unknown[0]!r}",
+                where=where,
+                why=f"its axes are {', '.join(sizes)}",
+                instead="name an axis of the mesh, or fallback='replicate' to leave out those it does not have",
+            )
+        )
+    dims = [
+        _fitting(spec.entries[d] if d < len(spec.entries) else (), sizes, n, fallback, where)
+        for d, n in enumerate(shape)
+    ]
+    auto = tuple(a for a in spec.auto if sizes.get(a, 1) > 1)
+    if auto and math.prod(shape) >= max(1, min_size) and shape:
+        _place_auto(dims, auto, sizes, shape, fallback, where)
+    return Spec(*dims)
+
+
+def _fitting(axes: tuple[str, ...], sizes: Mapping[str, int], n: int, fallback: Fallback, where: str) -> Axes:
+    kept: list[str] = []
+    for axis in axes:
+        size = sizes.get(axis, 1)
+        if size == 1:
+            continue
+        if n % size == 0 and n > 0:
+            kept.append(axis)
+            n //= size
+        elif fallback == "error":
+            raise ConfigError(_indivisible(f"{n} elements along a dim", {axis: size}, where))
+        elif fallback == "pad" and n > 0:
+            # An uneven split has to be the finest one: parts of different sizes cannot be split alike.
+            return (*kept, axis)
+    return tuple(kept)
+
+
+def _place_auto(
+    dims: list[Any],
+    auto: tuple[str, ...],
+    sizes: Mapping[str, int],
+    shape: Sequence[int],
+    fallback: Fallback,
+    where: str,
+) -> None:
+    need = math.prod(sizes[a] for a in auto)
+    left = [n // math.prod(sizes[a] for a in dims[d]) for d, n in enumerate(shape)]
+    even = [d for d, n in enumerate(shape) if n % math.prod(sizes[a] for a in dims[d]) == 0]
+    for d in even:
+        if left[d] % need == 0:
+            dims[d] = (*dims[d], *auto)
+            return
+    if fallback == "error":
+        raise ConfigError(_indivisible("no dim", {a: sizes[a] for a in auto}, where))
+    if fallback == "pad" and even and len(auto) == 1:
+        widest = max(even, key=lambda d: left[d])
+        dims[widest] = (*dims[widest], *auto)
+
+
+def _indivisible(what: str, sizes: Mapping[str, int], where: str) -> str:
+    named = " x ".join(f"{a} ({n})" for a, n in sizes.items())
+    verb = "is divisible" if what == "no dim" else "are not divisible"
+    return explain(
+        f"{what} {verb} by {named}",
+        where=where,
+        instead="fallback='replicate' keeps such tensors whole on every rank; fallback='pad' splits them unevenly",
+    )
+
+
+def box(spec: Spec, sizes: Mapping[str, int], shape: Sequence[int], coordinate: Mapping[str, int]) -> Box:
+    """Return `(offset, shape)` of the part of a tensor that a coordinate of the mesh holds, with `torch.chunk`'s cuts.
+
+    Example:
+        >>> [box(Spec("fsdp"), {"fsdp": 4}, (6, 2), {"fsdp": i}) for i in (0, 2, 3)]
+        [((0, 0), (2, 2)), ((4, 0), (2, 2)), ((6, 0), (0, 2))]
+    """
+    offset, extent = [0] * len(shape), list(shape)
+    for dim, axes in enumerate(spec.entries):
+        for axis in axes:
+            size = sizes.get(axis, 1)
+            part = -(-extent[dim] // size)
+            start = min(coordinate.get(axis, 0) * part, extent[dim])
+            offset[dim] += start
+            extent[dim] = min(part, extent[dim] - start)
+    return tuple(offset), tuple(extent)
+
+
+# --- torch's placements -----------------------------------------------------------------------------------------------
+
+
+def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """Return torch's placement on each mesh axis, in the order of the mesh, of a resolved spec."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    order = list(sizes)
+    found: dict[str, Any] = {}
+    for dim, axes in enumerate(spec.entries):
+        for i, axis in enumerate(axes):
+            # torch splits in the order of the mesh; it calls an axis strided when later ones split before it.
+            before = math.prod(sizes[a] for a in axes[:i] if order.index(a) > order.index(axis))
+            found[axis] = Shard(dim) if before == 1 else _StridedShard(dim, split_factor=before)
+    return tuple(found.get(axis, Replicate()) for axis in order)
+
+
+def spec_of(placements: Sequence[Any], sizes: Mapping[str, int]) -> Spec:
+    """Return the spec of torch's placements; what `placements` made.
+
+    Raises:
+        ConfigError: a placement that no spec stands for, as `Partial`.
+    """
+    dims: dict[int, list[str]] = {}
+    for axis, placement in reversed(list(zip(sizes, placements, strict=True))):
+        if placement.is_replicate():
+            continue
+        if not hasattr(placement, "dim"):
+            raise ConfigError(explain(f"a tensor of a state is whole or split, not {placement}", where=f"axis {axis}"))
+        later = dims.setdefault(placement.dim, [])
+        factor, position = getattr(placement, "split_factor", 1), 0
+        while factor > 1 and position < len(later):
+            factor //= sizes[later[position]]
+            position += 1
+        later.insert(position, axis)
+    return Spec(*[dims.get(d, ()) for d in range(max(dims, default=-1) + 1)])
