@@ -18,7 +18,9 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _as_axes(entry: Any) -> tuple[str, ...]:
-    axes = (entry,) if isinstance(entry, str) or not isinstance(entry, (tuple, list, type(None))) else tuple(entry or ())
+    axes = (
+        (entry,) if isinstance(entry, str) or not isinstance(entry, (tuple, list, type(None))) else tuple(entry or ())
+    )
     if not all(isinstance(a, str) for a in axes):
         raise ConfigError(
             explain(
