@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import random, transforms, tree
+from purestep import bits, random, transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation

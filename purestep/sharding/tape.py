@@ -252,7 +252,7 @@ def _refuse(function: Any, why: str, error: Exception | None = None) -> None:
 def recording(rng: Tensor) -> Iterator[Tape]:
     """Make tensors without memory, and yield the tape on which everything that is done to them is written."""
     tape = Tape(rng)
-    with _truncated_normals(tape), _Recorder(tape), _Disguise():
+    with _truncated_normals(tape), _Recorder(tape), _Disguise(tape):
         yield tape
 
 
@@ -278,10 +278,18 @@ class _Disguise(TorchFunctionMode):
         Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
         Tensor.device.__get__: torch.device("cpu"),
     }
+    _reading = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in self._said and args[0].is_meta:
             return self._said[function]
+        if function in self._reading:
+            with torch._C._DisableTorchDispatch():
+                args = (self.tape.value(args[0]), *args[1:])
         return function(*args, **(kwargs or {}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -136,7 +137,8 @@ def test_copies_of_a_layer_start_alike_as_in_torch():
 
 
 def test_master_weights_and_averages_are_those_of_the_parameters():
-    for tx in (master_weights(optim.adamw(1e-3)), optim.lookahead(optim.adamw(1e-3), sync_period=2)):
+    lifted = optim.lift(torch.optim.SGD, lr=0.1, momentum=0.9)  # it compares two steps, by their values
+    for tx in (master_weights(optim.adamw(1e-3)), optim.lookahead(optim.adamw(1e-3), sync_period=2), lifted):
         state = ps.init(MODELS["mlp"], tx, seed=0, deferred=True)
         again = tx.init(state.params)
         assert ps.tree.equal(state.opt_state, again)
@@ -169,8 +171,13 @@ def test_values_that_are_asked_for_are_computed_then():
             with torch.no_grad():
                 self.w.div_(self.scale)
             self.kept = nn.Parameter(self.w.detach()[self.w.detach() > 0])
+            self.read = self.w.tolist()
+            self.seen = np.asarray(self.w.detach()).copy(), self.w.detach().numpy().copy()
 
-    p = ps.init(Asking, TX, seed=0, deferred=True).params
+    state = ps.init(Asking, TX, seed=0, deferred=True)
+    p, made = state.params, state.model.module
+    assert made.read == p["w"].tolist()
+    assert all(np.array_equal(x, p["w"].numpy()) for x in made.seen)
     assert math.isclose(float(p["w"].norm()), 1.0, rel_tol=1e-5)
     assert torch.equal(p["kept"], p["w"][p["w"] > 0])
 
