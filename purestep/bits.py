@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ import torch
 
 from purestep.errors import TreeError, explain
 
+BLOCK = 1 << 20  # bytes; longer leaves are hashed by blocks of this size, which threads and ranks can share
+_HASH_THREADS = 4
+_DECIMAL_BITS = 10_000  # Python refuses to write much longer integers in decimal
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,7 +35,11 @@ def describe(leaf: Any) -> str:
         return f"{str(leaf.dtype).removeprefix('torch.')}[{', '.join(str(n) for n in leaf.shape)}]"
     if isinstance(leaf, (np.ndarray, np.generic)):
         return f"{leaf.dtype.name}[{', '.join(str(n) for n in leaf.shape)}]"
-    return f"{type(leaf).__name__} {leaf!r}"
+    return f"{type(leaf).__name__} {_integer_text(leaf) if type(leaf) is int else repr(leaf)}"
+
+
+def _integer_text(value: int) -> str:
+    return repr(value) if value.bit_length() < _DECIMAL_BITS else hex(value)
 
 
 # How to gather a tensor that is split over processes; `sharding.place` sets it.
@@ -72,6 +81,8 @@ def leaf_bytes(path: str, leaf: Any) -> tuple[str, Any]:
         return "bytes", leaf
     if isinstance(leaf, float):
         return "float", leaf.hex().encode()
+    if type(leaf) is int:
+        return "int", _integer_text(leaf).encode()
     if isinstance(leaf, (bool, int, complex, str)):
         return type(leaf).__name__, repr(leaf).encode()
     raise TreeError(
@@ -91,13 +102,34 @@ def _little_endian(array: Any) -> np.ndarray:
 
 def digest_leaves(pairs: Iterable[tuple[str, Any]]) -> str:
     """Return the sha256, in hex, of paths and leaves, in any order: the `tree.digest` of the tree that has them."""
+    return digest_rows((path, *digest_row(path, leaf)) for path, leaf in sorted(pairs, key=lambda pair: pair[0]))
+
+
+def digest_row(path: str, leaf: Any) -> tuple[str, int, bytes]:
+    """Return what the digest is made of for one leaf: its kind, its bytes' number, and the bytes, condensed."""
+    kind, content = leaf_bytes(path, leaf)
+    return kind, len(content), condense(content)
+
+
+def digest_rows(rows: Iterable[tuple[str, str, int, bytes]]) -> str:
+    """Return the digest of a tree from (path, kind, number of bytes, condensed bytes) of its leaves, in any order."""
     total = hashlib.sha256()
-    for path, leaf in sorted(pairs, key=lambda pair: pair[0]):
-        kind, content = leaf_bytes(path, leaf)
-        header = f"{path}\0{kind}\0{len(content)}\0".encode()
+    for path, kind, count, content in sorted(rows, key=lambda row: row[0]):
+        header = f"{path}\0{kind}\0{count}\0".encode()
         total.update(len(header).to_bytes(8, "little") + header)
         total.update(content)
     return total.hexdigest()
+
+
+def condense(content: bytes | np.ndarray) -> bytes:
+    """Return up to `BLOCK` bytes as they are, and the sha256 over the sha256 of each block of more than that."""
+    if len(content) <= BLOCK:
+        return bytes(content)
+    view = np.frombuffer(content, np.uint8)
+    blocks = [view[start : start + BLOCK] for start in range(0, len(content), BLOCK)]
+    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+        digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
+        return hashlib.sha256(b"".join(digests)).digest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purestep.bits import describe, digest_leaves, leaf_bytes, tensor_bytes
+from purestep.bits import BLOCK, describe, digest_leaves, digest_row, digest_rows, leaf_bytes, tensor_bytes
 from purestep.errors import TreeError
 from purestep.tree import diff, digest, equal
 
@@ -95,7 +96,8 @@ def test_numpy_arrays_count_by_value_of_any_byte_order():
 
 
 def test_small_floats_of_ml_dtypes_are_numbers():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    import ml_dtypes
+
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         mine = torch.tensor([1.0, -2.5, 0.0]).to(getattr(torch, name))
         theirs = np.array([1.0, -2.5, 0.0], getattr(ml_dtypes, name))
@@ -203,3 +205,32 @@ def test_the_text_of_differences():
 def test_leaf_bytes_name_the_path():
     with pytest.raises(TreeError, match=r"state\.x"):
         leaf_bytes("state.x", object())
+
+
+def test_long_leaves_are_hashed_by_blocks_and_every_block_counts():
+    raw = torch.randint(0, 256, (2 * BLOCK + 17,), dtype=torch.uint8)
+    blocks = [raw[:BLOCK], raw[BLOCK : 2 * BLOCK], raw[2 * BLOCK :]]
+    each = b"".join(hashlib.sha256(block.numpy()).digest() for block in blocks)
+    header = f"['w']\0uint8[{len(raw)}]\0{len(raw)}\0".encode()
+    want = hashlib.sha256(len(header).to_bytes(8, "little") + header + hashlib.sha256(each).digest()).hexdigest()
+    assert digest({"w": raw}) == want
+    for position in (0, BLOCK - 1, BLOCK, 2 * BLOCK, len(raw) - 1):
+        other = raw.clone()
+        other[position] ^= 1
+        assert digest({"w": other}) != want
+    assert digest({"w": torch.cat([blocks[1], blocks[0], blocks[2]])}) != want
+    small = raw[:BLOCK]
+    assert digest({"w": small}) == digest_rows([("['w']", f"uint8[{BLOCK}]", BLOCK, small.numpy().tobytes())])
+
+
+def test_a_digest_can_be_put_together_from_rows_made_anywhere():
+    values = {"b": torch.randn(300_000), "a": 3, "c": np.arange(4)}
+    rows = [(path, *digest_row(path, leaf)) for path, leaf in values.items()]
+    assert digest_rows(reversed(rows)) == digest_leaves(values.items())
+
+
+def test_integers_of_any_size_have_digests_and_print():
+    large = 10**5000
+    assert len({digest(value) for value in (large, large + 1, -large, hex(large))}) == 4
+    assert describe(large).startswith("int 0x")
+    assert str(diff([large], [large + 1])[0]).startswith("[0]: int 0x")

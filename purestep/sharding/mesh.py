@@ -15,19 +15,21 @@ import torch
 import torch.distributed as dist
 
 from purestep.errors import ConfigError, explain
+from purestep.sharding import world
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
 def world_size() -> int:
-    """Return the number of processes of this job: 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return the number of processes of this job, after joining those that torchrun started; 1 without them."""
+    world.initialize()
+    return world.size()
 
 
 def this_rank() -> int:
-    """Return the number of this process in its job: 0 without torch.distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Return the number of this process in its job: 0 without others."""
+    return world.rank()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from purestep.snapshot.keep import every_steps as every_steps
 from purestep.snapshot.keep import latest as latest
 from purestep.snapshot.manifest import Manifest as Manifest
 from purestep.snapshot.manifest import environment as environment
+from purestep.snapshot.ranks import Ranks as Ranks
 from purestep.snapshot.reader import Restored as Restored
 from purestep.snapshot.store import Store as Store
 

@@ -1,6 +1,6 @@
-"""One save in the background at a time: its thread, its failure, and what happens when the process ends.
+"""One save in the background at a time: its thread, how it ended, and what happens when the process ends.
 
-It owns the promises that an exiting interpreter first finishes the save in flight, and that a failure is told once.
+It owns the promise that an exiting interpreter first finishes the save in flight.
 """
 
 from __future__ import annotations
@@ -10,58 +10,49 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from purestep.errors import SaveFailed
-
 _in_flight: set[threading.Thread] = set()
 _hooked: list[bool] = []
 
 
 @dataclass
-class _Job:
+class Job:
+    """One piece of work: `failure` is what it raised, once `ended`."""
+
     thread: threading.Thread
-    failure: SaveFailed | None = None
+    failure: BaseException | None = None
+
+    @property
+    def ended(self) -> bool:
+        return not self.thread.is_alive()
 
 
 class Background:
     """Runs one function at a time in a thread, which is not a daemon: an exiting process waits for it."""
 
     def __init__(self) -> None:
-        self._job: _Job | None = None
-        self._failure: SaveFailed | None = None
+        self.job: Job | None = None
 
-    def start(self, name: str, work: Callable[[], SaveFailed | None]) -> None:
-        """Run `work` in a thread, after what runs there now. It returns its failure rather than raise it."""
+    def start(self, name: str, work: Callable[[], None]) -> None:
+        """Run `work` in a thread, after what runs there now."""
         self.settle()
 
         def run() -> None:
             try:
-                job.failure = work()
+                work()
+            except BaseException as error:
+                job.failure = error
             finally:
                 _in_flight.discard(job.thread)
 
-        job = _Job(threading.Thread(target=run, name=name))
+        job = Job(threading.Thread(target=run, name=name))
         _finish_before_exit(job.thread)
-        self._job = job
+        self.job = job
         job.thread.start()
 
     def settle(self) -> None:
-        """Wait for what runs, and keep its failure for `raise_failure`. An interrupted wait can be taken up again."""
-        if self._job is not None:
-            self._job.thread.join()
-            self._failure = self._job.failure or self._failure
-            self._job = None
-
-    def take_failure(self) -> SaveFailed | None:
-        """Return the failure of what has ended, once."""
-        if self._job is not None and not self._job.thread.is_alive():
-            self.settle()
-        failure, self._failure = self._failure, None
-        return failure
-
-    def raise_failure(self) -> None:
-        """Raise the failure of what has ended, once."""
-        if (failure := self.take_failure()) is not None:
-            raise failure
+        """Wait for what runs. An interrupted wait can be taken up again."""
+        if self.job is not None:
+            self.job.thread.join()
 
 
 def _finish_before_exit(thread: threading.Thread) -> None:

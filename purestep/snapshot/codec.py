@@ -17,6 +17,7 @@ import torch
 
 from purestep import tree
 from purestep.errors import TreeError, explain
+from purestep.sharding import place
 
 JSON = Any  # None, bool, int, float, str, list or dict of JSON
 PYTHON_KINDS = ("bool", "int", "float", "complex", "str", "bytes")
@@ -221,7 +222,14 @@ def _describe(value: Any, path: str) -> tuple[Leaf, Any]:
 
 def _check_tensor(value: torch.Tensor, path: str) -> None:
     reason = instead = None
-    if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    split: Any = value
+    if place.is_split(value):
+        if any(placement.is_partial() for placement in split._spec.placements):
+            reason, instead = "a tensor whose sum is still outstanding cannot be stored", "x.redistribute(...) first"
+        value = split._local_tensor
+    if reason:
+        pass
+    elif type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         reason = f"a tensor of class {_qualified(type(value))} cannot be stored"
         instead = "store the plain tensors it consists of"
     elif value.layout is not torch.strided:
@@ -231,7 +239,7 @@ def _check_tensor(value: torch.Tensor, path: str) -> None:
     elif value.device.type == "meta":
         reason, instead = "a tensor on the meta device has no bytes to store", "initialize it first"
     if reason:
-        raise TreeError(explain(reason, where=f"{show(path)}: {tree.describe(value)}", instead=instead))
+        raise TreeError(explain(reason, where=f"{show(path)}: {tree.describe(split)}", instead=instead))
 
 
 def _identity(value: Any) -> Any:
@@ -239,6 +247,10 @@ def _identity(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         if value.numel() == 0:
             return ("tensor", id(value))
+        if place.is_split(value):
+            part: Any = value
+            same = _identity(part._local_tensor) if part._local_tensor.numel() else id(value)
+            return ("split", same, value.shape, str(part._spec.placements), part._spec.mesh)
         flags = (value.is_conj(), value.is_neg())
         return ("tensor", value.data_ptr(), value.device, value.dtype, value.shape, value.stride(), flags)
     if value.size == 0 or value.ndim == 0:

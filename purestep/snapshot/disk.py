@@ -19,16 +19,27 @@ _numbers = itertools.count()
 _active: set[Path] = set()  # temporary directories that this process is writing
 
 
-def begin(root: Path, name: str) -> Path:
-    """Make and return a new temporary directory under an existing root."""
-    path = root / f"{name}{MARK}{os.getpid()}-{next(_numbers)}"
+def begin(root: Path, name: str, token: str | None = None) -> Path:
+    """Make and return a temporary directory under an existing root.
+
+    Args:
+        root: the directory.
+        name: what it is to become.
+        token: what the processes that write into it together have agreed on; None for one process.
+    """
+    path = root / f"{name}{MARK}{token or unique()}"
     _active.add(path)
     try:
-        path.mkdir()
+        path.mkdir(exist_ok=token is not None)
     except OSError:
         _active.discard(path)
         raise
     return path
+
+
+def unique() -> str:
+    """Return a name that nothing else in this directory has or had, whichever machine wrote it."""
+    return f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
 
 
 def make_root(root: Path) -> None:
@@ -88,6 +99,11 @@ def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
     fsync(final.parent)
 
 
+def release(temporary: Path) -> None:
+    """Leave a temporary directory to the process that commits it."""
+    _active.discard(temporary)
+
+
 def abandon(temporary: Path) -> None:
     """Remove a temporary directory, as far as the disk lets us."""
     shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +120,7 @@ def remove(directory: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Rename something to a temporary name that the next writer removes."""
-    trash = path.with_name(f"{path.name}{MARK}{os.getpid()}-{next(_numbers)}")
+    trash = path.with_name(f"{path.name.partition(MARK)[0]}{MARK}{unique()}")
     _active.add(trash)
     os.rename(path, trash)
     return trash
@@ -115,16 +131,3 @@ def clean(root: Path) -> None:
     for path in root.glob(f"*{MARK}*"):
         if path not in _active:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def check_space(root: Path, nbytes: int) -> None:
-    """Refuse to begin what cannot fit.
-
-    Raises:
-        OSError: ENOSPC, with both numbers.
-    """
-    free = shutil.disk_usage(root).free
-    if free < nbytes:
-        import errno
-
-        raise OSError(errno.ENOSPC, f"{nbytes / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free", str(root))

@@ -29,6 +29,10 @@ class Keep:
         """
         return {step for step, _ in records}
 
+    def most(self) -> int | None:
+        """Return how many snapshots it preserves at most, None when there is no bound. The newest comes on top."""
+        return None
+
     def __or__(self, other: Keep) -> Keep:
         if not isinstance(other, Keep):
             return NotImplemented
@@ -56,6 +60,9 @@ class Latest(Keep):
     def select(self, records: Sequence[Record]) -> set[int]:
         return {step for step, _ in records[-self.n :]}
 
+    def most(self) -> int | None:
+        return self.n
+
     def __repr__(self) -> str:
         return f"latest({self.n})"
 
@@ -70,6 +77,9 @@ class Best(Keep):
 
     def select(self, records: Sequence[Record]) -> set[int]:
         return set(ranking(records, self.metric, self.mode)[: self.n])
+
+    def most(self) -> int | None:
+        return self.n
 
     def __repr__(self) -> str:
         return f"best({self.metric!r}, {self.n}, {self.mode!r})"
@@ -96,6 +106,10 @@ class Either(Keep):
 
     def select(self, records: Sequence[Record]) -> set[int]:
         return set().union(*(part.select(records) for part in self.parts))
+
+    def most(self) -> int | None:
+        counts = [part.most() for part in self.parts]
+        return None if None in counts else sum(n for n in counts if n is not None)
 
     def __repr__(self) -> str:
         return " | ".join(repr(part) for part in self.parts)

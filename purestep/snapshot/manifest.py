@@ -1,7 +1,7 @@
 """What a snapshot says about itself: step, metrics, environment, structure, leaves and checksums.
 
 Three sealed JSON files: `meta/data.json` (small, read to list), `meta/tree.json` (structure and leaves) and
-`parts/<rank>/spec` (where the bytes of each leaf are). A seal is a checksum over the exact text; `data.json` also seals
+`meta/pieces.json` (where the bytes of each leaf are). A seal is a checksum over the exact text; `data.json` also seals
 the other two. Nothing read here is ever used as a path or as code.
 """
 
@@ -20,11 +20,13 @@ import torch
 import torch.backends.cpu
 
 from purestep.errors import CorruptSnapshot, SnapshotError, explain
+from purestep.sharding.mesh import world_size
 from purestep.snapshot.codec import JSON, Leaf
 from purestep.snapshot.pack import Piece, checksum
 
-FORMAT = 1
-DATA, TREE, SPEC = "meta/data.json", "meta/tree.json", "parts/0/spec"
+FORMAT = 2
+DATA, TREE, PIECES = "meta/data.json", "meta/tree.json", "meta/pieces.json"
+_PIECES_1 = "parts/0/spec"  # format 1 knew one rank, and one piece for each leaf that has bytes
 _OPEN, _MIDDLE, _CLOSE = b'{"checksum": "', b'", "body": ', b"}\n"
 
 
@@ -41,6 +43,7 @@ class Header:
         environment: versions, thread count, CPU capability, deterministic flags, world size: what bits depend on.
         keep: repr of the preservation policy of the writer.
         seals: checksum of each of the other files.
+        format: of the files; older ones are read, too.
     """
 
     step: int
@@ -51,6 +54,7 @@ class Header:
     environment: Mapping[str, JSON] = field(default_factory=dict)
     keep: str = ""
     seals: Mapping[str, str] = field(default_factory=dict)
+    format: int = FORMAT
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Manifest(Header):
     Attributes:
         structure: the nodes of the tree as JSON, referring to leaves by index.
         leaves: path, kind, dtype, shape of each leaf, and the text of Python leaves.
-        pieces: place, size and xxh3 of the bytes of each leaf that has any, in order of the leaves.
+        pieces: for each part of a leaf that has bytes: which box of which leaf, where it is, size and xxh3.
     """
 
     structure: JSON = None
@@ -79,7 +83,7 @@ def environment() -> dict[str, JSON]:
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "world_size": 1,
+        "world_size": world_size(),
     }
 
 
@@ -95,7 +99,7 @@ def dump(manifest: Manifest) -> dict[str, bytes]:
     """Return the content of each file of a manifest, by its place in the snapshot."""
     files = {
         TREE: seal({"structure": manifest.structure, "leaves": [leaf.to_json() for leaf in manifest.leaves]}),
-        SPEC: seal({"pieces": [list(piece) for piece in manifest.pieces]}),
+        PIECES: seal({"pieces": [list(piece) for piece in manifest.pieces]}),
     }
     head = {
         "format": FORMAT,
@@ -151,11 +155,11 @@ def read_header(directory: Path) -> Header:
         SnapshotError: it was written in a format that this version does not know.
     """
     head = unseal(_read(directory, DATA), str(directory / DATA))
-    if head["format"] != FORMAT:
-        what = f"the snapshot is of format {head['format']}, this version of purestep reads format {FORMAT}"
+    if head["format"] not in (1, FORMAT):
+        what = f"the snapshot is of format {head['format']}, this version of purestep reads formats 1 and {FORMAT}"
         raise SnapshotError(explain(what, where=str(directory), instead="read it with the version that wrote it"))
     metrics = {name: float(value) for name, value in head["metrics"].items()}
-    return Header(**{key: value for key, value in head.items() if key != "format"} | {"metrics": metrics})
+    return Header(**head | {"metrics": metrics})
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -165,17 +169,30 @@ def read_manifest(directory: Path) -> Manifest:
         CorruptSnapshot: a file is missing, unreadable or not what was written.
     """
     head = read_header(directory)
-    bodies = {}
-    for name in (TREE, SPEC):
-        content = _read(directory, name)
-        if checksum(content) != head.seals.get(name):
-            why = f"it is not the file that {DATA} was written with"
-            raise CorruptSnapshot(explain("a file of the snapshot is corrupt", where=str(directory / name), why=why))
-        bodies[name] = unseal(content, str(directory / name))
-    leaves = [Leaf.from_json(row) for row in bodies[TREE]["leaves"]]
-    pieces = [Piece(*row) for row in bodies[SPEC]["pieces"]]
+    body = _sealed(directory, TREE, head)
+    leaves = [Leaf.from_json(row) for row in body["leaves"]]
+    if head.format == 1:
+        pieces = _pieces_1(leaves, _sealed(directory, _PIECES_1, head)["pieces"])
+    else:
+        pieces = [Piece.from_json(row) for row in _sealed(directory, PIECES, head)["pieces"]]
     known: dict[str, Any] = {name: getattr(head, name) for name in Header.__dataclass_fields__}
-    return Manifest(**known, structure=bodies[TREE]["structure"], leaves=leaves, pieces=pieces)
+    return Manifest(**known, structure=body["structure"], leaves=leaves, pieces=pieces)
+
+
+def _pieces_1(leaves: Sequence[Leaf], rows: JSON) -> list[Piece]:
+    own = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.has_bytes]
+    return [
+        Piece(index, (0,) * len(leaf.shape), tuple(leaf.shape), 0, *row)
+        for (index, leaf), row in zip(own, rows, strict=True)
+    ]
+
+
+def _sealed(directory: Path, name: str, head: Header) -> JSON:
+    content = _read(directory, name)
+    if checksum(content) != head.seals.get(name):
+        why = f"it is not the file that {DATA} was written with"
+        raise CorruptSnapshot(explain("a file of the snapshot is corrupt", where=str(directory / name), why=why))
+    return unseal(content, str(directory / name))
 
 
 def _read(directory: Path, name: str) -> bytes:

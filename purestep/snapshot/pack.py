@@ -18,6 +18,7 @@ import torch
 
 from purestep.errors import CorruptSnapshot, explain
 from purestep.snapshot.codec import Leaf, show
+from purestep.snapshot.shards import Box, Owned, count, width
 
 SMALL = 1 << 20  # bytes below which a leaf goes into an arena
 ARENA = 32 << 20  # bytes after which the next arena is begun
@@ -29,17 +30,30 @@ _HASH_THREADS = 4
 
 
 class Piece(NamedTuple):
-    """Where the bytes of one leaf are: which array, from which byte, how many, and their xxh3."""
+    """Where the bytes of a box of a leaf are: in which rank's part, which array, from which byte; and their xxh3."""
 
+    leaf: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    rank: int
     array: str
     offset: int
     nbytes: int
     checksum: str
 
+    @property
+    def box(self) -> Box:
+        return self.start, self.shape
+
+    @staticmethod
+    def from_json(row: Sequence[Any]) -> Piece:
+        leaf, start, shape, *rest = row
+        return Piece(leaf, tuple(start), tuple(shape), *rest)
+
 
 @dataclass(frozen=True)
 class Packed:
-    """Flat arrays by name, and one piece for each leaf that has bytes, in order of the leaves."""
+    """Flat arrays by name, and one piece for each part of a leaf, in order of the leaves."""
 
     arrays: dict[str, np.ndarray]
     pieces: list[Piece]
@@ -52,31 +66,31 @@ def checksum(data: bytes | np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(data)  # type: ignore[arg-type]
 
 
-def pack(leaves: Sequence[Leaf], contents: Sequence[np.ndarray]) -> Packed:
-    """Lay leaves out in arrays.
+def pack(parts: Sequence[Owned], contents: Sequence[np.ndarray], *, rank: int = 0) -> Packed:
+    """Lay parts of leaves out in arrays.
 
     Args:
-        leaves: the leaves that have bytes.
+        parts: the parts of leaves that this rank writes.
         contents: uint8[nbytes] of each, contiguous; large ones are not copied.
+        rank: of this process.
     """
     arrays: dict[str, np.ndarray] = {}
     pieces: list[Piece] = []
     arena: list[np.ndarray] = []
     filled = number = 0
     sums = _in_threads(checksum, contents)
-    for index, (leaf, content, total) in enumerate(zip(leaves, contents, sums, strict=True)):
+    for part, content, total in zip(parts, contents, sums, strict=True):
         if content.nbytes >= SMALL:
-            name = array_name(index, leaf.path)
-            arrays[name] = _typed(content, leaf)
-            pieces.append(Piece(name, 0, content.nbytes, total))
-            continue
-        if filled >= ARENA:
-            arrays[f"arena-{number}"] = np.concatenate(arena)
-            arena, filled, number = [], 0, number + 1
-        name = f"arena-{number}" if content.nbytes else ""
-        pieces.append(Piece(name, filled, content.nbytes, total))
-        arena.append(content)
-        filled += content.nbytes
+            name, offset = array_name(part.index, part.leaf.path), 0
+            arrays[name] = _typed(content, part.leaf, part.box[1])
+        else:
+            if filled >= ARENA:
+                arrays[f"arena-{number}"] = np.concatenate(arena)
+                arena, filled, number = [], 0, number + 1
+            name, offset = f"arena-{number}" if content.nbytes else "", filled
+            arena.append(content)
+            filled += content.nbytes
+        pieces.append(Piece(part.index, *part.box, rank, name, offset, content.nbytes, total))
     if filled:
         arrays[f"arena-{number}"] = np.concatenate(arena)
     return Packed(arrays, pieces)
@@ -92,13 +106,13 @@ def array_name(index: int, path: str) -> str:
     return f"{index}-" + quote(show(path), safe="").replace(".", "%2E").replace("~", "%7E")[:150]
 
 
-def _typed(content: np.ndarray, leaf: Leaf) -> np.ndarray:
+def _typed(content: np.ndarray, leaf: Leaf, shape: tuple[int, ...]) -> np.ndarray:
     """View bytes as the dtype that other readers of the array expect; as bytes where numpy has no such dtype."""
     if leaf.kind == "tensor":
         dtype: Any = _numpy_name(leaf.dtype)
     else:
         dtype = np.dtype(leaf.dtype) if np.dtype(leaf.dtype).isnative else None
-    return content if dtype is None else content.view(dtype).reshape(leaf.shape)
+    return content if dtype is None else content.view(dtype).reshape(shape)
 
 
 def _numpy_name(name: str) -> Any:
@@ -113,26 +127,36 @@ def _numpy_name(name: str) -> Any:
 
 def unpack(
     leaves: Sequence[Leaf], pieces: Sequence[Piece], arrays: Mapping[str, np.ndarray], *, verify: bool
-) -> list[Any]:
-    """Return the tensor (on the CPU), array or scalar of each leaf that has bytes.
+) -> list[np.ndarray]:
+    """Return uint8[nbytes] of each piece, memory of its own.
+
+    Args:
+        leaves: all leaves, which the pieces refer to by index.
+        pieces: of one rank.
+        arrays: what that rank has written, by name.
+        verify: whether to compare checksums.
 
     Raises:
         CorruptSnapshot: names the leaves whose bytes are missing or are not the bytes that were saved.
     """
     flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
-    contents = [_slice(flat, leaf, piece) for leaf, piece in zip(leaves, pieces, strict=True)]
+    contents = [_slice(flat, leaves[piece.leaf], piece) for piece in pieces]
     if verify:
         sums = _in_threads(checksum, contents)
-        wrong = [leaf for leaf, piece, total in zip(leaves, pieces, sums, strict=True) if total != piece.checksum]
+        wrong = [piece.leaf for piece, total in zip(pieces, sums, strict=True) if total != piece.checksum]
         if wrong:
-            where = "\n".join(f"{show(leaf.path)}: {leaf}" for leaf in wrong[:10])
+            where = "\n".join(f"{show(leaves[i].path)}: {leaves[i]}" for i in wrong[:10])
             where += f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else ""
             why = "their checksums are not those of the manifest: the bytes changed after they were saved"
             raise CorruptSnapshot(explain("stored leaves are corrupt", where=where, why=why))
-    return [materialize(leaf, content) for leaf, content in zip(leaves, contents, strict=True)]
+    return contents
 
 
 def _slice(flat: Mapping[str, np.ndarray], leaf: Leaf, piece: Piece) -> np.ndarray:
+    inside = all(at >= 0 and at + n <= size for at, n, size in zip(*piece.box, leaf.shape, strict=True))
+    if not inside or piece.nbytes != count(piece.box) * width(leaf):
+        where = f"{show(leaf.path)}: {leaf}, {piece.nbytes} bytes for {list(piece.shape)} from {list(piece.start)}"
+        raise CorruptSnapshot(explain("a part of a leaf does not fit into it", where=where))
     if piece.nbytes == 0:
         return np.empty(0, np.uint8)
     array = flat.get(piece.array)
@@ -144,22 +168,28 @@ def _slice(flat: Mapping[str, np.ndarray], leaf: Leaf, piece: Piece) -> np.ndarr
     return array if whole and array.flags.writeable else array[piece.offset : piece.offset + piece.nbytes].copy()
 
 
-def materialize(leaf: Leaf, content: np.ndarray) -> Any:
+def materialize(leaf: Leaf, content: np.ndarray, shape: tuple[int, ...] | None = None) -> Any:
     """View uint8[nbytes] as the tensor, array or scalar that a leaf describes. Nothing is copied.
+
+    Args:
+        leaf: the leaf.
+        content: its bytes, or those of a part of it.
+        shape: of the part; the leaf's own by default.
 
     Raises:
         CorruptSnapshot: the bytes cannot be of that dtype and shape.
     """
+    shape = leaf.shape if shape is None else shape
     try:
         if leaf.kind == "tensor":
             dtype = getattr(torch, leaf.dtype)
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"torch.{leaf.dtype} is not a dtype")
             host = torch.from_numpy(content) if content.size else torch.empty(0, dtype=torch.uint8)
-            return host.view(dtype).reshape(leaf.shape)
+            return host.view(dtype).reshape(shape)
         if not _NUMPY_DTYPE.fullmatch(leaf.dtype):
             raise TypeError(f"{leaf.dtype!r} is not a dtype that snapshots hold")
-        array = content.view(np.dtype(leaf.dtype)).reshape(leaf.shape)
+        array = content.view(np.dtype(leaf.dtype)).reshape(shape)
         return array[()] if leaf.kind == "scalar" else array
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         where = f"{show(leaf.path)}: {leaf.dtype}{list(leaf.shape)} from {content.nbytes} bytes"

@@ -6,24 +6,27 @@ is ever returned. `store` gives it the list of snapshots and the function that r
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from purestep.errors import CorruptSnapshot, SnapshotError, TemplateMismatch, explain
+from purestep.sharding import place
 from purestep.snapshot import template
 from purestep.snapshot.codec import JSON, Leaf, from_text, show
+from purestep.snapshot.digest import STATE, ReadArrays
 from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, read_manifest
-from purestep.snapshot.pack import ARRAY_NAME, unpack
-from purestep.snapshot.writer import STATE
+from purestep.snapshot.pack import ARRAY_NAME, Piece, materialize, unpack
+from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.shards import Box, count, lay, overlap, wanted, width
 
-ReadArrays = Callable[[Path, Sequence[str]], dict[str, np.ndarray]]
+_ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -53,39 +56,57 @@ def find(index: Index, step: int) -> Entry:
     """
     entries = {entry.step: entry for entry in index.entries()}
     if step not in entries:
-        steps = index.steps()
-        have = f"the snapshots here are of steps {listed(steps)}" if steps else "there is none here"
-        raise SnapshotError(explain(f"there is no snapshot of step {step}", where=str(index.root), why=have))
+        raise SnapshotError(_absent(index, step))
     if entries[step].header is None:
         raise CorruptSnapshot(_with_earlier(index, step, entries[step].reason))
     return entries[step]
 
 
+def _absent(index: Index, step: int) -> str:
+    steps = index.steps()
+    have = f"the snapshots here are of steps {listed(steps)}" if steps else "there is none here"
+    return explain(f"there is no snapshot of step {step}", where=str(index.root), why=have)
+
+
 def restore(
-    index: Index, like: Any, read_arrays: ReadArrays, *, step: int | None, fallback: bool, verify: bool
+    index: Index,
+    like: Any,
+    read_arrays: ReadArrays,
+    *,
+    step: int | None,
+    fallback: bool,
+    verify: bool,
+    ranks: Ranks = _ALONE,
 ) -> Restored:
-    """Read the snapshot of a step, or the newest that can be read. See `Store.restore`."""
-    entries = list(reversed(index.entries())) if step is None else [find(index, step)]
+    """Read the snapshot of a step, or the newest that can be read, the same one on every rank. See `Store.restore`."""
+    candidates = ranks.from_first(lambda: [[entry.step, entry.reason] for entry in _candidates(index, step)])
+    if step is not None and not candidates:
+        raise SnapshotError(_absent(index, step))
     skipped: list[tuple[int, str]] = []
-    for entry in entries:
+    for number, reason in candidates:
+        path = index.root / str(number)
         try:
-            if entry.header is None:
-                raise CorruptSnapshot(entry.reason)
-            value, found = read(entry.path, like, read_arrays, verify=verify)
+            if reason:
+                raise CorruptSnapshot(reason)
+            value, found = ranks.together(functools.partial(read, path, like, read_arrays, verify=verify))
         except TemplateMismatch as error:
-            raise TemplateMismatch(f"{error}\n  snapshot: step {entry.step} in {index.root}") from None
+            raise TemplateMismatch(f"{error}\n  snapshot: step {number} in {index.root}") from None
         except SnapshotError as error:
             if step is not None or not fallback:
-                raise type(error)(_with_earlier(index, entry.step, str(error))) from error
-            skipped.append((entry.step, str(error)))
+                raise type(error)(_with_earlier(index, number, str(error))) from error
+            skipped.append((number, str(error)))
             continue
-        if skipped:
-            text = f"newer snapshots cannot be read; using step {entry.step} in {index.root}\n{_reasons(skipped)}"
+        if skipped and ranks.rank == 0:
+            text = f"newer snapshots cannot be read; using step {number} in {index.root}\n{_reasons(skipped)}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         return Restored(value, found.step, found.metrics, found.info, found.digest, tuple(skipped))
     if skipped:
         raise CorruptSnapshot(explain("no snapshot can be read", where=str(index.root), why=_reasons(skipped)))
     raise SnapshotError(explain("there is no snapshot", where=str(index.root), instead="save one first"))
+
+
+def _candidates(index: Index, step: int | None) -> list[Entry]:
+    return [entry for entry in reversed(index.entries()) if step is None or entry.step == step]
 
 
 def _reasons(skipped: list[tuple[int, str]]) -> str:
@@ -102,6 +123,8 @@ def _with_earlier(index: Index, step: int, text: str) -> str:
 def read(directory: Path, like: Any, read_arrays: ReadArrays, *, verify: bool) -> tuple[Any, Manifest]:
     """Return the tree in a snapshot directory, and its manifest.
 
+    Of a tensor that is split in the template, this rank's part is put together from the stored parts that it overlaps.
+
     Raises:
         TemplateMismatch: it is not of the structure, shapes or dtypes of `like`; no array has been read then.
         CorruptSnapshot: bytes are missing, or are not those that were saved.
@@ -109,10 +132,10 @@ def read(directory: Path, like: Any, read_arrays: ReadArrays, *, verify: bool) -
     try:
         found = read_manifest(directory)
         template.check(found.structure, list(found.leaves), like)
-        own = [leaf for leaf in found.leaves if leaf.has_bytes]
-        values = iter(unpack(own, found.pieces, _arrays(directory / STATE, found, read_arrays), verify=verify))
-        loaded = [next(values) if leaf.has_bytes else None for leaf in found.leaves]
-        return template.build(found.structure, like, _Values(found.leaves, loaded)), found
+        values = _Values(found.leaves)
+        template.build(found.structure, like, values.ask)
+        values.contents = load(directory, found, values.asked, read_arrays, verify=verify)
+        return template.build(found.structure, like, values), found
     except (SnapshotError, MemoryError):
         raise
     except Exception as error:  # a sealed manifest that does not make sense: written by something else
@@ -121,27 +144,81 @@ def read(directory: Path, like: Any, read_arrays: ReadArrays, *, verify: bool) -
 
 
 class _Values:
-    """Gives the leaf of an index, on a device; tied leaves come back as one object."""
+    """Gives the leaf of an index, placed and on the device of the template's; tied leaves come back as one object."""
 
-    def __init__(self, leaves: Sequence[Leaf], loaded: list[Any]) -> None:
-        self.leaves, self.loaded = leaves, loaded
-        self.placed: dict[tuple[int, torch.device], torch.Tensor] = {}
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self.leaves = leaves
+        self.asked: dict[int, set[Box]] = {}
+        self.contents: Mapping[tuple[int, Box], np.ndarray] = {}
+        self.made: dict[Any, Any] = {}
 
-    def __call__(self, index: int, device: torch.device | None) -> Any:
+    def ask(self, index: int, like: Any) -> None:
+        """Note what a template wants of a leaf."""
+        if self.leaves[index].text is None:
+            first = self._first(index)
+            self.asked.setdefault(first, set()).add(wanted(self.leaves[first], like))
+
+    def __call__(self, index: int, like: Any) -> Any:
         leaf = self.leaves[index]
         if leaf.text is not None:
             return from_text(leaf.kind, leaf.text)
-        first = index if leaf.alias is None else leaf.alias
-        value = self.loaded[first]
-        if device is None:
-            return value
-        if (first, device) not in self.placed:
-            self.placed[first, device] = value.to(device)
-        return self.placed[first, device]
+        first, part = self._first(index), like._local_tensor if place.is_split(like) else like
+        box, device = wanted(leaf, like), template.device_of(part)
+        key = (first, box, device, place.is_split(like) and id(like))
+        if key not in self.made:
+            value = materialize(leaf, self.contents[first, box], box[1])
+            value = value if device is None else value.to(device)
+            self.made[key] = place.rewrap(value, like) if place.is_split(like) else value
+        return self.made[key]
+
+    def _first(self, index: int) -> int:
+        alias = self.leaves[index].alias
+        return index if alias is None else alias
 
 
-def _arrays(state: Path, found: Manifest, read_arrays: ReadArrays) -> Mapping[str, np.ndarray]:
-    names = list(dict.fromkeys(piece.array for piece in found.pieces if piece.nbytes))
+def load(
+    directory: Path, found: Manifest, asked: Mapping[int, Iterable[Box]], read_arrays: ReadArrays, *, verify: bool
+) -> dict[tuple[int, Box], np.ndarray]:
+    """Return the bytes of boxes of leaves, reading the parts of one rank after the other.
+
+    Raises:
+        CorruptSnapshot: names the leaves whose bytes are missing or are not those that were saved.
+    """
+    contents: dict[tuple[int, Box], np.ndarray] = {}
+    laid = {(index, box): 0 for index, boxes in asked.items() for box in boxes}
+    for rank, pieces in _needed(found, asked).items():
+        arrays = _arrays(directory / STATE.format(rank), found, pieces, read_arrays)
+        for piece, content in zip(pieces, unpack(found.leaves, pieces, arrays, verify=verify), strict=True):
+            leaf = found.leaves[piece.leaf]
+            for key in [(piece.leaf, box) for box in asked[piece.leaf]]:
+                if key[1] == piece.box:
+                    contents[key], laid[key] = content, count(key[1])
+                    continue
+                if key not in contents:
+                    contents[key] = np.empty(count(key[1]) * width(leaf), np.uint8)
+                laid[key] += lay(leaf, content, piece.box, contents[key], key[1])
+    for (index, box), number in laid.items():
+        if number != count(box):
+            leaf = found.leaves[index]
+            raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
+        if (index, box) not in contents:
+            contents[index, box] = np.empty(0, np.uint8)
+    return contents
+
+
+def _needed(found: Manifest, asked: Mapping[int, Iterable[Box]]) -> dict[int, list[Piece]]:
+    needed: dict[int, list[Piece]] = {}
+    for piece in found.pieces:
+        boxes = asked.get(piece.leaf, ())
+        if any(box == piece.box or count(overlap(box, piece.box)) for box in boxes):
+            if type(piece.rank) is not int or piece.rank < 0:
+                raise CorruptSnapshot(explain("the number of a rank is not one", where=repr(piece.rank)))
+            needed.setdefault(piece.rank, []).append(piece)
+    return needed
+
+
+def _arrays(state: Path, found: Manifest, pieces: Sequence[Piece], read_arrays: ReadArrays) -> Mapping[str, np.ndarray]:
+    names = list(dict.fromkeys(piece.array for piece in pieces if piece.nbytes))
     if not names:
         return {}
     if bad := [name for name in names if not ARRAY_NAME.fullmatch(name)]:
@@ -150,12 +227,14 @@ def _arrays(state: Path, found: Manifest, read_arrays: ReadArrays) -> Mapping[st
     try:
         return read_arrays(state, names)
     except Exception as error:
-        where = "\n".join(_unreadable(state, found, names, read_arrays)) or str(state)
+        where = "\n".join(_unreadable(state, found, pieces, names, read_arrays)) or str(state)
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         raise CorruptSnapshot(explain("stored arrays cannot be read", where=where, why=why)) from error
 
 
-def _unreadable(state: Path, found: Manifest, names: list[str], read_arrays: ReadArrays) -> list[str]:
+def _unreadable(
+    state: Path, found: Manifest, pieces: Sequence[Piece], names: list[str], read_arrays: ReadArrays
+) -> list[str]:
     """Name the leaves in the arrays that cannot be read one by one; the whole state when none can."""
     broken = []
     for name in names:
@@ -163,10 +242,9 @@ def _unreadable(state: Path, found: Manifest, names: list[str], read_arrays: Rea
             read_arrays(state, [name])
         except Exception:
             broken.append(name)
-    own = [leaf for leaf in found.leaves if leaf.has_bytes]
     lines = []
     for name in broken[:10]:
-        inside = [leaf for leaf, piece in zip(own, found.pieces, strict=True) if piece.array == name]
+        inside = [found.leaves[piece.leaf] for piece in pieces if piece.array == name]
         others = f" and {len(inside) - 1} more" if len(inside) > 1 else ""
         lines.append(f"{show(inside[0].path)}: {inside[0]}{others}, in {state / name}")
     return [f"{len(broken)} of {len(names)} arrays under {state}", *lines] if broken else []

@@ -1,52 +1,54 @@
-"""One directory of snapshots with one writer: asynchronous saves, durable commits, verified restores, policies.
+"""One directory of snapshots: asynchronous saves, durable commits, verified restores, policies.
 
-It is the only importer of Orbax, which writes and reads the arrays; commit, manifest, checksums, listing and deletion
-are ours. The loop calls it; it knows nothing of training.
+One process writes it, or several that call it together and come to the same answers. Orbax writes the arrays (see
+`arrays`); commit, manifest, checksums, listing and deletion are ours. The loop calls it; it knows nothing of training.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import functools
 import json
-import logging
 import operator
-import os
-import sys
 import threading
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from purestep.errors import SaveFailed, SnapshotError, explain
-from purestep.snapshot import disk, keep, reader, writer
+from purestep.errors import SaveFailed, SnapshotError, TreeError, explain
+from purestep.snapshot import arrays, disk, keep, reader, space, writer
 from purestep.snapshot.background import Background
-from purestep.snapshot.codec import JSON, encode
+from purestep.snapshot.codec import JSON, Encoded, encode
+from purestep.snapshot.digest import size
 from purestep.snapshot.index import Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
+from purestep.snapshot.meeting import GaveUp
+from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.reader import Restored
+from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
 
+_ALONE = Ranks()
 _LATEST = keep.latest(1)
 _EMPTY: Mapping[str, Any] = {}
 
 
 class Store:
-    """A directory of snapshots, written by one process.
+    """A directory of snapshots, written by one process or by all ranks of a job.
 
     `save` copies the tree and returns; a thread writes it. A snapshot is in the list from the moment it is durable, and
     only then does the preservation policy delete older ones, so at worst one more than asked is on disk. The newest one
     is always preserved. A process that exits without `close` finishes the save in flight first; one that is killed
     leaves a temporary directory, which the first save of the next writer removes.
 
+    With `ranks`, every rank calls every method, in the same order, on one shared file system: each writes the parts of
+    split tensors that it owns, rank 0 commits, and all get the same answers and the same errors.
+
     Args:
         root: the directory; the first save makes it.
         keep: which snapshots to preserve, see `latest`, `best`, `every_steps`, `all_`.
         verify: whether `restore` checks the checksum of every leaf.
+        ranks: the processes that write it together; this one alone by default.
 
     Example:
         >>> import tempfile, torch
@@ -58,19 +60,25 @@ class Store:
         ([20, 30], 30, {'w': tensor([30., 30.]), 'n': 30})
     """
 
-    def __init__(self, root: str | Path, *, keep: keep.Keep = _LATEST, verify: bool = True) -> None:
+    def __init__(
+        self, root: str | Path, *, keep: keep.Keep = _LATEST, verify: bool = True, ranks: Ranks = _ALONE
+    ) -> None:
         self.root = Path(root).absolute()
         self.keep = keep
         self.verify = verify
+        self.ranks = ranks
         self._index = Index(self.root)
         self._staging = Staging()
         self._background = Background()
+        self._hurry = threading.Event()
+        self._saving: int | None = None  # the step of a save whose end the ranks have not agreed on yet
         self._durable: list[int] = []
-        self._cleaned = False
-        self._closed = False
+        self._failure: SaveFailed | None = None
+        self._cleaned = self._warned = self._closed = False
 
     def __repr__(self) -> str:
-        return f"Store({str(self.root)!r}, keep={self.keep!r}, verify={self.verify})"
+        ranks = "" if self.ranks.size == 1 else f", ranks={self.ranks!r}"
+        return f"Store({str(self.root)!r}, keep={self.keep!r}, verify={self.verify}{ranks})"
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -92,63 +100,109 @@ class Store:
             SnapshotError: `step` is not above the latest, `info` is no JSON, or the store is closed.
             TreeError: a leaf cannot be stored.
         """
-        number = _checked_step(step)
+        self._background.settle()  # the buffers are free again
+        request, refused = None, None
+        try:
+            request = self._request(_checked_step(step), value, metrics, info)
+        except (SnapshotError, TreeError) as error:
+            refused = error
+        latest = self._index.steps()[-1:] if self.ranks.rank == 0 else None
+        said = self.ranks.exchange([self._report(), disk.unique(), latest, request and request.step])
+        self._conclude([report for report, *_ in said])
+        if refused is None and any(number != said[0][3] for *_, number in said):
+            refused = SnapshotError(explain("ranks save different steps", where=str([number for *_, number in said])))
+        elif refused is None:
+            refused = self._past(said[0][3], said[0][2])
+        self.ranks.agree(refused)
+        if request is not None:
+            self._start(request, said[0][1])
+        self._raise_failure()  # only now: a save that reports another one is not skipped
+
+    def _request(self, step: int, value: Any, metrics: Mapping[str, float], info: Mapping[str, JSON]) -> writer.Request:
         if self._closed:
             raise SnapshotError(explain("the store is closed", where=str(self.root), instead="make a new Store"))
-        self._background.settle()  # the buffers are free again, and the list is complete
-        self._refuse_past(number)
         encoded = encode(value)
-        request = writer.Request(
-            step=number,
+        return writer.Request(
+            step=step,
             encoded=encoded,
+            parts=owned(encoded, self.ranks),
             metrics=_checked_metrics(metrics),
             info=_frozen_json(info),
             environment=environment(),
             keep=self.keep,
-            copies=self._staging.copy([content for content in encoded.values if content is not None]),
+            ranks=self.ranks,
+            hurry=self._hurry,
         )
-        previous = self._background.take_failure()
-        self._background.start(f"purestep-save-{number}", lambda: self._write(request))
-        if previous is not None:  # raised only now: a save that reports another one is not skipped
-            raise previous
 
-    def _write(self, request: writer.Request) -> SaveFailed | None:
-        try:
-            writer.write(self.root, request, _write_arrays, clean=not self._cleaned)
-        except BaseException as error:
-            self._cleaned = False
-            return self._save_failed(request.step, error)
-        self._cleaned = True
-        self._durable.append(request.step)
-        with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
-            writer.preserve(self._index, self.keep)
-        return None
+    def _start(self, request: writer.Request, token: str) -> None:
+        self._warn_of_shortage(request.encoded)
+        copies = self._staging.copy([part.value for part in request.parts])
+        clean, self._saving = not self._cleaned, request.step
 
-    def _save_failed(self, step: int, error: BaseException) -> SaveFailed:
-        steps = self.steps()
+        def work() -> None:
+            writer.write(self.root, request, token, copies, clean=clean)
+            if self.ranks.rank == 0:
+                writer.preserve(self._index, self.keep)
+
+        self._background.start(f"purestep-save-{request.step}", work)
+
+    def _past(self, step: int, latest: list[int]) -> SnapshotError | None:
+        if not latest or step > latest[0]:
+            return None
+        return SnapshotError(
+            explain(
+                f"step {step} is not after the latest snapshot, of step {latest[0]}",
+                where=str(self.root),
+                why="snapshots are in the order of their steps, or the latest would not be the newest",
+                instead=f"store.delete_after({step - 1}) first, to go back on purpose; or use another directory",
+            )
+        )
+
+    # --- how a save ended ---------------------------------------------------------------------------------------------
+
+    def _report(self) -> JSON:
+        """Return what this rank knows of the save in flight, for the others."""
+        job = self._background.job
+        if self._saving is None or job is None or not job.ended:
+            return None
+        if job.failure is None:
+            return {}
+        text = f"{type(job.failure).__name__}: {str(job.failure)[:500]}"
+        return {"text": text, "own": not isinstance(job.failure, GaveUp), "have": listed(self._index.steps())}
+
+    def _conclude(self, reports: list[JSON]) -> None:
+        """Note how a save ended, once it has on every rank: as rank 0 says, which commits."""
+        if self._saving is None or None in reports:
+            return
+        step, self._saving = self._saving, None
+        self._cleaned = not reports[0]
+        if not reports[0]:
+            self._durable.append(step)
+            return
+        failed = [(rank, report) for rank, report in enumerate(reports) if report]
+        own = [(rank, report) for rank, report in failed if report["own"]] or failed
+        have = reports[0]["have"]
         failure = SaveFailed(
             explain(
                 f"the save of step {step} failed",
                 where=str(self.root / str(step)),
-                why=f"{type(error).__name__}: {str(error)[:500]}",
+                why="\n".join(f"rank {rank}: {r['text']}" if self.ranks.size > 1 else r["text"] for rank, r in own),
                 instead="free space or mend the directory, and save again; "
-                + (f"snapshots on disk, untouched: {listed(steps)}" if steps else "there is no earlier snapshot"),
+                + (f"snapshots on disk, untouched: {have}" if have else "there is no earlier snapshot"),
             )
         )
-        failure.__cause__ = error
-        return failure
+        failure.__cause__ = self._background.job.failure if self._background.job else None
+        self._failure = failure
 
-    def _refuse_past(self, step: int) -> None:
-        latest = self.latest()
-        if latest is not None and step <= latest:
-            raise SnapshotError(
-                explain(
-                    f"step {step} is not after the latest snapshot, of step {latest}",
-                    where=str(self.root),
-                    why="snapshots are in the order of their steps, or the latest would not be the newest",
-                    instead=f"store.delete_after({step - 1}) first, to go back on purpose; or use another directory",
-                )
-            )
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _settle(self) -> None:
+        self._background.settle()
+        if self._saving is not None:
+            self._conclude(self.ranks.exchange(self._report()))
 
     def wait(self) -> None:
         """Wait until the save in flight is durable and the policy has been applied.
@@ -156,18 +210,21 @@ class Store:
         Raises:
             SaveFailed: it did not become durable; nothing of it is left on disk.
         """
-        self._background.settle()
-        self._background.raise_failure()
+        self._settle()
+        self._raise_failure()
 
     def poll(self) -> list[int]:
         """Return the steps that became durable since the last poll, without waiting.
 
+        Ranks exchange a value only while a save is in flight.
+
         Raises:
             SaveFailed: a save failed; raised once for each failure.
         """
-        self._background.raise_failure()
-        count = len(self._durable)
-        steps, self._durable[:count] = self._durable[:count], []
+        if self._saving is not None:
+            self._conclude(self.ranks.exchange(self._report()))
+        self._raise_failure()
+        steps, self._durable = self._durable, []
         return steps
 
     def close(self) -> None:
@@ -176,10 +233,10 @@ class Store:
         Raises:
             SaveFailed: the save did not become durable.
         """
-        self._background.settle()
+        self._settle()
         self._closed = True
         self._staging.clear()
-        self._background.raise_failure()
+        self._raise_failure()
 
     def __enter__(self) -> Store:
         return self
@@ -187,6 +244,10 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self.ranks.size > 1:
+            self._hurry.set()  # other ranks may be gone, and cannot be asked how the save ended
+            self._background.settle()
+            self._saving = None
         try:
             self.close()
         except SaveFailed as failure:
@@ -194,11 +255,42 @@ class Store:
                 raise
             error.add_note(str(failure))
 
+    # --- before it matters --------------------------------------------------------------------------------------------
+
+    def check(self, value: Any) -> None:
+        """Check that snapshots of a tree can be stored here: every leaf, the directory, and the room on its disk.
+
+        It makes the directory, writes a small file and removes it. When there is room for the next snapshot but not for
+        as many as will be kept, it warns.
+
+        Raises:
+            TreeError: a leaf cannot be stored.
+            SnapshotError: the directory cannot be made or written, or the next snapshot does not fit.
+        """
+
+        def work() -> Encoded:
+            encoded = encode(value)
+            owned(encoded, self.ranks)
+            space.check_writable(self.root)
+            if self.ranks.rank == 0:
+                space.check_fits(self.root, _nbytes(encoded))
+            return encoded
+
+        self._warn_of_shortage(self.ranks.together(work))
+
+    def _warn_of_shortage(self, encoded: Encoded) -> None:
+        if self.ranks.rank:
+            return
+        text = space.shortage(self.root, _nbytes(encoded), self.keep, len(self._index.steps()))
+        if text is not None and not self._warned:
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        self._warned = text is not None
+
     # --- what is stored -----------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Return the steps of the snapshots on disk, in order. A save in flight is not among them."""
-        return self._index.steps()
+        return list(self.ranks.from_first(self._index.steps))
 
     def latest(self) -> int | None:
         """Return the step of the newest snapshot, None when there is none."""
@@ -206,14 +298,19 @@ class Store:
 
     def best(self, metric: str, mode: keep.Mode = "min") -> int | None:
         """Return the step with the best value of a metric; None when no snapshot has it. NaN is never best."""
-        return next(iter(keep.ranking(self._index.records(), metric, mode)), None)
+        ranked = self.ranks.from_first(lambda: keep.ranking(self._index.records(), metric, mode)[:1])
+        return next(iter(ranked), None)
 
     def delete_after(self, step: int) -> None:
         """Delete every snapshot after a step, newest first: going back in time on purpose."""
         self._background.settle()
-        for entry in reversed(self._index.entries()):
-            if entry.step > step:
-                disk.remove(entry.path)
+
+        def work() -> None:
+            for entry in reversed(self._index.entries() if self.ranks.rank == 0 else []):
+                if entry.step > step:
+                    disk.remove(entry.path)
+
+        self.ranks.together(work)
 
     def read_manifest(self, step: int) -> Manifest:
         """Return all that the snapshot of a step says about itself, without reading arrays.
@@ -222,8 +319,13 @@ class Store:
             CorruptSnapshot: a file of it is missing or is not what was written.
             SnapshotError: there is no snapshot of that step.
         """
-        reader.find(self._index, step)
-        return read_manifest(self.root / str(step))
+
+        def work() -> Manifest:
+            reader.find(self._index, step)
+            return read_manifest(self.root / str(step))
+
+        found: Manifest = self.ranks.together(work)
+        return found
 
     def restore(self, like: Any = ..., *, step: int | None = None, fallback: bool = True) -> Restored:
         """Read a snapshot back, verified.
@@ -231,7 +333,8 @@ class Store:
         Args:
             like: a template: a pytree of the stored structure whose tensors give shape, dtype and device (fake and meta
                 tensors mean the CPU) and whose nodes give classes and static fields. `...` anywhere in it, or as all of
-                it, takes what is stored. Values of Python leaves come from the snapshot.
+                it, takes what is stored. Values of Python leaves come from the snapshot. A tensor that is split over
+                ranks is split in the same way again, however it was when it was saved; each rank reads its own part.
             step: which one; the newest by default.
             fallback: whether an older snapshot is used, with a warning, when the newest cannot be read. A step that is
                 asked for by number is never replaced by another.
@@ -242,7 +345,17 @@ class Store:
             SnapshotError: there is no snapshot.
         """
         self._background.settle()
-        return reader.restore(self._index, like, _read_arrays, step=step, fallback=fallback, verify=self.verify)
+        return reader.restore(
+            *(self._index, like, arrays.read_arrays),
+            step=step,
+            fallback=fallback,
+            verify=self.verify,
+            ranks=self.ranks,
+        )
+
+
+def _nbytes(encoded: Encoded) -> int:
+    return sum(size(leaf) for leaf in encoded.leaves if leaf.has_bytes)
 
 
 def _checked_step(step: int) -> int:
@@ -279,106 +392,3 @@ def _frozen_json(info: Mapping[str, JSON]) -> Mapping[str, JSON]:
         raise SnapshotError(
             explain(what, where=f"info = {str(info)[:200]}", why=str(error), instead=instead)
         ) from error
-
-
-# --- Orbax ------------------------------------------------------------------------------------------------------------
-
-_quiet_lock = threading.Lock()
-_quiet_depth = 0
-
-
-def _load_orbax() -> Any:
-    """Import Orbax, with JAX on the CPU: a GPU backend would reserve the memory that the training needs."""
-    with _quiet_lock:
-        chosen = "jax" in sys.modules or "JAX_PLATFORMS" in os.environ
-        if not chosen:
-            os.environ["JAX_PLATFORMS"] = "cpu"
-        try:
-            import orbax.checkpoint as ocp
-        finally:
-            if not chosen:
-                del os.environ["JAX_PLATFORMS"]  # JAX has read it; child processes are none of our business
-    return ocp
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[Any]:
-    """Give Orbax, and keep its log off the user's stderr: what matters in it is raised as an exception as well."""
-    global _quiet_depth
-    before = list(logging.root.handlers)
-    ocp = _load_orbax()  # before the logger is touched, because absl makes it of a class of its own
-    with _quiet_lock:
-        _quiet_depth += 1
-        logging.getLogger("absl").addFilter(_keep_quiet)
-    try:
-        yield ocp
-    finally:
-        with _quiet_lock:
-            _quiet_depth -= 1
-        if not before:  # absl calls logging.basicConfig() on its own; a handler that the user adds looks otherwise
-            for handler in [h for h in logging.root.handlers if _is_basic(h)]:
-                logging.root.removeHandler(handler)
-
-
-def _keep_quiet(record: logging.LogRecord) -> bool:
-    return not (_quiet_depth and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-def _is_basic(handler: logging.Handler) -> bool:
-    template = getattr(handler.formatter, "_fmt", None)
-    return type(handler) is logging.StreamHandler and template == logging.BASIC_FORMAT
-
-
-@functools.cache
-def _quiescent_handler(ocp: Any) -> Any:
-    """Give a handler of numpy arrays that, when one fails, ends the others before it says so.
-
-    Orbax's own raises at the first failure and leaves the rest running: they go on to write into a directory that is
-    being removed, and complain on stderr that nobody listens to them any more.
-    """
-
-    class Handler(ocp.type_handlers.NumpyHandler):
-        async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
-            each, args = super()._background_serialize, args or [ocp.SaveArgs()] * len(infos)
-            await _all_of(each([v], [i], [a]) for v, i, a in zip(values, infos, args, strict=True))
-
-        async def deserialize(self, infos: Any, args: Any = None) -> list[np.ndarray]:
-            each, args = super().deserialize, args or [ocp.RestoreArgs()] * len(infos)
-            found = await _all_of(each([i], [a]) for i, a in zip(infos, args, strict=True))
-            return [array for arrays in found for array in arrays]
-
-    return Handler(deepcopy_host_arrays=False)  # the arrays are our own copies
-
-
-async def _all_of(work: Iterable[Awaitable[Any]]) -> list[Any]:
-    done = await asyncio.gather(*work, return_exceptions=True)
-    for result in done:
-        if isinstance(result, BaseException):
-            raise result
-    return done
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Iterator[tuple[Any, Any]]:
-    """Give Orbax and a checkpointer of flat numpy arrays."""
-    with _quiet() as ocp:
-        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _quiescent_handler(ocp)))
-        # Neither compression nor OCDBT: weights do not compress, and large arrays as plain files are written faster.
-        pytrees = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False, use_zarr3=False, use_compression=False, type_handler_registry=registry
-        )
-        with ocp.Checkpointer(pytrees) as checkpointer:
-            yield ocp, checkpointer
-
-
-def _write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with _checkpointer() as (ocp, checkpointer):
-        checkpointer.save(directory, args=ocp.args.PyTreeSave(dict(arrays)))
-
-
-def _read_arrays(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    with _checkpointer() as (ocp, checkpointer):
-        item = {name: np.empty(0, np.uint8) for name in names}
-        restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
-        return checkpointer.restore(directory, args=args)

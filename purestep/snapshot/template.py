@@ -19,7 +19,7 @@ from purestep.snapshot.codec import JSON, Leaf, children, dtype_name, is_namedtu
 
 _SHOWN = 40
 _NOTHING = object()
-Values = Callable[[int, "torch.device | None"], Any]  # (index of the leaf, device of the template's tensor) -> the leaf
+Values = Callable[[int, Any], Any]  # (index of the leaf, the template's leaf or ...) -> the leaf
 
 
 def check(structure: JSON, leaves: list[Leaf], template: Any) -> None:
@@ -182,7 +182,7 @@ def _static_value(value: JSON) -> Any:
 def build(stored: JSON, template: Any, values: Values) -> Any:
     """Put a checked structure, the nodes of a template and the leaves together."""
     if isinstance(stored, int):
-        return values(stored, _device(template))
+        return values(stored, template)
     if stored is None:
         return None
     asked: dict[str, Any] = {} if template is ... else dict(children(template, "")[1])  # type: ignore[index]
@@ -195,7 +195,8 @@ def build(stored: JSON, template: Any, values: Values) -> Any:
     return _sequence_or_record(stored, template, list(items.values()))
 
 
-def _device(template: Any) -> torch.device | None:
+def device_of(template: Any) -> torch.device | None:
+    """Return the device that a leaf of a template asks for, None for the CPU: fake and meta tensors mean it, too."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     if not isinstance(template, torch.Tensor) or (fake is not None and isinstance(template, fake.FakeTensor)):
         return None

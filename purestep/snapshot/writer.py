@@ -1,86 +1,139 @@
-"""What the background thread of a save does: pack, hash, write, commit, and only then delete what is not kept.
+"""What the background thread of a save does: pack, hash, write, meet the other ranks, commit, and then delete.
 
-It owns the order of those steps. `store` gives it the copies to write and the function that writes arrays.
+It owns the order of those steps. `store` gives it the copies to write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from purestep import tree
-from purestep.snapshot import disk
-from purestep.snapshot.codec import JSON, Encoded, from_text
+from purestep.snapshot import arrays, digest, disk, space
+from purestep.snapshot.codec import JSON, Encoded
+from purestep.snapshot.digest import STATE
 from purestep.snapshot.index import Index
 from purestep.snapshot.keep import Keep
 from purestep.snapshot.manifest import Manifest, dump, now
-from purestep.snapshot.pack import materialize, pack
+from purestep.snapshot.meeting import Meeting
+from purestep.snapshot.pack import Piece, pack
+from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.shards import Owned
 from purestep.snapshot.staging import Copies
 
-STATE = "parts/0/state"
-WriteArrays = Callable[[Path, Mapping[str, np.ndarray]], None]
-_SLACK = 1 << 20  # bytes of manifest and directories, besides the arrays
+_WRITTEN, _DIGESTED = "written", "digested"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One save: everything that is fixed when `save` returns. `copies` waits for the bytes of the leaves."""
+    """One save: all that is fixed before it begins but the bytes of its parts."""
 
     step: int
     encoded: Encoded
-    copies: Copies
+    parts: list[Owned]
     metrics: Mapping[str, float]
     info: Mapping[str, JSON]
     environment: Mapping[str, JSON]
     keep: Keep
+    ranks: Ranks = field(default_factory=Ranks)
+    hurry: threading.Event = field(default_factory=threading.Event)
 
 
-def write(root: Path, request: Request, write_arrays: WriteArrays, *, clean: bool) -> None:
-    """Write a snapshot durably. On return it is committed; on an error no trace of it is left.
+def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bool) -> None:
+    """Write this rank's part of a snapshot durably; on rank 0 it is committed on return.
+
+    On an error no trace of the snapshot is left once rank 0 has seen it.
 
     Args:
         root: the directory of snapshots; made when missing.
         request: what to write.
-        write_arrays: writes flat arrays into a directory that does not exist yet.
+        token: what the ranks of this save have agreed on, and no other save has.
+        copies: waits for the bytes of the parts, and returns uint8[nbytes] of each.
         clean: whether to remove what dead writers left.
     """
-    contents = request.copies()
+    contents = copies()
     disk.make_root(root)
-    if clean:
+    if clean and request.ranks.rank == 0:
         disk.clean(root)
-    disk.check_space(root, sum(content.nbytes for content in contents) + _SLACK)
-    temporary = disk.begin(root, str(request.step))
+    space.check_room(root, sum(content.nbytes for content in contents))
+    temporary = disk.begin(root, str(request.step), token)
+    meeting = Meeting(temporary, request.step, request.ranks, request.hurry)
     try:
-        own = [leaf for leaf in request.encoded.leaves if leaf.has_bytes]
-        with ThreadPoolExecutor(1, thread_name_prefix="purestep-digest") as pool:
-            digest = pool.submit(_digest, request.encoded, contents)  # a core of its own while the disk is busy
-            packed = pack(own, contents)
-            if packed.arrays:
-                (temporary / STATE).parent.mkdir(parents=True)
-                write_arrays(temporary / STATE, packed.arrays)
-                disk.fsync_tree(temporary / STATE)
-        made = Manifest(
-            step=request.step,
-            metrics=request.metrics,
-            info=request.info,
-            digest=digest.result(),
-            created=now(),
-            environment=request.environment,
-            keep=repr(request.keep),
-            structure=request.encoded.structure,
-            leaves=request.encoded.leaves,
-            pieces=packed.pieces,
-        )
-        disk.write(temporary, dump(made))
-        _commit(temporary, root / str(request.step))
+        meeting.begin()
+        own, rows = _write_part(temporary, request, contents)
+        pieces, rows = _meet(meeting, request, own, rows)
+        if request.ranks.rank == 0:
+            meeting.end()
+            disk.write(temporary, dump(_manifest(request, pieces, rows)))
+            _commit(temporary, root / str(request.step))
+        else:
+            disk.release(temporary)
     except BaseException:
-        disk.abandon(temporary)
+        meeting.give_up()
         raise
+
+
+def _write_part(
+    temporary: Path, request: Request, contents: list[np.ndarray]
+) -> tuple[list[Piece], dict[int, digest.Row]]:
+    rank = request.ranks.rank
+    with ThreadPoolExecutor(1, thread_name_prefix="purestep-digest") as pool:
+        rows = pool.submit(digest.rows_of, request.parts, contents)  # while the disk is busy
+        packed = pack(request.parts, contents, rank=rank)
+        if packed.arrays:
+            state = temporary / STATE.format(rank)
+            state.parent.mkdir(parents=True)
+            arrays.write_arrays(state, packed.arrays)
+            disk.fsync_tree(state)
+            disk.fsync(state.parent)
+            disk.fsync(state.parent.parent)
+        return packed.pieces, rows.result()
+
+
+def _meet(
+    meeting: Meeting, request: Request, own: list[Piece], rows: dict[int, digest.Row]
+) -> tuple[list[Piece], dict[int, digest.Row]]:
+    """Return all pieces and rows on rank 0; other ranks do their share and need to know nothing."""
+    ranks, leaves = meeting.ranks, request.encoded.leaves
+    if ranks.size == 1:
+        return own, rows
+    meeting.tell(_WRITTEN, {"pieces": [list(piece) for piece in own], "rows": digest.to_json(rows)})
+    if ranks.rank and not any(digest.is_shared(leaves, piece) for piece in own):
+        return own, rows
+    heard = meeting.hear([rank for rank in range(ranks.size) if rank != ranks.rank], _WRITTEN)
+    for body in heard.values():
+        own = own + [Piece.from_json(row) for row in body["pieces"]]
+        rows = digest.from_json(body["rows"]) | rows
+    pieces = sorted(own)
+    made = digest.Others(leaves, pieces, ranks.rank).rows(meeting.temporary, arrays.read_arrays)
+    if ranks.rank:
+        meeting.tell(_DIGESTED, digest.to_json(made))
+        return pieces, rows | made
+    # All that share leaves: until they have told, they look into this directory.
+    sharing = {piece.rank for piece in pieces if digest.is_shared(leaves, piece)} - {0}
+    for answer in meeting.hear(sorted(sharing), _DIGESTED).values():
+        rows |= digest.from_json(answer)
+    return pieces, rows | made
+
+
+def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.Row]) -> Manifest:
+    return Manifest(
+        step=request.step,
+        metrics=request.metrics,
+        info=request.info,
+        digest=digest.total(request.encoded, rows),
+        created=now(),
+        environment=request.environment,
+        keep=repr(request.keep),
+        structure=request.encoded.structure,
+        leaves=request.encoded.leaves,
+        pieces=pieces,
+    )
 
 
 def preserve(index: Index, policy: Keep) -> None:
@@ -89,34 +142,23 @@ def preserve(index: Index, policy: Keep) -> None:
     chosen = policy.select(records) | {step for step, _ in records[-1:]}
     for step, _ in records:
         if step not in chosen:
-            disk.remove(index.root / str(step))
+            with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
+                disk.remove(index.root / str(step))
 
 
 def _commit(temporary: Path, final: Path) -> None:
+    synced = temporary / "parts"  # each rank has forced its own to the disk
     if not final.exists() and not final.is_symlink():
-        disk.commit(temporary, final, synced=temporary / STATE)
+        disk.commit(temporary, final, synced=synced)
         return
     # `save` has refused every step that is listed: this is a damaged snapshot of ours, or something of another owner.
     if not final.is_symlink() and any((final / part).exists() for part in ("meta", "parts")):
         aside = disk.set_aside(final)
-        disk.commit(temporary, final, synced=temporary / STATE)
+        disk.commit(temporary, final, synced=synced)
         disk.abandon(aside)
         return
     number = 1
     while (stray := final.with_name(f"{final.name}.stray-{number}")).exists():
         number += 1
     final.rename(stray)
-    disk.commit(temporary, final, synced=temporary / STATE)
-
-
-def _digest(encoded: Encoded, contents: list[np.ndarray]) -> str:
-    remaining = iter(contents)
-    values: list[Any] = []
-    for leaf in encoded.leaves:
-        if leaf.text is not None:
-            values.append(from_text(leaf.kind, leaf.text))
-        elif leaf.alias is not None:
-            values.append(values[leaf.alias])
-        else:
-            values.append(materialize(leaf, next(remaining)))
-    return tree.digest_leaves((leaf.path, value) for leaf, value in zip(encoded.leaves, values, strict=True))
+    disk.commit(temporary, final, synced=synced)

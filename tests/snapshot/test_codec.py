@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from purestep import tree
 from purestep.errors import TreeError
 from purestep.snapshot.codec import encode, from_text
-from purestep.snapshot.pack import pack, unpack
+from purestep.snapshot.pack import Piece, pack, unpack
+from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.reader import _Values
+from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
 from purestep.snapshot.template import build, check
 
@@ -41,14 +43,15 @@ class Outer:
 def round_trip(value, like=...):
     """Through JSON text and flat arrays, as a snapshot does, without the disk."""
     encoded = encode(value)
-    contents = Staging().copy([v for v in encoded.values if v is not None])()
-    own = [leaf for leaf in encoded.leaves if leaf.has_bytes]
-    packed = pack(own, contents)
+    parts = owned(encoded, Ranks())
+    packed = pack(parts, Staging().copy([part.value for part in parts])())
     leaves = [type(leaf).from_json(json.loads(json.dumps(leaf.to_json()))) for leaf in encoded.leaves]
     structure = json.loads(json.dumps(encoded.structure))
+    pieces = [Piece.from_json(json.loads(json.dumps(list(piece)))) for piece in packed.pieces]
     check(structure, leaves, like)
-    loaded = iter(unpack([leaf for leaf in leaves if leaf.has_bytes], packed.pieces, packed.arrays, verify=True))
-    values = _Values(leaves, [next(loaded) if leaf.has_bytes else None for leaf in leaves])
+    values = _Values(leaves)
+    contents = unpack(leaves, pieces, packed.arrays, verify=True)
+    values.contents = {(piece.leaf, piece.box): content for piece, content in zip(pieces, contents, strict=True)}
     return build(structure, like, values)
 
 

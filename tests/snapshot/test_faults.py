@@ -20,7 +20,7 @@ from purestep import tree
 from purestep.errors import CorruptSnapshot, SnapshotError
 from purestep.snapshot import Store, all_, disk
 from purestep.snapshot.codec import encode
-from purestep.snapshot.manifest import DATA, SPEC, TREE, dump, read_manifest
+from purestep.snapshot.manifest import DATA, PIECES, TREE, dump, read_manifest
 
 STATE = """
 import sys, torch
@@ -86,7 +86,7 @@ def test_every_file_damaged_in_turn(good, tmp_path, how, seed):
         if damage(root, spoil):
             refused.append(name.name)
         shutil.rmtree(root)
-    assert {"data.json", "tree.json", "spec"} <= set(refused)
+    assert {"data.json", "tree.json", "pieces.json"} <= set(refused)
     if how == "missing":  # a zarr chunk that is missing would read as zeros, were it not for the checksums
         assert refused.count("0") == 2
 
@@ -139,9 +139,13 @@ def test_a_forged_manifest_cannot_escape_or_run_code(good, tmp_path):
     forgeries = [
         ({"pieces": outside}, "could lead out of the snapshot's directory"),
         ({"pieces": [piece._replace(array="/etc/passwd") for piece in pieces]}, "could lead out"),
-        ({"pieces": [piece._replace(nbytes=10**15) for piece in pieces]}, "bytes of a leaf are missing"),
-        ({"pieces": pieces[:1]}, "does not make sense"),
-        ({"leaves": [leaf("", "tensor", "load", (5,))] * 3}, "does not make sense"),
+        ({"pieces": [piece._replace(rank="../../1/parts/0") for piece in pieces]}, "number of a rank is not one"),
+        ({"pieces": [piece._replace(offset=10**15) for piece in pieces]}, "bytes of a leaf are missing"),
+        ({"pieces": [piece._replace(nbytes=10**15) for piece in pieces]}, "does not fit into it"),
+        ({"pieces": [piece._replace(start=(-1,)) for piece in pieces]}, "does not fit into it"),
+        ({"pieces": [piece._replace(shape=(10**9,), nbytes=8 * 10**9) for piece in pieces]}, "does not fit into it"),
+        ({"pieces": pieces[:1]}, "bytes of a leaf are missing"),
+        ({"leaves": [leaf("", "tensor", "load", (600_000,)), leaf("", "tensor", "load", (5,))]}, "does not make sense"),
         ({"structure": {"node": "pytree", "class": "os.system", "fields": [], "static": {}, "items": []}}, "os.system"),
         ({"structure": {"node": "lambda", "items": []}}, "does not make sense"),
         ({"structure": 999}, "does not make sense"),
@@ -154,7 +158,7 @@ def test_a_forged_manifest_cannot_escape_or_run_code(good, tmp_path):
             Store(root).restore(step=2)
         shutil.rmtree(root)
     pickled = f"cbuiltins\nexec\n(S'open({str(marker)!r}, \"w\")'\ntR.".encode()
-    for name in (DATA, TREE, SPEC, "parts/0/state/_METADATA", "parts/0/state/_CHECKPOINT_METADATA"):
+    for name in (DATA, TREE, PIECES, "parts/0/state/_METADATA", "parts/0/state/_CHECKPOINT_METADATA"):
         root = tmp_path / "copy"
         shutil.copytree(good, root)
         (root / "2" / name).write_bytes(pickled)

@@ -26,7 +26,7 @@ def written(tmp_path):
         keep="latest(1)",
         structure=encoded.structure,
         leaves=encoded.leaves,
-        pieces=[Piece("arena-0", 0, 12, "0" * 16)],
+        pieces=[Piece(0, (0,), (3,), 0, "arena-0", 0, 12, "0" * 16)],
     )
     disk.write(tmp_path, dump(made))
     return tmp_path, made
@@ -78,7 +78,7 @@ def test_a_file_of_another_snapshot_is_found(written, tmp_path):
 
 def test_other_formats_are_named(tmp_path):
     disk.write(tmp_path, {DATA: seal({"format": 99})})
-    with pytest.raises(SnapshotError, match=r"format 99, this version of purestep reads format 1"):
+    with pytest.raises(SnapshotError, match=r"format 99, this version of purestep reads formats 1 and 2"):
         read_header(tmp_path)
 
 

@@ -7,15 +7,21 @@ import torch
 from purestep.errors import CorruptSnapshot
 from purestep.snapshot import pack as module
 from purestep.snapshot.codec import encode
-from purestep.snapshot.pack import ARRAY_NAME, Piece, array_name, pack, unpack
+from purestep.snapshot.pack import ARRAY_NAME, array_name, materialize, pack, unpack
+from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
 
 
 def packed(value):
     encoded = encode(value)
-    contents = Staging().copy([v for v in encoded.values if v is not None])()
-    leaves = [leaf for leaf in encoded.leaves if leaf.has_bytes]
-    return leaves, pack(leaves, contents)
+    parts = owned(encoded, Ranks())
+    return encoded.leaves, pack(parts, Staging().copy([part.value for part in parts])())
+
+
+def unpacked(leaves, pieces, arrays):
+    contents = unpack(leaves, pieces, arrays, verify=True)
+    return [materialize(leaves[piece.leaf], content) for piece, content in zip(pieces, contents, strict=True)]
 
 
 @pytest.mark.parametrize("small", [1, 100, 1 << 20])
@@ -25,7 +31,7 @@ def test_layout_does_not_change_what_comes_back(monkeypatch, seed, small, arena)
     monkeypatch.setattr(module, "ARENA", arena)
     value = [torch.randn(n) for n in (0, 1, 3, 17, 100, 401)] + [torch.arange(5), torch.ones(2, 3).bfloat16()]
     leaves, result = packed(value)
-    back = unpack(leaves, result.pieces, result.arrays, verify=True)
+    back = unpacked(leaves, result.pieces, result.arrays)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(value, back, strict=True))
     assert sum(array.nbytes for array in result.arrays.values()) == sum(t.nbytes for t in value)
     assert all(ARRAY_NAME.fullmatch(name) for name in result.arrays)
@@ -46,7 +52,7 @@ def test_four_bit_dtypes_keep_every_bit():
     raw = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
     for dtype in (torch.float4_e2m1fn_x2, torch.uint4, torch.bits8):
         leaves, result = packed(raw.view(dtype))
-        back = unpack(leaves, result.pieces, result.arrays, verify=True)[0]
+        back = unpacked(leaves, result.pieces, result.arrays)[0]
         assert back.dtype is dtype
         assert torch.equal(back.view(torch.uint8), raw)
 
@@ -70,7 +76,7 @@ def test_missing_and_short_arrays(seed):
         with pytest.raises(CorruptSnapshot, match=r"bytes of a leaf are missing\n  where:   \['x'\]: float32\[5\]"):
             unpack(leaves, result.pieces, arrays, verify=True)
     with pytest.raises(CorruptSnapshot, match="missing"):
-        unpack(leaves, [Piece("arena-0", -4, 20, "")], result.arrays, verify=False)
+        unpack(leaves, [result.pieces[0]._replace(offset=-4)], result.arrays, verify=False)
 
 
 @pytest.mark.parametrize(

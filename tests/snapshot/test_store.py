@@ -14,7 +14,7 @@ import torch
 
 from purestep import snapshot, tree
 from purestep.errors import CorruptSnapshot, SaveFailed, SnapshotError, TemplateMismatch, TreeError
-from purestep.snapshot import Store, all_, best, disk, every_steps, latest, writer
+from purestep.snapshot import Store, all_, best, disk, every_steps, latest, space, writer
 
 
 def value(step: int) -> dict:
@@ -173,7 +173,7 @@ def test_arguments_are_checked(tmp_path):
 
 def test_mismatch_names_the_step_reads_no_array_and_never_falls_back(tmp_path, monkeypatch):
     store = fill(tmp_path, 1, 2)
-    monkeypatch.setattr("purestep.snapshot.store._read_arrays", lambda *args: pytest.fail("arrays were read"))
+    monkeypatch.setattr("purestep.snapshot.arrays.read_arrays", lambda *args: pytest.fail("arrays were read"))
     like = value(0) | {"w": torch.zeros(4)}
     with pytest.raises(
         TemplateMismatch, match=r"\['w'\]: stored float32\[3\], template float32\[4\]\n(.|\n)*step 2 in"
@@ -257,9 +257,10 @@ def test_a_failed_save_is_told_once_and_the_next_one_is_saved(tmp_path):
 def test_a_failure_in_any_phase_leaves_what_was_there(tmp_path, monkeypatch):
     store = fill(tmp_path, 1)
     want = store.restore().digest
-    for i, name in enumerate(["check_space", "begin", "write", "fsync_tree", "commit"]):
+    phases = [(space, "check_room"), *((disk, name) for name in ("begin", "write", "fsync_tree", "commit"))]
+    for i, (module, name) in enumerate(phases):
         with monkeypatch.context() as patch:
-            patch.setattr(disk, name, lambda *args, **kwargs: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            patch.setattr(module, name, lambda *args, **kwargs: (_ for _ in ()).throw(OSError(5, "Input/output error")))
             store.save(2 + i, value(2))
             with pytest.raises(SaveFailed, match=r"Input/output error(.|\n)*untouched: 1"):
                 store.wait()
@@ -272,11 +273,11 @@ def test_a_failure_in_any_phase_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_poll_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        disk, "check_space", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        space, "check_room", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     store = Store(tmp_path)
     store.save(1, value(1))
-    store._background._job.thread.join()
+    store._background.settle()
     with pytest.raises(SaveFailed, match="No space left on device"):
         store.poll()
     assert store.poll() == []
@@ -316,7 +317,7 @@ def test_other_programs_can_read_the_arrays(tmp_path):
     assert np.array_equal(
         next(array for name, array in arrays.items() if name.startswith("1-")), value(4)["large"].numpy()
     )
-    for path in ("meta/data.json", "meta/tree.json", "parts/0/spec"):
+    for path in ("meta/data.json", "meta/tree.json", "meta/pieces.json"):
         json.loads((tmp_path / "4" / path).read_text())
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from purestep import tree
 from purestep.errors import TemplateMismatch
 from purestep.snapshot.codec import encode, from_text
-from purestep.snapshot.template import build, check
+from purestep.snapshot.template import build, check, device_of
 
 
 class Pair(NamedTuple):
@@ -30,7 +30,7 @@ def load(value, like=...):
     encoded = encode(value)
     check(encoded.structure, encoded.leaves, like)
 
-    def value_of(index, device):
+    def value_of(index, like):
         leaf = encoded.leaves[index]
         return encoded.values[index] if leaf.text is None else from_text(leaf.kind, leaf.text)
 
@@ -109,7 +109,7 @@ def test_fake_and_meta_tensors_mean_the_cpu():
     for like in (torch.empty(3, device="meta"), fake, torch.empty(3), ...):
         encoded = encode(torch.zeros(3))
         check(encoded.structure, encoded.leaves, like)
-        build(encoded.structure, like, lambda index, device: devices.append(device))
+        build(encoded.structure, like, lambda index, like: devices.append(device_of(like)))
     assert devices == [None] * 4
 
 
@@ -121,7 +121,7 @@ def test_classes_come_from_the_registry_or_the_template_only():
     ):
         check(encoded.structure, encoded.leaves, ...)
     check(encoded.structure, encoded.leaves, State(0, 0))  # a class that moved to another module is known by its name
-    assert type(build(encoded.structure, State(0, 0), lambda index, device: index)) is State
+    assert type(build(encoded.structure, State(0, 0), lambda index, like: index)) is State
     encoded.structure["fields"] = ["params", "count"]
     encoded.structure["class"] = tree.node_name(State)
     with pytest.raises(TemplateMismatch, match=r"was stored with fields \['params', 'count'\] and \['patience'\]"):

@@ -1,0 +1,101 @@
+"""Whether a directory can take the next snapshots: that it is there, that it can be written, that there is room.
+
+It measures and words; `Store.check` and the save itself decide what follows.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from purestep.errors import SnapshotError, explain
+from purestep.snapshot import disk
+from purestep.snapshot.keep import Keep
+
+_SLACK = 1 << 20  # bytes of manifest and directories, besides the arrays
+
+
+def check_writable(root: Path) -> None:
+    """Make a directory of snapshots, write a file in it durably, and take it away again.
+
+    Raises:
+        SnapshotError: it cannot be made or written; the message names the cause.
+    """
+    try:
+        disk.make_root(root)
+        trial = disk.begin(root, "trial")
+        try:
+            disk.write(trial, {"bytes": bytes(4096)})
+            disk.fsync_tree(trial)
+        finally:
+            disk.abandon(trial)
+    except OSError as error:
+        raise SnapshotError(
+            explain(
+                "snapshots cannot be written here",
+                where=str(root),
+                why=f"{type(error).__name__}: {error}",
+                instead="mend it (exists? permissions? mounted read-only? full?), or choose another run_dir=",
+            )
+        ) from error
+
+
+def check_room(root: Path, nbytes: int) -> None:
+    """Refuse to begin what cannot fit.
+
+    Raises:
+        OSError: ENOSPC, with both numbers.
+    """
+    free = _free(root)
+    if free < nbytes + _SLACK:
+        raise OSError(errno.ENOSPC, f"{_megabytes(nbytes + _SLACK)} to write, {_megabytes(free)} free", str(root))
+
+
+def check_fits(root: Path, nbytes: int) -> None:
+    """Refuse a directory in which the next snapshot does not fit.
+
+    Raises:
+        SnapshotError: with both numbers.
+    """
+    try:
+        check_room(root, nbytes)
+    except OSError as error:
+        instead = "free space, or choose another run_dir="
+        raise SnapshotError(
+            explain("the next snapshot does not fit here", where=str(root), why=error.strerror, instead=instead)
+        ) from error
+
+
+def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
+    """Return what to say when the snapshots that a policy will keep do not all fit, None when they do.
+
+    A new snapshot is written before an old one is deleted, so that one more than is kept must fit.
+
+    Args:
+        root: the directory.
+        nbytes: of one snapshot.
+        policy: how many are kept; an unbounded one is asked for the next only.
+        present: how many there are already.
+    """
+    most = policy.most()
+    coming = 1 if most is None else max(most + 1 - present, 1)
+    free, needed = _free(root), coming * (nbytes + _SLACK)
+    if free >= needed:
+        return None
+    return explain(
+        f"there is room for {free // (nbytes + _SLACK)} of the next {coming} snapshots",
+        where=f"{root}: {_megabytes(free)} free, {_megabytes(needed)} needed",
+        why=f"{policy} keeps up to {'all' if most is None else most}, of {_megabytes(nbytes)} each, and a new one is "
+        "written before an old one is deleted",
+        instead="free space, keep fewer, or choose another run_dir=",
+    )
+
+
+def _free(root: Path) -> int:
+    present = next(path for path in (root, *root.parents) if path.is_dir())
+    return shutil.disk_usage(present).free
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"
