@@ -100,6 +100,10 @@ class SaveFailed(SnapshotError):
     """A save did not become durable; earlier snapshots are untouched."""
 
 
+class RankError(PurestepError, RuntimeError):
+    """The processes of a run differ in what must be the same, or one of them failed or does not answer."""
+
+
 class MissingExtra(PurestepError, ImportError):
     """A feature needs a package that is an extra of purestep and is not installed."""
 

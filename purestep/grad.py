@@ -1,25 +1,28 @@
-"""Gradients: `grad_and_value`, and the fixed-order sum of microbatch gradients.
+"""Gradients: `grad_and_value`, and how a batch is cut into microbatches.
 
 The engine is `torch.autograd.grad` over detached leaves; inside a torch.func transform it is
-`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. `microbatched` is what accumulation and
-data parallelism share.
+`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. Batches are cut here, too; `accumulate` adds
+up what the microbatches contribute.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
 from purestep.metrics import sample_count
+from purestep.sharding.local import microbatch_sizes as microbatch_sizes
+from purestep.sharding.local import piece
+from purestep.treesum import TreeSum as TreeSum
 
 T = TypeVar("T")
 Engine = Literal["auto", "autograd", "func"]
@@ -53,7 +56,7 @@ def grad_and_value(
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        func = engine == "func" or (engine == "auto" and torch._C._functorch.maybe_current_level() is not None)
+        func = engine == "func" or (engine == "auto" and transforms.active())
         return (_func if func else _autograd)(function, argnums, has_aux, args, kwargs)
 
     return wrapped
@@ -148,17 +151,6 @@ def stop_gradient(value: T) -> T:
 # --- microbatches -----------------------------------------------------------------------------------------------------
 
 
-def microbatch_sizes(samples: int, parts: int) -> list[int]:
-    """Return the sizes of the microbatches: equal, or with the first ones larger by one sample.
-
-    Example:
-        >>> microbatch_sizes(10, 4)
-        [3, 3, 2, 2]
-    """
-    base, rest = divmod(samples, parts)
-    return [base + (i < rest) for i in range(parts)]
-
-
 def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
     """Cut a batch into microbatches along dim 0 of its tensors.
 
@@ -195,79 +187,6 @@ def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
     out, start = [], 0
     for size in microbatch_sizes(samples, parts):
         if size:
-            piece = slice(start, start + size)
-            out.append((tree.map(lambda x, s=piece: x[s] if getattr(x, "ndim", 0) else x, batch), size))
+            out.append((piece(batch, start, start + size), size))
             start += size
     return out
-
-
-class TreeSum:
-    """Sum values in a fixed balanced binary tree, holding at most log2(n) + 1 of them at a time.
-
-    The order of additions depends on the number of values only: 4 values give (a + b) + (c + d). Contiguous aligned
-        parts
-    of it can be summed elsewhere, which is what makes the sum independent of who computes which microbatch.
-
-    Example:
-        >>> total = TreeSum(lambda a, b: f"({a}+{b})")
-        >>> for x in "abcdef":
-        ...     total.add(x)
-        >>> total.result()
-        '(((a+b)+(c+d))+(e+f))'
-    """
-
-    def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
-        self._merge = merge
-        self._stack: list[tuple[int, Any]] = []
-
-    def add(self, value: Any) -> None:
-        level = 0
-        while self._stack and self._stack[-1][0] == level:
-            value = self._merge(self._stack.pop()[1], value)
-            level += 1
-        self._stack.append((level, value))
-
-    def result(self) -> Any:
-        total = self._stack[-1][1]
-        for _, left in reversed(self._stack[:-1]):
-            total = self._merge(left, total)
-        return total
-
-
-def add_trees(a: T, b: T) -> T:
-    """Add two trees of tensors, leaf by leaf."""
-    return tree.map(torch.add, a, b)
-
-
-def scale_tree(values: T, factor: Any) -> T:
-    """Multiply every leaf by a number or a 0-d tensor, keeping its dtype."""
-    if isinstance(factor, float) and factor == 1.0:
-        return values
-    return tree.map(lambda x: x * (factor.to(x.dtype) if isinstance(factor, Tensor) else factor), values)
-
-
-def weighted_mean(values: Sequence[Any], weights: Sequence[int | Tensor]) -> Any:
-    """Return the weighted mean of trees of tensors, summed in a fixed binary tree.
-
-    Args:
-        values: one tree a microbatch.
-        weights: samples of each (ints), or any weights as 0-d tensors.
-
-    Example:
-        >>> weighted_mean([torch.tensor(1.0), torch.tensor(4.0)], [2, 1])
-        tensor(2.)
-    """
-    if len(values) == 1:
-        return values[0]
-    total = TreeSum(add_trees)
-    if all(isinstance(w, int) for w in weights):
-        samples, equal = sum(weights), len(set(weights)) == 1
-        for value, weight in zip(values, weights, strict=True):
-            total.add(value if equal else scale_tree(value, weight / samples))
-        return scale_tree(total.result(), 1.0 / len(values)) if equal else total.result()
-    for value, weight in zip(values, weights, strict=True):
-        # A microbatch of weight 0 (all padding) may have a NaN mean; it must not count.
-        weight = torch.as_tensor(weight)
-        total.add((tree.map(lambda x, w=weight: torch.where(w > 0, x * w.to(x.dtype), 0), value), weight))
-    summed, weight = total.result()
-    return scale_tree(summed, 1.0 / weight)

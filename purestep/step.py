@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from purestep import metrics as metrics_
-from purestep import random, tree
+from purestep import random, transforms, tree
+from purestep.accumulate import Gradients, accumulate
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
-from purestep.grad import Engine, TreeSum, grad_and_value, split_batch, weighted_mean
+from purestep.grad import Engine, grad_and_value, split_batch
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.optim.base import GradientTransformation
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
+from purestep.sharding import place, whole
+from purestep.sharding.plan import Plan
 from purestep.state import TrainState
-from purestep.tree import pytree
 
 LossFn = Callable[[Any, Any], Any]
 Metrics = dict[str, Metric]
@@ -57,25 +59,8 @@ def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
     # float64 counts tokens exactly, and divides without adding to the error of the gradients.
     dtype = torch.float32 if loss.device.type == "mps" else torch.float64
     if isinstance(weight, Tensor):
-        return Weighted(loss, weight.detach().to(loss.device, dtype))
+        return Weighted(loss, transforms.detached(weight).to(loss.device, dtype))
     return Weighted(loss, torch.full((), weight, dtype=dtype, device=loss.device))
-
-
-@pytree
-class Gradients:
-    """What one microbatch contributes to an update.
-
-    Attributes:
-        grads: gradients of the mean loss of the microbatch, of the structure of the params.
-        weight: what the loss is a mean over: samples (int), or the weight the loss function returned.
-        buffers: buffers after the forward pass.
-        metrics: metrics of the microbatch.
-    """
-
-    grads: Any
-    weight: Any
-    buffers: dict[str, Tensor]
-    metrics: Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +69,41 @@ class Step:
 
     loss_fn: LossFn
     tx: GradientTransformation
-    microbatches: int = 1
+    microbatches: int | None = 1
     engine: Engine = "auto"
     policy: Policy | None = None
+    plan: Plan | None = None
+
+    @property
+    def parts(self) -> int:
+        """Number of microbatches of a batch (V): the given one, or one for each replica of the plan."""
+        return self.microbatches or (1 if self.plan is None else self.plan.replicas)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        parts = [
-            self.grads(state, microbatch, index)
-            for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatches))
-        ]
-        return self.update(state, merge_gradients(state, parts))
+        if self.plan is not None:
+            return self._planned(self.plan, state, batch)
+        total = accumulate(state, sample_count(batch), self.parts)
+        for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
+            total.add(self.grads(state, microbatch, index), index)
+        return self.update(state, total.result())
+
+    def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        from purestep.parallel import total
+
+        total.check(plan, self)
+        view = place.local(state)
+        gradients = total.total(plan, self.parts, state, view, batch, self._grads)
+        with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
+            new, metrics = self.update(view, gradients)
+        return place.rewrap(new, state), metrics
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
+        return self._grads(state, microbatch, index, None)
+
+    def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, gathering: Any) -> Gradients:
+        """Do what `grads` says. `gathering` makes the parameters whole where the state holds parts of them."""
         samples = sample_count(microbatch)
         rng = random.fold_in(state.rng, state.step, index)
         cast = casting(self.policy, definition(state).module)
@@ -105,10 +111,16 @@ class Step:
         given = cast.buffers(state.buffers)
 
         def loss_of(params: Any) -> tuple[Tensor, Any]:
-            bound = bind(cast.module, params, given, rng=rng, around=cast.around)
+            tensors, buffers, around = params, given, cast.around
+            if gathering is not None:
+                tensors, buffers, around = gathering.bound(cast, params, given)
+            bound = bind(cast.module, tensors, buffers, rng=rng, around=around)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(self.loss_fn, bound, cast.batch(microbatch), samples)
-            return cast.scaled(loss, state), (weight, bound.new_buffers, metrics)
+            new = bound.new_buffers
+            if gathering is not None:
+                new = gathering.forward_done(weight, new, state.buffers)
+            return cast.scaled(loss, state), (weight, new, metrics)
 
         gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine)
         grads, (_, (weight, new, metrics)) = gradient(cast.params(state.params))
@@ -133,9 +145,10 @@ def make_step(
     loss_fn: LossFn,
     tx: GradientTransformation,
     *,
-    microbatches: int = 1,
+    microbatches: int | None = None,
     engine: Engine = "auto",
     policy: Policy | str | None = None,
+    plan: Plan | None = None,
 ) -> Step:
     """Make a pure training step `(state, batch) -> (state, metrics)`.
 
@@ -146,11 +159,15 @@ def make_step(
             `metrics.as_metrics`.
         tx: gradient transformation, the one the state was made with.
         microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
-            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
+            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding. By
+            default 1; with a plan one for each rank that computes others, so name it where the number of ranks may
+            change: the bits depend on it.
         engine: see `grad_and_value`.
         policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is
             cast by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a
             loss scale an update with gradients that are not finite changes nothing but the scale.
+        plan: a `ps.sharding` plan; the state has to be placed by it, `plan.place(state)`. Every rank calls the step
+            with the same global batch, or with its `LocalBatch`, and computes its own microbatches of it.
 
     Returns:
         A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its
@@ -172,7 +189,9 @@ def make_step(
         >>> int(state.step), int(new.step), sorted(metrics)
         (0, 1, ['loss'])
     """
-    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
+    if microbatches is not None and (
+        not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1
+    ):
         raise ConfigError(explain("microbatches is a positive integer", where=f"microbatches={microbatches!r}"))
     if not isinstance(tx, GradientTransformation):
         raise ConfigError(
@@ -184,7 +203,9 @@ def make_step(
         )
     _check_arity(loss_fn)
     chosen = None if policy is None else policy_of(policy)
-    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen)
+    if plan is None and microbatches is None:
+        microbatches = 1
+    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen, plan)
 
 
 def _check_arity(loss_fn: LossFn) -> None:
@@ -236,7 +257,7 @@ def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[T
         raise StepError(_loss_message(loss_fn, out))
     if "loss" in extra:
         raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
-    metrics: Metrics = {"loss": metrics_.mean(loss.detach(), weight), **as_metrics(extra, samples)}
+    metrics: Metrics = {"loss": metrics_.mean(loss, weight), **as_metrics(extra, samples)}
     return loss, weight, metrics
 
 
@@ -260,60 +281,39 @@ def _loss_message(loss_fn: LossFn, out: Any) -> str:
     )
 
 
-def merge_gradients(state: TrainState, parts: list[Gradients]) -> Gradients:
-    """Merge what the microbatches of one batch contribute, in a fixed binary tree.
-
-    Gradients are averaged by weight, and so is what the forward pass added to floating buffers: each microbatch starts
-    from the same buffers, as on several devices. A buffer that nobody changed keeps its bits. Integer buffers are taken
-    from the first.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    weights = [part.weight for part in parts]
-    buffers: dict[str, Tensor] = {}
-    for name, old in state.buffers.items():
-        new = [part.buffers[name] for part in parts]
-        kept = not (old.is_floating_point() or old.is_complex()) or all(t is old for t in new)
-        buffers[name] = new[0] if kept else _merge_buffer(old, new, weights)
-    total = TreeSum(metrics_.merge)
-    for part in parts:
-        total.add(part.metrics)
-    grads = weighted_mean([part.grads for part in parts], weights)
-    return Gradients(grads, sum(weights), buffers, total.result())
-
-
-def _merge_buffer(old: Tensor, new: list[Tensor], weights: list[Any]) -> Tensor:
-    with torch.no_grad():
-        changes = [torch.where(t == old, torch.zeros_like(old), t - old) for t in new]  # equal infinities differ by 0
-        mean = weighted_mean(changes, weights)
-        return torch.where(mean == 0, old, old + mean)
-
-
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """An evaluation step. Made by `make_eval`; call it as `eval_step(state, batch)`."""
 
     loss_fn: LossFn
     policy: Policy | None = None
+    plan: Plan | None = None
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples = sample_count(batch)
         cast = casting(self.policy, definition(state).module)
-        params, buffers = cast.params(state.params), cast.buffers(state.buffers)
+        view = state if self.plan is None else place.local(state)
+        params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
         rng = random.fold_in(state.rng, "eval")
-        bound = bind(cast.module, params, buffers, rng=rng, train=False, around=cast.around)
-        with torch.no_grad(), cast.scope(params):
+        with transforms.unrecorded(), cast.scope(params):
+            if self.plan is not None:
+                from purestep.parallel.gathering import evaluated
+
+                params, buffers, around = evaluated(self.plan, state, cast, params, buffers)
+            bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around)
             return read_loss(self.loss_fn, bound, cast.batch(batch), samples)[2]
 
 
-def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None) -> Eval:
+def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan | None = None) -> Eval:
     """Make a pure evaluation step `(state, batch) -> metrics`.
 
     Args:
         loss_fn: as in `make_step`; the same function serves both. It runs in evaluation mode without gradients. A
             model that draws random numbers even then draws them from a key that is the same for every batch.
         policy: precision policy to evaluate under, or the name of one.
+        plan: the plan that the state is placed by. A rank gets the metrics of the batch it is given; where parameters
+            are split every rank calls it at the same time, because they are gathered.
 
     Example:
         >>> from torch import nn
@@ -324,4 +324,4 @@ def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None) -> Eval:
         ['loss']
     """
     _check_arity(loss_fn)
-    return Eval(loss_fn, None if policy is None else policy_of(policy))
+    return Eval(loss_fn, None if policy is None else policy_of(policy), plan)

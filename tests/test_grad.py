@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -14,16 +12,7 @@ from torch.nn.functional import cross_entropy
 import purestep as ps
 from purestep import tree
 from purestep.errors import MetricError, StepError
-from purestep.grad import (
-    TreeSum,
-    add_trees,
-    grad_and_value,
-    microbatch_sizes,
-    scale_tree,
-    split_batch,
-    stop_gradient,
-    weighted_mean,
-)
+from purestep.grad import grad_and_value, microbatch_sizes, split_batch
 
 ENGINES = ["auto", "autograd", "func"]
 
@@ -179,48 +168,6 @@ def test_batches_that_cannot_be_split_are_refused():
     with pytest.raises(MetricError, match=r"number of samples is unknown(.|\n)*batch\['n'\]: int 1"):
         split_batch({"n": 1}, 2)
     assert split_batch(None, 3) == [(None, 1)]
-
-
-@given(st.lists(st.integers(), min_size=1, max_size=70))
-def test_a_tree_sum_adds_everything_once_and_holds_little(values):
-    total = TreeSum(lambda a, b: a + b)
-    for n, v in enumerate(values, 1):
-        total.add(v)
-        assert len(total._stack) <= math.log2(n) + 1
-    assert total.result() == sum(values)
-
-
-@given(st.integers(0, 4), st.integers(0, 4))
-def test_aligned_parts_of_a_tree_sum_can_be_added_elsewhere(parts, size):
-    def join(a, b):
-        return f"({a}{b})"
-
-    def total(items):
-        acc = TreeSum(join)
-        for item in items:
-            acc.add(item)
-        return acc.result()
-
-    n, chunk = 2 ** (parts + size), 2**size
-    items = [chr(97 + i % 26) for i in range(n)]
-    assert total([total(items[i : i + chunk]) for i in range(0, n, chunk)]) == total(items)
-
-
-def test_weighted_means_of_trees():
-    values = [
-        {"a": torch.tensor([1.0, 2.0])},
-        {"a": torch.tensor([4.0, 0.0])},
-        {"a": torch.tensor([float("nan"), 1.0])},
-    ]
-    assert weighted_mean(values[:1], [5]) is values[0]
-    torch.testing.assert_close(weighted_mean(values[:2], [3, 1])["a"], torch.tensor([1.75, 1.5]))
-    torch.testing.assert_close(weighted_mean(values[:2], [2, 2])["a"], torch.tensor([2.5, 1.0]))
-    weights = [torch.tensor(3.0), torch.tensor(1.0), torch.tensor(0.0)]
-    torch.testing.assert_close(weighted_mean(values, weights)["a"], torch.tensor([1.75, 1.5]))
-    assert weighted_mean([torch.ones(2, dtype=torch.bfloat16)] * 3, [1, 1, 2]).dtype == torch.bfloat16
-    assert torch.equal(add_trees([torch.ones(2)], [torch.ones(2)])[0], torch.full((2,), 2.0))
-    assert scale_tree(values, 1.0) is values
-    assert not stop_gradient([torch.ones(1, requires_grad=True) * 2, 3])[0].requires_grad
 
 
 class Net(nn.Module):

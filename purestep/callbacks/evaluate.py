@@ -13,8 +13,11 @@ from purestep.errors import DataError, explain
 from purestep.loop.cadence import Every, every
 from purestep.loop.events import Evaluate, Evaluated, Event, Horizon, Log, Started, View
 from purestep.loop.feed import device_of
+from purestep.loop.ranks import Peers
+from purestep.loop.shared import Shared
 from purestep.step import Eval, make_eval
 
+Sums = Mapping[str, metrics.Metric]
 _READ_EVERY = 100  # batches whose metrics wait on the device before they are read
 
 
@@ -26,6 +29,7 @@ class EvaluateCallback(Reducer):
     data: Any = dataclasses.field(repr=False)
     every: Every
     at_start: bool
+    of: Callable[[Any], Any] | None
     name: str
 
     def react(self, own: Any, event: Event, view: View) -> Reaction:
@@ -47,18 +51,17 @@ class EvaluateCallback(Reducer):
     def _source(self) -> Any:
         return data.as_source(self.data)
 
-    def evaluate(self, train: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        """Return the row of metrics over the whole set, or None when a signal cut it off."""
-        device = device_of(train)
-        sums: Mapping[str, Any] = {}
-        waiting: list[Any] = []
-        for batch in self._source.open(0, 0, None):
-            waiting.append(self._step(train, batch if device.type == "cpu" else data.to_device(batch, device)))
-            if len(waiting) == _READ_EVERY:
-                sums, waiting = metrics.fold(sums, metrics.to_host(waiting)), []
-            if interrupted():
-                return None
-        sums = metrics.fold(sums, metrics.to_host(waiting))
+    def evaluate(
+        self, train: Any, interrupted: Callable[[], bool], peers: Peers | None = None
+    ) -> dict[str, float] | None:
+        """Return the row of metrics over the whole set, or None when a signal cut it off.
+
+        With peers every rank evaluates some of the batches, and all of them return the same row: that of one process.
+        """
+        train = train if self.of is None else self.of(train)
+        sums = self._alone(train, interrupted) if peers is None else self._together(train, interrupted, peers)
+        if sums is None:
+            return None
         if not sums:
             raise DataError(
                 explain(
@@ -69,6 +72,42 @@ class EvaluateCallback(Reducer):
             )
         return metrics.compute(sums, prefix=f"{self.name}/")
 
+    def _alone(self, train: Any, interrupted: Callable[[], bool]) -> Sums | None:
+        device = device_of(train)
+        sums: Sums = {}
+        waiting: list[Any] = []
+        for batch in self._source.open(0, 0, None):
+            waiting.append(self._step(train, batch if device.type == "cpu" else data.to_device(batch, device)))
+            if len(waiting) == _READ_EVERY:
+                sums, waiting = metrics.fold(sums, metrics.to_host(waiting)), []
+            if interrupted():
+                return None
+        return metrics.fold(sums, metrics.to_host(waiting))
+
+    def _together(self, train: Any, interrupted: Callable[[], bool], peers: Peers) -> Sums | None:
+        if peers.plan not in self._shared:
+            self._shared[peers.plan] = Shared(self._step_under(peers.plan), self._source, peers.plan)
+        work = self._shared[peers.plan]
+        sums: Sums = {}
+        for steps in work.run(train, lambda value: peers.meet(f"evaluation {self.name!r}", value)):
+            if interrupted():
+                return None
+            sums = metrics.fold(sums, steps)
+        return sums
+
+    @functools.cached_property
+    def _shared(self) -> dict[Any, Shared]:
+        return {}  # by plan: what reads the data may hold worker processes
+
+    def _step_under(self, plan: Any) -> Callable[..., Any]:
+        """The evaluation step, told of the plan unless it has one or was compiled without."""
+        step = self._step
+        return (
+            dataclasses.replace(step, plan=plan)
+            if isinstance(step, Eval) and getattr(step, "plan", plan) is None
+            else step
+        )
+
 
 def evaluate(
     loss_fn: Callable[..., Any],
@@ -76,6 +115,7 @@ def evaluate(
     *,
     every: Every = every.epoch(),  # noqa: B008
     at_start: bool = False,
+    of: Callable[[Any], Any] | None = None,
     name: str = "val",
 ) -> EvaluateCallback:
     """Evaluate on a held-out set and log the exact weighted means as `<name>/<metric>`.
@@ -84,14 +124,17 @@ def evaluate(
 
     Args:
         loss_fn: the loss function of `make_step`, or an evaluation step from `make_eval` (jitted, say).
-        data: what `fit` takes as data; it is always read from its beginning, in the order of its epoch 0.
+        data: what `fit` takes as data; it is always read from its beginning, in the order of its epoch 0. Under a plan
+            each rank reads and evaluates every n-th batch, and the metrics are merged in the order of the batches.
         every: when.
         at_start: also before the first step.
+        of: what of the train state is evaluated: a pure function of it. `of=ps.optim.averaged` evaluates the averages
+            of the parameters that `ps.optim.average_params` keeps.
         name: prefix of the metrics.
 
     Example:
         >>> import purestep as ps
         >>> evaluate(lambda net, batch: net(batch).mean(), [], every=ps.every.steps(100), name="test")
-        EvaluateCallback(every=EverySteps(n=100), at_start=False, name='test')
+        EvaluateCallback(every=EverySteps(n=100), at_start=False, of=None, name='test')
     """
-    return EvaluateCallback(loss_fn, data, every, at_start, name)
+    return EvaluateCallback(loss_fn, data, every, at_start, of, name)

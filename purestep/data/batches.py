@@ -19,7 +19,7 @@ from torch import Tensor
 from purestep.data import seeds
 from purestep.data.columns import Columns, as_columns
 from purestep.data.cpus import available_cpus
-from purestep.data.order import Plan
+from purestep.data.order import Plan, Rows, Share
 from purestep.data.samples import Epoch, Loaded, Loader, Transform
 from purestep.errors import DataError, explain
 
@@ -32,6 +32,9 @@ class Batches:
     of `prefetch`, of where reading began, or of the global generators, which stay as they were. It is a `Source`.
 
     Iterating it gives epoch 0, each time the same; a training loop of one's own reads `epoch(e)`.
+
+    With a `share` it reads a part of them: for `order.Rows` each batch is a `LocalBatch` of these rows, for
+    `order.Turns` there is every n-th batch only. The loop sets it, on each of several processes to another part.
     """
 
     dataset: Any
@@ -47,6 +50,7 @@ class Batches:
     on_bad_sample: Literal["raise", "skip"] = "raise"
     pin_memory: bool = False
     limit: int | None = None
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "seed", "num_workers", "prefetch", "limit"):
@@ -111,7 +115,7 @@ class Batches:
                     why=f"epochs count from 0, and one has {self.length()} batches",
                 )
             )
-        return Epoch(self._loads(epoch, batch), self._named)
+        return Epoch(self._loads(epoch, batch), self._named, self.share if isinstance(self.share, Rows) else None)
 
     def state(self) -> None:
         """Return None: (epoch, batch) says it all."""
@@ -176,7 +180,9 @@ class Batches:
     @functools.cached_property
     def plan(self) -> Plan:
         """The order of the samples, without the samples."""
-        return Plan(self._samples, self.batch_size, self.seed, self.shuffle, self.drop_last, self.limit)
+        # What a collate function makes of a batch may depend on all of its samples (padding to the longest, say).
+        share = None if isinstance(self.share, Rows) and self.collate is not None else self.share
+        return Plan(self._samples, self.batch_size, self.seed, self.shuffle, self.drop_last, self.limit, share)
 
     @functools.cached_property
     def _loader(self) -> Loader:
@@ -329,6 +335,16 @@ def _check_arguments(b: Batches) -> None:
         given, wanted, instead = wrong
         raise DataError(
             explain("an argument of batches makes no sense", where=given, why=f"it is {wanted}", instead=instead)
+        )
+    if isinstance(b.share, Rows) and b.share.partial and b.on_bad_sample == "skip":
+        raise DataError(
+            explain(
+                'on_bad_sample="skip" does not work where several ranks share a batch',
+                where=f"microbatches {', '.join(map(str, b.share.indices))} of {b.share.total} are read here",
+                why="a rank does not know which samples the others left out, and so not what its own count",
+                instead='on_bad_sample="raise", and a data set without the bad samples: '
+                "torch.utils.data.Subset(dataset, good)",
+            )
         )
     if b._samples == 0:
         raise DataError(

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from purestep import random
+from purestep.sharding.local import rows
 
 # Odd multipliers and the middle shift of the round hash, in the narrowest arithmetic that holds the domain.
 _NARROW = (np.uint32(0x9E3779B1), np.uint32(15), np.uint32(0x85EBCA77))
@@ -99,11 +100,46 @@ def permutation(key: Tensor, n: int) -> Permutation:
 
 
 class Request(NamedTuple):
-    """One batch to be loaded: its epoch, its number in the epoch, and its sample indices, int64[b]."""
+    """One batch to be loaded: its epoch, its number in the epoch, its sample indices, int64[b], and the samples of the
+    whole batch, which are more where a share of its rows is read."""
 
     epoch: int
     batch: int
     indices: np.ndarray
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A share of every batch: the rows of some of its microbatches.
+
+    Args:
+        total: number of microbatches a batch is cut into.
+        indices: which of them are read.
+    """
+
+    total: int
+    indices: tuple[int, ...]
+
+    def microbatches(self, count: int) -> tuple[int, ...]:
+        """Return the microbatches of the share, as a plan does."""
+        return self.indices
+
+    @property
+    def partial(self) -> bool:
+        """Whether there are microbatches that others read."""
+        return len(self.indices) < self.total
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """A share of the batches: whole ones, those whose number leaves `index` when divided by `count`."""
+
+    index: int
+    count: int
+
+
+Share = Rows | Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +153,15 @@ class Plan:
         shuffle: whether the order is a new permutation each epoch; False is the order of the data set.
         drop_last: whether a last batch of fewer samples is left out.
         limit: most batches an epoch, None for all.
+        share: what of it is read: some rows of every batch, or every n-th batch; None for all.
 
     Example:
         >>> plan = Plan(samples=5, batch_size=2, seed=0, shuffle=False, drop_last=False)
         >>> [r.indices.tolist() for r in plan.requests(epoch=0, batch=1)]
         [[2, 3], [4]]
+        >>> second = dataclasses.replace(plan, share=Rows(total=2, indices=(1,)))
+        >>> [r.indices.tolist() for r in second.requests(epoch=0)][:2]
+        [[1], [3]]
     """
 
     samples: int
@@ -130,9 +170,10 @@ class Plan:
     shuffle: bool
     drop_last: bool
     limit: int | None = None
+    share: Share | None = None
 
     def length(self) -> int:
-        """Return the number of batches of an epoch."""
+        """Return the number of batches of an epoch, whoever reads them."""
         full = self.samples // self.batch_size if self.drop_last else -(-self.samples // self.batch_size)
         return full if self.limit is None else min(full, self.limit)
 
@@ -141,19 +182,32 @@ class Plan:
         positions = np.arange(start, stop, dtype=np.int64)
         return self._permutation(epoch)(positions) if self.shuffle else positions
 
+    def numbers(self, batch: int = 0) -> range:
+        """Return which batches are read, from number `batch` on."""
+        if not isinstance(self.share, Turns):
+            return range(batch, self.length())
+        index, count = self.share.index, self.share.count
+        return range(batch + (index - batch) % count, self.length(), count)
+
     def requests(self, epoch: int, batch: int = 0) -> Iterator[Request]:
         """Yield the batches of an epoch from number `batch` on, at the same cost wherever it begins."""
-        length, size = self.length(), self.batch_size
+        numbers, size = self.numbers(batch), self.batch_size
         order = self._permutation(epoch) if self.shuffle else None
-        stride = max(1, _CHUNK // size)
-        for first in range(batch, length, stride):
-            last = min(first + stride, length)
-            chunk = np.arange(first * size, min(last * size, self.samples), dtype=np.int64)
+        stride = max(1, _CHUNK // (size * numbers.step))
+        for chunk in (numbers[i : i + stride] for i in range(0, len(numbers), stride)):
+            first = chunk[0] * size
+            indices = np.arange(first, min((chunk[-1] + 1) * size, self.samples), dtype=np.int64)
             if order is not None:
-                chunk = order(chunk)
-            for number in range(first, last):
-                offset = (number - first) * size
-                yield Request(epoch, number, chunk[offset : offset + size])
+                indices = order(indices)
+            for number in chunk:
+                offset = number * size - first
+                whole = indices[offset : offset + size]
+                mine = whole[rows(len(whole), self.share.total, self.share.indices)] if self._cuts else whole
+                yield Request(epoch, number, mine, len(whole))
+
+    @property
+    def _cuts(self) -> bool:
+        return isinstance(self.share, Rows) and self.share.partial
 
     def _permutation(self, epoch: int) -> Permutation:
         return permutation(random.fold_in(random.key(self.seed), "order", epoch), self.samples)

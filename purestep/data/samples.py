@@ -18,8 +18,9 @@ from torch import Tensor
 
 from purestep.data import seeds
 from purestep.data.columns import Columns
-from purestep.data.order import Request
+from purestep.data.order import Request, Rows
 from purestep.errors import DataError, explain
+from purestep.sharding.local import LocalBatch, local_batch
 
 # In a data set that is bad all over, `Epoch.skipped` counts on while the warnings stop.
 _WARNINGS = 10
@@ -122,8 +123,9 @@ class Epoch(Iterator[Any]):
         skipped: indices of the samples left out so far, in order.
     """
 
-    def __init__(self, loads: Iterator[Loaded], dataset: str) -> None:
+    def __init__(self, loads: Iterator[Loaded], dataset: str, rows: Rows | None = None) -> None:
         self._loads = loads
+        self._rows = rows
         self._dataset = dataset
         self.skipped: list[int] = []
 
@@ -138,7 +140,11 @@ class Epoch(Iterator[Any]):
                 text = f"left out {_counted([f.index for f in loaded.skipped])} of {self._dataset}: {first.error}"
                 warnings.warn(text, BadSampleWarning, stacklevel=2)
             self.skipped.extend(f.index for f in loaded.skipped if f.index is not None)
-        return loaded.batch
+        if self._rows is None:
+            return loaded.batch
+        if len(loaded.request.indices) < loaded.request.samples:
+            return LocalBatch(loaded.batch, loaded.request.samples, self._rows.total)
+        return local_batch(loaded.batch, self._rows, self._rows.total)
 
     def close(self) -> None:
         """End the iteration; worker processes become free for the next one."""
@@ -152,7 +158,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _error(loaded: Loaded, failure: Failure, dataset: str) -> DataError:
-    epoch, batch, indices = loaded.request
+    epoch, batch, indices, _ = loaded.request
     place = f"epoch {epoch}, batch {batch}"
     if failure.index is None:
         listed = f"samples {_listed(indices)} of {dataset} ({place})"

@@ -108,15 +108,15 @@ class Pool:
         Raises:
             DataError: the workers could not be started, or died.
         """
-        length = self.plan.length()
-        if batch >= length:
+        numbers = self.plan.numbers(batch)
+        if not numbers:
             return
         if self._iterator is None or self._position != (epoch, batch):
             self._stream.start = (epoch, batch)
             self._position = None
             with _crowd_allowed():
                 self._iterator = self._guarded(lambda: iter(self._loader))
-        for number in range(batch, length):
+        for number in numbers:
             loaded = self._guarded(lambda: next(self._iterator))
             self._proven = True
             self._position = self._after(epoch, number)
@@ -177,7 +177,7 @@ class Shelf:
             epoch, batch: where to begin.
             options: gives the keyword arguments of a new `Pool`.
         """
-        if batch >= plan.length():
+        if not plan.numbers(batch):
             return
         pool, self._idle = self._idle, None
         if pool is None:

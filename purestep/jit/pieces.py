@@ -1,8 +1,8 @@
 """A step of several microbatches, compiled in two pieces.
 
-`grads` is compiled once and called for each microbatch, `update` (with the fixed tree sum of what they contribute)
-once. One graph of all microbatches would take several times as long to compile, and whoever computes a microbatch
-elsewhere runs the same piece, so it has the same bits.
+`grads` is compiled once and called for each microbatch, `update` once; the fixed tree sum of what the microbatches
+contribute runs between them, as they come. One graph of all microbatches would take several times as long to compile,
+and whoever computes a microbatch elsewhere runs the same piece, so it has the same bits.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep import transforms
+from purestep.accumulate import Gradients, accumulate
 from purestep.grad import split_batch
 from purestep.jit.call import Jit
 from purestep.state import TrainState
-from purestep.step import Gradients, Metrics, Step, merge_gradients
+from purestep.step import Metrics, Step
 
 
 class JitStep:
@@ -35,9 +37,8 @@ class JitStep:
         def grads(state: TrainState, microbatch: Any, index: Tensor) -> Gradients:
             return step.grads(state, microbatch, index)
 
-        def update(state: TrainState, parts: list[Gradients]) -> tuple[TrainState, Metrics]:
-            whole = [part.replace(buffers={**state.buffers, **part.buffers}) for part in parts]  # type: ignore[attr-defined]
-            return step.update(state, merge_gradients(state, whole))
+        def update(state: TrainState, total: Gradients) -> tuple[TrainState, Metrics]:
+            return step.update(state, _whole(state, total))
 
         self.grads = Jit(grads, False, backend, (), mode)
         self.update = Jit(update, donate, backend, (), mode)
@@ -45,15 +46,24 @@ class JitStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
             return self.__wrapped__(state, batch)
+        return self.update(state, _changed(state, self._total(state, batch)))
+
+    def _total(self, state: TrainState, batch: Any, same: bool = False) -> Gradients:
+        """Run the first piece for each microbatch, or once for each size of them, and add up."""
         microbatches = split_batch(batch, self.__wrapped__.microbatches)
         indices = self._indices(len(microbatches), state.rng.device)
-        parts = [
-            _changed(state, self.grads(state, microbatch, index))
-            for (microbatch, _), index in zip(microbatches, indices, strict=True)
-        ]
-        return self.update(state, parts)
+        total = accumulate(state, sum(size for _, size in microbatches), self.__wrapped__.microbatches)
+        known: dict[int, Gradients] = {}
+        for index, (microbatch, size) in enumerate(microbatches):
+            part = known.get(size)
+            if part is None:
+                part = _whole(state, self.grads(state, microbatch, indices[index]))
+                if same:
+                    known[size] = part
+            total.add(part, index)
+        return total.result()
 
     def _indices(self, count: int, device: torch.device) -> list[Tensor]:
         """Numbers of microbatches as tensors, so that one graph serves all of them."""
@@ -84,21 +94,22 @@ class JitStep:
         return "\n".join(self._pieces(state, batch))
 
     def _pieces(self, state: TrainState, batch: Any) -> tuple[str, str]:
-        microbatches = split_batch(batch, self.__wrapped__.microbatches)
-        indices = self._indices(len(microbatches), state.rng.device)
-        shapes: dict[int, Gradients] = {}
-        for (microbatch, size), index in zip(microbatches, indices, strict=True):
-            if size not in shapes:
-                shapes[size] = _changed(state, self.grads(state, microbatch, index))
-        parts = [shapes[size] for _, size in microbatches]
-        first = self.grads.graph(state, microbatches[0][0], indices[0])
-        return first, self.update.graph(state, parts)
+        (microbatch, _), *_ = split_batch(batch, self.__wrapped__.microbatches)
+        first = self.grads.graph(state, microbatch, self._indices(1, state.rng.device)[0])
+        return first, self.update.graph(state, _changed(state, self._total(state, batch, same=True)))
 
     def __repr__(self) -> str:
         return f"jit({self.__wrapped__!r}, donate={self.donate!r}, backend={self.backend!r})"
 
 
+def _whole(state: TrainState, part: Gradients) -> Gradients:
+    """Put back the buffers that were left out."""
+    return part.replace(buffers={**state.buffers, **part.buffers})  # type: ignore[attr-defined]
+
+
 def _changed(state: TrainState, part: Gradients) -> Gradients:
-    """Leave out the buffers that the forward pass did not touch; frozen parameters may be most of a model."""
+    """Leave out what the second piece does not need: the weight, a number that would be a constant of the graph, and
+    the buffers that the forward pass did not touch (frozen parameters may be most of a model).
+    """
     kept = {name: t for name, t in part.buffers.items() if t is not state.buffers[name]}
-    return part.replace(buffers=kept)  # type: ignore[attr-defined]
+    return part.replace(buffers=kept, weight=None)  # type: ignore[attr-defined]

@@ -22,8 +22,16 @@ class Feed:
     so can the last batch of an epoch be told from the others.
     """
 
-    def __init__(self, source: data.Source, device: torch.device, stopping: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        source: data.Source,
+        device: torch.device,
+        stopping: Callable[[], bool] = lambda: False,
+        *,
+        alone: bool = True,
+    ) -> None:
         self.source = source
+        self.alone = alone
         self.device = device
         self.stopping = stopping
         self.length = source.length()
@@ -42,25 +50,37 @@ class Feed:
 
     def take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         """Yield up to n batches from the cursor on; fewer at the end of the epoch."""
+        given = 0
         try:
-            fresh = self._iterator is None
-            if self._iterator is None:
-                self._iterator = self._placed(self.source.open(cursor.epoch, cursor.batch, cursor.loader))
-            if self.length is not None:
-                yield from itertools.islice(self._iterator, n)
-                return
-            if fresh:
-                self._look_ahead(self._iterator)
-            for _ in range(n):
-                batch = self._ahead
-                if batch is _END:
-                    return
-                self._look_ahead(self._iterator)
+            for batch in self._take(cursor, n):
                 yield batch
+                given += 1
         except DataError:
             # A signal to the whole process group ends the workers too. What was trained on so far is whole.
             if not self.stopping():
                 raise
+            if not self.alone:
+                # The other ranks do not know of the signal yet: this one keeps up with them without its workers.
+                self.source = _without_workers(self.source)
+                self._iterator = None
+                place = cursor.replace(batch=cursor.batch + given)
+                yield from self._take(place, n - given)
+
+    def _take(self, cursor: Cursor, n: int) -> Iterator[Any]:
+        fresh = self._iterator is None
+        if self._iterator is None:
+            self._iterator = self._placed(self.source.open(cursor.epoch, cursor.batch, cursor.loader))
+        if self.length is not None:
+            yield from itertools.islice(self._iterator, n)
+            return
+        if fresh:
+            self._look_ahead(self._iterator)
+        for _ in range(n):
+            batch = self._ahead
+            if batch is _END:
+                return
+            self._look_ahead(self._iterator)
+            yield batch
 
     def _placed(self, batches: Iterator[Any]) -> Iterator[Any]:
         return batches if self.device.type == "cpu" else (data.to_device(batch, self.device) for batch in batches)
@@ -88,6 +108,11 @@ class Feed:
         close = getattr(self.source, "close", None)
         if close is not None:
             close()
+
+
+def _without_workers(source: data.Source) -> data.Source:
+    """The same batches, read in this process. Sources that have no workers of ours are as they were."""
+    return source.replace(num_workers=0) if isinstance(source, data.Batches) else source
 
 
 def device_of(train: Any) -> torch.device:

@@ -21,9 +21,13 @@ class EventSink(Protocol):
 
 
 class Outlets:
-    """The loggers and event sinks of a run. One that raises is reported once and then left out."""
+    """The loggers and event sinks of a run. One that raises is reported once and then left out.
 
-    def __init__(self, configs: Sequence[loggers.Logger] | None, run_dir: Path | None) -> None:
+    Of several processes only one speaks; the others are `silent` and open nothing.
+    """
+
+    def __init__(self, configs: Sequence[loggers.Logger] | None, run_dir: Path | None, *, silent: bool = False) -> None:
+        self._silent = silent
         if configs is None:
             configs = () if run_dir is None else (loggers.csv(),)
         self._configs, self._run_dir = tuple(configs), run_dir
@@ -32,6 +36,8 @@ class Outlets:
 
     def open(self, callbacks: Sequence[Callback], loop: LoopState, length: int | None, *, resumed: bool) -> None:
         """Open everything; rows beyond the step that a resumed run begins at are taken back by the loggers."""
+        if self._silent:
+            return
         step = applied_steps(loop) if resumed else None
         for config in self._configs:
             self._logs[repr(config)] = config.open(self._run_dir or Path.cwd(), resume_step=step)
@@ -41,7 +47,8 @@ class Outlets:
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Write a row to every logger."""
-        self._each(self._logs, lambda sink: sink.log(step, row))
+        if self._logs:
+            self._each(self._logs, lambda sink: sink.log(step, row))
 
     def flush(self) -> None:
         """Put all rows on the disk, so that a snapshot taken now never knows of rows that a power cut could lose."""

@@ -37,7 +37,14 @@ def check_resume_argument(resume: Resume) -> None:
 
 
 def begin(
-    machine: Machine, train: Any, store: snapshot.Store | None, resume: Resume, *, step: Any, strict: bool = False
+    machine: Machine,
+    train: Any,
+    store: snapshot.Store | None,
+    resume: Resume,
+    *,
+    step: Any,
+    strict: bool = False,
+    silent: bool = False,
 ) -> tuple[LoopState, int | None]:
     """Return the loop to begin with, and the snapshot it comes from (None: from the beginning).
 
@@ -72,7 +79,7 @@ def begin(
         step=wanted,
         fallback=wanted is None,
     )
-    _check_identity(store.read_manifest(restored.step), step, strict)
+    _check_identity(store.read_manifest(restored.step), step, strict, silent)
     if wanted is not None:
         store.delete_after(wanted)
     return _adopt(fresh, restored.value, machine), restored.step
@@ -118,7 +125,7 @@ def identity(step: Any) -> dict[str, Any]:
     }
 
 
-def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool) -> None:
+def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent: bool) -> None:
     now, then = snapshot.environment(), manifest.environment
     changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]
     was, is_ = manifest.info.get("step"), identity(step)
@@ -137,7 +144,8 @@ def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool) -> Non
     )
     if strict:
         raise SnapshotError(text)
-    warnings.warn(text, stacklevel=2)
+    if not silent:
+        warnings.warn(text, stacklevel=2)
 
 
 def _check_policy(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

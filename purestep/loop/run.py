@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from purestep import data, loggers, metrics, snapshot, tree
 from purestep.errors import ConfigError, SaveFailed, explain
 from purestep.loop import resume as resume_
+from purestep.loop.agree import Alone
 from purestep.loop.cadence import Until
 from purestep.loop.contract import Contract
 from purestep.loop.events import (
@@ -48,6 +48,7 @@ from purestep.loop.events import (
 from purestep.loop.feed import Feed, device_of
 from purestep.loop.machine import Machine
 from purestep.loop.outlets import Outlets
+from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.signals import Lock, Signals
 
@@ -84,11 +85,14 @@ class Run:
         self._on_save_error = on_save_error
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
         self._signals = Signals()
-        self._feed = Feed(data.as_source(train), device_of(state), lambda: self._signals.unread)
+        self._ranks = Ranks.of(step)
+        self._outside: Alone = self._ranks.outside(self._signals)
+        source = self._ranks.share(data.as_source(train))
+        self._feed = Feed(source, device_of(state), lambda: self._signals.unread, alone=self._ranks.alone)
         self.callbacks = tuple(callbacks)
         self._by_name = {c.name: c for c in self.callbacks}
         self.machine = Machine(self.callbacks, until, self._feed.length)
-        self._outlets = Outlets(loggers, self.run_dir)
+        self._outlets = Outlets(loggers, self.run_dir, silent=not self._ranks.first)
         self._store: snapshot.Store | None = None
         self._saved: Any = None
         self._checked = False
@@ -114,19 +118,18 @@ class Run:
     def _run(self) -> Iterator[Event]:
         with contextlib.ExitStack() as stack:
             stack.callback(self._feed.close)
-            if self.run_dir is not None:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(Lock(self.run_dir))
-                self._store = stack.enter_context(
-                    snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
-                )
-            elif any(hasattr(c, "keep") for c in self.callbacks):
-                raise ConfigError(
-                    explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
-                )
+            stack.enter_context(self._ranks)
+            self._open_store(stack)
             self.loop, at = resume_.begin(
-                self.machine, self._given, self._store, self._resume, step=self._step, strict=self._strict
+                self.machine,
+                self._given,
+                self._store,
+                self._resume,
+                step=self._step,
+                strict=self._strict,
+                silent=not self._ranks.first,
             )
+            self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             if at is None and getattr(self._step, "donate", False):
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
@@ -143,18 +146,37 @@ class Run:
                 self._outlets.event(Failed(f"{type(error).__name__}: {error}"), self.loop)
                 raise
 
+    def _open_store(self, stack: contextlib.ExitStack) -> None:
+        if self.run_dir is not None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self._ranks.first:
+                stack.enter_context(Lock(self.run_dir))
+                snapshot.disk.clean(resume_.store_root(self.run_dir))  # what a process that was killed left half-written
+            self._store = stack.enter_context(
+                snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
+            )
+        elif any(hasattr(c, "keep") for c in self.callbacks):
+            raise ConfigError(
+                explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
+            )
+
     def _interpret(self, first: Event) -> Iterator[Event]:
-        self._start = time.monotonic() - self.loop.elapsed
+        outside = self._outside
+        outside.begin(self.loop.elapsed, self.loop.cursor.batches)
         queue: collections.deque[Effect] = collections.deque()
         yield from self._tell(first, queue)
-        while queue or self._signals.unread:
-            if self._signals.unread:
+        while queue or outside.unread:
+            if outside.unread:
                 kept = [e for e in queue if isinstance(e, Log)]
                 queue.clear()
                 queue.extend(kept)
-                yield from self._tell(Interrupted(self._signals.read()), queue)
+                yield from self._tell(Interrupted(outside.read()), queue)
                 continue
             effect = queue.popleft()
+            if not isinstance(effect, Log):
+                effect = outside.wish(effect)
+                if outside.unread:
+                    continue
             if isinstance(effect, Stop):
                 yield from self._finish(effect.reason, queue)
                 return
@@ -173,8 +195,8 @@ class Run:
         if isinstance(effect, Train):
             yield from self._train(effect)
         elif isinstance(effect, Evaluate):
-            row = self._performer(effect).evaluate(self.loop.train, lambda: self._signals.unread)
-            yield Ticked(time.monotonic() - self._start)
+            row = self._ranks.evaluate(self._performer(effect), self.loop.train, self._outside)
+            yield Ticked(self._outside.elapsed())
             if row is not None:
                 yield Evaluated(effect.name, row)
         elif isinstance(effect, Transform):
@@ -190,23 +212,26 @@ class Run:
 
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
-        state, seen = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
+        state, seen, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
         steps = metrics.to_host([metrics.as_metrics(m, n) if n else m for m, n in seen])
-        short = len(seen) < effect.n and not self._signals.unread and not self._late(effect.elapsed)
+        short = len(seen) < effect.n and not cut and not self._outside.unread
         end = self._feed.at_end(cursor.batch + len(seen), short)
         self.loop = self.loop.replace(train=state)
-        yield Ticked(time.monotonic() - self._start)
+        self._outside.done(len(seen))
+        yield Ticked(self._outside.elapsed())
         yield StepsDone(len(seen), steps, end)
         if end:
             self._feed.end_epoch()
             yield EpochDone()
         yield from self._durable()
 
-    def _burst(self, state: Any, batches: Iterator[Any], elapsed: float | None) -> tuple[Any, list[tuple[Any, int]]]:
-        """Train on the batches of one burst. Nothing is read from the device here."""
-        step, signals, deadline = self._step, self._signals, None if elapsed is None else elapsed + self._start
+    def _burst(
+        self, state: Any, batches: Iterator[Any], elapsed: float | None
+    ) -> tuple[Any, list[tuple[Any, int]], bool]:
+        """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
+        step, stop = self._step, self._outside.stop
         seen: list[tuple[Any, int]] = []
-        clock, plain = time.monotonic, None
+        plain = None
         for batch in batches:
             if not self._checked:
                 contract = Contract(step, state)
@@ -218,13 +243,10 @@ class Run:
                 state, values = step(state, batch)
             if plain is None:
                 plain = metrics.are_plain(values)
-            seen.append((values, metrics.sample_count(batch) if plain else 0))
-            if signals.unread or (deadline is not None and clock() >= deadline):
-                break
-        return state, seen
-
-    def _late(self, elapsed: float | None) -> bool:
-        return elapsed is not None and time.monotonic() - self._start >= elapsed
+            seen.append((values, self._ranks.samples(batch) if plain else 0))
+            if stop(elapsed):
+                return state, seen, True
+        return state, seen, False
 
     # --- snapshots ------------------------------------------------------------------------------------------------
 
@@ -260,7 +282,8 @@ class Run:
         if self._on_save_error == "stop":
             raise error
         self._saved = None
-        warnings.warn(f"{error}\n  training goes on; the next snapshot is tried as planned", stacklevel=2)
+        if self._ranks.first:
+            warnings.warn(f"{error}\n  training goes on; the next snapshot is tried as planned", stacklevel=2)
         return SaveLost(str(error))
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:

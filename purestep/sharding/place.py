@@ -6,14 +6,14 @@ only the local tensors, which `local` takes out and `rewrap` puts back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from purestep import tree
+from purestep import bits, tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding.mesh import check_world, this_rank
 from purestep.sharding.spec import Box, Spec, box, placements, spec_of
@@ -53,7 +53,7 @@ def _placed(plan: Plan, leaf: Any, spec: Spec) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if is_split(leaf):
-        if leaf._spec.mesh == plan.mesh.device_mesh and _spec_of(leaf) == spec:  # type: ignore[attr-defined]
+        if leaf._spec.mesh == plan.mesh.device_mesh and spec_of_leaf(leaf) == spec:  # type: ignore[attr-defined]
             return leaf
         leaf = full(leaf)
     if not spec.axes:
@@ -86,7 +86,13 @@ def wrap(plan: Plan, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tenso
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     meta = TensorMeta(torch.Size(shape), _contiguous(shape), shard.dtype)
     layout = DTensorSpec(plan.mesh.device_mesh, placements(spec, sizes), tensor_meta=meta)
-    return DTensor(shard, layout, requires_grad=False)
+    return _new(DTensor, shard, layout)
+
+
+def _new(cls: Any, shard: Tensor, layout: Any) -> Tensor:
+    # Not cls(...): its empty `__init__` is hidden from Dynamo, which it imports for that, at the cost of seconds.
+    made: Tensor = cls.__new__(cls, shard, layout, requires_grad=False)
+    return made
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -130,7 +136,7 @@ def _rewrapped(part: Any, like: Any) -> Any:
         from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
         layout = DTensorSpec(layout.mesh, layout.placements, tensor_meta=layout.tensor_meta._replace(dtype=part.dtype))
-    return type(like)(part, layout, requires_grad=False)
+    return _new(type(like), part, layout)
 
 
 # --- what is where ----------------------------------------------------------------------------------------------------
@@ -142,7 +148,8 @@ def _sizes(leaf: Any) -> dict[str, int]:
     return dict(zip(names, mesh.shape, strict=True))
 
 
-def _spec_of(leaf: Any) -> Spec:
+def spec_of_leaf(leaf: Any) -> Spec:
+    """Return the resolved spec of a split leaf."""
     return spec_of(leaf._spec.placements, _sizes(leaf))
 
 
@@ -154,15 +161,21 @@ def shard_of(leaf: Tensor) -> Box:
     """Return `(offset, shape)` of the part of a tensor that this rank holds: all of it for a plain tensor."""
     if not is_split(leaf):
         return (0,) * leaf.dim(), tuple(leaf.shape)
-    return box(_spec_of(leaf), _sizes(leaf), leaf.shape, _coordinate(leaf))
+    return box(spec_of_leaf(leaf), _sizes(leaf), leaf.shape, _coordinate(leaf))
 
 
-def is_owner(leaf: Tensor) -> bool:
-    """Tell whether this rank is the first of those that hold the same part of a tensor: the one that writes it."""
+def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
+    """Tell whether this rank is the first of those that hold the same part of a tensor: the one that writes it.
+
+    Args:
+        leaf: a leaf of a state.
+        among: look only at the ranks along these axes of the mesh of a split leaf; at all by default.
+    """
     if not is_split(leaf):
         return this_rank() == 0
-    split = _spec_of(leaf).axes
-    return all(index == 0 for axis, index in _coordinate(leaf).items() if axis not in split)
+    split = spec_of_leaf(leaf).axes
+    others = [axis for axis in _coordinate(leaf) if axis not in split and (among is None or axis in among)]
+    return all(_coordinate(leaf)[axis] == 0 for axis in others)
 
 
 def gather(value: Any) -> Any:
@@ -173,13 +186,16 @@ def gather(value: Any) -> Any:
 def full(leaf: Tensor) -> Tensor:
     """Return the whole of a split tensor, on every rank of its mesh; every rank calls it."""
     split: Any = leaf
-    sizes, spec = _sizes(split), _spec_of(split)
+    sizes, spec = _sizes(split), spec_of_leaf(split)
     shard: Tensor = split._local_tensor
     boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
     whole = shard.new_empty(leaf.shape)
     for part, (offset, shape) in zip(_exchanged(split, spec, sizes, boxes), boxes, strict=True):
         slice_of(whole, (offset, shape)).copy_(part)
     return whole
+
+
+bits.gatherer = full
 
 
 def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int]]:
@@ -209,3 +225,8 @@ def _group(leaf: Any, spec: Spec) -> Any:
 
     sizes = _sizes(leaf)
     return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
+
+
+def part_like(whole: Tensor, leaf: Any) -> Tensor:
+    """Return a copy of the part of a whole tensor that this rank holds of a split leaf."""
+    return slice_of(whole, shard_of(leaf)).clone(memory_format=torch.contiguous_format)

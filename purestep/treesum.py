@@ -1,0 +1,76 @@
+"""`TreeSum`: the one order in which the contributions of microbatches are added, whoever holds them.
+
+Accumulation on one process feeds it one after the other; ranks feed it what they have and exchange the rest. It knows
+nothing of tensors: how two values merge is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Node = tuple[int, int]
+
+
+class TreeSum:
+    """Sum values in a fixed balanced binary tree, holding at most log2(n) + 1 of them at a time.
+
+    The order of additions depends on the number of values only: 4 values give (a + b) + (c + d), and where the number
+    is no power of two, what is missing on the right is left out. Aligned parts of the tree can be summed elsewhere,
+    which is what makes the sum independent of who computes which microbatch.
+
+    Args:
+        merge: adds two values, the earlier one first.
+
+    Example:
+        >>> total = TreeSum(lambda a, b: f"({a}+{b})")
+        >>> for x in "abcdef":
+        ...     total.add(x)
+        >>> total.result()
+        '(((a+b)+(c+d))+(e+f))'
+        >>> right = TreeSum(lambda a, b: f"({a}+{b})")
+        >>> for index, x in enumerate("def", start=3):
+        ...     right.add(x, index)
+        >>> right.nodes
+        {(0, 3): 'd', (1, 2): '(e+f)'}
+    """
+
+    def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
+        self._merge = merge
+        self._count = 0
+        self.nodes: dict[Node, Any] = {}
+
+    def add(self, value: Any, index: int | None = None) -> None:
+        """Add the value of a number; by default they come in order."""
+        self.put((0, self._count if index is None else index), value)
+        self._count += 1
+
+    def put(self, node: Node, value: Any) -> None:
+        """Add the sum of an aligned part: `(level, n)` is that of the values `n * 2**level` and following."""
+        level, place = node
+        while (sibling := (level, place ^ 1)) in self.nodes:
+            other = self.nodes.pop(sibling)
+            value = self._merge(other, value) if place % 2 else self._merge(value, other)
+            level, place = level + 1, place // 2
+        self.nodes[level, place] = value
+
+    def result(self) -> Any:
+        """Return the sum of all values, once the last is in."""
+        parts = [self.nodes[node] for node in sorted(self.nodes, key=lambda n: n[1] << n[0])]
+        total = parts.pop()
+        while parts:
+            total = self._merge(parts.pop(), total)
+        return total
+
+
+def forest(indices: list[int]) -> list[Node]:
+    """Return the parts that remain when the values of these numbers are added as far as they can be.
+
+    Example:
+        >>> forest([0, 1, 2]), forest([4, 5, 6, 7])
+        ([(1, 0), (0, 2)], [(2, 1)])
+    """
+    total = TreeSum(lambda a, b: None)
+    for index in indices:
+        total.add(None, index)
+    return list(total.nodes)

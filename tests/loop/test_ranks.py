@@ -1,0 +1,165 @@
+"""The loop on many ranks: the same run on 1, 2 and 4 processes; stopped, refused and failed together."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ranks_job.py")
+ALL = "straight foreign collated level_two"
+MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(zygote, directory, size, names, timeout=60):
+    """Run checks on some processes together; return the answers of each rank, and what they ended with."""
+    directory.mkdir(parents=True, exist_ok=True)
+    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    several = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = [
+        zygote.popen(
+            SCRIPT,
+            directory,
+            str(timeout),
+            *names.split(),
+            env=base | (several | {"RANK": str(r)} if size > 1 else {}),
+            preload="xxhash torch.distributed",
+        )
+        for r in range(size)
+    ]
+    ends = []
+    for child in children:
+        with child:
+            _, errors = child.communicate(120)
+            ends.append((child.returncode, errors))
+    answers = [directory / f"{size}-{r}.json" for r in range(size)]
+    return [json.loads(a.read_text()) if a.exists() else None for a in answers], ends
+
+
+@pytest.fixture(scope="module")
+def answers(zygote, tmp_path_factory):
+    """By number of processes, the answers of each rank."""
+    directory = tmp_path_factory.mktemp("ranks")
+    found = {}
+    for size, names in ((1, ALL), (2, ALL), (4, f"{ALL} {MORE}")):
+        found[size], ends = start(zygote, directory, size, names)
+        assert ends == [(0, "")] * size, ends
+    found["directory"] = directory
+    return found
+
+
+@pytest.mark.parametrize("check", ["straight", "foreign", "collated"])
+def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
+    runs = [answers[size][rank][check] for size in (1, 2, 4) for rank in range(size)]
+    assert len({run["digest"] for run in runs}) == 1
+    assert runs[0]["metrics"]["val/loss"] > 0
+    for run in runs:
+        assert (run["batches"], run["reason"], run["metrics"]) == tuple(
+            runs[0][name] for name in ("batches", "reason", "metrics")
+        )
+
+
+def test_the_result_of_every_rank_is_the_same_also_its_clock(answers):
+    for size in (2, 4):
+        assert len({json.dumps({**a["straight"], "read": 0, "evaluated": 0}) for a in answers[size]}) == 1
+
+
+def test_each_sample_is_read_by_one_rank_and_evaluated_once(answers):
+    for size in (2, 4):
+        for name in ("read", "evaluated"):
+            assert sum(a["straight"][name] for a in answers[size]) == answers[1][0]["straight"][name]
+    assert max(a["straight"]["read"] for a in answers[4]) < answers[1][0]["straight"]["read"] / 3
+
+
+def test_only_rank_0_writes(answers):
+    rows = [(answers["directory"] / f"of-{size}" / "straight" / "metrics.csv").read_text() for size in (1, 2, 4)]
+    assert rows[0] == rows[1] == rows[2]
+    assert [a["quiet"]["shown"] for a in answers[4]] == [1, 0, 0, 0]
+    assert [len(a["quiet"]["warnings"]) for a in answers[4]] == [1, 0, 0, 0]
+
+
+def test_events_are_the_same_on_every_rank(answers):
+    events = [answers[size][rank]["level_two"]["events"] for size in (1, 2, 4) for rank in range(size)]
+    assert all(e == events[0] for e in events)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(answers):
+    found = [a["with_signal"] for a in answers[4]]
+    assert len({json.dumps({**f, "seconds": 0}) for f in found}) == 1
+    assert (found[0]["reason"], found[0]["exit_code"]) == ("SIGTERM", 143)
+    assert 30 <= found[0]["batches"] < 400
+
+
+def test_a_signal_in_an_evaluation_leaves_it_due_on_all(answers):
+    found = [a["signal_in_evaluation"] for a in answers[4]]
+    assert {f["reason"] for f in found} == {"SIGTERM"}
+    assert {tuple(f["due"]) for f in found} == {("val",)}
+    assert len({f["digest"] for f in found}) == 1
+    assert max(f["evaluated"] for f in found) < 200
+
+
+def test_the_clock_is_that_of_rank_0(answers):
+    found = [a["seconds"] for a in answers[4]]
+    assert len({json.dumps({**f, "seconds": 0}) for f in found}) == 1
+    assert found[0]["reason"] == "reached 1 seconds"
+    assert 1.0 <= found[0]["elapsed"] < 4.0
+
+
+def test_ranks_that_differ_are_told_at_the_start(answers):
+    for found in (a["mismatches"] for a in answers[4]):
+        assert "the ranks differ in the step's microbatches" in found["microbatches"]
+        assert "ranks 0, 1, 2: 4; rank 3: 8" in found["microbatches"]
+        assert "the ranks differ in state." in found["seed"]
+        assert "ranks 0, 1: " in found["seed"]
+        assert "the same seed and code on every rank" in found["seed"]
+        assert "the ranks differ in the data" in found["data"]
+        assert "rank 3: ('Batches', 5, 'Plan(samples=60" in found["data"]
+        assert "ranks 0, 1, 2: '2 steps'; rank 3: '3 steps'" in found["until"]
+        assert "the ranks differ in callbacks" in found["callbacks"]
+
+
+def test_what_cannot_be_shared_is_refused(answers):
+    for found in (a["refusals"] for a in answers[4]):
+        assert "6 microbatches cannot be shared equally by 4 ranks" in found["count"]
+        assert "does not work where several ranks share a batch" in found["skip"]
+        assert "Subset" in found["skip"]
+
+
+def test_values_are_exchanged_and_differences_named(answers):
+    for found in (a["exchanges"] for a in answers[4]):
+        assert found["ranks"] == [0, 1, 2, 3]
+        assert found["long"] == [0, 1500, 3000, 4500]
+        assert found["from"] == 0
+        assert "rank 0: evaluate" in found["different"]
+        assert "rank 3: save" in found["different"]
+        assert "the ranks differ in b" in found["differ"]
+        assert "b: ranks 0, 1: 0; ranks 2, 3: 1" in found["differ"]
+
+
+def test_a_rank_that_raises_is_named_by_the_others(zygote, tmp_path):
+    found, _ = start(zygote, tmp_path, 3, "raises")
+    assert found[1]["raises"]["error"] == "ValueError: a bad day"
+    for rank in (0, 2):
+        text = found[rank]["raises"]["error"]
+        assert text.startswith("RankError: "), text
+        assert "rank 1 failed at batch 5: ValueError: a bad day" in text
+        assert found[rank]["raises"]["seconds"] < 20
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(zygote, tmp_path):
+    found, ends = start(zygote, tmp_path, 3, "hangs", timeout=2)
+    assert ends[1][0] == 3
+    for rank in (0, 2):
+        text = found[rank]["hangs"]["error"]
+        assert f"rank {rank} got no answer from the others in " in text
+        assert "at batch 5" in text
+        assert "rank 1 says nothing; it was last heard of at " in text
+        assert "timeout: 2 s" in text
+        assert 2 <= found[rank]["hangs"]["seconds"] < 11
