@@ -114,6 +114,11 @@ def _leave() -> None:
             dist.destroy_process_group()
 
 
+def timeout() -> float:
+    """Return the seconds after which a rank that does not answer is an error."""
+    return _me.timeout
+
+
 def at(position: str) -> None:
     """Say where this process is (`batch 40`): for the messages of all ranks, when one fails or does not answer."""
     _me.position = position

@@ -128,6 +128,16 @@ def straight(directory):
     return summary(result) | {"read": train.read, "evaluated": val.read}
 
 
+def relay(directory):
+    """The same run, begun on 4 ranks, gone on with on 2, ended by 1."""
+    run_dir = directory.parent / "relay"
+    steps = {4: 5, 2: 9, 1: 12}[SIZE]
+    snapshots = ps.callbacks.snapshots(every=ps.every.steps(2), keep=ps.snapshot.latest(2))
+    options = job()
+    options["callbacks"] = [*options["callbacks"], snapshots]
+    return summary(ps.fit(**options, until=ps.steps(steps), run_dir=run_dir))
+
+
 def foreign(directory):
     """A list of batches and a generator of unknown length: every rank reads all of it."""
     data, held = table(59, 0), table(19, 1)
@@ -301,9 +311,27 @@ def exchanges(directory):
     }
 
 
+def killed(directory):
+    """Under torchrun's agent: rank 1 dies of SIGKILL in its first life."""
+    options = job(microbatches=2)
+    inner, calls = options["step"], []
+
+    def step(state, batch):
+        calls.append(1)
+        if len(calls) == 8 and RANK == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(state, batch)
+
+    step.__wrapped__ = inner
+    options["callbacks"] = [*options["callbacks"], ps.callbacks.snapshots(every=ps.every.steps(2))]
+    result = ps.fit(**{**options, "step": step}, until=ps.steps(12), run_dir=directory.parent / "killed")
+    return summary(result) | {"steps": len(calls)}
+
+
 def main():
     directory, timeout, *names = sys.argv[1:]
     torch.set_num_threads(1)
+    import faulthandler; faulthandler.dump_traceback_later(7, exit=False)
     world.initialize(timeout=float(timeout))
     answers = {}
     for name in names:
