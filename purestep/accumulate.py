@@ -58,6 +58,10 @@ class Partial:
     metrics: Mapping[str, Metric]
     owned: bool = False
 
+    def replaced(self, vector: list[Tensor]) -> Partial:
+        """Return the same with another vector."""
+        return dataclasses.replace(self, vector=vector)
+
 
 def merge(a: Partial, b: Partial) -> Partial:
     """Add two sums; `a` is of the earlier microbatches, and is consumed."""
@@ -96,6 +100,7 @@ class Accumulation:
         samples = sum(self.sizes)
         equal = len(set(self.sizes)) == 1
         self.shares = None if equal else [size / samples for size in self.sizes]
+        self.alone = len(self.sizes) == 1
         self.sum = TreeSum(merge)
         self._single: Gradients | None = None
         self._structure: Any = None
@@ -103,7 +108,7 @@ class Accumulation:
 
     def add(self, part: Gradients, index: int) -> None:
         """Add what the microbatch of a number contributes."""
-        if len(self.sizes) == 1:
+        if self.alone:
             self._single = part
             return
         self.sum.add(self.lift(part, index), index)
@@ -116,9 +121,16 @@ class Accumulation:
             self._names = [name for name, old in self.state.buffers.items() if averaged(old, part.buffers[name])]
         chosen = set(self._names)
         kept = {name: new for name, new in part.buffers.items() if name not in chosen}
-        changes = [_change(self.state.buffers[name], part.buffers[name]) for name in self._names]
-        vector = _weighed([*grads, *changes], part.weight, None if self.shares is None else self.shares[index])
-        return Partial(vector, part.weight, kept, part.metrics)
+        moved = [part.buffers[name] for name in self._names]
+        if not self.alone:
+            moved = [_change(self.state.buffers[name], new) for name, new in zip(self._names, moved, strict=True)]
+        return Partial(self.weighed([*grads, *moved], part.weight, index), part.weight, kept, part.metrics)
+
+    def weighed(self, vector: list[Tensor], weight: Any, index: int) -> list[Tensor]:
+        """Multiply what a microbatch contributes by what it weighs."""
+        if self.alone:
+            return vector
+        return _weighed(vector, weight, None if self.shares is None else self.shares[index])
 
     def result(self) -> Gradients:
         """Return the mean over the whole batch."""
@@ -127,12 +139,16 @@ class Accumulation:
     def finish(self, total: Partial) -> Gradients:
         """Divide the sum over all microbatches by its weight."""
         mean = total.vector
-        if isinstance(total.weight, Tensor):
+        if self.alone:
+            pass
+        elif isinstance(total.weight, Tensor):
             mean = scaled(mean, 1.0 / total.weight)
         elif self.shares is None:
             mean = scaled(mean, 1.0 / len(self.sizes))
         count = len(mean) - len(self._names)
-        changed = {n: moved(self.state.buffers[n], x) for n, x in zip(self._names, mean[count:], strict=True)}
+        changed = dict(zip(self._names, mean[count:], strict=True))
+        if not self.alone:
+            changed = {name: moved(self.state.buffers[name], x) for name, x in changed.items()}
         buffers = {n: changed[n] if n in changed else total.kept[n] for n in self.state.buffers}
         return Gradients(tree.unflatten(self._structure, mean[:count]), total.weight, buffers, dict(total.metrics))
 

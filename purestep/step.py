@@ -25,6 +25,8 @@ from purestep.optim.base import GradientTransformation
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
+from purestep.sharding import place, whole
+from purestep.sharding.plan import Plan
 from purestep.state import TrainState
 
 LossFn = Callable[[Any, Any], Any]
@@ -67,19 +69,41 @@ class Step:
 
     loss_fn: LossFn
     tx: GradientTransformation
-    microbatches: int = 1
+    microbatches: int | None = 1
     engine: Engine = "auto"
     policy: Policy | None = None
+    plan: Plan | None = None
+
+    @property
+    def parts(self) -> int:
+        """Number of microbatches of a batch (V): the given one, or one for each replica of the plan."""
+        return self.microbatches or (1 if self.plan is None else self.plan.replicas)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        total = accumulate(state, sample_count(batch), self.microbatches)
-        for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatches)):
+        if self.plan is not None:
+            return self._planned(self.plan, state, batch)
+        total = accumulate(state, sample_count(batch), self.parts)
+        for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
             total.add(self.grads(state, microbatch, index), index)
         return self.update(state, total.result())
 
+    def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        from purestep.parallel import total
+
+        total.check(plan, self)
+        view = place.local(state)
+        gradients = total.total(plan, self.parts, state, view, batch, self._grads)
+        with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
+            new, metrics = self.update(view, gradients)
+        return place.rewrap(new, state), metrics
+
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
+        return self._grads(state, microbatch, index, None)
+
+    def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, gathering: Any) -> Gradients:
+        """Do what `grads` says. `gathering` makes the parameters whole where the state holds parts of them."""
         samples = sample_count(microbatch)
         rng = random.fold_in(state.rng, state.step, index)
         cast = casting(self.policy, definition(state).module)
@@ -87,10 +111,16 @@ class Step:
         given = cast.buffers(state.buffers)
 
         def loss_of(params: Any) -> tuple[Tensor, Any]:
-            bound = bind(cast.module, params, given, rng=rng, around=cast.around)
+            tensors, buffers, around = params, given, cast.around
+            if gathering is not None:
+                tensors, buffers, around = gathering.bound(cast, params, given)
+            bound = bind(cast.module, tensors, buffers, rng=rng, around=around)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(self.loss_fn, bound, cast.batch(microbatch), samples)
-            return cast.scaled(loss, state), (weight, bound.new_buffers, metrics)
+            new = bound.new_buffers
+            if gathering is not None:
+                new = gathering.forward_done(weight, new, state.buffers)
+            return cast.scaled(loss, state), (weight, new, metrics)
 
         gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine)
         grads, (_, (weight, new, metrics)) = gradient(cast.params(state.params))
@@ -115,9 +145,10 @@ def make_step(
     loss_fn: LossFn,
     tx: GradientTransformation,
     *,
-    microbatches: int = 1,
+    microbatches: int | None = None,
     engine: Engine = "auto",
     policy: Policy | str | None = None,
+    plan: Plan | None = None,
 ) -> Step:
     """Make a pure training step `(state, batch) -> (state, metrics)`.
 
@@ -128,11 +159,15 @@ def make_step(
             `metrics.as_metrics`.
         tx: gradient transformation, the one the state was made with.
         microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
-            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
+            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding. By
+            default 1; with a plan one for each rank that computes others, so name it where the number of ranks may
+            change: the bits depend on it.
         engine: see `grad_and_value`.
         policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is
             cast by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a
             loss scale an update with gradients that are not finite changes nothing but the scale.
+        plan: a `ps.sharding` plan; the state has to be placed by it, `plan.place(state)`. Every rank calls the step
+            with the same global batch, or with its `LocalBatch`, and computes its own microbatches of it.
 
     Returns:
         A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its
@@ -154,7 +189,9 @@ def make_step(
         >>> int(state.step), int(new.step), sorted(metrics)
         (0, 1, ['loss'])
     """
-    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
+    if microbatches is not None and (
+        not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1
+    ):
         raise ConfigError(explain("microbatches is a positive integer", where=f"microbatches={microbatches!r}"))
     if not isinstance(tx, GradientTransformation):
         raise ConfigError(
@@ -166,7 +203,9 @@ def make_step(
         )
     _check_arity(loss_fn)
     chosen = None if policy is None else policy_of(policy)
-    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen)
+    if plan is None and microbatches is None:
+        microbatches = 1
+    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen, plan)
 
 
 def _check_arity(loss_fn: LossFn) -> None:
@@ -248,25 +287,33 @@ class Eval:
 
     loss_fn: LossFn
     policy: Policy | None = None
+    plan: Plan | None = None
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples = sample_count(batch)
         cast = casting(self.policy, definition(state).module)
-        params, buffers = cast.params(state.params), cast.buffers(state.buffers)
+        view = state if self.plan is None else place.local(state)
+        params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
         rng = random.fold_in(state.rng, "eval")
-        bound = bind(cast.module, params, buffers, rng=rng, train=False, around=cast.around)
         with torch.no_grad(), cast.scope(params):
+            if self.plan is not None:
+                from purestep.parallel.gathering import evaluated
+
+                params, buffers, around = evaluated(self.plan, state, cast, params, buffers)
+            bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around)
             return read_loss(self.loss_fn, bound, cast.batch(batch), samples)[2]
 
 
-def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None) -> Eval:
+def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan | None = None) -> Eval:
     """Make a pure evaluation step `(state, batch) -> metrics`.
 
     Args:
         loss_fn: as in `make_step`; the same function serves both. It runs in evaluation mode without gradients. A
             model that draws random numbers even then draws them from a key that is the same for every batch.
         policy: precision policy to evaluate under, or the name of one.
+        plan: the plan that the state is placed by. A rank gets the metrics of the batch it is given; where parameters
+            are split every rank calls it at the same time, because they are gathered.
 
     Example:
         >>> from torch import nn
@@ -277,4 +324,4 @@ def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None) -> Eval:
         ['loss']
     """
     _check_arity(loss_fn)
-    return Eval(loss_fn, None if policy is None else policy_of(policy))
+    return Eval(loss_fn, None if policy is None else policy_of(policy), plan)

@@ -7,6 +7,7 @@ asking for parameters, refusing a tree of another structure. It never loops over
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
+from purestep.sharding import whole
 
 Scalar = float | Tensor
 Schedule = Callable[[Any], Any]
@@ -34,6 +36,11 @@ class GradientTransformation:
     Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
     they return is a `@pytree` class with named fields, so that its paths read well. They change nothing they are given.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in cls.__dict__:
+            cls.update = _on_shards_or_whole(cls.__dict__["update"])  # type: ignore[method-assign]
 
     @property
     def name(self) -> str:
@@ -74,6 +81,13 @@ class GradientTransformation:
         return True
 
     @property
+    def on_shards(self) -> bool:
+        """Whether `update` may be handed this rank's parts of tensors: it is elementwise, asks for what it needs of the
+        whole, or leaves that to the transformations in it. Any other is handed gathered tensors.
+        """
+        return self.elementwise
+
+    @property
     def shard_invariant(self) -> bool:
         """Whether updating a slice of a parameter gives the bits of that slice of the whole update."""
         return True
@@ -96,6 +110,10 @@ class Wrapper(GradientTransformation):
     @property
     def elementwise(self) -> bool:
         return self.inner.elementwise
+
+    @property
+    def on_shards(self) -> bool:
+        return True
 
     @property
     def shard_invariant(self) -> bool:
@@ -215,6 +233,18 @@ def scalar_like(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(like)
     return torch.tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _on_shards_or_whole(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an update that needs whole tensors get them, where a step hands out parts."""
+
+    @functools.wraps(update)
+    def either(self: Any, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if whole.current() is None or self.on_shards:
+            return update(self, updates, state, params, **extra)
+        return whole.on_whole_tensors(update, self, updates, state, params, extra)
+
+    return either
 
 
 def _snake(name: str) -> str:

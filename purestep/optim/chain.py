@@ -65,6 +65,10 @@ class Chain(GradientTransformation):
         return all(t.elementwise for t in self.transforms)
 
     @property
+    def on_shards(self) -> bool:
+        return True
+
+    @property
     def shard_invariant(self) -> bool:
         return all(t.shard_invariant for t in self.transforms)
 

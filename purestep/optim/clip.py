@@ -51,13 +51,17 @@ class ClipByGlobalNorm(GradientTransformation):
         xs, treedef = tree.flatten(updates)
         if not xs:
             return updates, state
-        norm = fx.global_norm(xs)
+        norm = fx.global_norm(xs, treedef)
         factor = torch.where(norm <= self.max_norm, torch.ones_like(norm), self.max_norm / norm)
         return tree.unflatten(treedef, fx.mul(xs, factor)), state
 
     @property
     def elementwise(self) -> bool:
         return False
+
+    @property
+    def on_shards(self) -> bool:
+        return True
 
 
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
@@ -166,7 +170,7 @@ def global_norm(updates: Any) -> Tensor:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """
-    return fx.global_norm(tree.leaves(updates))
+    return fx.global_norm(*tree.flatten(updates))
 
 
 def _rms(x: Tensor) -> Tensor:

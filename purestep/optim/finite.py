@@ -114,7 +114,7 @@ class SkipLargeUpdates(Wrapper):
         return SkipLargeUpdatesState(zero, torch.ones_like(zero, dtype=torch.bool), norm, self.inner.init(params))
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        norm = fx.global_norm(tree.leaves(updates)).to(state.norm.dtype)
+        norm = fx.global_norm(*tree.flatten(updates)).to(state.norm.dtype)
         small = norm <= self.max_norm
         proposed, inner = self.inner.update(updates, state.inner, params, **extra)
         us, treedef = tree.flatten(proposed)

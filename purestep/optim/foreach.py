@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.sharding import whole
+
 Tensors = list[Tensor] | tuple[Tensor, ...]
 _PLAIN, _TRACED, _LEAFWISE = 0, 1, 2
 
@@ -239,24 +241,40 @@ def _norms(xs: list[Tensor], order: float) -> list[Tensor]:
     return found
 
 
-def global_norm(xs: Tensors) -> Tensor:
-    """Return the 2-norm of all tensors together: a 0-d tensor of at least float32."""
+def global_norm(xs: Tensors, structure: Any = None) -> Tensor:
+    """Return the 2-norm of all tensors together: a 0-d tensor of at least float32.
+
+    In the update of a step with a plan it is that of the whole tensors, the same bits wherever their parts are.
+
+    Args:
+        xs: the leaves of a tree.
+        structure: that tree's; it says by name which parameter each tensor is a part of.
+    """
     if not xs:
         return torch.zeros(())
+    behind = whole.current()
+    if behind is not None and structure is not None:
+        return torch.sqrt(behind.squares(xs, structure).sum()).to(_widest(xs))
     return torch.linalg.vector_norm(_stacked(norms(xs)))
 
 
 def all_finite(xs: Tensors) -> Tensor:
     """Return a 0-d bool tensor: no tensor holds an infinity or a NaN. One pass over the memory, nothing read back."""
     filled = [x for x in xs if x.numel() > 0]
-    if not filled:
-        return torch.ones((), dtype=torch.bool)
-    return torch.isfinite(_stacked(norms(filled, math.inf))).all()
+    finite = torch.isfinite(_stacked(norms(filled, math.inf))).all() if filled else torch.ones((), dtype=torch.bool)
+    behind = whole.current()
+    if behind is None or not behind.split:
+        return finite
+    return behind.reduce(finite.to(torch.int32), "min") > 0
 
 
 def _stacked(scalars: list[Tensor]) -> Tensor:
-    widest = torch.float64 if any(n.dtype == torch.float64 for n in scalars) else torch.float32
+    widest = _widest(scalars)
     return torch.stack([n.to(scalars[0].device, widest) for n in scalars])
+
+
+def _widest(xs: Tensors) -> torch.dtype:
+    return torch.float64 if any(accumulator(x.dtype) == torch.float64 for x in xs) else torch.float32
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

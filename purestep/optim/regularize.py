@@ -137,11 +137,15 @@ class NormalizeByUpdateNorm(GradientTransformation):
         us, treedef = tree.flatten(updates)
         if not us:
             return updates, state
-        return tree.unflatten(treedef, fx.mul(us, self.scale_factor / (fx.global_norm(us) + self.eps))), state
+        return tree.unflatten(treedef, fx.mul(us, self.scale_factor / (fx.global_norm(us, treedef) + self.eps))), state
 
     @property
     def elementwise(self) -> bool:
         return False
+
+    @property
+    def on_shards(self) -> bool:
+        return True
 
 
 def normalize_by_update_norm(scale_factor: Scalar = 1.0, *, eps: float = 1e-6) -> GradientTransformation:

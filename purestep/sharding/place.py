@@ -6,7 +6,7 @@ only the local tensors, which `local` takes out and `rewrap` puts back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +53,7 @@ def _placed(plan: Plan, leaf: Any, spec: Spec) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if is_split(leaf):
-        if leaf._spec.mesh == plan.mesh.device_mesh and _spec_of(leaf) == spec:  # type: ignore[attr-defined]
+        if leaf._spec.mesh == plan.mesh.device_mesh and spec_of_leaf(leaf) == spec:  # type: ignore[attr-defined]
             return leaf
         leaf = full(leaf)
     if not spec.axes:
@@ -142,7 +142,8 @@ def _sizes(leaf: Any) -> dict[str, int]:
     return dict(zip(names, mesh.shape, strict=True))
 
 
-def _spec_of(leaf: Any) -> Spec:
+def spec_of_leaf(leaf: Any) -> Spec:
+    """Return the resolved spec of a split leaf."""
     return spec_of(leaf._spec.placements, _sizes(leaf))
 
 
@@ -154,15 +155,21 @@ def shard_of(leaf: Tensor) -> Box:
     """Return `(offset, shape)` of the part of a tensor that this rank holds: all of it for a plain tensor."""
     if not is_split(leaf):
         return (0,) * leaf.dim(), tuple(leaf.shape)
-    return box(_spec_of(leaf), _sizes(leaf), leaf.shape, _coordinate(leaf))
+    return box(spec_of_leaf(leaf), _sizes(leaf), leaf.shape, _coordinate(leaf))
 
 
-def is_owner(leaf: Tensor) -> bool:
-    """Tell whether this rank is the first of those that hold the same part of a tensor: the one that writes it."""
+def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
+    """Tell whether this rank is the first of those that hold the same part of a tensor: the one that writes it.
+
+    Args:
+        leaf: a leaf of a state.
+        among: look only at the ranks along these axes of the mesh of a split leaf; at all by default.
+    """
     if not is_split(leaf):
         return this_rank() == 0
-    split = _spec_of(leaf).axes
-    return all(index == 0 for axis, index in _coordinate(leaf).items() if axis not in split)
+    split = spec_of_leaf(leaf).axes
+    others = [axis for axis in _coordinate(leaf) if axis not in split and (among is None or axis in among)]
+    return all(_coordinate(leaf)[axis] == 0 for axis in others)
 
 
 def gather(value: Any) -> Any:
@@ -173,7 +180,7 @@ def gather(value: Any) -> Any:
 def full(leaf: Tensor) -> Tensor:
     """Return the whole of a split tensor, on every rank of its mesh; every rank calls it."""
     split: Any = leaf
-    sizes, spec = _sizes(split), _spec_of(split)
+    sizes, spec = _sizes(split), spec_of_leaf(split)
     shard: Tensor = split._local_tensor
     boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
     whole = shard.new_empty(leaf.shape)
@@ -209,3 +216,8 @@ def _group(leaf: Any, spec: Spec) -> Any:
 
     sizes = _sizes(leaf)
     return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
+
+
+def part_like(whole: Tensor, leaf: Any) -> Tensor:
+    """Return a copy of the part of a whole tensor that this rank holds of a split leaf."""
+    return slice_of(whole, shard_of(leaf)).clone(memory_format=torch.contiguous_format)

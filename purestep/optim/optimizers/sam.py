@@ -45,6 +45,10 @@ class Sam(Wrapper):
     def elementwise(self) -> bool:
         return False
 
+    @property
+    def on_shards(self) -> bool:
+        return False
+
 
 def sam(inner: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = False) -> GradientTransformation:
     r"""Minimise the worst loss in a ball of radius $\rho$ around the parameters.

@@ -1,0 +1,94 @@
+"""The small values of microbatches: metrics, weights and counters travel as bytes, and every rank adds them up itself.
+
+They merge by rules of their own (a maximum, the last), so they are not summed on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.accumulate import Partial, merge
+from purestep.sharding import collectives
+from purestep.sharding.reduce import Flat
+from purestep.treesum import Node, TreeSum
+
+
+def exchange_small(
+    nodes: Mapping[Node, Partial], owners: Sequence[Sequence[Node]], group: Any, pattern: Partial, samples: int
+) -> Partial:
+    """Return the sum of what all ranks hold, without its vector.
+
+    Args:
+        nodes: the parts of the tree that this rank holds.
+        owners: those of each rank of the group.
+        group: the ranks.
+        pattern: a part of that structure, for a rank that holds none.
+        samples: of the whole batch, the weight where there is no other.
+    """
+    whole = TreeSum(merge)
+    if group is None:
+        for node, part in nodes.items():
+            whole.put(node, _without_vector(part, *_leaves(part)))
+        return _weighing(whole.result(), samples)
+    like, structure = _leaves(pattern)
+    flat = _Bytes(like)
+    held = [flat.pack(_leaves(nodes[node])[0]) for own in owners for node in own if node in nodes]
+    most = max(len(own) for own in owners)
+    row = torch.cat([*held, torch.zeros(flat.size * (most - len(held)), dtype=torch.uint8, device=flat.device)])
+    rows = collectives.gather(row, group).wait()
+    for own, row in zip(owners, rows, strict=True):
+        for node, packed in zip(own, row.split(flat.size), strict=False):
+            whole.put(node, _without_vector(pattern, flat.unpack(packed), structure))
+    return _weighing(whole.result(), samples)
+
+
+def _leaves(part: Partial) -> tuple[list[Tensor], Any]:
+    weight = part.weight if isinstance(part.weight, Tensor) else None
+    leaves, structure = tree.flatten((weight, part.kept, dict(part.metrics)))
+    # Numbers become tensors on one process as on many, so that nothing depends on how many there are.
+    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=_wide(x)) for x in leaves], structure
+
+
+def _wide(number: Any) -> torch.dtype:
+    return torch.float64 if isinstance(number, float) else torch.int64
+
+
+def _without_vector(like: Partial, leaves: Sequence[Tensor], structure: Any) -> Partial:
+    weight, kept, metrics = tree.unflatten(structure, leaves)
+    return Partial([], like.weight if weight is None else weight, kept, metrics)
+
+
+def _weighing(part: Partial, samples: int) -> Partial:
+    if isinstance(part.weight, int):
+        part.weight = samples
+    return part
+
+
+class _Bytes:
+    """Small tensors of several dtypes as bytes, the widest dtypes first, so that each begins at a multiple of its size."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.order = sorted(range(len(like)), key=lambda i: -like[i].element_size())
+        self.flat = Flat([like[i] for i in self.order])
+        self.dtypes = list(self.flat.groups)
+        self.lengths = [sum(n) * d.itemsize for n, d in zip(self.flat.lengths, self.dtypes, strict=True)]
+        self.device = like[0].device if like else None
+        self.size = sum(self.lengths) + -sum(self.lengths) % 8
+
+    def pack(self, values: Sequence[Tensor]) -> Tensor:
+        pieces = [x.view(torch.uint8) for x in self.flat.pack([values[i] for i in self.order])]
+        pieces.append(torch.zeros(self.size - sum(self.lengths), dtype=torch.uint8, device=self.device))
+        return torch.cat(pieces)
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        pieces = packed[: sum(self.lengths)].split(self.lengths)
+        found: list[Any] = [None] * len(self.order)
+        flats = [piece.view(dtype) for piece, dtype in zip(pieces, self.dtypes, strict=True)]
+        for i, value in zip(self.order, self.flat.unpack(flats), strict=True):
+            found[i] = value
+        return found

@@ -1,0 +1,282 @@
+"""Whole parameters for the time they are needed: one gather a unit, and its gradients summed back into parts.
+
+A unit is a submodule whose parameters travel together in one flat tensor. Between its calls the module holds stand-ins
+that refuse to be used. It knows no loss and no optimizer; `Session` is one microbatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from purestep.sharding import collectives
+from purestep.sharding.absent import Absent
+from purestep.sharding.plan import Plan
+from purestep.sharding.rows import Row, Rows
+from purestep.slots import Slots, slots
+
+Sink = Callable[["Unit", list[Tensor | None]], None]
+
+
+@dataclasses.dataclass
+class Unit:
+    """Parameters that are gathered together.
+
+    Attributes:
+        path: of the submodule, "" for the root.
+        rows: how their parts lie in the flat tensor of each rank.
+        trained: names that get a gradient, in order; the others are frozen.
+    """
+
+    path: str
+    rows: Rows
+    trained: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return [row.name for row in self.rows.rows]
+
+
+class Units:
+    """The units of one model under one plan, by the names of its split parameters.
+
+    Args:
+        plan: the plan.
+        module: the model.
+        split: split leaves (DTensors) by name, trained and frozen.
+        parts: the local parts by name, in the dtypes the model computes with.
+        trained: which of them get gradients.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        module: nn.Module,
+        split: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        trained: Container[str],
+    ) -> None:
+        self.plan = plan
+        self.group = plan.mesh.group(*plan.shard_axes)
+        self.slots: Slots = slots(module)
+        self.modules = dict(module.named_modules())
+        self._paths = {id(m._parameters): path for path, m in self.modules.items()}
+        self.units: list[Unit] = []
+        grouped: dict[tuple[str, torch.dtype], list[str]] = {}
+        for name in split:
+            grouped.setdefault((self._home(name), parts[name].dtype), []).append(name)
+        for (path, _), names in grouped.items():
+            rows = Rows(plan, [Row.of(plan, name, split[name]) for name in names])
+            self.units.append(Unit(path, rows, [n for n in names if n in trained]))
+        self.stand_ins = {
+            row.name: Absent.of(row.name, row.shape, parts[row.name], plan)
+            for unit in self.units
+            if unit.path
+            for row in unit.rows.rows
+        }
+
+    def _home(self, name: str) -> str:
+        """Return the unit of a parameter: the root for one that is tied into several."""
+        names = [f"{self._paths[id(place)]}.{key}" for place, key in self.slots.params[name]]
+        homes = {self.plan.unit(other.removeprefix(".")) for other in names}
+        home = homes.pop()
+        return home if not homes and home in self.modules else ""
+
+
+class _Gather(torch.autograd.Function):
+    """Whole tensors from parts; backward hands the gradients of all of them to the session at once."""
+
+    @staticmethod
+    def forward(ctx: Any, live: Live, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.live = live
+        ctx.set_materialize_grads(False)
+        return tuple(live.whole(name) for name in live.unit.trained)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ctx.live.release()
+        ctx.live.session.sink(ctx.live.unit, list(grads))
+        return (None,) * (1 + len(grads))
+
+
+class Live:
+    """The parameters of one unit during one microbatch: whole while the unit runs, else nothing."""
+
+    def __init__(self, session: Session, unit: Unit, parts: Sequence[Tensor]) -> None:
+        self.session, self.unit = session, unit
+        self.flat: Tensor | None = None
+        self.pending: collectives.Pending | None = None
+        self.filled = False
+        self.sent = [p.detach() for p in parts]
+        trained = [p for p, name in zip(parts, unit.names, strict=True) if name in unit.trained]
+        self.ensure()
+        outputs = _Gather.apply(self, *trained) if trained else ()
+        self.tracked: dict[str, Tensor] = dict(zip(unit.trained, outputs, strict=True))
+        self.filled = True
+
+    def launch(self) -> None:
+        """Begin to gather."""
+        if self.flat is None and self.pending is None:
+            self.pending = collectives.gather(self.unit.rows.pack(self.sent), self.session.units.group)
+
+    def ensure(self) -> Tensor:
+        """Return the flat tensor of all whole parameters, gathered if it is not here."""
+        if self.flat is None:
+            self.launch()
+            received, self.pending = self.pending.wait(), None  # type: ignore[union-attr]
+            self.flat = self.unit.rows.unpack(received)
+        return self.flat
+
+    def whole(self, name: str) -> Tensor:
+        """Return a parameter as a tensor of its own over the gathered memory."""
+        row = self.unit.rows.by_name[name]
+        flat = self.ensure()
+        made = torch.empty(0, dtype=flat.dtype, device=flat.device)
+        return made.set_(flat.untyped_storage(), row.start, row.shape, row.strides)  # type: ignore[call-overload, no-any-return]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the whole parameters: of the trained ones, the very tensors that the graph knows."""
+        self.ensure()
+        if not self.filled:
+            for name, tensor in self.tracked.items():
+                tensor.data = self.whole(name)
+            self.filled = True
+        return {n: self.tracked[n] if n in self.tracked else self.whole(n) for n in self.unit.names}
+
+    def release(self) -> None:
+        """Let go of the gathered memory. What somebody else still holds stays as it is."""
+        self.flat, self.filled = None, False
+        for tensor in self.tracked.values():
+            tensor.data = self.session.empty(tensor)
+
+
+class Session:
+    """Gathering during one microbatch.
+
+    Args:
+        units: of the model.
+        parts: local parts by name, as the model computes with them; trained ones are tracked by autograd.
+        sink: takes the gradients of a unit as its backward pass ends.
+    """
+
+    def __init__(self, units: Units, parts: Mapping[str, Tensor], sink: Sink) -> None:
+        self.units, self.parts, self.sink = units, parts, sink
+        self.lives: dict[int, Live] = {}
+        self.recent: list[Live] = []
+        self.stack: list[tuple[Live, Any]] = []
+        self._empty: dict[Any, Tensor] = {}
+        self.backward = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the model is bound to at first: whole parameters of the root, stand-ins for those of units."""
+        found: dict[str, Tensor] = dict(self.units.stand_ins)
+        for i, unit in enumerate(self.units.units):
+            if not unit.path:
+                found.update(self.live(i).tensors())
+        return found
+
+    def live(self, index: int) -> Live:
+        """Return the tensors of a unit, the same ones at every call."""
+        if index not in self.lives:
+            unit = self.units.units[index]
+            self.lives[index] = Live(self, unit, [self.parts[n] for n in unit.names])
+        return self.lives[index]
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Return a tensor of a shape without memory, for what is not there."""
+        key = like.dtype, like.device
+        if key not in self._empty:
+            value = torch.full(
+                (), float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device=like.device
+            )
+            self._empty[key] = value
+        return self._empty[key].expand(like.shape)
+
+    # --- what happens around the call of a unit ---
+
+    def around(self) -> _Around:
+        """Return a context in which the units of the model gather what they need."""
+        return _Around(self)
+
+    def enter(self, live: Live) -> None:
+        """Put the whole parameters of a unit into its module."""
+        self._put(live, live.tensors())
+        hooks = None
+        if self.units.plan.reshard_after_forward and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+            hooks.__enter__()
+        self.stack.append((live, hooks))
+
+    def leave(self, live: Live) -> None:
+        """Put the stand-ins back, and free the parameters if the plan says so."""
+        _, hooks = self.stack.pop()
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
+        self._put(live, self.units.stand_ins)
+        if self.units.plan.reshard_after_forward and not self.backward:
+            live.release()
+
+    def _put(self, live: Live, tensors: Mapping[str, Tensor]) -> None:
+        for name in live.unit.names:
+            for place, key in self.units.slots.params[name]:
+                place[key] = tensors[name]
+        for rnn in self.units.slots.rnns:
+            if any(rnn._parameters is place for n in live.unit.names for place, _ in self.units.slots.params[n]):
+                rnn._flat_weights = [getattr(rnn, n, None) for n in rnn._flat_weights_names]
+
+    # --- what autograd saves ---
+
+    def _pack(self, saved: Tensor) -> Any:
+        live = self.stack[-1][0] if self.stack else None
+        if live is None or live.flat is None:
+            return saved
+        if saved.untyped_storage().data_ptr() != live.flat.untyped_storage().data_ptr():
+            return saved
+        return live, saved.storage_offset(), saved.shape, saved.stride(), saved.dtype
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        live, offset, shape, strides, dtype = packed
+        flat = live.ensure()
+        if live not in self.recent:
+            # Two at once: one whose backward pass ends, and the one before it.
+            self.recent = [*self.recent[-1:], live]
+            for other in self.lives.values():
+                if other.unit.path and other not in self.recent:
+                    other.flat = None
+        made = torch.empty(0, dtype=flat.dtype, device=flat.device)
+        made = made.set_(flat.untyped_storage(), offset, shape, strides)  # type: ignore[call-overload]
+        return made if made.dtype == dtype else made.view(dtype)
+
+
+class _Around:
+    """The hooks of all units, straight in the dicts of their modules: this happens at every microbatch."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def _modules(self) -> list[tuple[int, nn.Module]]:
+        units = self.session.units
+        return [(i, units.modules[unit.path]) for i, unit in enumerate(units.units) if unit.path]
+
+    def __enter__(self) -> None:
+        session = self.session
+        self.depth = len(session.stack)
+        for i, module in self._modules():
+            before: Any = lambda module, args, i=i: session.enter(session.live(i))
+            after: Any = lambda module, args, output, i=i: session.leave(session.live(i))
+            module._forward_pre_hooks[(self, i)] = before  # type: ignore[index]
+            module._forward_pre_hooks.move_to_end((self, i), last=False)  # type: ignore[arg-type]
+            module._forward_hooks[(self, i)] = after  # type: ignore[index]
+
+    def __exit__(self, *error: Any) -> None:
+        while len(self.session.stack) > self.depth:
+            self.session.leave(self.session.stack[-1][0])
+        for i, module in self._modules():
+            module._forward_pre_hooks.pop((self, i), None)  # type: ignore[call-overload]
+            module._forward_hooks.pop((self, i), None)  # type: ignore[call-overload]

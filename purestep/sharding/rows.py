@@ -1,0 +1,157 @@
+"""How the parts of several parameters lie in one flat tensor, and how whole parameters are cut into rows and put together.
+
+Row r of `[R, n]` is what member r of a group holds: a part of each parameter, the one after the other. Arithmetic and
+copies only; nothing is sent from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import ConfigError, explain
+from purestep.sharding import place
+from purestep.sharding.plan import Plan
+from purestep.sharding.spec import Box, Spec, box
+
+_ALIGN = 16  # elements at which a parameter begins in gathered memory
+
+
+@dataclasses.dataclass
+class Row:
+    """One parameter of a unit.
+
+    Attributes:
+        name: of the parameter.
+        shape: whole, or the part of a tensor-parallel rank.
+        boxes: `(offset, shape)` of the part of each member of the group.
+        even: whether the members hold equal runs of dim 0, in their order.
+        start: where it begins in gathered memory.
+        at: where its part begins in a row.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    boxes: list[Box]
+    even: bool
+    start: int = 0
+    at: int = 0
+
+    @classmethod
+    def of(cls, plan: Plan, name: str, leaf: Tensor) -> Row:
+        """Describe a split leaf; `plan.model_axes` split what is gathered here once more."""
+        mesh, spec = plan.mesh, place.spec_of_leaf(leaf)
+        sizes = dict(zip(mesh.axes, mesh.shape, strict=True))
+        inner = Spec(*[tuple(a for a in axes if a in plan.shard_axes) for axes in spec.entries])
+        outer = Spec(*[tuple(a for a in axes if a in plan.model_axes) for axes in spec.entries])
+        _check(plan, name, leaf, spec)
+        shape = box(outer, sizes, leaf.shape, mesh.coordinate())[1]
+        members = [mesh.coordinate(rank) for rank in mesh.ranks(*plan.shard_axes)]
+        boxes = [box(inner, sizes, shape, coordinate) for coordinate in members]
+        first = boxes[0][1]
+        even = bool(first) and all(
+            part == first and offset == (i * first[0], *(0,) * (len(first) - 1))
+            for i, (offset, part) in enumerate(boxes)
+        )
+        return cls(name, shape, boxes, even)
+
+    @property
+    def length(self) -> int:
+        """Elements of a part in a row: of the largest."""
+        return max(math.prod(shape) for _, shape in self.boxes)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return torch.empty(self.shape, device="meta").stride()
+
+
+def _check(plan: Plan, name: str, leaf: Tensor, spec: Spec) -> None:
+    for axes in spec.entries:
+        strange = [a for a in axes if a not in plan.shard_axes and a not in plan.model_axes]
+        inner = [a in plan.shard_axes for a in axes]
+        if strange or inner != sorted(inner):
+            raise ConfigError(
+                explain(
+                    "a step cannot compute with this placement",
+                    where=f"{name}: {tree.describe(leaf)}, {spec!r}",
+                    why="it gathers parameters over the batch axes of its plan, and those split a dim last",
+                    instead='state = plan.place(state), with the plan of the step; Spec(("tensor", "fsdp"))',
+                )
+            )
+
+
+class Rows:
+    """The parameters of a unit in rows.
+
+    Args:
+        plan: says how many members the group has.
+        rows: the parameters, in order.
+    """
+
+    def __init__(self, plan: Plan, rows: Sequence[Row]) -> None:
+        self.count = plan.mesh.size(*plan.shard_axes)
+        self.rows = list(rows)
+        self.by_name = {row.name: row for row in rows}
+        self.mine = collective_index(plan)
+        self.width = self.total = 0
+        for row in self.rows:
+            row.at, row.start = self.width, self.total
+            self.width += row.length
+            self.total += math.prod(row.shape)
+            self.total += -self.total % _ALIGN
+
+    def pack(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return this member's row: its parts, filled up."""
+        pieces = []
+        for row, part in zip(self.rows, parts, strict=True):
+            pieces.append(part.reshape(-1))
+            if short := row.length - part.numel():
+                pieces.append(part.new_zeros(short))
+        return torch.cat(pieces)
+
+    def unpack(self, received: Tensor) -> Tensor:
+        """Return gathered memory with every parameter whole, from the rows of all members `[R, width]`."""
+        flat = received.new_empty(self.total)
+        for row in self.rows:
+            whole = flat[row.start : row.start + math.prod(row.shape)]
+            if row.even:
+                whole.view(self.count, -1).copy_(received[:, row.at : row.at + row.length])
+                continue
+            shaped = whole.view(row.shape)
+            for (offset, shape), own in zip(row.boxes, received, strict=True):
+                part = own[row.at : row.at + math.prod(shape)].view(shape)
+                place.slice_of(shaped, (offset, shape)).copy_(part)
+        return flat
+
+    def cut(self, wholes: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
+        """Return `[R, n]`: for each member its parts of some whole tensors, like those of `rows`."""
+        if all(row.even for row in rows):
+            return torch.cat([x.reshape(self.count, -1) for x in wholes], dim=1)
+        found = wholes[0].new_zeros(self.count, sum(row.length for row in rows))
+        at = 0
+        for row, whole in zip(rows, wholes, strict=True):
+            for own, (offset, shape) in zip(found, row.boxes, strict=True):
+                own[at : at + math.prod(shape)].view(shape).copy_(place.slice_of(whole, (offset, shape)))
+            at += row.length
+        return found
+
+    def parts(self, row: Tensor, rows: Sequence[Row]) -> list[Tensor]:
+        """Return this member's parts, as views of a row of those parameters."""
+        found, at = [], 0
+        for r in rows:
+            shape = r.boxes[self.mine][1]
+            found.append(row[at : at + math.prod(shape)].view(shape))
+            at += r.length
+        return found
+
+
+def collective_index(plan: Plan) -> int:
+    """Return this process's number in the group that gathers."""
+    from purestep.sharding.mesh import this_rank
+
+    return plan.mesh.ranks(*plan.shard_axes).index(this_rank())

@@ -1,0 +1,140 @@
+"""What an update that is handed local parts can ask about the whole: norms, finiteness, whole tensors.
+
+A step enters `updating` around its update; the transformations in it ask `current()`. Without a plan there is nothing to
+ask, and nothing of this is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import ConfigError, explain
+from purestep.sharding import collectives, norm, place
+from purestep.sharding.plan import Plan
+
+_local = threading.local()
+
+
+class Whole:
+    """The whole tensors behind the local parts of one state.
+
+    Args:
+        plan: of the step.
+        params: the parameters at rest: DTensors where they are split.
+        opt_state: the optimizer state at rest.
+    """
+
+    def __init__(self, plan: Plan, params: Any, opt_state: Any = None) -> None:
+        self.plan = plan
+        self.params: dict[str, Tensor] = dict(zip(tree.names(params), tree.leaves(params), strict=True))
+        self.split = any(place.is_split(leaf) for leaf in self.params.values())
+        self.group = plan.mesh.group(*plan.shard_axes, *plan.model_axes) if self.split else None
+        shared = (*plan.shard_axes, *plan.model_axes)
+        self._mine = {n: place.is_owner(x, among=shared) for n, x in self.params.items() if place.is_split(x)}
+        self._rest = {id(x._local_tensor): x for x in tree.leaves(opt_state) if place.is_split(x)}
+        self._names: dict[Any, list[str]] = {}
+
+    def names(self, structure: Any) -> list[str]:
+        """Return the dotted names of the leaves of a structure."""
+        if structure not in self._names:
+            self._names[structure] = tree.names(tree.unflatten(structure, range(structure.num_leaves)))
+        return self._names[structure]
+
+    def reduce(self, values: Tensor, op: str) -> Tensor:
+        """Return the sum, maximum or minimum of a small tensor over the ranks that share a state."""
+        return collectives.all_reduce(values, op, self.group)
+
+    def squares(self, values: Sequence[Tensor], structure: Any) -> Tensor:
+        """Return the sum of squares of each whole tensor, float64 [len(values)]."""
+        counts, mine = [], []
+        first = collectives.rank_in(self.group) == 0
+        for name, value in zip(self.names(structure), values, strict=True):
+            leaf = self._find(name, value)
+            split = leaf is not None and place.is_split(leaf)
+            counts.append(leaf.numel() if leaf is not None and split else value.numel())
+            mine.append(self._mine[name] if split else first)
+        if self.plan.reduction == "fast":
+            sums = torch.stack(torch._foreach_norm(list(values), 2, dtype=None)).to(torch.float64).square()
+            own = torch.tensor(mine, dtype=torch.float64, device=sums.device)
+            return self.reduce(torch.where(own > 0, sums, 0.0), "sum")
+        return norm.squares(values, counts, mine, self.reduce)
+
+    def _find(self, name: str, value: Tensor) -> Tensor | None:
+        leaf = self.params.get(name)
+        if leaf is None and self.split:
+            where = f"{name!r}: {tree.describe(value)}"
+            instead = "names of the parameters, as tree.names(state.params) has them"
+            raise ConfigError(
+                explain("a norm was asked of a tensor that is no parameter", where=where, instead=instead)
+            )
+        return leaf
+
+    def gathered(self, values: Any) -> Any:
+        """Return a tree of local parts with whole tensors; every rank calls it."""
+        leaves, structure = tree.flatten(values)
+        likes = [self._like(name, x) for name, x in zip(self.names(structure), leaves, strict=True)]
+        whole = [x if y is None else place.full(place.rewrap(x, y)) for x, y in zip(leaves, likes, strict=True)]
+        return tree.unflatten(structure, whole)
+
+    def _like(self, name: str, value: Any) -> Tensor | None:
+        at_rest = self._rest.get(id(value))
+        if at_rest is None and isinstance(value, Tensor):
+            at_rest = self.params.get(name)
+            if at_rest is not None and not (place.is_split(at_rest) and at_rest._local_tensor.shape == value.shape):  # type: ignore[attr-defined]
+                at_rest = None
+        return at_rest if at_rest is not None and place.is_split(at_rest) else None
+
+    def parted(self, values: Any, like: Any) -> Any:
+        """Return a tree of whole tensors with the local part of each whose counterpart in `like` was one."""
+        leaves, structure = tree.flatten(values)
+        old, known = tree.flatten(like)
+        if structure != known:
+            return values
+        likes = [self._like(name, x) for name, x in zip(self.names(known), old, strict=True)]
+        return tree.unflatten(
+            structure, [x if y is None else place.part_like(x, y) for x, y in zip(leaves, likes, strict=True)]
+        )
+
+
+def current() -> Whole | None:
+    """Return what is behind the local parts of the update that is going on, or None where all tensors are whole."""
+    return getattr(_local, "whole", None)
+
+
+@contextlib.contextmanager
+def updating(whole: Whole | None) -> Iterator[None]:
+    """Let transformations ask about the whole for the duration of a `with` block."""
+    before = current()
+    _local.whole = whole
+    try:
+        yield
+    finally:
+        _local.whole = before
+
+
+def on_whole_tensors(
+    update: Callable[..., Any], transform: Any, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]
+) -> Any:
+    """Run the update of a transformation that needs whole tensors, between a gather and a cut."""
+    whole = current()
+    if whole is None or not whole.split:
+        return update(transform, updates, state, params, **extra)
+    everything = whole.gathered(updates), whole.gathered(state), whole.gathered(params)
+    with updating(_Alone(whole)):
+        new, following = update(transform, *everything, **extra)
+    return whole.parted(new, updates), whole.parted(following, state)
+
+
+class _Alone(Whole):
+    """Whole tensors on every rank: exact sums as before, and nobody to ask."""
+
+    def __init__(self, outer: Whole) -> None:
+        self.plan, self.params, self.split, self.group = outer.plan, {}, False, None
+        self._mine, self._rest, self._names = {}, {}, outer._names
