@@ -127,7 +127,7 @@ def identity(step: Any) -> dict[str, Any]:
     inner = getattr(step, "__wrapped__", step)
     policy, plan = getattr(inner, "policy", None), getattr(inner, "plan", None)
     return {
-        "microbatches": getattr(inner, "microbatches", None),
+        "microbatches": getattr(inner, "parts", None),
         "compiled": getattr(step, "backend", None),
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,

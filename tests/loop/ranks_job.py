@@ -5,7 +5,6 @@ Its answers go to `<directory>/<rank>.json`, a dict by check.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import purestep as ps
+from purestep import sharding
 from purestep.errors import RankError
 from purestep.loop import StepsDone, Stopped
 from purestep.sharding import ddp, world
@@ -26,22 +26,6 @@ from purestep.testing import comparable
 
 RANK, SIZE = world.rank(), world.size()
 V = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class HostStep(ps.step.Step if False else __import__("purestep.step", fromlist=["Step"]).Step):
-    plan: object = None
-
-    def __call__(self, state, batch):
-        from purestep.accumulate import accumulate
-        from purestep.sharding.local import local_batch
-
-        local = local_batch(batch, self.plan, self.microbatches)
-        mine = [(i, self.grads(state, b, i)) for i, b, _ in local.pieces(self.plan.microbatches(self.microbatches))]
-        total = accumulate(state, local.samples, self.microbatches)
-        for index, part in sorted((e for entry in world.gather(mine, what="gradients") for e in entry), key=lambda e: e[0]):
-            total.add(part, index)
-        return self.update(state, total.result())
 
 
 def table(n, seed):
@@ -68,6 +52,10 @@ def make_model():
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
+def narrow():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+
+
 def loss_fn(net, batch):
     logits = net(batch["x"])
     return cross_entropy(logits, batch["y"]), {"accuracy": ps.metrics.accuracy(logits, batch["y"])}
@@ -77,7 +65,7 @@ def jitter(sample, key):
     return {**sample, "x": sample["x"] + 0.1 * ps.random.normal(key, sample["x"].shape)}
 
 
-def job(plan=None, *, train=None, val=None, seed=0, microbatches=V, **options):
+def job(plan=None, *, train=None, val=None, seed=0, microbatches=V, model=make_model, **options):
     """A small job with what makes many ranks hard: a ragged last batch, augmentation, dropout, BatchNorm, patience."""
     plan = ddp() if plan is None else plan
     tx = ps.optim.chain(ps.optim.clip_by_global_norm(0.5), ps.optim.adamw(0.02))
@@ -88,8 +76,8 @@ def job(plan=None, *, train=None, val=None, seed=0, microbatches=V, **options):
         ps.callbacks.early_stopping("val/loss", patience=50),
         ps.callbacks.log(every=ps.every.steps(4)),
     ]
-    step = HostStep(loss_fn, tx, microbatches, plan=plan)
-    state = plan.place(ps.init(make_model, tx, seed=seed))
+    step = ps.make_step(loss_fn, tx, microbatches=microbatches, plan=plan)
+    state = plan.place(ps.init(model, tx, seed=seed))
     return {"step": step, "state": state, "train": train, "callbacks": callbacks, **options}
 
 
@@ -128,12 +116,30 @@ def straight(directory):
     return summary(result) | {"read": train.read, "evaluated": val.read}
 
 
+def fsdp(directory):
+    plan = sharding.fsdp()
+    return summary(ps.fit(**job(plan), until=ps.steps(12)))
+
+
+def hsdp(directory):
+    plan = sharding.hsdp(fsdp=min(SIZE, 2))
+    return summary(ps.fit(**job(plan), until=ps.steps(12)))
+
+
+def few(directory):
+    """Fewer samples than microbatches in the last batch, fewer validation batches than ranks, parts of parameters."""
+    train = ps.data.batches(Samples(27, 0), 12, seed=3, drop_last=False)
+    val = ps.data.batches(Samples(7, 1), 4, shuffle=False, drop_last=False)
+    options = job(sharding.fsdp(), train=train, val=val, model=narrow)
+    return summary(ps.fit(**options, until=ps.steps(7)))
+
+
 def relay(directory):
-    """The same run, begun on 4 ranks, gone on with on 2, ended by 1."""
+    """The same run, begun on 4 ranks under fsdp, gone on with on 2 under ddp, ended by 1."""
     run_dir = directory.parent / "relay"
     steps = {4: 5, 2: 9, 1: 12}[SIZE]
     snapshots = ps.callbacks.snapshots(every=ps.every.steps(2), keep=ps.snapshot.latest(2))
-    options = job()
+    options = job(sharding.fsdp() if SIZE == 4 else ddp())
     options["callbacks"] = [*options["callbacks"], snapshots]
     return summary(ps.fit(**options, until=ps.steps(steps), run_dir=run_dir))
 
@@ -331,7 +337,6 @@ def killed(directory):
 def main():
     directory, timeout, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(7, exit=False)
     world.initialize(timeout=float(timeout))
     answers = {}
     for name in names:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
-ALL = "straight foreign collated level_two relay"
+ALL = "straight fsdp hsdp few foreign collated level_two relay"
 MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches"
 
 
@@ -30,7 +30,7 @@ def start(zygote, directory, size, names, timeout=60):
             str(timeout),
             *names.split(),
             env=base | (several | {"RANK": str(r)} if size > 1 else {}),
-            preload="xxhash torch.distributed orbax.checkpoint",
+            preload="xxhash torch.distributed.tensor orbax.checkpoint",
         )
         for r in range(size)
     ]
@@ -55,7 +55,7 @@ def answers(zygote, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("check", ["straight", "foreign", "collated"])
+@pytest.mark.parametrize("check", ["straight", "fsdp", "hsdp", "few", "foreign", "collated"])
 def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
     runs = [answers[size][rank][check] for size in (1, 2, 4) for rank in range(size)]
     assert len({run["digest"] for run in runs}) == 1
@@ -64,6 +64,10 @@ def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
         assert (run["batches"], run["reason"], run["metrics"]) == tuple(
             runs[0][name] for name in ("batches", "reason", "metrics")
         )
+
+
+def test_a_run_has_the_same_bits_under_any_plan(answers):
+    assert len({answers[4][0][check]["digest"] for check in ("straight", "fsdp", "hsdp")}) == 1
 
 
 def test_a_run_goes_on_with_fewer_ranks(answers):
