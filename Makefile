@@ -16,7 +16,7 @@ BENCH_PY := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-EXTRAS := dev,examples,data,float8
+EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-resume demo-topology test lint format bench bench-quick clean

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.errors import StepError, explain
 from purestep.grad import microbatch_sizes
 from purestep.metrics import Metric
@@ -159,13 +159,13 @@ def averaged(old: Tensor, new: Tensor) -> bool:
 
 
 def _change(old: Tensor, new: Tensor) -> Tensor:
-    with torch.no_grad():
+    with transforms.unrecorded():
         return torch.where(new == old, torch.zeros_like(old), new - old)  # equal infinities differ by 0
 
 
 def moved(old: Tensor, change: Tensor) -> Tensor:
     """Return a buffer after a change; one that did not change keeps its bits."""
-    with torch.no_grad():
+    with transforms.unrecorded():
         return torch.where(change == 0, old, old + change)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,12 +42,23 @@ def _integer_text(value: int) -> str:
     return repr(value) if value.bit_length() < _DECIMAL_BITS else hex(value)
 
 
+# How to gather a tensor that is split over processes; `sharding.place` sets it.
+gatherer: Callable[[Any], torch.Tensor] | None = None
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, gathered if it is split over processes (a DTensor): then each of them calls this."""
+    if type(tensor) is torch.Tensor or not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.full_tensor() if gatherer is None else gatherer(tensor)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
     """Return the elements of a tensor as a flat uint8 array on the host, in logical (row-major) order.
 
     It is a view where the memory allows. Conjugate and negative bits are resolved, strides do not show.
     """
-    host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    host = whole(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
     return host.reshape(-1).view(torch.uint8).numpy()
 
 
@@ -193,7 +204,7 @@ def _difference(path: str, a: Any, b: Any) -> Difference | None:
 def _elements(leaf: Any) -> torch.Tensor:
     """Return the elements as a flat tensor on the host; numpy and torch name the small floats alike."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+        return whole(leaf).detach().resolve_conj().resolve_neg().cpu().reshape(-1)
     dtype = getattr(torch, leaf.dtype.name)
     return torch.from_numpy(_little_endian(leaf).reshape(-1).view(np.uint8).copy()).view(dtype)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purestep import transforms
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
 from purestep.slots import Definition as Definition
@@ -155,7 +156,7 @@ class bind:
         for name in self.buffer_names:
             if name in self.slots.buffers:
                 place, key = self.slots.buffers[name][0]
-                self.new_buffers[name] = place[key].detach()
+                self.new_buffers[name] = transforms.detached(place[key])
             else:
                 self.new_buffers[name] = self.given[name]
         for place, key, tensor in self._saved:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
@@ -56,7 +56,7 @@ def grad_and_value(
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        func = engine == "func" or (engine == "auto" and torch._C._functorch.maybe_current_level() is not None)
+        func = engine == "func" or (engine == "auto" and transforms.active())
         return (_func if func else _autograd)(function, argnums, has_aux, args, kwargs)
 
     return wrapped

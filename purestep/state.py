@@ -9,17 +9,20 @@ import contextlib
 import copy
 import random as python_random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import random, tree
+from purestep import bits, random, transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation
 from purestep.tree import Filter, pytree, static
+
+if TYPE_CHECKING:
+    from purestep.sharding import Plan
 
 
 @pytree
@@ -77,7 +80,7 @@ class TrainState:
         _check_same("gradients", grads, "params", self.params)
         if buffers is not None and buffers.keys() != self.buffers.keys():
             _check_same("buffers", dict(buffers), "buffers", self.buffers)
-        with torch.no_grad():
+        with transforms.unrecorded():
             updates, opt_state = tx.update(grads, self.opt_state, self.params, step=self.step, **extra)
             params = tx.apply(self.params, updates, opt_state)
             applied = tx.applied(opt_state)
@@ -120,6 +123,8 @@ def init(
     seed: int = 0,
     frozen: Filter | None = None,
     device: torch.device | str | None = None,
+    plan: Plan | None = None,
+    deferred: bool = False,
 ) -> TrainState:
     """Make the first state of a run.
 
@@ -132,13 +137,19 @@ def init(
             gradient and no optimizer state and live in `state.buffers`. Parameters with `requires_grad=False` are
             frozen too.
         device: where the state lives; by default where the module is.
+        plan: where the parts of the state live, see `ps.sharding`. The bits are those of the state without a plan.
+        deferred: for models that fit no single process: record what the function does to tensors without memory, then
+            compute one tensor at a time and keep this process's part. Each random number depends on the seed and on
+            the name of its parameter, so the bits are the same under every plan and without one, but they are not
+            those of `deferred=False`.
 
     Returns:
         TrainState at step 0. The module is not changed, and later changes to it do not reach the state.
 
     Raises:
         StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that
-            matches nothing.
+            matches nothing; `deferred` with a module that exists, or one that reads the values of its tensors.
+        ConfigError: the plan does not fit the job or the parameters.
 
     Example:
         >>> from purestep import optim
@@ -147,9 +158,24 @@ def init(
         {'weight': (2, 3), 'bias': (2,)}
     """
     rng = random.key(seed)
+    if plan is not None:
+        device = device or plan.mesh.device
+    if deferred:
+        return _deferred(model, tx, rng, frozen, device, plan)
     if not isinstance(model, nn.Module):
         with _seeded(random.fold_in(rng, "init")):
             model = _made(model)
+    state = _first(model, tx, rng, frozen, device)
+    return state if plan is None else plan.place(state)
+
+
+def _first(
+    model: nn.Module,
+    tx: GradientTransformation,
+    rng: Tensor,
+    frozen: Filter | None,
+    device: torch.device | str | None,
+) -> TrainState:
     found = slots(model)
     tensors = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
     _check_shapes(model, tensors)
@@ -165,6 +191,31 @@ def init(
         rng=rng.to(place),
         model=Definition(model),
     )
+
+
+def _deferred(
+    model: Any,
+    tx: GradientTransformation,
+    rng: Tensor,
+    frozen: Filter | None,
+    device: torch.device | str | None,
+    plan: Plan | None,
+) -> TrainState:
+    from purestep.sharding.deferred import materialize
+
+    if isinstance(model, nn.Module):
+        raise StepError(
+            explain(
+                "deferred init needs a function that makes the model",
+                where=f"model: {type(model).__qualname__}",
+                why="the weights of a module that exists are in memory already",
+                instead="state = ps.init(lambda: Model(config), tx, seed=0, plan=plan, deferred=True)",
+            )
+        )
+    key = random.fold_in(rng, "init")
+    with _seeded(key):
+        described = materialize(lambda: _first(_made(model), tx, rng, frozen, None), key, plan=plan, device=device)
+    return described.replace(rng=rng.to(described.step.device))
 
 
 def _made(factory: Callable[[], nn.Module]) -> nn.Module:
@@ -233,6 +284,8 @@ def _seeded(rng: Tensor) -> Iterator[None]:
 def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
     """Make an ordinary module from a state: to export, to publish, or to use without purestep.
 
+    Of a state that is split over processes each of them gets the whole module, so each calls it.
+
     Args:
         state: a state made by `init`.
         module: a module to load the weights into, in place; by default a new one is made.
@@ -249,7 +302,7 @@ def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
         >>> torch.equal(to_module(state).weight, state.params["weight"])
         True
     """
-    tensors = {**state.params, **state.buffers}
+    tensors = {name: bits.whole(t) for name, t in {**state.params, **state.buffers}.items()}
     if module is None:
         if state.model is None:
             raise StepError(explain("the state holds no model", instead="ps.to_module(state, module)"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep import metrics as metrics_
-from purestep import random, tree
+from purestep import random, transforms, tree
 from purestep.accumulate import Gradients, accumulate
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
@@ -59,7 +59,7 @@ def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
     # float64 counts tokens exactly, and divides without adding to the error of the gradients.
     dtype = torch.float32 if loss.device.type == "mps" else torch.float64
     if isinstance(weight, Tensor):
-        return Weighted(loss, weight.detach().to(loss.device, dtype))
+        return Weighted(loss, transforms.detached(weight).to(loss.device, dtype))
     return Weighted(loss, torch.full((), weight, dtype=dtype, device=loss.device))
 
 
@@ -257,7 +257,7 @@ def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[T
         raise StepError(_loss_message(loss_fn, out))
     if "loss" in extra:
         raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
-    metrics: Metrics = {"loss": metrics_.mean(loss.detach(), weight), **as_metrics(extra, samples)}
+    metrics: Metrics = {"loss": metrics_.mean(loss, weight), **as_metrics(extra, samples)}
     return loss, weight, metrics
 
 
@@ -296,7 +296,7 @@ class Eval:
         view = state if self.plan is None else place.local(state)
         params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
         rng = random.fold_in(state.rng, "eval")
-        with torch.no_grad(), cast.scope(params):
+        with transforms.unrecorded(), cast.scope(params):
             if self.plan is not None:
                 from purestep.parallel.gathering import evaluated
 

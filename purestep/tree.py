@@ -342,7 +342,8 @@ def digest(tree: Any) -> str:
     """Return the sha256, in hex, over (path, dtype, shape, bytes) of every leaf, in order of path.
 
     It does not depend on strides, storage sharing, device or the order of dict keys; it does depend on every bit of
-    every leaf, -0.0 and NaN payloads included.
+    every leaf, -0.0 and NaN payloads included. Nor does it depend on how leaves are split over processes: those are
+    gathered one at a time, and every process calls it.
 
     Raises:
         TreeError: a leaf is not a tensor, numpy array, number, string or bytes.
@@ -359,7 +360,8 @@ def digest(tree: Any) -> str:
 def diff(a: Any, b: Any, root: str = "") -> Differences:
     """List each path at which two trees differ, with shape, dtype, largest absolute and ulp difference.
 
-    Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not.
+    Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not. Leaves that are split over processes
+    are gathered, so every process calls it.
 
     Example:
         >>> print(diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params"))

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports numpy, torch or JAX: some read these only once. Subprocesses of tests inherit them.
 for _name, _value in {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}.items():
@@ -23,10 +24,17 @@ import numpy as np
 import pytest
 import torch
 
-# By its path: `tests` may be the name of somebody else's package.
-_spec = importlib.util.spec_from_file_location("zygote", Path(__file__).with_name("zygote.py"))
-_zygote = sys.modules["zygote"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_zygote)
+
+def _shared(name: str) -> Any:
+    """Import a module of this directory by its path: `tests` may be the name of somebody else's package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_zygote = _shared("zygote")
+_shared("shared_models")
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from shared_models import Tied
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -21,16 +22,6 @@ from purestep.functional import Definition, apply, bind, checkpoint, slots
 
 def tensors(module):
     return dict(module.named_parameters()), dict(module.named_buffers())
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.head(self.embed(x.long().abs() % 7))
 
 
 class Shared(nn.Module):

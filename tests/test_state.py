@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from shared_models import Tied
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -21,16 +22,6 @@ from purestep.state import TrainState, init, to_module
 
 def net():
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.head(self.embed(x.long().abs() % 7)).mean((1, 2))
 
 
 class Recurrent(nn.Module):

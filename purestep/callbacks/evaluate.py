@@ -29,6 +29,7 @@ class EvaluateCallback(Reducer):
     data: Any = dataclasses.field(repr=False)
     every: Every
     at_start: bool
+    of: Callable[[Any], Any] | None
     name: str
 
     def react(self, own: Any, event: Event, view: View) -> Reaction:
@@ -57,6 +58,7 @@ class EvaluateCallback(Reducer):
 
         With peers every rank evaluates some of the batches, and all of them return the same row: that of one process.
         """
+        train = train if self.of is None else self.of(train)
         sums = self._alone(train, interrupted) if peers is None else self._together(train, interrupted, peers)
         if sums is None:
             return None
@@ -113,6 +115,7 @@ def evaluate(
     *,
     every: Every = every.epoch(),  # noqa: B008
     at_start: bool = False,
+    of: Callable[[Any], Any] | None = None,
     name: str = "val",
 ) -> EvaluateCallback:
     """Evaluate on a held-out set and log the exact weighted means as `<name>/<metric>`.
@@ -125,11 +128,13 @@ def evaluate(
             each rank reads and evaluates every n-th batch, and the metrics are merged in the order of the batches.
         every: when.
         at_start: also before the first step.
+        of: what of the train state is evaluated: a pure function of it. `of=ps.optim.averaged` evaluates the averages
+            of the parameters that `ps.optim.average_params` keeps.
         name: prefix of the metrics.
 
     Example:
         >>> import purestep as ps
         >>> evaluate(lambda net, batch: net(batch).mean(), [], every=ps.every.steps(100), name="test")
-        EvaluateCallback(every=EverySteps(n=100), at_start=False, name='test')
+        EvaluateCallback(every=EverySteps(n=100), at_start=False, of=None, name='test')
     """
-    return EvaluateCallback(loss_fn, data, every, at_start, name)
+    return EvaluateCallback(loss_fn, data, every, at_start, of, name)

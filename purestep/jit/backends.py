@@ -8,6 +8,8 @@ are imported on first use only.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from purestep.errors import ConfigError, explain
 from purestep.jit.hoist import hoist_scalars
 from purestep.jit.replay import Replay
 from purestep.jit.trace import Traced
+from purestep.jit.units import together
 
 Backend = Literal["inductor", "eager", "aot_eager", "dynamo"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -54,6 +57,7 @@ def decompositions(backend: str) -> dict[Any, Any] | None:
     if backend != "inductor":
         return None
     with _patience():
+        _look_at_the_cpu()
         from torch._inductor.decomposition import select_decomp_table
 
         return select_decomp_table()
@@ -107,6 +111,25 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
 # --- Inductor ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _look_at_the_cpu() -> threading.Thread:
+    """Begin to find out which vector instructions can be used: Inductor compiles a file for that, which takes seconds.
+
+    It goes on while the function is traced. What the thread needs is imported here: imports in two threads can meet.
+    """
+    from torch._inductor import codecache as codecache
+    from torch._inductor import cpp_builder as cpp_builder
+    from torch._inductor import cpu_vec_isa
+
+    def look() -> None:
+        with contextlib.suppress(Exception):  # it is looked at again, and then told, when a kernel is made
+            cpu_vec_isa.pick_vec_isa()
+
+    thread = threading.Thread(target=look, name="purestep-cpu", daemon=True)
+    thread.start()
+    return thread
+
+
 def _inductor(traced: Traced, mode: str | None) -> Run:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx_inner
@@ -131,7 +154,9 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
         hoist_scalars(graph)
         end = graph.graph.output_node()
         end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
-        compiled: Any = compile_fx_inner(graph, traced.fakes, is_inference=True)
+        _look_at_the_cpu().join()
+        with together():
+            compiled: Any = compile_fx_inner(graph, traced.fakes, is_inference=True)
     # The method that the object's own `__call__` ends in; what it does before is for profilers and autotuning caches.
     return getattr(compiled, "current_callable", None) or compiled
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.errors import explain
 from purestep.jit import backends, donation, refusals, signature
 from purestep.jit.donation import Plan
@@ -116,7 +116,7 @@ class Jit:
     # --- calling ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
             # Inside a transform or another trace, a compiled function is the function it was made of.
             return self.__wrapped__(*args, **kwargs)
         args, kwargs, extra = self._split(args, kwargs)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep import transforms
 from purestep.accumulate import Gradients, accumulate
 from purestep.grad import split_batch
 from purestep.jit.call import Jit
@@ -45,7 +46,7 @@ class JitStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        if torch._C._functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
             return self.__wrapped__(state, batch)
         return self.update(state, _changed(state, self._total(state, batch)))
 

@@ -157,7 +157,22 @@ def write_atomically(path: Path, content: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _fsync(path.parent)  # or a power cut takes the name back, and with it what later writes add to the new file
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def _fsync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what `write_atomically` left behind where its process was killed. Only the one writer of a file may."""
+    for partial in path.parent.glob(f"{path.name}.*.partial"):
         partial.unlink(missing_ok=True)
 
 

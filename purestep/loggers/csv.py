@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from purestep.errors import ConfigError, explain
-from purestep.loggers.base import STEP, Logger, Sink, write_atomically
+from purestep.loggers.base import STEP, Logger, Sink, remove_partials, write_atomically
+
+_HPARAMS = "hparams.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class CsvSink(Sink):
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         super().__init__(first_step=resume_step or 0)
         self._path = path
+        for name in (path.name, _HPARAMS):
+            remove_partials(path.with_name(name))
         columns, rows = _surviving_rows(path, resume_step)
         write_atomically(path, "".join(_lines(columns, rows)))
         self._columns = columns
@@ -120,7 +124,7 @@ class CsvSink(Sink):
         self._row_start = self._end - len(lines[-1].encode()) if lines else self._end
 
     def _write_hparams(self, values: dict[str, Any]) -> None:
-        write_atomically(self._path.with_name("hparams.json"), json.dumps(values, indent=2) + "\n")
+        write_atomically(self._path.with_name(_HPARAMS), json.dumps(values, indent=2) + "\n")
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())

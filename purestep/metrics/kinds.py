@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from purestep import transforms
 from purestep.tree import pytree
 
 Number = Any  # a 0-d tensor while on a device, a Python number once read by the loop
@@ -152,12 +153,12 @@ def mean(value: Tensor | float, weight: Tensor | float | None = None) -> Mean:
         >>> float(mean(torch.tensor([1.0, 2.0, 6.0]), weight=torch.tensor([1, 1, 0])))
         1.5
     """
-    value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+    value = transforms.detached(value) if isinstance(value, Tensor) else torch.tensor(float(value))
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     if not isinstance(weight, Tensor):
         # Filled on the device: copying a number there from the host would wait for it.
         weight = torch.full((), 1.0 if weight is None else weight, dtype=value.dtype, device=value.device)
-    weight = weight.detach().to(value.device, value.dtype)
+    weight = transforms.detached(weight).to(value.device, value.dtype)
     # What has weight 0 may be NaN (a mean over padding only); it must not count.
     total = torch.where(weight == 0, 0.0, value * weight)
     return Mean(total, weight) if value.ndim == 0 else Mean(total.sum(), weight.expand_as(value).sum())

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.errors import MetricError, explain
 from purestep.metrics.kinds import Metric, mean
 
@@ -84,7 +84,7 @@ def _name(key: Any) -> str:
 
 def _metric(key: str, value: Any, samples: int) -> Metric:
     if isinstance(value, Metric):
-        return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, value)
+        return tree.map(lambda x: transforms.detached(x) if isinstance(x, Tensor) else x, value)
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] != samples:
         raise MetricError(
             explain(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from purestep.optim.accumulators import accumulate as accumulate
     from purestep.optim.accumulators import ema as ema
     from purestep.optim.accumulators import trace as trace
+    from purestep.optim.average import average_params as average_params
+    from purestep.optim.average import averaged as averaged
     from purestep.optim.clip import adaptive_grad_clip as adaptive_grad_clip
     from purestep.optim.clip import clip_by_block_rms as clip_by_block_rms
     from purestep.optim.clip import clip_by_global_norm as clip_by_global_norm

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.errors import OptimError, explain
 
 ValueFn = Callable[[Any], Any]
@@ -34,7 +34,7 @@ def need_value_fn(value_fn: ValueFn | None, name: str) -> ValueFn:
 
 def value_and_grad(value_fn: ValueFn, params: Any) -> tuple[Tensor, Any]:
     """Return the loss and its gradient at some parameters, with a graph only where the parameters have one."""
-    if torch._C._functorch.maybe_current_level() is not None:
+    if transforms.active():
         grads, value = torch.func.grad_and_value(lambda p: _scalar(value_fn(p)))(params)
         return value, grads
     xs, treedef = tree.flatten(params)
@@ -49,7 +49,7 @@ def value_and_grad(value_fn: ValueFn, params: Any) -> tuple[Tensor, Any]:
 
 def hessian_vector(value_fn: ValueFn, params: Any, vectors: list[Tensor]) -> list[Tensor]:
     """Return the product of the loss's Hessian with a vector given by its leaves."""
-    if torch._C._functorch.maybe_current_level() is not None:
+    if transforms.active():
         return tree.leaves(torch.func.grad(lambda p: _dot(torch.func.grad(value_fn)(p), vectors))(params))
     xs, treedef = tree.flatten(params)
     with torch.enable_grad():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep import transforms
 from purestep.sharding import whole
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -22,7 +23,7 @@ _PLAIN, _TRACED, _LEAFWISE = 0, 1, 2
 
 
 def _mode(*lists: Tensors) -> int:
-    if torch._C._functorch.maybe_current_level() is not None:
+    if transforms.active():
         return _LEAFWISE
     if torch.is_grad_enabled() and any(x.requires_grad for xs in lists for x in xs):
         return _LEAFWISE

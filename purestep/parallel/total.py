@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from purestep import tree
+from purestep import transforms, tree
 from purestep.accumulate import Accumulation, Gradients, Partial, accumulate
 from purestep.errors import ConfigError, explain
 from purestep.parallel.gathering import Gathering, split_leaves
@@ -113,7 +113,7 @@ def _sharded(
 
 def check(plan: Plan, step: Any) -> None:
     """Refuse what a plan cannot keep, or what cannot run under one."""
-    if torch._C._functorch.maybe_current_level() is not None or step.engine == "func":
+    if transforms.active() or step.engine == "func":
         raise ConfigError(
             explain(
                 "a step with a plan cannot be transformed",

@@ -3,8 +3,6 @@
 Re-exports only. Nothing here touches a global generator.
 """
 
-from purestep.random.block import FOLD_INT as FOLD_INT
-from purestep.random.block import philox as philox
 from purestep.random.draws import bernoulli as bernoulli
 from purestep.random.draws import bits as bits
 from purestep.random.draws import categorical as categorical

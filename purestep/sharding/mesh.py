@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from purestep.errors import ConfigError, explain
@@ -109,6 +110,13 @@ class Mesh:
         found: DeviceMesh = _cached(self, "mesh", lambda: _make_device_mesh(self))
         return found
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where split tensors have to live: this process's GPU under NCCL; None when any device will do."""
+        if dist.is_available() and dist.is_initialized() and "nccl" in str(dist.get_backend()):
+            return torch.device("cuda", torch.cuda.current_device())
+        return None
+
     def group(self, *axes: str) -> Any:
         """Return the process group of this process along some axes, or None where that is this process alone.
 
@@ -193,8 +201,7 @@ def _make_device_mesh(mesh: Mesh) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
     check_world(mesh)
-    device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
-    return init_device_mesh(device, mesh.shape, mesh_dim_names=mesh.axes)
+    return init_device_mesh((mesh.device or torch.device("cpu")).type, mesh.shape, mesh_dim_names=mesh.axes)
 
 
 def _make_group(mesh: Mesh, axes: tuple[str, ...]) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from purestep import tree
 from purestep.errors import ConfigError, explain
@@ -16,6 +18,10 @@ from purestep.sharding.follow import follow
 from purestep.sharding.mesh import Mesh
 from purestep.sharding.mesh import mesh as mesh_of
 from purestep.sharding.spec import REPLICATED, Fallback, Spec, resolve
+
+if TYPE_CHECKING:
+    from purestep.sharding.describe import Description
+    from purestep.sharding.dry_run import DryRun
 
 Rules = Sequence[tuple[tree.Filter, Spec]]
 Reduction = Literal["tree", "fast"]
@@ -184,6 +190,59 @@ class Plan:
         from purestep.sharding import place
 
         return place.gather(value)
+
+    def describe(self, value: Any, *, rank: int = 0) -> Description:
+        """Return where each leaf of a state lives: spec, shape and bytes on a rank. Print it.
+
+        Args:
+            value: a state, or any tree of tensors, on the meta device too.
+            rank: whose parts; rank 0 holds the largest.
+
+        Example:
+            >>> import torch
+            >>> from purestep.sharding import fsdp
+            >>> print(fsdp(4).describe({"w": torch.zeros(8, 2), "b": torch.zeros(2)}))
+            mesh({'fsdp': 4}), rank 0 of 4
+            path   leaf           spec          on a rank  bytes
+            ['b']  float32[2]     Spec()        [2]            8
+            ['w']  float32[8, 2]  Spec('fsdp')  [2, 2]        16
+                                                all           24
+        """
+        from purestep.sharding import describe
+
+        return describe.describe(self, value, rank=rank)
+
+    def dry_run(
+        self,
+        value: Any,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        microbatches: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> DryRun:
+        """Return what a step would need of a rank, on a machine that need not be here. Print it.
+
+        Args:
+            value: a state, on the meta device if it is large: `with torch.device("meta"): model = ...`.
+            sizes: of the mesh axes; those of this plan's mesh by default.
+            microbatches: V of the step; one per replica by default.
+            compute_dtype: dtype in which parameters are gathered; their own by default.
+            reduce_dtype: dtype in which gradients are summed; the parameters' by default.
+
+        Example:
+            >>> import torch
+            >>> from purestep.sharding import fsdp
+            >>> run = fsdp().dry_run({"blocks.0.w": torch.zeros(1024, 8, device="meta")}, {"fsdp": 1024})
+            >>> run.memory, run.sent
+            ({'params': 32, 'grads': 32, 'gathered': 65536}, {'gather': 65472, 'reduce': 32736})
+        """
+        from purestep.sharding import dry_run
+
+        plan = self if sizes is None else self.on(sizes)
+        return dry_run.dry_run(
+            plan, value, microbatches=microbatches, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype
+        )
 
     def __mul__(self, other: Plan) -> Plan:
         """Return the plan that does both: the axes of both meshes, each tensor split by the specs of both."""

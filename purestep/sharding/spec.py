@@ -17,8 +17,10 @@ Fallback = Literal["replicate", "error", "pad"]
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _as_axes(entry: Axes) -> tuple[str, ...]:
-    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+def _as_axes(entry: Any) -> tuple[str, ...]:
+    axes = (
+        (entry,) if isinstance(entry, str) or not isinstance(entry, (tuple, list, type(None))) else tuple(entry or ())
+    )
     if not all(isinstance(a, str) for a in axes):
         raise ConfigError(
             explain(

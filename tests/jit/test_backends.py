@@ -62,15 +62,16 @@ def test_inductor_agrees_with_eager_after_50_steps(cases, batches, trained, name
     tx = cases["plain"].tx if name == "dropout" else ps.optim.sgd(0.05, momentum=0.9)
     case, data = dataclasses.replace(cases[name], tx=tx), batches(50, seed=5)
     expected, rows = trained(case.step(), case.state(5), data)
-    actual, found = trained(jit(case.step()), case.state(5), data)
+    actual, found = trained(jit(case.step(), donate=True), case.state(5), data)
     close(actual.params, expected.params)
     close(actual.buffers, expected.buffers)
     assert_trees_equal(actual.step, expected.step)
     for row, other in zip(found, rows, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
-    donated, found_donated = trained(jit(case.step(), donate=True), case.state(5), data)
-    assert_trees_equal(donated, actual, "state")
-    assert found_donated == found
+    if name == "dropout":  # to compile twice costs twice
+        kept, found_kept = trained(jit(case.step()), case.state(5), data)
+        assert_trees_equal(kept, actual, "state")
+        assert found_kept == found
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ def points_of_csv(run_dir: Path, module: Any) -> Points:
 
 
 def points_of_tensorboard(run_dir: Path, module: Any) -> Points:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     events = accumulator.EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}

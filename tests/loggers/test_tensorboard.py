@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator as accumulator
 
 from purestep import loggers
 from purestep.errors import ConfigError
-
-accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
 def scalars(path):

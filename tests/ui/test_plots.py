@@ -13,8 +13,6 @@ from purestep import loggers, ui
 from purestep.errors import ConfigError, MissingExtra
 from purestep.ui import plots
 
-matplotlib = pytest.importorskip("matplotlib")
-
 COLUMNS = {
     "step": [1, 2, 3, 4],
     "loss": [0.9, 0.5, math.nan, 0.3],

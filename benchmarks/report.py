@@ -1,0 +1,192 @@
+"""From results to a table in Markdown and a bar chart. Nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import targets
+from benchmarks.peers import ALL as PEERS
+from benchmarks.training import ratio
+
+Results = Mapping[str, Any]
+
+
+def markdown(results: Results) -> str:
+    """Return the whole report."""
+    parts = [_heading(results), _verdicts(results)]
+    sections: dict[str, Callable[[Any], str]] = {
+        "training": _training,
+        "compile_time": _compile_time,
+        "memory": _memory,
+        "precision": _precision,
+        "snapshots": _snapshots,
+        "loop_cost": _loop_cost,
+        "imports": _imports,
+        "sharding": lambda text: f"## Sharding\n\n{text}",
+    }
+    for name, show in sections.items():
+        if name in results and "error" not in results[name]:
+            parts.append(show(results[name]))
+        elif name in results:
+            parts.append(f"## {name}: failed\n\n    {results[name]['error'].strip().splitlines()[-1]}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(results: Results) -> str:
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"# Benchmark, {results['settings']}\n\n"
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}; "
+        f"Python {machine['python']}; {machine['compiler']}; {versions}. One thread per process; load at the start "
+        f"{machine['load']:.1f}; {results['seconds'] / 60:.0f} minutes, {results['date']}. A ratio is the "
+        "median of the ratios of rounds, in brackets its quartiles."
+    )
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table in Markdown.
+
+    Example:
+        >>> print(table(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    names = list(head)
+    lines = [names, ["---"] * len(names), *rows]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text[1] = "|" + "---|" * len(names)
+    return "\n".join(text)
+
+
+def _verdicts(results: Results) -> str:
+    rows = []
+    for v in targets.verdicts(results):
+        unit = f" {v.target.unit}" if v.target.unit else ""
+        reached = "-" if v.reached is None else f"{v.reached:.2f}{unit} [{v.low:.2f}, {v.high:.2f}]"
+        rows.append([v.target.what, f"<= {v.target.limit:g}{unit}", reached, v.text])
+    return table(["what", "target", "reached", "verdict"], rows)
+
+
+def _training(results: Any) -> str:
+    parts = ["## Time of a step\n\n`x` is the time of a step over that of the hand-written loop with AdamW foreach."]
+    for found in results.values():
+        rows = []
+        for name, peer in found["peers"].items():
+            middle, low, high = ratio(found, name, "loop") if "loop" in found["peers"] else (float("nan"),) * 3
+            time = f"{_time(peer['us'])} [{_time(peer['us_min'])}, {_time(peer['us_max'])}]"
+            rows.append([PEERS[name].title, f"{middle:.2f} [{low:.2f}, {high:.2f}]", time, f"{peer['cpu']:.2f}"])
+        rows += [[PEERS[name].title, "-", _why(text), "-"] for name, text in found["failed"].items()]
+        parts.append(
+            f"**{found['title']}**\n\n" + table(["trainer", "x", "a step, median [min, max]", "cores used"], rows)
+        )
+    return "\n\n".join(parts)
+
+
+def _why(text: str) -> str:
+    return "left out: " + text.strip().splitlines()[-1].replace("|", "/")[:160]
+
+
+def _time(us: float) -> str:
+    return f"{us:.0f} us" if us < 1000 else f"{us / 1000:.2f} ms" if us < 100_000 else f"{us / 1000:.0f} ms"
+
+
+def _compile_time(results: Any) -> str:
+    rows = []
+    for workload, found in results.items():
+        for name, seconds in found["seconds"].items():
+            if seconds["warm"]:
+                shown = [", ".join(f"{s:.1f}" for s in seconds[k]) for k in ("cold", "warm", "cold_cpu", "warm_cpu")]
+                rows.append([workload, PEERS[name].title, *shown])
+        rows += [[workload, PEERS[name].title, _why(text), "-", "-", "-"] for name, text in found["failed"].items()]
+    head = ["model", "trainer", "empty cache", "cache filled", "CPU, empty", "CPU, filled"]
+    return "## First step, seconds\n\n" + table(head, rows)
+
+
+def _memory(results: Any) -> str:
+    base = results["peers"].get("loop-fused", {}).get("peak", float("nan"))
+    rows = [
+        [
+            PEERS[n].title,
+            f"{v['peak'] / base:.2f}",
+            f"{v['peak']:.0f} MB",
+            f"{v['loaded']:.0f} MB",
+            f"{v['grown']:.0f} MB",
+        ]
+        for n, v in results["peers"].items()
+    ]
+    head = ["trainer", "/ hand-written fused", "peak", "after imports", "difference"]
+    return "## Peak resident memory, 50 M parameters\n\n" + table(head, rows)
+
+
+def _precision(results: Any) -> str:
+    rows = []
+    for workload, found in results.items():
+        if workload == "failed":
+            continue
+        for policy, v in found.items():
+            middle, low, high = v["ratio"]
+            memory = [f"{v['peak']:.0f} MB", f"{v['grown']:.0f} MB"] if "peak" in v else ["-", "-"]
+            rows.append([workload, policy, f"{middle:.2f} [{low:.2f}, {high:.2f}]", _time(v["us"]), *memory])
+    rows += [["-", policy, _why(text), "-", "-", "-"] for policy, text in results["failed"].items()]
+    head = ["model", "policy", "step / that of 32", "a step", "peak memory", "without imports"]
+    return "## Precision policies, eager\n\n" + table(head, rows)
+
+
+def _snapshots(results: Any) -> str:
+    import statistics
+
+    rows = []
+    for name, rounds in results["rounds"].items():
+        if rounds:
+            middle = [f"{statistics.median(r[what] for r in rounds):.2f} s" for what in ("block", "total", "restore")]
+            rows.append([{"torch": "torch.save + fsync, torch.load"}.get(name, name), *middle])
+    rows += [[name, _why(text), "-", "-"] for name, text in results["failed"].items()]
+    return f"## Snapshot of {results['mb']} MB\n\n" + table(["", "blocking", "durable", "restore"], rows)
+
+
+def _loop_cost(results: Any) -> str:
+    step, key, bare = (results[k] for k in ("step_us", "key_us", "bare_us"))
+    return (
+        "## Cost of `fit`\n\n"
+        f"MLP, jit, donated: a bare loop takes {bare[0]:.0f} us a step; `fit` adds {step[0]:.1f} us "
+        f"[{step[1]:.1f}, {step[2]:.1f}], and {key[0]:.2f} us [{key[1]:.2f}, {key[2]:.2f}] for each further metric "
+        f"({results['steps']} steps a call, {results['rounds']} rounds)."
+    )
+
+
+def _imports(results: Any) -> str:
+    rows = [[name, *(f"{s:.2f} s" for s in found["seconds"])] for name, found in results.items()]
+    return "## Import\n\n" + table(["library", "median", "lower quartile", "upper quartile"], rows)
+
+
+def chart(results: Results, path: Path) -> None:
+    """Draw the time of a step of every trainer on every workload, relative to the hand-written loop."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = {name: each for name, each in results["training"].items() if "loop" in each["peers"]}
+    figure, axes = plt.subplots(1, len(found), figsize=(4.6 * len(found), 4.8), squeeze=False)
+    for axis, each in zip(axes[0], found.values(), strict=True):
+        names = list(each["peers"])[::-1]
+        values = [ratio(each, name, "loop") for name in names]
+        middles = [v[0] for v in values]
+        errors = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
+        colors = ["#2a6f97" if PEERS[name].ours else "#b5b5b5" for name in names]
+        axis.barh(range(len(names)), middles, xerr=errors, color=colors, error_kw={"lw": 0.8, "ecolor": "#444444"})
+        for i, value in enumerate(middles):
+            axis.text(value, i, f" {value:.2f}", va="center", fontsize=7)
+        axis.set_yticks(range(len(names)), [PEERS[name].title for name in names], fontsize=7)
+        axis.axvline(1.0, color="#444444", lw=0.8, ls=":")
+        axis.set_title(each["title"], fontsize=9)
+        axis.set_xlabel("time of a step / hand-written loop, AdamW foreach", fontsize=7)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

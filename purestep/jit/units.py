@@ -1,0 +1,180 @@
+"""C++ kernels of one graph, compiled a few files at a time instead of each in a file of its own.
+
+Inductor writes one source file for each CPU kernel, and most of what the C++ compiler does with it is reading headers.
+`together` makes Inductor put them into as many files as there are cores. Where its code is not what is expected here,
+or the compiler refuses the files, every kernel is compiled the way Inductor does it. Only `backends` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+_HEAD, _TAIL = "static PyObject* {entry_func}_py(", "static PyMethodDef py_methods[]"
+_METHOD = '{{"{entry_func}", {entry_func}_py, METH_VARARGS, ""}},'
+_SIGNATURE = re.compile(r'(extern "C"\s+void\s+)kernel(\()')
+_INCLUDE = re.compile(r"^\s*#include[^\n]*\n", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^\s*#(?!pragma)", re.MULTILINE)
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Make this thread's compilations put their C++ kernels into few files."""
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+    if get_compile_threads() <= 1:
+        yield
+        return
+    _install(AsyncCompile)
+    outer, _local.batch = getattr(_local, "batch", None), Batch(get_compile_threads())
+    try:
+        yield
+    finally:
+        _local.batch = outer
+
+
+def _install(cls: Any) -> None:
+    """Let `AsyncCompile.cpp_pybinding` ask the batch of its thread first; other threads see no difference."""
+    original = cls.cpp_pybinding
+    if hasattr(original, "asks_batch"):
+        return
+
+    def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
+        batch = getattr(_local, "batch", None)
+        if batch is None:
+            return original(self, argtypes, source_code)
+        return batch.add(argtypes, source_code, self.submit, lambda: original(self, argtypes, source_code))
+
+    cpp_pybinding.asks_batch = True  # type: ignore[attr-defined]
+    cls.cpp_pybinding = cpp_pybinding
+
+
+class Batch:
+    """The kernels of one graph: gathered first, compiled when the first of them is waited for.
+
+    Args:
+        files: at most so many files.
+    """
+
+    def __init__(self, files: int) -> None:
+        self.files = files
+        self.kernels: list[Kernel] = []
+
+    def add(self, argtypes: Sequence[str], source: str, submit: Any, alone: Callable[[], Any]) -> Any:
+        """Return the future of a kernel."""
+        kernel = Kernel(self, list(argtypes), source, submit, alone)
+        self.kernels.append(kernel)
+        return _future(kernel)
+
+    def start(self) -> None:
+        """Begin to compile what was gathered."""
+        kernels, self.kernels = self.kernels, []
+        try:
+            parts = _binding_parts() if len(kernels) > self.files else None
+            fit = [k for k in kernels if parts is not None and fits(k.source)]
+            for group in _groups(fit, self.files):
+                _start(group, parts)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            for kernel in kernels:
+                kernel.get = None
+        for kernel in kernels:
+            if kernel.get is None:
+                kernel.get = kernel.alone().result
+
+
+class Kernel:
+    """One kernel, and how to get its Python function."""
+
+    def __init__(self, batch: Batch, argtypes: list[str], source: str, submit: Any, alone: Callable[[], Any]) -> None:
+        self.batch, self.argtypes, self.source, self.submit, self.alone = batch, argtypes, source, submit, alone
+        self.get: Callable[[], Any] | None = None
+
+    def result(self) -> Any:
+        """Compile if nobody has begun to, wait, and return the function."""
+        if self.get is None:
+            self.batch.start()
+        get: Any = self.get
+        return get()
+
+
+def _future(kernel: Kernel) -> Any:
+    from torch._inductor.codecache import LambdaFuture
+
+    return LambdaFuture(kernel.result)
+
+
+def fits(source: str) -> bool:
+    """Tell whether a kernel's source can share a file: one function, nothing for the preprocessor but includes."""
+    return len(_SIGNATURE.findall(source)) == 1 and not _DIRECTIVE.search(_INCLUDE.sub("", source))
+
+
+def _binding_parts() -> tuple[str, str, str] | None:
+    """Inductor's template of Python bindings: what comes before, the wrapper of one kernel, and the module."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
+
+    template = getattr(Cache, "suffix_template", "")
+    if any(template.count(mark) != 1 for mark in (_HEAD, _TAIL, _METHOD)):
+        return None
+    start, end = template.index(_HEAD), template.index(_TAIL)
+    return template[:start], template[start:end], template[end:]
+
+
+def _groups(kernels: list[Kernel], files: int) -> list[list[Kernel]]:
+    """Distribute kernels over files of about the same length, the same way every time."""
+    groups: list[list[Kernel]] = [[] for _ in range(min(files, len(kernels)))]
+    lengths = [0] * len(groups)
+    for kernel in sorted(kernels, key=lambda k: (-len(k.source), k.source)):
+        at = lengths.index(min(lengths))
+        groups[at].append(kernel)
+        lengths[at] += len(kernel.source)
+    return groups
+
+
+def _start(group: list[Kernel], parts: Any) -> None:
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
+
+    waiting = Cache.load_async(_merged(group, parts), "cpu", submit_fn=group[0].submit)
+    lock, found = threading.Lock(), {}
+
+    def module() -> Any:
+        with lock:
+            if not found:
+                try:
+                    found["module"] = waiting()
+                except Exception:
+                    # Whatever it is, kernel by kernel it happens again, with Inductor's own message, or not at all.
+                    found["module"] = None
+            return found["module"]
+
+    def getter(kernel: Kernel, name: str) -> Callable[[], Any]:
+        def get() -> Any:
+            loaded = module()
+            return kernel.alone().result() if loaded is None else getattr(loaded, name)
+
+        return get
+
+    for i, kernel in enumerate(group):
+        kernel.get = getter(kernel, f"kernel{i}")
+
+
+def _merged(group: list[Kernel], parts: tuple[str, str, str]) -> str:
+    """Write one file: each kernel in a namespace under a name of its own, the bindings of all, one module."""
+    before, wrapper, after = parts
+    includes = dict.fromkeys(line.strip() for k in group for line in _INCLUDE.findall(k.source))
+    bodies, wrappers, methods = [], [], []
+    for i, kernel in enumerate(group):
+        name = f"kernel{i}"
+        body = _SIGNATURE.sub(rf"\g<1>{name}\g<2>", _INCLUDE.sub("", kernel.source))
+        bodies.append(f"namespace file{i} {{\n{body}\n}}\nusing file{i}::{name};\n")
+        types = (t.replace("const ", "") for t in kernel.argtypes)
+        given = ", ".join(f"parse_arg<{t}>(args, {n})" for n, t in enumerate(types))
+        call = f"{name}({given}); Py_RETURN_NONE;"
+        wrappers.append(wrapper.format(entry_func=name, arg_len=len(kernel.argtypes), call_entry_func=call))
+        methods.append(_METHOD.format(entry_func=name))
+    bindings = before.format(entry_func="kernel", extra_parse_arg="")
+    module = after.replace(_METHOD, "@methods@").format(entry_func="kernel").replace("@methods@", "\n".join(methods))
+    return "\n".join([*includes, *bodies, bindings, *wrappers, module])

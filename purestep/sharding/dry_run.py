@@ -1,0 +1,127 @@
+"""What a step would need on a machine that is not here: memory of a rank by kind, and bytes it sends in a step.
+
+Arithmetic over the rows of `describe`; nothing is allocated and nobody is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from purestep.sharding.describe import Description, Row, describe
+
+if TYPE_CHECKING:
+    from purestep.sharding.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What one rank needs for a step; prints as a table.
+
+    Attributes:
+        description: where each leaf lives.
+        memory: bytes a rank by kind: `params`, `frozen`, `buffers`, `optimizer` and `other` at rest, `grads` (one set,
+            as params are split), and `gathered`: whole parameters that are live at once, with the whole gradients of
+            one unit. Activations are not in it.
+        sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients). What tensor
+            parallelism sends of activations is not in it.
+    """
+
+    description: Description
+    memory: dict[str, int]
+    sent: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory a rank needs, without activations."""
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        def table(values: dict[str, int]) -> list[str]:
+            return [f"  {name:<10} {size(n):>10}" for name, n in (values | {"all": sum(values.values())}).items()]
+
+        return "\n".join(
+            [repr(self.description.mesh), "memory of a rank", *table(self.memory), "sent in a step", *table(self.sent)]
+        )
+
+
+def size(nbytes: int) -> str:
+    """Return a number of bytes as text.
+
+    Example:
+        >>> size(1536), size(3 * 2**30)
+        ('1.5 KiB', '3.0 GiB')
+    """
+    power = min(5, max(0, (max(nbytes, 1).bit_length() - 1) // 10))
+    return f"{nbytes} B" if power == 0 else f"{nbytes / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
+
+
+def dry_run(
+    plan: Plan,
+    value: Any,
+    *,
+    microbatches: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> DryRun:
+    """Return what a step of a state under a plan needs of a rank; see `Plan.dry_run`."""
+    description = describe(plan, value)
+    own = [row for row in description.rows if row.unit is not None]
+    turns = len(plan.microbatches(microbatches or plan.replicas, rank=0))
+    memory = {kind: _at_rest(description, kind) for kind in ("params", "frozen", "buffers", "optimizer", "other")}
+    memory["grads"] = _bytes([r for r in own if r.kind == "params"], reduce_dtype)
+    memory["gathered"] = _gathered(plan, own, compute_dtype)
+    sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
+    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, reduce_dtype) for row in own if row.kind == "params")
+    return DryRun(description, {k: n for k, n in memory.items() if n}, sent)
+
+
+def _at_rest(description: Description, kind: str) -> int:
+    return sum(row.nbytes for row in description.rows if row.kind == kind)
+
+
+def _bytes(rows: list[Row], dtype: torch.dtype | None) -> int:
+    return sum(math.prod(r.local) * (dtype.itemsize if dtype else _width(r)) for r in rows)
+
+
+def _width(row: Row) -> int:
+    return row.nbytes // math.prod(row.local) if math.prod(row.local) else 0
+
+
+def _split(plan: Plan, row: Row) -> int:
+    """Return over how many ranks a leaf is gathered for a step."""
+    return plan.mesh.size(*(a for a in row.spec.axes if a in plan.batch))
+
+
+def _whole(plan: Plan, row: Row, dtype: torch.dtype | None) -> int:
+    """Return the bytes of a leaf gathered over the batch axes: its tensor-parallel part stays split."""
+    return _bytes([row], dtype) * _split(plan, row)
+
+
+def _gathered(plan: Plan, rows: list[Row], dtype: torch.dtype | None) -> int:
+    split = [r for r in rows if _split(plan, r) > 1]
+    units: dict[str, int] = {}
+    for row in split:
+        units[row.unit or ""] = units.get(row.unit or "", 0) + _whole(plan, row, dtype)
+    if not units:
+        return 0
+    root = units.pop("", 0)
+    largest = max(units.values(), default=0)
+    # One unit computes while the next one is gathered, and has its whole gradients in the backward pass.
+    live = sum(units.values()) if not plan.reshard_after_forward else min(2 * largest, sum(units.values()))
+    return root + live + max(largest, root if not units else 0)
+
+
+def _gather_traffic(plan: Plan, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:
+    times = 2 if plan.reshard_after_forward else 1
+    return sum(turns * times * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
+
+
+def _reduce_traffic(plan: Plan, row: Row, turns: int, dtype: torch.dtype | None) -> int:
+    """Return bytes sent for the gradient of a leaf: reduce-scatters over what splits it, then one all-reduce."""
+    part, split = _bytes([row], dtype), _split(plan, row)
+    rest = plan.replicas // split
+    return turns * (split - 1) * part + 2 * (rest - 1) * part // rest

@@ -1,0 +1,317 @@
+"""A tape of what the making of a model does to its tensors, without their memory, and its replay in parts.
+
+Under `recording` tensors are made on the meta device, but say that they are on the CPU; each operation is written down
+with the storages it reads and writes. `Tape.value` then computes one tensor by replaying what leads to it. Random
+operations have keys of their own, so a tensor has the same bits whichever others are computed. `deferred` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from purestep import random, tree
+from purestep.errors import StepError, explain
+
+# Operations after which the former content of what they write does not matter.
+_FILLS = {"uniform_", "normal_", "zero_", "fill_", "random_", "exponential_", "copy_", "_no_grad_trunc_normal_"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A tensor on the tape: a window on a storage. Storages are numbered as they appear."""
+
+    storage: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation: function and arguments (tensors as Refs), the storages it reads and writes, the tensors it makes.
+
+    `fills` is a storage whose former content does not matter afterwards, if there is one.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: frozenset[int]
+    writes: frozenset[int]
+    made: tuple[Ref, ...]
+    fills: int | None
+    is_random: bool
+
+
+class Tape:
+    """What was done to tensors without memory, and how to compute them; `recording` makes one.
+
+    Args:
+        rng: int64[2] key of the random operations.
+    """
+
+    def __init__(self, rng: Tensor) -> None:
+        self.ops: list[Op] = []
+        self.constants: dict[int, Tensor] = {}
+        self._rng = rng
+        self._numbers: dict[int, int] = {}
+        # Storages are told apart by their addresses, so none may be freed and its address used again.
+        self._alive: list[Any] = []
+        self._writers: dict[int, list[int]] = {}
+        self._seeds: dict[int, int] = {}
+
+    # --- recording ---
+
+    def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operation without memory and write it down; for real, where no tensor without memory is involved."""
+        given = [x for x in tree.leaves((args, kwargs)) if isinstance(x, Tensor)]
+        makes = not given and any(a.name == "device" for a in function._schema.arguments)
+        lifts = str(kwargs.get("device")) == "meta"
+        if not (makes or lifts or any(t.is_meta for t in given)):
+            return function(*args, **kwargs)
+        if makes or kwargs.get("device") is not None:
+            kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} | {"device": torch.device("meta")}
+        bare = {id(t): t if t.is_meta else torch.empty_like(t, device="meta") for t in given}
+        # Of operations in place, the argument itself has to come back.
+        meta = tree.map(lambda x: bare[id(x)] if isinstance(x, Tensor) else x, (args, kwargs))
+        written = _written(function, args, kwargs)
+        try:
+            # The others' kernels for meta tensors are in Python, and import sympy and Dynamo.
+            fills = _name(function) in _FILLS and len(written) == 1 and written[0].is_meta
+            out = written[0] if fills else function(*meta[0], **meta[1])
+        except (RuntimeError, NotImplementedError) as error:
+            if written:
+                _refuse(function, str(error).splitlines()[0], error)
+            return self._run_for_real(function, args, kwargs)
+        if not all(t.is_meta for t in written):
+            _refuse(function, "it writes values that are not known yet into a tensor that was made elsewhere")
+        made = [t for t in tree.leaves(out) if isinstance(t, Tensor) and not self.knows(t)]
+        if made or written:
+            drawn = torch.Tag.nondeterministic_seeded in function.tags
+            self.note(function, args, kwargs, written=written, made=made, is_random=drawn)
+        return out
+
+    def _run_for_real(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operation whose result depends on values (`item`, `nonzero`): those are computed now."""
+        args, kwargs = tree.map(lambda x: self.value(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        return function(*args, **(kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {})))
+
+    def note(
+        self, function: Any, args: Any, kwargs: Any, *, written: list[Tensor], made: list[Tensor], is_random: bool
+    ) -> None:
+        """Write an operation down."""
+        held: Any = tree.map(lambda x: self._argument(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        changes = {"device": torch.device("cpu"), "generator": None}
+        kept = held[1] | {k: v for k, v in changes.items() if k in held[1]}
+        reads = frozenset(r.storage for r in tree.leaves(held) if isinstance(r, Ref))
+        targets = [self._ref(t) for t in written]
+        refs = tuple(self._ref(t) for t in made)
+        writes = frozenset(r.storage for r in targets)
+        sources = [x.storage for x in tree.leaves(held) if isinstance(x, Ref)]
+        fills = None
+        if _name(function) in _FILLS and len(targets) == 1 and self._covers(targets[0]):
+            fills = targets[0].storage if sources.count(targets[0].storage) == 1 else None
+        for storage in writes | {r.storage for r in refs}:
+            self._writers.setdefault(storage, []).append(len(self.ops))
+        self.ops.append(Op(function, held[0], kept, reads, writes, refs, fills, is_random))
+
+    def _covers(self, ref: Ref) -> bool:
+        return torch.Size(ref.size).numel() * ref.dtype.itemsize == self._alive[ref.storage].nbytes()
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor was made under this tape."""
+        return tensor.untyped_storage()._cdata in self._numbers
+
+    def _ref(self, tensor: Tensor) -> Ref:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._numbers:
+            self._numbers[storage._cdata] = len(self._alive)
+            self._alive.append(storage)
+        number = self._numbers[storage._cdata]
+        return Ref(number, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+    def _argument(self, tensor: Tensor) -> Ref:
+        if tensor.is_meta:
+            return self._ref(tensor)
+        value = tensor.detach().clone()
+        ref = self._ref(value)
+        self.constants[ref.storage] = value
+        return ref
+
+    # --- replay ---
+
+    def name_random(self, name: str, tensor: Tensor) -> None:
+        """Let the random operations that lead to a tensor draw from a name, unless they do so from an earlier one."""
+        drawn = [i for i in self._leading_to(tensor) if self.ops[i].is_random and i not in self._seeds]
+        for count, index in enumerate(drawn):
+            self._seeds[index] = _seed(random.fold_in(self._rng, name, count))
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """Compute a tensor that was made under the tape; others are returned as they are."""
+        if not tensor.is_meta or not self.knows(tensor):
+            return tensor
+        target, chosen = self._ref(tensor), self._leading_to(tensor)
+        last = {s: i for i in chosen for s in self.ops[i].reads | {r.storage for r in self.ops[i].made}}
+        held: dict[int, Tensor] = {}
+        generator = torch.default_generator
+        before = generator.get_state()
+        try:
+            with torch.no_grad():
+                for index in chosen:
+                    if self.ops[index].is_random:
+                        # What is asked for while the model is being made has no name yet.
+                        seed = self._seeds.setdefault(index, _seed(random.fold_in(self._rng, "unnamed", index)))
+                        generator.manual_seed(seed)
+                    self.replay(self.ops[index], held)
+                    for storage in [s for s in held if last.get(s, -1) <= index and s != target.storage]:
+                        del held[storage]
+        finally:
+            generator.set_state(before)
+        return self.window(held, target)
+
+    def replay(self, op: Op, held: dict[int, Tensor]) -> None:
+        """Run an operation on real tensors: those in `held`, by storage, to which it adds what it makes."""
+        args, kwargs = tree.map(lambda x: self.window(held, x) if isinstance(x, Ref) else x, (op.args, op.kwargs))
+        out = [t for t in tree.leaves(op.function(*args, **kwargs)) if isinstance(t, Tensor)]
+        known = {s.untyped_storage()._cdata for s in held.values()}
+        fresh = [t for t in out if t.untyped_storage()._cdata not in known]
+        for ref, tensor in zip(op.made, fresh, strict=True):
+            if (tensor.stride(), tensor.storage_offset()) != (ref.stride, ref.offset):
+                tensor = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype).copy_(tensor)
+            held[ref.storage] = tensor
+
+    def window(self, held: dict[int, Tensor], ref: Ref) -> Tensor:
+        """Return the tensor that a Ref stands for."""
+        owner = held[ref.storage] if ref.storage in held else self.constants[ref.storage]
+        return torch.empty(0, dtype=ref.dtype).set_(owner.untyped_storage(), ref.offset, ref.size, ref.stride)
+
+    def _leading_to(self, tensor: Tensor) -> list[int]:
+        """Return the operations that the content of a tensor depends on, in order."""
+        chosen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
+        wanted = [(self._ref(tensor).storage, len(self.ops))]
+        while wanted:
+            storage, before = wanted.pop()
+            if (storage, before) in seen:
+                continue
+            seen.add((storage, before))
+            writers = [i for i in self._writers.get(storage, ()) if i < before]
+            for index in reversed(writers):
+                chosen.add(index)
+                wanted += [(s, index) for s in self.ops[index].reads if s != storage]
+                if self.ops[index].fills == storage:
+                    # Only the memory is needed of what came before.
+                    chosen.add(writers[0])
+                    wanted += [(s, writers[0]) for s in self.ops[writers[0]].reads if s != storage]
+                    break
+        return sorted(chosen)
+
+
+def _seed(rng: Tensor) -> int:
+    low, high = rng.tolist()
+    return int(low + ((high & 0x7FFFFFFF) << 32))
+
+
+def _name(function: Any) -> str:
+    return str(function.__name__).split(".")[0]
+
+
+def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for position, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [t for t in tree.leaves(value) if isinstance(t, Tensor)]
+    return found
+
+
+def _refuse(function: Any, why: str, error: Exception | None = None) -> None:
+    raise StepError(
+        explain(
+            "the model does something with a tensor that deferred init cannot do without its values",
+            where=f"torch.ops.{function}",
+            why=why,
+            instead="ps.init(make_model, tx, seed=0, plan=plan), which makes the whole model on every rank",
+        )
+    ) from error
+
+
+# --- while a model is being made --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recording(rng: Tensor) -> Iterator[Tape]:
+    """Make tensors without memory, and yield the tape on which everything that is done to them is written."""
+    tape = Tape(rng)
+    with _truncated_normals(tape), _Recorder(tape), _Disguise(tape):
+        yield tape
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch hides this mode from Dynamo, which it imports for that, at the cost of seconds
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self.tape.run(function, args, kwargs or {})
+
+
+class _Disguise(TorchFunctionMode):
+    """Let tensors without memory say that they are ordinary ones: some initialisers leave meta tensors alone."""
+
+    _said: dict[Any, Any] = {  # noqa: RUF012
+        Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
+        Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
+        Tensor.device.__get__: torch.device("cpu"),
+    }
+    _reading = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self._said and args[0].is_meta:
+            return self._said[function]
+        if function in self._reading:
+            with torch._C._DisableTorchDispatch():
+                args = (self.tape.value(args[0]), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _truncated_normals(tape: Tape) -> Iterator[None]:
+    """Write truncated normals down as one operation: they reject candidates until none is left, by looking at them."""
+    name = "_no_grad_trunc_normal_"
+    original = getattr(nn.init, name, None)
+    if original is None:
+        yield
+        return
+
+    def noted(tensor: Tensor, *args: Any, generator: Any = None) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            if not (tensor.is_meta and tape.knows(tensor)):
+                result: Tensor = original(tensor, *args, generator=generator)
+                return result
+            tape.note(original, (tensor, *args), {}, written=[tensor], made=[], is_random=True)
+            return tensor
+
+    setattr(nn.init, name, noted)
+    try:
+        yield
+    finally:
+        setattr(nn.init, name, original)

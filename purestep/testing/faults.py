@@ -1,0 +1,173 @@
+"""The fault harness: run a training in processes of its own, break something, run it again, compare the bits.
+
+`check_faults` takes a function or a script of yours and returns a table: fault, times injected, runs that ended with the
+digest of the undisturbed run, snapshots lost (0). What is injected is in `injections`; the processes are forked by
+`zygote` and patched by `shims`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from purestep.errors import ConfigError, explain
+from purestep.testing import injections
+from purestep.testing.lane import Job, Lane, Straight
+from purestep.testing.zygote import Zygote
+
+FAULTS: Mapping[str, injections.Fault] = {fault.name: fault for fault in injections.ALL}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What came of one fault.
+
+    Attributes:
+        fault: its name.
+        injected: how many times it happened.
+        runs: runs that were disturbed by it, and then finished.
+        right: those of them that ended with the digest of the undisturbed run, and with nothing half-written.
+        lost: snapshots that had been durable before a fault and could not be read after it.
+        problems: what went wrong, if anything.
+    """
+
+    fault: str
+    injected: int
+    runs: int
+    right: int
+    lost: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether it happened at all, and nothing went wrong."""
+        return self.injected > 0 and self.runs > 0 and self.right == self.runs and not self.lost and not self.problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The table of `check_faults`."""
+
+    rows: tuple[Row, ...]
+    digest: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every fault did no harm."""
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("fault", "injected", "right digest", "data lost", "")
+        cells = [
+            (r.fault, str(r.injected), f"{r.right} of {r.runs}", str(r.lost), "" if r.ok else "FAILED") for r in self.rows
+        ]
+        total = sum(r.injected for r in self.rows), sum(r.right for r in self.rows), sum(r.runs for r in self.rows)
+        lost = sum(r.lost for r in self.rows)
+        cells.append(("all", str(total[0]), f"{total[1]} of {total[2]}", str(lost), "" if self.ok else "FAILED"))
+        widths = [max(len(row[i]) for row in (head, *cells)) for i in range(5)]
+        lines = [
+            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]}".rstrip()
+            for row in (head, *cells)
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        lines += [f"\n{row.fault}: {problem}" for row in self.rows for problem in row.problems]
+        return "\n".join([*lines, f"digest of the undisturbed run {self.digest}, {self.seconds:.0f} s"])
+
+
+def check_faults(
+    target: Callable[[Path], Any] | str | Path,
+    *,
+    args: Sequence[str] = ("{run_dir}",),
+    with_workers: Callable[[Path], Any] | str | Path | None = None,
+    faults: Sequence[str] | None = None,
+    times: Mapping[str, int] | None = None,
+    seed: int = 0,
+    directory: str | Path | None = None,
+    progress: Callable[[Row], None] | None = None,
+) -> Report:
+    """Prove that a training survives: break it in many ways, run it again each time, and compare the bits.
+
+    The training has to be quick (a second, not a minute), because it is run several hundred times, and the same each
+    time: `ps.fit(..., run_dir=run_dir)` with a `snapshots` callback that fires several times.
+
+    Args:
+        target: a function at the top level of a module, called with the run directory, which returns the `Result` (or an
+            exit code); or the path of a script, which gets `args`.
+        args: arguments of a script; `{run_dir}` stands for the run directory.
+        with_workers: the same training with worker processes, for the fault that kills one; without it that one is
+            left out.
+        faults: names from `FAULTS`; all by default.
+        times: how many times to inject a fault, where not as many as it says itself.
+        seed: of the random moments.
+        directory: for the runs; a temporary one by default.
+        progress: called with each row of the table as soon as it is complete.
+
+    Returns:
+        Report: print it; `report.ok` says whether every run ended right.
+
+    Raises:
+        ConfigError: an unknown fault, or a target that cannot be run in another process.
+        AssertionError: the undisturbed training fails, or gives other bits the second time.
+    """
+    unknown = [name for name in faults or () if name not in FAULTS]
+    if unknown:
+        raise ConfigError(explain(f"there is no fault {unknown[0]!r}", where=f"faults={faults!r}", why=", ".join(FAULTS)))
+    chosen = [FAULTS[name] for name in faults] if faults is not None else list(FAULTS.values())
+    job, other = _job(target, args), None if with_workers is None else _job(with_workers, args)
+    began, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="purestep-faults-") as temporary, Zygote() as zygote:
+        root = Path(directory or temporary).absolute()
+        straight = Straight.of(zygote, job, root / "straight")
+        worked = None if other is None else Straight.of(zygote, other, root / "straight-with-workers")
+        for fault in chosen:
+            base = worked if fault.needs_workers else straight
+            if base is None:
+                continue
+            row = _row(fault, base, root, seed, (times or {}).get(fault.name, fault.times))
+            rows.append(row)
+            if progress is not None:
+                progress(row)
+    return Report(tuple(rows), straight.digest, time.monotonic() - began)
+
+
+def _row(fault: injections.Fault, base: Straight, root: Path, seed: int, times: int) -> Row:
+    lanes: list[Lane] = []
+
+    def lane() -> Lane:
+        made = Lane(base, root / f"{fault.name.replace(' ', '-').replace(',', '')}-{len(lanes)}", logged=fault.logged)
+        lanes.append(made)
+        return made
+
+    fault.inject(injections.Trial(lane, base, seed, times))
+    problems = tuple(problem for one in lanes for problem in one.problems)
+    return Row(
+        fault.name,
+        sum(one.injected for one in lanes),
+        len(lanes),
+        sum(one.right for one in lanes),
+        sum(one.lost for one in lanes),
+        problems[:5],
+    )
+
+
+def _job(target: Any, args: Sequence[str]) -> Job:
+    if isinstance(target, (str, Path)):
+        return Job(Path(target).absolute(), None, tuple(args))
+    name, module = getattr(target, "__qualname__", ""), sys.modules.get(getattr(target, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    if not name.isidentifier() or file is None or not inspect.isfunction(target):
+        raise ConfigError(
+            explain(
+                "the training is run in processes of its own, so it has to be found by name",
+                where=f"target={target!r}",
+                instead="def train(run_dir): ...   # at the top level of a file, or the path of a script",
+            )
+        )
+    return Job(Path(file).absolute(), name, ("{run_dir}",))

@@ -1,0 +1,214 @@
+"""One run directory of the fault harness: processes one after the other in it, and what has to hold after each.
+
+Owns the checks: which snapshots were durable, that the newest of them is the one a run resumes from, the digest at the
+end, and that nothing half-written stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from purestep.loop.resume import store_root
+from purestep.testing.zygote import Child, Zygote
+
+_HALVES = ("*.purestep-tmp-*", "*.partial", "*.stray-*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is run: a function in a file, or the file as a script."""
+
+    file: Path
+    function: str | None
+    args: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One process: its exit code (None while it runs), and what it reported, in order."""
+
+    code: int | None
+    facts: Sequence[tuple[str, Any]]
+    stderr: str
+
+    def values(self, kind: str) -> list[Any]:
+        """Return the reported values of one kind."""
+        return [value for name, value in self.facts if name == kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class Straight:
+    """The undisturbed run: what the others are compared with.
+
+    Attributes:
+        digest: of its last snapshot.
+        log: content of its `metrics.csv`, None when it wrote none.
+        operations: what it did to the disk, in order.
+        seconds: how long it took.
+        batches: how many it trained on.
+    """
+
+    zygote: Zygote
+    job: Job
+    digest: str
+    log: bytes | None
+    operations: tuple[str, ...]
+    seconds: float
+    batches: int
+
+    @classmethod
+    def of(cls, zygote: Zygote, job: Job, directory: Path) -> Straight:
+        """Run the job twice.
+
+        Raises:
+            AssertionError: it fails, takes no snapshot, or differs from itself.
+        """
+        found = []
+        for number in (1, 2):
+            lane = Lane(cls(zygote, job, "", None, (), 60.0, 0), directory.with_name(f"{directory.name}-{number}"))
+            began = time.monotonic()
+            trace = {"do": "trace", "run_dir": str(lane.run_dir)}
+            outcome = lane.go(trace, {"do": "count"}, verify=True)
+            seconds, digests = time.monotonic() - began, outcome.values("digest")
+            if outcome.code != 0 or not digests:
+                raise AssertionError(f"the undisturbed run failed with exit code {outcome.code}\n{outcome.stderr[-3000:]}")
+            operations, batches = tuple(outcome.values("os")), max(outcome.values("batches"), default=0)
+            found.append(cls(zygote, job, digests[0], lane.log(), operations, seconds, batches))
+        if found[0].digest != found[1].digest:
+            raise AssertionError("the undisturbed run gave other bits the second time, so nothing can be compared with it")
+        return found[1]
+
+
+class Lane:
+    """A run directory.
+
+    Attributes:
+        injected: faults that happened in it.
+        lost: snapshots that were durable before a fault, and not what a run resumed from after it.
+        right: whether it has ended with the right digest.
+        problems: what went wrong.
+    """
+
+    def __init__(self, base: Straight, run_dir: Path, *, logged: bool = True) -> None:
+        self.base, self.run_dir, self.logged = base, run_dir, logged
+        self.shadow = run_dir.with_name(f"{run_dir.name}.shadow")
+        self.injected = self.lost = self._processes = 0
+        self.right = False
+        self._digest: str | None = None
+        self.problems: list[str] = []
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    def begin(self, *shims: Mapping[str, Any], stdout: str = "", verify: bool = False) -> tuple[Child, Path]:
+        """Start a process; return it and the directory of what it says."""
+        self._processes += 1
+        directory = self.run_dir.with_name(f"{self.run_dir.name}.process-{self._processes}")
+        job, place = self.base.job, str(self.run_dir)
+        child = self.base.zygote.start(
+            job.file,
+            job.function,
+            [arg.replace("{run_dir}", place) for arg in job.args],
+            directory=directory,
+            env={"PYTHONWARNINGS": "default"},
+            shims=shims,
+            stdout=stdout,
+            verify=place if verify else "",
+        )
+        return child, directory
+
+    def outcome(self, child: Child, directory: Path, *, timeout: float = 120.0) -> Outcome:
+        """Wait for a process, and read what it said."""
+        code = child.wait(timeout)
+        outcome = Outcome(code, facts_of(directory), (directory / "stderr").read_text(errors="replace"))
+        shutil.rmtree(directory, ignore_errors=True)
+        return outcome
+
+    def go(
+        self,
+        *shims: Mapping[str, Any],
+        codes: Sequence[int] | None = None,
+        kill_after: float | None = None,
+        stdout: str = "",
+        verify: bool = False,
+        damaged: Sequence[int] = (),
+    ) -> Outcome:
+        """Run a process to its end, and check what it began with.
+
+        Args:
+            shims: what is injected.
+            codes: exit codes that are right.
+            kill_after: SIGKILL it after so many seconds.
+            stdout, verify: see `Zygote.start`.
+            damaged: snapshots that the fault has spoiled: a run may resume from the one before.
+        """
+        before = self.durable()
+        child, directory = self.begin(*shims, stdout=stdout, verify=verify)
+        if kill_after is not None and not child.ended(kill_after):
+            child.signal(9)
+            self.injected += 1
+        outcome = self.outcome(child, directory)
+        self.injected += len([what for what in outcome.values("injected") if what not in ("heal", "wait")])
+        self._check_begin(outcome, before, damaged)
+        self._digest = next(iter(outcome.values("digest")), None)
+        if codes is not None and outcome.code not in codes:
+            self.problems.append(f"exit code {outcome.code}, not {codes}\n{outcome.stderr[-2000:]}")
+        return outcome
+
+    def _check_begin(self, outcome: Outcome, before: list[int], damaged: Sequence[int]) -> None:
+        good = [step for step in before if step not in damaged]
+        for at in outcome.values("resumed"):
+            if (at is None and good) or (at is not None and good and at < good[-1]):
+                self.lost += 1
+                self.problems.append(f"resumed from {at}, and snapshots {before} were there\n{outcome.stderr[-2000:]}")
+        gone = [step for step in good[-1:] if max(self.durable(), default=-1) < step]
+        if gone:
+            self.lost += 1
+            self.problems.append(f"snapshot {gone[0]} has gone, and no later one is there")
+
+    def end(self, *shims: Mapping[str, Any], damaged: Sequence[int] = ()) -> None:
+        """Run the job to its end, undisturbed, unless it is there already; and compare."""
+        if not self.complete:
+            self.go(*shims, codes=(0,), verify=True, damaged=damaged)
+        halves = [str(path) for pattern in _HALVES for path in self.run_dir.rglob(pattern)]
+        if halves:
+            self.problems.append(f"half-written at the end: {halves}")
+        if self.logged and self.log() != self.base.log:
+            self.problems.append("metrics.csv differs from that of the undisturbed run")
+        if self._digest != self.base.digest:
+            self.problems.append(f"digest {self._digest}, not {self.base.digest}")
+        self.right = self._digest == self.base.digest and not halves
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        shutil.rmtree(self.shadow, ignore_errors=True)
+
+    @property
+    def complete(self) -> bool:
+        """Whether a process has run the job to its end, and read the last snapshot back."""
+        return self._digest is not None
+
+    # --- what is on the disk ------------------------------------------------------------------------------------------
+
+    def durable(self) -> list[int]:
+        """Return the steps of the snapshots that are complete on the disk, in order."""
+        root = store_root(self.run_dir)
+        names = [path.name for path in root.iterdir()] if root.is_dir() else []
+        return sorted(int(n) for n in names if n.isdecimal() and (root / n / "meta" / "data.json").exists())
+
+    def log(self) -> bytes | None:
+        """Return the content of `metrics.csv`, None when there is none."""
+        path = self.run_dir / "metrics.csv"
+        return path.read_bytes() if path.exists() else None
+
+
+def facts_of(directory: Path) -> list[tuple[str, Any]]:
+    """Return what a process has reported so far."""
+    try:
+        text = (directory / "report").read_text()
+    except FileNotFoundError:
+        return []
+    return [tuple(json.loads(line)) for line in text.splitlines() if line.endswith("]")]

@@ -1,0 +1,72 @@
+"""`check_pure`: the proof that a step is a pure function, contract 1."""
+
+from __future__ import annotations
+
+import copy
+import random as python_random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from purestep import tree
+
+
+def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
+    """Prove that a step is pure, by calling it twice: contract 1.
+
+    It must leave its inputs bitwise unchanged and unaliased in place, the python, numpy and torch generators unmoved,
+    and give the same bits both times.
+
+    Args:
+        step: any function of (state, batch): a training step, hand-written or made, or an evaluation step.
+        state: a state it takes.
+        batch: a batch it takes.
+
+    Raises:
+        AssertionError: it is not pure; the message says what changed, with the path.
+
+    Example:
+        >>> check_pure(lambda state, batch: (state + batch, {}), torch.zeros(()), torch.ones(()))
+        >>> check_pure(lambda state, batch: (state.add_(batch), {}), torch.zeros(()), torch.ones(()))
+        Traceback (most recent call last):
+        ...
+        AssertionError: the step changed its input state:
+          state: float32[], 1 differ, max abs 1, 1065353216 ulp
+    """
+    if getattr(step, "donate", False):
+        raise AssertionError(
+            "a donating step consumes its state, which is what purity forbids\n"
+            "  check the same step without donation: ps.testing.check_pure(ps.jit(step), state, batch)"
+        )
+    before = copy.deepcopy((tree.leaves(state), tree.leaves(batch)))
+    generators = _generators()
+    first = step(state, batch)
+    for name, now in _generators().items():
+        if now != generators[name]:
+            raise AssertionError(
+                f"the step drew from the global generator of {name}\n"
+                "  instead: draw from a key, ps.random.fold_in(state.rng, state.step)"
+            )
+    for name, value, old in (("state", state, before[0]), ("batch", batch, before[1])):
+        same = tree.unflatten(tree.structure(value), old)
+        found = tree.diff(same, value, name)
+        if found:
+            raise AssertionError(f"the step changed its input {name}:\n  {found[0]}")
+    again = step(state, batch)
+    found = tree.diff(first, again, "output")
+    if found:
+        raise AssertionError(f"the step gave other bits the second time:\n  {found[0]}")
+
+
+def _generators() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    states = {
+        "python": hash(python_random.getstate()),
+        "numpy": (numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"]),
+        "torch": torch.random.get_rng_state().numpy().tobytes(),
+    }
+    if torch.cuda.is_initialized():
+        states["torch on CUDA"] = [s.numpy().tobytes() for s in torch.cuda.get_rng_state_all()]
+    return states

@@ -1,0 +1,38 @@
+"""Asserting that trees are equal or close, with the paths that differ in the message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from purestep import tree
+
+
+def assert_trees_equal(actual: Any, expected: Any, root: str = "") -> None:
+    """Raise AssertionError unless two trees have the same paths and the same bits; the message lists each difference.
+
+    Example:
+        >>> assert_trees_equal({"w": torch.ones(2)}, {"w": torch.ones(2)})
+    """
+    found = tree.diff(actual, expected, root)
+    if found:
+        shown = "\n".join(f"  {difference}" for difference in found[:20])
+        more = f"\n  ... and {len(found) - 20} more" if len(found) > 20 else ""
+        raise AssertionError(f"the trees differ at {len(found)} paths:\n{shown}{more}")
+
+
+def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 1e-8, root: str = "") -> None:
+    """Raise AssertionError unless two trees have the same paths and values that are close.
+
+    Example:
+        >>> assert_trees_close({"w": torch.ones(2)}, {"w": torch.ones(2) + 1e-7})
+    """
+    left, right = tree.paths(actual, root), tree.paths(expected, root)
+    if left != right:
+        raise AssertionError(f"the trees have different paths:\n{tree.diff(actual, expected, root)}")
+    for path, a, b in zip(left, tree.leaves(actual), tree.leaves(expected), strict=True):
+        try:
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=rtol, atol=atol)
+        except AssertionError as error:
+            raise AssertionError(f"{path}: {error}") from None

@@ -1,0 +1,41 @@
+"""What a step has to know of the torch.func transforms around it: whether one is active, and not to cut its gradients.
+
+Outside of transforms nothing that a step returns is part of a graph. Inside of one (`grad`, `jvp`, `vmap`), metrics,
+buffers and the new state stay differentiable, because to differentiate through training is what the caller asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_current_level = torch._C._functorch.maybe_current_level
+
+
+def active() -> bool:
+    """Tell whether this runs inside a torch.func transform.
+
+    Example:
+        >>> active(), torch.vmap(lambda x: x + active())(torch.zeros(1)).item()
+        (False, 1.0)
+    """
+    return _current_level() is not None
+
+
+def detached(value: Tensor) -> Tensor:
+    """Return a tensor outside of any graph, or as it is inside a transform: there, `detach` would cut every gradient.
+
+    Example:
+        >>> from torch.func import grad
+        >>> grad(lambda x: detached(3 * x))(torch.tensor(1.0)), grad(lambda x: (3 * x).detach())(torch.tensor(1.0))
+        (tensor(3.), tensor(0.))
+    """
+    return value if active() else value.detach()
+
+
+def unrecorded() -> contextlib.AbstractContextManager[Any]:
+    """Return `torch.no_grad()`, or a context that does nothing inside a transform, which `no_grad` would cut too."""
+    return contextlib.nullcontext() if active() else torch.no_grad()

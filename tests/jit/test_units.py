@@ -1,0 +1,123 @@
+"""Kernels that share a file are the same functions, and what cannot share one is compiled alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from purestep.jit import units
+
+INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+
+
+def source(body, extra=""):
+    return f'\n{INCLUDE}{extra}extern "C"  void  kernel(const float* in_ptr0, float* out_ptr0)\n{{\n    {body}\n}}\n'
+
+
+TYPES = ["const float*", "float*"]
+
+
+class Alone:
+    """What Inductor would return for a kernel of its own."""
+
+    def __init__(self, name, asked):
+        self.name, self.asked = name, asked
+
+    def __call__(self):
+        self.asked.append(self.name)
+        return self
+
+    def result(self):
+        return self.name
+
+
+@pytest.mark.slow
+def test_kernels_of_one_file_are_called_by_their_own_names():
+    batch, asked = units.Batch(1), []
+    bodies = ("out_ptr0[0] = in_ptr0[0] + 1;", "out_ptr0[0] = in_ptr0[0] * 3;")
+    futures = [batch.add(TYPES, source(body), None, Alone(body, asked)) for body in bodies]
+    given, found = torch.tensor([5.0]), torch.zeros(1)
+    for future, expected in zip(futures, (6.0, 15.0), strict=True):
+        future.result()(given, found)
+        assert float(found) == expected
+    assert asked == []
+    with pytest.raises(RuntimeError, match="requires 2 args"):
+        futures[0].result()(given)
+
+
+def test_what_cannot_share_a_file_is_recognised():
+    assert units.fits(source("out_ptr0[0] = 1;"))
+    assert units.fits(source("#pragma omp simd"))
+    assert not units.fits(source("out_ptr0[0] = 1;", extra="#define STEP 2\n"))
+    assert not units.fits(source("out_ptr0[0] = 1;") + source("out_ptr0[0] = 2;"))
+    assert not units.fits("nothing that looks like a kernel")
+
+
+def test_kernels_are_distributed_alike_whatever_their_order():
+    kernels = [units.Kernel(None, TYPES, source("x;" * n), None, None) for n in (1, 9, 4, 4, 30, 2, 17)]
+    seen = set()
+    for order in itertools.islice(itertools.permutations(kernels), 0, 5040, 37):
+        groups = units._groups(list(order), 3)
+        assert sorted(k.source for g in groups for k in g) == sorted(k.source for k in kernels)
+        seen.add(tuple(tuple(k.source for k in g) for g in groups))
+    assert len(seen) == 1
+
+
+def merged_by(monkeypatch, load):
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", load)
+    batch, asked = units.Batch(2), []
+    made = [batch.add(TYPES, source(f"out_ptr0[0] = {i};"), None, Alone(i, asked)) for i in range(5)]
+    return [future.result() for future in made], asked
+
+
+def test_a_file_that_does_not_compile_is_given_up(monkeypatch):
+    def load(code, device, submit_fn=None):
+        def refused():
+            raise RuntimeError("C++ compile error")
+
+        return refused
+
+    found, asked = merged_by(monkeypatch, load)
+    assert found == list(range(5)) == sorted(asked)
+
+
+def test_an_inductor_of_other_insides_is_left_alone(monkeypatch):
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "suffix_template", "something new")
+    found, asked = merged_by(monkeypatch, None)
+    assert found == list(range(5)) == sorted(asked)
+
+
+def test_few_kernels_keep_their_files():
+    batch, asked = units.Batch(2), []
+    made = [batch.add(TYPES, source("x;"), None, Alone(i, asked)) for i in range(2)]
+    assert [future.result() for future in made] == [0, 1] == asked
+
+
+def test_one_file_holds_all_kernels_and_each_include_once():
+    kernels = [units.Kernel(None, TYPES, source(f"out_ptr0[0] = {i};"), None, None) for i in range(3)]
+    text = units._merged(kernels, units._binding_parts())
+    assert text.count(INCLUDE.strip()) == 1
+    assert all(f"void  kernel{i}(" in text and f'{{"kernel{i}", kernel{i}_py' in text for i in range(3))
+    assert "PyInit_kernel(void)" in text
+
+
+def test_other_threads_keep_inductors_way(monkeypatch):
+    class Compiler:
+        def cpp_pybinding(self, argtypes, source_code):
+            return Alone("alone", [])
+
+        submit = None
+
+    units._install(Compiler)
+    units._install(Compiler)
+    assert isinstance(Compiler().cpp_pybinding(TYPES, source("x;")), Alone)
+    monkeypatch.setattr(units._local, "batch", units.Batch(2), raising=False)
+    future = Compiler().cpp_pybinding(TYPES, source("x;"))
+    assert not isinstance(future, Alone)
+    assert future.result() == "alone"

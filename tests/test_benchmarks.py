@@ -1,0 +1,129 @@
+"""The harness of the benchmarks on a model of no size: it compares before it times, and reports what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import json
+
+import pytest
+import torch
+
+from benchmarks import machine, peers, report, run, targets, training, workloads
+from benchmarks.peers import base
+from benchmarks.worker import Failure
+
+
+class Here:
+    """A worker without a process."""
+
+    def __init__(self, name, spoil=None):
+        self.peer, self.spoil, self.asked = peers.ALL[name], spoil, []
+
+    def ask(self, *message):
+        self.asked.append(message)
+
+    def answer(self):
+        kind, *rest = self.asked.pop(0)
+        if kind == "build":
+            self.trainer = self.peer.make(workloads.ALL[rest[0]])
+            if self.spoil:
+                self.spoil(self.trainer)
+        return self.run(*rest) if kind == "run" else {"memory": 1.0}
+
+    def run(self, steps):
+        script, replies = iter([steps, None]), []
+        self.trainer.serve(base.Rounds(script.__next__, replies.append))
+        return replies[0]
+
+
+@pytest.fixture(autouse=True)
+def peak_of_the_tests(monkeypatch):
+    """The tests' own process keeps the peak of its memory."""
+    monkeypatch.setattr(base, "_reset_peak", lambda: None)
+
+
+def measured(workers, rounds=3):
+    return training.measure(workers, "tiny", rounds=rounds, seconds=0.002, say=lambda text: None)
+
+
+def test_peers_agree_and_are_timed_in_turns():
+    found = measured({name: Here(name) for name in ("loop", "loop-fused", "ps-eager", "ps-fused", "ps-fit")})
+    assert found["failed"] == {}
+    losses = [peer["loss"] for peer in found["peers"].values()]
+    assert max(losses) - min(losses) < 1e-5 * losses[0]
+    for peer in found["peers"].values():
+        assert len(peer["us_rounds"]) == 3
+        assert peer["us_min"] <= peer["us"] <= peer["us_max"]
+    assert training.ratio(found, "loop", "loop") == (1.0, 1.0, 1.0)
+
+
+def test_a_peer_that_computes_something_else_is_not_timed():
+    def spoil(trainer):
+        trainer.optimizer.param_groups[0]["lr"] = 0.3
+
+    found = measured({"loop": Here("loop"), "loop-fused": Here("loop-fused", spoil)})
+    assert list(found["peers"]) == ["loop"]
+    assert "its loss after 10 steps is" in found["failed"]["loop-fused"]
+
+
+def test_a_peer_that_fails_is_named_and_the_others_go_on():
+    def spoil(trainer):
+        raise Failure("Traceback ...\nRuntimeError: out of luck")
+
+    found = measured({"loop": Here("loop"), "ps-eager": Here("ps-eager", spoil)})
+    assert list(found["peers"]) == ["loop"]
+    text = report.markdown(results(training={"tiny": found}))
+    assert "| purestep, eager | - | left out: RuntimeError: out of luck | - |" in text
+
+
+def results(**sections):
+    about = {"settings": "quick", "date": "2026-01-31", "seconds": 61.0, "machine": machine.describe()}
+    return about | sections
+
+
+def test_verdicts_compare_with_the_limit_and_say_what_was_not_measured():
+    def rounds(*us):
+        return {"us_rounds": list(us)}
+
+    mlp = {
+        "peers": {"ps-donate": rounds(3.0, 4.0, 6.0), "loop": rounds(10.0, 10.0, 10.0), "jax": rounds(1.0, 2.0, 3.0)}
+    }
+    found = {v.target.what: v for v in targets.verdicts({"training": {"mlp": mlp}})}
+    over_loop = found["MLP: jit, donated / hand-written loop, AdamW foreach"]
+    assert over_loop.reached == pytest.approx(0.4)
+    assert over_loop.text == "missed"
+    assert found["MLP: jit, donated / JAX jit, donated"].reached == pytest.approx(2.0)
+    assert found["import purestep / import torch"].text == "not measured"
+    met = dataclasses.replace(over_loop, target=dataclasses.replace(over_loop.target, limit=0.4 + 1e-9))
+    assert met.text == "reached"
+
+
+def test_every_peer_of_the_settings_exists_and_the_others_are_not_imported():
+    for settings in (run.FULL, run.QUICK):
+        names = {name for chosen in settings.training.values() for name in chosen} | set(settings.memory)
+        assert names <= peers.ALL.keys()
+        assert settings.training.keys() | settings.compile_rounds.keys() <= workloads.ALL.keys()
+
+
+def test_the_report_is_written_with_a_chart(tmp_path):
+    found = measured({"loop": Here("loop"), "ps-fused": Here("ps-fused")})
+    run.write(results(training={"tiny": found}, loop_cost={"error": "Traceback\nValueError: no"}), tmp_path / "try")
+    assert json.loads((tmp_path / "try.json").read_text())["training"]["tiny"]["peers"].keys() == {"loop", "ps-fused"}
+    text = (tmp_path / "try.md").read_text()
+    assert "| hand-written loop, AdamW foreach | 1.00 [1.00, 1.00] |" in text
+    assert "loop_cost: failed" in text
+    assert (tmp_path / "try.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["gpt", "cnn", "mlp"])
+def test_weights_fit_the_modules(name):
+    work = workloads.ALL[name]
+    model = workloads.module(work)
+    assert sum(p.numel() for p in model.parameters()) == work.parameters()
+    x, y = (torch.from_numpy(array) for array in work.batches()[0])
+    assert model(x).shape[0] == y.shape[0]
+
+
+def test_doctests():
+    assert doctest.testmod(report).failed == 0
