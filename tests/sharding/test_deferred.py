@@ -36,6 +36,10 @@ class Odd(nn.Module):
         nn.init.eye_(self.eye)
         self.sparse = nn.Parameter(torch.empty(4, 8))
         nn.init.sparse_(self.sparse, 0.3)
+        reused = torch.tensor([1.0, 2.0, 3.0])
+        self.first = nn.Parameter(torch.empty(3))
+        self.first.data.copy_(reused)
+        reused.zero_()
         self.register_buffer("mask", torch.tril(torch.ones(4, 4)))
         self.register_buffer("inverse", 1.0 / (10000 ** (torch.arange(0, 8, 2).float() / 8)))
 
@@ -101,7 +105,7 @@ def test_deferred_states_have_the_structure_of_plain_ones(make):
         assert b.stride() == a.stride()
         assert not b.requires_grad
     # What is not drawn at random has the bits of the plain init.
-    exact = [n for n in ("constant", "eye") if n in plain.params]
+    exact = [n for n in ("constant", "eye", "first") if n in plain.params]
     assert all(torch.equal(plain.params[n], one.params[n]) for n in exact)
     assert ps.tree.equal(plain.opt_state, one.opt_state)
     assert ps.digest(ps.init(make, TX, seed=4, deferred=True)) != ps.digest(one)
@@ -189,6 +193,10 @@ def test_nobody_else_is_moved():
     assert torch.equal(torch.random.get_rng_state(), before)
     assert getattr(nn.init, "_no_grad_trunc_normal_", None) is original
     assert not torch.empty(2).is_meta
+    with recording(random.key(0)) as tape:
+        drawn = torch.randn(3)
+    assert not torch.equal(tape.value(drawn), torch.zeros(3))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_what_cannot_be_deferred_says_so():
