@@ -154,7 +154,9 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if self._ranks.first:
                 stack.enter_context(Lock(self.run_dir))
-                snapshot.disk.clean(resume_.store_root(self.run_dir))  # what a process that was killed left half-written
+                snapshot.disk.clean(
+                    resume_.store_root(self.run_dir)
+                )  # what a process that was killed left half-written
             root, keep = resume_.store_root(self.run_dir), _keep(self.callbacks)
             self._store = stack.enter_context(snapshot.Store(root, keep=keep, ranks=self._ranks.for_store()))
         elif any(hasattr(c, "keep") for c in self.callbacks):

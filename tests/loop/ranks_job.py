@@ -249,7 +249,9 @@ def mismatches(directory):
         "data": error_of(lambda: ps.fit(**job(train=short), until=ps.steps(2))),
         "until": error_of(lambda: ps.fit(**job(), until=ps.steps(2 + last))),
         "callbacks": error_of(
-            lambda: ps.fit(**{**job(), "callbacks": [ps.callbacks.log(every=ps.every.steps(1 + last))]}, until=ps.steps(2))
+            lambda: ps.fit(
+                **{**job(), "callbacks": [ps.callbacks.log(every=ps.every.steps(1 + last))]}, until=ps.steps(2)
+            )
         ),
     }
     return {name: text for name, text in found.items()}

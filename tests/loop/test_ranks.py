@@ -196,7 +196,12 @@ elastic_launch(config, work)(*sys.argv[1:])
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(zygote, tmp_path):
     """torchrun's agent, whose workers are forked here instead of started anew."""
     done = zygote.run(
-        AGENT, SCRIPT, tmp_path, "20", "killed", preload="xxhash torch.distributed.launcher.api torch.distributed.tensor orbax.checkpoint"
+        AGENT,
+        SCRIPT,
+        tmp_path,
+        "20",
+        "killed",
+        preload="xxhash torch.distributed.launcher.api torch.distributed.tensor orbax.checkpoint",
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"2-{rank}.json").read_text())["killed"] for rank in (0, 1)]
