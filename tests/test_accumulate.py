@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 import purestep as ps
 from purestep.accumulate import Accumulation, Gradients
@@ -65,3 +66,13 @@ def test_one_microbatch_is_the_mean_and_nothing_given_is_written_to():
 def test_a_loss_is_weighted_for_all_microbatches_or_for_none():
     with pytest.raises(StepError, match="weighted for some microbatches of a batch only"):
         accumulated([part([1.0, 2.0], 2), part([4.0, 0.0], torch.tensor(1.0))], [2, 2])
+
+
+def test_a_buffer_that_nobody_touched_is_passed_on_and_not_copied():
+    """Frozen parameters are buffers, and may be most of a model."""
+    tx = ps.optim.sgd(0.1)
+    state = ps.init(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), tx, frozen="0.*")
+    step = ps.make_step(lambda net, batch: net(batch).square().mean(), tx, microbatches=2)
+    new, _ = step(state, torch.randn(6, 3))
+    assert set(new.buffers) == {"0.weight", "0.bias"}
+    assert all(new.buffers[name] is state.buffers[name] for name in new.buffers)
