@@ -19,11 +19,11 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume test lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology test lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv and install what is missing
 
@@ -32,6 +32,9 @@ demo: $(READY)  ## train on the real digits: the main example
 
 demo-resume: $(READY)  ## kill the same training four times, resume it, compare the bits
 	$(PY) examples/demo_resume.py
+
+demo-topology: $(READY)  ## train the same model on 1, 2 and 4 processes, compare the bits
+	$(PY) examples/demo_topology.py
 
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -79,6 +79,10 @@ class Step:
         """Number of microbatches of a batch (V): the given one, or one for each replica of the plan."""
         return self.microbatches or (1 if self.plan is None else self.plan.replicas)
 
+    @property
+    def _loss_fn(self) -> LossFn:
+        return on_plan(self.plan, self.loss_fn)
+
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
         if self.plan is not None:
@@ -116,7 +120,7 @@ class Step:
                 tensors, buffers, around = gathering.bound(cast, params, given)
             bound = bind(cast.module, tensors, buffers, rng=rng, around=around)
             with cast.scope(params):
-                loss, weight, metrics = read_loss(self.loss_fn, bound, cast.batch(microbatch), samples)
+                loss, weight, metrics = read_loss(self._loss_fn, bound, cast.batch(microbatch), samples)
             new = bound.new_buffers
             if gathering is not None:
                 new = gathering.forward_done(weight, new, state.buffers)
@@ -240,6 +244,15 @@ def definition(state: Any) -> Definition:
     return found
 
 
+def on_plan(plan: Plan | None, loss_fn: LossFn) -> LossFn:
+    """Return a loss function as several ranks compute it together, where a plan says so."""
+    if plan is None or plan.mesh.size(*plan.model_axes) == 1:
+        return loss_fn
+    from purestep.sharding.tensor import loss_on
+
+    return loss_on(plan, loss_fn)
+
+
 def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[Tensor, Any, Metrics]:
     """Call a loss function on a bound model, and check and normalise what it returns.
 
@@ -302,7 +315,7 @@ class Eval:
 
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers)
             bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around)
-            return read_loss(self.loss_fn, bound, cast.batch(batch), samples)[2]
+            return read_loss(on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples)[2]
 
 
 def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan | None = None) -> Eval:

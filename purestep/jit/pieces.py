@@ -15,7 +15,10 @@ from torch import Tensor
 from purestep import transforms
 from purestep.accumulate import Gradients, accumulate
 from purestep.grad import split_batch
+from purestep.jit import donation
 from purestep.jit.call import Jit
+from purestep.sharding import place, whole
+from purestep.sharding.plan import Plan
 from purestep.state import TrainState
 from purestep.step import Metrics, Step
 
@@ -48,13 +51,43 @@ class JitStep:
         """Return the state after one update, and the metrics of the batch."""
         if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
             return self.__wrapped__(state, batch)
+        if self.__wrapped__.plan is not None:
+            return self._planned(self.__wrapped__.plan, state, batch)
         return self.update(state, _changed(state, self._total(state, batch)))
+
+    def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Run the pieces of this rank's microbatches, with all gathers and sums outside of what is compiled."""
+        from purestep.parallel import total
+
+        step = self.__wrapped__
+        total.check(plan, step)
+        view = place.local(state) if total.split_leaves(state) else state
+        indices = self._indices(step.parts, state.rng.device)
+
+        def compute(view: TrainState, microbatch: Any, index: int, gathering: Any) -> Gradients:
+            whole_state = view if gathering is None else gathering.gathered(view)
+            part = _whole(whole_state, self.grads(whole_state, microbatch, indices[index]))
+            return part if gathering is None else gathering.taken(part, view)
+
+        gradients = total.total(plan, step.parts, state, view, batch, compute)
+        with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
+            # What needs whole tensors gathers them, which no graph can hold.
+            compiled = view is state or whole.only_parts(step.tx)
+            new, metrics = (self.update if compiled else step.update)(
+                view, _changed(view, gradients) if compiled else gradients
+            )
+        if view is state:
+            return new, metrics
+        new = place.rewrap(new, state)
+        if self.donate and compiled:
+            donation.consume(state, self.__name__)
+        return new, metrics
 
     def _total(self, state: TrainState, batch: Any, same: bool = False) -> Gradients:
         """Run the first piece for each microbatch, or once for each size of them, and add up."""
-        microbatches = split_batch(batch, self.__wrapped__.microbatches)
+        microbatches = split_batch(batch, self.__wrapped__.parts)
         indices = self._indices(len(microbatches), state.rng.device)
-        total = accumulate(state, sum(size for _, size in microbatches), self.__wrapped__.microbatches)
+        total = accumulate(state, sum(size for _, size in microbatches), self.__wrapped__.parts)
         known: dict[int, Gradients] = {}
         for index, (microbatch, size) in enumerate(microbatches):
             part = known.get(size)
@@ -82,7 +115,8 @@ class JitStep:
         self.update.clear()
 
     def compile(self, state: TrainState, batch: Any) -> JitStep:
-        """Compile for the signature of these arguments; the state is not consumed.
+        """Compile for the signature of these arguments; the state is not consumed. A step with a plan is compiled by
+        its first call.
 
         The gradients of one microbatch are computed, because the second piece takes what the first returns.
         """
@@ -94,7 +128,7 @@ class JitStep:
         return "\n".join(self._pieces(state, batch))
 
     def _pieces(self, state: TrainState, batch: Any) -> tuple[str, str]:
-        (microbatch, _), *_ = split_batch(batch, self.__wrapped__.microbatches)
+        (microbatch, _), *_ = split_batch(batch, self.__wrapped__.parts)
         first = self.grads.graph(state, microbatch, self._indices(1, state.rng.device)[0])
         return first, self.update.graph(state, _changed(state, self._total(state, batch, same=True)))
 

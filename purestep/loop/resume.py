@@ -113,15 +113,25 @@ _ENVIRONMENT = {
     "float32_matmul_precision": "torch.set_float32_matmul_precision({!r})",
 }
 
+_STEP = {
+    "microbatches": "ps.make_step(..., microbatches={})",
+    "compiled": "the step compiled as it was: {}",
+    "reduction": "a plan with reduction={!r}, or no plan for None",
+    "tensor_parallel": "tensor_parallel(rules, size={})",
+}
+
 
 def identity(step: Any) -> dict[str, Any]:
-    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy."""
+    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, and
+    how a plan sums gradients and splits matrix products. On how many ranks they were computed is not among them."""
     inner = getattr(step, "__wrapped__", step)
-    policy = getattr(inner, "policy", None)
+    policy, plan = getattr(inner, "policy", None), getattr(inner, "plan", None)
     return {
-        "microbatches": getattr(inner, "microbatches", None),
+        "microbatches": getattr(inner, "parts", None),
         "compiled": getattr(step, "backend", None),
         "policy": None if policy is None else str(policy),
+        "reduction": None if plan is None else plan.reduction,
+        "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
     }
 
 
@@ -131,8 +141,7 @@ def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent
     was, is_ = manifest.info.get("step"), identity(step)
     if isinstance(was, Mapping):
         _check_policy(was, is_)
-        hints = {"microbatches": "ps.make_step(..., microbatches={})", "compiled": "the step compiled as it was: {}"}
-        changed += [(name, was.get(name), is_[name], hint) for name, hint in hints.items()]
+        changed += [(name, was[name], is_[name], hint) for name, hint in _STEP.items() if name in was]
     changed = [entry for entry in changed if entry[1] != entry[2]]
     if not changed:
         return

@@ -130,6 +130,8 @@ class Run:
                 silent=not self._ranks.first,
             )
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
+            if self._store is not None:
+                self._store.check(self.loop)
             if at is None and getattr(self._step, "donate", False):
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
@@ -143,6 +145,7 @@ class Run:
             except GeneratorExit:
                 raise
             except BaseException as error:
+                self._ranks.tell(error)
                 self._outlets.event(Failed(f"{type(error).__name__}: {error}"), self.loop)
                 raise
 
@@ -151,10 +154,11 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if self._ranks.first:
                 stack.enter_context(Lock(self.run_dir))
-                snapshot.disk.clean(resume_.store_root(self.run_dir))  # what a process that was killed left half-written
-            self._store = stack.enter_context(
-                snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
-            )
+                snapshot.disk.clean(
+                    resume_.store_root(self.run_dir)
+                )  # what a process that was killed left half-written
+            root, keep = resume_.store_root(self.run_dir), _keep(self.callbacks)
+            self._store = stack.enter_context(snapshot.Store(root, keep=keep, ranks=self._ranks.for_store()))
         elif any(hasattr(c, "keep") for c in self.callbacks):
             raise ConfigError(
                 explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')

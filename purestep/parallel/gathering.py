@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purestep.accumulate import Accumulation
+from purestep.accumulate import Accumulation, Gradients
 from purestep.parallel.shares import Shares
-from purestep.sharding import collectives, place
+from purestep.sharding import collectives, place, tensor
 from purestep.sharding.gather import Session, Unit, Units
 from purestep.sharding.plan import Plan
 from purestep.sharding.reduce import Flat, Flats, arrived, rows_of, send
@@ -48,15 +48,42 @@ class Gathering:
         parts = {n: (params if n in params else buffers)[n] for n in self.split}
         self.reduced = cast.reduced
         self.units = units_of(self.shares.plan, cast.module, self.split, parts, params)
+        wrap = wrapping(self.shares.plan, self.split)
+        self.session = Session(self.units, parts, self.sink, wrap)
+        return *_given(self.session, params, buffers), functools.partial(both, self.session.around, cast.around)
+
+    def gathered(self, view: Any) -> Any:
+        """Return the state with all parameters whole, for a compiled piece: they stay until it has run."""
+        params, buffers = view.params, view.buffers
+        parts = {n: (params if n in params else buffers)[n] for n in self.split}
+        self.units = units_of(self.shares.plan, view.model.module, self.split, parts, params)
         self.session = Session(self.units, parts, self.sink)
-        known = self.session.tensors()
-        given = {n: known.get(n, t) for n, t in params.items()}, {n: known.get(n, t) for n, t in buffers.items()}
-        return *given, functools.partial(both, self.session.around, cast.around)
+        pending = [
+            collectives.gather(u.rows.pack([parts[n] for n in u.names]), self.units.group) for u in self.units.units
+        ]
+        known: dict[str, Tensor] = {}
+        for unit, sent in zip(self.units.units, pending, strict=True):
+            known.update(unit.rows.wholes(unit.rows.unpack(sent.wait())))
+        return view.replace(
+            params={n: known.get(n, t) for n, t in params.items()},
+            buffers={n: known.get(n, t) for n, t in buffers.items()},
+        )
+
+    def taken(self, part: Gradients, view: Any) -> Gradients:
+        """Take the gradients of whole parameters, as a compiled piece returns them; `part` with frozen parts again."""
+        self.weight = part.weight
+        for number, unit in enumerate(self.units.units):
+            if unit.trained:
+                self._late[number] = self._rows(unit, [part.grads[n] for n in unit.trained])
+        buffers = {n: view.buffers[n] if n in self.split else t for n, t in part.buffers.items()}
+        kept = {n: view.params[n] if n in self.split else g for n, g in part.grads.items()}
+        return part.replace(buffers=buffers, grads=kept)  # type: ignore[attr-defined, no-any-return]
 
     def forward_done(self, weight: Any, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take note of what the microbatch weighs, before its backward pass; return the buffers with frozen parts."""
         self.weight, self.session.backward = weight, True
-        return {n: old[n] if n in self.split else t for n, t in new.items()}
+        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}  # type: ignore[attr-defined]
+        return {n: old[n] if n in self.split else t for n, t in plain.items()}
 
     def sink(self, unit: Unit, grads: list[Tensor | None]) -> None:
         """Take the gradients of a unit, and send the others their parts; those of the root go with the last exchange."""
@@ -129,10 +156,19 @@ def evaluated(plan: Plan, at_rest: Any, cast: Any, params: Mapping[str, Tensor],
     if not split:
         return params, buffers, cast.around
     parts = {n: (params if n in params else buffers)[n] for n in split}
-    session = Session(units_of(plan, cast.module, split, parts, params), parts, lambda unit, grads: None)
-    known = session.tensors()
-    given = {n: known.get(n, t) for n, t in params.items()}, {n: known.get(n, t) for n, t in buffers.items()}
-    return *given, functools.partial(both, session.around, cast.around)
+    units = units_of(plan, cast.module, split, parts, params)
+    session = Session(units, parts, lambda unit, grads: None, wrapping(plan, split))
+    return *_given(session, params, buffers), functools.partial(both, session.around, cast.around)
+
+
+def wrapping(plan: Plan, split: Mapping[str, Tensor]) -> tensor.Wrapped | None:
+    """Return what makes DTensors of whole parameters, where several ranks compute together."""
+    return tensor.Wrapped(plan, split) if tensor.is_tensor_parallel(plan) else None
+
+
+def _given(session: Session, *groups: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+    known, wrap = session.tensors(), session.wrap or (lambda name, value: value)
+    return tuple({n: known[n] if n in known else wrap(n, t) for n, t in group.items()} for group in groups)
 
 
 def split_leaves(at_rest: Any) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ They merge by rules of their own (a maximum, the last), so they are not summed o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from purestep.treesum import Node, TreeSum
 
 def exchange_small(
     nodes: Mapping[Node, Partial], owners: Sequence[Sequence[Node]], group: Any, pattern: Partial, samples: int
-) -> Partial:
-    """Return the sum of what all ranks hold, without its vector.
+) -> Callable[[], Partial]:
+    """Begin to add up what all ranks hold, and return the function that waits and returns it, without its vector.
 
     Args:
         nodes: the parts of the tree that this rank holds.
@@ -34,17 +34,21 @@ def exchange_small(
     if group is None:
         for node, part in nodes.items():
             whole.put(node, _without_vector(part, *_leaves(part)))
-        return _weighing(whole.result(), samples)
+        return lambda: _weighing(whole.result(), samples)
     like, structure = _leaves(pattern)
     flat = _Bytes(like)
     held = [flat.pack(_leaves(nodes[node])[0]) for own in owners for node in own if node in nodes]
     most = max(len(own) for own in owners)
     row = torch.cat([*held, torch.zeros(flat.size * (most - len(held)), dtype=torch.uint8, device=flat.device)])
-    rows = collectives.gather(row, group).wait()
-    for own, row in zip(owners, rows, strict=True):
-        for node, packed in zip(own, row.split(flat.size), strict=False):
-            whole.put(node, _without_vector(pattern, flat.unpack(packed), structure))
-    return _weighing(whole.result(), samples)
+    pending = collectives.gather(row, group)
+
+    def result() -> Partial:
+        for own, packed in zip(owners, pending.wait(), strict=True):
+            for node, values in zip(own, packed.split(flat.size), strict=False):
+                whole.put(node, _without_vector(pattern, flat.unpack(values), structure))
+        return _weighing(whole.result(), samples)
+
+    return result
 
 
 def _leaves(part: Partial) -> tuple[list[Tensor], Any]:

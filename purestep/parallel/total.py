@@ -59,7 +59,7 @@ def _replicated(shares: Shares, sums: Accumulation, view: Any, pieces: Any, spar
     plan, nodes = shares.plan, sums.sum.nodes
     group = plan.mesh.group(*shares.batch_axes)
     if group is None:
-        return sums.finish(_small(nodes, [], None, pattern, sums).replaced(sums.sum.result().vector))
+        return sums.finish(_small(nodes, [], None, pattern, sums)().replaced(sums.sum.result().vector))
     small = _small(nodes, shares.owners(), group, pattern, sums)
     flat = Flat(pattern.vector)
     if plan.reduction == "fast":
@@ -69,10 +69,10 @@ def _replicated(shares: Shares, sums: Accumulation, view: Any, pieces: Any, spar
         packed = {node: flat.pack(part.vector) for node, part in nodes.items()}
         like = next(iter(packed.values())) if packed else flat.pack(pattern.vector)
         flats = _whole_tree(tree_sum(packed, shares.owners(), group, like))
-    return sums.finish(small.replaced(flat.unpack(flats)))
+    return sums.finish(small().replaced(flat.unpack(flats)))
 
 
-def _small(nodes: Any, owners: Any, group: Any, pattern: Partial, sums: Accumulation) -> Partial:
+def _small(nodes: Any, owners: Any, group: Any, pattern: Partial, sums: Accumulation) -> Callable[[], Partial]:
     return exchange_small(nodes, owners, group, pattern, sum(sums.sizes))
 
 
@@ -94,7 +94,8 @@ def _sharded(
         one = Gathering(shares, sums, split, turn, index)
         part = compute(view, pieces.get(index, spare), index, one)
         pattern = sums.lift(part, index if one.counts else 0)
-        names = [*tree.names(part.grads), *[None] * (len(pattern.vector) - len(part.grads))]
+        names = tree.names(part.grads)
+        names += [""] * (len(pattern.vector) - len(names))
         rest = [x for n, x in zip(names, pattern.vector, strict=True) if n not in split]
         for node, flats in one.finish(rest).items():
             added.put((0, turn) if one.fast else node, flats)
@@ -108,7 +109,7 @@ def _sharded(
         flats = _whole_tree(tree_sum(added.nodes, shares.groups(), group, one.like))
     local, whole = one.parts(flats, rest)
     others = iter(whole)
-    return sums.finish(small.replaced([local[n] if n in split else next(others) for n in names]))
+    return sums.finish(small().replaced([local[n] if n in split else next(others) for n in names]))
 
 
 def check(plan: Plan, step: Any) -> None:

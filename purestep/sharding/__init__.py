@@ -3,6 +3,8 @@
 Re-exports what users type. Nothing here loads torch's DTensor before a leaf is sharded over more than one process.
 """
 
+from purestep.sharding.local import LocalBatch as LocalBatch
+from purestep.sharding.local import local_batch as local_batch
 from purestep.sharding.mesh import Mesh as Mesh
 from purestep.sharding.mesh import mesh as mesh
 from purestep.sharding.plan import Plan as Plan
@@ -11,3 +13,6 @@ from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp
 from purestep.sharding.presets import tensor_parallel as tensor_parallel
 from purestep.sharding.spec import Spec as Spec
+from purestep.sharding.world import initialize as initialize
+from purestep.sharding.world import rank as rank
+from purestep.sharding.world import size as size

@@ -145,7 +145,9 @@ class Live:
             for name, tensor in self.tracked.items():
                 tensor.data = self.whole(name)
             self.filled = True
-        return {n: self.tracked[n] if n in self.tracked else self.whole(n) for n in self.unit.names}
+        found = {n: self.tracked[n] if n in self.tracked else self.whole(n) for n in self.unit.names}
+        wrap = self.session.wrap
+        return found if wrap is None else {n: wrap(n, t) for n, t in found.items()}
 
     def release(self) -> None:
         """Let go of the gathered memory. What somebody else still holds stays as it is."""
@@ -161,10 +163,13 @@ class Session:
         units: of the model.
         parts: local parts by name, as the model computes with them; trained ones are tracked by autograd.
         sink: takes the gradients of a unit as its backward pass ends.
+        wrap: makes of a whole parameter, by its name, what the model computes with.
     """
 
-    def __init__(self, units: Units, parts: Mapping[str, Tensor], sink: Sink) -> None:
-        self.units, self.parts, self.sink = units, parts, sink
+    def __init__(
+        self, units: Units, parts: Mapping[str, Tensor], sink: Sink, wrap: Callable[[str, Tensor], Tensor] | None = None
+    ) -> None:
+        self.units, self.parts, self.sink, self.wrap = units, parts, sink, wrap
         self.lives: dict[int, Live] = {}
         self.recent: list[Live] = []
         self.stack: list[tuple[Live, Any]] = []
@@ -232,7 +237,7 @@ class Session:
 
     def _pack(self, saved: Tensor) -> Any:
         live = self.stack[-1][0] if self.stack else None
-        if live is None or live.flat is None:
+        if live is None or live.flat is None or type(saved) is not Tensor:
             return saved
         if saved.untyped_storage().data_ptr() != live.flat.untyped_storage().data_ptr():
             return saved

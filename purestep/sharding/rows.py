@@ -128,6 +128,10 @@ class Rows:
                 place.slice_of(shaped, (offset, shape)).copy_(part)
         return flat
 
+    def wholes(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the parameters in gathered memory, as views of it."""
+        return {r.name: flat[r.start : r.start + math.prod(r.shape)].view(r.shape) for r in self.rows}
+
     def cut(self, wholes: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
         """Return `[R, n]`: for each member its parts of some whole tensors, like those of `rows`."""
         if all(row.even for row in rows):

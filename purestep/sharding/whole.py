@@ -7,6 +7,7 @@ ask, and nothing of this is used.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -130,6 +131,15 @@ def on_whole_tensors(
     with updating(_Alone(whole)):
         new, following = update(transform, *everything, **extra)
     return whole.parted(new, updates), whole.parted(following, state)
+
+
+def only_parts(transform: Any) -> bool:
+    """Tell whether a transformation and all in it can do with this rank's parts of tensors."""
+    if not transform.on_shards:
+        return False
+    values = [getattr(transform, f.name) for f in dataclasses.fields(transform)] + [getattr(transform, "inner", None)]
+    inside = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+    return all(only_parts(x) for x in inside if hasattr(x, "on_shards"))
 
 
 class _Alone(Whole):

@@ -1,0 +1,333 @@
+"""One process of several: train small models under every plan, and write the digests down as JSON.
+
+Arguments: a directory, the sizes of the jobs to be part of one after the other, this process's number.
+"""
+
+import gc
+import json
+import sys
+import traceback
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+
+import purestep as ps
+from purestep.sharding import Spec, ddp, fsdp, hsdp, tensor_parallel
+from purestep.sharding.rows import Rows
+
+O = ps.optim
+
+
+class Block(nn.Module):
+    def __init__(self, width, drop=0.2):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        return x + self.drop(self.down(gelu(self.up(self.norm(x)))))
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout, blocks, and a parameter of odd shape that no number of ranks divides."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.batchnorm, self.head = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
+        self.blocks = nn.ModuleList([Block(16) for _ in range(2)])
+        self.odd = nn.Parameter(torch.randn(7, 3))
+
+    def forward(self, x):
+        x = self.batchnorm(self.embed(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) + self.odd.sum() * 1e-3
+
+
+class Tied(nn.Module):
+    """Tied weights, and blocks that run twice: once more under a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 16), nn.Linear(16, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.blocks = nn.ModuleList([Block(16) for _ in range(2)])
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        for block in self.blocks:
+            x = ps.checkpoint(block, x)
+        return self.head(x).flatten(0, 1)
+
+
+def loss_fn(net, batch):
+    logits = net(batch["x"])
+    return cross_entropy(logits, batch["y"].flatten()), {
+        "largest": ps.metrics.Max(logits.max()),
+        "one": ps.metrics.Sum(1),
+    }
+
+
+def weighted_loss(net, batch):
+    y = batch["y"].flatten()
+    return ps.weighted(cross_entropy(net(batch["x"]), y), (y > 2).sum() + 1)
+
+
+def poisoned(net, batch):
+    return loss_fn(net, batch)[0] * batch["scale"].mean()
+
+
+def batches(model, samples, steps):
+    g = torch.Generator().manual_seed(7)
+    for i in range(steps):
+        scale = torch.ones(samples)
+        scale[samples // 2] = float("inf") if i == 1 else 1.0
+        if model is Net:
+            yield {"x": torch.randn(samples, 8, generator=g), "y": torch.randint(0, 5, (samples,), generator=g)}
+        else:
+            x, y = torch.randint(0, 12, (2, samples, 4), generator=g)
+            yield {"x": x, "y": y, "scale": scale}
+
+
+def adamw():
+    return O.chain(O.clip_by_global_norm(0.3), O.adamw(1e-2))
+
+
+def train(
+    plan,
+    model=Net,
+    v=4,
+    samples=16,
+    loss=loss_fn,
+    tx=adamw,
+    policy=None,
+    frozen=None,
+    steps=3,
+    backend=None,
+    keep=False,
+):
+    tx = tx()
+    state = ps.init(model, tx, seed=1, frozen=frozen)
+    if policy:
+        state = ps.precision.policy(policy).apply(state)
+    state = plan.place(state)
+    step = ps.make_step(loss, tx, microbatches=v, policy=policy, plan=plan)
+    if backend:
+        step = ps.jit(step, backend=backend, donate=True)
+    seen = []
+    for batch in batches(model, samples, steps):
+        watched = model is Net and not keep
+        before = ps.digest(plan.gather(state.params)) if watched else None
+        new, metrics = step(state, batch)
+        if watched and ps.digest(plan.gather(state.params)) != before:
+            raise RuntimeError("the step changed its input")
+        state = new
+        seen.append(metrics)
+    if keep:
+        return state, metrics
+    return ps.digest(plan.gather(state)) + ps.digest(seen)[:8]
+
+
+def plans(size):
+    found = {"ddp": ddp(), "fsdp": fsdp(), "keep": fsdp(reshard_after_forward=False)}
+    found |= {"root": fsdp(units=()), "pad": fsdp(fallback="pad")}
+    return found | ({"hsdp": hsdp(fsdp=2)} if size == 4 else {})
+
+
+CASES = {
+    "plain": {},
+    "ragged": {"samples": 10, "loss": weighted_loss},
+    "few": {"model": Tied, "samples": 3},
+    "single": {"model": Tied, "samples": 1, "loss": weighted_loss},
+    "tied": {"model": Tied, "samples": 8},
+    "frozen": {"model": Tied, "samples": 8, "frozen": ["blocks.0.*", "*.up.bias"], "steps": 2},
+    "bf16-mixed": {"model": Tied, "samples": 8, "policy": "bf16-mixed"},
+    "skipped": {"model": Tied, "samples": 8, "policy": "16-mixed", "loss": poisoned},
+    "muon": {"model": Tied, "samples": 8, "tx": lambda: O.muon(1e-2), "steps": 2},
+    "finite": {"model": Tied, "samples": 8, "loss": poisoned, "tx": lambda: O.apply_if_finite(adamw())},
+    "large": {"model": Tied, "samples": 8, "tx": lambda: O.skip_large_updates(O.adamw(1e-2), 0.8), "steps": 2},
+}
+ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen")
+
+
+def bits(size):
+    for name, options in CASES.items():
+        for label, plan in plans(size).items():
+            every = size == 4 and (name in ALL or label in ("ddp", "fsdp"))
+            if every or (size == 4 and label == "hsdp" and name in SOME) or (size == 1 and label == "ddp"):
+                yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
+            elif size < 4 and name in SOME and label == "fsdp":
+                yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
+    yield "fast|ddp", lambda: train(ddp(reduction="fast"))
+    yield "fast|fsdp", lambda: train(fsdp(reduction="fast"))
+    if size == 2:
+        yield "tied|jit", lambda: train(fsdp(), **CASES["tied"], backend="eager")
+
+
+def six(size):
+    for label, plan in (("ddp", ddp()), ("fsdp", fsdp())):
+        if size == 4:
+            continue
+        yield f"six|{label}", lambda plan=plan: train(plan, v=6, samples=13, model=Tied)
+    yield "twelve|hsdp", lambda: train(hsdp(fsdp=2 if size == 4 else size), v=12, samples=11, model=Tied, steps=2)
+
+
+# --- other things that are asked of several processes -----------------------------------------------------------------
+
+
+class Equal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(32, 32, bias=False) for _ in range(24)])
+        self.twice = True
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x
+
+
+def live():
+    """Count the blocks that are whole at the same time, by the memory they lie in."""
+    alive, most = [0], [0]
+    unpack = Rows.unpack
+
+    def counted(self, received):
+        flat = unpack(self, received)
+        # The memory of an array is freed when nothing uses it any more, whoever it was.
+        array = np.array(flat.numpy())
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(array, lambda: alive.__setitem__(0, alive[0] - 1))
+        return torch.from_numpy(array)
+
+    Rows.unpack = counted
+    found = {}
+    try:
+        for label, plan in (("reshard", fsdp()), ("keep", fsdp(reshard_after_forward=False))):
+            tx = O.sgd(0.1)
+            state = plan.place(ps.init(Equal, tx, seed=0))
+            step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=plan)
+            most[0] = 0
+            state, _ = step(state, torch.ones(4, 32))
+            gc.collect()
+            found[label] = [most[0], alive[0]]
+    finally:
+        Rows.unpack = unpack
+    return found
+
+
+class Touching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return x @ self.blocks[0].weight.to(x.dtype)
+
+
+def message(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def refusals():
+    def touch():
+        tx = O.sgd(0.1)
+        state = fsdp().place(ps.init(Touching, tx))
+        ps.make_step(lambda net, x: net(x).sum(), tx, plan=fsdp())(state, torch.ones(4, 4))
+
+    return {
+        "touched": message(touch),
+        "fused": message(lambda: train(fsdp(), tx=lambda: O.adamw(1e-2, fused=True))),
+        "count": message(lambda: train(ddp(), v=3)),
+    }
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(12, 16), nn.LayerNorm(16)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 12)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = (f(self.norm(x)).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.head(x + self.down(gelu(self.up(x)))).flatten(0, 1)
+
+
+def tensor(size):
+    rows = ("q.*", "k.*", "v.*", "up.*")
+    rules = {rows: Spec("tensor"), ("out.weight", "down.weight"): Spec(None, "tensor")}
+    found = {"none": ddp()} if size == 1 else {"tensor": ddp() * tensor_parallel(rules, 2)}
+    if size == 4:
+        found["fsdp x tensor"] = fsdp() * tensor_parallel(rules, 2)
+    for label, plan in found.items():
+
+        def run(plan=plan):
+            state, metrics = train(plan, model=Attention, samples=8, keep=True, loss=lambda n, b: loss_fn(n, b)[0])
+            state = plan.gather(state)
+            evaluate = ps.make_eval(loss_fn, plan=plan)(plan.place(state), next(batches(Attention, 8, 1)))
+            numbers = [float(metrics["loss"]), float(evaluate["loss"]), float(O.global_norm(state.params))]
+            return [*numbers, *state.params["q.weight"].flatten().tolist()[:16]]
+
+        yield f"tensor|{label}", run
+
+
+def evaluated(size):
+    for label, plan in plans(size).items():
+
+        def run(plan=plan):
+            state, _ = train(plan, keep=True, steps=1)
+            evaluate = ps.make_eval(loss_fn, plan=plan)
+            return ps.digest([evaluate(state, b) for b in batches(Net, 6, 2)])
+
+        yield f"evaluated|{label}", run
+
+
+def checks(size, number):
+    yield from six(size)
+    if size == 3:
+        return
+    yield from bits(size)
+    yield from evaluated(size)
+    yield from tensor(size)
+    if size == 2:
+        yield "live", live
+        yield "refusals", refusals
+
+
+def main(directory, sizes, number):
+    torch.set_num_threads(1)
+    for round, size in enumerate(sizes):
+        if number >= size:
+            continue
+        if size > 1:
+            store = f"file://{directory}/store-{round}-{size}"
+            dist.init_process_group("gloo", init_method=store, rank=number, world_size=size)
+        found = {}
+        for name, check in checks(size, number):
+            try:
+                found[name] = check()
+            except Exception:
+                found[name] = traceback.format_exc()
+        (Path(directory) / f"{size}-{number}.json").write_text(json.dumps(found))
+        if size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]))

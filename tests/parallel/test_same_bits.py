@@ -1,0 +1,76 @@
+"""The same bits on 1, 2, 3 and 4 processes, under every plan; and what only several processes can show."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+JOB = Path(__file__).with_name("bits_job.py")
+CASES = "plain ragged few single tied frozen bf16-mixed skipped muon finite large six twelve evaluated".split()
+
+
+@pytest.fixture(scope="module")
+def answers(zygote, tmp_path_factory):
+    """By number of processes and rank, what each check found. Four processes are all of the jobs in turn."""
+    directory = tmp_path_factory.mktemp("bits")
+    quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    children = [
+        zygote.popen(JOB, str(directory), "4,3,2,1", str(rank), env=quiet, preload="torch.distributed.tensor")
+        for rank in range(4)
+    ]
+    for child in children:
+        with child:
+            _, errors = child.communicate(240)
+            assert (child.returncode, errors) == (0, "")
+    return {
+        (size, rank): json.loads((directory / f"{size}-{rank}.json").read_text())
+        for size in (1, 2, 3, 4)
+        for rank in range(size)
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_do_not_depend_on_ranks_or_plan(answers, case):
+    found = {
+        (size, rank, name): value
+        for (size, rank), checks in answers.items()
+        for name, value in checks.items()
+        if name.partition("|")[0] == case
+    }
+    assert len(found) >= 9
+    assert len(set(found.values())) == 1, "\n".join(f"{k}: {v[-800:]}" for k, v in found.items())
+
+
+def test_sums_of_the_backend_have_other_bits(answers):
+    one, four = (answers[size, 0] for size in (1, 4))
+    assert one["fast|ddp"] != four["fast|ddp"]
+    assert one["fast|fsdp"] != four["fast|fsdp"]
+    assert len(one["fast|ddp"]) == len(four["fast|fsdp"]) == 72
+    assert len({answers[4, rank]["fast|fsdp"] for rank in range(4)}) == 1
+
+
+def test_blocks_are_whole_only_while_they_are_needed(answers):
+    for rank in range(2):
+        found = answers[2, rank]["live"]
+        assert found["reshard"][0] <= 3
+        assert found["keep"][0] == 24
+        assert found["reshard"][1] == found["keep"][1] == 0
+
+
+def test_what_a_plan_cannot_do_is_refused(answers):
+    said = answers[2, 1]["refusals"]
+    assert (
+        "StepError: the parameter 'blocks.0.weight' was used while its unit 'blocks.0' was not running"
+        in said["touched"]
+    )
+    assert "fsdp(units=" in said["touched"]
+    assert "ConfigError: this optimizer gives a part of a tensor other bits than the whole" in said["fused"]
+    assert "ConfigError: 3 microbatches cannot be shared equally by 2 ranks" in said["count"]
+
+
+def test_tensor_parallel_ranks_agree_with_one_process(answers):
+    reference = answers[1, 0]["tensor|none"]
+    for size, label in ((2, "tensor"), (4, "tensor"), (4, "fsdp x tensor")):
+        for rank in range(size):
+            assert answers[size, rank][f"tensor|{label}"] == pytest.approx(reference, rel=1e-5, abs=1e-5), label
