@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,16 @@ class Step:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
+        if self.microbatches < 1:
+            raise ConfigError(
+                explain(
+                    "the number of microbatches is not settled yet",
+                    where="ps.make_step(..., microbatches='auto')",
+                    why="it depends on the state, the batch and the memory that is free",
+                    instead="ps.fit settles it with the first batch; in a loop of your own:\n"
+                    "count = ps.loop.choose_microbatches(step, state, batch)",
+                )
+            )
         total = accumulate(state, sample_count(batch), self.microbatches)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatches)):
             total.add(self.grads(state, microbatch, index), index)
@@ -115,7 +125,7 @@ def make_step(
     loss_fn: LossFn,
     tx: GradientTransformation,
     *,
-    microbatches: int = 1,
+    microbatches: int | Literal["auto"] = 1,
     engine: Engine = "auto",
     policy: Policy | str | None = None,
 ) -> Step:
@@ -128,7 +138,8 @@ def make_step(
             `metrics.as_metrics`.
         tx: gradient transformation, the one the state was made with.
         microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
-            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding.
+            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding. "auto"
+            lets `fit` take the smallest number that fits in memory; a resumed run keeps the one it began with.
         engine: see `grad_and_value`.
         policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is
             cast by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a
@@ -154,8 +165,10 @@ def make_step(
         >>> int(state.step), int(new.step), sorted(metrics)
         (0, 1, ['loss'])
     """
-    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
-        raise ConfigError(explain("microbatches is a positive integer", where=f"microbatches={microbatches!r}"))
+    if microbatches == "auto":
+        microbatches = 0  # settled by the first batch of a run
+    elif not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
+        raise ConfigError(explain("microbatches is a positive integer or 'auto'", where=f"microbatches={microbatches!r}"))
     if not isinstance(tx, GradientTransformation):
         raise ConfigError(
             explain(

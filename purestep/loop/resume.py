@@ -125,6 +125,15 @@ def identity(step: Any) -> dict[str, Any]:
     }
 
 
+def settled(step: Any, manifest: snapshot.Manifest) -> Any:
+    """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
+    from purestep.loop import memory
+
+    was = manifest.info.get("step")
+    count = was.get("microbatches") if isinstance(was, Mapping) else None
+    return memory.with_microbatches(step, count) if memory.is_auto(step) and isinstance(count, int) and count else step
+
+
 def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent: bool) -> None:
     now, then = snapshot.environment(), manifest.environment
     changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]
@@ -132,6 +141,8 @@ def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent
     if isinstance(was, Mapping):
         _check_policy(was, is_)
         hints = {"microbatches": "ps.make_step(..., microbatches={})", "compiled": "the step compiled as it was: {}"}
+        if not is_["microbatches"]:
+            del hints["microbatches"]  # "auto": the run goes on with those it has
         changed += [(name, was.get(name), is_[name], hint) for name, hint in hints.items()]
     changed = [entry for entry in changed if entry[1] != entry[2]]
     if not changed:

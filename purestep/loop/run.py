@@ -20,7 +20,6 @@ from purestep.errors import ConfigError, SaveFailed, explain
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
 from purestep.loop.cadence import Until
-from purestep.loop.contract import Contract
 from purestep.loop.events import (
     Callback,
     Effect,
@@ -46,8 +45,10 @@ from purestep.loop.events import (
     Transformed,
 )
 from purestep.loop.feed import Feed, device_of
+from purestep.loop.guard import Guard
 from purestep.loop.machine import Machine
 from purestep.loop.outlets import Outlets
+from purestep.loop.precheck import check_callbacks
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.signals import Lock, Signals
@@ -81,6 +82,8 @@ class Run:
     ) -> None:
         _check_arguments(step, until, on_save_error)
         resume_.check_resume_argument(resume)
+        check_callbacks(callbacks)
+        self._guard = Guard(step)
         self._step, self._given, self._resume, self._strict = step, state, resume, strict
         self._on_save_error = on_save_error
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
@@ -129,6 +132,8 @@ class Run:
                 strict=self._strict,
                 silent=not self._ranks.first,
             )
+            if at is not None and self._store is not None:
+                self._step = self._guard.step = resume_.settled(self._step, self._store.read_manifest(at))
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             if at is None and getattr(self._step, "donate", False):
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
@@ -229,24 +234,43 @@ class Run:
         self, state: Any, batches: Iterator[Any], elapsed: float | None
     ) -> tuple[Any, list[tuple[Any, int]], bool]:
         """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
-        step, stop = self._step, self._outside.stop
+        guard, stop, number = self._guard, self._outside.stop, self.loop.cursor.batches
         seen: list[tuple[Any, int]] = []
-        plain = None
+        step, plain = self._step, None
         for batch in batches:
             if not self._checked:
-                contract = Contract(step, state)
+                contract = self._check_first(state, batch)
+                step = self._step
+            else:
+                contract = None
+                guard.same(batch, number + len(seen))
+            try:
                 returned = step(state, batch)
+            except Exception as error:
+                explained = guard.explained(error, state, batch, number + len(seen))
+                if explained is error:
+                    raise
+                raise explained from error
+            if contract is not None:
                 contract.check(returned)
                 self._checked = True
-                state, values = returned
-            else:
-                state, values = step(state, batch)
+            state, values = returned
             if plain is None:
                 plain = metrics.are_plain(values)
             seen.append((values, self._ranks.samples(batch) if plain else 0))
             if stop(elapsed):
                 return state, seen, True
         return state, seen, False
+
+    def _check_first(self, state: Any, batch: Any) -> Any:
+        """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
+        contract = self._guard.first(state, batch)
+        self._step = self._guard.step
+        if self._ranks.alone:
+            for callback in self.callbacks:
+                if hasattr(callback, "check_first"):
+                    callback.check_first(state)
+        return contract
 
     # --- snapshots ------------------------------------------------------------------------------------------------
 
