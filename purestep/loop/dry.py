@@ -1,6 +1,7 @@
 """Running a function on fake tensors: shapes without memory, so nothing is computed and no input is touched.
 
-Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which call of torch failed in
+They are meta tensors: torch's own kernels for them are C++, ten times quicker than its fake tensor mode, and need no
+imports. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which call of torch failed in
 it, and how many bytes it would have kept for the backward pass. What follows from that is said by `precheck` and
 `memory`.
 """
@@ -57,7 +58,7 @@ class Call:
 
 
 def _real(leaf: Any) -> Any:
-    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, Tensor) else leaf
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +85,15 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
         function: called once.
         *args: its arguments; tensors in them are replaced by fake ones, everything else is passed as it is.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode, watch, result, failure = FakeTensorMode(allow_non_fake_inputs=True), _Watch(), None, None
+    watch, result, failure = _Watch(), None, None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_undisturbed(function, args))
-        with mode:
-            fakes = tree.map(_fake, args)
+        fakes = tree.map(_fake, args)
         books = _Books(fakes)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(books.pack, _unpack))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
-            with mode, watch:
+            with watch, torch.device("meta"):  # what a step makes by itself is without memory as well
                 result = function(*fakes)
         except Exception as error:
             failure = error
@@ -105,7 +103,7 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
 def _fake(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
 
 
 class _Watch(TorchFunctionMode):

@@ -276,8 +276,8 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         own = isinstance(monitor, str) and "/" in monitor and not monitor.startswith("train/")
-        if own and monitor.split("/")[0] not in evaluated:
-            sets = ", ".join(f"{name}/..." for name in evaluated) or "there is no evaluation"
+        if own and evaluated and monitor.split("/")[0] not in evaluated:
+            sets = ", ".join(f"{name}/..." for name in evaluated)
             raise ConfigError(
                 explain(
                     f"{callback.name!r} watches {monitor!r}, which no callback evaluates",
