@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume test lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume faults test lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ demo: $(READY)  ## train on the real digits: the main example
 
 demo-resume: $(READY)  ## kill the same training four times, resume it, compare the bits
 	$(PY) examples/demo_resume.py
+
+faults: $(READY)  ## break a small training in twenty ways, hundreds of times; one table
+	$(PY) examples/demo_faults.py
 
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +55,8 @@ from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.signals import Lock, Signals
 
+# A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
+SLOW_DISK_SECONDS = 30.0
 StepFn = Callable[[Any, Any], tuple[Any, Any]]
 
 
@@ -79,13 +83,15 @@ class Run:
         resume: resume_.Resume = "auto",
         on_save_error: Literal["continue", "stop"] = "continue",
         strict: bool = False,
+        grace_seconds: float | None = None,
     ) -> None:
         _check_arguments(step, until, on_save_error)
         resume_.check_resume_argument(resume)
         check_callbacks(callbacks)
         self._guard = Guard(step)
         self._step, self._given, self._resume, self._strict = step, state, resume, strict
-        self._on_save_error = on_save_error
+        self._on_save_error, self._grace = on_save_error, grace_seconds
+        self._skipped, self._abandoned, self._unsaved = 0, False, False
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
         self._signals = Signals()
         self._ranks = Ranks.of(step)
@@ -116,7 +122,7 @@ class Run:
     def result(self) -> Result:
         """Return what the run has come to; complete once the iteration is over."""
         reason = self.reason or "not finished"
-        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop)
+        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._unsaved)
 
     def _run(self) -> Iterator[Event]:
         with contextlib.ExitStack() as stack:
@@ -157,13 +163,16 @@ class Run:
             if self._ranks.first:
                 stack.enter_context(Lock(self.run_dir))
                 snapshot.disk.clean(resume_.store_root(self.run_dir))  # what a process that was killed left half-written
-            self._store = stack.enter_context(
-                snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
-            )
+            self._store = snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
+            stack.push(self._leave_store)
         elif any(hasattr(c, "keep") for c in self.callbacks):
             raise ConfigError(
                 explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
             )
+
+    def _leave_store(self, *error: Any) -> None:
+        if self._store is not None and not self._abandoned:
+            self._store.__exit__(*error)
 
     def _interpret(self, first: Event) -> Iterator[Event]:
         outside = self._outside
@@ -278,6 +287,9 @@ class Run:
         if self._store is None or self._saved == _position(self.loop):
             return
         loop = self.loop.replace(cursor=self.loop.cursor.replace(loader=self._feed.loader_state()))
+        if self._ranks.alone and self._store.busy(self._patience()):
+            yield from self._behind()
+            return
         number = loop.cursor.batches
         info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume_.identity(self._step)}
         self._outlets.flush()
@@ -292,6 +304,20 @@ class Run:
             self._saved = _position(self.loop)
         except SaveFailed as error:
             yield self._lost(error)
+
+    def _patience(self) -> float:
+        """How many seconds to wait for the disk: a bound while training, the grace period after a signal."""
+        if self._signals.since is not None and self._grace is not None:
+            return max(0.0, self._grace - (time.monotonic() - self._signals.since))
+        return SLOW_DISK_SECONDS if self.loop.status.stop is None else math.inf
+
+    def _behind(self) -> Iterator[Event]:
+        """The disk is still busy with the snapshot before: leave this one out, and say so once."""
+        self._skipped += 1
+        text = f"the disk is slower than the snapshots: that of batch {self.loop.cursor.batches} is left out"
+        if self._skipped == 1:
+            warnings.warn(f"{text}; the next is tried as planned", stacklevel=2)
+        yield SaveLost(text)
 
     def _durable(self) -> Iterator[Event]:
         if self._store is None:
@@ -311,10 +337,15 @@ class Run:
         return SaveLost(str(error))
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
-        if self._store is not None:
+        if self._store is not None and self._ranks.alone and self._store.busy(self._patience()):
+            self._abandoned = True
+            yield SaveLost(f"the grace period of {self._grace:g} s is over, and the last snapshot is still being written")
+        elif self._store is not None:
             with contextlib.suppress(SaveFailed):
                 self._store.wait()
-            yield from self._durable()
+            for event in self._durable():
+                self._unsaved = self._unsaved or isinstance(event, SaveLost)
+                yield event
         self.reason = reason
         yield from self._tell(Stopped(reason), queue)
 
