@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology test lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults test lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -35,6 +35,9 @@ demo-resume: $(READY)  ## kill the same training four times, resume it, compare 
 
 demo-topology: $(READY)  ## train the same model on 1, 2 and 4 processes, compare the bits
 	$(PY) examples/demo_topology.py
+
+faults: $(READY)  ## break a small training in twenty ways, hundreds of times; one table
+	$(PY) examples/demo_faults.py
 
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
