@@ -16,14 +16,14 @@ BENCH_PY := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-EXTRAS := dev,examples,data,float8
+EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume test lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults test lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv and install what is missing
 
@@ -32,6 +32,12 @@ demo: $(READY)  ## train on the real digits: the main example
 
 demo-resume: $(READY)  ## kill the same training four times, resume it, compare the bits
 	$(PY) examples/demo_resume.py
+
+demo-topology: $(READY)  ## train the same model on 1, 2 and 4 processes, compare the bits
+	$(PY) examples/demo_topology.py
+
+faults: $(READY)  ## break a small training in twenty ways, hundreds of times; one table
+	$(PY) examples/demo_faults.py
 
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -46,10 +52,10 @@ format: $(READY)  ## let ruff mend what it can
 	$(PY) -m ruff format .
 
 bench: $(BENCH_READY)  ## run the benchmarks against other trainers
-	$(BENCH_PY) -m benchmarks.run
+	$(BENCH_PY) -m benchmarks.run $(ARGS)
 
 bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
-	$(BENCH_PY) -m benchmarks.run --quick
+	$(BENCH_PY) -m benchmarks.run --quick $(ARGS)
 
 clean:  ## remove environments, caches and runs
 	rm -rf $(VENV) $(BENCH_VENV) runs build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -144,8 +144,8 @@ def _check_value(value: Any, name: str) -> None:
 
 
 def stop_gradient(value: T) -> T:
-    """Detach every tensor of a tree."""
-    return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, value)
+    """Detach every tensor of a tree; one that is part of no graph stays the very tensor it is."""
+    return tree.map(lambda x: x.detach() if isinstance(x, Tensor) and x.requires_grad else x, value)
 
 
 # --- microbatches -----------------------------------------------------------------------------------------------------

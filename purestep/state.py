@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import random, transforms, tree
+from purestep import bits, random, transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation
@@ -284,6 +284,8 @@ def _seeded(rng: Tensor) -> Iterator[None]:
 def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
     """Make an ordinary module from a state: to export, to publish, or to use without purestep.
 
+    Of a state that is split over processes each of them gets the whole module, so each calls it.
+
     Args:
         state: a state made by `init`.
         module: a module to load the weights into, in place; by default a new one is made.
@@ -300,7 +302,7 @@ def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
         >>> torch.equal(to_module(state).weight, state.params["weight"])
         True
     """
-    tensors = {**state.params, **state.buffers}
+    tensors = {name: bits.whole(t) for name, t in {**state.params, **state.buffers}.items()}
     if module is None:
         if state.model is None:
             raise StepError(explain("the state holds no model", instead="ps.to_module(state, module)"))

@@ -30,6 +30,17 @@ def test_transforms_page(capsys):
     assert "learning rate 0.01: loss" in capsys.readouterr().out
 
 
+def test_sharding_page(capsys):
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/sharding.md"):
+        exec(compile(block, "docs/sharding.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert out.startswith("Spec(None, 'fsdp')\n")
+    shown = (ROOT / "docs/sharding.md").read_text()
+    table = out[out.index("mesh(") :].splitlines()[:9]
+    assert "\n".join(table) in shown
+
+
 @pytest.mark.slow
 def test_readme(tmp_path, monkeypatch):
     """The first block trains for real; the hand-written step of the second takes its place in `fit`."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, Self
@@ -58,7 +59,7 @@ class Ranks:
         """Return the ranks of a step's plan; joins the processes that torchrun started if there is one."""
         inner = getattr(step, "__wrapped__", step)
         plan = getattr(inner, "plan", None)
-        return cls(plan, getattr(inner, "microbatches", None) or (1 if plan is None else plan.replicas))
+        return cls(plan, 1 if plan is None else getattr(inner, "parts", plan.replicas))
 
     def outside(self, signals: Signals) -> Alone:
         """Return signals and clock as all ranks see them."""
@@ -112,6 +113,18 @@ class Ranks:
         instead = "start all of them with the same script, arguments, seed and settings (OMP_NUM_THREADS, say)"
         world.agree_each(values, what="the start of a run", instead=instead)
         _compare_states(loop.train)
+
+    def for_store(self) -> snapshot.Ranks:
+        """Return the processes that write snapshots together."""
+        if self.alone:
+            return snapshot.Ranks()
+        exchange = functools.partial(world.gather, what="a snapshot")
+        return snapshot.Ranks(world.rank(), world.size(), exchange, world.timeout())
+
+    def tell(self, error: BaseException) -> None:
+        """Leave word for the other ranks that this one fails, at once: what follows may take its time."""
+        if not self.alone and not world.is_lost(error):
+            world.failed(error)
 
     def __enter__(self) -> Self:
         return self

@@ -113,16 +113,35 @@ _ENVIRONMENT = {
     "float32_matmul_precision": "torch.set_float32_matmul_precision({!r})",
 }
 
+_STEP = {
+    "microbatches": "ps.make_step(..., microbatches={})",
+    "compiled": "the step compiled as it was: {}",
+    "reduction": "a plan with reduction={!r}, or no plan for None",
+    "tensor_parallel": "tensor_parallel(rules, size={})",
+}
+
 
 def identity(step: Any) -> dict[str, Any]:
-    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy."""
+    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, and
+    how a plan sums gradients and splits matrix products. On how many ranks they were computed is not among them."""
     inner = getattr(step, "__wrapped__", step)
-    policy = getattr(inner, "policy", None)
+    policy, plan = getattr(inner, "policy", None), getattr(inner, "plan", None)
     return {
-        "microbatches": getattr(inner, "microbatches", None),
+        "microbatches": None if getattr(inner, "microbatches", None) == "auto" else getattr(inner, "parts", None),
         "compiled": getattr(step, "backend", None),
         "policy": None if policy is None else str(policy),
+        "reduction": None if plan is None else plan.reduction,
+        "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
     }
+
+
+def settled(step: Any, manifest: snapshot.Manifest) -> Any:
+    """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
+    from purestep.loop import memory
+
+    was = manifest.info.get("step")
+    count = was.get("microbatches") if isinstance(was, Mapping) else None
+    return memory.with_microbatches(step, count) if memory.is_auto(step) and isinstance(count, int) and count else step
 
 
 def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent: bool) -> None:
@@ -131,8 +150,9 @@ def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent
     was, is_ = manifest.info.get("step"), identity(step)
     if isinstance(was, Mapping):
         _check_policy(was, is_)
-        hints = {"microbatches": "ps.make_step(..., microbatches={})", "compiled": "the step compiled as it was: {}"}
-        changed += [(name, was.get(name), is_[name], hint) for name, hint in hints.items()]
+        # Without a number yet ("auto") the run goes on with those it has.
+        names = [name for name in _STEP if name in was and not (name == "microbatches" and is_[name] is None)]
+        changed += [(name, was[name], is_[name], _STEP[name]) for name in names]
     changed = [entry for entry in changed if entry[1] != entry[2]]
     if not changed:
         return

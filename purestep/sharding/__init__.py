@@ -13,3 +13,6 @@ from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp
 from purestep.sharding.presets import tensor_parallel as tensor_parallel
 from purestep.sharding.spec import Spec as Spec
+from purestep.sharding.world import initialize as initialize
+from purestep.sharding.world import rank as rank
+from purestep.sharding.world import size as size

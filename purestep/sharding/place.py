@@ -86,7 +86,13 @@ def wrap(plan: Plan, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tenso
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     meta = TensorMeta(torch.Size(shape), _contiguous(shape), shard.dtype)
     layout = DTensorSpec(plan.mesh.device_mesh, placements(spec, sizes), tensor_meta=meta)
-    return DTensor(shard, layout, requires_grad=False)
+    return _new(DTensor, shard, layout)
+
+
+def _new(cls: Any, shard: Tensor, layout: Any) -> Tensor:
+    # Not cls(...): its empty `__init__` is hidden from Dynamo, which it imports for that, at the cost of seconds.
+    made: Tensor = cls.__new__(cls, shard, layout, requires_grad=False)
+    return made
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -130,7 +136,7 @@ def _rewrapped(part: Any, like: Any) -> Any:
         from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
         layout = DTensorSpec(layout.mesh, layout.placements, tensor_meta=layout.tensor_meta._replace(dtype=part.dtype))
-    return type(like)(part, layout, requires_grad=False)
+    return _new(type(like), part, layout)
 
 
 # --- what is where ----------------------------------------------------------------------------------------------------

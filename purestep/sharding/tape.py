@@ -85,7 +85,9 @@ class Tape:
         meta = tree.map(lambda x: bare[id(x)] if isinstance(x, Tensor) else x, (args, kwargs))
         written = _written(function, args, kwargs)
         try:
-            out = function(*meta[0], **meta[1])
+            # The others' kernels for meta tensors are in Python, and import sympy and Dynamo.
+            fills = _name(function) in _FILLS and len(written) == 1 and written[0].is_meta
+            out = written[0] if fills else function(*meta[0], **meta[1])
         except (RuntimeError, NotImplementedError) as error:
             if written:
                 _refuse(function, str(error).splitlines()[0], error)
@@ -116,7 +118,7 @@ class Tape:
         writes = frozenset(r.storage for r in targets)
         sources = [x.storage for x in tree.leaves(held) if isinstance(x, Ref)]
         fills = None
-        if function.__name__.split(".")[0] in _FILLS and len(targets) == 1 and self._covers(targets[0]):
+        if _name(function) in _FILLS and len(targets) == 1 and self._covers(targets[0]):
             fills = targets[0].storage if sources.count(targets[0].storage) == 1 else None
         for storage in writes | {r.storage for r in refs}:
             self._writers.setdefault(storage, []).append(len(self.ops))
@@ -219,6 +221,10 @@ def _seed(rng: Tensor) -> int:
     return int(low + ((high & 0x7FFFFFFF) << 32))
 
 
+def _name(function: Any) -> str:
+    return str(function.__name__).split(".")[0]
+
+
 def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for position, argument in enumerate(function._schema.arguments):
@@ -246,7 +252,7 @@ def _refuse(function: Any, why: str, error: Exception | None = None) -> None:
 def recording(rng: Tensor) -> Iterator[Tape]:
     """Make tensors without memory, and yield the tape on which everything that is done to them is written."""
     tape = Tape(rng)
-    with _truncated_normals(tape), _Recorder(tape), _Disguise():
+    with _truncated_normals(tape), _Recorder(tape), _Disguise(tape):
         yield tape
 
 
@@ -254,6 +260,10 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.tape = tape
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch hides this mode from Dynamo, which it imports for that, at the cost of seconds
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():
@@ -268,10 +278,18 @@ class _Disguise(TorchFunctionMode):
         Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
         Tensor.device.__get__: torch.device("cpu"),
     }
+    _reading = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in self._said and args[0].is_meta:
             return self._said[function]
+        if function in self._reading:
+            with torch._C._DisableTorchDispatch():
+                args = (self.tape.value(args[0]), *args[1:])
         return function(*args, **(kwargs or {}))
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from purestep.errors import ConfigError, RankError, explain
+from purestep.sharding.join import join
 
 _SLOT = 1024  # bytes a rank sends at once; what is longer follows in a second exchange
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -90,10 +91,8 @@ def initialize(*, backend: str | None = None, timeout: float | None = None) -> b
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         try:
-            dist.init_process_group(
-                backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo"), timeout=datetime.timedelta(seconds=_me.timeout)
-            )
-        except dist.DistError as error:
+            join(backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo"), _me.timeout)
+        except RuntimeError as error:
             raise RankError(
                 explain(
                     f"rank {rank()} of {size()} could not join the others within {_me.timeout:g} s",
@@ -112,6 +111,11 @@ def _leave() -> None:
         _me.owner = _me.group = None
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+def timeout() -> float:
+    """Return the seconds after which a rank that does not answer is an error."""
+    return _me.timeout
 
 
 def at(position: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from purestep.snapshot.export import Only
+from purestep.snapshot.export import consolidate as _consolidate
 from purestep.snapshot.keep import Keep as Keep
 from purestep.snapshot.keep import all_ as all_
 from purestep.snapshot.keep import best as best
@@ -59,6 +61,41 @@ def manifest(run_dir: str | Path, step: int) -> Manifest:
         SnapshotError: there is no snapshot of that step.
     """
     return Store(_root(run_dir)).read_manifest(step)
+
+
+def consolidate(run_dir: str | Path, out: str | Path, *, step: int | None = None, only: Only = "params") -> Path:
+    """Write a snapshot of any number of ranks to one file that other programs read.
+
+    Names are dotted: those of the model's `state_dict` for "params" and "model", paths in the stored tree for "all". A
+    tree with several train states prefixes each name with the path of its state. Everything is verified.
+
+    Args:
+        run_dir: the directory of a run, or of its snapshots.
+        out: the file: `.safetensors` (needs `pip install "purestep[export]"`), `.pt` or `.pth` for `torch.load`.
+        step: which snapshot; the newest by default.
+        only: "params"; "model" for params and buffers; "all" for every leaf of the stored tree. Numbers and strings are
+            values for `torch.load` (complex numbers, bytes and integers above 63 bits: text), and JSON under
+            `value:<name>` in the metadata of safetensors.
+
+    Returns:
+        The path of the file, which is complete, or not there.
+
+    Raises:
+        ConfigError: `only` or the suffix of `out` is unknown.
+        CorruptSnapshot: stored bytes are missing or changed.
+        MissingExtra: safetensors is not installed.
+        SnapshotError: there is no snapshot, or safetensors has no name for a dtype.
+        TreeError: the snapshot holds no train state.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as run_dir:
+        ...     with Store(run_dir) as store:
+        ...         store.save(5, {"w": torch.arange(3), "name": "digits"})
+        ...     torch.load(consolidate(run_dir, f"{run_dir}/all.pt", only="all"))
+        {'w': tensor([0, 1, 2]), 'name': 'digits'}
+    """
+    return _consolidate(_root(run_dir), out, step=step, only=only)
 
 
 def _root(run_dir: str | Path) -> Path:

@@ -21,6 +21,7 @@ from purestep.sharding import place
 
 JSON = Any  # None, bool, int, float, str, list or dict of JSON
 PYTHON_KINDS = ("bool", "int", "float", "complex", "str", "bytes")
+_DECIMAL_BITS = 10_000  # Python refuses to write or read much longer integers in decimal
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
 
@@ -151,8 +152,11 @@ def _qualified(cls: type) -> str:
 
 
 def _checked_key(key: Any, path: str) -> str | int:
-    if type(key) in (str, int):
+    if type(key) is str or (type(key) is int and key.bit_length() < _DECIMAL_BITS):
         return key
+    if type(key) is int:
+        what = f"a dict has an integer of {key.bit_length()} bits as a key, which JSON cannot hold"
+        raise TreeError(explain(what, where=show(path), instead="use a str"))
     what = f"a dict has a key of type {type(key).__name__}, which a snapshot cannot store"
     raise TreeError(
         explain(what, where=f"{show(path)}[{key!r}]", why="keys are stored as JSON", instead="use str or int keys")
@@ -161,6 +165,8 @@ def _checked_key(key: Any, path: str) -> str | int:
 
 def _static(value: Any) -> JSON:
     """Write a static field: JSON as it is, tuples tagged, the name of the class of anything else."""
+    if type(value) is int and value.bit_length() >= _DECIMAL_BITS:
+        return {"int": hex(value)}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:

@@ -25,16 +25,21 @@ def begin(root: Path, name: str, token: str | None = None) -> Path:
     Args:
         root: the directory.
         name: what it is to become.
-        token: what the processes that write into it together have agreed on; None for one process.
+        token: what nothing else there has in its name; made by default.
     """
-    path = root / f"{name}{MARK}{token or unique()}"
+    path = temporary_path(root, name, token or unique())
     _active.add(path)
     try:
-        path.mkdir(exist_ok=token is not None)
+        path.mkdir()
     except OSError:
         _active.discard(path)
         raise
     return path
+
+
+def temporary_path(root: Path, name: str, token: str) -> Path:
+    """Return the path of a temporary directory."""
+    return root / f"{name}{MARK}{token}"
 
 
 def unique() -> str:
@@ -97,11 +102,6 @@ def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
     os.rename(temporary, final)
     _active.discard(temporary)
     fsync(final.parent)
-
-
-def release(temporary: Path) -> None:
-    """Leave a temporary directory to the process that commits it."""
-    _active.discard(temporary)
 
 
 def abandon(temporary: Path) -> None:

@@ -28,6 +28,21 @@ class GaveUp(PurestepError):
     """Another rank has given this save up; the reason is its own to tell."""
 
 
+def convene(root: Path, step: int, token: str, ranks: Ranks) -> Path:
+    """Make the temporary directory of a save durably, on rank 0; return its path on any rank.
+
+    Rank 0 does it before the others learn of the token, so that none of them can make it anew after it was given up.
+    """
+    temporary = disk.temporary_path(root, str(step), token)
+    if ranks.rank == 0 and not temporary.exists():
+        disk.make_root(root)
+        disk.begin(root, str(step), token)
+        (temporary / "parts").mkdir()
+        if ranks.size > 1:
+            (temporary / _PLACE).mkdir()
+    return temporary
+
+
 class Meeting:
     """One rank's side of a save. With one rank it writes no file and waits for nothing.
 
@@ -44,9 +59,9 @@ class Meeting:
         self.token = temporary.name
 
     def begin(self) -> None:
-        """Take this rank's place."""
+        """Take this rank's place, which is not there any more when rank 0 has given up already."""
         if self.ranks.size > 1:
-            (self.place / str(self.ranks.rank)).mkdir(parents=True)
+            (self.place / str(self.ranks.rank)).mkdir()
 
     def tell(self, name: str, body: JSON) -> None:
         """Leave a value for the others, durably."""
@@ -95,6 +110,10 @@ class Meeting:
             why="it has died, is slower than that, or does not see this directory",
             instead="Ranks(..., timeout=) if it is slow; all ranks write to one shared file system",
         )
+
+    def is_over(self) -> bool:
+        """Tell whether rank 0 has given this save up."""
+        return self.ranks.rank > 0 and not self.place.exists()
 
     def end(self) -> None:
         """Remove what the ranks left each other."""

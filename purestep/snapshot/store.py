@@ -6,8 +6,7 @@ One process writes it, or several that call it together and come to the same ans
 
 from __future__ import annotations
 
-import json
-import operator
+import contextlib
 import threading
 import warnings
 from collections.abc import Mapping
@@ -17,12 +16,13 @@ from typing import Any
 
 from purestep.errors import SaveFailed, SnapshotError, TreeError, explain
 from purestep.snapshot import arrays, disk, keep, reader, space, writer
+from purestep.snapshot.arguments import checked_metrics, checked_step, frozen_json
 from purestep.snapshot.background import Background
 from purestep.snapshot.codec import JSON, Encoded, encode
 from purestep.snapshot.digest import size
 from purestep.snapshot.index import Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
-from purestep.snapshot.meeting import GaveUp
+from purestep.snapshot.meeting import GaveUp, convene
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.reader import Restored
 from purestep.snapshot.shards import owned
@@ -103,17 +103,25 @@ class Store:
         self._background.settle()  # the buffers are free again
         request, refused = None, None
         try:
-            request = self._request(_checked_step(step), value, metrics, info)
+            request = self._request(checked_step(step), value, metrics, info)
         except (SnapshotError, TreeError) as error:
             refused = error
         latest = self._index.steps()[-1:] if self.ranks.rank == 0 else None
-        said = self.ranks.exchange([self._report(), disk.unique(), latest, request and request.step])
+        token = disk.unique()
+        temporary = self._convene(request, token)
+        said = self.ranks.exchange([self._report(), token, latest, request and request.step])
         self._conclude([report for report, *_ in said])
-        if refused is None and any(number != said[0][3] for *_, number in said):
-            refused = SnapshotError(explain("ranks save different steps", where=str([number for *_, number in said])))
-        elif refused is None:
-            refused = self._past(said[0][3], said[0][2])
-        self.ranks.agree(refused)
+        numbers = [number for *_, number in said]
+        if refused is None and None not in numbers:  # else the rank that could not make a request says why
+            refused = self._past(numbers[0], said[0][2])
+            if len(set(numbers)) > 1:
+                refused = SnapshotError(explain("ranks save different steps", where=f"by rank: {numbers}"))
+        try:
+            self.ranks.agree(refused)
+        except (SnapshotError, TreeError):
+            if temporary is not None:
+                disk.abandon(temporary)
+            raise
         if request is not None:
             self._start(request, said[0][1])
         self._raise_failure()  # only now: a save that reports another one is not skipped
@@ -126,13 +134,20 @@ class Store:
             step=step,
             encoded=encoded,
             parts=owned(encoded, self.ranks),
-            metrics=_checked_metrics(metrics),
-            info=_frozen_json(info),
+            metrics=checked_metrics(metrics),
+            info=frozen_json(info),
             environment=environment(),
             keep=self.keep,
             ranks=self.ranks,
             hurry=self._hurry,
         )
+
+    def _convene(self, request: writer.Request | None, token: str) -> Path | None:
+        if self.ranks.size == 1 or request is None:
+            return None
+        with contextlib.suppress(OSError):  # which the thread that writes meets again, and tells
+            return convene(self.root, request.step, token, self.ranks)
+        return None
 
     def _start(self, request: writer.Request, token: str) -> None:
         self._warn_of_shortage(request.encoded)
@@ -203,6 +218,10 @@ class Store:
         self._background.settle()
         if self._saving is not None:
             self._conclude(self.ranks.exchange(self._report()))
+
+    def busy(self, timeout: float = 0.0) -> bool:
+        """Tell whether a save is still in flight, after waiting so many seconds at most."""
+        return self._background.busy(timeout)
 
     def wait(self) -> None:
         """Wait until the save in flight is durable and the policy has been applied.
@@ -356,39 +375,3 @@ class Store:
 
 def _nbytes(encoded: Encoded) -> int:
     return sum(size(leaf) for leaf in encoded.leaves if leaf.has_bytes)
-
-
-def _checked_step(step: int) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(step, bool):
-        raise SnapshotError(explain("the step of a snapshot is a whole number from 0 up", where=f"step = {step!r}"))
-    return number
-
-
-def _checked_metrics(metrics: Mapping[str, float]) -> Mapping[str, float]:
-    try:
-        return {_text(name): float(value) for name, value in metrics.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        what, instead = "metrics of a snapshot are numbers under names", 'metrics={"val/loss": 0.5}'
-        raise SnapshotError(
-            explain(what, where=f"metrics = {metrics!r:.200}", why=str(error), instead=instead)
-        ) from error
-
-
-def _text(name: str) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"the name {name!r} is not a string")
-    return name
-
-
-def _frozen_json(info: Mapping[str, JSON]) -> Mapping[str, JSON]:
-    try:
-        return json.loads(json.dumps(dict(info)))
-    except (TypeError, ValueError) as error:
-        what, instead = "info cannot be written as JSON", "put tensors and arrays into the tree that is saved"
-        raise SnapshotError(
-            explain(what, where=f"info = {str(info)[:200]}", why=str(error), instead=instead)
-        ) from error

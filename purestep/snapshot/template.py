@@ -172,6 +172,8 @@ def _static_value(value: JSON) -> Any:
     if isinstance(value, dict):
         if "tuple" in value:
             return tuple(_static_value(v) for v in value["tuple"])
+        if "int" in value:
+            return int(value["int"], 16)
         return {key: _static_value(v) for key, v in value["dict"].items()}
     return value
 

@@ -20,7 +20,7 @@ from purestep.snapshot.digest import STATE
 from purestep.snapshot.index import Index
 from purestep.snapshot.keep import Keep
 from purestep.snapshot.manifest import Manifest, dump, now
-from purestep.snapshot.meeting import Meeting
+from purestep.snapshot.meeting import GaveUp, Meeting, convene
 from purestep.snapshot.pack import Piece, pack
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.shards import Owned
@@ -57,24 +57,25 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         clean: whether to remove what dead writers left.
     """
     contents = copies()
-    disk.make_root(root)
-    if clean and request.ranks.rank == 0:
-        disk.clean(root)
-    space.check_room(root, sum(content.nbytes for content in contents))
-    temporary = disk.begin(root, str(request.step), token)
+    temporary = convene(root, request.step, token, request.ranks)
     meeting = Meeting(temporary, request.step, request.ranks, request.hurry)
     try:
+        if clean and request.ranks.rank == 0:
+            disk.clean(root)
         meeting.begin()
+        space.check_room(root, sum(content.nbytes for content in contents))
         own, rows = _write_part(temporary, request, contents)
         pieces, rows = _meet(meeting, request, own, rows)
-        if request.ranks.rank == 0:
-            meeting.end()
-            disk.write(temporary, dump(_manifest(request, pieces, rows)))
-            _commit(temporary, root / str(request.step))
-        else:
-            disk.release(temporary)
-    except BaseException:
+        if request.ranks.rank:
+            return
+        meeting.end()
+        disk.write(temporary, dump(_manifest(request, pieces, rows)))
+        _commit(temporary, root / str(request.step))
+    except BaseException as error:
+        over = meeting.is_over()
         meeting.give_up()
+        if over:
+            raise GaveUp(f"rank 0 gave up the save of step {request.step}") from error
         raise
 
 
@@ -87,7 +88,7 @@ def _write_part(
         packed = pack(request.parts, contents, rank=rank)
         if packed.arrays:
             state = temporary / STATE.format(rank)
-            state.parent.mkdir(parents=True)
+            state.parent.mkdir()
             arrays.write_arrays(state, packed.arrays)
             disk.fsync_tree(state)
             disk.fsync(state.parent)

@@ -5,7 +5,6 @@ Its answers go to `<directory>/<rank>.json`, a dict by check.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import purestep as ps
+from purestep import sharding
 from purestep.errors import RankError
 from purestep.loop import StepsDone, Stopped
 from purestep.sharding import ddp, world
@@ -26,22 +26,6 @@ from purestep.testing import comparable
 
 RANK, SIZE = world.rank(), world.size()
 V = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class HostStep(ps.step.Step if False else __import__("purestep.step", fromlist=["Step"]).Step):
-    plan: object = None
-
-    def __call__(self, state, batch):
-        from purestep.accumulate import accumulate
-        from purestep.sharding.local import local_batch
-
-        local = local_batch(batch, self.plan, self.microbatches)
-        mine = [(i, self.grads(state, b, i)) for i, b, _ in local.pieces(self.plan.microbatches(self.microbatches))]
-        total = accumulate(state, local.samples, self.microbatches)
-        for index, part in sorted((e for entry in world.gather(mine, what="gradients") for e in entry), key=lambda e: e[0]):
-            total.add(part, index)
-        return self.update(state, total.result())
 
 
 def table(n, seed):
@@ -68,6 +52,10 @@ def make_model():
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
+def narrow():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+
+
 def loss_fn(net, batch):
     logits = net(batch["x"])
     return cross_entropy(logits, batch["y"]), {"accuracy": ps.metrics.accuracy(logits, batch["y"])}
@@ -77,7 +65,7 @@ def jitter(sample, key):
     return {**sample, "x": sample["x"] + 0.1 * ps.random.normal(key, sample["x"].shape)}
 
 
-def job(plan=None, *, train=None, val=None, seed=0, microbatches=V, **options):
+def job(plan=None, *, train=None, val=None, seed=0, microbatches=V, model=make_model, **options):
     """A small job with what makes many ranks hard: a ragged last batch, augmentation, dropout, BatchNorm, patience."""
     plan = ddp() if plan is None else plan
     tx = ps.optim.chain(ps.optim.clip_by_global_norm(0.5), ps.optim.adamw(0.02))
@@ -88,8 +76,8 @@ def job(plan=None, *, train=None, val=None, seed=0, microbatches=V, **options):
         ps.callbacks.early_stopping("val/loss", patience=50),
         ps.callbacks.log(every=ps.every.steps(4)),
     ]
-    step = HostStep(loss_fn, tx, microbatches, plan=plan)
-    state = plan.place(ps.init(make_model, tx, seed=seed))
+    step = ps.make_step(loss_fn, tx, microbatches=microbatches, plan=plan)
+    state = plan.place(ps.init(model, tx, seed=seed))
     return {"step": step, "state": state, "train": train, "callbacks": callbacks, **options}
 
 
@@ -126,6 +114,34 @@ def straight(directory):
         run_dir=directory / "straight",
     )
     return summary(result) | {"read": train.read, "evaluated": val.read}
+
+
+def fsdp(directory):
+    plan = sharding.fsdp()
+    return summary(ps.fit(**job(plan), until=ps.steps(12)))
+
+
+def hsdp(directory):
+    plan = sharding.hsdp(fsdp=min(SIZE, 2))
+    return summary(ps.fit(**job(plan), until=ps.steps(12)))
+
+
+def few(directory):
+    """Fewer samples than microbatches in the last batch, fewer validation batches than ranks, parts of parameters."""
+    train = ps.data.batches(Samples(27, 0), 12, seed=3, drop_last=False)
+    val = ps.data.batches(Samples(7, 1), 4, shuffle=False, drop_last=False)
+    options = job(sharding.fsdp(), train=train, val=val, model=narrow)
+    return summary(ps.fit(**options, until=ps.steps(7)))
+
+
+def relay(directory):
+    """The same run, begun on 4 ranks under fsdp, gone on with on 2 under ddp, ended by 1."""
+    run_dir = directory.parent / "relay"
+    steps = {4: 5, 2: 9, 1: 12}[SIZE]
+    snapshots = ps.callbacks.snapshots(every=ps.every.steps(2), keep=ps.snapshot.latest(2))
+    options = job(sharding.fsdp() if SIZE == 4 else ddp())
+    options["callbacks"] = [*options["callbacks"], snapshots]
+    return summary(ps.fit(**options, until=ps.steps(steps), run_dir=run_dir))
 
 
 def foreign(directory):
@@ -233,7 +249,9 @@ def mismatches(directory):
         "data": error_of(lambda: ps.fit(**job(train=short), until=ps.steps(2))),
         "until": error_of(lambda: ps.fit(**job(), until=ps.steps(2 + last))),
         "callbacks": error_of(
-            lambda: ps.fit(**{**job(), "callbacks": [ps.callbacks.log(every=ps.every.steps(1 + last))]}, until=ps.steps(2))
+            lambda: ps.fit(
+                **{**job(), "callbacks": [ps.callbacks.log(every=ps.every.steps(1 + last))]}, until=ps.steps(2)
+            )
         ),
     }
     return {name: text for name, text in found.items()}
@@ -299,6 +317,23 @@ def exchanges(directory):
         "different": different,
         "differ": differ,
     }
+
+
+def killed(directory):
+    """Under torchrun's agent: rank 1 dies of SIGKILL in its first life."""
+    options = job(microbatches=2)
+    inner, calls = options["step"], []
+
+    def step(state, batch):
+        calls.append(1)
+        if len(calls) == 8 and RANK == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(state, batch)
+
+    step.__wrapped__ = inner
+    options["callbacks"] = [*options["callbacks"], ps.callbacks.snapshots(every=ps.every.steps(2))]
+    result = ps.fit(**{**options, "step": step}, until=ps.steps(12), run_dir=directory.parent / "killed")
+    return summary(result) | {"steps": len(calls)}
 
 
 def main():

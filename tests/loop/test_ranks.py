@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
-ALL = "straight foreign collated level_two"
+ALL = "straight fsdp hsdp few foreign collated level_two relay"
 MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches"
 
 
@@ -30,7 +30,7 @@ def start(zygote, directory, size, names, timeout=60):
             str(timeout),
             *names.split(),
             env=base | (several | {"RANK": str(r)} if size > 1 else {}),
-            preload="xxhash torch.distributed",
+            preload="xxhash torch.distributed.tensor orbax.checkpoint",
         )
         for r in range(size)
     ]
@@ -48,14 +48,14 @@ def answers(zygote, tmp_path_factory):
     """By number of processes, the answers of each rank."""
     directory = tmp_path_factory.mktemp("ranks")
     found = {}
-    for size, names in ((1, ALL), (2, ALL), (4, f"{ALL} {MORE}")):
+    for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, ALL)):
         found[size], ends = start(zygote, directory, size, names)
         assert ends == [(0, "")] * size, ends
     found["directory"] = directory
     return found
 
 
-@pytest.mark.parametrize("check", ["straight", "foreign", "collated"])
+@pytest.mark.parametrize("check", ["straight", "fsdp", "hsdp", "few", "foreign", "collated"])
 def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
     runs = [answers[size][rank][check] for size in (1, 2, 4) for rank in range(size)]
     assert len({run["digest"] for run in runs}) == 1
@@ -64,6 +64,18 @@ def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
         assert (run["batches"], run["reason"], run["metrics"]) == tuple(
             runs[0][name] for name in ("batches", "reason", "metrics")
         )
+
+
+def test_a_run_has_the_same_bits_under_any_plan(answers):
+    assert len({answers[4][0][check]["digest"] for check in ("straight", "fsdp", "hsdp")}) == 1
+
+
+def test_a_run_goes_on_with_fewer_ranks(answers):
+    assert answers[4][0]["relay"]["batches"] == 5
+    last, straight = answers[1][0]["relay"], answers[1][0]["straight"]
+    assert (last["batches"], last["digest"], last["metrics"]) == (12, straight["digest"], straight["metrics"])
+    log = answers["directory"] / "relay" / "metrics.csv"
+    assert log.read_text() == (answers["directory"] / "of-1" / "straight" / "metrics.csv").read_text()
 
 
 def test_the_result_of_every_rank_is_the_same_also_its_clock(answers):
@@ -163,3 +175,38 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(zygote, tmp_path):
         assert "rank 1 says nothing; it was last heard of at " in text
         assert "timeout: 2 s" in text
         assert 2 <= found[rank]["hangs"]["seconds"] < 11
+
+
+AGENT = """
+import sys, torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def work(script, *arguments):
+    import runpy
+    sys.argv = [script, *arguments]
+    torch.set_num_threads(1)
+    runpy.run_path(script, run_name="__main__")
+
+config = LaunchConfig(1, 1, 2, run_id="killed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3,
+                      monitor_interval=0.1, start_method="fork")
+elastic_launch(config, work)(*sys.argv[1:])
+"""
+
+
+def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(zygote, tmp_path):
+    """torchrun's agent, whose workers are forked here instead of started anew."""
+    done = zygote.run(
+        AGENT,
+        SCRIPT,
+        tmp_path,
+        "20",
+        "killed",
+        preload="xxhash torch.distributed.launcher.api torch.distributed.tensor orbax.checkpoint",
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"2-{rank}.json").read_text())["killed"] for rank in (0, 1)]
+    assert found[0] == found[1]
+    assert 6 <= found[0]["steps"] < 12, "the second life began at a snapshot"
+    straight, ends = start(zygote, tmp_path / "straight", 1, "killed")
+    assert ends == [(0, "")]
+    assert straight[0]["killed"]["digest"] == found[0]["digest"]

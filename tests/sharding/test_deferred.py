@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,6 +36,10 @@ class Odd(nn.Module):
         nn.init.eye_(self.eye)
         self.sparse = nn.Parameter(torch.empty(4, 8))
         nn.init.sparse_(self.sparse, 0.3)
+        reused = torch.tensor([1.0, 2.0, 3.0])
+        self.first = nn.Parameter(torch.empty(3))
+        self.first.data.copy_(reused)
+        reused.zero_()
         self.register_buffer("mask", torch.tril(torch.ones(4, 4)))
         self.register_buffer("inverse", 1.0 / (10000 ** (torch.arange(0, 8, 2).float() / 8)))
 
@@ -100,7 +105,7 @@ def test_deferred_states_have_the_structure_of_plain_ones(make):
         assert b.stride() == a.stride()
         assert not b.requires_grad
     # What is not drawn at random has the bits of the plain init.
-    exact = [n for n in ("constant", "eye") if n in plain.params]
+    exact = [n for n in ("constant", "eye", "first") if n in plain.params]
     assert all(torch.equal(plain.params[n], one.params[n]) for n in exact)
     assert ps.tree.equal(plain.opt_state, one.opt_state)
     assert ps.digest(ps.init(make, TX, seed=4, deferred=True)) != ps.digest(one)
@@ -136,7 +141,8 @@ def test_copies_of_a_layer_start_alike_as_in_torch():
 
 
 def test_master_weights_and_averages_are_those_of_the_parameters():
-    for tx in (master_weights(optim.adamw(1e-3)), optim.lookahead(optim.adamw(1e-3), sync_period=2)):
+    lifted = optim.lift(torch.optim.SGD, lr=0.1, momentum=0.9)  # it compares two steps, by their values
+    for tx in (master_weights(optim.adamw(1e-3)), optim.lookahead(optim.adamw(1e-3), sync_period=2), lifted):
         state = ps.init(MODELS["mlp"], tx, seed=0, deferred=True)
         again = tx.init(state.params)
         assert ps.tree.equal(state.opt_state, again)
@@ -169,8 +175,13 @@ def test_values_that_are_asked_for_are_computed_then():
             with torch.no_grad():
                 self.w.div_(self.scale)
             self.kept = nn.Parameter(self.w.detach()[self.w.detach() > 0])
+            self.read = self.w.tolist()
+            self.seen = np.asarray(self.w.detach()).copy(), self.w.detach().numpy().copy()
 
-    p = ps.init(Asking, TX, seed=0, deferred=True).params
+    state = ps.init(Asking, TX, seed=0, deferred=True)
+    p, made = state.params, state.model.module
+    assert made.read == p["w"].tolist()
+    assert all(np.array_equal(x, p["w"].numpy()) for x in made.seen)
     assert math.isclose(float(p["w"].norm()), 1.0, rel_tol=1e-5)
     assert torch.equal(p["kept"], p["w"][p["w"] > 0])
 
@@ -182,6 +193,10 @@ def test_nobody_else_is_moved():
     assert torch.equal(torch.random.get_rng_state(), before)
     assert getattr(nn.init, "_no_grad_trunc_normal_", None) is original
     assert not torch.empty(2).is_meta
+    with recording(random.key(0)) as tape:
+        drawn = torch.randn(3)
+    assert not torch.equal(tape.value(drawn), torch.zeros(3))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_what_cannot_be_deferred_says_so():

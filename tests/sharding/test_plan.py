@@ -120,6 +120,15 @@ def test_products_split_by_both():
     assert plan.spec("0.norm.weight", (8,)) == Spec("fsdp")
 
 
+def test_axes_of_the_batch_split_a_dim_last_whatever_the_order_of_the_factors():
+    batch, model = (
+        Plan(mesh({"fsdp": 2}), [("*", Spec("fsdp"))], fallback="replicate"),
+        tensor_parallel({"*": Spec("tensor")}, 2),
+    )
+    for plan in (batch * model, model * batch):
+        assert plan.spec("w", (8,)) == Spec(("tensor", "fsdp"))
+
+
 @given(
     st.lists(st.sampled_from(["*", "*.w", "a.*", "*b*"]), max_size=3),
     st.lists(st.sampled_from(["*", "*.w", "a.*", "b.*"]), max_size=3),

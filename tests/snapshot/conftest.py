@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -58,7 +59,13 @@ def example(seed: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def python_process():
+def python_process(zygote):
+    """Run a script in a process that has torch and Orbax loaded; give its completed process."""
+    return functools.partial(zygote.run, preload="orbax.checkpoint xxhash")
+
+
+@pytest.fixture
+def new_interpreter():
     """Run a script in a fresh interpreter; give its completed process."""
 
     def run(script: str, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:

@@ -155,3 +155,14 @@ def test_text_of_python_leaves_is_exact(leaf):
     back = from_text(row.kind, row.text)
     assert type(back) is type(leaf)
     assert tree.digest(back) == tree.digest(leaf)
+
+
+def test_integers_of_any_size_are_leaves_and_static_fields_but_not_keys():
+    large = -(10**5000) - 7
+    value = Outer(Inner({"n": large}, "n", (1, large)), [large])
+    for like in (..., value):
+        back = round_trip(value, like)
+        assert (back.inner.params["n"], back.inner.shape, back.extra) == (large, (1, large), [large])
+        assert tree.digest(back) == tree.digest(value)
+    with pytest.raises(TreeError, match="an integer of 16610 bits as a key, which JSON cannot hold"):
+        encode({10**5000: 1})

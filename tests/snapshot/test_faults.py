@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -236,8 +233,8 @@ def test_a_kill_between_commit_and_deletion_loses_nothing(python_process, tmp_pa
         assert [path.name for path in root.iterdir()] == ["3"]
 
 
-def test_nothing_heavy_is_imported_before_the_first_save(python_process, tmp_path):
-    done = python_process(
+def test_nothing_heavy_is_imported_before_the_first_save(new_interpreter, tmp_path):
+    done = new_interpreter(
         """
 import sys
 import torch
@@ -252,8 +249,8 @@ print(sorted({"jax", "orbax", "tensorstore", "xxhash", "ml_dtypes", "rich"} & se
     assert list(tmp_path.iterdir()) == []
 
 
-def test_jax_stays_off_the_gpu_and_the_environment_as_it_was(python_process, tmp_path):
-    done = python_process(
+def test_jax_stays_off_the_gpu_and_the_environment_as_it_was(new_interpreter, tmp_path):
+    done = new_interpreter(
         """
 import os, sys
 os.environ.pop("JAX_PLATFORMS", None)
@@ -270,7 +267,7 @@ print(jax.config.jax_platforms, "JAX_PLATFORMS" in os.environ)
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments(tmp_path):
+def test_kills_at_random_moments(zygote, tmp_path):
     """SIGKILL, 12 times; what was said to be durable is there, and the newest snapshot is always whole."""
     script = (
         STATE
@@ -287,9 +284,7 @@ for step in range(first, 10**6):
     draw = random.Random(7)
     durable, partial = 0, 0
     for _ in range(12):
-        command = [sys.executable, "-c", script, str(tmp_path)]
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        with zygote.popen(script, str(tmp_path), preload="orbax.checkpoint xxhash") as process:
             assert process.stdout is not None
             said = [process.stdout.readline()]  # the first save includes imports
             time.sleep(draw.random() * 0.15)
