@@ -120,7 +120,9 @@ class Accumulation:
             self._structure = structure
             self._names = [name for name, old in self.state.buffers.items() if averaged(old, part.buffers[name])]
         chosen = set(self._names)
-        kept = {name: new for name, new in part.buffers.items() if name not in chosen}
+        # What nobody touched is not passed on: a frozen parameter may be this rank's part of one.
+        old = self.state.buffers
+        kept = {name: new for name, new in part.buffers.items() if name not in chosen and new is not old[name]}
         moved = [part.buffers[name] for name in self._names]
         if not self.alone:
             moved = [_change(self.state.buffers[name], new) for name, new in zip(self._names, moved, strict=True)]
@@ -149,7 +151,7 @@ class Accumulation:
         changed = dict(zip(self._names, mean[count:], strict=True))
         if not self.alone:
             changed = {name: moved(self.state.buffers[name], x) for name, x in changed.items()}
-        buffers = {n: changed[n] if n in changed else total.kept[n] for n in self.state.buffers}
+        buffers = {n: changed[n] if n in changed else total.kept.get(n, old) for n, old in self.state.buffers.items()}
         return Gradients(tree.unflatten(self._structure, mean[:count]), total.weight, buffers, dict(total.metrics))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from purestep import transforms
 from purestep.accumulate import Gradients, accumulate
+from purestep.errors import ConfigError, explain
 from purestep.grad import split_batch
 from purestep.jit import donation
 from purestep.jit.call import Jit
@@ -61,6 +62,15 @@ class JitStep:
 
         step = self.__wrapped__
         total.check(plan, step)
+        if plan.mesh.size(*plan.model_axes) > 1:
+            raise ConfigError(
+                explain(
+                    "a step whose ranks compute together cannot be compiled",
+                    where=repr(plan.mesh),
+                    why="DTensors of tensor parallelism do not go into a graph",
+                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
+                )
+            )
         view = place.local(state) if total.split_leaves(state) else state
         indices = self._indices(step.parts, state.rng.device)
 

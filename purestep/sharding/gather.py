@@ -111,7 +111,7 @@ class Live:
         self.session, self.unit = session, unit
         self.flat: Tensor | None = None
         self.pending: collectives.Pending | None = None
-        self.filled = False
+        self.filled = self.held = False
         self.sent = [p.detach() for p in parts]
         trained = [p for p, name in zip(parts, unit.names, strict=True) if name in unit.trained]
         self.ensure()
@@ -211,10 +211,14 @@ class Session:
     def enter(self, live: Live) -> None:
         """Put the whole parameters of a unit into its module."""
         self._put(live, live.tensors())
-        hooks = None
-        if self.units.plan.reshard_after_forward and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        hooks: Any = None
+        top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if self.units.plan.reshard_after_forward and top is None:
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             hooks.__enter__()
+        elif top is not None and top[0] != self._pack and top[0].__module__ != "torch.utils.checkpoint":
+            # Somebody else decides what is saved, and may keep the tensor itself.
+            live.held = True
         self.stack.append((live, hooks))
 
     def leave(self, live: Live) -> None:
@@ -223,7 +227,7 @@ class Session:
         if hooks is not None:
             hooks.__exit__(None, None, None)
         self._put(live, self.units.stand_ins)
-        if self.units.plan.reshard_after_forward and not self.backward:
+        if self.units.plan.reshard_after_forward and not self.backward and not live.held:
             live.release()
 
     def _put(self, live: Live, tensors: Mapping[str, Tensor]) -> None:

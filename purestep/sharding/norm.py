@@ -28,8 +28,8 @@ def squares(tensors: Sequence[Tensor], counts: Sequence[int], mine: Sequence[boo
     Example:
         >>> alone = lambda values, op: values
         >>> whole = squares([torch.tensor([1e-3, 3.0, 4.0])], [3], [True], alone)
-        >>> parts = [squares([x], [3], [True], lambda v, op: torch.full_like(v, 4.0) if len(v) == 2 and op == "max"
-        ...          else v) for x in (torch.tensor([1e-3]), torch.tensor([3.0, 4.0]))]
+        >>> told = lambda values, op: torch.tensor([4.0, 0.0]).double() if op == "max" else values
+        >>> parts = [squares([x], [3], [True], told) for x in (torch.tensor([1e-3]), torch.tensor([3.0, 4.0]))]
         >>> bool(whole == parts[0] + parts[1])
         True
     """
