@@ -254,7 +254,7 @@ def mismatches(directory):
             )
         ),
     }
-    return {name: text for name, text in found.items()}
+    return found
 
 
 def refusals(directory):
