@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology test lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults test lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ demo-resume: $(READY)  ## kill the same training four times, resume it, compare 
 demo-topology: $(READY)  ## train the same model on 1, 2 and 4 processes, compare the bits
 	$(PY) examples/demo_topology.py
 
+faults: $(READY)  ## break a small training in twenty ways, hundreds of times; one table
+	$(PY) examples/demo_faults.py
+
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
@@ -49,10 +52,10 @@ format: $(READY)  ## let ruff mend what it can
 	$(PY) -m ruff format .
 
 bench: $(BENCH_READY)  ## run the benchmarks against other trainers
-	$(BENCH_PY) -m benchmarks.run
+	$(BENCH_PY) -m benchmarks.run $(ARGS)
 
 bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
-	$(BENCH_PY) -m benchmarks.run --quick
+	$(BENCH_PY) -m benchmarks.run --quick $(ARGS)
 
 clean:  ## remove environments, caches and runs
 	rm -rf $(VENV) $(BENCH_VENV) runs build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -34,7 +34,7 @@ def _timed(workers: dict[str, Any], workload: str, settings: Any, failed: dict[s
         try:
             worker.ask("build", workload)
             worker.answer()
-            losses[name] = worker.run(3)["loss"]
+            losses[name] = worker.run(2)["loss"]
             each[name], peaks[name] = [], 0.0
         except Failure as failure:
             failed[name.removeprefix("policy-")] = str(failure)

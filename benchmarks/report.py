@@ -78,10 +78,19 @@ def _training(results: Any) -> str:
         for name, peer in found["peers"].items():
             middle, low, high = ratio(found, name, "loop") if "loop" in found["peers"] else (float("nan"),) * 3
             time = f"{_time(peer['us'])} [{_time(peer['us_min'])}, {_time(peer['us_max'])}]"
-            rows.append([PEERS[name].title, f"{middle:.2f} [{low:.2f}, {high:.2f}]", time, f"{peer['cpu']:.2f}"])
-        rows += [[PEERS[name].title, "-", _why(text), "-"] for name, text in found["failed"].items()]
+            rows.append(
+                [
+                    PEERS[name].title,
+                    f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+                    time,
+                    _time(peer["cpu_us"]),
+                    f"{peer['cores']:.2f}",
+                ]
+            )
+        rows += [[PEERS[name].title, "-", _why(text), "-", "-"] for name, text in found["failed"].items()]
         parts.append(
-            f"**{found['title']}**\n\n" + table(["trainer", "x", "a step, median [min, max]", "cores used"], rows)
+            f"**{found['title']}**\n\n"
+            + table(["trainer", "x", "a step, median [min, max]", "CPU time", "cores used"], rows)
         )
     return "\n\n".join(parts)
 

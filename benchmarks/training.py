@@ -32,7 +32,8 @@ def measure(workers: Mapping[str, Any], workload: str, *, rounds: int, seconds: 
         say: told what is going on.
 
     Returns:
-        `{"peers": {name: {"us", "us_min", "us_max", "us_rounds", "cpu", "loss", "steps"}}, "failed": {name: why}}`.
+        `{"peers": {name: {"us", "us_min", "us_max", "us_rounds", "cpu_us", "cores", "loss", "steps"}}, "failed": {name:
+        why}}`, times in microseconds a step.
     """
     failed: dict[str, str] = {}
     alive = dict(workers)
@@ -107,7 +108,8 @@ def _summary(replies: list[dict[str, float]], steps: int, loss: float) -> dict[s
         "us_min": min(each),
         "us_max": max(each),
         "us_rounds": each,
-        "cpu": statistics.median(reply["cpu"] / reply["wall"] for reply in replies),
+        "cpu_us": statistics.median(reply["cpu"] for reply in replies) / steps * 1e6,
+        "cores": statistics.median(reply["cpu"] / reply["wall"] for reply in replies),
         "loss": loss,
         "steps": steps,
     }

@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Seconds to wait for anything; compiling a GPT on a busy machine takes minutes.
+PATIENCE = 900.0
 
 
 class Failure(RuntimeError):
@@ -64,11 +66,14 @@ class Worker:
         """Wait for the answer to the oldest request.
 
         Raises:
-            Failure: the peer failed, or its process is gone.
+            Failure: the peer failed, its process is gone, or it takes longer than `PATIENCE`.
         """
+        if not self._pipe.poll(PATIENCE):
+            self._process.kill()
+            raise Failure(f"{self.name} gave no answer in {PATIENCE:.0f} s")
         try:
             kind, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join(5)
             raise Failure(f"the process of {self.name} ended with code {self._process.exitcode}") from None
         if kind == "failed":
@@ -103,7 +108,7 @@ def main(pipe: Any, name: str) -> None:
     while True:
         try:
             message = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             if message[0] == "quit":
@@ -119,6 +124,9 @@ def main(pipe: Any, name: str) -> None:
 def _loaded(peer: Any) -> dict[str, float]:
     from benchmarks.peers.base import memory
 
+    if peer.name == "jax" and hasattr(os, "sched_setaffinity"):
+        # XLA has no setting that holds it to one thread; it makes as many as it may use processors.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     began = time.perf_counter()
     peer.load()
     if "torch" in __import__("sys").modules:

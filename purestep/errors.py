@@ -80,6 +80,10 @@ class CompileError(PurestepError, RuntimeError):
     """A traced function cannot be compiled by the backend that was asked for."""
 
 
+class OutOfMemory(PurestepError, RuntimeError):
+    """A step needs more memory than its device has."""
+
+
 class DonatedStateError(PurestepError, RuntimeError):
     """A state was used again after a donating step had consumed it."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Step:
 
     loss_fn: LossFn
     tx: GradientTransformation
-    microbatches: int | None = 1
+    microbatches: int | Literal["auto"] | None = 1
     engine: Engine = "auto"
     policy: Policy | None = None
     plan: Plan | None = None
@@ -77,6 +77,16 @@ class Step:
     @property
     def parts(self) -> int:
         """Number of microbatches of a batch (V): the given one, or one for each replica of the plan."""
+        if self.microbatches == "auto":
+            raise ConfigError(
+                explain(
+                    "the number of microbatches is not settled yet",
+                    where="ps.make_step(..., microbatches='auto')",
+                    why="it depends on the state, the batch and the memory that is free",
+                    instead="ps.fit settles it with the first batch; in a loop of your own:\n"
+                    "count = ps.loop.choose_microbatches(step, state, batch)",
+                )
+            )
         return self.microbatches or (1 if self.plan is None else self.plan.replicas)
 
     @property
@@ -149,7 +159,7 @@ def make_step(
     loss_fn: LossFn,
     tx: GradientTransformation,
     *,
-    microbatches: int | None = None,
+    microbatches: int | Literal["auto"] | None = None,
     engine: Engine = "auto",
     policy: Policy | str | None = None,
     plan: Plan | None = None,
@@ -165,7 +175,8 @@ def make_step(
         microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
             gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding. By
             default 1; with a plan one for each rank that computes others, so name it where the number of ranks may
-            change: the bits depend on it.
+            change: the bits depend on it. "auto" lets `fit` take the smallest number that fits in memory; a resumed
+            run keeps the one it began with.
         engine: see `grad_and_value`.
         policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is
             cast by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a
@@ -193,10 +204,20 @@ def make_step(
         >>> int(state.step), int(new.step), sorted(metrics)
         (0, 1, ['loss'])
     """
-    if microbatches is not None and (
+    if microbatches not in (None, "auto") and (
         not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1
     ):
-        raise ConfigError(explain("microbatches is a positive integer", where=f"microbatches={microbatches!r}"))
+        raise ConfigError(
+            explain("microbatches is a positive integer or 'auto'", where=f"microbatches={microbatches!r}")
+        )
+    if microbatches == "auto" and plan is not None:
+        raise ConfigError(
+            explain(
+                "microbatches='auto' and a plan do not go together",
+                why="each rank would choose by the memory that it has, and all need the same number",
+                instead="microbatches=8   # a number that all of them can share",
+            )
+        )
     if not isinstance(tx, GradientTransformation):
         raise ConfigError(
             explain(

@@ -55,6 +55,7 @@ def fit(
     resume: Resume = "auto",
     on_save_error: Literal["continue", "stop"] = "continue",
     strict: bool = False,
+    grace_seconds: float | None = None,
 ) -> Result:
     """Train until the end, and return what came of it. A second call with the same run_dir continues the first.
 
@@ -71,6 +72,8 @@ def fit(
         on_save_error: when a snapshot cannot be written (a full disk): "continue" warns and tries again at the next due
             moment, "stop" raises.
         strict: refuse to resume, instead of warning, where bits may differ (another number of intra-op threads).
+        grace_seconds: how long the scheduler waits between SIGTERM and SIGKILL. After a signal the run returns within
+            this time, even if the disk is still writing its last snapshot; None waits until it is durable.
 
     Returns:
         Result with state, metrics, reason and run_dir. After SIGINT or SIGTERM the run ends at the next step, with a
@@ -102,6 +105,7 @@ def fit(
         resume=resume,
         on_save_error=on_save_error,
         strict=strict,
+        grace_seconds=grace_seconds,
     )
     for _ in events:
         pass

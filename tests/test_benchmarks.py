@@ -74,7 +74,7 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on():
     found = measured({"loop": Here("loop"), "ps-eager": Here("ps-eager", spoil)})
     assert list(found["peers"]) == ["loop"]
     text = report.markdown(results(training={"tiny": found}))
-    assert "| purestep, eager | - | left out: RuntimeError: out of luck | - |" in text
+    assert "| purestep, eager | - | left out: RuntimeError: out of luck | - | - |" in text
 
 
 def results(**sections):

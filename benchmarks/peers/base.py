@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,7 +61,8 @@ class Trainer:
 
 def _cpu() -> float:
     """Seconds of all threads of this process and of the children it has waited for, such as compilers."""
-    return sum(os.times()[:4])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 # --- memory of this process -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,8 @@ def decompositions(backend: str) -> dict[Any, Any] | None:
         return None
     with _patience():
         _look_at_the_cpu()
+        # The decomposition of max_pool2d uses it without importing it.
+        importlib.import_module("torch._inductor.lowering")
         from torch._inductor.decomposition import select_decomp_table
 
         return select_decomp_table()

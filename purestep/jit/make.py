@@ -77,6 +77,6 @@ def jit(
         )
     backends.check(backend, mode)
     names: Sequence[int | str] = (static,) if isinstance(static, (int, str)) else tuple(static)
-    if isinstance(function, Step) and (function.plan is not None or function.parts > 1):
+    if isinstance(function, Step) and (function.microbatches not in (None, 1) or function.plan is not None):
         return JitStep(function, bool(donate), backend, mode)
     return Jit(function, bool(donate), backend, names, mode)

@@ -138,7 +138,8 @@ def _start(group: list[Kernel], parts: Any) -> None:
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
 
     waiting = Cache.load_async(_merged(group, parts), "cpu", submit_fn=group[0].submit)
-    lock, found = threading.Lock(), {}
+    lock = threading.Lock()
+    found: dict[str, Any] = {}
 
     def module() -> Any:
         with lock:

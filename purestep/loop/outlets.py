@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from purestep import loggers
+from purestep.loop.backlog import Backlog
 from purestep.loop.events import Callback, Event, LoopState
 from purestep.loop.resume import applied_steps
 
@@ -40,7 +42,8 @@ class Outlets:
             return
         step = applied_steps(loop) if resumed else None
         for config in self._configs:
-            self._logs[repr(config)] = config.open(self._run_dir or Path.cwd(), resume_step=step)
+            sink = config.open(self._run_dir or Path.cwd(), resume_step=step)
+            self._logs[repr(config)] = Backlog(sink, repr(config))
         for callback in callbacks:
             if hasattr(callback, "open_sink"):
                 self._sinks[callback.name] = callback.open_sink(self._run_dir, length)
@@ -59,12 +62,15 @@ class Outlets:
         if self._sinks:
             self._each(self._sinks, lambda sink: sink.receive(event, loop))
 
-    def _each(self, sinks: dict[str, Any], call: Callable[[Any], None]) -> None:
+    def _each(self, sinks: dict[str, Any], call: Callable[[Any], None], *, closing: bool = False) -> None:
         for name, sink in list(sinks.items()):
             try:
                 call(sink)
             except Exception as error:
                 del sinks[name]
+                if not closing:
+                    with contextlib.suppress(Exception):
+                        sink.close()  # it holds a file or a connection, and nobody will ask it again
                 warnings.warn(
                     f"{name} raised {type(error).__name__}: {error}\n  it is left out from here on; training goes on",
                     stacklevel=2,
@@ -75,4 +81,4 @@ class Outlets:
 
     def __exit__(self, *error: object) -> None:
         for group in (self._logs, self._sinks):
-            self._each(group, lambda sink: sink.close())
+            self._each(group, lambda sink: sink.close(), closing=True)

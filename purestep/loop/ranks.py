@@ -59,7 +59,7 @@ class Ranks:
         """Return the ranks of a step's plan; joins the processes that torchrun started if there is one."""
         inner = getattr(step, "__wrapped__", step)
         plan = getattr(inner, "plan", None)
-        return cls(plan, getattr(inner, "parts", 1 if plan is None else plan.replicas))
+        return cls(plan, 1 if plan is None else getattr(inner, "parts", plan.replicas))
 
     def outside(self, signals: Signals) -> Alone:
         """Return signals and clock as all ranks see them."""

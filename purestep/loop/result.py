@@ -22,6 +22,7 @@ class Result:
         reason: why the run ended: `reached 5 epochs`, `early stopping: ...`, `SIGTERM`, ...
         run_dir: the run directory, None without one.
         loop: the whole run in one value.
+        unsaved: whether its last snapshot could not be written.
     """
 
     state: Any
@@ -29,6 +30,7 @@ class Result:
     reason: str
     run_dir: Path | None
     loop: LoopState
+    unsaved: bool = False
 
     @property
     def interrupted(self) -> bool:
@@ -37,8 +39,8 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """What a script should exit with: 0, or 128 + the number of the signal that ended the run."""
-        return _SIGNAL_CODES.get(self.reason, 0)
+        """What a script should exit with: 0, 128 + the number of the signal that ended the run, or 1 when it is not saved."""
+        return _SIGNAL_CODES.get(self.reason, int(self.unsaved))
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())

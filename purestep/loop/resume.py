@@ -127,12 +127,21 @@ def identity(step: Any) -> dict[str, Any]:
     inner = getattr(step, "__wrapped__", step)
     policy, plan = getattr(inner, "policy", None), getattr(inner, "plan", None)
     return {
-        "microbatches": getattr(inner, "parts", None),
+        "microbatches": None if getattr(inner, "microbatches", None) == "auto" else getattr(inner, "parts", None),
         "compiled": getattr(step, "backend", None),
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
     }
+
+
+def settled(step: Any, manifest: snapshot.Manifest) -> Any:
+    """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
+    from purestep.loop import memory
+
+    was = manifest.info.get("step")
+    count = was.get("microbatches") if isinstance(was, Mapping) else None
+    return memory.with_microbatches(step, count) if memory.is_auto(step) and isinstance(count, int) and count else step
 
 
 def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent: bool) -> None:
@@ -141,7 +150,9 @@ def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent
     was, is_ = manifest.info.get("step"), identity(step)
     if isinstance(was, Mapping):
         _check_policy(was, is_)
-        changed += [(name, was[name], is_[name], hint) for name, hint in _STEP.items() if name in was]
+        # Without a number yet ("auto") the run goes on with those it has.
+        names = [name for name in _STEP if name in was and not (name == "microbatches" and is_[name] is None)]
+        changed += [(name, was[name], is_[name], _STEP[name]) for name in names]
     changed = [entry for entry in changed if entry[1] != entry[2]]
     if not changed:
         return

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,6 @@ from purestep.errors import ConfigError, SaveFailed, explain
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
 from purestep.loop.cadence import Until
-from purestep.loop.contract import Contract
 from purestep.loop.events import (
     Callback,
     Effect,
@@ -46,12 +47,16 @@ from purestep.loop.events import (
     Transformed,
 )
 from purestep.loop.feed import Feed, device_of
+from purestep.loop.guard import Guard
 from purestep.loop.machine import Machine
 from purestep.loop.outlets import Outlets
+from purestep.loop.precheck import check_callbacks
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.signals import Lock, Signals
 
+# A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
+SLOW_DISK_SECONDS = 30.0
 StepFn = Callable[[Any, Any], tuple[Any, Any]]
 
 
@@ -78,11 +83,15 @@ class Run:
         resume: resume_.Resume = "auto",
         on_save_error: Literal["continue", "stop"] = "continue",
         strict: bool = False,
+        grace_seconds: float | None = None,
     ) -> None:
         _check_arguments(step, until, on_save_error)
         resume_.check_resume_argument(resume)
+        check_callbacks(callbacks)
+        self._guard = Guard(step)
         self._step, self._given, self._resume, self._strict = step, state, resume, strict
-        self._on_save_error = on_save_error
+        self._on_save_error, self._grace = on_save_error, grace_seconds
+        self._skipped, self._abandoned, self._unsaved = 0, False, False
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
         self._signals = Signals()
         self._ranks = Ranks.of(step)
@@ -113,7 +122,7 @@ class Run:
     def result(self) -> Result:
         """Return what the run has come to; complete once the iteration is over."""
         reason = self.reason or "not finished"
-        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop)
+        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._unsaved)
 
     def _run(self) -> Iterator[Event]:
         with contextlib.ExitStack() as stack:
@@ -129,6 +138,8 @@ class Run:
                 strict=self._strict,
                 silent=not self._ranks.first,
             )
+            if at is not None and self._store is not None:
+                self._step = self._guard.step = resume_.settled(self._step, self._store.read_manifest(at))
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             if self._store is not None:
                 self._store.check(self.loop)
@@ -154,15 +165,19 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if self._ranks.first:
                 stack.enter_context(Lock(self.run_dir))
-                snapshot.disk.clean(
-                    resume_.store_root(self.run_dir)
-                )  # what a process that was killed left half-written
+                # What a process that was killed left half-written.
+                snapshot.disk.clean(resume_.store_root(self.run_dir))
             root, keep = resume_.store_root(self.run_dir), _keep(self.callbacks)
-            self._store = stack.enter_context(snapshot.Store(root, keep=keep, ranks=self._ranks.for_store()))
+            self._store = snapshot.Store(root, keep=keep, ranks=self._ranks.for_store())
+            stack.push(self._leave_store)
         elif any(hasattr(c, "keep") for c in self.callbacks):
             raise ConfigError(
                 explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
             )
+
+    def _leave_store(self, *error: Any) -> None:
+        if self._store is not None and not self._abandoned:
+            self._store.__exit__(*error)
 
     def _interpret(self, first: Event) -> Iterator[Event]:
         outside = self._outside
@@ -232,18 +247,27 @@ class Run:
         self, state: Any, batches: Iterator[Any], elapsed: float | None
     ) -> tuple[Any, list[tuple[Any, int]], bool]:
         """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
-        step, stop = self._step, self._outside.stop
+        guard, stop, number = self._guard, self._outside.stop, self.loop.cursor.batches
         seen: list[tuple[Any, int]] = []
-        plain = None
+        step, plain = self._step, None
         for batch in batches:
             if not self._checked:
-                contract = Contract(step, state)
+                contract = self._check_first(state, batch)
+                step = self._step
+            else:
+                contract = None
+                guard.same(batch, number + len(seen))
+            try:
                 returned = step(state, batch)
+            except Exception as error:
+                explained = guard.explained(error, state, batch, number + len(seen))
+                if explained is error:
+                    raise
+                raise explained from error
+            if contract is not None:
                 contract.check(returned)
                 self._checked = True
-                state, values = returned
-            else:
-                state, values = step(state, batch)
+            state, values = returned
             if plain is None:
                 plain = metrics.are_plain(values)
             seen.append((values, self._ranks.samples(batch) if plain else 0))
@@ -251,12 +275,25 @@ class Run:
                 return state, seen, True
         return state, seen, False
 
+    def _check_first(self, state: Any, batch: Any) -> Any:
+        """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
+        contract = self._guard.first(state, batch)
+        self._step = self._guard.step
+        if self._ranks.alone:
+            for callback in self.callbacks:
+                if hasattr(callback, "check_first"):
+                    callback.check_first(state)
+        return contract
+
     # --- snapshots ------------------------------------------------------------------------------------------------
 
     def _save(self) -> Iterator[Event]:
         if self._store is None or self._saved == _position(self.loop):
             return
         loop = self.loop.replace(cursor=self.loop.cursor.replace(loader=self._feed.loader_state()))
+        if self._ranks.alone and self._store.busy(self._patience()):
+            yield from self._behind()
+            return
         number = loop.cursor.batches
         info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume_.identity(self._step)}
         self._outlets.flush()
@@ -271,6 +308,20 @@ class Run:
             self._saved = _position(self.loop)
         except SaveFailed as error:
             yield self._lost(error)
+
+    def _patience(self) -> float:
+        """How many seconds to wait for the disk: a bound while training, the grace period after a signal."""
+        if self._signals.since is not None and self._grace is not None:
+            return max(0.0, self._grace - (time.monotonic() - self._signals.since))
+        return SLOW_DISK_SECONDS if self.loop.status.stop is None else math.inf
+
+    def _behind(self) -> Iterator[Event]:
+        """The disk is still busy with the snapshot before: leave this one out, and say so once."""
+        self._skipped += 1
+        text = f"the disk is slower than the snapshots: that of batch {self.loop.cursor.batches} is left out"
+        if self._skipped == 1:
+            warnings.warn(f"{text}; the next is tried as planned", stacklevel=2)
+        yield SaveLost(text)
 
     def _durable(self) -> Iterator[Event]:
         if self._store is None:
@@ -290,10 +341,17 @@ class Run:
         return SaveLost(str(error))
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
-        if self._store is not None:
+        if self._store is not None and self._ranks.alone and self._store.busy(self._patience()):
+            self._abandoned = True
+            yield SaveLost(
+                f"the grace period of {self._grace:g} s is over, and the last snapshot is still being written"
+            )
+        elif self._store is not None:
             with contextlib.suppress(SaveFailed):
                 self._store.wait()
-            yield from self._durable()
+            for event in self._durable():
+                self._unsaved = self._unsaved or isinstance(event, SaveLost)
+                yield event
         self.reason = reason
         yield from self._tell(Stopped(reason), queue)
 

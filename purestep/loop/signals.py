@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -18,10 +19,15 @@ class Signals:
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python has no signals, it notes
     none.
+
+    Attributes:
+        unread: whether a signal came that was not read yet.
+        since: when the first one came, on the monotonic clock; None before.
     """
 
     def __init__(self) -> None:
         self.unread = False
+        self.since: float | None = None
         self._name = ""
         self._seen = 0
         self._old: dict[int, Any] = {}
@@ -40,6 +46,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._seen and self._name == "SIGINT":
             raise KeyboardInterrupt
+        self.since = time.monotonic() if self.since is None else self.since
         self._name, self._seen, self.unread = signal.Signals(number).name, self._seen + 1, True
 
     def read(self) -> str:

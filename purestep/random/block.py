@@ -34,6 +34,9 @@ def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, A
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    if getattr(k0, "device", None) is not None and k0.device.type == "meta":
+        word = c0 ^ c1 ^ c2 ^ c3 ^ k0 ^ k1  # shapes without values: two hundred operations would say no more
+        return word, word, word, word
     # Inductor multiplies an arange by a constant in 32 bits; an operation between the two keeps it from that.
     c0 = c0 ^ 0
     for _ in range(10):

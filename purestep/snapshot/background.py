@@ -49,6 +49,12 @@ class Background:
         self.job = job
         job.thread.start()
 
+    def busy(self, timeout: float) -> bool:
+        """Tell whether something still runs, after waiting so many seconds at most."""
+        if self.job is not None:
+            self.job.thread.join(min(max(0.0, timeout), threading.TIMEOUT_MAX))
+        return self.job is not None and self.job.thread.is_alive()
+
     def settle(self) -> None:
         """Wait for what runs. An interrupted wait can be taken up again."""
         if self.job is not None:

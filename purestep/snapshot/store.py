@@ -219,6 +219,10 @@ class Store:
         if self._saving is not None:
             self._conclude(self.ranks.exchange(self._report()))
 
+    def busy(self, timeout: float = 0.0) -> bool:
+        """Tell whether a save is still in flight, after waiting so many seconds at most."""
+        return self._background.busy(timeout)
+
     def wait(self) -> None:
         """Wait until the save in flight is durable and the policy has been applied.
 

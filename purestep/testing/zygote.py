@@ -27,7 +27,7 @@ from typing import Any
 _START = "import sys; from purestep.testing import zygote; zygote.serve(int(sys.argv[1]), int(sys.argv[2]))"
 _PRELOAD = (
     "purestep.trainer purestep.callbacks purestep.data purestep.loggers purestep.snapshot purestep.optim.optimizers "
-    "purestep.testing.shims purestep.testing.resume orbax.checkpoint torch._subclasses.fake_tensor"
+    "purestep.testing.shims purestep.testing.resume orbax.checkpoint"
 ).split()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -211,3 +213,15 @@ def test_shared_numbers_are_computed_outside_of_loops():
     stored = [n for n in graph.graph.nodes if n.target is torch.ops.aten.as_strided.default]
     assert [len(n.users) for n in stored] == [2]
     assert_trees_equal(list(graph(*arguments)), list(f(*arguments)))
+
+
+@pytest.mark.slow
+def test_the_first_compilation_of_a_process_knows_the_decomposition_of_max_pooling():
+    # It needs torch._inductor.lowering, which only a process that compiled before has imported.
+    code = (
+        "import torch; from purestep.jit import backends; from torch.fx.experimental.proxy_tensor import make_fx;"
+        "table = backends.decompositions('inductor');"
+        "make_fx(lambda x: torch.nn.functional.max_pool2d(x, 2), table, 'fake')(torch.ones(1, 1, 4, 4))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

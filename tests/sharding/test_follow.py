@@ -31,6 +31,7 @@ TABLE = {
     "ema": (optim.chain(optim.ema(0.9), optim.sgd(0.1)), 1),
     "lift": (optim.lift(torch.optim.SGD, lr=0.1, momentum=0.9), 1),
     "inject": (optim.inject_hyperparams(optim.adamw)(learning_rate=1e-3), 2),
+    "average": (optim.average_params(optim.adamw(1e-3), decay=0.9), 3),
     "schedule_free": (optim.schedule_free_adamw(1e-3), 3),
 }
 

@@ -35,7 +35,7 @@ def coordinates():
     return [dict(zip(SIZES, c, strict=True)) for c in itertools.product(*(range(n) for n in SIZES.values()))]
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(wishes(), st.sampled_from(["replicate", "pad"]))
 def test_parts_tile_the_tensor(wish, fallback):
     spec, shape = wish
@@ -56,7 +56,7 @@ def test_parts_tile_the_tensor(wish, fallback):
     assert bool((count == whole).all())
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(wishes(), st.sampled_from(["replicate", "pad"]))
 def test_torch_means_the_same_by_our_placements(wish, fallback):
     spec, shape = wish

@@ -1,0 +1,228 @@
+"""Running a function on fake tensors: shapes without memory, so nothing is computed and no input is touched.
+
+They are meta tensors: torch's own kernels for them are C++, ten times quicker than its fake tensor mode, and need no
+imports. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which call of torch failed in
+it, and how many bytes it would have kept for the backward pass. What follows from that is said by `precheck` and
+`memory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from purestep import tree
+from purestep.data import seeds
+from purestep.functional import Definition
+
+_VERIFY_LIMIT = 1 << 28  # bytes: a failing call on larger tensors is believed without being tried on real ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The call of torch that failed: the function and its arguments, with fake tensors in them."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The function's name, as it is written in code."""
+        return getattr(self.function, "__name__", str(self.function)).strip("_")
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the arguments."""
+        return [x for x in tree.leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    def fails_for_real(self) -> bool:
+        """Tell whether it fails on real tensors of these shapes too: fake ones cannot do everything."""
+        if sum(t.numel() * t.element_size() for t in self.tensors()) > _VERIFY_LIMIT:
+            return True
+        try:
+            args, kwargs = tree.map(_real, (self.args, self.kwargs))
+            with torch.enable_grad():
+                self.function(*args, **kwargs)
+        except Exception:
+            return True
+        return False
+
+
+def _real(leaf: Any) -> Any:
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Dry:
+    """What came of a dry run.
+
+    Attributes:
+        result: what the function returned, with fake tensors in it; None when it failed.
+        error: what it raised.
+        call: the call of torch that raised it.
+        kept: most bytes that were kept for the backward pass at one time, besides the arguments.
+    """
+
+    result: Any
+    error: Exception | None
+    call: Call | None
+    kept: int
+
+
+def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
+    """Run a function of pytrees on fake tensors.
+
+    Args:
+        function: called once.
+        *args: its arguments; tensors in them are replaced by fake ones, everything else is passed as it is.
+    """
+    watch, result, failure = _Watch(), None, None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_undisturbed(function, args))
+        fakes = tree.map(_fake, args)
+        books = _Books(fakes)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(books.pack, _unpack))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        try:
+            with watch, torch.device("meta"):  # what a step makes by itself is without memory as well
+                result = function(*fakes)
+        except Exception as error:
+            failure = error
+    return Dry(result, failure, watch.failed, books.peak)
+
+
+def _fake(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+
+
+class _Watch(TorchFunctionMode):
+    """Remembers the first call of torch that raised."""
+
+    failed: Call | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            if self.failed is None:
+                self.failed = Call(func, tuple(args), dict(kwargs or {}))
+            raise
+
+
+# --- bytes kept for the backward pass -----------------------------------------------------------------------------------
+
+
+class _Books:
+    """Counts the storages that autograd holds on to, each once, as long as it does."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = {x.untyped_storage()._cdata for x in tree.leaves(given) if isinstance(x, Tensor)}
+        self.held: dict[int, int] = {}
+        self.live = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.given:
+            return tensor
+        return _Held(self, tensor, storage._cdata, storage.nbytes())
+
+
+class _Held:
+    """A tensor that autograd keeps; when it lets go, the books are told."""
+
+    __slots__ = ("books", "key", "nbytes", "tensor")
+
+    def __init__(self, books: _Books, tensor: Tensor, key: int, nbytes: int) -> None:
+        self.books, self.tensor, self.key, self.nbytes = books, tensor, key, nbytes
+        if books.held.setdefault(key, 0) == 0:
+            books.live += nbytes
+            books.peak = max(books.peak, books.live)
+        books.held[key] += 1
+
+    def __del__(self) -> None:
+        self.books.held[self.key] -= 1
+        if self.books.held[self.key] == 0:
+            self.books.live -= self.nbytes
+
+
+def _unpack(kept: Any) -> Tensor:
+    return kept.tensor if isinstance(kept, _Held) else kept
+
+
+# --- leaving nothing behind -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _undisturbed(function: Any, args: Sequence[Any]) -> Iterator[None]:
+    """Put back generators, and what models have remembered meanwhile: a cached table would be a fake tensor."""
+    modules = {id(m): m for root in (*_modules(function), *_models(args)) for m in root.modules()}
+    saved = [(m, dict(vars(m)), {k: dict(v) for k, v in vars(m).items() if type(v) is dict}) for m in modules.values()]
+    with seeds.preserved(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again, from the real step
+        try:
+            yield
+        finally:
+            for module, attributes, inner in saved:
+                for name in vars(module).keys() - attributes.keys():
+                    del vars(module)[name]
+                vars(module).update(attributes)
+                for name, content in inner.items():
+                    vars(module)[name].clear()
+                    vars(module)[name].update(content)
+
+
+def _models(args: Sequence[Any]) -> Iterator[nn.Module]:
+    """The modules that states carry in their structure."""
+    pending, seen = [*args], 0
+    while pending and seen < 10_000:
+        value = pending.pop()
+        seen += 1
+        if isinstance(value, Definition):
+            yield value.module
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            pending.extend(value)
+        elif dataclasses.is_dataclass(value):
+            pending.extend(vars(value).values())
+
+
+def _modules(function: Any) -> Iterator[nn.Module]:
+    """The modules that a function reaches through its closure, its globals, its attributes, and functions in them."""
+    pending: list[tuple[Any, int]] = [(function, 0)]
+    seen: set[int] = set()
+    while pending and len(seen) < 1_000:
+        value, depth = pending.pop()
+        if id(value) in seen or depth > 4:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, types.FunctionType):
+            names = [n for n in value.__code__.co_names if n in value.__globals__]
+            found = [value.__globals__[n] for n in names] + [_content(cell) for cell in value.__closure__ or ()]
+            pending.extend((x, depth + 1) for x in found)
+        elif isinstance(value, types.MethodType):
+            pending.extend([(value.__func__, depth), (value.__self__, depth + 1)])
+        elif isinstance(value, functools.partial):
+            pending.extend([(value.func, depth), *((x, depth + 1) for x in value.args)])
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
+            pending.extend((x, depth + 1) for x in vars(value).values())
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

@@ -1,0 +1,143 @@
+"""What stands between the loop and a step: the checks before its first call, and the words when a later one fails.
+
+Per batch it costs one comparison of dtypes and names, and nothing of the device is read. `run` has one guard.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import StepError, explain
+from purestep.loop import memory, precheck
+from purestep.loop.contract import Contract
+from purestep.loop.dry import dry_run
+
+
+class BatchChangeWarning(UserWarning):
+    """A batch has another structure or other dtypes than the first one."""
+
+
+class Guard:
+    """Watches over one step of one run.
+
+    Attributes:
+        step: the step to call; the first batch settles `microbatches="auto"`.
+    """
+
+    def __init__(self, step: Any) -> None:
+        precheck.check_arity(step)
+        self.step = step
+        self._first: Any = None
+        self._keys: Any = None
+        self._dtypes: list[Any] = []
+        self._free: int | None = None
+        self._told = False
+
+    def first(self, state: Any, batch: Any) -> Contract:
+        """Check step, state and first batch, without a real step.
+
+        Returns:
+            What the first real step has to return.
+
+        Raises:
+            StepError: see `precheck.check_step`.
+        """
+        self._remember(batch)
+        if memory.is_auto(self.step):
+            self.step = memory.with_microbatches(self.step, memory.choose_microbatches(self.step, state, batch))
+        dry = precheck.check_step(self.step, state, batch)
+        if dry is not None:
+            device = next((x.device for x in tree.leaves(state) if isinstance(x, Tensor)), torch.device("cpu"))
+            self._free = memory.free_memory(device)
+            needed = memory.estimate(self.step, state, batch, dry)
+            memory.warn_if_short(self.step, needed, batch, device, self._free)
+        return Contract(self.step, state)
+
+    # --- later batches ------------------------------------------------------------------------------------------------
+
+    def _remember(self, batch: Any) -> None:
+        self._first = tree.map(_shape_of, batch)
+        if type(batch) is dict and all(isinstance(value, Tensor) for value in batch.values()):
+            self._keys, self._dtypes = batch.keys(), [value.dtype for value in batch.values()]
+
+    def same(self, batch: Any, index: int) -> None:
+        """Warn, once, when a batch has another structure or other dtypes than the first one."""
+        if type(batch) is dict and self._keys is not None:
+            try:
+                if batch.keys() == self._keys and [value.dtype for value in batch.values()] == self._dtypes:
+                    return
+            except AttributeError:
+                pass
+        elif self._first is None or self._told:
+            return
+        self._compare(batch, index)
+
+    def _compare(self, batch: Any, index: int) -> None:
+        changes = [text for kind, text in self._changes(batch) if kind != "shape"]
+        if changes and not self._told:
+            self._told = True
+            warnings.warn(
+                explain(
+                    "a batch differs from the first one of this run",
+                    where=f"batch {index} of the run: {'; '.join(changes[:4])}",
+                    why="a step computes in other types then, and a compiled one is compiled again",
+                    instead="one structure and one dtype for all batches, in `transform` or `collate`",
+                ),
+                BatchChangeWarning,
+                stacklevel=3,
+            )
+
+    def _changes(self, batch: Any) -> list[tuple[str, str]]:
+        """Return how a batch differs from the first one, besides its number of samples."""
+        if self._first is None:
+            return []
+        before = dict(zip(tree.paths(self._first, "batch"), tree.leaves(self._first), strict=True))
+        now = dict(zip(tree.paths(batch, "batch"), map(_shape_of, tree.leaves(batch)), strict=True))
+        found = [("structure", f"{path} is missing") for path in before if path not in now]
+        found += [("structure", f"{path} is new") for path in now if path not in before]
+        for path in [p for p in now if p in before]:
+            (was, trailing), (is_, other) = before[path].value, now[path].value
+            if was != is_:
+                found.append(("dtype", f"{path} was {was}, now {is_}"))
+            elif trailing != other:
+                found.append(("shape", f"{path} was {was}[n{_tail(trailing)}], now {is_}[n{_tail(other)}]"))
+        return found
+
+    # --- a step that failed -------------------------------------------------------------------------------------------
+
+    def explained(self, error: Exception, state: Any, batch: Any, index: int) -> Exception:
+        """Return the error to raise for one that a step raised: itself, unless more can be said."""
+        if memory.is_out_of_memory(error):
+            return memory.out_of_memory(self.step, state, batch, error, index=index, free=self._free)
+        changes = [text for _, text in self._changes(batch)]
+        if not changes or isinstance(error, StepError):
+            return error
+        what = f"batch {index} of the run differs from the first one, and the step failed on it"
+        where = "; ".join(changes[:4])
+        found = None
+        if precheck._can_be_faked(self.step, state):
+            dry = dry_run(getattr(self.step, "__wrapped__", self.step), state, batch)
+            found = precheck.misfit(dry, state, batch, what=f"{what}\n  changed: {where}")
+        return found or StepError(explain(what, where=where, why=f"{type(error).__name__}: {str(error)[:300]}"))
+
+
+class _Shape:
+    """dtype and trailing dims of a leaf, as a leaf itself."""
+
+    def __init__(self, value: tuple[str, tuple[int, ...]]) -> None:
+        self.value = value
+
+
+def _shape_of(leaf: Any) -> _Shape:
+    if isinstance(leaf, Tensor):
+        return _Shape((str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape[1:])))
+    return _Shape((type(leaf).__name__, ()))
+
+
+def _tail(dims: tuple[int, ...]) -> str:
+    return "".join(f", {n}" for n in dims)

@@ -1,0 +1,53 @@
+"""The scripts of docs/preemption.md do what the page says, under a scheduler that is only a function here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples" / "preemption"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def slurm(tmp_path, train):
+    """Run the batch script with a `scontrol` that notes what it is asked for."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "TRAIN": train}
+    return subprocess.Popen(["bash", str(FOLDER / "slurm.sh")], env=env)
+
+
+def test_sigterm_reaches_the_training_and_143_queues_the_job_again(tmp_path):
+    script = tmp_path / "train.sh"
+    # A training that takes a moment to write its snapshot after the signal.
+    script.write_text(
+        f"trap 'sleep 0.3; touch {tmp_path}/saved; exit 143' TERM\ntouch {tmp_path}/ready\nwhile :; do sleep 0.05; done\n"
+    )
+    process = slurm(tmp_path, f"bash {script}")
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_other_exit_codes_are_passed_on_and_nothing_is_queued(tmp_path, code):
+    assert slurm(tmp_path, f"bash -c exit\\ {code}" if code == 0 else "false").wait(60) == code
+    assert not (tmp_path / "asked").exists()
+
+
+def test_the_manifest_names_what_the_page_says():
+    text = (FOLDER / "kubernetes.yaml").read_text()
+    for line in ("kind: Job", "values: [143]", "terminationGracePeriodSeconds: 120", "restartPolicy: Never"):
+        assert line in text
+    assert "\t" not in text
+    assert 'command: ["python", "examples/digits.py"' in text
