@@ -77,7 +77,7 @@ class Gathering:
                 self._late[number] = self._rows(unit, [part.grads[n] for n in unit.trained])
         buffers = {n: view.buffers[n] if n in self.split else t for n, t in part.buffers.items()}
         kept = {n: view.params[n] if n in self.split else g for n, g in part.grads.items()}
-        return part.replace(buffers=buffers, grads=kept)  # type: ignore[attr-defined, no-any-return]
+        return part.replace(buffers=buffers, grads=kept)  # type: ignore[attr-defined]
 
     def forward_done(self, weight: Any, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take note of what the microbatch weighs, before its backward pass; return the buffers with frozen parts."""
@@ -86,7 +86,7 @@ class Gathering:
         return {n: old[n] if n in self.split else t for n, t in plain.items()}
 
     def sink(self, unit: Unit, grads: list[Tensor | None]) -> None:
-        """Take the gradients of a unit, and send the others their parts; those of the root go with the last exchange."""
+        """Take the gradients of a unit, and send the others their parts; those of the root go last."""
         rows = self._rows(unit, grads)
         number = self.units.units.index(unit)
         if not unit.path:

@@ -74,7 +74,7 @@ def _weighing(part: Partial, samples: int) -> Partial:
 
 
 class _Bytes:
-    """Small tensors of several dtypes as bytes, the widest dtypes first, so that each begins at a multiple of its size."""
+    """Small tensors of several dtypes as bytes, the widest first: each begins at a multiple of its size."""
 
     def __init__(self, like: Sequence[Tensor]) -> None:
         self.order = sorted(range(len(like)), key=lambda i: -like[i].element_size())

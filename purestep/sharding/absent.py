@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.errors import StepError, explain
+from purestep.errors import ConfigError, explain
 from purestep.sharding.plan import Plan
 
 _KNOWN = {"shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "is_cuda", "is_sparse"}
@@ -39,7 +39,7 @@ class Absent(Tensor):
         found = [x for y in given for x in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(x, Absent)]
         name = found[0].__dict__["parameter"] if found else "a parameter"
         unit = found[0].__dict__["unit"] if found else ""
-        raise StepError(
+        raise ConfigError(
             explain(
                 f"the parameter {name!r} was used while its unit {unit!r} was not running",
                 where=f"in {getattr(func, '__name__', func)}",

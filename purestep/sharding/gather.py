@@ -7,6 +7,7 @@ that refuse to be used. It knows no loss and no optimizer; `Session` is one micr
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -136,7 +137,7 @@ class Live:
         row = self.unit.rows.by_name[name]
         flat = self.ensure()
         made = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        return made.set_(flat.untyped_storage(), row.start, row.shape, row.strides)  # type: ignore[call-overload, no-any-return]
+        return made.set_(flat.untyped_storage(), row.start, row.shape, row.strides)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole parameters: of the trained ones, the very tensors that the graph knows."""
@@ -253,9 +254,9 @@ class Session:
             self.recent = [*self.recent[-1:], live]
             for other in self.lives.values():
                 if other.unit.path and other not in self.recent:
-                    other.flat = None
+                    other.release()
         made = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        made = made.set_(flat.untyped_storage(), offset, shape, strides)  # type: ignore[call-overload]
+        made = made.set_(flat.untyped_storage(), offset, shape, strides)
         return made if made.dtype == dtype else made.view(dtype)
 
 
@@ -273,11 +274,11 @@ class _Around:
         session = self.session
         self.depth = len(session.stack)
         for i, module in self._modules():
-            before: Any = lambda module, args, i=i: session.enter(session.live(i))
-            after: Any = lambda module, args, output, i=i: session.leave(session.live(i))
-            module._forward_pre_hooks[(self, i)] = before  # type: ignore[index]
-            module._forward_pre_hooks.move_to_end((self, i), last=False)  # type: ignore[arg-type]
-            module._forward_hooks[(self, i)] = after  # type: ignore[index]
+            before: Any = module._forward_pre_hooks
+            after: Any = module._forward_hooks
+            before[self, i] = functools.partial(_enter, session, i)
+            before.move_to_end((self, i), last=False)
+            after[self, i] = functools.partial(_leave, session, i)
 
     def __exit__(self, *error: Any) -> None:
         while len(self.session.stack) > self.depth:
@@ -285,3 +286,11 @@ class _Around:
         for i, module in self._modules():
             module._forward_pre_hooks.pop((self, i), None)  # type: ignore[call-overload]
             module._forward_hooks.pop((self, i), None)  # type: ignore[call-overload]
+
+
+def _enter(session: Session, index: int, module: nn.Module, args: Any) -> None:
+    session.enter(session.live(index))
+
+
+def _leave(session: Session, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    session.leave(session.live(index))

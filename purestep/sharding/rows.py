@@ -1,4 +1,4 @@
-"""How the parts of several parameters lie in one flat tensor, and how whole parameters are cut into rows and put together.
+"""How the parts of several parameters lie in one flat tensor; how whole ones are cut into rows and put together.
 
 Row r of `[R, n]` is what member r of a group holds: a part of each parameter, the one after the other. Arithmetic and
 copies only; nothing is sent from here.

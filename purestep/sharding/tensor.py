@@ -86,7 +86,7 @@ def _plain(out: Any) -> Any:
 
 
 class LocalAttention(TorchFunctionMode):
-    """Run attention on the heads of this rank: its kernels know nothing of DTensors, and heads nothing of each other."""
+    """Run attention on the heads of this rank: its kernels know no DTensors, and heads nothing of each other."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,9 +100,9 @@ class LocalAttention(TorchFunctionMode):
                     explain(
                         "attention is split along a dim that its heads share",
                         where=f"query: {tree.describe(query)}, {layout.placements}",
-                        why="each rank computes the attention of its heads, [batch, heads, length, width] split along 1",
+                        why="a rank attends with its own heads, [batch, heads, length, width], split along 1",
                         instead='split the weights of q, k and v by rows, Spec("tensor"), and that of the output by '
-                        'columns, Spec(None, "tensor"); one matrix for q, k and v cannot be split so',
+                        'columns, Spec(None, "tensor"); one matrix for all three cannot be split',
                     )
                 )
 

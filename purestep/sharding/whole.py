@@ -1,7 +1,7 @@
 """What an update that is handed local parts can ask about the whole: norms, finiteness, whole tensors.
 
-A step enters `updating` around its update; the transformations in it ask `current()`. Without a plan there is nothing to
-ask, and nothing of this is used.
+A step enters `updating` around its update; the transformations in it ask `current()`. Without a plan there is nothing
+to ask, and nothing of this is used.
 """
 
 from __future__ import annotations

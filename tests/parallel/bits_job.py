@@ -17,10 +17,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 import purestep as ps
+from purestep import optim
 from purestep.sharding import Spec, ddp, fsdp, hsdp, tensor_parallel
 from purestep.sharding.rows import Rows
-
-O = ps.optim
 
 
 class Block(nn.Module):
@@ -81,7 +80,8 @@ def weighted_loss(net, batch):
 
 
 def poisoned(net, batch):
-    return loss_fn(net, batch)[0] * batch["scale"].mean()
+    # Infinite for one element of one parameter only, which one rank has a part of.
+    return loss_fn(net, batch)[0] + net.head.weight[0, 0] * (batch["scale"].max() - 1)
 
 
 def batches(model, samples, steps):
@@ -97,7 +97,7 @@ def batches(model, samples, steps):
 
 
 def adamw():
-    return O.chain(O.clip_by_global_norm(0.3), O.adamw(1e-2))
+    return optim.chain(optim.clip_by_global_norm(0.3), optim.adamw(1e-2))
 
 
 def train(
@@ -150,9 +150,9 @@ CASES = {
     "frozen": {"model": Tied, "samples": 8, "frozen": ["blocks.0.*", "*.up.bias"], "steps": 2},
     "bf16-mixed": {"model": Tied, "samples": 8, "policy": "bf16-mixed"},
     "skipped": {"model": Tied, "samples": 8, "policy": "16-mixed", "loss": poisoned},
-    "muon": {"model": Tied, "samples": 8, "tx": lambda: O.muon(1e-2), "steps": 2},
-    "finite": {"model": Tied, "samples": 8, "loss": poisoned, "tx": lambda: O.apply_if_finite(adamw())},
-    "large": {"model": Tied, "samples": 8, "tx": lambda: O.skip_large_updates(O.adamw(1e-2), 0.8), "steps": 2},
+    "muon": {"model": Tied, "samples": 8, "tx": lambda: optim.muon(1e-2), "steps": 2},
+    "finite": {"model": Tied, "samples": 8, "loss": poisoned, "tx": lambda: optim.apply_if_finite(adamw())},
+    "large": {"model": Tied, "samples": 8, "tx": lambda: optim.skip_large_updates(optim.adamw(1e-2), 0.8), "steps": 2},
 }
 ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen")
 
@@ -160,10 +160,9 @@ ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen")
 def bits(size):
     for name, options in CASES.items():
         for label, plan in plans(size).items():
-            every = size == 4 and (name in ALL or label in ("ddp", "fsdp"))
-            if every or (size == 4 and label == "hsdp" and name in SOME) or (size == 1 and label == "ddp"):
-                yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
-            elif size < 4 and name in SOME and label == "fsdp":
+            on_four = name in ALL or label in ("ddp", "fsdp") or (label == "hsdp" and name in SOME)
+            on_fewer = (label == "fsdp" and name in SOME) or (size == 1 and label == "ddp")
+            if on_four if size == 4 else on_fewer:
                 yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
     yield "fast|ddp", lambda: train(ddp(reduction="fast"))
     yield "fast|fsdp", lambda: train(fsdp(reduction="fast"))
@@ -212,7 +211,7 @@ def live():
     found = {}
     try:
         for label, plan in (("reshard", fsdp()), ("keep", fsdp(reshard_after_forward=False))):
-            tx = O.sgd(0.1)
+            tx = optim.sgd(0.1)
             state = plan.place(ps.init(Equal, tx, seed=0))
             step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=plan)
             most[0] = 0
@@ -243,13 +242,13 @@ def message(call):
 
 def refusals():
     def touch():
-        tx = O.sgd(0.1)
+        tx = optim.sgd(0.1)
         state = fsdp().place(ps.init(Touching, tx))
         ps.make_step(lambda net, x: net(x).sum(), tx, plan=fsdp())(state, torch.ones(4, 4))
 
     return {
         "touched": message(touch),
-        "fused": message(lambda: train(fsdp(), tx=lambda: O.adamw(1e-2, fused=True))),
+        "fused": message(lambda: train(fsdp(), tx=lambda: optim.adamw(1e-2, fused=True))),
         "count": message(lambda: train(ddp(), v=3)),
     }
 
@@ -280,7 +279,7 @@ def tensor(size):
             state, metrics = train(plan, model=Attention, samples=8, keep=True, loss=lambda n, b: loss_fn(n, b)[0])
             state = plan.gather(state)
             evaluate = ps.make_eval(loss_fn, plan=plan)(plan.place(state), next(batches(Attention, 8, 1)))
-            numbers = [float(metrics["loss"]), float(evaluate["loss"]), float(O.global_norm(state.params))]
+            numbers = [float(metrics["loss"]), float(evaluate["loss"]), float(optim.global_norm(state.params))]
             return [*numbers, *state.params["q.weight"].flatten().tolist()[:16]]
 
         yield f"tensor|{label}", run

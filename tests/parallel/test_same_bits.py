@@ -61,7 +61,7 @@ def test_blocks_are_whole_only_while_they_are_needed(answers):
 def test_what_a_plan_cannot_do_is_refused(answers):
     said = answers[2, 1]["refusals"]
     assert (
-        "StepError: the parameter 'blocks.0.weight' was used while its unit 'blocks.0' was not running"
+        "ConfigError: the parameter 'blocks.0.weight' was used while its unit 'blocks.0' was not running"
         in said["touched"]
     )
     assert "fsdp(units=" in said["touched"]
