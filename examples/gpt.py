@@ -131,7 +131,7 @@ def train(
         state = placement.place(state)
     evaluate = ps.make_eval(loss_fn, policy=policy, plan=placement)
     callbacks = [
-        ps.callbacks.log(every=ps.every.steps(20)),
+        ps.callbacks.log(every=ps.every.steps(min(20, steps))),
         ps.callbacks.evaluate(evaluate, held_out, every=ps.every.steps(max(total // 4, 1))),
     ]
     if run_dir is not None:

@@ -95,3 +95,10 @@ def test_a_signal_ends_the_script_with_its_code(zygote, tmp_path, number, code):
     assert (process.returncode, errors) == (code, "")
     assert f"interrupted by {signal.Signals(number).name}" in out
     assert len(ps.snapshot.steps(tmp_path)) >= 1
+
+
+def test_the_gpt_learns_and_says_its_digest(run):
+    found = [run("gpt.py", "--steps", 4, "--megabytes", 0.05, "--plan", plan) for plan in ("ddp", "fsdp")]
+    assert [(r.returncode, r.stderr) for r in found] == [(0, ""), (0, "")]
+    assert float(re.search(r"training loss, last\s+([\d.]+)", found[0].stdout).group(1)) < 5.6
+    assert digest_of(found[0].stdout) == digest_of(found[1].stdout)

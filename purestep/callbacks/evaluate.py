@@ -102,11 +102,9 @@ class EvaluateCallback(Reducer):
     def _step_under(self, plan: Any) -> Callable[..., Any]:
         """The evaluation step, told of the plan unless it has one or was compiled without."""
         step = self._step
-        return (
-            dataclasses.replace(step, plan=plan)
-            if isinstance(step, Eval) and getattr(step, "plan", plan) is None
-            else step
-        )
+        if isinstance(step, Eval) and step.plan is None:
+            return dataclasses.replace(step, plan=plan)
+        return step
 
 
 def evaluate(

@@ -193,6 +193,7 @@ class Plan:
         """Yield the batches of an epoch from number `batch` on, at the same cost wherever it begins."""
         numbers, size = self.numbers(batch), self.batch_size
         order = self._permutation(epoch) if self.shuffle else None
+        cut = self.share if isinstance(self.share, Rows) and self.share.partial else None
         stride = max(1, _CHUNK // (size * numbers.step))
         for chunk in (numbers[i : i + stride] for i in range(0, len(numbers), stride)):
             first = chunk[0] * size
@@ -202,12 +203,8 @@ class Plan:
             for number in chunk:
                 offset = number * size - first
                 whole = indices[offset : offset + size]
-                mine = whole[rows(len(whole), self.share.total, self.share.indices)] if self._cuts else whole
+                mine = whole if cut is None else whole[rows(len(whole), cut.total, cut.indices)]
                 yield Request(epoch, number, mine, len(whole))
-
-    @property
-    def _cuts(self) -> bool:
-        return isinstance(self.share, Rows) and self.share.partial
 
     def _permutation(self, epoch: int) -> Permutation:
         return permutation(random.fold_in(random.key(self.seed), "order", epoch), self.samples)

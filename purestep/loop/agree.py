@@ -43,8 +43,8 @@ class Alone:
         """Return the seconds of training so far."""
         return time.monotonic() - self._start
 
-    def wish(self, effect: Effect) -> Effect:
-        """Return the effect to perform."""
+    def wish(self, effect: Effect) -> Effect | None:
+        """Return the effect to perform; None when a signal became known instead."""
         return effect
 
     def stop(self, deadline: float | None) -> bool:
@@ -88,7 +88,7 @@ class Together(Alone):
         """Return the seconds of training as of the last exchange, on the clock of rank 0."""
         return self._elapsed
 
-    def wish(self, effect: Effect) -> Effect:
+    def wish(self, effect: Effect) -> Effect | None:
         """Return the effect of rank 0: what depends on its terminal or clock is so for all.
 
         Raises:
@@ -96,6 +96,8 @@ class Together(Alone):
         """
         what = type(effect).__name__ + (f" {effect.name!r}" if isinstance(effect, Evaluate | Transform) else "")
         bounds = self.meet(what, (effect.n, effect.elapsed) if isinstance(effect, Train) else None)[0]
+        if self._name:
+            return None
         return Train(*bounds) if isinstance(effect, Train) else effect
 
     def stop(self, deadline: float | None) -> bool:

@@ -169,7 +169,7 @@ def _compare_states(train: Any) -> None:
     if len({w for w, _, _ in found}) > 1:
         everything = world.gather(hashes, what="the leaves of the state")
         world.agree_each(_differing(everything, hashes), what="the state", instead=_SAME_STATE)
-    held = {}
+    held: dict[str, tuple[int, str]] = {}
     for number, (_, where, content) in enumerate(found):
         other, same = held.setdefault(where, (number, content))
         if same != content:

@@ -191,11 +191,10 @@ class Run:
                 queue.extend(kept)
                 yield from self._tell(Interrupted(outside.read()), queue)
                 continue
-            effect = queue.popleft()
-            if not isinstance(effect, Log):
-                effect = outside.wish(effect)
-                if outside.unread:
-                    continue
+            wished = queue.popleft()
+            effect = wished if isinstance(wished, Log) else outside.wish(wished)
+            if effect is None:
+                continue
             if isinstance(effect, Stop):
                 yield from self._finish(effect.reason, queue)
                 return

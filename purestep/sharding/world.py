@@ -25,6 +25,8 @@ from purestep.sharding.join import join
 
 _SLOT = 1024  # bytes a rank sends at once; what is longer follows in a second exchange
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# In the messages of collectives whose other side is gone; gloo gives them no type of their own.
+_SIGNS = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting", "pair closure")
 _GRACE = 3.0  # seconds in which the ranks that wait say so, when one does not answer
 
 
@@ -276,7 +278,7 @@ def is_lost(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
-    return any(sign in text for sign in ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Timed out waiting"))
+    return any(sign in text for sign in _SIGNS)
 
 
 def lost(error: BaseException, what: str) -> RankError:

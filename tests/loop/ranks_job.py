@@ -58,7 +58,8 @@ def narrow():
 
 def loss_fn(net, batch):
     logits = net(batch["x"])
-    return cross_entropy(logits, batch["y"]), {"accuracy": ps.metrics.accuracy(logits, batch["y"])}
+    values = {"accuracy": ps.metrics.accuracy(logits, batch["y"]), "last": ps.metrics.Last(logits[-1, 0])}
+    return cross_entropy(logits, batch["y"]), values
 
 
 def jitter(sample, key):
@@ -254,7 +255,7 @@ def mismatches(directory):
             )
         ),
     }
-    return {name: text for name, text in found.items()}
+    return found
 
 
 def refusals(directory):
