@@ -168,7 +168,9 @@ def make_step(
     if microbatches == "auto":
         microbatches = 0  # settled by the first batch of a run
     elif not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
-        raise ConfigError(explain("microbatches is a positive integer or 'auto'", where=f"microbatches={microbatches!r}"))
+        raise ConfigError(
+            explain("microbatches is a positive integer or 'auto'", where=f"microbatches={microbatches!r}")
+        )
     if not isinstance(tx, GradientTransformation):
         raise ConfigError(
             explain(

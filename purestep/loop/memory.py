@@ -178,7 +178,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def out_of_memory(step: Any, state: Any, batch: Any, error: BaseException, *, index: int, free: int | None) -> OutOfMemory:
+def out_of_memory(
+    step: Any, state: Any, batch: Any, error: BaseException, *, index: int, free: int | None
+) -> OutOfMemory:
     """Return the error to raise where a step ran out of memory: batch, estimate, and what would fit."""
     inner = getattr(step, "__wrapped__", step)
     dry = dry_run(inner, state, batch)

@@ -99,7 +99,9 @@ def check_eval(name: str, step: Any, state: Any, batch: Any) -> None:
     dry = dry_run(getattr(step, "__wrapped__", step), state, batch)
     if isinstance(dry.error, PurestepError) and not isinstance(dry.error, _UNSURE):
         raise dry.error
-    found = dry.error and misfit(dry, state, batch, what=f"the first batch of the evaluation {name!r} does not fit the model")
+    found = dry.error and misfit(
+        dry, state, batch, what=f"the first batch of the evaluation {name!r} does not fit the model"
+    )
     if found:
         raise found from dry.error
 
@@ -286,4 +288,3 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                     instead=f"ps.callbacks.evaluate(loss_fn, data, name={monitor.split('/')[0]!r})",
                 )
             )
-

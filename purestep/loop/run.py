@@ -162,7 +162,9 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if self._ranks.first:
                 stack.enter_context(Lock(self.run_dir))
-                snapshot.disk.clean(resume_.store_root(self.run_dir))  # what a process that was killed left half-written
+                snapshot.disk.clean(
+                    resume_.store_root(self.run_dir)
+                )  # what a process that was killed left half-written
             self._store = snapshot.Store(resume_.store_root(self.run_dir), keep=_keep(self.callbacks))
             stack.push(self._leave_store)
         elif any(hasattr(c, "keep") for c in self.callbacks):
@@ -339,7 +341,9 @@ class Run:
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
         if self._store is not None and self._ranks.alone and self._store.busy(self._patience()):
             self._abandoned = True
-            yield SaveLost(f"the grace period of {self._grace:g} s is over, and the last snapshot is still being written")
+            yield SaveLost(
+                f"the grace period of {self._grace:g} s is over, and the last snapshot is still being written"
+            )
         elif self._store is not None:
             with contextlib.suppress(SaveFailed):
                 self._store.wait()

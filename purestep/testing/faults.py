@@ -66,7 +66,8 @@ class Report:
     def __str__(self) -> str:
         head = ("fault", "injected", "right digest", "data lost", "")
         cells = [
-            (r.fault, str(r.injected), f"{r.right} of {r.runs}", str(r.lost), "" if r.ok else "FAILED") for r in self.rows
+            (r.fault, str(r.injected), f"{r.right} of {r.runs}", str(r.lost), "" if r.ok else "FAILED")
+            for r in self.rows
         ]
         total = sum(r.injected for r in self.rows), sum(r.right for r in self.rows), sum(r.runs for r in self.rows)
         lost = sum(r.lost for r in self.rows)
@@ -118,7 +119,9 @@ def check_faults(
     """
     unknown = [name for name in faults or () if name not in FAULTS]
     if unknown:
-        raise ConfigError(explain(f"there is no fault {unknown[0]!r}", where=f"faults={faults!r}", why=", ".join(FAULTS)))
+        raise ConfigError(
+            explain(f"there is no fault {unknown[0]!r}", where=f"faults={faults!r}", why=", ".join(FAULTS))
+        )
     chosen = [FAULTS[name] for name in faults] if faults is not None else list(FAULTS.values())
     job, other = _job(target, args), None if with_workers is None else _job(with_workers, args)
     began, rows = time.monotonic(), []

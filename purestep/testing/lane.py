@@ -77,11 +77,15 @@ class Straight:
             outcome = lane.go(trace, {"do": "count"}, verify=True)
             seconds, digests = time.monotonic() - began, outcome.values("digest")
             if outcome.code != 0 or not digests:
-                raise AssertionError(f"the undisturbed run failed with exit code {outcome.code}\n{outcome.stderr[-3000:]}")
+                raise AssertionError(
+                    f"the undisturbed run failed with exit code {outcome.code}\n{outcome.stderr[-3000:]}"
+                )
             operations, batches = tuple(outcome.values("os")), max(outcome.values("batches"), default=0)
             found.append(cls(zygote, job, digests[0], lane.log(), operations, seconds, batches))
         if found[0].digest != found[1].digest:
-            raise AssertionError("the undisturbed run gave other bits the second time, so nothing can be compared with it")
+            raise AssertionError(
+                "the undisturbed run gave other bits the second time, so nothing can be compared with it"
+            )
         return found[1]
 
 

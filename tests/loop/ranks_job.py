@@ -39,7 +39,9 @@ class HostStep(ps.step.Step if False else __import__("purestep.step", fromlist=[
         local = local_batch(batch, self.plan, self.microbatches)
         mine = [(i, self.grads(state, b, i)) for i, b, _ in local.pieces(self.plan.microbatches(self.microbatches))]
         total = accumulate(state, local.samples, self.microbatches)
-        for index, part in sorted((e for entry in world.gather(mine, what="gradients") for e in entry), key=lambda e: e[0]):
+        for index, part in sorted(
+            (e for entry in world.gather(mine, what="gradients") for e in entry), key=lambda e: e[0]
+        ):
             total.add(part, index)
         return self.update(state, total.result())
 
@@ -233,7 +235,9 @@ def mismatches(directory):
         "data": error_of(lambda: ps.fit(**job(train=short), until=ps.steps(2))),
         "until": error_of(lambda: ps.fit(**job(), until=ps.steps(2 + last))),
         "callbacks": error_of(
-            lambda: ps.fit(**{**job(), "callbacks": [ps.callbacks.log(every=ps.every.steps(1 + last))]}, until=ps.steps(2))
+            lambda: ps.fit(
+                **{**job(), "callbacks": [ps.callbacks.log(every=ps.every.steps(1 + last))]}, until=ps.steps(2)
+            )
         ),
     }
     return {name: text for name, text in found.items()}
