@@ -1,4 +1,5 @@
-"""The ten assumptions: each is checked, says what, where, why and what instead, and docs/assumptions.md shows the words."""
+"""The ten assumptions: each is checked, says what, where, why and what instead, and docs/assumptions.md shows the
+words."""
 
 from __future__ import annotations
 

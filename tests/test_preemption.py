@@ -28,7 +28,8 @@ def test_sigterm_reaches_the_training_and_143_queues_the_job_again(tmp_path):
     script = tmp_path / "train.sh"
     # A training that takes a moment to write its snapshot after the signal.
     script.write_text(
-        f"trap 'sleep 0.3; touch {tmp_path}/saved; exit 143' TERM\ntouch {tmp_path}/ready\nwhile :; do sleep 0.05; done\n"
+        f"trap 'sleep 0.3; touch {tmp_path}/saved; exit 143' TERM\ntouch {tmp_path}/ready\n"
+        "while :; do sleep 0.05; done\n"
     )
     process = slurm(tmp_path, f"bash {script}")
     while not (tmp_path / "ready").exists():
