@@ -16,7 +16,7 @@ from purestep.loop.run import Run, StepFn
 
 
 def _with_defaults(callbacks: Sequence[Callback], until: Any) -> tuple[Callback, ...]:
-    names = {callback.name for callback in callbacks}
+    names = {getattr(callback, "name", None) for callback in callbacks}
     added: list[Any] = [] if "log" in names else [callbacks_.log()]
     if "progress" not in names:
         added.append(callbacks_.progress(epochs=getattr(until, "epochs", None)))

@@ -51,6 +51,21 @@ class EvaluateCallback(Reducer):
     def _source(self) -> Any:
         return data.as_source(self.data)
 
+    def check_first(self, train: Any) -> None:
+        """Check the evaluation on the shapes of its first batch, where that can be read without disturbing anything."""
+        from purestep.data.batches import Batches
+        from purestep.data.foreign import Sequence
+        from purestep.loop.precheck import check_eval
+
+        source = self._source
+        if isinstance(source, Batches):
+            source = source.replace(num_workers=0)
+        elif not isinstance(source, Sequence):
+            return
+        for batch in source.open(0, 0, None):
+            check_eval(self.name, self._step, train, batch)
+            return
+
     def evaluate(
         self, train: Any, interrupted: Callable[[], bool], peers: Peers | None = None
     ) -> dict[str, float] | None:

@@ -1,7 +1,8 @@
 """Running a function on fake tensors: shapes without memory, so nothing is computed and no input is touched.
 
 They are meta tensors: torch's own kernels for them are C++, ten times quicker than its fake tensor mode, and need no
-imports. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which call of torch failed in
+imports. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which call of
+torch failed in
 it, and how many bytes it would have kept for the backward pass. What follows from that is said by `precheck` and
 `memory`.
 """
@@ -120,7 +121,7 @@ class _Watch(TorchFunctionMode):
             raise
 
 
-# --- bytes kept for the backward pass -----------------------------------------------------------------------------------
+# --- bytes kept for the backward pass ---------------------------------------------------------------------------------
 
 
 class _Books:
@@ -160,7 +161,7 @@ def _unpack(kept: Any) -> Tensor:
     return kept.tensor if isinstance(kept, _Held) else kept
 
 
-# --- leaving nothing behind -----------------------------------------------------------------------------------------------
+# --- leaving nothing behind -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

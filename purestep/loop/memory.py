@@ -1,6 +1,7 @@
 """Device memory: an estimate before the first step, the words for running out of it, and the V that fits.
 
-The estimate comes from a dry run: state, gradients, and what autograd keeps of the forward pass. It is what has to fit at
+The estimate comes from a dry run: state, gradients, and what autograd keeps of the forward pass. It is what has to
+fit at
 least; the kernels' own workspace and fragmentation come on top.
 """
 
@@ -186,18 +187,20 @@ def out_of_memory(
     dry = dry_run(inner, state, batch)
     needed = estimate(step, state, batch, dry)
     lines = str(error).strip().splitlines()
+    first = lines[0][:300] if lines else ""
+    room = "" if free is None else f"; {show(free)} were free at the start"
     known = f"estimate: {needed}" if dry.error is None else f"the state takes {show(needed.state)}"
     return OutOfMemory(
         explain(
             "the step ran out of memory",
             where=f"batch {index} of the run: {describe_batch(batch)}",
-            why=f"{known}{'' if free is None else f'; {show(free)} were free at the start'}\n{lines[0][:300] if lines else ''}",
+            why=f"{known}{room}\n{first}",
             instead=_advice(step, needed, batch, free),
         )
     )
 
 
-# --- microbatches="auto" --------------------------------------------------------------------------------------------------
+# --- microbatches="auto" ----------------------------------------------------------------------------------------------
 
 
 def is_auto(step: Any) -> bool:
@@ -216,7 +219,8 @@ def with_microbatches(step: Any, count: int) -> Any:
 def choose_microbatches(step: Any, state: Any, batch: Any, *, free: int | None = None) -> int:
     """Return the smallest number of microbatches with which a step fits in memory.
 
-    It goes by the estimate of dry runs. On an accelerator the step is then tried for real (a pure step changes nothing),
+    It goes by the estimate of dry runs. On an accelerator the step is then tried for real (a pure step changes
+    nothing),
     and the number raised until it runs.
 
     Args:

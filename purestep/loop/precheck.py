@@ -1,6 +1,7 @@
 """What is checked before the first real step: step, batch, model and callbacks, on fake tensors.
 
-A step that cannot run on fake tensors (it reads values, or calls code of its own) is let through: what it really returns
+A step that cannot run on fake tensors (it reads values, or calls code of its own) is let through: what it really
+returns
 is checked instead. Nothing here is called again after the first batch.
 """
 
@@ -112,7 +113,7 @@ def _can_be_faked(step: Any, state: Any) -> bool:
     return plain and getattr(inner, "plan", None) is None
 
 
-# --- a batch that does not fit --------------------------------------------------------------------------------------------
+# --- a batch that does not fit ----------------------------------------------------------------------------------------
 
 
 def misfit(dry: Dry, state: Any, batch: Any, *, what: str) -> StepError | None:
@@ -208,7 +209,7 @@ _EXPECTED: dict[str, Any] = {
 }
 
 
-# --- states and callbacks that do not fit ---------------------------------------------------------------------------------
+# --- states and callbacks that do not fit -----------------------------------------------------------------------------
 
 
 def check_optimizer_state(step: Any, state: Any) -> None:
@@ -240,7 +241,7 @@ def check_optimizer_state(step: Any, state: Any) -> None:
             "the optimizer state of the state was not made by the tx of the step",
             where=where,
             why="a transformation reads only the state that its own init made",
-            instead="state = ps.init(model, step.tx, seed=0)   # one tx for both, and policy.apply(state) under a policy",
+            instead="state = ps.init(model, step.tx, seed=0)   # one tx; policy.apply(state) under a policy",
         )
     )
 
@@ -277,8 +278,9 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
         )
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        own = isinstance(monitor, str) and "/" in monitor and not monitor.startswith("train/")
-        if own and evaluated and monitor.split("/")[0] not in evaluated:
+        if not isinstance(monitor, str) or "/" not in monitor or monitor.startswith("train/"):
+            continue
+        if evaluated and monitor.split("/")[0] not in evaluated:
             sets = ", ".join(f"{name}/..." for name in evaluated)
             raise ConfigError(
                 explain(

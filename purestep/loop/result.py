@@ -39,7 +39,8 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """What a script should exit with: 0, 128 + the number of the signal that ended the run, or 1 when it is not saved."""
+        """What a script should exit with: 0, 128 + the number of the signal that ended the run, or 1 when it is
+        not saved."""
         return _SIGNAL_CODES.get(self.reason, int(self.unsaved))
 
     def __repr__(self) -> str:

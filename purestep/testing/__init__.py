@@ -1,4 +1,5 @@
-"""Proofs for users: that a step is pure, that a run resumes with the same bits and survives faults, that trees are equal.
+"""Proofs for users: that a step is pure, that a run resumes with the same bits and survives faults, that trees are
+equal.
 
 Used on our own examples and tests. The checks raise AssertionError with the first path that differs; the fault harness
 returns a report.

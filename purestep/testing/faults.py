@@ -1,6 +1,7 @@
 """The fault harness: run a training in processes of its own, break something, run it again, compare the bits.
 
-`check_faults` takes a function or a script of yours and returns a table: fault, times injected, runs that ended with the
+`check_faults` takes a function or a script of yours and returns a table: fault, times injected, runs that ended with
+the
 digest of the undisturbed run, snapshots lost (0). What is injected is in `injections`; the processes are forked by
 `zygote` and patched by `shims`.
 """
@@ -74,9 +75,12 @@ class Report:
         cells.append(("all", str(total[0]), f"{total[1]} of {total[2]}", str(lost), "" if self.ok else "FAILED"))
         widths = [max(len(row[i]) for row in (head, *cells)) for i in range(5)]
         lines = [
-            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]}".rstrip()
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:4], widths[1:4], strict=True)), row[4]]
+            )
             for row in (head, *cells)
         ]
+        lines = [line.rstrip() for line in lines]
         lines.insert(1, "-" * max(map(len, lines)))
         lines += [f"\n{row.fault}: {problem}" for row in self.rows for problem in row.problems]
         return "\n".join([*lines, f"digest of the undisturbed run {self.digest}, {self.seconds:.0f} s"])
@@ -99,7 +103,8 @@ def check_faults(
     time: `ps.fit(..., run_dir=run_dir)` with a `snapshots` callback that fires several times.
 
     Args:
-        target: a function at the top level of a module, called with the run directory, which returns the `Result` (or an
+        target: a function at the top level of a module, called with the run directory, which returns the `Result`
+        (or an
             exit code); or the path of a script, which gets `args`.
         args: arguments of a script; `{run_dir}` stands for the run directory.
         with_workers: the same training with worker processes, for the fault that kills one; without it that one is

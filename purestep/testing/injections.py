@@ -66,7 +66,7 @@ class Fault:
 
 def _kill_at_random(trial: Trial) -> None:
     draw, lanes = trial.draw, _Lanes(trial)
-    while lanes.struck < trial.times:
+    while lanes.goes_on():
         lane = lanes.next()
         lane.go(kill_after=0.7 * draw.random() * trial.base.seconds, codes=(_KILLED, 0), verify=True)
     lanes.end()
@@ -78,7 +78,7 @@ def _kill_in_saves(trial: Trial) -> None:
     commits = [i for i, name in enumerate(saves) if _COMMIT.match(name)]
     first = 2 * (commits[min(2, len(commits)) - 1] + 3)
     draw, lanes = trial.draw, _Lanes(trial)
-    while lanes.struck < trial.times:
+    while lanes.goes_on():
         lane = lanes.next()
         at = lanes.struck + 1 if lanes.struck < first else draw.randint(1, 2 * len(saves))
         shim = {"do": "kill", "on": "save", "at": at, "run_dir": str(lane.run_dir)}
@@ -88,7 +88,7 @@ def _kill_in_saves(trial: Trial) -> None:
 
 def _power_cut(trial: Trial) -> None:
     draw, lanes = trial.draw, _Lanes(trial, kills=5)
-    while lanes.struck < trial.times:
+    while lanes.goes_on():
         lane = lanes.next()
         at = draw.randint(1, len(trial.base.operations))
         under = {"run_dir": str(lane.run_dir)}
@@ -112,6 +112,11 @@ class _Lanes:
     def struck(self) -> int:
         """Faults so far."""
         return sum(lane.injected for lane in self.done) + (0 if self.lane is None else self.lane.injected)
+
+    def goes_on(self) -> bool:
+        """Tell whether to strike again: not often enough yet, and nothing has gone wrong."""
+        lanes = [*self.done, *([] if self.lane is None else [self.lane])]
+        return self.struck < self.trial.times and not any(lane.problems for lane in lanes)
 
     def next(self) -> Lane:
         """Return the lane to strike."""

@@ -1,6 +1,7 @@
 """A power cut, simulated: what of a directory tree would be on the disk if the machine lost power now.
 
-`Recorder` notes in the running process what each fsync made durable: the bytes of a file, or the entries of a directory.
+`Recorder` notes in the running process what each fsync made durable: the bytes of a file, or the entries of a
+directory.
 `cut` rebuilds the tree from these notes alone. What was never forced to the disk is gone, empty, or (as the file system
 may have written it in passing) there: a draw decides for each.
 """

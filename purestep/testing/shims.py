@@ -1,7 +1,8 @@
 """What the fault harness installs in a child before its run: triggers, and what they set off.
 
 A trigger counts operations of the operating system under the run directory ("os"; "save" those on snapshots), batches
-("batch"), rows of the log ("log"), reactions of callbacks ("react"), or is there from the beginning ("start"). All of it is patched in one process that ends soon; nothing here is used by a run of a user's.
+("batch"), rows of the log ("log"), reactions of callbacks ("react"), or is there from the beginning ("start"). All
+of it is patched in one process that ends soon; nothing here is used by a run of a user's.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def install(shims: Sequence[Shim], *, report: Path) -> Injector:
         return injector
     for name in _OPERATIONS:
         setattr(os, name, _wrapped(injector, name))
-    builtins.open = io.open = _opening(injector)  # type: ignore[assignment]
+    builtins.open = io.open = _opening(injector)
     _count_batches(injector)
     _count_calls(injector)
     for shim in shims:

@@ -1,7 +1,8 @@
 """A process that has imported everything once and forks children that run a script or a function.
 
 Importing torch, JAX and Orbax costs seconds, a fork milliseconds, so hundreds of runs can be started and killed. The
-server never trains and never starts a thread. `faults` talks to it; every child is a process of its own, which waits for
+server never trains and never starts a thread. `faults` talks to it; every child is a process of its own, which waits
+for
 its threads, runs its exit functions and says how it ended by its exit code.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 _START = "import sys; from purestep.testing import zygote; zygote.serve(int(sys.argv[1]), int(sys.argv[2]))"
 _PRELOAD = (
     "purestep.trainer purestep.callbacks purestep.data purestep.loggers purestep.snapshot purestep.optim.optimizers "
-    "purestep.testing.shims purestep.testing.resume orbax.checkpoint"
+    "purestep.testing.shims purestep.testing.resume orbax.checkpoint torch._dynamo"
 ).split()
 
 
