@@ -81,7 +81,8 @@ class Gathering:
 
     def forward_done(self, weight: Any, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take note of what the microbatch weighs, before its backward pass; return the buffers with frozen parts."""
-        self.weight, self.session.backward = weight, True
+        self.weight = weight
+        self.session.begin_backward()
         plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}  # type: ignore[attr-defined]
         return {n: old[n] if n in self.split else t for n, t in plain.items()}
 

@@ -67,6 +67,8 @@ class Units:
         self.modules = dict(module.named_modules())
         self._paths = {id(m._parameters): path for path, m in self.modules.items()}
         self.units: list[Unit] = []
+        self.last: Unit | None = None
+        self.nothing: dict[Any, Tensor] = {}
         grouped: dict[tuple[str, torch.dtype], list[str]] = {}
         for name in split:
             grouped.setdefault((self._home(name), parts[name].dtype), []).append(name)
@@ -174,8 +176,8 @@ class Session:
         self.lives: dict[int, Live] = {}
         self.recent: list[Live] = []
         self.stack: list[tuple[Live, Any]] = []
-        self._empty: dict[Any, Tensor] = {}
         self.backward = False
+        self.latest: Unit | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the model is bound to at first: whole parameters of the root, stand-ins for those of units."""
@@ -195,12 +197,13 @@ class Session:
     def empty(self, like: Tensor) -> Tensor:
         """Return a tensor of a shape without memory, for what is not there."""
         key = like.dtype, like.device
-        if key not in self._empty:
+        nothing = self.units.nothing
+        if key not in nothing:
             value = torch.full(
                 (), float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device=like.device
             )
-            self._empty[key] = value
-        return self._empty[key].expand(like.shape)
+            nothing[key] = value
+        return nothing[key].expand(like.shape)
 
     # --- what happens around the call of a unit ---
 
@@ -227,8 +230,15 @@ class Session:
         if hooks is not None:
             hooks.__exit__(None, None, None)
         self._put(live, self.units.stand_ins)
-        if self.units.plan.reshard_after_forward and not self.backward and not live.held:
+        self.latest = live.unit
+        # The unit that runs last is the first that the backward pass needs; which it is, the microbatch before told.
+        awaited = live.unit is self.units.last and torch.is_grad_enabled()
+        if self.units.plan.reshard_after_forward and not self.backward and not live.held and not awaited:
             live.release()
+
+    def begin_backward(self) -> None:
+        """Take note that the forward pass is over."""
+        self.backward, self.units.last = True, self.latest
 
     def _put(self, live: Live, tensors: Mapping[str, Tensor]) -> None:
         for name in live.unit.names:
@@ -293,8 +303,11 @@ class _Around:
 
 
 def _enter(session: Session, index: int, module: nn.Module, args: Any) -> None:
-    session.enter(session.live(index))
+    # What happens here is no operation of the model: no mode of it has to look.
+    with torch._C.DisableTorchFunction():
+        session.enter(session.live(index))
 
 
 def _leave(session: Session, index: int, module: nn.Module, args: Any, output: Any) -> None:
-    session.leave(session.live(index))
+    with torch._C.DisableTorchFunction():
+        session.leave(session.live(index))
