@@ -39,7 +39,7 @@ class Signals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A run that was left in the middle may be collected by another thread, where Python has no signals: then `_note`
+        # A run that was left in the middle may be collected by another thread, where there are no signals: then `_note`
         # gives the handlers back when a signal comes.
         self._left = True
         if threading.current_thread() is threading.main_thread():
