@@ -26,7 +26,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.unread = False
+        self.unread = self._left = False
         self.since: float | None = None
         self._name = ""
         self._seen = 0
@@ -39,11 +39,22 @@ class Signals:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # A run that was left in the middle may be collected by another thread, where there are no signals: then `_note`
+        # gives the handlers back when a signal comes.
+        self._left = True
+        if threading.current_thread() is threading.main_thread():
+            self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._left:
+            self._give_back()
+            os.kill(os.getpid(), number)
+            return
         if number == signal.SIGINT and self._seen and self._name == "SIGINT":
             raise KeyboardInterrupt
         self.since = time.monotonic() if self.since is None else self.since
