@@ -25,11 +25,14 @@ def run(settings: Any, say: Say) -> dict[str, Any]:
         _fitted(subject, steps, ps)
     differences: dict[int, list[float]] = {keys: [] for keys in KEYS}
     bare: dict[int, list[float]] = {keys: [] for keys in KEYS}
+    starts: list[float] = []
     gc.collect()
     for _ in range(settings.loop_rounds):
         for keys, subject in subjects.items():
             without = _bare(subject, steps)
-            differences[keys].append(_fitted(subject, steps, ps) - without)
+            fitted, start = _fitted(subject, steps, ps)
+            differences[keys].append(fitted - without)
+            starts.append(start)
             bare[keys].append(without)
     few, many = KEYS
     extra = [(b - a) / (many - few) for a, b in zip(differences[few], differences[many], strict=True)]
@@ -38,6 +41,7 @@ def run(settings: Any, say: Say) -> dict[str, Any]:
         "step_us": spread(differences[few]),
         "key_us": spread(extra),
         "bare_us": spread(bare[few]),
+        "start_ms": spread(starts),
         "steps": steps,
         "rounds": settings.loop_rounds,
     }
@@ -75,12 +79,19 @@ def _bare(subject: dict[str, Any], steps: int) -> float:
     return wall / steps * 1e6
 
 
-def _fitted(subject: dict[str, Any], steps: int, ps: Any) -> float:
-    """Microseconds a step of `fit` over the same batches, from its call to its return."""
+def _fitted(subject: dict[str, Any], steps: int, ps: Any) -> tuple[float, float]:
+    """Microseconds a step of `fit` over the same batches, and the milliseconds until its first steps are done.
+
+    What `fit` does once (looking for snapshots, the check of the first batch) is in the second number only.
+    """
     batches = subject["batches"]
     cycle = [batches[i % len(batches)] for i in range(steps)]
     began = time.perf_counter()
-    result = ps.fit(subject["step"], subject["state"], cycle, until=ps.epochs(1))
-    wall = time.perf_counter() - began
-    subject["state"] = result.state
-    return wall / steps * 1e6
+    events = ps.run(subject["step"], subject["state"], cycle, until=ps.epochs(1))
+    first, skipped = 0.0, 0
+    for event in events:
+        if isinstance(event, ps.loop.StepsDone) and not skipped:
+            first, skipped = time.perf_counter(), event.count
+    wall = time.perf_counter() - first
+    subject["state"] = events.loop.train
+    return wall / (steps - skipped) * 1e6, (first - began) * 1e3

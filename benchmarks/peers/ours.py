@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import purestep as ps
 from benchmarks import workloads
-from benchmarks.peers.base import Trainer
+from benchmarks.peers.base import Rounds, Trainer
 from benchmarks.peers.loops import tensors
 from benchmarks.workloads import Workload
 
@@ -56,12 +59,34 @@ class Ours(Trainer):
 
 
 class Fit(Ours):
-    """`ps.fit`, called once a round: what it does before the first and after the last step counts too."""
+    """`ps.run` as `fit` drains it: one run, a round an epoch. What it does once, at its start, is not in a round."""
 
-    def train(self, steps: int) -> float:
-        events = ps.run(self.step, self.state, list(self.feed(steps)), until=ps.epochs(1))
-        for event in events:
-            if isinstance(event, ps.loop.StepsDone):
-                last = event.metrics[-1]
+    def serve(self, rounds: Rounds) -> None:
+        events = ps.run(self.step, self.state, _Asked(self, rounds), until=ps.epochs(1_000_000))
+        self.state = None
+        with contextlib.suppress(_NoMore), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such a source cannot be resumed in the middle of an epoch
+            for event in events:
+                if isinstance(event, ps.loop.StepsDone):
+                    last = event.metrics[-1]
+                elif isinstance(event, ps.loop.EpochDone):
+                    rounds.stop(float(last["loss"].compute()))
         self.state = events.loop.train
-        return float(last["loss"].compute())
+
+
+class _NoMore(Exception):
+    """The driver has asked for the last round."""
+
+
+class _Asked:
+    """The steps that the driver asks for, as an epoch each."""
+
+    def __init__(self, trainer: Trainer, rounds: Rounds) -> None:
+        self.trainer, self.rounds = trainer, rounds
+
+    def __iter__(self) -> Iterator[Any]:
+        steps = self.rounds.receive()
+        if steps is None:
+            raise _NoMore
+        self.rounds.start()
+        yield from self.trainer.feed(steps)
