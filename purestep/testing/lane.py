@@ -129,7 +129,8 @@ class Lane:
     def outcome(self, child: Child, directory: Path, *, timeout: float = 120.0) -> Outcome:
         """Wait for a process, and read what it said."""
         code = child.wait(timeout)
-        outcome = Outcome(code, facts_of(directory), (directory / "stderr").read_text(errors="replace"))
+        error = directory / "stderr"  # a process that is killed at once may not have opened it
+        outcome = Outcome(code, facts_of(directory), error.read_text(errors="replace") if error.exists() else "")
         shutil.rmtree(directory, ignore_errors=True)
         return outcome
 
