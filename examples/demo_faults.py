@@ -1,6 +1,6 @@
 """Break a small training in every way we know, several hundred times; it must end with the same bits each time.
 
-Prints one table and exits with 1 unless every run ended right. Takes about two minutes.
+Prints one table and exits with 1 unless every run ended right. Takes a minute or two.
 
     python examples/demo_faults.py
 """
@@ -66,6 +66,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--times", type=int, default=None, help="how often each fault is injected; it knows by default")
     parser.add_argument("--only", nargs="*", default=None, help="names of faults; all by default")
+    parser.add_argument("--jobs", type=int, default=2, help="how many faults to try at a time")
     args = parser.parse_args()
     report = ps.testing.check_faults(
         train,
@@ -73,6 +74,7 @@ def main() -> int:
         faults=args.only,
         times=None if args.times is None else dict.fromkeys(ps.testing.FAULTS, args.times),
         seed=args.seed,
+        jobs=args.jobs,
         progress=lambda row: print(f"  {row.fault}: {row.right} of {row.runs} runs", flush=True),
     )
     print(f"\n{report}")

@@ -2,11 +2,12 @@
 
 `log` never waits: when `ROWS` rows wait already, the new one is dropped and counted. `flush`, before a snapshot, waits
 `FLUSH_SECONDS` at most, and not at all while the logger is still behind from the last time; `close` waits
-`CLOSE_SECONDS`. `outlets` puts every logger behind one.
+`CLOSE_SECONDS` in all. `outlets` puts every logger behind one, and gives it less time after a signal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import warnings
@@ -31,19 +32,31 @@ class Backlog:
 
     def __init__(self, sink: Any, name: str) -> None:
         self._sink, self._name = sink, name
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(ROWS)
+        self._queue: queue.Queue[Callable[[], None]] = queue.Queue(ROWS)
         self._error: BaseException | None = None
         self._behind: threading.Event | None = None
+        self._accepted = self._done = 0  # rows
+        self._closing = False
         self.dropped = 0
         self._thread = threading.Thread(target=self._work, name=f"purestep-log-{name}", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
-        while (call := self._queue.get()) is not None:
-            try:
-                call()
-            except Exception as error:
-                self._error = self._error or error
+        while not (self._closing and self._queue.empty()):
+            self._attempt(self._queue.get())
+        self._attempt(self._sink.close)
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._error = self._error or error
+
+    def _row(self, step: int, row: Mapping[str, float]) -> None:
+        try:
+            self._sink.log(step, row)
+        finally:
+            self._done += 1
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -53,12 +66,13 @@ class Backlog:
         """Queue a row; raise what the sink raised on an earlier one."""
         self._raise()
         try:
-            self._queue.put_nowait(lambda: self._sink.log(step, row))
+            self._queue.put_nowait(lambda: self._row(step, row))
+            self._accepted += 1
         except queue.Full:
             self.dropped += 1
 
-    def flush(self) -> None:
-        """Wait until all rows so far are durable, within the bound."""
+    def flush(self, seconds: float = FLUSH_SECONDS) -> None:
+        """Wait until all rows so far are durable, for so many seconds at most."""
         self._raise()
         if self._behind is not None and not self._behind.is_set():
             return
@@ -75,20 +89,16 @@ class Backlog:
         except queue.Full:
             return
         self._behind = done
-        done.wait(FLUSH_SECONDS)
+        done.wait(seconds)
         self._raise()
 
-    def close(self) -> None:
-        """Close the sink when all rows are written, within the bound; say how many were left out."""
-        lost = self.dropped
-        try:
-            self._queue.put(self._sink.close, timeout=CLOSE_SECONDS)
-            self._queue.put(None, timeout=CLOSE_SECONDS)
-            self._thread.join(CLOSE_SECONDS)
-        except queue.Full:
-            pass
-        if self._thread.is_alive():
-            lost += self._queue.qsize()
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Close the sink when all rows are written, within so many seconds; say how many were left out."""
+        self._closing = True
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(lambda: None)  # wakes the thread, if it has nothing to do
+        self._thread.join(seconds)
+        lost = self.dropped + self._accepted - self._done
         if lost:
             warnings.warn(
                 f"{self._name} is slower than training: {lost} rows of the log were left out",

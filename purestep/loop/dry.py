@@ -1,10 +1,9 @@
 """Running a function on fake tensors: shapes without memory, so nothing is computed and no input is touched.
 
-They are meta tensors: torch's own kernels for them are C++, ten times quicker than its fake tensor mode, and need no
-imports. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which call of
-torch failed in
-it, and how many bytes it would have kept for the backward pass. What follows from that is said by `precheck` and
-`memory`.
+They are meta tensors, several times quicker than torch's fake tensor mode; in either torch imports Dynamo and sympy
+once in a process. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which
+call of torch failed in it, and how many bytes it would have kept for the backward pass. What follows from that is said
+by `precheck` and `memory`.
 """
 
 from __future__ import annotations

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from purestep import loggers
-from purestep.loop.backlog import Backlog
+from purestep.loop.backlog import CLOSE_SECONDS, FLUSH_SECONDS, Backlog
 from purestep.loop.events import Callback, Event, LoopState
 from purestep.loop.resume import applied_steps
+
+_MOMENT = 0.1  # seconds: what a logger that is not behind needs to close, even where no time is left
 
 
 class EventSink(Protocol):
@@ -25,11 +28,19 @@ class EventSink(Protocol):
 class Outlets:
     """The loggers and event sinks of a run. One that raises is reported once and then left out.
 
-    Of several processes only one speaks; the others are `silent` and open nothing.
+    Of several processes only one speaks; the others are `silent` and open nothing. `hurry` tells how many seconds are
+    left to wait for loggers, besides their own bounds.
     """
 
-    def __init__(self, configs: Sequence[loggers.Logger] | None, run_dir: Path | None, *, silent: bool = False) -> None:
-        self._silent = silent
+    def __init__(
+        self,
+        configs: Sequence[loggers.Logger] | None,
+        run_dir: Path | None,
+        *,
+        silent: bool = False,
+        hurry: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        self._silent, self._hurry = silent, hurry
         if configs is None:
             configs = () if run_dir is None else (loggers.csv(),)
         self._configs, self._run_dir = tuple(configs), run_dir
@@ -54,8 +65,11 @@ class Outlets:
             self._each(self._logs, lambda sink: sink.log(step, row))
 
     def flush(self) -> None:
-        """Put all rows on the disk, so that a snapshot taken now never knows of rows that a power cut could lose."""
-        self._each(self._logs, lambda sink: sink.flush())
+        """Put all rows on the disk, so that a snapshot taken now never knows of rows that a power cut could lose.
+
+        In a hurry most of the time is left to the snapshot itself.
+        """
+        self._each(self._logs, lambda sink: sink.flush(min(FLUSH_SECONDS, self._hurry() / 4)))
 
     def event(self, event: Event, loop: LoopState) -> None:
         """Show an event to every sink."""
@@ -80,5 +94,5 @@ class Outlets:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for group in (self._logs, self._sinks):
-            self._each(group, lambda sink: sink.close(), closing=True)
+        self._each(self._logs, lambda sink: sink.close(min(CLOSE_SECONDS, max(_MOMENT, self._hurry()))), closing=True)
+        self._each(self._sinks, lambda sink: sink.close(), closing=True)

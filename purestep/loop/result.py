@@ -22,7 +22,7 @@ class Result:
         reason: why the run ended: `reached 5 epochs`, `early stopping: ...`, `SIGTERM`, ...
         run_dir: the run directory, None without one.
         loop: the whole run in one value.
-        unsaved: whether its last snapshot could not be written.
+        unsaved: whether its last snapshot was not durable when it ended: it failed, or the grace period was over.
     """
 
     state: Any

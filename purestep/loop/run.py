@@ -101,7 +101,8 @@ class Run:
         self.callbacks = tuple(callbacks)
         self._by_name = {c.name: c for c in self.callbacks}
         self.machine = Machine(self.callbacks, until, self._feed.length)
-        self._outlets = Outlets(loggers, self.run_dir, silent=not self._ranks.first)
+        self._outlets = Outlets(loggers, self.run_dir, silent=not self._ranks.first, hurry=self._grace_left)
+        self._lock: Lock | None = None
         self._store: snapshot.Store | None = None
         self._saved: Any = None
         self._checked = False
@@ -164,7 +165,7 @@ class Run:
         if self.run_dir is not None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if self._ranks.first:
-                stack.enter_context(Lock(self.run_dir))
+                self._lock = stack.enter_context(Lock(self.run_dir))
                 # What a process that was killed left half-written.
                 snapshot.disk.clean(resume_.store_root(self.run_dir))
             root, keep = resume_.store_root(self.run_dir), _keep(self.callbacks)
@@ -176,8 +177,12 @@ class Run:
             )
 
     def _leave_store(self, *error: Any) -> None:
-        if self._store is not None and not self._abandoned:
+        if self._store is None:
+            return
+        if not self._abandoned:
             self._store.__exit__(*error)
+        elif self._lock is not None:
+            self._lock.keep_while(self._store.busy)
 
     def _interpret(self, first: Event) -> Iterator[Event]:
         outside = self._outside
@@ -311,9 +316,13 @@ class Run:
 
     def _patience(self) -> float:
         """How many seconds to wait for the disk: a bound while training, the grace period after a signal."""
-        if self._signals.since is not None and self._grace is not None:
-            return max(0.0, self._grace - (time.monotonic() - self._signals.since))
-        return SLOW_DISK_SECONDS if self.loop.status.stop is None else math.inf
+        return min(self._grace_left(), SLOW_DISK_SECONDS if self.loop.status.stop is None else math.inf)
+
+    def _grace_left(self) -> float:
+        """How many seconds are left of the grace period; without a signal, or without a period, no end is near."""
+        if self._signals.since is None or self._grace is None:
+            return math.inf
+        return max(0.0, self._grace - (time.monotonic() - self._signals.since))
 
     def _behind(self) -> Iterator[Event]:
         """The disk is still busy with the snapshot before: leave this one out, and say so once."""
@@ -342,16 +351,17 @@ class Run:
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
         if self._store is not None and self._ranks.alone and self._store.busy(self._patience()):
-            self._abandoned = True
+            self._abandoned = self._unsaved = True
             yield SaveLost(
                 f"the grace period of {self._grace:g} s is over, and the last snapshot is still being written"
             )
         elif self._store is not None:
-            with contextlib.suppress(SaveFailed):
+            try:
                 self._store.wait()
-            for event in self._durable():
-                self._unsaved = self._unsaved or isinstance(event, SaveLost)
-                yield event
+            except SaveFailed as error:
+                self._unsaved = True
+                yield self._lost(error)
+            yield from self._durable()
         self.reason = reason
         yield from self._tell(Stopped(reason), queue)
 

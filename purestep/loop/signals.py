@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -67,7 +68,7 @@ class Signals:
 
 
 class Lock:
-    """An exclusive lock on a run directory, which dies with its process.
+    """An exclusive lock on a run directory, which dies with its process, or outlives the run that still writes.
 
     Raises:
         ConfigError: a living process holds it.
@@ -75,6 +76,7 @@ class Lock:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "lock"
+        self._kept = False
 
     def __enter__(self) -> Self:
         self._file = open(self.path, "a+")
@@ -97,5 +99,17 @@ class Lock:
         self._file.flush()
         return self
 
+    def keep_while(self, busy: Callable[[float], bool]) -> None:
+        """Hold it on, beyond the end of the run, until nothing is busy any more."""
+
+        def wait() -> None:
+            while busy(threading.TIMEOUT_MAX):
+                pass
+            self._file.close()
+
+        self._kept = True
+        threading.Thread(target=wait, name="purestep-lock", daemon=True).start()
+
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if not self._kept:
+            self._file.close()

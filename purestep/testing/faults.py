@@ -1,19 +1,21 @@
 """The fault harness: run a training in processes of its own, break something, run it again, compare the bits.
 
 `check_faults` takes a function or a script of yours and returns a table: fault, times injected, runs that ended with
-the
-digest of the undisturbed run, snapshots lost (0). What is injected is in `injections`; the processes are forked by
+the digest of the undisturbed run, snapshots lost (0). What is injected is in `injections`; the processes are forked by
 `zygote` and patched by `shims`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import queue
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,7 @@ def check_faults(
     times: Mapping[str, int] | None = None,
     seed: int = 0,
     directory: str | Path | None = None,
+    jobs: int = 1,
     progress: Callable[[Row], None] | None = None,
 ) -> Report:
     """Prove that a training survives: break it in many ways, run it again each time, and compare the bits.
@@ -103,9 +106,8 @@ def check_faults(
     time: `ps.fit(..., run_dir=run_dir)` with a `snapshots` callback that fires several times.
 
     Args:
-        target: a function at the top level of a module, called with the run directory, which returns the `Result`
-        (or an
-            exit code); or the path of a script, which gets `args`.
+        target: a function at the top level of a module, called with the run directory, which returns the `Result` (or
+            an exit code); or the path of a script, which gets `args`.
         args: arguments of a script; `{run_dir}` stands for the run directory.
         with_workers: the same training with worker processes, for the fault that kills one; without it that one is
             left out.
@@ -113,6 +115,7 @@ def check_faults(
         times: how many times to inject a fault, where not as many as it says itself.
         seed: of the random moments.
         directory: for the runs; a temporary one by default.
+        jobs: how many faults to try at a time.
         progress: called with each row of the table as soon as it is complete.
 
     Returns:
@@ -129,20 +132,48 @@ def check_faults(
         )
     chosen = [FAULTS[name] for name in faults] if faults is not None else list(FAULTS.values())
     job, other = _job(target, args), None if with_workers is None else _job(with_workers, args)
-    began, rows = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="purestep-faults-") as temporary, Zygote() as zygote:
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise ConfigError(
+            explain("faults are tried one at a time, or several", where=f"jobs={jobs!r}", instead="jobs=2")
+        )
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="purestep-faults-") as temporary, contextlib.ExitStack() as stack:
         root = Path(directory or temporary).absolute()
-        straight = Straight.of(zygote, job, root / "straight")
-        worked = None if other is None else Straight.of(zygote, other, root / "straight-with-workers")
-        for fault in chosen:
-            base = worked if fault.needs_workers else straight
-            if base is None:
-                continue
-            row = _row(fault, base, root, seed, (times or {}).get(fault.name, fault.times))
-            rows.append(row)
+        zygotes = [stack.enter_context(Zygote()) for _ in range(jobs)]
+        straight = Straight.of(zygotes[0], job, root / "straight")
+        worked = None if other is None else Straight.of(zygotes[0], other, root / "straight-with-workers")
+        bases = {fault: worked if fault.needs_workers else straight for fault in chosen}
+        rows = _rows({fault: base for fault, base in bases.items() if base}, zygotes, root, seed, times or {}, progress)
+    return Report(rows, straight.digest, time.monotonic() - began)
+
+
+def _rows(
+    bases: Mapping[injections.Fault, Straight],
+    zygotes: Sequence[Zygote],
+    root: Path,
+    seed: int,
+    times: Mapping[str, int],
+    progress: Callable[[Row], None] | None,
+) -> tuple[Row, ...]:
+    """Try each fault, as many at a time as there are zygotes."""
+    free: queue.SimpleQueue[Zygote] = queue.SimpleQueue()
+    for zygote in zygotes:
+        free.put(zygote)
+
+    def row(fault: injections.Fault) -> Row:
+        zygote = free.get()
+        try:
+            base = dataclasses.replace(bases[fault], zygote=zygote)
+            return _row(fault, base, root, seed, times.get(fault.name, fault.times))
+        finally:
+            free.put(zygote)
+
+    with ThreadPoolExecutor(len(zygotes)) as pool:
+        tried = [pool.submit(row, fault) for fault in bases]
+        for done in as_completed(tried):
             if progress is not None:
-                progress(row)
-    return Report(tuple(rows), straight.digest, time.monotonic() - began)
+                progress(done.result())
+    return tuple(one.result() for one in tried)
 
 
 def _row(fault: injections.Fault, base: Straight, root: Path, seed: int, times: int) -> Row:

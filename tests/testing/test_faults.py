@@ -49,9 +49,10 @@ def demo():
 @pytest.mark.slow
 def test_no_fault_changes_a_bit():
     module = demo()
-    report = check_faults(module.train, with_workers=module.train_with_workers)
+    report = check_faults(module.train, with_workers=module.train_with_workers, jobs=2)
     assert report.ok, str(report)
-    assert len(report.rows) == len(FAULTS)
+    assert [row.fault for row in report.rows] == list(FAULTS)
+    assert [row.injected for row in report.rows if row.fault == "the clock runs backwards"] == [3]
     assert sum(row.injected for row in report.rows if row.fault.startswith("SIGKILL")) >= 200
 
 
@@ -82,6 +83,8 @@ def test_a_table_fails_when_anything_was_lost_or_nothing_happened():
 def test_arguments_are_checked():
     with pytest.raises(ConfigError, match="there is no fault 'fire'"):
         check_faults(lambda run_dir: 0, faults=["fire"])
+    with pytest.raises(ConfigError, match="jobs=0"):
+        check_faults(demo().train, jobs=0)
     with pytest.raises(ConfigError, match="it has to be found by name"):
         check_faults(lambda run_dir: 0)
 
