@@ -43,7 +43,7 @@ def start(zygote, directory, size, names, timeout=60):
     return [json.loads(a.read_text()) if a.exists() else None for a in answers], ends
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def answers(zygote, tmp_path_factory):
     """By number of processes, the answers of each rank."""
     directory = tmp_path_factory.mktemp("ranks")

@@ -1,5 +1,6 @@
 """The same bits on 1, 2, 3 and 4 processes, under every plan; and what only several processes can show."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -10,10 +11,26 @@ JOB = Path(__file__).with_name("bits_job.py")
 CASES = "plain ragged few single tied frozen bf16-mixed skipped muon finite large six twelve evaluated".split()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def answers(zygote, tmp_path_factory):
     """By number of processes and rank, what each check found. Four processes are all of the jobs in turn."""
-    directory = tmp_path_factory.mktemp("bits")
+    base = tmp_path_factory.getbasetemp()
+    # The workers of pytest-xdist share the answers: whoever comes first asks for them.
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bits"
+    directory.mkdir(exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "done").exists():
+            _ask(zygote, directory)
+            (directory / "done").touch()
+    return {
+        (size, rank): json.loads((directory / f"{size}-{rank}.json").read_text())
+        for size in (1, 2, 3, 4)
+        for rank in range(size)
+    }
+
+
+def _ask(zygote, directory):
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     children = [
         zygote.popen(JOB, str(directory), "4,3,2,1", str(rank), env=quiet, preload="torch.distributed.tensor")
@@ -23,11 +40,6 @@ def answers(zygote, tmp_path_factory):
         with child:
             _, errors = child.communicate(240)
             assert (child.returncode, errors) == (0, "")
-    return {
-        (size, rank): json.loads((directory / f"{size}-{rank}.json").read_text())
-        for size in (1, 2, 3, 4)
-        for rank in range(size)
-    }
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -22,7 +22,7 @@ JOB = Path(__file__).with_name("ranks_of_a_job.py")
 NEEDS = "torch.distributed.tensor orbax.checkpoint xxhash"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def job(zygote, tmp_path_factory):
     """What the ranks have seen, the root of their stores, and how they ended."""
     root = tmp_path_factory.mktemp("job")
