@@ -133,6 +133,8 @@ def variants(model: str, samples: int, compiled: bool) -> dict[str, Callable[[],
     if compiled:
         found["ddp fast, jit"] = our_step(make, sharding.ddp(reduction="fast"), batch, compiled=True)
         found["ddp tree, jit"] = our_step(make, sharding.ddp(), batch, compiled=True)
+        found["fsdp fast, jit"] = our_step(make, sharding.fsdp(reduction="fast"), batch, compiled=True)
+        found["fsdp tree, jit"] = our_step(make, sharding.fsdp(), batch, compiled=True)
     return found
 
 

@@ -97,14 +97,14 @@ class Accumulation:
     def __init__(self, state: Any, sizes: Sequence[int]) -> None:
         self.state = state
         self.sizes = [size for size in sizes if size]
-        samples = sum(self.sizes)
+        self.samples = sum(self.sizes)
         equal = len(set(self.sizes)) == 1
-        self.shares = None if equal else [size / samples for size in self.sizes]
+        self.shares = None if equal else [size / self.samples for size in self.sizes]
         self.alone = len(self.sizes) == 1
         self.sum = TreeSum(merge)
         self._single: Gradients | None = None
         self._structure: Any = None
-        self._names: list[str] = []
+        self._names: list[str] | None = None
 
     def add(self, part: Gradients, index: int) -> None:
         """Add what the microbatch of a number contributes."""
@@ -115,18 +115,27 @@ class Accumulation:
 
     def lift(self, part: Gradients, index: int) -> Partial:
         """Return the contribution of one microbatch as a sum of one."""
-        grads, structure = tree.flatten(part.grads)
-        if self._structure is None:
-            self._structure = structure
-            self._names = [name for name, old in self.state.buffers.items() if averaged(old, part.buffers[name])]
+        grads, self._structure = tree.flatten(part.grads)
+        rest, moved = self.besides(part.weight, part.buffers, part.metrics)
+        return rest.replaced(self.weighed([*grads, *moved], part.weight, index))
+
+    def besides(
+        self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]
+    ) -> tuple[Partial, list[Tensor]]:
+        """Return what a microbatch contributes besides gradients: a sum without a vector, and what buffers changed by.
+
+        All of it is known before the backward pass.
+        """
+        old = self.state.buffers
+        if self._names is None:
+            self._names = [name for name, tensor in old.items() if averaged(tensor, buffers[name])]
         chosen = set(self._names)
         # What nobody touched is not passed on: a frozen parameter may be this rank's part of one.
-        old = self.state.buffers
-        kept = {name: new for name, new in part.buffers.items() if name not in chosen and new is not old[name]}
-        moved = [part.buffers[name] for name in self._names]
+        kept = {name: new for name, new in buffers.items() if name not in chosen and new is not old[name]}
+        moved = [buffers[name] for name in self._names]
         if not self.alone:
-            moved = [_change(self.state.buffers[name], new) for name, new in zip(self._names, moved, strict=True)]
-        return Partial(self.weighed([*grads, *moved], part.weight, index), part.weight, kept, part.metrics)
+            moved = [_change(old[name], new) for name, new in zip(self._names, moved, strict=True)]
+        return Partial([], weight, kept, metrics), moved
 
     def weighed(self, vector: list[Tensor], weight: Any, index: int) -> list[Tensor]:
         """Multiply what a microbatch contributes by what it weighs."""
@@ -134,25 +143,32 @@ class Accumulation:
             return vector
         return _weighed(vector, weight, None if self.shares is None else self.shares[index])
 
+    def divided(self, vector: list[Tensor], weight: Any, *, owned: bool = False) -> list[Tensor]:
+        """Divide the sum over all microbatches by its weight; `owned` tensors may be overwritten."""
+        if self.alone:
+            return vector
+        if isinstance(weight, Tensor):
+            return scaled(vector, 1.0 / weight)
+        return vector if self.shares is not None else scaled(vector, 1.0 / len(self.sizes), owned=owned)
+
     def result(self) -> Gradients:
         """Return the mean over the whole batch."""
-        return self._single if self._single is not None else self.finish(self.sum.result())
+        return self._single if self._single is not None else self.mean(self.sum.result())
 
-    def finish(self, total: Partial) -> Gradients:
+    def mean(self, total: Partial) -> Gradients:
         """Divide the sum over all microbatches by its weight."""
-        mean = total.vector
-        if self.alone:
-            pass
-        elif isinstance(total.weight, Tensor):
-            mean = scaled(mean, 1.0 / total.weight)
-        elif self.shares is None:
-            mean = scaled(mean, 1.0 / len(self.sizes))
-        count = len(mean) - len(self._names)
-        changed = dict(zip(self._names, mean[count:], strict=True))
+        vector = self.divided(total.vector, total.weight, owned=total.owned)
+        count = len(vector) - len(self._names or ())
+        return self.finish(tree.unflatten(self._structure, vector[:count]), vector[count:], total)
+
+    def finish(self, grads: Any, changes: Sequence[Tensor], total: Partial) -> Gradients:
+        """Return the mean over the whole batch, from that of the gradients and of what buffers changed by."""
+        old = self.state.buffers
+        changed = dict(zip(self._names or (), changes, strict=True))
         if not self.alone:
-            changed = {name: moved(self.state.buffers[name], x) for name, x in changed.items()}
-        buffers = {n: changed[n] if n in changed else total.kept.get(n, old) for n, old in self.state.buffers.items()}
-        return Gradients(tree.unflatten(self._structure, mean[:count]), total.weight, buffers, dict(total.metrics))
+            changed = {name: moved(old[name], x) for name, x in changed.items()}
+        buffers = {name: changed[name] if name in changed else total.kept.get(name, x) for name, x in old.items()}
+        return Gradients(grads, total.weight, buffers, dict(total.metrics))
 
 
 def averaged(old: Tensor, new: Tensor) -> bool:
@@ -178,11 +194,11 @@ def _weighed(vector: list[Tensor], weight: Any, share: float | None) -> list[Ten
     return [torch.where(weight > 0, x * weight.to(x.dtype), 0) for x in vector]
 
 
-def scaled(vector: list[Tensor], factor: Any) -> list[Tensor]:
-    """Multiply tensors by a number or a 0-d tensor, keeping their dtypes."""
-    if isinstance(factor, float) and factor == 1.0:
-        return vector
-    return [x * (factor.to(x.dtype) if isinstance(factor, Tensor) else factor) for x in vector]
+def scaled(vector: list[Tensor], factor: Any, *, owned: bool = False) -> list[Tensor]:
+    """Multiply tensors by a number or a 0-d tensor, keeping their dtypes; `owned` ones may be overwritten."""
+    if isinstance(factor, Tensor):
+        return [x * factor.to(x.dtype) for x in vector]
+    return vector if factor == 1.0 else fx.mul(vector, factor, reuse=owned)
 
 
 def accumulate(state: Any, samples: int, parts: int) -> Accumulation:

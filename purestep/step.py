@@ -116,29 +116,31 @@ class Step:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
         return self._grads(state, microbatch, index, None)
 
-    def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, gathering: Any) -> Gradients:
-        """Do what `grads` says. `gathering` makes the parameters whole where the state holds parts of them."""
+    def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, turn: Any) -> Gradients:
+        """Do what `grads` says. A `turn` gathers parameters that the state holds parts of, and takes what is summed."""
         samples = sample_count(microbatch)
         rng = random.fold_in(state.rng, state.step, index)
         cast = casting(self.policy, definition(state).module)
         cast.check(state)
         given = cast.buffers(state.buffers)
+        params = cast.params(state.params)
 
-        def loss_of(params: Any) -> tuple[Tensor, Any]:
-            tensors, buffers, around = params, given, cast.around
-            if gathering is not None:
-                tensors, buffers, around = gathering.bound(cast, params, given)
+        def loss_of(tracked: Any) -> tuple[Tensor, Any]:
+            tensors, buffers, around = tracked, given, cast.around
+            if turn is not None:
+                tensors, buffers, around = turn.bound(tracked, given, cast.around)
             bound = bind(cast.module, tensors, buffers, rng=rng, around=around)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(self._loss_fn, bound, cast.batch(microbatch), samples)
-            new = bound.new_buffers
-            if gathering is not None:
-                new = gathering.forward_done(weight, new, state.buffers)
+            new = bound.new_buffers if turn is None else turn.plain(bound.new_buffers, state.buffers)
+            new = cast.kept(state.buffers, given, new)
+            if turn is not None:
+                turn.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
 
         gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine)
-        grads, (_, (weight, new, metrics)) = gradient(cast.params(state.params))
-        return Gradients(cast.reduced(grads), weight, cast.kept(state.buffers, given, new), metrics)
+        grads, (_, (weight, new, metrics)) = gradient(params if turn is None else turn.tracked(cast, params))
+        return Gradients(cast.reduced(grads) if turn is None else turn.backward_done(grads), weight, new, metrics)
 
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
         """Apply the gradients of a whole batch; a skipped update counts itself in the metric `skipped`."""

@@ -74,10 +74,10 @@ class JitStep:
         view = place.local(state) if total.split_leaves(state) else state
         indices = self._indices(step.parts, state.rng.device)
 
-        def compute(view: TrainState, microbatch: Any, index: int, gathering: Any) -> Gradients:
-            whole_state = view if gathering is None else gathering.gathered(view)
+        def compute(view: TrainState, microbatch: Any, index: int, turn: Any) -> Gradients:
+            whole_state = view if turn is None else turn.gathered(view)
             part = _whole(whole_state, self.grads(whole_state, microbatch, indices[index]))
-            return part if gathering is None else gathering.taken(part, view)
+            return part if turn is None else turn.taken(part, view)
 
         gradients = total.total(plan, step.parts, state, view, batch, compute)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):

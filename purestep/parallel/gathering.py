@@ -5,150 +5,217 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from purestep.accumulate import Accumulation, Gradients
+from purestep.accumulate import Accumulation, Gradients, Partial
+from purestep.grad import stop_gradient
+from purestep.metrics import Metric
 from purestep.parallel.shares import Shares
+from purestep.parallel.small import exchange_small
+from purestep.precision.casting import Uncast
 from purestep.sharding import collectives, place, tensor
 from purestep.sharding.gather import Session, Unit, Units
 from purestep.sharding.plan import Plan
-from purestep.sharding.reduce import Flat, Flats, arrived, rows_of, send
-from purestep.treesum import Node
+from purestep.sharding.reduce import Flat, Summing, add, arrived, flat_like, rows_of, send, whole_sum
+from purestep.treesum import Node, TreeSum
+
+_ANCHOR = ""  # the name of what is differentiated for the sake of parameters that are gathered
 
 
-class Gathering:
-    """One microbatch of a model whose parameters are split: what the step asks for, and the sums that come of it.
+class Sharded:
+    """The sums of one batch on ranks that hold parts of parameters.
 
     Args:
         shares: who computes what.
         sums: what is added and divided.
         split: split leaves (DTensors) by name.
-        turn: of this rank and its group.
-        index: of the microbatch. An empty one is run on other data, because the others need this rank's parts.
     """
 
-    def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor], turn: int, index: int) -> None:
-        self.shares, self.sums, self.split, self.index = shares, sums, split, index
-        self.owners = shares.turn(turn)
+    def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor]) -> None:
+        self.shares, self.sums, self.split = shares, sums, split
         self.fast = shares.plan.reduction == "fast"
-        self.counts = index < shares.filled
+        self.whole = [name for name in sums.state.params if name not in split]
+        self.small: dict[Node, Partial] = {}
+        self.trees: list[TreeSum] = []
+        self.waiting: Callable[[], Partial]
+        self.units: Units
+        self.rest: Flat
+
+    def turn(self, number: int, index: int, *, last: bool) -> ShardedTurn:
+        """Return what a step tells about the microbatch that this rank computes in a turn."""
+        return ShardedTurn(self, number, index, last)
+
+    def put(self, flats: list[dict[Node, Tensor]], number: int) -> None:
+        """Add the sums of a turn over the ranks that share parameters."""
+        if not self.trees:
+            self.trees = [TreeSum(add) for _ in flats]
+        for total, nodes in zip(self.trees, flats, strict=True):
+            for node, flat in nodes.items():
+                total.put((0, number) if self.fast else node, flat)
+
+    def result(self) -> Gradients:
+        """Wait for the others, and return the mean over all microbatches."""
+        total = self.waiting()
+        flats = self.sums.divided(self._over_copies(), total.weight, owned=True)
+        units = [u for u in self.units.units if u.trained]
+        grads: dict[str, Tensor] = {}
+        for unit, row in zip(units, flats, strict=False):
+            grads.update(zip(unit.trained, unit.rows.parts(row, unit.chosen), strict=True))
+        slices = [collectives.gather(x, self.units.group) for x in flats[len(units) :]]
+        sizes = [sum(lengths) for lengths in self.rest.lengths]
+        rest = self.rest.unpack([p.wait().view(-1)[:n] for p, n in zip(slices, sizes, strict=True)])
+        grads.update(zip(self.whole, rest, strict=False))
+        ordered = {name: grads[name] for name in self.sums.state.params}
+        return self.sums.finish(ordered, rest[len(self.whole) :], total)
+
+    def _over_copies(self) -> list[Tensor]:
+        """Return the sums over the ranks that hold the same parts."""
+        shares = self.shares
+        if self.fast:
+            return [p.wait() for p in [collectives.sum_into(t.result(), shares.copies) for t in self.trees]]
+        begun = [Summing(t.nodes, shares.groups, shares.copies, next(iter(t.nodes.values()))) for t in self.trees]
+        for sum_ in begun:
+            sum_.advance()
+        return [whole_sum(sum_) for sum_ in begun]
+
+
+class ShardedTurn:
+    """One microbatch of a model whose parameters are split: what a step tells, and the sums that come of it.
+
+    Args:
+        sharded: the sums of the batch.
+        number: of the turn, the same on all ranks.
+        index: of the microbatch. An empty one is run on other data, because the others need this rank's parts.
+        last: whether it is the last one of this rank.
+    """
+
+    def __init__(self, sharded: Sharded, number: int, index: int, last: bool) -> None:
+        self.sharded, self.shares, self.sums = sharded, sharded.shares, sharded.sums
+        self.split, self.number, self.index, self.last = sharded.split, number, index, last
+        self.owners = self.shares.turns[number]
+        self.counts = index < self.shares.filled
         self.weight: Any = None
         self._sent: dict[int, Any] = {}
         self._late: dict[int, Tensor] = {}
-        self._widths: dict[int, Tensor] = {}
-        self.reduced: Callable[[Any], Any] = lambda grads: grads
-        self.like: Flats = []
 
-    def bound(self, cast: Any, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+    # --- what a step calls ---
+
+    def tracked(self, cast: Any, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is differentiated: parameters that are whole, and what stands for all others."""
+        self.cast, self.params = cast, params
+        anchor = torch.zeros((), device=next(iter(params.values())).device)
+        return {n: params[n] for n in self.sharded.whole} | {_ANCHOR: anchor}
+
+    def bound(self, tracked: Mapping[str, Tensor], buffers: Mapping[str, Tensor], around: Any) -> Any:
         """Return the tensors that the model is bound to, params and buffers, and what makes the context it runs in."""
-        parts = {n: (params if n in params else buffers)[n] for n in self.split}
-        self.reduced = cast.reduced
-        self.units = units_of(self.shares.plan, cast.module, self.split, parts, params)
-        wrap = wrapping(self.shares.plan, self.split)
-        self.session = Session(self.units, parts, self.sink, wrap)
-        return *_given(self.session, params, buffers), functools.partial(both, self.session.around, cast.around)
+        plan = self.shares.plan
+        parts = self._parts(self.params, buffers)
+        self._begin_session(self.cast.module, parts, wrapping(plan, self.split), tracked[_ANCHOR])
+        params = {n: tracked.get(n, t) for n, t in self.params.items()}
+        return *_given(self.session, params, buffers), functools.partial(both, self.session.around, around)
 
-    def gathered(self, view: Any) -> Any:
-        """Return the state with all parameters whole, for a compiled piece: they stay until it has run."""
-        params, buffers = view.params, view.buffers
-        parts = {n: (params if n in params else buffers)[n] for n in self.split}
-        self.units = units_of(self.shares.plan, view.model.module, self.split, parts, params)
-        self.session = Session(self.units, parts, self.sink)
-        pending = [
-            collectives.gather(u.rows.pack([parts[n] for n in u.names]), self.units.group) for u in self.units.units
-        ]
-        known: dict[str, Tensor] = {}
-        for unit, sent in zip(self.units.units, pending, strict=True):
-            known.update(unit.rows.wholes(unit.rows.unpack(sent.wait())))
-        return view.replace(
-            params={n: known.get(n, t) for n, t in params.items()},
-            buffers={n: known.get(n, t) for n, t in buffers.items()},
-        )
-
-    def taken(self, part: Gradients, view: Any) -> Gradients:
-        """Take the gradients of whole parameters, as a compiled piece returns them; `part` with frozen parts again."""
-        self.weight = part.weight
-        for number, unit in enumerate(self.units.units):
-            if unit.trained:
-                self._late[number] = self._rows(unit, [part.grads[n] for n in unit.trained])
-        buffers = {n: view.buffers[n] if n in self.split else t for n, t in part.buffers.items()}
-        kept = {n: view.params[n] if n in self.split else g for n, g in part.grads.items()}
-        return part.replace(buffers=buffers, grads=kept)  # type: ignore[attr-defined]
-
-    def forward_done(self, weight: Any, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take note of what the microbatch weighs, before its backward pass; return the buffers with frozen parts."""
-        self.weight = weight
-        self.session.begin_backward()
+    def plain(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the buffers after the forward pass as the state keeps them: frozen parameters as parts."""
         plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}  # type: ignore[attr-defined]
         return {n: old[n] if n in self.split else t for n, t in plain.items()}
 
+    def forward_done(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
+        """Take what is known before the backward pass."""
+        self.session.begin_backward()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self._begin(*stop_gradient((weight, dict(buffers), dict(metrics))))
+
+    def backward_done(self, grads: Mapping[str, Tensor]) -> Any:
+        """Take the gradients of whole parameters."""
+        with torch.no_grad():
+            self._finish(self.cast.reduced({n: grads[n] for n in self.sharded.whole}))
+        return grads
+
+    def gathered(self, view: Any) -> Any:
+        """Return the state with all parameters whole, for a compiled piece: they stay until it has run."""
+        self._begin_session(view.model.module, self._parts(view.params, view.buffers), None, None)
+        known = self.session.wholes()
+        return view.replace(
+            params={n: known.get(n, t) for n, t in view.params.items()},
+            buffers={n: known.get(n, t) for n, t in view.buffers.items()},
+        )
+
+    def taken(self, part: Gradients, view: Any) -> Gradients:
+        """Take what a compiled piece returned."""
+        self.cast = Uncast(view.model.module)
+        buffers = {n: view.buffers[n] if n in self.split else t for n, t in part.buffers.items()}
+        self._begin(part.weight, buffers, part.metrics)
+        for unit in self.units.units:
+            if unit.trained:
+                self.sink(unit, [part.grads[n] for n in unit.trained])
+        self._finish({n: part.grads[n] for n in self.sharded.whole})
+        return part
+
+    # --- what happens to it ---
+
+    def _parts(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: (params if n in params else buffers)[n] for n in self.split}
+
+    def _begin_session(self, module: nn.Module, parts: Mapping[str, Tensor], wrap: Any, anchor: Tensor | None) -> None:
+        units = units_of(self.shares.plan, module, self.split, parts, self.sums.state.params)
+        self.units = self.sharded.units = units
+        self.session = Session(units, parts, self.sink, wrap, anchor)
+
+    def _begin(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
+        self.weight, sharded, shares = weight, self.sharded, self.shares
+        rest, self.moved = self.sums.besides(weight, buffers, metrics)
+        if self.counts:
+            sharded.small[0, self.index] = rest
+        if self.last:
+            sharded.waiting = exchange_small(sharded.small, shares.leaves, shares.group, rest, self.sums.samples)
+
     def sink(self, unit: Unit, grads: list[Tensor | None]) -> None:
         """Take the gradients of a unit, and send the others their parts; those of the root go last."""
-        rows = self._rows(unit, grads)
-        number = self.units.units.index(unit)
-        if not unit.path:
-            self._late[number] = rows
-            return
-        for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
-            self._sent[before] = self._arrived(*self._sent[before])
-        self._sent[number] = self._send(rows)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            rows = self._rows(unit, grads)
+            number = unit.number
+            if not unit.path:
+                self._late[number] = rows
+                return
+            for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
+                self._sent[before] = self._arrived(*self._sent[before])
+            self._sent[number] = self._send(rows)
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
-        chosen = [unit.rows.by_name[n] for n in unit.trained]
-        part = self.session.parts
+        parts = self.session.parts
         wholes = [
-            torch.zeros(row.shape, dtype=part[row.name].dtype, device=part[row.name].device) if g is None else g
-            for row, g in zip(chosen, grads, strict=True)
+            torch.zeros(row.shape, dtype=parts[row.name].dtype, device=parts[row.name].device) if g is None else g
+            for row, g in zip(unit.chosen, grads, strict=True)
         ]
-        with torch.no_grad():
-            ready = self.sums.weighed(self.reduced(wholes), self.weight, self.index if self.counts else 0)
-            rows = unit.rows.cut(ready, chosen)
-        self._widths[self.units.units.index(unit)] = rows.new_empty(1).expand(rows.shape[1])
-        return rows
+        rows = unit.rows.cut(self.cast.reduced(wholes), unit.chosen)
+        return self.sums.weighed([rows], self.weight, self.index if self.counts else 0)[0]
 
     def _send(self, rows: Tensor) -> tuple[collectives.Pending, int]:
         group = self.units.group
-        if self.fast:
+        if self.sharded.fast:
             return collectives.scatter_sum(rows if self.counts else torch.zeros_like(rows), group), rows.shape[1]
         held = rows.unsqueeze(1) if self.counts else rows.unsqueeze(1)[:, :0]
         return send(held, self.owners, group), rows.shape[1]
 
     def _arrived(self, pending: collectives.Pending, n: int) -> dict[Node, Tensor]:
-        if self.fast:
-            return {(0, 0): pending.wait()}
-        return {node: flats[0] for node, flats in arrived(pending, n, self.owners).nodes.items()}
+        return {(0, 0): pending.wait()} if self.sharded.fast else arrived(pending, n, self.owners).nodes
 
-    def finish(self, rest: Sequence[Tensor]) -> dict[Node, Flats]:
-        """Exchange what is left, and return the sums over the group: one flat tensor a unit, and those of the rest."""
-        flat = Flat(rest)
-        pieces = [rows_of(x, self.units.units[0].rows.count) for x in flat.pack(rest)] if rest else []
+    def _finish(self, whole: Mapping[str, Tensor]) -> None:
+        """Exchange what is left, and hand over the sums: one flat tensor a unit, and those of the rest."""
+        vector = [*(whole[n] for n in self.sharded.whole), *self.moved]
+        self.sharded.rest = flat = flat_like(vector)
+        pieces = self.sums.weighed(flat.pack(vector), self.weight, self.index if self.counts else 0)
         for number, unit in enumerate(self.units.units):
             if unit.trained and number not in self._sent:
                 rows = self._late.get(number)
                 self._sent[number] = self._send(self._rows(unit, [None] * len(unit.trained)) if rows is None else rows)
-        sent = [self._sent[n] for n in sorted(self._sent)] + [self._send(rows) for rows in pieces]
-        done = [self._arrived(*x) if isinstance(x, tuple) else x for x in sent]
-        self.like = [self._widths[n] for n in sorted(self._widths)] + [
-            rows.new_empty(1).expand(rows.shape[1]) for rows in pieces
-        ]
-        return {node: [part[node] for part in done] for node in done[0]}
-
-    def parts(self, flats: Flats, rest: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return the local gradients by name, and the rest whole, from the sums over all ranks."""
-        units = [u for u in self.units.units if u.trained]
-        found: dict[str, Tensor] = {}
-        for unit, row in zip(units, flats, strict=False):
-            chosen = [unit.rows.by_name[n] for n in unit.trained]
-            found.update(zip(unit.trained, unit.rows.parts(row, chosen), strict=True))
-        slices = [collectives.gather(x, self.units.group) for x in flats[len(units) :]]
-        return found, Flat(rest).unpack([self._cropped(p.wait(), i, rest) for i, p in enumerate(slices)])
-
-    def _cropped(self, gathered: Tensor, group: int, rest: Sequence[Tensor]) -> Tensor:
-        return gathered.view(-1)[: sum(Flat(rest).lengths[group])]
+        sent = [self._sent[n] for n in sorted(self._sent)]
+        sent += [self._send(rows_of(x, self.units.count)) for x in pieces]
+        self.sharded.put([self._arrived(*x) if isinstance(x, tuple) else x for x in sent], self.number)
 
 
 def evaluated(plan: Plan, at_rest: Any, cast: Any, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:

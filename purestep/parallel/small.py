@@ -5,6 +5,7 @@ They merge by rules of their own (a maximum, the last), so they are not summed o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def exchange_small(
             whole.put(node, _without_vector(part, *_leaves(part)))
         return lambda: _weighing(whole.result(), samples)
     like, structure = _leaves(pattern)
-    flat = _Bytes(like)
+    flat = _bytes(tuple((x.shape, x.dtype, x.device) for x in like))
     held = [flat.pack(_leaves(nodes[node])[0]) for own in owners for node in own if node in nodes]
     most = max(len(own) for own in owners)
     row = torch.cat([*held, torch.zeros(flat.size * (most - len(held)), dtype=torch.uint8, device=flat.device)])
@@ -76,23 +77,29 @@ def _weighing(part: Partial, samples: int) -> Partial:
 class _Bytes:
     """Small tensors of several dtypes as bytes, the widest first: each begins at a multiple of its size."""
 
-    def __init__(self, like: Sequence[Tensor]) -> None:
+    def __init__(self, like: Sequence[Tensor], device: torch.device | None) -> None:
         self.order = sorted(range(len(like)), key=lambda i: -like[i].element_size())
         self.flat = Flat([like[i] for i in self.order])
-        self.dtypes = list(self.flat.groups)
-        self.lengths = [sum(n) * d.itemsize for n, d in zip(self.flat.lengths, self.dtypes, strict=True)]
-        self.device = like[0].device if like else None
+        self.lengths = [sum(n) * d.itemsize for n, d in zip(self.flat.lengths, self.flat.dtypes, strict=True)]
         self.size = sum(self.lengths) + -sum(self.lengths) % 8
+        self.device = device
+        self.filling = torch.zeros(self.size - sum(self.lengths), dtype=torch.uint8, device=device)
 
     def pack(self, values: Sequence[Tensor]) -> Tensor:
         pieces = [x.view(torch.uint8) for x in self.flat.pack([values[i] for i in self.order])]
-        pieces.append(torch.zeros(self.size - sum(self.lengths), dtype=torch.uint8, device=self.device))
-        return torch.cat(pieces)
+        return torch.cat([*pieces, self.filling])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         pieces = packed[: sum(self.lengths)].split(self.lengths)
         found: list[Any] = [None] * len(self.order)
-        flats = [piece.view(dtype) for piece, dtype in zip(pieces, self.dtypes, strict=True)]
+        flats = [piece.view(dtype) for piece, dtype in zip(pieces, self.flat.dtypes, strict=True)]
         for i, value in zip(self.order, self.flat.unpack(flats), strict=True):
             found[i] = value
         return found
+
+
+@functools.lru_cache(maxsize=256)
+def _bytes(kinds: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]) -> _Bytes:
+    """Return the layout of some leaves, made once for each list of kinds."""
+    like = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype, _ in kinds]
+    return _Bytes(like, kinds[0][2] if kinds else None)

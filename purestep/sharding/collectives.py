@@ -7,7 +7,7 @@ compiled step holds in its graph are functional (`all_reduce`); the others retur
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,15 @@ class Pending:
     result: Tensor
     works: tuple[Any, ...] = ()
     sent: Any = None
+    after: Callable[[Tensor], Tensor] | None = None
 
     def wait(self) -> Tensor:
         """Return the tensor once it is there."""
         for work in self.works:
             work.wait()
-        self.works, self.sent = (), None
+        if self.after is not None:
+            self.result = self.after(self.result)
+        self.works, self.sent, self.after = (), None, None
         return self.result
 
 
@@ -81,19 +84,34 @@ def swap(sent: Tensor, group: Any) -> Pending:
 
 
 def sum_into(values: Tensor, group: Any) -> Pending:
-    """Add up a tensor over a group in the order of the backend, in place."""
+    """Add up a tensor over a group in whatever order is fastest; it is overwritten."""
     if group is None:
         return Pending(values)
+    if size_of(group) == 2 and _by_gloo(values, group):
+        # Two swap and add: gloo's ring sends as much, and takes longer.
+        pending = swap(values, group)
+        pending.after = values.add_
+        return pending
     return Pending(values, (dist.all_reduce(values, group=group, async_op=True),))
 
 
 def scatter_sum(rows: Tensor, group: Any) -> Pending:
-    """Return this member's row of the sum of `[R, n]` over a group, in the order of the backend."""
+    """Return this member's row of the sum of `[R, n]` over a group, in whatever order is fastest."""
     if group is None:
         return Pending(rows.view(-1))
-    received = rows.new_empty(rows.shape[1])
+    count, n = rows.shape
+    if _by_gloo(rows, group):
+        # gloo's reduce-scatter takes two to three times as long as sending each member its row.
+        pending = exchange(rows.view(-1), group, [n] * count, n)
+        pending.after = lambda received: received.view(count, n).sum(0)
+        return pending
+    received = rows.new_empty(n)
     call: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return Pending(received, (call(received, rows.view(-1), group=group, async_op=True),), rows)
+
+
+def _by_gloo(values: Tensor, group: Any) -> bool:
+    return values.device.type == "cpu" and "gloo" in str(dist.get_backend(group))
 
 
 def all_reduce(values: Tensor, op: str, group: Any) -> Tensor:

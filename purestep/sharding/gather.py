@@ -1,7 +1,8 @@
 """Whole parameters for the time they are needed: one gather a unit, and its gradients summed back into parts.
 
 A unit is a submodule whose parameters travel together in one flat tensor. Between its calls the module holds stand-ins
-that refuse to be used. It knows no loss and no optimizer; `Session` is one microbatch.
+that refuse to be used. What the microbatch before needed next is gathered ahead. It knows no loss and no optimizer;
+`Session` is one microbatch.
 """
 
 from __future__ import annotations
@@ -28,18 +29,56 @@ class Unit:
     """Parameters that are gathered together.
 
     Attributes:
+        number: among the units of the model.
         path: of the submodule, "" for the root.
         rows: how their parts lie in the flat tensor of each rank.
         trained: names that get a gradient, in order; the others are frozen.
     """
 
+    number: int
     path: str
     rows: Rows
     trained: list[str]
 
+    def __post_init__(self) -> None:
+        self.names = [row.name for row in self.rows.rows]
+        self.chosen = [self.rows.by_name[name] for name in self.trained]
+
+
+class Forecast:
+    """Which unit is gathered after which: as in the microbatch before, as long as this one goes the same way.
+
+    Example:
+        >>> order = Forecast()
+        >>> [order.after(n) for n in (0, 1, 2)]
+        [None, None, None]
+        >>> order.restart()
+        >>> order.first, [order.after(n) for n in (0, 1, 5, 2)]
+        (0, [1, 2, None, None])
+    """
+
+    def __init__(self) -> None:
+        self._known: list[int] = []
+        self._seen: list[int] = []
+        self._right = True
+
     @property
-    def names(self) -> list[str]:
-        return [row.name for row in self.rows.rows]
+    def first(self) -> int | None:
+        """The unit that was gathered first."""
+        return self._known[0] if self._known else None
+
+    def restart(self) -> None:
+        """Begin a microbatch; a phase that there was nothing of the last time is expected as before."""
+        if self._seen:
+            self._known = self._seen
+        self._seen, self._right = [], True
+
+    def after(self, number: int) -> int | None:
+        """Take note that a unit is gathered, and return the one that comes next."""
+        at = len(self._seen)
+        self._seen.append(number)
+        self._right = self._right and at < len(self._known) and self._known[at] == number
+        return self._known[at + 1] if self._right and at + 1 < len(self._known) else None
 
 
 class Units:
@@ -62,19 +101,21 @@ class Units:
         trained: Container[str],
     ) -> None:
         self.plan = plan
-        self.group = plan.mesh.group(*plan.shard_axes)
+        self.group, self.count = plan.mesh.group(*plan.shard_axes), plan.mesh.size(*plan.shard_axes)
         self.slots: Slots = slots(module)
         self.modules = dict(module.named_modules())
         self._paths = {id(m._parameters): path for path, m in self.modules.items()}
         self.units: list[Unit] = []
         self.last: Unit | None = None
+        self.forward, self.backward = Forecast(), Forecast()
         self.nothing: dict[Any, Tensor] = {}
         grouped: dict[tuple[str, torch.dtype], list[str]] = {}
         for name in split:
             grouped.setdefault((self._home(name), parts[name].dtype), []).append(name)
         for (path, _), names in grouped.items():
             rows = Rows(plan, [Row.of(plan, name, split[name]) for name in names])
-            self.units.append(Unit(path, rows, [n for n in names if n in trained]))
+            self.units.append(Unit(len(self.units), path, rows, [n for n in names if n in trained]))
+        self.inner = [(unit, self.modules[unit.path]) for unit in self.units if unit.path]
         self.stand_ins = {
             row.name: Absent.of(row.name, row.shape, parts[row.name], plan)
             for unit in self.units
@@ -91,45 +132,44 @@ class Units:
 
 
 class _Gather(torch.autograd.Function):
-    """Whole tensors from parts; backward hands the gradients of all of them to the session at once."""
+    """Whole tensors; backward hands the gradients of all of them to the session at once."""
 
     @staticmethod
-    def forward(ctx: Any, live: Live, *parts: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, live: Live, anchor: Tensor) -> tuple[Tensor, ...]:
         ctx.live = live
         ctx.set_materialize_grads(False)
         return tuple(live.whole(name) for name in live.unit.trained)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        ctx.live.release()
-        ctx.live.session.sink(ctx.live.unit, list(grads))
-        return (None,) * (1 + len(grads))
+        # What happens here is no operation of the model: no mode of it has to look.
+        with torch._C.DisableTorchFunction():
+            ctx.live.release()
+            ctx.live.session.sink(ctx.live.unit, list(grads))
+        return None, None
 
 
 class Live:
     """The parameters of one unit during one microbatch: whole while the unit runs, else nothing."""
 
-    def __init__(self, session: Session, unit: Unit, parts: Sequence[Tensor]) -> None:
+    def __init__(self, session: Session, unit: Unit) -> None:
         self.session, self.unit = session, unit
         self.flat: Tensor | None = None
         self.pending: collectives.Pending | None = None
+        self.tracked: dict[str, Tensor] | None = None
         self.filled = self.held = False
-        self.sent = [p.detach() for p in parts]
-        trained = [p for p, name in zip(parts, unit.names, strict=True) if name in unit.trained]
-        self.ensure()
-        outputs = _Gather.apply(self, *trained) if trained else ()
-        self.tracked: dict[str, Tensor] = dict(zip(unit.trained, outputs, strict=True))
-        self.filled = True
 
     def launch(self) -> None:
-        """Begin to gather."""
+        """Begin to gather, unless it has begun."""
         if self.flat is None and self.pending is None:
-            self.pending = collectives.gather(self.unit.rows.pack(self.sent), self.session.units.group)
+            parts = [self.session.parts[n] for n in self.unit.names]
+            self.pending = collectives.gather(self.unit.rows.pack(parts), self.session.units.group)
 
     def ensure(self) -> Tensor:
-        """Return the flat tensor of all whole parameters, gathered if it is not here."""
+        """Return the flat tensor of all whole parameters, gathered if it is not here; the next unit is on its way."""
         if self.flat is None:
             self.launch()
+            self.session.ahead(self.unit.number)
             received, self.pending = self.pending.wait(), None  # type: ignore[union-attr]
             self.flat = self.unit.rows.unpack(received)
         return self.flat
@@ -144,10 +184,13 @@ class Live:
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole parameters: of the trained ones, the very tensors that the graph knows."""
         self.ensure()
-        if not self.filled:
+        if self.tracked is None:
+            outputs = _Gather.apply(self, self.session.anchor) if self.unit.trained else ()
+            self.tracked = dict(zip(self.unit.trained, outputs, strict=True))
+        elif not self.filled:
             for name, tensor in self.tracked.items():
                 tensor.data = self.whole(name)
-            self.filled = True
+        self.filled = True
         found = {n: self.tracked[n] if n in self.tracked else self.whole(n) for n in self.unit.names}
         wrap = self.session.wrap
         return found if wrap is None else {n: wrap(n, t) for n, t in found.items()}
@@ -155,7 +198,7 @@ class Live:
     def release(self) -> None:
         """Let go of the gathered memory. What somebody else still holds stays as it is."""
         self.flat, self.filled = None, False
-        for tensor in self.tracked.values():
+        for tensor in (self.tracked or {}).values():
             tensor.data = self.session.empty(tensor)
 
 
@@ -164,35 +207,56 @@ class Session:
 
     Args:
         units: of the model.
-        parts: local parts by name, as the model computes with them; trained ones are tracked by autograd.
+        parts: local parts by name, as the model computes with them.
         sink: takes the gradients of a unit as its backward pass ends.
         wrap: makes of a whole parameter, by its name, what the model computes with.
+        anchor: a tensor that is differentiated: gradients of units come on the way to it.
     """
 
     def __init__(
-        self, units: Units, parts: Mapping[str, Tensor], sink: Sink, wrap: Callable[[str, Tensor], Tensor] | None = None
+        self,
+        units: Units,
+        parts: Mapping[str, Tensor],
+        sink: Sink,
+        wrap: Callable[[str, Tensor], Tensor] | None = None,
+        anchor: Tensor | None = None,
     ) -> None:
         self.units, self.parts, self.sink, self.wrap = units, parts, sink, wrap
+        self.anchor = torch.zeros(()) if anchor is None else anchor
         self.lives: dict[int, Live] = {}
         self.recent: list[Live] = []
         self.stack: list[tuple[Live, Any]] = []
         self.backward = False
         self.latest: Unit | None = None
+        units.forward.restart()
+        units.backward.restart()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the model is bound to at first: whole parameters of the root, stand-ins for those of units."""
         found: dict[str, Tensor] = dict(self.units.stand_ins)
-        for i, unit in enumerate(self.units.units):
+        for unit in self.units.units:
             if not unit.path:
-                found.update(self.live(i).tensors())
+                found.update(self.live(unit.number).tensors())
         return found
 
-    def live(self, index: int) -> Live:
+    def wholes(self) -> dict[str, Tensor]:
+        """Return all parameters whole, gathered at once."""
+        lives = [self.live(unit.number) for unit in self.units.units]
+        for live in lives:
+            live.launch()
+        return {name: t for live in lives for name, t in live.unit.rows.wholes(live.ensure()).items()}
+
+    def live(self, number: int) -> Live:
         """Return the tensors of a unit, the same ones at every call."""
-        if index not in self.lives:
-            unit = self.units.units[index]
-            self.lives[index] = Live(self, unit, [self.parts[n] for n in unit.names])
-        return self.lives[index]
+        if number not in self.lives:
+            self.lives[number] = Live(self, self.units.units[number])
+        return self.lives[number]
+
+    def ahead(self, number: int) -> None:
+        """Begin to gather what is needed after a unit."""
+        following = (self.units.backward if self.backward else self.units.forward).after(number)
+        if following is not None:
+            self.live(following).launch()
 
     def empty(self, like: Tensor) -> Tensor:
         """Return a tensor of a shape without memory, for what is not there."""
@@ -239,6 +303,8 @@ class Session:
     def begin_backward(self) -> None:
         """Take note that the forward pass is over."""
         self.backward, self.units.last = True, self.latest
+        if (first := self.units.backward.first) is not None:
+            self.live(first).launch()
 
     def _put(self, live: Live, tensors: Mapping[str, Tensor]) -> None:
         for name in live.unit.names:
@@ -262,16 +328,17 @@ class Session:
         if isinstance(packed, Tensor):
             return packed
         live, offset, shape, strides, dtype = packed
-        flat = live.ensure()
-        if live not in self.recent:
-            # Two at once: one whose backward pass ends, and the one before it.
-            self.recent = [*self.recent[-1:], live]
-            for other in self.lives.values():
-                if other.unit.path and other not in self.recent:
-                    other.release()
-        made = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        made = made.set_(flat.untyped_storage(), offset, shape, strides)
-        return made if made.dtype == dtype else made.view(dtype)
+        with torch._C.DisableTorchFunction():
+            flat = live.ensure()
+            if live not in self.recent:
+                # Two at once: one whose backward pass ends, and the one before it.
+                self.recent = [*self.recent[-1:], live]
+                for other in self.lives.values():
+                    if other.unit.path and other.flat is not None and other not in self.recent:
+                        other.release()
+            made = torch.empty(0, dtype=flat.dtype, device=flat.device)
+            made = made.set_(flat.untyped_storage(), offset, shape, strides)
+            return made if made.dtype == dtype else made.view(dtype)
 
 
 class _Around:
@@ -280,26 +347,23 @@ class _Around:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def _modules(self) -> list[tuple[int, nn.Module]]:
-        units = self.session.units
-        return [(i, units.modules[unit.path]) for i, unit in enumerate(units.units) if unit.path]
-
     def __enter__(self) -> None:
         session = self.session
         self.depth = len(session.stack)
-        for i, module in self._modules():
+        for unit, module in session.units.inner:
             before: Any = module._forward_pre_hooks
             after: Any = module._forward_hooks
-            before[self, i] = functools.partial(_enter, session, i)
-            before.move_to_end((self, i), last=False)
-            after[self, i] = functools.partial(_leave, session, i)
+            key = self, unit.number
+            before[key] = functools.partial(_enter, session, unit.number)
+            before.move_to_end(key, last=False)
+            after[key] = functools.partial(_leave, session, unit.number)
 
     def __exit__(self, *error: Any) -> None:
         while len(self.session.stack) > self.depth:
             self.session.leave(self.session.stack[-1][0])
-        for i, module in self._modules():
-            module._forward_pre_hooks.pop((self, i), None)  # type: ignore[call-overload]
-            module._forward_hooks.pop((self, i), None)  # type: ignore[call-overload]
+        for unit, module in self.session.units.inner:
+            module._forward_pre_hooks.pop((self, unit.number), None)  # type: ignore[call-overload]
+            module._forward_hooks.pop((self, unit.number), None)  # type: ignore[call-overload]
 
 
 def _enter(session: Session, index: int, module: nn.Module, args: Any) -> None:

@@ -1,12 +1,13 @@
 """Sums over ranks: partial sums are exchanged and added where the fixed tree adds them, or by the backend.
 
-`Flat` packs many tensors into one of each dtype, so that a sum is one collective. Which rank holds which part of the
-tree is arithmetic (`treesum.forest`), so nothing about it is sent.
+`Flat` packs many tensors into few, so that a sum is one collective. Which rank holds which part of the tree is
+arithmetic (`treesum.forest`), so nothing about it is sent. Sums are begun and ended apart, so that others go on between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,104 +16,149 @@ from torch import Tensor
 from purestep.sharding import collectives
 from purestep.treesum import Node, TreeSum
 
-Flats = list[Tensor]
+Owners = Sequence[Sequence[Node]]
 
 
 class Flat:
-    """How a list of tensors is packed into one flat tensor of each dtype.
+    """How a list of tensors is packed into flat ones: at least one for each dtype.
+
+    Args:
+        like: tensors of those shapes and dtypes; others are not looked at.
+        limits: bytes at which a flat tensor is full, of the first one and of the others; by default none ever is.
 
     Example:
         >>> flat = Flat([torch.ones(2, 2), torch.tensor(3), torch.zeros(1)])
         >>> packed = flat.pack([torch.ones(2, 2), torch.tensor(3), torch.zeros(1)])
         >>> [p.tolist() for p in packed], [tuple(x.shape) for x in flat.unpack(packed)]
         ([[1.0, 1.0, 1.0, 1.0, 0.0], [3]], [(2, 2), (), (1,)])
+        >>> Flat([torch.ones(3), torch.ones(3), torch.ones(1)], (8, 16)).groups
+        [[0], [1, 2]]
     """
 
-    def __init__(self, like: Sequence[Tensor]) -> None:
+    def __init__(self, like: Sequence[Tensor], limits: tuple[int, int] | None = None) -> None:
         self.shapes = [x.shape for x in like]
-        self.groups: dict[torch.dtype, list[int]] = {}
+        self.groups: list[list[int]] = []
+        self.dtypes: list[torch.dtype] = []  # of each group
+        filling: dict[torch.dtype, int] = {}
+        sizes: list[int] = []
         for i, x in enumerate(like):
-            self.groups.setdefault(x.dtype, []).append(i)
-        self.lengths = [[self.shapes[i].numel() for i in at] for at in self.groups.values()]
+            at = filling.get(x.dtype)
+            if at is None or (limits is not None and sizes[at] >= limits[at > 0]):
+                at = filling[x.dtype] = len(self.groups)
+                self.groups.append([])
+                self.dtypes.append(x.dtype)
+                sizes.append(0)
+            self.groups[at].append(i)
+            sizes[at] += x.numel() * x.element_size()
+        self.lengths = [[self.shapes[i].numel() for i in at] for at in self.groups]
+        self.home = {i: k for k, at in enumerate(self.groups) for i in at}
 
-    def pack(self, values: Sequence[Tensor]) -> Flats:
-        """Return a copy of the tensors, one flat tensor a dtype."""
-        return [torch.cat([values[i].reshape(-1) for i in at]) for at in self.groups.values()]
+    def pack(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return a copy of the tensors, packed."""
+        return [packed([values[i] for i in at]) for at in self.groups]
 
     def unpack(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors again, as views of the flat ones."""
         found: list[Any] = [None] * len(self.shapes)
-        for flat, at, lengths in zip(flats, self.groups.values(), self.lengths, strict=True):
+        for flat, at, lengths in zip(flats, self.groups, self.lengths, strict=True):
             for i, piece in zip(at, flat.split(lengths), strict=True):
                 found[i] = piece.view(self.shapes[i])
         return found
 
 
-def add(a: Flats, b: Flats) -> Flats:
-    """Add two lists of flat tensors, the earlier one first."""
-    return [torch.add(x, y) for x, y in zip(a, b, strict=True)]
+def flat_like(values: Sequence[Tensor], limits: tuple[int, int] | None = None) -> Flat:
+    """Return the `Flat` of some tensors, made once for each list of shapes and dtypes."""
+    return _flat(tuple((x.shape, x.dtype) for x in values), limits)
 
 
-def tree_sum(nodes: dict[Node, Flats], owners: Sequence[Sequence[Node]], group: Any, like: Flats) -> dict[Node, Flats]:
-    """Add parts of the tree that the members of a group hold, as far as they can be added; all get all of the result.
+@functools.lru_cache(maxsize=256)
+def _flat(kinds: tuple[tuple[torch.Size, torch.dtype], ...], limits: tuple[int, int] | None) -> Flat:
+    return Flat([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds], limits)
+
+
+def packed(values: Sequence[Tensor]) -> Tensor:
+    """Return a copy of tensors of one dtype as one flat tensor."""
+    return torch.cat([x.reshape(-1) for x in values])
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """Add two flat tensors, the earlier one first, which is overwritten."""
+    return a.add_(b)
+
+
+class Summing:
+    """Parts of the tree that the members of a group hold, being added as far as they can be; all get all of it.
+
+    Every member begins its sums in the same order, and calls `advance` and `result` in the same order.
 
     Args:
-        nodes: the parts this member holds, each a list of flat tensors of the same lengths.
+        nodes: the parts this member holds, flat tensors of one length. They may be overwritten.
         owners: the parts of each member, in the order of their ranks; some may have none.
         group: the group.
-        like: flat tensors of those lengths.
+        like: a flat tensor of that length, for a member that holds nothing.
     """
-    if group is None or len(owners) == 1:
-        return nodes
-    if len(owners) == 2 and len(owners[0]) == len(owners[1]) == 1:
-        (mine,) = nodes.values()
-        theirs = [p.wait() for p in [collectives.swap(x, group) for x in mine]]
-        total = TreeSum(add)
-        for rank, (node,) in enumerate(owners):
-            total.put(node, mine if rank == collectives.rank_in(group) else theirs)
-        return total.nodes
-    lengths = [x.numel() for x in like]
-    pieces = slices(nodes, owners, group, like)
-    pending = {node: [collectives.gather(x, group) for x in flats] for node, flats in pieces.items()}
-    return {
-        node: [p.wait().view(-1)[:n] for p, n in zip(parts, lengths, strict=True)] for node, parts in pending.items()
-    }
+
+    def __init__(self, nodes: Mapping[Node, Tensor], owners: Owners, group: Any, like: Tensor) -> None:
+        self._owners, self._group, self._n = owners, group, like.numel()
+        self._nodes = dict(nodes)
+        self._step = "done"
+        if group is None or len(owners) == 1:
+            return
+        if len(owners) == 2 and len(owners[0]) == len(owners[1]) == 1:
+            (self._mine,) = nodes.values()
+            self._step, self._pending = "swapped", collectives.swap(self._mine, group)
+            return
+        count = len(owners)
+        held = [rows_of(x, count) for x in nodes.values()]
+        rows = torch.stack(held, dim=1) if held else like.new_empty(count, 0, -(-self._n // count))
+        self._step, self._width, self._pending = "cut", rows.shape[2], send(rows, owners, group)
+
+    def advance(self) -> None:
+        """Wait for the slices of this member, and begin to hand their sums around; nothing where there are none."""
+        if self._step == "cut":
+            slices = arrived(self._pending, self._width, self._owners).nodes
+            self._step = "added"
+            self._slices = {node: collectives.gather(x, self._group) for node, x in slices.items()}
+
+    def result(self) -> dict[Node, Tensor]:
+        """Return the sums, once they are here."""
+        self.advance()
+        if self._step == "swapped":
+            theirs, total = self._pending.wait(), TreeSum(add)
+            me = collectives.rank_in(self._group)
+            for rank, (node,) in enumerate(self._owners):
+                total.put(node, self._mine if rank == me else theirs)
+            self._nodes = total.nodes
+        if self._step == "added":
+            self._nodes = {node: pending.wait().view(-1)[: self._n] for node, pending in self._slices.items()}
+        self._step = "done"
+        return self._nodes
 
 
-def slices(nodes: dict[Node, Flats], owners: Sequence[Sequence[Node]], group: Any, like: Flats) -> dict[Node, Flats]:
-    """Like `tree_sum`, but each member gets its slice of the result: `[ceil(n / R)]`, the last ones filled up."""
-    count = len(owners)
-    sums: list[TreeSum] = []
-    for k, pattern in enumerate(like):
-        held = [rows_of(flats[k], count) for flats in nodes.values()]
-        rows = torch.stack(held, dim=1) if held else pattern.new_empty(count, 0, -(-pattern.numel() // count))
-        sums.append(received(rows, owners, group))
-    return {node: [total.nodes[node][0] for total in sums] for node in sums[0].nodes}
+def whole_sum(summing: Summing) -> Tensor:
+    """Return the sum over the whole tree, once its parts are here."""
+    total = TreeSum(add)
+    for node, flat in summing.result().items():
+        total.put(node, flat)
+    whole: Tensor = total.result()
+    return whole
 
 
-def received(rows: Tensor, owners: Sequence[Sequence[Node]], group: Any) -> TreeSum:
-    """Send row r to member r of a group, and add what comes in.
+def send(rows: Tensor, owners: Owners, group: Any) -> collectives.Pending:
+    """Begin to send row r of `[R, k, n]` to member r of a group: for each a slice of the k parts that this one holds.
 
-    Args:
-        rows: `[R, k, n]`, for each member a slice of the k parts that this one holds.
-        owners: the parts of each member.
-        group: the group.
+    `arrived` ends it.
     """
-    return arrived(send(rows, owners, group), rows.shape[2], owners)
-
-
-def send(rows: Tensor, owners: Sequence[Sequence[Node]], group: Any) -> collectives.Pending:
-    """Begin what `received` does; `arrived` ends it."""
     n = rows.shape[2]
     return collectives.exchange(rows.reshape(-1), group, [len(own) * n for own in owners], rows.shape[1] * n)
 
 
-def arrived(pending: collectives.Pending, n: int, owners: Sequence[Sequence[Node]]) -> TreeSum:
-    """Add the slices that came in, in the order of the tree."""
+def arrived(pending: collectives.Pending, n: int, owners: Owners) -> TreeSum:
+    """Add the slices of n elements that came in, in the order of the tree."""
     parts = pending.wait().view(-1, n).unbind()
     total = TreeSum(add)
     for node, part in zip((node for own in owners for node in own), parts, strict=True):
-        total.put(node, [part])
+        total.put(node, part)
     return total
 
 

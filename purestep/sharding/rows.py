@@ -22,7 +22,7 @@ from purestep.sharding.spec import Box, Spec, box
 _ALIGN = 16  # elements at which a parameter begins in gathered memory
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Row:
     """One parameter of a unit.
 
@@ -42,6 +42,10 @@ class Row:
     start: int = 0
     at: int = 0
 
+    def __post_init__(self) -> None:
+        self.length = max(math.prod(shape) for _, shape in self.boxes)  # elements of a part in a row: of the largest
+        self.strides = torch.empty(self.shape, device="meta").stride()
+
     @classmethod
     def of(cls, plan: Plan, name: str, leaf: Tensor) -> Row:
         """Describe a split leaf; `plan.model_axes` split what is gathered here once more."""
@@ -59,15 +63,6 @@ class Row:
             for i, (offset, part) in enumerate(boxes)
         )
         return cls(name, shape, boxes, even)
-
-    @property
-    def length(self) -> int:
-        """Elements of a part in a row: of the largest."""
-        return max(math.prod(shape) for _, shape in self.boxes)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return torch.empty(self.shape, device="meta").stride()
 
 
 def _check(plan: Plan, name: str, leaf: Tensor, spec: Spec) -> None:
@@ -104,6 +99,8 @@ class Rows:
             self.width += row.length
             self.total += math.prod(row.shape)
             self.total += -self.total % _ALIGN
+        self.even = all(row.even for row in self.rows)
+        self.lengths = [row.length for row in self.rows]
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """Return this member's row: its parts, filled up."""
@@ -117,6 +114,10 @@ class Rows:
     def unpack(self, received: Tensor) -> Tensor:
         """Return gathered memory with every parameter whole, from the rows of all members `[R, width]`."""
         flat = received.new_empty(self.total)
+        if self.even:
+            runs = [flat[r.start : r.start + math.prod(r.shape)].view(self.count, -1) for r in self.rows]
+            torch.split_with_sizes_copy(received, self.lengths, dim=1, out=runs)
+            return flat
         for row in self.rows:
             whole = flat[row.start : row.start + math.prod(row.shape)]
             if row.even:

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 import purestep as ps
 from purestep import optim
 from purestep.sharding import Spec, ddp, fsdp, hsdp, tensor_parallel
+from purestep.sharding.gather import Session
 from purestep.sharding.rows import Rows
 
 
@@ -194,9 +195,14 @@ class Equal(nn.Module):
 
 
 def live():
-    """Count the blocks that are whole at the same time, by the memory they lie in."""
-    alive, most = [0], [0]
-    unpack = Rows.unpack
+    """Count the blocks that are whole at the same time, by the memory they lie in, and those that are on their way."""
+    alive, most, coming = [0], [0], [0]
+    unpack, ahead = Rows.unpack, Session.ahead
+
+    def watched(self, number):
+        ahead(self, number)
+        there = [x for x in self.lives.values() if x.flat is not None or x.pending is not None]
+        coming[0] = max(coming[0], len(there))
 
     def counted(self, received):
         flat = unpack(self, received)
@@ -207,19 +213,20 @@ def live():
         weakref.finalize(array, lambda: alive.__setitem__(0, alive[0] - 1))
         return torch.from_numpy(array)
 
-    Rows.unpack = counted
+    Rows.unpack, Session.ahead = counted, watched
     found = {}
     try:
         for label, plan in (("reshard", fsdp()), ("keep", fsdp(reshard_after_forward=False))):
             tx = optim.sgd(0.1)
             state = plan.place(ps.init(Equal, tx, seed=0))
             step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=plan)
-            most[0] = 0
-            state, _ = step(state, torch.ones(4, 32))
+            most[0] = coming[0] = 0
+            for _ in range(3):  # what comes next is known from the second microbatch on
+                state, _ = step(state, torch.ones(4, 32))
             gc.collect()
-            found[label] = [most[0], alive[0]]
+            found[label] = [most[0], coming[0], alive[0]]
     finally:
-        Rows.unpack = unpack
+        Rows.unpack, Session.ahead = unpack, ahead
     return found
 
 
