@@ -108,7 +108,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_split(leaf: Any) -> bool:
     """Tell whether a leaf is a DTensor, without loading torch's DTensor."""
-    return isinstance(leaf, Tensor) and type(leaf) is not Tensor and hasattr(leaf, "_local_tensor")
+    return type(leaf) is not Tensor and isinstance(leaf, Tensor) and hasattr(leaf, "_local_tensor")
 
 
 def local(value: Any) -> Any:
@@ -173,9 +173,8 @@ def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
     """
     if not is_split(leaf):
         return this_rank() == 0
-    split = spec_of_leaf(leaf).axes
-    others = [axis for axis in _coordinate(leaf) if axis not in split and (among is None or axis in among)]
-    return all(_coordinate(leaf)[axis] == 0 for axis in others)
+    split, here = spec_of_leaf(leaf).axes, _coordinate(leaf)
+    return all(here[a] == 0 for a in here if a not in split and (among is None or a in among))
 
 
 def gather(value: Any) -> Any:

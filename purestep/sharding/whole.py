@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,13 +35,35 @@ class Whole:
 
     def __init__(self, plan: Plan, params: Any, opt_state: Any = None) -> None:
         self.plan = plan
-        self.params: dict[str, Tensor] = dict(zip(tree.names(params), tree.leaves(params), strict=True))
-        self.split = any(place.is_split(leaf) for leaf in self.params.values())
-        self.group = plan.mesh.group(*plan.shard_axes, *plan.model_axes) if self.split else None
-        shared = (*plan.shard_axes, *plan.model_axes)
-        self._mine = {n: place.is_owner(x, among=shared) for n, x in self.params.items() if place.is_split(x)}
-        self._rest = {id(x._local_tensor): x for x in tree.leaves(opt_state) if place.is_split(x)}
+        self._given = params, opt_state
         self._names: dict[Any, list[str]] = {}
+
+    # Most updates ask for little of this, and those that are compiled for nothing.
+
+    @functools.cached_property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters at rest, by name."""
+        params = self._given[0]
+        return dict(zip(tree.names(params), tree.leaves(params), strict=True))
+
+    @functools.cached_property
+    def split(self) -> bool:
+        """Whether ranks hold parts of parameters."""
+        return any(place.is_split(leaf) for leaf in tree.leaves(self._given[0]))
+
+    @functools.cached_property
+    def group(self) -> Any:
+        """The ranks that hold one state together; None where this one holds it alone."""
+        return self.plan.mesh.group(*self.plan.shard_axes, *self.plan.model_axes) if self.split else None
+
+    @functools.cached_property
+    def _mine(self) -> dict[str, bool]:
+        shared = (*self.plan.shard_axes, *self.plan.model_axes)
+        return {n: place.is_owner(x, among=shared) for n, x in self.params.items() if place.is_split(x)}
+
+    @functools.cached_property
+    def _rest(self) -> dict[int, Any]:
+        return {id(x._local_tensor): x for x in tree.leaves(self._given[1]) if place.is_split(x)}
 
     def names(self, structure: Any) -> list[str]:
         """Return the dotted names of the leaves of a structure."""
@@ -146,5 +169,5 @@ class _Alone(Whole):
     """Whole tensors on every rank: exact sums as before, and nobody to ask."""
 
     def __init__(self, outer: Whole) -> None:
-        self.plan, self.params, self.split, self.group = outer.plan, {}, False, None
-        self._mine, self._rest, self._names = {}, {}, outer._names
+        super().__init__(outer.plan, {})
+        self._names = outer._names
