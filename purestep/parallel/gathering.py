@@ -151,7 +151,7 @@ class ShardedTurn:
         self._begin(part.weight, buffers, part.metrics)
         for unit in self.units.units:
             if unit.trained:
-                self.sink(unit, [part.grads[n] for n in unit.trained])
+                self._sent[unit.number] = self._send(self._rows(unit, [part.grads[n] for n in unit.trained]))
         self._finish({n: part.grads[n] for n in self.sharded.whole})
         return part
 

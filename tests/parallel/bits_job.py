@@ -124,7 +124,7 @@ def train(
         step = ps.jit(step, backend=backend, donate=True)
     seen = []
     for batch in batches(model, samples, steps):
-        watched = model is Net and not keep
+        watched = model is Net and not keep and steps <= 3
         before = ps.digest(plan.gather(state.params)) if watched else None
         new, metrics = step(state, batch)
         if watched and ps.digest(plan.gather(state.params)) != before:
@@ -153,6 +153,7 @@ CASES = {
     "skipped": {"model": Tied, "samples": 8, "policy": "16-mixed", "loss": poisoned},
     "muon": {"model": Tied, "samples": 8, "tx": lambda: optim.muon(1e-2), "steps": 2},
     "finite": {"model": Tied, "samples": 8, "loss": poisoned, "tx": lambda: optim.apply_if_finite(adamw())},
+    "fifty": {"policy": "bf16-mixed", "steps": 50},
     "large": {"model": Tied, "samples": 8, "tx": lambda: optim.skip_large_updates(optim.adamw(1e-2), 0.8), "steps": 2},
 }
 ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen")
@@ -161,8 +162,9 @@ ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen")
 def bits(size):
     for name, options in CASES.items():
         for label, plan in plans(size).items():
-            on_four = name in ALL or label in ("ddp", "fsdp") or (label == "hsdp" and name in SOME)
-            on_fewer = (label == "fsdp" and name in SOME) or (size == 1 and label == "ddp")
+            long = name == "fifty" and label in ("ddp", "fsdp", "hsdp", "keep")
+            on_four = long or name in ALL or label in ("ddp", "fsdp") or (label == "hsdp" and name in SOME)
+            on_fewer = (label == "fsdp" and name in SOME) or (size == 1 and label == "ddp") or (long and size == 2)
             if on_four if size == 4 else on_fewer:
                 yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
     yield "fast|ddp", lambda: train(ddp(reduction="fast"))
