@@ -8,17 +8,16 @@ are imported on first use only.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from purestep.errors import ConfigError, explain
+from purestep.jit import refusals, shelf
 from purestep.jit.hoist import hoist_scalars
 from purestep.jit.replay import Replay
 from purestep.jit.trace import Traced
@@ -51,19 +50,6 @@ def check(backend: str, mode: str | None) -> None:
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _RECORDED = ("reduce-overhead", "max-autotune")
-
-
-def decompositions(backend: str) -> dict[Any, Any] | None:
-    """Return the operators to break up while tracing for a backend: none where the bits are to be those of eager."""
-    if backend != "inductor":
-        return None
-    with _patience():
-        _look_at_the_cpu()
-        # The decomposition of max_pool2d uses it without importing it.
-        importlib.import_module("torch._inductor.lowering")
-        from torch._inductor.decomposition import select_decomp_table
-
-        return select_decomp_table()
 
 
 def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> Run:
@@ -114,26 +100,27 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
 # --- Inductor ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _look_at_the_cpu() -> threading.Thread:
-    """Begin to find out which vector instructions can be used: Inductor compiles a file for that, which takes seconds.
-
-    It goes on while the function is traced. What the thread needs is imported here: imports in two threads can meet.
-    """
-    from torch._inductor import codecache as codecache
-    from torch._inductor import cpp_builder as cpp_builder
-    from torch._inductor import cpu_vec_isa
-
-    def look() -> None:
-        with contextlib.suppress(Exception):  # it is looked at again, and then told, when a kernel is made
-            cpu_vec_isa.pick_vec_isa()
-
-    thread = threading.Thread(target=look, name="purestep-cpu", daemon=True)
-    thread.start()
-    return thread
-
-
 def _inductor(traced: Traced, mode: str | None) -> Run:
+    with _patience():
+        name = shelf.key(traced, mode)
+        kept = None if name is None else shelf.take(name)
+        if kept is not None:
+            return kept
+        try:
+            compiled = _compiled(traced, mode, {"cpp.vec_isa_ok": True})
+        except Exception as error:
+            if not refusals.compiler_failed(error):
+                raise
+            # It may not know all instructions of the processor; Inductor finds out which, which takes it seconds.
+            compiled = _compiled(traced, mode, {})
+        # The method that the object's own `__call__` ends in; what it does before is for profilers and caches.
+        run: Run = getattr(compiled, "current_callable", None) or compiled
+        if name is not None and not getattr(compiled, "constants", None):
+            shelf.put(name, run)
+        return run
+
+
+def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Any:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -143,12 +130,13 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
     options: dict[str, Any] = {**list_mode_options(mode or "default")}
     # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
     options.pop("triton.cudagraphs", None)
-    fake_mode, graph = traced.mode, traced.graph
+    graph = _broken_up(traced)
+    fake_mode = traced.mode
     device = traced.fakes[0].device if traced.fakes else None
     # Tracing goes without one, so that shapes which depend on values are errors; Inductor's disk cache asks for one.
     fake_mode.shape_env = ShapeEnv()
     with (
-        torch._inductor.config.patch({**options, **_CONFIG}),
+        torch._inductor.config.patch({**options, **_CONFIG, **known}),
         torch.no_grad(),
         V.set_fake_mode(fake_mode),
         torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
@@ -157,11 +145,20 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
         hoist_scalars(graph)
         end = graph.graph.output_node()
         end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
-        _look_at_the_cpu().join()
         with together():
-            compiled: Any = compile_fx_inner(graph, traced.fakes, is_inference=True)
-    # The method that the object's own `__call__` ends in; what it does before is for profilers and autotuning caches.
-    return getattr(compiled, "current_callable", None) or compiled
+            return compile_fx_inner(graph, traced.fakes, is_inference=True)
+
+
+def _broken_up(traced: Traced) -> fx.GraphModule:
+    """Return the graph in the operators that Inductor knows."""
+    # The decomposition of max_pool2d uses it without importing it.
+    importlib.import_module("torch._inductor.lowering")
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced.mode.shape_env = None
+    with traced.mode, torch.no_grad():
+        return make_fx(traced.graph, decomposition_table=select_decomp_table())(*traced.fakes)
 
 
 # Inputs are checked by the signature of the call, once more in every kernel call is not needed.

@@ -227,7 +227,7 @@ class Jit:
         with progress(self.__name__) as note:
             backend = "eager" if self._fell_back else self.backend
             note(f"tracing {len(leaves)} leaves")
-            traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names, backend)
+            traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names)
             note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
             try:
                 run = backends.compile(traced, backend, self.mode, donated=plan.state_leaves if self.donate else 0)
@@ -236,14 +236,14 @@ class Jit:
                     raise refusals.not_compiled(self.__name__, backend, error) from error
                 self._fell_back = True
                 warnings.warn(refusals.no_compiler_message(self.__name__, error), stacklevel=5)
-                traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names, "eager")
+                traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names)
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not signature.static_values((args[1:], kwargs))
         return Entry(run, takes, _picker(plan.picks), plan, traced.structure, code, tuple(objects), fixed)
 
     def _traced(
-        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, names: Any, backend: str
+        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, names: Any
     ) -> tuple[Traced, Plan, str]:
         function = self._statics.bound(self.__wrapped__, extra[1])
         traced = trace(
@@ -252,7 +252,6 @@ class Jit:
             structure,
             paths=names,
             static=signature.static_values((args, kwargs)),
-            decompositions=backends.decompositions(backend),
         )
         first = args[0] if args else None
         plan = donation.plan(traced, first, len(leaves), donate=self.donate, name=self.__name__)

@@ -222,15 +222,23 @@ def check_random(nodes: list[fx.Node]) -> None:
 # --- compilers --------------------------------------------------------------------------------------------------------
 
 
-def no_compiler(error: BaseException) -> bool:
-    """Tell whether a compiler was not found, wherever in a chain of errors that stands."""
+def _chain(error: BaseException) -> Iterator[str]:
+    """An error and all that led to it, as text."""
     current: BaseException | None = error
     while current is not None:
-        text = f"{type(current).__name__}: {current}"
-        if "InvalidCxxCompiler" in text or "No working C++ compiler" in text or "working triton" in text.lower():
-            return True
+        yield f"{type(current).__name__}: {current}"
         current = current.__cause__ or current.__context__
-    return False
+
+
+def no_compiler(error: BaseException) -> bool:
+    """Tell whether a compiler was not found, wherever in a chain of errors that stands."""
+    signs = "InvalidCxxCompiler", "No working C++ compiler"
+    return any(any(s in text for s in signs) or "working triton" in text.lower() for text in _chain(error))
+
+
+def compiler_failed(error: BaseException) -> bool:
+    """Tell whether a C++ compiler was there and refused what it was given."""
+    return any("CppCompileError" in text for text in _chain(error))
 
 
 def no_compiler_message(name: str, error: BaseException) -> str:

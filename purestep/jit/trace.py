@@ -55,7 +55,6 @@ def trace(
     *,
     paths: Callable[[], list[str]],
     static: Sequence[Any] = (),
-    decompositions: dict[Any, Any] | None = None,
 ) -> Traced:
     """Trace a function of `(args, kwargs)` into one functional graph.
 
@@ -65,7 +64,6 @@ def trace(
         structure: structure of `(args, kwargs)`.
         paths: gives the printed path of each leaf, for errors.
         static: static values of the arguments, such as the model of a state; for errors, too.
-        decompositions: operators to break up while tracing.
 
     Raises:
         TraceError: the function captures a tensor, branches on values, changes an input or draws from a global
@@ -76,7 +74,6 @@ def trace(
 
     takes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     captured: dict[str, Any] = {}
-    table = _decompositions(decompositions)
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         values = list(leaves)
@@ -95,7 +92,7 @@ def trace(
     with _quiet():
         try:
             with mode:
-                graph = make_fx(flat, decomposition_table=table)(*fakes)
+                graph = make_fx(flat, decomposition_table=_TABLE)(*fakes)
         except PurestepError:
             raise
         except Exception as error:
@@ -107,16 +104,10 @@ def trace(
         refusals.check_mutation(graph, _mutable_nodes(graph), names)
         if _mutable_nodes(graph):
             with mode:
-                graph = make_fx(torch.func.functionalize(graph), decomposition_table=table)(*fakes)
+                graph = make_fx(torch.func.functionalize(graph), decomposition_table=_TABLE)(*fakes)
             graph.graph.eliminate_dead_code()
     graph.recompile()
     return Traced(graph, fakes, takes, captured["leaves"], captured["structure"], captured["result"], mode)
-
-
-def _decompositions(given: dict[Any, Any] | None) -> dict[Any, Any]:
-    """Add the operators that write into arguments which their schema calls unchanged: nobody would see the write."""
-    aten = torch.ops.aten
-    return {aten.native_batch_norm.default: _batch_norm, **(given or {})}
 
 
 def _batch_norm(
@@ -126,6 +117,10 @@ def _batch_norm(
     if mean is None:
         return legit.no_stats(x, weight, bias, training, momentum, eps)
     return legit.default(x, weight, bias, mean, var, training, momentum, eps)
+
+
+# Operators that write into arguments which their schema calls unchanged: nobody would see the write.
+_TABLE: dict[Any, Any] = {torch.ops.aten.native_batch_norm.default: _batch_norm}
 
 
 def _fake(leaf: Tensor) -> Tensor:

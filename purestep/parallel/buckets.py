@@ -1,7 +1,7 @@
 """The microbatches of a rank that holds all parameters: gradients are summed in buckets, which leave one by one.
 
-Buckets are filled as the backward pass makes gradients, the last layers first. Those of the last microbatch are on their
-way to the other ranks while the backward pass goes on; metrics and buffers leave before it.
+Buckets are filled as the backward pass makes gradients, the last layers first. Those of the last microbatch are on
+their way to the other ranks while the backward pass goes on; metrics and buffers leave before it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Buckets:
     def result(self) -> Gradients:
         """Wait for the others, and return the mean over all microbatches."""
         total = self.waiting()
-        flats = self.sums.divided([x.wait() if self.fast else whole_sum(x) for x in self.leaving], total.weight, owned=True)
+        flats = self.sums.divided(
+            [x.wait() if self.fast else whole_sum(x) for x in self.leaving], total.weight, owned=True
+        )
         count = len(self.changes.groups)
         grads = self.layout.unpack(flats[count:])[::-1]
         return self.sums.finish(tree.unflatten(self.structure, grads), self.changes.unpack(flats[:count]), total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -362,8 +362,8 @@ class _Around:
         while len(self.session.stack) > self.depth:
             self.session.leave(self.session.stack[-1][0])
         for unit, module in self.session.units.inner:
-            module._forward_pre_hooks.pop((self, unit.number), None)  # type: ignore[call-overload]
-            module._forward_hooks.pop((self, unit.number), None)  # type: ignore[call-overload]
+            module._forward_pre_hooks.pop((self, unit.number), None)
+            module._forward_hooks.pop((self, unit.number), None)
 
 
 def _enter(session: Session, index: int, module: nn.Module, args: Any) -> None:

@@ -1,7 +1,7 @@
 """Sums over ranks: partial sums are exchanged and added where the fixed tree adds them, or by the backend.
 
 `Flat` packs many tensors into few, so that a sum is one collective. Which rank holds which part of the tree is
-arithmetic (`treesum.forest`), so nothing about it is sent. Sums are begun and ended apart, so that others go on between.
+arithmetic (`treesum.forest`), so nothing about it is sent. Sums are begun and ended apart; others go on between.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import ConfigError
-from purestep.jit import jit
+from purestep.jit import jit, shelf
 from purestep.testing import assert_trees_close, assert_trees_equal, check_pure
 
 
@@ -183,8 +183,9 @@ def test_it_compiles_functions_only():
 
 
 @pytest.mark.slow
-def test_the_disk_cache_of_inductor_serves_the_same_graph_again():
-    """A graph that Inductor refuses to cache compiles anew in every process, silently."""
+def test_the_disk_cache_of_inductor_serves_the_same_graph_again(monkeypatch):
+    """A graph that Inductor refuses to cache compiles anew in every process, silently, if it is not on the shelf."""
+    monkeypatch.setattr(shelf, "take", lambda name: None)
     from torch._dynamo.utils import counters
 
     def f(state, batch):
@@ -219,9 +220,11 @@ def test_shared_numbers_are_computed_outside_of_loops():
 def test_the_first_compilation_of_a_process_knows_the_decomposition_of_max_pooling():
     # It needs torch._inductor.lowering, which only a process that compiled before has imported.
     code = (
-        "import torch; from purestep.jit import backends; from torch.fx.experimental.proxy_tensor import make_fx;"
-        "table = backends.decompositions('inductor');"
-        "make_fx(lambda x: torch.nn.functional.max_pool2d(x, 2), table, 'fake')(torch.ones(1, 1, 4, 4))"
+        "import torch; from purestep.jit import backends; from purestep.jit.trace import trace;"
+        "from purestep import tree;"
+        "pool = lambda x: torch.nn.functional.max_pool2d(x, 2);"
+        "leaves, structure = tree.flatten(((torch.ones(1, 1, 4, 4),), {}));"
+        "print(backends._broken_up(trace(pool, leaves, structure, paths=lambda: [])).code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
