@@ -137,6 +137,12 @@ class Accumulation:
             moved = [_change(old[name], new) for name, new in zip(self._names, moved, strict=True)]
         return Partial([], weight, kept, metrics), moved
 
+    def factor(self, weight: Any, index: int) -> Any:
+        """Return what the gradient of a microbatch is multiplied by, a number or a 0-d tensor."""
+        if self.alone or (isinstance(weight, int) and self.shares is None):
+            return 1.0
+        return weight if self.shares is None or not isinstance(weight, int) else self.shares[index]
+
     def weighed(self, vector: list[Tensor], weight: Any, index: int) -> list[Tensor]:
         """Multiply what a microbatch contributes by what it weighs."""
         if self.alone:

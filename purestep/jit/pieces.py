@@ -71,6 +71,15 @@ class JitStep:
                     instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
                 )
             )
+        if plan.sync_batchnorm:
+            raise ConfigError(
+                explain(
+                    "a step with batch norm over ranks cannot be compiled",
+                    where=f"sync_batchnorm=True on {plan.mesh!r}",
+                    why="ranks exchange statistics in the middle of the model, outside of any graph",
+                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
+                )
+            )
         view = place.local(state) if total.split_leaves(state) else state
         indices = self._indices(step.parts, state.rng.device)
 

@@ -17,6 +17,7 @@ from purestep import tree
 from purestep.accumulate import Accumulation, Gradients, Partial, merge
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
+from purestep.parallel.batchnorm import synced
 from purestep.parallel.shares import Shares
 from purestep.parallel.small import exchange_small
 from purestep.sharding import collectives
@@ -83,6 +84,7 @@ class BucketTurn:
 
     def __init__(self, buckets: Buckets, index: int, *, counts: bool, last: bool) -> None:
         self.buckets, self.index, self.counts, self.last = buckets, index, counts, last
+        self.shares = buckets.shares
         self.next = 0
 
     # --- what a step calls ---
@@ -97,7 +99,7 @@ class BucketTurn:
         """Return what the model is bound to, and the context it runs in."""
         for i, leaf in enumerate(reversed(tree.leaves(params))):
             leaf.register_hook(functools.partial(self._arrived, i))
-        return params, buffers, around
+        return params, buffers, synced(self, around)
 
     def plain(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the buffers after the forward pass as the state keeps them."""
@@ -115,6 +117,10 @@ class BucketTurn:
             if self.grads[i] is None:
                 self._fill(i, grad)
         return grads
+
+    def factor(self) -> Any:
+        """Return what the gradient is multiplied by later; known once the forward pass is done."""
+        return self.buckets.sums.factor(self.weight, self.index)
 
     def gathered(self, view: Any) -> Any:
         """Return the state as a compiled piece takes it."""

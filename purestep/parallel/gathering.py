@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from purestep.accumulate import Accumulation, Gradients, Partial
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
+from purestep.parallel.batchnorm import synced
 from purestep.parallel.shares import Shares
 from purestep.parallel.small import exchange_small
 from purestep.precision.casting import Uncast
@@ -116,7 +117,9 @@ class ShardedTurn:
         parts = self._parts(self.params, buffers)
         self._begin_session(self.cast.module, parts, wrapping(plan, self.split), tracked[_ANCHOR])
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
-        return *_given(self.session, params, buffers), functools.partial(both, self.session.around, around)
+        return *_given(self.session, params, buffers), functools.partial(
+            both, self.session.around, synced(self, around)
+        )
 
     def plain(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state keeps them: frozen parameters as parts."""
@@ -134,6 +137,10 @@ class ShardedTurn:
         with torch.no_grad():
             self._finish(self.cast.reduced({n: grads[n] for n in self.sharded.whole}))
         return grads
+
+    def factor(self) -> Any:
+        """Return what the gradient is multiplied by later; known once the forward pass is done."""
+        return self.sums.factor(self.weight, self.index)
 
     def gathered(self, view: Any) -> Any:
         """Return the state with all parameters whole, for a compiled piece: they stay until it has run."""

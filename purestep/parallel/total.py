@@ -48,9 +48,11 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
     if who.group is None:
         return _alone(sums, view, pieces, compute)
     buckets = Buckets(who, sums)
-    held = pieces or {0: spare}  # only to know what the others send
-    for index, data in held.items():
-        compute(view, data, index, buckets.turn(index, counts=bool(pieces), last=index == max(held)))
+    # A rank that has none runs one all the same, to know what the others send; batch norm over ranks needs all of them.
+    turns = who.mine if plan.sync_batchnorm else list(pieces) or who.mine[:1]
+    for index in turns:
+        turn = buckets.turn(index, counts=index in pieces, last=index == turns[-1])
+        compute(view, pieces.get(index, spare), index, turn)
     return buckets.result()
 
 

@@ -78,6 +78,7 @@ class Plan:
     units: tuple[str, ...] | None = None
     reshard_after_forward: bool = True
     reduction: Reduction = "tree"
+    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         rules = tuple((_frozen(rule[0]), rule[1]) if _is_rule(rule) else rule for rule in self.rules)
@@ -274,6 +275,16 @@ def _check(plan: Plan) -> None:
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
+    if plan.sync_batchnorm and plan.reduction == "tree":
+        raise ConfigError(
+            explain(
+                "batch norm over ranks has other bits on another number of ranks",
+                where='sync_batchnorm=True, reduction="tree"',
+                why="statistics are those of the microbatches that are computed at the same time",
+                instead='ddp(sync_batchnorm=True, reduction="fast")\n'
+                "or leave it out: statistics of each microbatch, the same bits everywhere",
+            )
+        )
 
 
 def _refuse_unmatched(plan: Plan, name: str, shape: Sequence[int]) -> None:

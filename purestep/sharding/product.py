@@ -61,6 +61,7 @@ _SETTINGS: dict[str, Any] = {
     "units": None,
     "reshard_after_forward": True,
     "reduction": "tree",
+    "sync_batchnorm": False,
 }
 
 

@@ -3,6 +3,7 @@
 Arguments: a directory, the sizes of the jobs to be part of one after the other, this process's number.
 """
 
+import dataclasses
 import gc
 import json
 import sys
@@ -78,6 +79,12 @@ def loss_fn(net, batch):
 def weighted_loss(net, batch):
     y = batch["y"].flatten()
     return ps.weighted(cross_entropy(net(batch["x"]), y), (y > 2).sum() + 1)
+
+
+def masked_loss(net, batch):
+    mask = (batch["y"] > 0) + 0.25
+    each = cross_entropy(net(batch["x"]), batch["y"], reduction="none")
+    return ps.weighted((each * mask).sum() / mask.sum(), mask.sum())
 
 
 def poisoned(net, batch):
@@ -259,6 +266,7 @@ def refusals():
         "touched": message(touch),
         "fused": message(lambda: train(fsdp(), tx=lambda: optim.adamw(1e-2, fused=True))),
         "count": message(lambda: train(ddp(), v=3)),
+        "synced": message(lambda: train(ddp(reduction="fast", sync_batchnorm=True), backend="eager")),
     }
 
 
@@ -294,6 +302,48 @@ def tensor(size):
         yield f"tensor|{label}", run
 
 
+class Normed(nn.Module):
+    """Batch norm with and without weights, over samples and over places too; one under a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first = nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6)
+        self.blocks = nn.ModuleList([nn.Linear(24, 24), nn.Linear(24, 24)])
+        self.second, self.head = nn.BatchNorm1d(24, affine=False, momentum=0.3), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(self.conv(x))).flatten(1)
+        for block in self.blocks:
+            x = x + ps.checkpoint(lambda x, block=block: torch.tanh(self.second(block(x))), x)
+        return self.head(x)
+
+
+def synced(size):
+    """With statistics over all ranks, uneven microbatches on several ranks are one batch on one process."""
+    kinds = {"even": (8, loss_fn), "uneven": (7, loss_fn), "few": (3, loss_fn), "weighted": (7, masked_loss)}
+    for label, plan in plans(size).items():
+        if label not in ("ddp", "fsdp", "hsdp"):
+            continue
+        for kind, (samples, loss) in kinds.items():
+            if kind == "few" and size == 2:
+                continue
+
+            def run(plan=plan, samples=samples, loss=loss):
+                plan = dataclasses.replace(plan, reduction="fast", sync_batchnorm=True)
+                tx = optim.sgd(0.5)
+                state = plan.place(ps.init(Normed, tx, seed=3))
+                step = ps.make_step(loss, tx, plan=plan)
+                g = torch.Generator().manual_seed(5)
+                for _ in range(3):
+                    x, y = torch.randn(samples, 2, 6, generator=g), torch.randint(0, 4, (samples,), generator=g)
+                    state, metrics = step(state, {"x": x, "y": y})
+                whole = plan.gather(state)
+                tensors = whole.params | whole.buffers
+                return {"loss": [float(metrics["loss"])]} | {n: t.flatten().tolist() for n, t in tensors.items()}
+
+            yield f"synced|{label}|{kind}", run
+
+
 def evaluated(size):
     for label, plan in plans(size).items():
 
@@ -312,6 +362,7 @@ def checks(size, number):
     yield from bits(size)
     yield from evaluated(size)
     yield from tensor(size)
+    yield from synced(size)
     if size == 2:
         yield "live", live
         yield "refusals", refusals

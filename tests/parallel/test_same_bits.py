@@ -80,6 +80,7 @@ def test_what_a_plan_cannot_do_is_refused(answers):
     assert "fsdp(units=" in said["touched"]
     assert "ConfigError: this optimizer gives a part of a tensor other bits than the whole" in said["fused"]
     assert "ConfigError: 3 microbatches cannot be shared equally by 2 ranks" in said["count"]
+    assert "ConfigError: a step with batch norm over ranks cannot be compiled" in said["synced"]
 
 
 def test_tensor_parallel_ranks_agree_with_one_process(answers):
@@ -87,3 +88,19 @@ def test_tensor_parallel_ranks_agree_with_one_process(answers):
     for size, label in ((2, "tensor"), (4, "tensor"), (4, "fsdp x tensor")):
         for rank in range(size):
             assert answers[size, rank][f"tensor|{label}"] == pytest.approx(reference, rel=1e-5, abs=1e-5), label
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven", "few", "weighted"])
+def test_batch_norm_over_ranks_is_that_of_one_batch(answers, kind):
+    reference = answers[1, 0][f"synced|ddp|{kind}"]
+    compared = 0
+    for size, label in ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")):
+        for rank in range(size):
+            found = answers[size, rank].get(f"synced|{label}|{kind}")
+            if found is None:
+                assert (size, kind) == (2, "few")
+                continue
+            compared += 1
+            for name, values in reference.items():
+                assert found[name] == pytest.approx(values, rel=1e-4, abs=1e-5), (size, label, rank, name)
+    assert compared >= 12

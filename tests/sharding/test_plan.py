@@ -157,6 +157,7 @@ def test_rules_of_a_product_are_the_first_of_each(left, right, name):
         (lambda: Plan(mesh({"a": 1}), [("*", "fsdp")]), ["a rule is a pair of a filter and a Spec"]),
         (lambda: fsdp(fallback="no"), ["fallback is one of 'replicate', 'error', 'pad'", "fallback='no'"]),
         (lambda: fsdp(reduction="sum"), ["reduction is one of 'tree', 'fast'"]),
+        (lambda: fsdp(sync_batchnorm=True), ["batch norm over ranks has other bits on another number", "reduction="]),
     ],
 )
 def test_what_does_not_fit_together_is_refused(make, parts):
