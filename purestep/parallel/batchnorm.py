@@ -1,7 +1,7 @@
 """Batch norm over several ranks: the statistics of all microbatches that are computed at the same time, put together.
 
-`Synced` is a mode around the model of one microbatch; it answers calls of `batch_norm` in training and nothing else. Its
-gradient is that of the mean over the whole batch, also where microbatches differ in what they weigh.
+`Synced` is a mode around the model of one microbatch; it answers calls of `batch_norm` in training and nothing else.
+Its gradient is that of the mean over the whole batch, also where microbatches differ in what they weigh.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def synced(turn: Any, around: Any) -> Any:
 
     @contextlib.contextmanager
     def entered() -> Iterator[None]:
-        with contextlib.nullcontext() if around is None else around():
-            with Synced(turn.shares.group, turn.counts, turn.factor):
-                yield
+        outer = contextlib.nullcontext() if around is None else around()
+        with outer, Synced(turn.shares.group, turn.counts, turn.factor):
+            yield
 
     return entered
 
@@ -79,7 +79,7 @@ class Synced(TorchFunctionMode):
             if running_var is not None:
                 unbiased = var * count / (count - 1).clamp(min=1)
                 running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        return out  # type: ignore[no-any-return]
+        return out
 
     def shared(self, values: Tensor) -> Tensor:
         """Return `[R, n]`: what each rank gives, zeros from those whose microbatch does not count."""

@@ -42,8 +42,8 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
     if split:
         sharded = Sharded(who, sums, split)
         for number, index in enumerate(who.mine):
-            turn = sharded.turn(number, index, last=index == who.mine[-1])
-            compute(view, pieces.get(index, spare), index, turn)
+            one = sharded.turn(number, index, last=index == who.mine[-1])
+            compute(view, pieces.get(index, spare), index, one)
         return sharded.result()
     if who.group is None:
         return _alone(sums, view, pieces, compute)
