@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import sharding, targets
 from benchmarks.peers import ALL as PEERS
-from benchmarks.training import ratio
+from benchmarks.training import ratio, spread
 
 Results = Mapping[str, Any]
 
@@ -24,7 +24,7 @@ def markdown(results: Results) -> str:
         "snapshots": _snapshots,
         "loop_cost": _loop_cost,
         "imports": _imports,
-        "sharding": lambda text: f"## Sharding\n\n{text}",
+        "sharding": _sharding,
     }
     for name, show in sections.items():
         if name in results and "error" not in results[name]:
@@ -166,6 +166,19 @@ def _loop_cost(results: Any) -> str:
         f"({results['steps']} steps a call, {results['rounds']} rounds). Until its first steps are done, a call takes "
         f"{results['start_ms'][0]:.0f} ms."
     )
+
+
+def _sharding(results: Any) -> str:
+    parts = ["## Steps on two gloo processes\n\n`x` is the time of a step over that of torch's, eager."]
+    for model, found in results.items():
+        rows = []
+        for name, seconds in found["seconds"].items():
+            base = "torch fully_shard" if "fsdp" in name or "fully" in name else "torch ddp"
+            middle, low, high = sharding.ratio(results, model, name, base)
+            rows.append([name, f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{1 / spread(seconds)[0]:.1f}"])
+        rows += [[name, "-", _why(text)] for name, text in found["failed"].items()]
+        parts.append(f"**{model}**\n\n" + table(["variant", "x", "steps a second"], rows))
+    return "\n\n".join(parts)
 
 
 def _imports(results: Any) -> str:

@@ -24,6 +24,10 @@ EVERYBODY: Names = (
 # Compiling a CNN twice more says nothing new; with 50 M parameters each needs 0.6 GB and loops cost nothing beside.
 ON_CNN: Names = (*EAGER[:2], "compile-all", "lightning-log", "jax", "ps-eager", "ps-fused", "ps-donate", "ps-fit")
 ON_WIDE: Names = ("loop", "loop-fused", "compile-all", "lightning", "jax", "ps-fused", "ps-jit", "ps-donate")
+SHARDED: Names = (
+    *("torch ddp", "torch ddp, compiled", "torch fully_shard"),
+    *(f"{kind} {sums}{jit}" for kind in ("ddp", "fsdp") for sums in ("fast", "tree") for jit in ("", ", jit")),
+)
 QUICK_ONES: Names = ("loop", "loop-fused", "compile-all", "lightning-log", "jax", "ps-fused", "ps-donate", "ps-fit")
 
 
@@ -41,6 +45,7 @@ class Settings:
         policies: precision policies; `policy_rounds` rounds of `policy_steps` steps each.
         imports: libraries to import, `import_rounds` times.
         snapshot_rounds: how often `snapshot_mb` MB are saved and restored, by each kind.
+        sharding: variants by model on several processes: `sharding_rounds` rounds of `sharding_steps` steps each.
         cache: compiled code of all processes of a run, kept beside the results, so that a second run is quicker.
     """
 
@@ -58,6 +63,9 @@ class Settings:
     imports: Names
     import_rounds: int
     snapshot_rounds: int
+    sharding: dict[str, Names]
+    sharding_rounds: int
+    sharding_steps: int
     snapshot_mb: int = 500
     cache: Path = Path(__file__).parent / "results" / ".cache"
 
@@ -77,6 +85,9 @@ FULL = Settings(
     imports=("torch", "purestep", "lightning", "accelerate", "jax"),
     import_rounds=4,
     snapshot_rounds=7,
+    sharding={"mlp": SHARDED, "gpt": SHARDED},
+    sharding_rounds=11,
+    sharding_steps=8,
 )
 QUICK = Settings(
     name="quick",
@@ -93,4 +104,7 @@ QUICK = Settings(
     imports=("torch", "purestep"),
     import_rounds=3,
     snapshot_rounds=3,
+    sharding={"mlp": ("torch ddp", "torch fully_shard", "ddp fast", "ddp tree", "fsdp fast")},
+    sharding_rounds=7,
+    sharding_steps=4,
 )

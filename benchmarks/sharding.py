@@ -1,18 +1,17 @@
-"""Steps a second under a plan against torch's DistributedDataParallel and fully_shard: ratios inside one run.
+"""Steps under a plan beside torch's DistributedDataParallel and fully_shard: two gloo processes, in turns.
 
-Two gloo processes of one thread each; the variants take turns, and each number is the median over the rounds of the
-time of some steps. Run it where nothing else runs: `python benchmarks/sharding.py [--rounds 9] [--steps 8]`.
+Each has one thread. Two processes on two cores: whatever else runs on the machine holds up both.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import multiprocessing
-import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,9 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 
 import purestep as ps
+from benchmarks.training import Say, spread
 
+RANKS, SAMPLES = 2, 16
 WORDS, WIDTH, HEADS, LENGTH = 256, 128, 4, 32
 
 
@@ -83,15 +84,18 @@ def loss_fn(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return cross_entropy(net(batch["x"]), batch["y"].flatten())
 
 
-def torch_step(model: Callable[[], nn.Module], wrap: str, batch: dict[str, Tensor]) -> Callable[[], None]:
+def torch_step(wrap: str, model: Callable[[], nn.Module], batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Return what takes one step of torch's own kind."""
     torch.manual_seed(0)
     net: nn.Module = model()
-    if wrap == "ddp":
-        net = DistributedDataParallel(net)
-    else:
+    if wrap == "fully_shard":
         for block in net.blocks:  # type: ignore[union-attr]
             fully_shard(block)
         fully_shard(net)
+    else:
+        net = DistributedDataParallel(net)
+    if wrap == "ddp, compiled":
+        net = torch.compile(net)  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, foreach=True)
     own = {k: v.chunk(dist.get_world_size())[dist.get_rank()] for k, v in batch.items()}
 
@@ -104,10 +108,11 @@ def torch_step(model: Callable[[], nn.Module], wrap: str, batch: dict[str, Tenso
 
 
 def our_step(
-    model: Callable[[], nn.Module], plan: ps.sharding.Plan, batch: dict[str, Tensor], compiled: bool = False
+    plan: ps.sharding.Plan, compiled: bool, model: Callable[[], nn.Module], batch: dict[str, Tensor]
 ) -> Callable[[], None]:
+    """Return what takes one step under a plan. Like torch's it updates in place."""
     tx = ps.optim.adamw(1e-3)
-    step = ps.make_step(loss_fn, tx, plan=plan)
+    step: Any = ps.make_step(loss_fn, tx, plan=plan)
     if compiled:
         step = ps.jit(step, donate=True)
     held = [plan.place(ps.init(model, tx, seed=0))]
@@ -119,71 +124,78 @@ def our_step(
     return run
 
 
-def variants(model: str, samples: int, compiled: bool) -> dict[str, Callable[[], None]]:
-    make, batch = {"mlp": MLP, "gpt": GPT}[model], data(model, samples)
-    sharding = ps.sharding
-    found = {
-        "torch ddp": torch_step(make, "ddp", batch),
-        "ddp fast": our_step(make, sharding.ddp(reduction="fast"), batch),
-        "ddp tree": our_step(make, sharding.ddp(), batch),
-        "torch fully_shard": torch_step(make, "fsdp", batch),
-        "fsdp fast": our_step(make, sharding.fsdp(reduction="fast"), batch),
-        "fsdp tree": our_step(make, sharding.fsdp(), batch),
-    }
-    if compiled:
-        found["ddp fast, jit"] = our_step(make, sharding.ddp(reduction="fast"), batch, compiled=True)
-        found["ddp tree, jit"] = our_step(make, sharding.ddp(), batch, compiled=True)
-        found["fsdp fast, jit"] = our_step(make, sharding.fsdp(reduction="fast"), batch, compiled=True)
-        found["fsdp tree, jit"] = our_step(make, sharding.fsdp(), batch, compiled=True)
-    return found
+def _ours(kind: str, reduction: str, compiled: bool) -> Callable[..., Callable[[], None]]:
+    def make(model: Callable[[], nn.Module], batch: dict[str, Tensor]) -> Callable[[], None]:
+        return our_step(getattr(ps.sharding, kind)(reduction=reduction), compiled, model, batch)
+
+    return make
 
 
-def measure(rank: int, options: argparse.Namespace, store: str) -> None:
+def _theirs(wrap: str) -> Callable[..., Callable[[], None]]:
+    return lambda model, batch: torch_step(wrap, model, batch)
+
+
+# What is compared with which, by name.
+VARIANTS: dict[str, Callable[..., Callable[[], None]]] = {
+    "torch ddp": _theirs("ddp"),
+    "torch ddp, compiled": _theirs("ddp, compiled"),
+    "torch fully_shard": _theirs("fully_shard"),
+} | {
+    f"{kind} {reduction}{', jit' if compiled else ''}": _ours(kind, reduction, compiled)
+    for kind in ("ddp", "fsdp")
+    for reduction in ("fast", "tree")
+    for compiled in (False, True)
+}
+MODELS = {"mlp": MLP, "gpt": GPT}
+
+
+def run(settings: Any, say: Say) -> dict[str, Any]:
+    """Return `{model: {"seconds": {variant: seconds of a step by round}, "failed": {variant: why}}}`."""
+    results = {}
+    for model, variants in settings.sharding.items():
+        context = multiprocessing.get_context("fork")
+        with tempfile.TemporaryDirectory(prefix="purestep-bench-") as folder:
+            arguments = model, variants, folder, settings.sharding_rounds, settings.sharding_steps
+            ranks = [context.Process(target=_rank, args=(number, *arguments)) for number in range(RANKS)]
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join()
+            results[model] = json.loads(Path(folder, "found.json").read_text())
+        shown = [f"{n} {spread(times)[0] * 1e3:.1f} ms" for n, times in results[model]["seconds"].items()]
+        say(f"{model} on {RANKS} processes: {', '.join(shown)}")
+    return results
+
+
+def _rank(number: int, model: str, variants: Sequence[str], folder: str, rounds: int, steps: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks)
-    for model in options.models.split(","):
-        found = variants(model, options.samples, options.compiled)
-        times: dict[str, list[float]] = {name: [] for name in found}
-        for turn in range(options.rounds + 1):
-            for name, run in found.items():
-                dist.barrier()
-                start = time.perf_counter()
-                for _ in range(options.steps):
-                    run()
-                if turn:
-                    times[name].append((time.perf_counter() - start) / options.steps)
-        if rank == 0:
-            show(model, times)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=RANKS)
+    batch, failed = data(model, SAMPLES), {}
+    made: dict[str, Callable[[], None]] = {}
+    for name in variants:
+        try:
+            made[name] = VARIANTS[name](MODELS[model], batch)
+            made[name]()  # compiles, and learns in which order things come
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            made.pop(name, None)
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(rounds + 1):
+        names = list(made)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(steps):
+                made[name]()
+            if turn:
+                seconds[name].append((time.perf_counter() - start) / steps)
+    if number == 0:
+        Path(folder, "found.json").write_text(json.dumps({"seconds": seconds, "failed": failed}))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def show(model: str, times: dict[str, list[float]]) -> None:
-    print(f"{model:>20}  steps/s  best     / torch")
-    for name, taken in times.items():
-        against = times["torch ddp" if "ddp" in name else "torch fully_shard"]
-        # Turns of one round see the same machine; the ratio is taken in each.
-        ratio = statistics.median(a / b for a, b in zip(against, taken, strict=True))
-        print(f"{name:>20}  {1 / statistics.median(taken):7.1f}  {1 / min(taken):7.1f}  {ratio:5.2f}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--models", default="mlp,gpt")
-    parser.add_argument("--compiled", action="store_true")
-    options = parser.parse_args()
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        workers = [context.Process(target=measure, args=(r, options, store)) for r in range(options.ranks)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-
-
-if __name__ == "__main__":
-    main()
+def ratio(results: Any, model: str, ours: str, theirs: str) -> tuple[float, float, float]:
+    """Return the time of a step over that of another, median and quartiles of the rounds."""
+    seconds = results[model]["seconds"]
+    return spread([a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True)])

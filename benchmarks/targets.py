@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import snapshots, training
+from benchmarks import sharding, snapshots, training
 from benchmarks.training import spread
 
 Results = Mapping[str, Any]
@@ -107,6 +107,10 @@ def _import(results: Results) -> Spread:
     return spread([a / b for a, b in pairs])
 
 
+def _sharding(model: str, ours: str, theirs: str) -> Callable[[Results], Spread]:
+    return lambda results: sharding.ratio(results["sharding"], model, ours, theirs)
+
+
 _JIT = "jit, donated"
 TARGETS: tuple[Target, ...] = (
     Target(f"MLP: {_JIT} / hand-written loop, AdamW foreach", 0.35, _step("mlp", "ps-donate", "loop")),
@@ -128,4 +132,15 @@ TARGETS: tuple[Target, ...] = (
     Target("500 MB snapshot: blocking / torch.save + fsync", 0.3, _snapshot("block")),
     Target("500 MB snapshot: durable / torch.save + fsync", 1.2, _snapshot("total")),
     Target("500 MB snapshot: verified restore / torch.load", 2.5, _snapshot("restore")),
+    *(
+        Target(f"{model.upper()}, 2 processes: {ours} / {theirs}", limit, _sharding(model, ours, theirs))
+        for model in ("mlp", "gpt")
+        for ours, theirs, limit in (
+            ("ddp fast", "torch ddp", 1.0),
+            ("ddp fast, jit", "torch ddp", 1.0),
+            ("ddp tree", "torch ddp", 1.25),
+            ("fsdp fast", "torch fully_shard", 0.667),
+            ("fsdp fast, jit", "torch fully_shard", 0.667),
+        )
+    ),
 )

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import machine, peers, report, run, targets, training, workloads
+from benchmarks import machine, peers, report, run, sharding, targets, training, workloads
 from benchmarks.peers import base
 from benchmarks.worker import Failure
 
@@ -104,6 +104,26 @@ def test_every_peer_of_the_settings_exists_and_the_others_are_not_imported():
         names = {name for chosen in settings.training.values() for name in chosen} | set(settings.memory)
         assert names <= peers.ALL.keys()
         assert settings.training.keys() | settings.compile_rounds.keys() <= workloads.ALL.keys()
+        assert settings.sharding.keys() <= sharding.MODELS.keys()
+        assert {name for chosen in settings.sharding.values() for name in chosen} <= sharding.VARIANTS.keys()
+    assert set(run.FULL.sharding["gpt"]) == sharding.VARIANTS.keys()
+
+
+def test_several_processes_take_turns():
+    settings = dataclasses.replace(
+        run.QUICK,
+        sharding={"mlp": ("torch ddp", "torch fully_shard", "fsdp fast")},
+        sharding_rounds=2,
+        sharding_steps=1,
+    )
+    said = []
+    found = sharding.run(settings, said.append)
+    assert found["mlp"]["failed"] == {}
+    assert [len(times) for times in found["mlp"]["seconds"].values()] == [2, 2, 2]
+    assert "fsdp fast" in said[0]
+    text = report.markdown(results(sharding=found))
+    assert "| torch ddp | 1.00 [1.00, 1.00] |" in text
+    assert "| MLP, 2 processes: ddp fast, jit / torch ddp | <= 1 | - | not measured |" in text
 
 
 def test_the_report_is_written_with_a_chart(tmp_path):
