@@ -38,5 +38,8 @@ def hoist_scalars(graph: fx.GraphModule) -> int:
 
 
 def _is_number(node: fx.Node) -> bool:
+    """Tell whether a node is one number in memory of its own: an element of a larger tensor lies somewhere in it."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.numel() == 1
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return False
+    return value.untyped_storage().nbytes() == value.element_size()

@@ -61,10 +61,15 @@ def _constants(largest: Tensor, counts: Sequence[int]) -> Tensor:
 
     With squares up to 4**e and n of them, `1.5 * 2**(2 e + log2 n)` leaves their sum below one bit more than it has.
     """
-    _, exponent = torch.frexp(torch.where(torch.isfinite(largest), largest, 0.0))
+    # Exponents are read from and written into the bits: Inductor's vector code for frexp does not compile (torch 2.13).
+    exponent = ((largest.view(torch.int64) >> 52) & 0x7FF) - 1022
     bits = [max(1, n - 1).bit_length() + 1 for n in counts]
-    power = 2 * exponent + torch.tensor(bits, device=largest.device, dtype=exponent.dtype)
-    return torch.where(largest == 0, 0.0, torch.ldexp(torch.full_like(largest, 1.5), power))
+    above = exponent + torch.tensor(bits, device=largest.device)
+    return torch.where(largest == 0, 0.0, 1.5 * _power_of_two(exponent) * _power_of_two(above))
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
 
 
 def _rounded(values: Tensor, constant: Tensor) -> Tensor:

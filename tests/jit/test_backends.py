@@ -216,6 +216,29 @@ def test_shared_numbers_are_computed_outside_of_loops():
     assert_trees_equal(list(graph(*arguments)), list(f(*arguments)))
 
 
+def test_an_element_of_a_vector_is_not_taken_for_a_number_of_its_own():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from purestep.jit.hoist import hoist_scalars
+
+    def f(rates, x):
+        first, second = (rates * 2).unbind()
+        return x * second, x * first, x * rates[1]
+
+    graph = make_fx(f, tracing_mode="fake")(torch.tensor([1.0, 3.0]), torch.ones(5))
+    assert hoist_scalars(graph) == 0
+
+
+@pytest.mark.slow
+def test_elements_of_vectors_have_their_values_when_compiled():
+    def f(rates, xs):
+        scaled = rates.exp()
+        return [x * scaled[i] + (rates * 3)[i] for i, x in enumerate(xs)], scaled[2] * xs[0]
+
+    arguments = torch.randn(3), [torch.randn(40), torch.randn(7, 5), torch.randn(())]
+    assert_trees_close(jit(f)(*arguments), f(*arguments), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_first_compilation_of_a_process_knows_the_decomposition_of_max_pooling():
     # It needs torch._inductor.lowering, which only a process that compiled before has imported.

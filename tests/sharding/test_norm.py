@@ -78,3 +78,16 @@ def test_an_update_under_a_plan_takes_the_exact_norm():
     assert float(inside) == pytest.approx(exact, rel=1e-7)
     assert inside.dtype == torch.float32
     assert whole.current() is None
+
+
+@pytest.mark.slow
+def test_compiled_sums_have_the_same_bits():
+    """With eight tensors and more, what is done for each of them is done in vectors."""
+
+    def of_all(tensors):
+        return squares(tensors, [x.numel() for x in tensors], [True] * len(tensors), alone)
+
+    generator = torch.Generator().manual_seed(4)
+    tensors = [torch.randn(7, 5 + i, generator=generator) * 10.0 ** (i - 20) for i in range(33)]
+    tensors += [torch.zeros(3), torch.full((3,), 1e-42), torch.randn(20_000, generator=generator)]
+    assert torch.equal(ps.jit(of_all)(tensors), of_all(tensors))
