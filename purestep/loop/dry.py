@@ -1,9 +1,8 @@
 """Running a function on fake tensors: shapes without memory, so nothing is computed and no input is touched.
 
-They are meta tensors, several times quicker than torch's fake tensor mode; in either torch imports Dynamo and sympy
-once in a process. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which
-call of torch failed in it, and how many bytes it would have kept for the backward pass. What follows from that is said
-by `precheck` and `memory`.
+They are meta tensors, several times quicker than torch's fake tensor mode. Owns what a dry run leaves behind (nothing:
+modules, generators and warnings are as before), which call of torch failed in it, and how many bytes it would have kept
+for the backward pass. What follows from that is said by `precheck` and `memory`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from purestep import tree
 from purestep.data import seeds
 from purestep.functional import Definition
+from purestep.loop.standin import light_kernels
 
 _VERIFY_LIMIT = 1 << 28  # bytes: a failing call on larger tensors is believed without being tried on real ones
 
@@ -93,7 +93,7 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(books.pack, _unpack))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
-            with watch, torch.device("meta"):  # what a step makes by itself is without memory as well
+            with light_kernels(), watch, torch.device("meta"):  # what a step makes by itself is without memory as well
                 result = function(*fakes)
         except Exception as error:
             failure = error
