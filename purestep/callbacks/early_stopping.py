@@ -46,7 +46,8 @@ class EarlyStopping(Reducer):
     def react(self, own: Patience, event: Event, view: View) -> Reaction:
         if isinstance(event, (Evaluated, EpochDone)) and self._speaks(event):
             own = self._check(own, event.row[self.monitor])
-        elif not isinstance(event, Resumed):
+        elif not isinstance(event, Resumed) or self.monitor.split("/")[0] in view.loop.status.due:
+            # An evaluation that was cut off is done first after a resume, and may be better.
             return own, ()
         reason = self._reason(own)
         return own, (() if reason is None else (Stop(f"early stopping: {reason}"),))

@@ -266,7 +266,7 @@ class Machine(RuleBasedStateMachine):
     def kill(self) -> None:
         """What is on the disk now is all that is left. A save in flight has just come through: `testing.faults` kills
         inside of one."""
-        self.run._store.busy(60)
+        self.run._saving.store.busy(60)
         self.run._outlets.flush()
         self.count += 1
         left, self.run_dir = self.run_dir, self.root / str(self.count)
@@ -296,7 +296,7 @@ class Machine(RuleBasedStateMachine):
         next(self.run)
         self.model.begin(setup)
         assert self.run.loop.cursor.batches == self.model.at
-        self.run._store.save = self._saving(self.run._store.save)
+        self.run._saving.store.save = self._saving(self.run._saving.store.save)
 
     def _saving(self, save: Any) -> Any:
         def noted(number: int, loop: Any, **more: Any) -> None:
