@@ -23,7 +23,7 @@ from purestep.errors import (
     StepError,
     explain,
 )
-from purestep.loop import memory
+from purestep.loop import fitting, memory
 from purestep.loop.dry import dry_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "assumptions.md").read_text()
@@ -323,9 +323,9 @@ def test_auto_takes_the_smallest_number_that_fits_and_keeps_it(tmp_path, monkeyp
     assert found[0] == 1
     assert 1 < found[1] < found[2]
     for free, count in zip((4500, 2500), found[1:], strict=True):
-        room = int(memory._USABLE * int(free / memory._USABLE))
+        room = int(memory.USABLE * int(free / memory.USABLE))
         for parts, fits in ((count, True), (count - 1, False)):
-            cut = memory.with_microbatches(step, parts)
+            cut = fitting.with_microbatches(step, parts)
             needed = memory.estimate(cut, state, data, dry_run(cut, state, data)).beyond
             assert (needed <= room) == fits
     with pytest.raises(ConfigError, match="no number of microbatches") as caught:
@@ -333,7 +333,7 @@ def test_auto_takes_the_smallest_number_that_fits_and_keeps_it(tmp_path, monkeyp
     documented(caught.value)
     with pytest.raises(ConfigError, match="not settled yet"):
         step(state, data)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 4500 / memory._USABLE)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 4500 / memory.USABLE)
     fit(tx=tx, step=step, data=[data] * 3, until=ps.steps(2), run_dir=tmp_path)
     assert ps.snapshot.manifest(tmp_path, 2).info["step"]["microbatches"] == found[1]
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)

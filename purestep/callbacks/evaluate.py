@@ -63,7 +63,7 @@ class EvaluateCallback(Reducer):
         elif not isinstance(source, Sequence):
             return
         for batch in source.open(0, 0, None):
-            check_eval(self.name, self._step, train, batch)
+            check_eval(self.name, self._step, train, batch, of=self.of)
             return
 
     def evaluate(

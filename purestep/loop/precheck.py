@@ -1,15 +1,15 @@
 """What is checked before the first real step: step, batch, model and callbacks, on fake tensors.
 
 A step that cannot run on fake tensors (it reads values, or calls code of its own) is let through: what it really
-returns
-is checked instead. Nothing here is called again after the first batch.
+returns is checked instead. Under a plan each rank checks its own part. Nothing here is called again after the first
+batch.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from purestep.errors import (
 from purestep.loop.contract import Contract
 from purestep.loop.dry import Call, Dry, dry_run
 from purestep.loop.events import Callback
+from purestep.loop.lone import lone
 from purestep.state import TrainState
 
 # Errors that fake tensors, rather than the user's code, may be the reason of.
@@ -71,52 +72,55 @@ def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
         StepError: what the step returns breaks its contract, or the batch does not fit the model.
         PurestepError: what any part of it refuses.
     """
-    if not _can_be_faked(step, state):
+    alone = lone(step, state, batch)
+    if alone is None:
         return None
-    inner = getattr(step, "__wrapped__", step)
-    check_optimizer_state(inner, state)
-    dry = dry_run(inner, state, batch)
+    check_optimizer_state(alone.step, alone.state)
+    dry = dry_run(alone.step, alone.state, alone.batch)
     if dry.error is None:
-        contract = Contract(step, state)
+        contract = Contract(step, alone.state)
         contract.check(dry.result)
-        metrics.as_metrics(dry.result[1], metrics.sample_count(batch))
+        metrics.as_metrics(dry.result[1], metrics.sample_count(alone.batch))
         return dry
     if isinstance(dry.error, PurestepError) and not isinstance(dry.error, _UNSURE):
         raise dry.error
-    found = misfit(dry, state, batch, what="the first batch does not fit the model")
+    found = misfit(dry, alone.batch, what="the first batch does not fit the model")
     if found is not None:
         raise found from dry.error
     return None
 
 
-def check_eval(name: str, step: Any, state: Any, batch: Any) -> None:
+def check_eval(name: str, step: Any, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None) -> None:
     """Run an evaluation step on fake tensors, for its first batch.
+
+    Args:
+        name: of the evaluation.
+        step, state, batch: what it will be given.
+        of: what of the state it will be given instead.
 
     Raises:
         StepError: the batch does not fit the model, or the loss function returns something else than a loss.
+        PurestepError: what any part of it refuses.
     """
-    if not _can_be_faked(step, state):
+    alone = lone(step, state, batch)
+    if alone is None:
         return
-    dry = dry_run(getattr(step, "__wrapped__", step), state, batch)
+    evaluate = alone.step
+    run = evaluate if of is None else lambda state, batch: evaluate(of(state), batch)
+    dry = dry_run(run, alone.state, alone.batch)
     if isinstance(dry.error, PurestepError) and not isinstance(dry.error, _UNSURE):
         raise dry.error
     found = dry.error and misfit(
-        dry, state, batch, what=f"the first batch of the evaluation {name!r} does not fit the model"
+        dry, alone.batch, what=f"the first batch of the evaluation {name!r} does not fit the model"
     )
     if found:
         raise found from dry.error
 
 
-def _can_be_faked(step: Any, state: Any) -> bool:
-    inner = getattr(step, "__wrapped__", step)
-    plain = all(type(x) in (Tensor, nn.Parameter) for x in tree.leaves(state) if isinstance(x, Tensor))
-    return plain and getattr(inner, "plan", None) is None
-
-
 # --- a batch that does not fit ----------------------------------------------------------------------------------------
 
 
-def misfit(dry: Dry, state: Any, batch: Any, *, what: str) -> StepError | None:
+def misfit(dry: Dry, batch: Any, *, what: str) -> StepError | None:
     """Say where in the model a dry run failed, and on which shapes; None unless real tensors would fail there too."""
     if dry.error is None:
         return None

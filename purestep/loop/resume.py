@@ -137,11 +137,13 @@ def identity(step: Any) -> dict[str, Any]:
 
 def settled(step: Any, manifest: snapshot.Manifest) -> Any:
     """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
-    from purestep.loop import memory
+    from purestep.loop import fitting
 
     was = manifest.info.get("step")
     count = was.get("microbatches") if isinstance(was, Mapping) else None
-    return memory.with_microbatches(step, count) if memory.is_auto(step) and isinstance(count, int) and count else step
+    return (
+        fitting.with_microbatches(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
+    )
 
 
 def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent: bool) -> None:

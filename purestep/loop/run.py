@@ -16,9 +16,11 @@ import torch
 
 from purestep import data, loggers, metrics, tree
 from purestep.errors import ConfigError, explain
+from purestep.loop import memory
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
 from purestep.loop.cadence import Until
+from purestep.loop.contract import Contract
 from purestep.loop.events import (
     Callback,
     Effect,
@@ -248,14 +250,21 @@ class Run:
                 return state, seen, True
         return state, seen, False
 
-    def _check_first(self, state: Any, batch: Any) -> Any:
+    def _check_first(self, state: Any, batch: Any) -> Contract:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
-        contract = self._guard.first(state, batch)
-        self._step = self._guard.step
-        if self._ranks.alone:
+        contract = Contract(self._step, state)
+
+        def check() -> str | None:
+            short = self._guard.first(state, batch)
             for callback in self.callbacks:
-                if hasattr(callback, "check_first"):
+                if self._ranks.first and hasattr(callback, "check_first"):
                     callback.check_first(state)
+            return short
+
+        shortages = self._ranks.agreed(check, "the check before the first step")
+        self._step = self._guard.step
+        if self._ranks.first:
+            memory.warn(shortages)
         return contract
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
