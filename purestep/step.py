@@ -214,6 +214,7 @@ def make_step(
         raise ConfigError(
             explain(
                 "microbatches='auto' and a plan do not go together",
+                where="ps.make_step(..., microbatches='auto', plan=...)",
                 why="each rank would choose by the memory that it has, and all need the same number",
                 instead="microbatches=8   # a number that all of them can share",
             )

@@ -81,7 +81,8 @@ class EvaluateCallback(Reducer):
             raise DataError(
                 explain(
                     f"the evaluation {self.name!r} has no batches",
-                    where=f"{self.data!r}",
+                    where=f"data: {self._source!r}",
+                    why="it is empty, or smaller than one batch and drop_last=True leaves nothing",
                     instead="ps.data.batches(val_set, batch_size, shuffle=False, drop_last=False)",
                 )
             )
@@ -145,9 +146,14 @@ def evaluate(
             of the parameters that `ps.optim.average_params` keeps.
         name: prefix of the metrics.
 
+    Raises:
+        ConfigError: `loss_fn` does not take two arguments.
+
     Example:
         >>> import purestep as ps
         >>> evaluate(lambda net, batch: net(batch).mean(), [], every=ps.every.steps(100), name="test")
         EvaluateCallback(every=EverySteps(n=100), at_start=False, of=None, name='test')
     """
-    return EvaluateCallback(loss_fn, data, every, at_start, of, name)
+    made = EvaluateCallback(loss_fn, data, every, at_start, of, name)
+    _ = made._step  # refuses a loss function of other arguments where it is written
+    return made

@@ -58,6 +58,7 @@ def choose_microbatches(step: Any, state: Any, batch: Any, *, free: int | None =
         raise ConfigError(
             explain(
                 "microbatches='auto' and a plan do not go together",
+                where="ps.loop.choose_microbatches, for a step with a plan",
                 why="all ranks have to cut a batch alike, and each knows only its own memory",
                 instead="microbatches=8   # a number that all of them can share",
             )

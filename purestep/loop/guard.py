@@ -16,6 +16,7 @@ from purestep.errors import StepError, explain
 from purestep.loop import fitting, memory, precheck
 from purestep.loop.dry import dry_run
 from purestep.loop.lone import lone
+from purestep.loop.misfit import misfit
 from purestep.sharding.local import LocalBatch
 
 
@@ -128,7 +129,7 @@ class Guard:
         alone = lone(self.step, state, batch)
         if alone is not None:
             dry = dry_run(alone.step, alone.state, alone.batch)
-            found = precheck.misfit(dry, alone.batch, what=f"{what}\n  changed: {where}")
+            found = misfit(dry, alone.batch, what=f"{what}\n  changed: {where}")
         return found or StepError(explain(what, where=where, why=f"{type(error).__name__}: {str(error)[:300]}"))
 
 

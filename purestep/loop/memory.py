@@ -7,7 +7,6 @@ fit at least, on one rank where there are several; the kernels' own workspace an
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from purestep import metrics, tree
 from purestep.errors import OutOfMemory, explain
 from purestep.loop.dry import Dry, dry_run
 from purestep.loop.lone import lone
-from purestep.loop.precheck import describe_batch
+from purestep.loop.misfit import describe_batch
 from purestep.loop.resume import _states
 from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
@@ -177,9 +176,7 @@ def _read(path: Path) -> str:
 
 def own_share(free: int | None, device: torch.device) -> int | None:
     """Return what of the free memory of a device is this process's, where others of the job use it too."""
-    if free is None or device.type != "cpu" or world.size() == 1:
-        return free
-    return free // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return free if free is None or device.type != "cpu" else free // world.neighbours()
 
 
 def shortage(step: Any, needed: Estimate, batch: Any, device: torch.device, free: int | None) -> str | None:

@@ -47,7 +47,7 @@ from purestep.loop.feed import Feed, device_of
 from purestep.loop.guard import Guard
 from purestep.loop.machine import Machine
 from purestep.loop.outlets import Outlets
-from purestep.loop.precheck import check_callbacks
+from purestep.loop.precheck import check_callbacks, check_threads
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.saving import OnSaveError, Saving
@@ -142,6 +142,8 @@ class Run:
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
             self._given = None
+            if self._ranks.first:
+                check_threads(device_of(self.loop.train))
             stack.enter_context(self._signals)
             stack.enter_context(self._outlets)
             self._outlets.open(self.callbacks, self.loop, self._feed.length, resumed=at is not None)
@@ -206,7 +208,7 @@ class Run:
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
         state, seen, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
-        steps = metrics.to_host([metrics.as_metrics(m, n) if n else m for m, n in seen])
+        steps = metrics.to_host([self._as_metrics(m, n, left_out) for m, n, left_out in seen])
         short = len(seen) < effect.n and not cut and not self._outside.unread
         end = self._feed.at_end(cursor.batch + len(seen), short)
         self.loop = self.loop.replace(train=state)
@@ -220,10 +222,10 @@ class Run:
 
     def _burst(
         self, state: Any, batches: Iterator[Any], elapsed: float | None
-    ) -> tuple[Any, list[tuple[Any, int]], bool]:
+    ) -> tuple[Any, list[tuple[Any, int, int | None]], bool]:
         """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
         guard, stop, number = self._guard, self._outside.stop, self.loop.cursor.batches
-        seen: list[tuple[Any, int]] = []
+        seen: list[tuple[Any, int, int | None]] = []
         step, plain = self._step, None
         for batch in batches:
             if not self._checked:
@@ -245,10 +247,15 @@ class Run:
             state, values = returned
             if plain is None:
                 plain = metrics.are_plain(values)
-            seen.append((values, self._ranks.samples(batch) if plain else 0))
+            seen.append((values, self._ranks.samples(batch) if plain else 0, self._feed.left_out))
             if stop(elapsed):
                 return state, seen, True
         return state, seen, False
+
+    def _as_metrics(self, values: Any, samples: int, left_out: int | None) -> Any:
+        """The metrics of a batch, and how many samples it lost: merged like the others, so that a resume is exact."""
+        found = metrics.as_metrics(values, samples) if samples else values
+        return found if left_out is None else {"skipped_samples": metrics.Sum(left_out), **found}
 
     def _check_first(self, state: Any, batch: Any) -> Contract:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""

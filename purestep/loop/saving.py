@@ -22,6 +22,7 @@ from purestep.loop.signals import Lock, Signals
 
 # A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
 SLOW_DISK_SECONDS = 30.0
+_GOES_ON = "  training goes on, and the next snapshot is tried as planned; on_save_error='stop' ends a run instead"
 OnSaveError = Literal["continue", "stop"]
 
 
@@ -182,7 +183,7 @@ class Saving:
             raise error
         self._saved = None
         if self._ranks.first:
-            warnings.warn(f"{error}\n  training goes on; the next snapshot is tried as planned", stacklevel=2)
+            warnings.warn(f"{error}\n{_GOES_ON}", stacklevel=2)
         return SaveLost(str(error))
 
 

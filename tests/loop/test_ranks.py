@@ -169,6 +169,8 @@ def test_what_only_one_rank_refuses_is_told_to_the_others(answers):
             continue
         assert found["one"].startswith("RankError: the check before the first step failed on rank 2, not here")
         assert "rank 2: StepError: a loss function returns a loss, or (loss, metrics)" in found["one"]
+        page = (SCRIPT.parents[2] / "docs" / "assumptions.md").read_text()
+        assert found["one"].splitlines()[0].removeprefix("RankError: ") in " ".join(page.split())
         assert "returned {'loss': " in found["one"]
 
 
