@@ -126,24 +126,29 @@ class Undisturbed:
 
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed():
+    with pytest.MonkeyPatch.context() as patch:
+        # The dry runs would take a third of the time, and are tested elsewhere.
+        patch.setattr(precheck, "check_step", lambda *args: None)
+        patch.setattr(precheck, "check_eval", lambda *args, **options: None)
+        Machine.known = _undisturbed()
+        yield
+
+
+def _undisturbed():
     digests = {}
-    patch = pytest.MonkeyPatch()  # the dry runs would take a third of the time, and are tested elsewhere
-    patch.setattr(precheck, "check_step", lambda *args: None)
-    patch.setattr(precheck, "check_eval", lambda *args: None)
     with tempfile.TemporaryDirectory() as run_dir:
         run = start(Setup(evaluate=1, log=1), run_dir, wished=[])
         for event in run:
             if isinstance(event, StepsDone):
                 digests[run.loop.cursor.batches] = tree.digest(run.loop.train)
         rows = read_csv(run_dir)
-    Machine.known = Undisturbed(
+    known = Undisturbed(
         digests,
         dict(zip(rows["step"], rows["train/loss"], strict=True)),
         dict(zip(rows["step"], rows["val/loss"], strict=True)),
     )
-    assert len(set(digests.values())) == len(Machine.known.held_out) == END
-    yield
-    patch.undo()
+    assert len(set(digests.values())) == len(known.held_out) == END
+    return known
 
 
 # --- the reference ------------------------------------------------------------------------------------------------
