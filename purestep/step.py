@@ -21,7 +21,7 @@ from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
 from purestep.grad import Engine, grad_and_value, split_batch
 from purestep.metrics import Metric, as_metrics, sample_count
-from purestep.optim.base import GradientTransformation
+from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
@@ -118,9 +118,8 @@ class Step:
 
     def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, gathering: Any) -> Gradients:
         """Do what `grads` says. `gathering` makes the parameters whole where the state holds parts of them."""
-        samples = sample_count(microbatch)
+        samples, cast = sample_count(microbatch), casting(self.policy, definition(state).module)
         rng = random.fold_in(state.rng, state.step, index)
-        cast = casting(self.policy, definition(state).module)
         cast.check(state)
         given = cast.buffers(state.buffers)
 
@@ -136,7 +135,7 @@ class Step:
                 new = gathering.forward_done(weight, new, state.buffers)
             return cast.scaled(loss, state), (weight, new, metrics)
 
-        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine)
+        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine, collected=gathering is not None)
         grads, (_, (weight, new, metrics)) = gradient(cast.params(state.params))
         return Gradients(cast.reduced(grads), weight, cast.kept(state.buffers, given, new), metrics)
 
@@ -219,14 +218,7 @@ def make_step(
                 instead="microbatches=8   # a number that all of them can share",
             )
         )
-    if not isinstance(tx, GradientTransformation):
-        raise ConfigError(
-            explain(
-                "make_step needs a gradient transformation",
-                where=f"tx: {type(tx).__module__}.{type(tx).__qualname__}",
-                instead="tx = ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.AdamW, lr=3e-4) for a torch optimizer",
-            )
-        )
+    check_transformation(tx)
     _check_arity(loss_fn)
     chosen = None if policy is None else policy_of(policy)
     if plan is None and microbatches is None:
@@ -326,8 +318,7 @@ class Eval:
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
-        samples = sample_count(batch)
-        cast = casting(self.policy, definition(state).module)
+        samples, cast = sample_count(batch), casting(self.policy, definition(state).module)
         view = state if self.plan is None else place.local(state)
         params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
         rng = random.fold_in(state.rng, "eval")

@@ -30,6 +30,7 @@ from purestep.errors import (
     PrecisionError,
     SnapshotError,
     StepError,
+    TemplateMismatch,
 )
 from purestep.loop import fitting, memory, precheck
 from purestep.loop.dry import dry_run
@@ -130,6 +131,19 @@ losses(
     lambda net, b: {"loss": loss_fn(net, b)},
 )
 losses("the loss does not depend on the parameters", lambda net, b: b["x"].mean())
+
+
+steps(1, StepError, "the step calls its state as if it were a model", lambda net, b: net(b["x"]).mean())
+
+
+@call(1, StepError, "the state holds no model to bind the params to")
+def _():
+    fit(state=model())
+
+
+@call(1, ConfigError, "a step needs a gradient transformation")
+def _():
+    ps.make_step(loss_fn, torch.optim.AdamW)
 
 
 @call(1, ConfigError, "a loss function takes the model and the batch")
@@ -359,6 +373,46 @@ def callbacks(line, *given):
     call(10, ConfigError, line)(lambda: fit(callbacks=given))
 
 
+@case(10, TemplateMismatch, "the run directory holds a run of another state")
+def _(place, patch):
+    fit(run_dir=place)
+    sgd = ps.optim.sgd(0.1)
+    fit(run_dir=place, tx=sgd, state=ps.init(model, sgd), until=ps.steps(9))
+
+
+@call(10, ConfigError, "callbacks= is a list")
+def _():
+    fit(callbacks=ps.callbacks.log())
+
+
+@call(10, ConfigError, "this is not a logger")
+def _():
+    fit(loggers=[ps.loggers.csv])
+
+
+callbacks("every= says when something recurs", ps.callbacks.log(every=100))
+
+
+@call(
+    10,
+    ConfigError,
+    "early stopping watches a metric of an evaluation, or the mean of one of training over an epoch",
+)
+def _():
+    ps.callbacks.early_stopping("val_loss")
+
+
+@call(10, MetricError, "'early_stopping' watches 'val/accuracy', which is not among the metrics of 'val'")
+def _():
+    fit(callbacks=[ps.callbacks.evaluate(loss_fn, [batch()]), ps.callbacks.early_stopping("val/accuracy")])
+
+
+@case(10, MetricError, "'snapshots' watches 'val/los', which is not among the metrics of 'val'")
+def _(place, patch):
+    keep = ps.callbacks.snapshots(keep=ps.snapshot.best("val/los") | ps.snapshot.latest(1))
+    fit(run_dir=place, callbacks=[ps.callbacks.evaluate(loss_fn, [batch()]), keep])
+
+
 callbacks("two callbacks are named 'val'", *[ps.callbacks.evaluate(loss_fn, [batch()]) for _ in range(2)])
 callbacks("this is not a callback", ps.callbacks.log)
 callbacks("an evaluation clashes with the metrics of training", ps.callbacks.evaluate(loss_fn, [], name="train"))
@@ -554,6 +608,51 @@ def test_shapes_may_change_where_the_step_can_take_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(data=[batch(8), batch(5), {"y": batch()["y"], "x": batch()["x"]}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+def test_inputs_of_another_dtype_are_found_without_a_real_step(dtype):
+    """The kernels without memory do not compare dtypes, and a real product does."""
+    counted, devices = counting(loss_fn)
+    odd = [{**batch(), "x": torch.ones(8, 6, dtype=dtype)}] * 2
+    with pytest.raises(StepError, match="the first batch does not fit the model") as caught:
+        fit(step=ps.make_step(counted, ps.optim.adamw(1e-3)), data=odd)
+    assert f"expected float32[..., 6], given {str(dtype)[6:]}[8, 6]" in str(caught.value)
+    assert devices == ["meta"]
+    policy = ps.precision.policy("bf16-mixed").replace(autocast=True, rules=())
+    tx = ps.optim.adamw(1e-3)
+    fit(step=ps.make_step(loss_fn, tx, policy=policy), state=policy.apply(ps.init(model, tx)), tx=tx)
+
+
+def test_labels_that_do_not_go_with_the_scores_are_told_so():
+    for y in (torch.zeros(8), torch.zeros(7, dtype=torch.int64)):
+        with pytest.raises(StepError, match="in cross_entropy") as caught:
+            fit(data=[{**batch(), "y": y}])
+        assert "expected labels int64[8] for these scores, given labels" in str(caught.value)
+        assert "instead: compare what goes together" in str(caught.value)
+
+
+def test_what_else_a_step_raises_has_a_note_of_the_batch():
+    cases = [
+        (lambda net, b: net(b["image"]).mean(), KeyError, "batch 0 of the run: ['x'] float32[8, 6], ['y'] int64[8]"),
+        (lambda net, b: loss_fn(net, {**b, "y": b["y"] + 12}), IndexError, "labels count from 0"),
+    ]
+    for loss, kind, note in cases:
+        with pytest.raises(kind) as caught:
+            fit(step=ps.make_step(loss, ps.optim.adamw(1e-3)))
+        (said,) = caught.value.__notes__
+        assert said.startswith("the step failed\n  where:   batch 0 of the run: ")
+        assert note in said
+
+    class Odd(nn.Linear):
+        def forward(self, x):
+            if x.device.type != "meta":
+                raise ValueError("odd")
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="odd") as caught:
+        fit(state=ps.init(lambda: nn.Sequential(nn.Identity(), Odd(6, 3)), ps.optim.adamw(1e-3)))
+    assert "where:   model.1 (Odd)\n           batch 0 of the run" in caught.value.__notes__[0]
 
 
 # --- 3. CPUs ----------------------------------------------------------------------------------------------------------

@@ -51,8 +51,12 @@ class EvaluateCallback(Reducer):
     def _source(self) -> Any:
         return data.as_source(self.data)
 
-    def check_first(self, train: Any) -> None:
-        """Check the evaluation on the shapes of its first batch, where that can be read without disturbing anything."""
+    def check_first(self, train: Any) -> tuple[str, ...] | None:
+        """Check the evaluation on the shapes of its first batch, where that can be read without disturbing anything.
+
+        Returns:
+            The names of its metrics, None where they are not known.
+        """
         from purestep.data.batches import Batches
         from purestep.data.foreign import Sequence
         from purestep.loop.precheck import check_eval
@@ -61,10 +65,10 @@ class EvaluateCallback(Reducer):
         if isinstance(source, Batches):
             source = source.replace(num_workers=0)
         elif not isinstance(source, Sequence):
-            return
+            return None
         for batch in source.open(0, 0, None):
-            check_eval(self.name, self._step, train, batch, of=self.of)
-            return
+            return check_eval(self.name, self._step, train, batch, of=self.of)
+        return None
 
     def evaluate(
         self, train: Any, interrupted: Callable[[], bool], peers: Peers | None = None

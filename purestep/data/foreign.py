@@ -126,6 +126,9 @@ class Foreign:
                 if iterator is self._iterator:
                     self._ended = True
                 return
+            except Exception as error:
+                error.add_note(f"while batch {number} of epoch {epoch} was read; data: {self._named}")
+                raise
             if iterator is self._iterator:
                 self._position = (epoch, number + 1)
             yield item

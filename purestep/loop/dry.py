@@ -44,21 +44,26 @@ class Call:
         """Return the tensors among the arguments."""
         return [x for x in tree.leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
+    def attempt(self) -> None:
+        """Do it on real tensors of these shapes, unless they are large; it may raise."""
+        if sum(t.numel() * t.element_size() for t in self.tensors()) <= _VERIFY_LIMIT:
+            args, kwargs = tree.map(_real, (self.args, self.kwargs))
+            with torch.enable_grad(), torch._C.DisableTorchFunction():
+                self.function(*args, **kwargs)
+
     def fails_for_real(self) -> bool:
         """Tell whether it fails on real tensors of these shapes too: fake ones cannot do everything."""
         if sum(t.numel() * t.element_size() for t in self.tensors()) > _VERIFY_LIMIT:
             return True
         try:
-            args, kwargs = tree.map(_real, (self.args, self.kwargs))
-            with torch.enable_grad():
-                self.function(*args, **kwargs)
+            self.attempt()
         except Exception:
             return True
         return False
 
 
 def _real(leaf: Any) -> Any:
-    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu") if isinstance(leaf, Tensor) else leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,18 +111,30 @@ def _fake(leaf: Any) -> Any:
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
 
 
+# Products, whose operands have to be of one dtype; the kernels without memory do not compare it.
+_PRODUCTS = frozenset("linear bilinear conv1d conv2d conv3d matmul rmatmul mm bmm mv addmm baddbmm".split())
+
+
 class _Watch(TorchFunctionMode):
-    """Remembers the first call of torch that raised."""
+    """Remembers the first call of torch that raised, or would on real tensors."""
 
     failed: Call | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = Call(func, tuple(args), dict(kwargs or {}))
         try:
+            if call.name in _PRODUCTS and len({t.dtype for t in call.tensors()}) > 1 and not autocasting():
+                call.attempt()
             return func(*args, **(kwargs or {}))
         except Exception:
             if self.failed is None:
-                self.failed = Call(func, tuple(args), dict(kwargs or {}))
+                self.failed = call
             raise
+
+
+def autocasting() -> bool:
+    """Tell whether an autocast chooses dtypes, on whatever device."""
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 # --- bytes kept for the backward pass ---------------------------------------------------------------------------------

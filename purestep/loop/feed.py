@@ -40,7 +40,7 @@ class Feed:
         self.length = source.length()
         self.left_out: int | None = 0 if getattr(source, "on_bad_sample", "") == "skip" else None
         self._iterator: Iterator[Any] | None = None
-        self._opened: Any = None
+        self._skipped: list[int] = []
         self._ahead: Any = _END
         self._loader: Any = None
         if self.length == 0:
@@ -74,12 +74,15 @@ class Feed:
     def _take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         fresh = self._iterator is None
         if self._iterator is None:
-            self._opened = self.source.open(cursor.epoch, cursor.batch, cursor.loader)
-            self._iterator = self._placed(self._opened)
+            opened = self.source.open(cursor.epoch, cursor.batch, cursor.loader)
+            # Its list, not the iterator: one that is kept would keep workers from the next.
+            self._skipped = getattr(opened, "skipped", [])
+            self._iterator = self._placed(opened)
+            del opened
         if self.left_out is not None:
-            before = len(self._opened.skipped)
+            before = len(self._skipped)
             for batch in itertools.islice(self._iterator, n):
-                self.left_out, before = len(self._opened.skipped) - before, len(self._opened.skipped)
+                self.left_out, before = len(self._skipped) - before, len(self._skipped)
                 yield batch
             return
         if self.length is not None:

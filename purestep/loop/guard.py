@@ -5,6 +5,7 @@ Per batch it costs one comparison of dtypes and names, and nothing of the device
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from purestep import tree
-from purestep.errors import StepError, explain
+from purestep.errors import PurestepError, StepError, explain
 from purestep.loop import fitting, memory, precheck
 from purestep.loop.dry import dry_run
 from purestep.loop.lone import lone
-from purestep.loop.misfit import misfit
+from purestep.loop.misfit import describe_batch, misfit, module_path
 from purestep.sharding.local import LocalBatch
 
 
@@ -29,11 +30,13 @@ class Guard:
 
     Attributes:
         step: the step to call; the first batch settles `microbatches="auto"`.
+        metrics: names of what it returns, as far as the check of the first batch told.
     """
 
     def __init__(self, step: Any) -> None:
         precheck.check_arity(step)
         self.step = step
+        self.metrics: tuple[str, ...] | None = None
         self._first: Any = None
         self._keys: Any = None
         self._dtypes: list[Any] = []
@@ -54,6 +57,7 @@ class Guard:
             self.step = fitting.with_microbatches(self.step, fitting.choose_microbatches(self.step, state, batch))
         dry, short = precheck.check_step(self.step, state, batch), None
         if dry is not None:
+            self.metrics = tuple(dry.result[1])
             device = next((x.device for x in tree.leaves(state) if isinstance(x, Tensor)), torch.device("cpu"))
             self._free = memory.own_share(memory.free_memory(device), device)
             needed = memory.estimate(self.step, state, batch, dry)
@@ -121,7 +125,10 @@ class Guard:
         if memory.is_out_of_memory(error):
             return memory.out_of_memory(self.step, state, batch, error, index=index, free=self._free)
         changes = [text for _, text in self._changes(batch)]
-        if not changes or isinstance(error, StepError):
+        if isinstance(error, PurestepError):
+            return error
+        if not changes:
+            error.add_note(_note(error, _rows(batch), index))
             return error
         what = f"batch {index} of the run differs from the first one, and the step failed on it"
         where = "; ".join(changes[:4])
@@ -131,6 +138,17 @@ class Guard:
             dry = dry_run(alone.step, alone.state, alone.batch)
             found = misfit(dry, alone.batch, what=f"{what}\n  changed: {where}")
         return found or StepError(explain(what, where=where, why=f"{type(error).__name__}: {str(error)[:300]}"))
+
+
+def _note(error: Exception, batch: Any, index: int) -> str:
+    """What to add to an error that came out of a step, in its own words: which batch, and where in the model."""
+    where = [f"batch {index} of the run: {describe_batch(batch)}"]
+    path, _ = module_path(error)
+    if path:
+        where.insert(0, path)
+    labels = re.match(r"Target (-?\d+) is out of bounds", str(error))
+    why = "labels count from 0, and the scores have one column for each of them" if labels else None
+    return explain("the step failed", where="\n".join(where), why=why)
 
 
 def _rows(batch: Any) -> Any:

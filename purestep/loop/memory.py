@@ -123,8 +123,7 @@ def _gathered(inner: Step, state: Any) -> tuple[int, int]:
 
     A dry run keeps the latter for its backward pass where they are cast; a real one gathers them again.
     """
-    policy = inner.policy
-    compute = None if policy is None or policy.autocast else policy.compute
+    compute = None if inner.policy is None else inner.policy.copied
     split = [x for x in tree.leaves(state.params) if place.is_split(x)]
     if inner.plan is None or not split:
         return 0, 0

@@ -19,7 +19,7 @@ def misfit(dry: Dry, batch: Any, *, what: str) -> StepError | None:
     """Say where in the model a dry run failed, and on which shapes; None unless real tensors would fail there too."""
     if dry.error is None:
         return None
-    path, raised_by_module = _module_path(dry.error)
+    path, raised_by_module = module_path(dry.error)
     if dry.call is None:
         # Modules refuse some shapes in Python: BatchNorm, by the number of dims.
         if not (raised_by_module and isinstance(dry.error, (ValueError, RuntimeError))):
@@ -36,7 +36,9 @@ def misfit(dry: Dry, batch: Any, *, what: str) -> StepError | None:
             what,
             where=f"{place}{shapes}\nbatch: {describe_batch(batch)}",
             why=_first_line(dry.error),
-            instead="give the model inputs of the shape and dtype it was made for, or make it for these",
+            instead="give the model inputs of the shape and dtype it was made for, or make it for these"
+            if path
+            else "compare what goes together: scores and labels, predictions and targets of one shape",
         )
     )
 
@@ -53,7 +55,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
-def _module_path(error: BaseException) -> tuple[str, bool]:
+def module_path(error: BaseException) -> tuple[str, bool]:
     """Return the path and class of the innermost module that an error passed through, and whether torch raised it."""
     chain: list[nn.Module] = []
     trace, file = error.__traceback__, ""
@@ -75,7 +77,8 @@ def _module_path(error: BaseException) -> tuple[str, bool]:
 def _expectation(call: Call) -> str:
     """Return what a call expected of its first argument and what it was given, or just the shapes of its arguments."""
     args = [x for x in call.args if isinstance(x, Tensor)] or call.tensors()
-    weight = call.kwargs.get("weight", args[1] if len(args) > 1 else None)
+    weight = call.kwargs.get("weight")
+    weight = weight if weight is not None or len(args) < 2 else args[1]
     given = tree.describe(args[0]) if args else "nothing"
     expected = _EXPECTED[call.name](args[0], weight, call) if call.name in _EXPECTED and weight is not None else None
     if expected is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,14 @@ from purestep.errors import (
     TreeError,
     explain,
 )
+from purestep.loggers.base import Logger
+from purestep.loop.cadence import Every
 from purestep.loop.contract import Contract
 from purestep.loop.dry import Dry, dry_run
 from purestep.loop.events import Callback
 from purestep.loop.lone import lone
 from purestep.loop.misfit import misfit
+from purestep.loop.watched import check_sets
 from purestep.sharding import world
 from purestep.state import TrainState
 
@@ -94,13 +97,24 @@ def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
         return dry
     if isinstance(dry.error, PurestepError) and not isinstance(dry.error, _UNSURE):
         raise dry.error
+    if isinstance(dry.error, TypeError) and f"'{type(state).__name__}' object is not callable" in str(dry.error):
+        raise StepError(
+            explain(
+                "the step calls its state as if it were a model",
+                where=f"{getattr(step, '__name__', type(step).__name__)}(state, batch)",
+                why="a loss function takes the model and the batch, a step the state and the batch",
+                instead="step = ps.make_step(loss_fn, tx)",
+            )
+        ) from dry.error
     found = misfit(dry, alone.batch, what="the first batch does not fit the model")
     if found is not None:
         raise found from dry.error
     return None
 
 
-def check_eval(name: str, step: Any, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None) -> None:
+def check_eval(
+    name: str, step: Any, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None
+) -> tuple[str, ...] | None:
     """Run an evaluation step on fake tensors, for its first batch.
 
     Args:
@@ -108,13 +122,16 @@ def check_eval(name: str, step: Any, state: Any, batch: Any, *, of: Callable[[An
         step, state, batch: what it will be given.
         of: what of the state it will be given instead.
 
+    Returns:
+        The names of its metrics; None where fake tensors do not tell.
+
     Raises:
         StepError: the batch does not fit the model, or the loss function returns something else than a loss.
         PurestepError: what any part of it refuses.
     """
     alone = lone(step, state, batch)
     if alone is None:
-        return
+        return None
     evaluate = alone.step
     run = evaluate if of is None else lambda state, batch: evaluate(of(state), batch)
     dry = dry_run(run, alone.state, alone.batch)
@@ -125,6 +142,7 @@ def check_eval(name: str, step: Any, state: Any, batch: Any, *, of: Callable[[An
     )
     if found:
         raise found from dry.error
+    return tuple(dry.result) if dry.error is None and isinstance(dry.result, Mapping) else None
 
 
 # --- surroundings, states and callbacks that do not fit ---------------------------------------------------------------
@@ -191,6 +209,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     Raises:
         ConfigError: with the names of those concerned.
     """
+    _check_list("callbacks", callbacks, "[ps.callbacks.log(every=ps.every.steps(50))]")
     for callback in callbacks:
         if not isinstance(callback, Callback) or isinstance(callback, type) or not isinstance(callback.name, str):
             called = getattr(callback, "__name__", "") if callable(callback) else ""
@@ -202,8 +221,16 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                     instead=f"{called}(...)   # called" if called else _OWN_CALLBACK,
                 )
             )
-    evaluated = [c.name for c in callbacks if hasattr(c, "evaluate")]
-    if "train" in evaluated:
+        cadence = getattr(callback, "every", None)
+        if cadence is not None and not isinstance(cadence, Every):
+            raise ConfigError(
+                explain(
+                    "every= says when something recurs",
+                    where=f"{callback.name!r}: every={cadence!r}",
+                    instead="ps.every.steps(100), ps.every.epoch(), ps.every.seconds(60), or two of them: a | b",
+                )
+            )
+    if any(hasattr(c, "evaluate") and c.name == "train" for c in callbacks):
         raise ConfigError(
             explain(
                 "an evaluation clashes with the metrics of training",
@@ -212,17 +239,32 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                 instead="ps.callbacks.evaluate(loss_fn, data, name='train_set')",
             )
         )
-    for callback in callbacks:
-        monitor = getattr(callback, "monitor", None)
-        if not isinstance(monitor, str) or "/" not in monitor or monitor.startswith("train/"):
-            continue
-        if evaluated and monitor.split("/")[0] not in evaluated:
-            sets = ", ".join(f"{name}/..." for name in evaluated)
+    check_sets(callbacks)
+
+
+def check_loggers(loggers: Any) -> None:
+    """Refuse loggers that are none.
+
+    Raises:
+        ConfigError: with the first one.
+    """
+    if loggers is None:
+        return
+    _check_list("loggers", loggers, "[ps.loggers.csv()]")
+    for logger in loggers:
+        if not isinstance(logger, Logger):
+            called = getattr(logger, "__name__", "") if callable(logger) else ""
             raise ConfigError(
                 explain(
-                    f"{callback.name!r} watches {monitor!r}, which no callback evaluates",
-                    where=f"evaluated: {sets}",
-                    why="it would wait for it for ever",
-                    instead=f"ps.callbacks.evaluate(loss_fn, data, name={monitor.split('/')[0]!r})",
+                    "this is not a logger",
+                    where=f"loggers: {called or repr(logger)}",
+                    why="a logger is a value that says where rows go",
+                    instead=f"{called}(...)   # called" if called else "ps.loggers.csv(), ps.loggers.tensorboard()",
                 )
             )
+
+
+def _check_list(name: str, given: Any, instead: str) -> None:
+    if isinstance(given, (list, tuple)):
+        return
+    raise ConfigError(explain(f"{name}= is a list", where=f"{name}={given!r}", instead=f"{name}={instead}"))

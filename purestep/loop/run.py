@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ from purestep.loop.feed import Feed, device_of
 from purestep.loop.guard import Guard
 from purestep.loop.machine import Machine
 from purestep.loop.outlets import Outlets
-from purestep.loop.precheck import check_callbacks, check_threads
+from purestep.loop.precheck import check_callbacks, check_loggers, check_threads
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.saving import OnSaveError, Saving
 from purestep.loop.signals import Signals
+from purestep.loop.watched import check_names
 
 StepFn = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -81,7 +83,8 @@ class Run:
         strict: bool = False,
         grace_seconds: float | None = None,
     ) -> None:
-        _check_arguments(step, until, on_save_error)
+        _check_arguments(step, until, on_save_error, grace_seconds, run_dir)
+        check_loggers(loggers)
         resume_.check_resume_argument(resume)
         check_callbacks(callbacks)
         self._guard = Guard(step)
@@ -263,9 +266,12 @@ class Run:
 
         def check() -> str | None:
             short = self._guard.first(state, batch)
+            counted = () if self._feed.left_out is None else ("skipped_samples",)
+            known: dict[str, Any] = {"train": self._guard.metrics and (*self._guard.metrics, *counted)}
             for callback in self.callbacks:
                 if self._ranks.first and hasattr(callback, "check_first"):
-                    callback.check_first(state)
+                    known[callback.name] = callback.check_first(state)
+            check_names(self.callbacks, known)
             return short
 
         shortages = self._ranks.agreed(check, "the check before the first step")
@@ -284,7 +290,7 @@ def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _check_arguments(step: Any, until: Any, on_save_error: str) -> None:
+def _check_arguments(step: Any, until: Any, on_save_error: str, grace: Any, run_dir: Any) -> None:
     if not callable(step):
         raise ConfigError(explain("a step is a function (state, batch) -> (state, metrics)", where=f"step={step!r}"))
     if not isinstance(until, Until):
@@ -297,3 +303,13 @@ def _check_arguments(step: Any, until: Any, on_save_error: str) -> None:
         )
     if on_save_error not in ("continue", "stop"):
         raise ConfigError(explain("on_save_error= is 'continue' or 'stop'", where=f"on_save_error={on_save_error!r}"))
+    if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace >= 0):
+        raise ConfigError(
+            explain(
+                "grace_seconds= is how long the scheduler waits after SIGTERM",
+                where=f"grace_seconds={grace!r}",
+                instead="grace_seconds=100, or None to wait until the last snapshot is durable",
+            )
+        )
+    if not isinstance(run_dir, (str, os.PathLike, type(None))):
+        raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))

@@ -86,8 +86,8 @@ def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
     return explain(
         f"there is room for {free // (nbytes + _SLACK)} of the next {coming} snapshots",
         where=f"{root}: {_readable(free)} free, {_readable(needed)} needed",
-        why=f"{policy} keeps up to {'all' if most is None else most}, of {_readable(nbytes)} each, and a new one is "
-        "written before an old one is deleted",
+        why=f"{policy} keeps up to {'all' if most is None else most}, of {_readable(nbytes)} each and "
+        f"{_readable(_SLACK)} around it, and a new one is written before an old one is deleted",
         instead="free space, keep fewer, or choose another run_dir=",
     )
 

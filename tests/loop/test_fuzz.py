@@ -84,6 +84,11 @@ class Setup:
     save: int | None = None
     observed: bool = False
 
+    @property
+    def stops(self) -> int | None:
+        """The patience that counts: without evaluations early stopping is refused, and left out here."""
+        return None if self.evaluate is None else self.patience
+
     def evaluates(self, at: int) -> bool:
         return self.evaluate is not None and at % (self.evaluate or EPOCH) == 0
 
@@ -93,8 +98,8 @@ class Setup:
             when = ps.every.steps(self.evaluate) if self.evaluate else ps.every.epoch()
             held_out = ps.data.batches(table(5, 1), 3, shuffle=False, drop_last=False)
             out.append(ps.callbacks.evaluate(val_loss, held_out, every=when))
-        if self.patience is not None:
-            out.append(ps.callbacks.early_stopping("val/loss", patience=self.patience))
+        if self.stops is not None:
+            out.append(ps.callbacks.early_stopping("val/loss", patience=self.stops))
         if self.save is not None:
             out.append(ps.callbacks.snapshots(every=ps.every.steps(self.save), keep=ps.snapshot.latest(2)))
         if self.observed:
@@ -177,7 +182,7 @@ class Model:
     def begin(self, setup: Setup) -> None:
         """A session begins: a new callback starts fresh, one that is gone is forgotten with what it wished."""
         self.owed = self.owed and setup.evaluate is not None
-        self.waiting = None if setup.patience is None else self.waiting or (math.inf, 0)
+        self.waiting = None if setup.stops is None else self.waiting or (math.inf, 0)
 
     def batch(self, setup: Setup, known: Undisturbed) -> None:
         assert not self.owed, f"the evaluation at batch {self.at} was left out"
@@ -201,7 +206,7 @@ class Model:
             self.waiting = (value, 0) if value < best else (best, wait + 1)
 
     def stops(self, setup: Setup) -> bool:
-        return setup.patience is not None and self.waiting is not None and self.waiting[1] >= setup.patience
+        return setup.stops is not None and self.waiting is not None and self.waiting[1] >= setup.stops
 
     def _row(self, values: dict[str, float]) -> None:
         self.rows = self.rows | {self.at: self.rows.get(self.at, {}) | {"epoch": self.at // EPOCH} | values}
