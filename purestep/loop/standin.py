@@ -67,6 +67,13 @@ def _itself(name: str) -> Callable[[Any], Any]:
     return asked
 
 
+def _known(name: str) -> Callable[[Any], Any]:
+    def asked(value: Any) -> Any:
+        return type(value) in (bool, int) or getattr(_real(_SHAPES), name)(value)
+
+    return asked
+
+
 def _joined(name: str, join: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def asked(*values: Any) -> Any:
         if all(type(value) is bool for value in values):
@@ -93,12 +100,13 @@ _NUMBERS: dict[str, Callable[..., Any]] = {
     **{
         name: _itself(name)
         for name in "guard_or_false guard_or_true guard_size_oblivious guard_int statically_known_true expect_true "
-        "guarding_hint_or_throw".split()
+        "guarding_hint_or_throw size_hint".split()
     },
     "sym_and": _joined("sym_and", operator.and_),
     "sym_or": _joined("sym_or", operator.or_),
     "sym_eq": _equal,
-    "has_guarding_hint": lambda value: type(value) in (bool, int) or _real(_SHAPES).has_guarding_hint(value),
+    "has_guarding_hint": _known("has_guarding_hint"),
+    "has_hint": _known("has_hint"),  # what torch 2.11 asks in its place
     "free_unbacked_symbols": _symbols_of,
     "is_nested_int": lambda value: type(value) is not int and _real(_SHAPES).is_nested_int(value),
 }
