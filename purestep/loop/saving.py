@@ -39,6 +39,7 @@ class Saving:
 
     Attributes:
         store: open from `open` on, None without a run directory.
+        on_save_error: as given.
         unsaved: whether the last snapshot was not durable when the run ended.
     """
 
@@ -58,7 +59,7 @@ class Saving:
             )
         self._run_dir, self._keep = run_dir, _keep(callbacks)
         self._ranks, self._signals = ranks, signals
-        self._on_save_error, self._grace = on_save_error, grace
+        self.on_save_error, self._grace = on_save_error, grace
         self.store: snapshot.Store | None = None
         self._lock: Lock | None = None
         self._saved: Any = None
@@ -179,7 +180,7 @@ class Saving:
         return SaveLost(text)
 
     def _lost(self, error: SaveFailed) -> SaveLost:
-        if self._on_save_error == "stop":
+        if self.on_save_error == "stop":
             raise error
         self._saved = None
         if self._ranks.first:

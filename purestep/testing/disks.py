@@ -20,7 +20,7 @@ from purestep.testing.trial import Fault, Trial, in_each_phase, stages
 
 _TERMINATED = 143
 _LIMITS = (0, 512, 4096)  # bytes: nothing, less than a page, and less than a snapshot
-_SMALL = 8 << 20  # bytes of a small disk
+_SMALL = 8 << 20  # bytes of a small disk, besides what a run writes
 _LATER = 2  # batches from a fault to its end
 _STRIKES = 12  # of a lane
 
@@ -59,7 +59,7 @@ def _failing(
 
 def _went_on(trial: Trial, lane: Lane, outcome: Outcome) -> None:
     """A run whose disk failed while it trained goes on to its end; it ends well if it was mended meanwhile."""
-    if not any(outcome.values("injected after")):
+    if not any(outcome.values("injected after")) or "stop" in outcome.values("on_save_error"):
         return
     left = trial.base.batches - (outcome.values("resumed")[0] or 0)
     if max(outcome.values("batches"), default=0) != left:
@@ -80,7 +80,7 @@ def _obeying(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
 
 def _on_a_small_disk(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
     if not lane.place.is_mount():
-        kernel.mount(lane.place, _SMALL)
+        kernel.mount(lane.place, _SMALL + 3 * trial.base.nbytes)
         trial.stack.callback(kernel.unmount, lane.place)
         lane.mend = lambda: (lane.place / "ballast").unlink(missing_ok=True)
     return []

@@ -58,6 +58,7 @@ class Straight:
         operations: what it did to the disk, in order; see `phases.fine`.
         seconds: how long it took.
         batches: how many it trained on.
+        nbytes: of all its files.
     """
 
     zygotes: Zygotes
@@ -67,6 +68,7 @@ class Straight:
     operations: tuple[str, ...]
     seconds: float
     batches: int
+    nbytes: int = 0
 
     @classmethod
     def of(cls, zygotes: Zygotes, job: Job, place: Path) -> Straight:
@@ -87,7 +89,8 @@ class Straight:
                     f"the undisturbed run failed with exit code {outcome.code}\n{outcome.stderr[-3000:]}"
                 )
             operations, batches = tuple(outcome.values("os")), max(outcome.values("batches"), default=0)
-            found.append(cls(zygotes, job, digests[0], lane.log(), operations, seconds, batches))
+            nbytes = sum(path.stat().st_size for path in lane.run_dir.rglob("*") if path.is_file())
+            found.append(cls(zygotes, job, digests[0], lane.log(), operations, seconds, batches, nbytes))
         if found[0].digest != found[1].digest:
             raise AssertionError(
                 "the undisturbed run gave other bits the second time, so nothing can be compared with it"

@@ -125,7 +125,7 @@ def install(shims: Sequence[Shim], *, report: Path) -> Injector:
         What counts in this process.
     """
     injector = Injector(shims, report)
-    _watch_resume(injector)
+    _watch_start(injector)
     if not shims:
         return injector
     for name in _OPERATIONS:
@@ -161,11 +161,18 @@ def _opening(injector: Injector) -> Callable[..., Any]:
     return opened
 
 
-def _watch_resume(injector: Injector) -> None:
-    """Report which snapshot a run begins with."""
+def _watch_start(injector: Injector) -> None:
+    """Report which snapshot a run begins with, and what it does when one cannot be written."""
     from purestep.loop import resume
+    from purestep.loop.saving import Saving
 
-    begin = resume.begin
+    begin, opened = resume.begin, Saving.open
+
+    def opening(self: Saving, stack: contextlib.ExitStack) -> None:
+        injector.note("on_save_error", self.on_save_error)
+        opened(self, stack)
+
+    Saving.open = opening  # type: ignore[method-assign]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         loop, at = begin(*args, **kwargs)
