@@ -36,7 +36,7 @@ demo-resume: $(READY)  ## kill the same training four times, resume it, compare 
 demo-topology: $(READY)  ## train the same model on 1, 2 and 4 processes, compare the bits
 	$(PY) examples/demo_topology.py
 
-faults: $(READY)  ## break a small training in twenty ways, hundreds of times; one table
+faults: $(READY)  ## break a small training in more than twenty ways, hundreds of times; one table
 	$(PY) examples/demo_faults.py
 
 test: $(READY)  ## run the whole test suite

@@ -1,6 +1,6 @@
 """Break a small training in every way we know, several hundred times; it must end with the same bits each time.
 
-Prints one table and exits with 1 unless every run ended right. Takes a minute or two.
+Prints one table and exits with 1 unless every run ended right. Takes two or three minutes.
 
     python examples/demo_faults.py
 """
@@ -75,7 +75,7 @@ def main() -> int:
         times=None if args.times is None else dict.fromkeys(ps.testing.FAULTS, args.times),
         seed=args.seed,
         jobs=args.jobs,
-        progress=lambda row: print(f"  {row.fault}: {row.right} of {row.runs} runs", flush=True),
+        progress=lambda row: print(f"  {row.fault}: {row.why_not or f'{row.right} of {row.runs} runs'}", flush=True),
     )
     print(f"\n{report}")
     return 0 if report.ok else 1

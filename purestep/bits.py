@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from purestep.cpus import available_cpus
 from purestep.errors import TreeError, explain
 
 BLOCK = 1 << 20  # bytes; longer leaves are hashed by blocks of this size, which threads and ranks can share
@@ -127,7 +127,7 @@ def condense(content: bytes | np.ndarray) -> bytes:
         return bytes(content)
     view = np.frombuffer(content, np.uint8)
     blocks = [view[start : start + BLOCK] for start in range(0, len(content), BLOCK)]
-    with ThreadPoolExecutor(min(_HASH_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+    with ThreadPoolExecutor(min(_HASH_THREADS, available_cpus())) as pool:  # hashing releases the GIL
         digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
         return hashlib.sha256(b"".join(digests)).digest()
 

@@ -30,7 +30,12 @@ _gradient = undispatched(torch.autograd.grad)
 
 
 def grad_and_value(
-    function: Callable[..., Any], *, argnums: int | tuple[int, ...] = 0, has_aux: bool = False, engine: Engine = "auto"
+    function: Callable[..., Any],
+    *,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    engine: Engine = "auto",
+    collected: bool = False,
 ) -> Callable[..., Any]:
     """Transform a function of pytrees into one that returns its gradient and its value.
 
@@ -39,6 +44,7 @@ def grad_and_value(
         argnums: which argument, or arguments, to differentiate; each a pytree of floating tensors.
         has_aux: whether the function returns a second value that is not differentiated.
         engine: "autograd" (the default outside of transforms), "func" (inside of them), or "auto".
+        collected: whether hooks take the gradients on their way, so that it is no mistake when none arrives.
 
     Returns:
         A function of the same arguments that returns `(grads, value)`, or `(grads, (value, aux))`. A parameter that the
@@ -57,7 +63,9 @@ def grad_and_value(
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         func = engine == "func" or (engine == "auto" and transforms.active())
-        return (_func if func else _autograd)(function, argnums, has_aux, args, kwargs)
+        if func:
+            return _func(function, argnums, has_aux, args, kwargs)
+        return _autograd(function, argnums, has_aux, args, kwargs, collected)
 
     return wrapped
 
@@ -80,7 +88,9 @@ def _func(function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, 
     return grads, ((value, aux) if has_aux else value)
 
 
-def _autograd(function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, kwargs: Any) -> Any:
+def _autograd(
+    function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, kwargs: Any, collected: bool
+) -> Any:
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     leaves, structure = tree.flatten(tuple(args[n] for n in numbers))
     tracked = [_track(leaf, i, structure) for i, leaf in enumerate(leaves)]
@@ -92,14 +102,7 @@ def _autograd(function: Callable[..., Any], argnums: Any, has_aux: bool, args: A
         value, aux = out if has_aux else (out, None)
         _check_value(value, getattr(function, "__name__", "the function"))
         if not value.requires_grad:
-            raise StepError(
-                explain(
-                    "the loss does not depend on the parameters",
-                    where=f"loss: {tree.describe(value)}",
-                    why="it was computed under no_grad, detached, or with other weights than those given",
-                    instead="compute it from net(batch[...]), not from the module that net was made of",
-                )
-            )
+            raise _independent(value)
     # Dynamo knows the function by its identity; elsewhere the modes of the backward scope have to be active inside.
     gradient = torch.autograd.grad if torch.compiler.is_compiling() else _gradient
     try:
@@ -113,10 +116,23 @@ def _autograd(function: Callable[..., Any], argnums: Any, has_aux: bool, args: A
                 instead="return ps.checkpoint(block, x)    # in place of torch.utils.checkpoint.checkpoint",
             )
         ) from error
+    if not collected and all(g is None for g in found):
+        raise _independent(value)
     grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
     result = tree.unflatten(structure, grads)
     value, aux = value.detach(), stop_gradient(aux)
     return (result if isinstance(argnums, tuple) else result[0]), ((value, aux) if has_aux else value)
+
+
+def _independent(value: Tensor) -> StepError:
+    return StepError(
+        explain(
+            "the loss does not depend on the parameters",
+            where=f"loss: {tree.describe(value)}",
+            why="it was computed under no_grad, detached, or with other weights than those given",
+            instead="compute it from net(batch[...]), not from the module that net was made of",
+        )
+    )
 
 
 def _track(leaf: Any, index: int, structure: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from purestep import bits, random, transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
-from purestep.optim.base import GradientTransformation
+from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.tree import Filter, pytree, static
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def init(
     Raises:
         StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that
             matches nothing; `deferred` with a module that exists, or one that reads the values of its tensors.
-        ConfigError: the plan does not fit the job or the parameters.
+        ConfigError: `tx` is no gradient transformation, or the plan does not fit the job or the parameters.
 
     Example:
         >>> from purestep import optim
@@ -157,6 +157,7 @@ def init(
         >>> {name: tuple(p.shape) for name, p in state.params.items()}
         {'weight': (2, 3), 'bias': (2,)}
     """
+    check_transformation(tx)
     rng = random.key(seed)
     if plan is not None:
         device = device or plan.mesh.device

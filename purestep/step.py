@@ -21,7 +21,7 @@ from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
 from purestep.grad import Engine, grad_and_value, split_batch
 from purestep.metrics import Metric, as_metrics, sample_count
-from purestep.optim.base import GradientTransformation
+from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
@@ -118,9 +118,8 @@ class Step:
 
     def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, turn: Any) -> Gradients:
         """Do what `grads` says. A `turn` gathers parameters that the state holds parts of, and takes what is summed."""
-        samples = sample_count(microbatch)
+        samples, cast = sample_count(microbatch), casting(self.policy, definition(state).module)
         rng = random.fold_in(state.rng, state.step, index)
-        cast = casting(self.policy, definition(state).module)
         cast.check(state)
         given = cast.buffers(state.buffers)
         params = cast.params(state.params)
@@ -138,7 +137,7 @@ class Step:
                 turn.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
 
-        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine)
+        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine, collected=getattr(turn, "collects", False))
         grads, (_, (weight, new, metrics)) = gradient(params if turn is None else turn.tracked(cast, params))
         return Gradients(cast.reduced(grads) if turn is None else turn.backward_done(grads), weight, new, metrics)
 
@@ -216,18 +215,12 @@ def make_step(
         raise ConfigError(
             explain(
                 "microbatches='auto' and a plan do not go together",
+                where="ps.make_step(..., microbatches='auto', plan=...)",
                 why="each rank would choose by the memory that it has, and all need the same number",
                 instead="microbatches=8   # a number that all of them can share",
             )
         )
-    if not isinstance(tx, GradientTransformation):
-        raise ConfigError(
-            explain(
-                "make_step needs a gradient transformation",
-                where=f"tx: {type(tx).__module__}.{type(tx).__qualname__}",
-                instead="tx = ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.AdamW, lr=3e-4) for a torch optimizer",
-            )
-        )
+    check_transformation(tx)
     _check_arity(loss_fn)
     chosen = None if policy is None else policy_of(policy)
     if plan is None and microbatches is None:
@@ -327,8 +320,7 @@ class Eval:
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
-        samples = sample_count(batch)
-        cast = casting(self.policy, definition(state).module)
+        samples, cast = sample_count(batch), casting(self.policy, definition(state).module)
         view = state if self.plan is None else place.local(state)
         params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
         rng = random.fold_in(state.rng, "eval")

@@ -15,7 +15,9 @@ from purestep.loop.resume import Resume
 from purestep.loop.run import Run, StepFn
 
 
-def _with_defaults(callbacks: Sequence[Callback], until: Any) -> tuple[Callback, ...]:
+def _with_defaults(callbacks: Sequence[Callback], until: Any) -> Sequence[Callback]:
+    if not isinstance(callbacks, (list, tuple)):
+        return callbacks  # the run says what it is instead
     names = {getattr(callback, "name", None) for callback in callbacks}
     added: list[Any] = [] if "log" in names else [callbacks_.log()]
     if "progress" not in names:

@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 
+from purestep.testing.zygote import Zygotes
+
 
 def _shared(name: str) -> Any:
     """Import a module of this directory by its path: `tests` may be the name of somebody else's package."""
@@ -33,7 +35,6 @@ def _shared(name: str) -> Any:
     return module
 
 
-_zygote = _shared("zygote")
 _shared("shared_models")
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
@@ -51,11 +52,10 @@ def one_torch_thread():
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[_zygote.Zygotes]:
+def zygote() -> Iterator[Zygotes]:
     """Forks processes that have torch already: `zygote.run(script, *arguments)`, `zygote.popen(...)`; see its file."""
-    zygotes = _zygote.Zygotes()
-    yield zygotes
-    zygotes.close()
+    with Zygotes(("-W", "error")) as zygotes:
+        yield zygotes
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_sharding_page(capsys):
 
 
 @pytest.mark.slow
-def test_readme(tmp_path, monkeypatch):
+def test_readme(tmp_path, monkeypatch, seed):
     """The first block trains for real; the hand-written step of the second takes its place in `fit`."""
     from sklearn.datasets import load_digits
 

@@ -96,12 +96,24 @@ def test_a_value_that_is_no_loss_is_refused(function, text, engine):
         grad_and_value(function, engine=engine)(torch.ones(3))
 
 
-@pytest.mark.parametrize("function", [lambda p: p.detach().sum(), lambda p: torch.tensor(1.0)])
+OTHER = torch.ones(3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda p: p.detach().sum(), lambda p: torch.tensor(1.0), lambda p: (p.detach() * OTHER).sum()]
+)
 def test_a_value_without_parameters_is_refused(function):
     with pytest.raises(
         StepError, match=r"does not depend on the parameters(.|\n)*float32\[\](.|\n)*net\(batch\[\.\.\.\]\)"
     ):
         grad_and_value(function)(torch.ones(3))
+
+
+def test_hooks_may_take_the_gradients_and_some_parameters_may_be_unused():
+    grads, _ = grad_and_value(lambda p: (p.detach() * OTHER).sum(), collected=True)(torch.ones(3))
+    assert grads.tolist() == [0, 0, 0]
+    grads, _ = grad_and_value(lambda p: p["a"].sum())({"a": torch.ones(2), "b": torch.ones(1)})
+    assert (grads["a"].tolist(), grads["b"].tolist()) == ([1, 1], [0])
 
 
 @pytest.mark.parametrize("leaf", [torch.ones(2, dtype=torch.int64), 1.0, "x"])

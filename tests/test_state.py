@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 
 import purestep as ps
 from purestep import optim, tree
-from purestep.errors import OptimError, StepError
+from purestep.errors import ConfigError, OptimError, StepError
 from purestep.functional import apply
 from purestep.state import TrainState, init, to_module
 
@@ -199,6 +199,9 @@ def test_other_mistakes_are_refused():
         state.apply_gradients(tx, grads, buffers={})
     with pytest.raises((OptimError, StepError, AttributeError)):
         state.replace(opt_state=()).apply_gradients(tx, grads)
+    for given, shown in ((torch.optim.SGD, "the class torch.optim.sgd.SGD"), (None, "a builtins.NoneType")):
+        with pytest.raises(ConfigError, match=f"a step needs a gradient transformation(.|\n)*{shown}"):
+            init(net, given)
 
 
 def test_separately_built_models_stack_into_an_ensemble():

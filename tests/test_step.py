@@ -212,7 +212,8 @@ def test_other_mistakes_are_refused():
     with pytest.raises(ConfigError, match=text):
         make_step(bad, tx)
     with pytest.raises(
-        ConfigError, match=r"needs a gradient transformation(.|\n)*torch\.optim\.sgd\.SGD(.|\n)*optim\.lift"
+        ConfigError,
+        match=r"needs a gradient transformation(.|\n)*torch\.optim\.sgd\.SGD(.|\n)*optim\.lift\(torch\.optim\.SGD",
     ):
         make_step(loss_fn, torch.optim.SGD([torch.zeros(1)], 0.1))
     state = ps.init(lambda: nn.Linear(4, 1), tx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from purestep.loop.events import Effect, Event, Horizon, View
@@ -23,3 +24,7 @@ class Reducer:
     def horizon(self, view: View) -> Horizon:
         """Announce the next boundary at which to be asked."""
         return Horizon()
+
+    def watches(self) -> Sequence[str]:
+        """Name the metrics that it waits for, as they are logged: `val/loss`. A run refuses names that never come."""
+        return ()

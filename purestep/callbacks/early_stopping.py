@@ -43,10 +43,14 @@ class EarlyStopping(Reducer):
     def init(self) -> Patience:
         return Patience(math.inf if self.mode == "min" else -math.inf)
 
+    def watches(self) -> tuple[str, ...]:
+        return (self.monitor,)
+
     def react(self, own: Patience, event: Event, view: View) -> Reaction:
         if isinstance(event, (Evaluated, EpochDone)) and self._speaks(event):
             own = self._check(own, event.row[self.monitor])
-        elif not isinstance(event, Resumed):
+        elif not isinstance(event, Resumed) or self.monitor.split("/")[0] in view.loop.status.due:
+            # An evaluation that was cut off is done first after a resume, and may be better.
             return own, ()
         reason = self._reason(own)
         return own, (() if reason is None else (Stop(f"early stopping: {reason}"),))
@@ -115,9 +119,19 @@ def early_stopping(
     A resumed run goes by the settings it is given now: a larger patience continues a run that had stopped.
 
     Raises:
-        ConfigError: settings out of range.
+        ConfigError: settings out of range, or a name that is none of an evaluation or an epoch.
         MetricError: at run time, when the evaluation does not have the metric.
     """
+    part, _, metric = monitor.partition("/")
+    if not metric or (part == "train" and not metric.endswith("_epoch")):
+        raise ConfigError(
+            explain(
+                "early stopping watches a metric of an evaluation, or the mean of one of training over an epoch",
+                where=f"monitor={monitor!r}",
+                why="only these are made anew at moments at which it could stop",
+                instead=f"'train/{metric}_epoch'" if metric else f"'val/{monitor.removeprefix('val_')}'",
+            )
+        )
     if mode not in ("min", "max") or patience < 1 or min_delta < 0:
         raise ConfigError(
             explain(

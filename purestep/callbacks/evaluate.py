@@ -51,8 +51,12 @@ class EvaluateCallback(Reducer):
     def _source(self) -> Any:
         return data.as_source(self.data)
 
-    def check_first(self, train: Any) -> None:
-        """Check the evaluation on the shapes of its first batch, where that can be read without disturbing anything."""
+    def check_first(self, train: Any) -> tuple[str, ...] | None:
+        """Check the evaluation on the shapes of its first batch, where that can be read without disturbing anything.
+
+        Returns:
+            The names of its metrics, None where they are not known.
+        """
         from purestep.data.batches import Batches
         from purestep.data.foreign import Sequence
         from purestep.loop.precheck import check_eval
@@ -61,10 +65,10 @@ class EvaluateCallback(Reducer):
         if isinstance(source, Batches):
             source = source.replace(num_workers=0)
         elif not isinstance(source, Sequence):
-            return
+            return None
         for batch in source.open(0, 0, None):
-            check_eval(self.name, self._step, train, batch)
-            return
+            return check_eval(self.name, self._step, train, batch, of=self.of)
+        return None
 
     def evaluate(
         self, train: Any, interrupted: Callable[[], bool], peers: Peers | None = None
@@ -81,7 +85,8 @@ class EvaluateCallback(Reducer):
             raise DataError(
                 explain(
                     f"the evaluation {self.name!r} has no batches",
-                    where=f"{self.data!r}",
+                    where=f"data: {self._source!r}",
+                    why="it is empty, or smaller than one batch and drop_last=True leaves nothing",
                     instead="ps.data.batches(val_set, batch_size, shuffle=False, drop_last=False)",
                 )
             )
@@ -145,9 +150,14 @@ def evaluate(
             of the parameters that `ps.optim.average_params` keeps.
         name: prefix of the metrics.
 
+    Raises:
+        ConfigError: `loss_fn` does not take two arguments.
+
     Example:
         >>> import purestep as ps
         >>> evaluate(lambda net, batch: net(batch).mean(), [], every=ps.every.steps(100), name="test")
         EvaluateCallback(every=EverySteps(n=100), at_start=False, of=None, name='test')
     """
-    return EvaluateCallback(loss_fn, data, every, at_start, of, name)
+    made = EvaluateCallback(loss_fn, data, every, at_start, of, name)
+    _ = made._step  # refuses a loss function of other arguments where it is written
+    return made

@@ -19,6 +19,9 @@ class Snapshots(Reducer):
     keep: snapshot.Keep
     name: str
 
+    def watches(self) -> tuple[str, ...]:
+        return self.keep.metrics()
+
     def react(self, own: Any, event: Event, view: View) -> Reaction:
         return own, ((Save(),) if self.every.due(event, view) else ())
 

@@ -17,6 +17,9 @@ class TerminateOnNan(Reducer):
     metric: str
     name: str
 
+    def watches(self) -> tuple[str, ...]:
+        return (f"train/{self.metric}",)
+
     def init(self) -> str:
         return ""
 

@@ -1,12 +1,12 @@
 """Data: batches that are a function of (seed, epoch, position), and every other loader as a source."""
 
+from purestep.cpus import available_cpus as available_cpus
 from purestep.data.batches import Batches as Batches
 from purestep.data.batches import batches as batches
 from purestep.data.combine import concat as concat
 from purestep.data.combine import stream as stream
 from purestep.data.combine import take as take
 from purestep.data.combine import zip as zip
-from purestep.data.cpus import available_cpus as available_cpus
 from purestep.data.device import prefetch as prefetch
 from purestep.data.device import to_device as to_device
 from purestep.data.foreign import ReplayWarning as ReplayWarning

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from purestep.cpus import available_cpus
 from purestep.data import seeds
 from purestep.data.columns import Columns, as_columns
-from purestep.data.cpus import available_cpus
 from purestep.data.order import Plan, Rows, Share
 from purestep.data.samples import Epoch, Loaded, Loader, Transform
+from purestep.data.source import refuse_path
 from purestep.errors import DataError, explain
 
 
@@ -357,6 +358,7 @@ def _check_arguments(b: Batches) -> None:
 
 
 def _count(dataset: Any) -> int:
+    refuse_path(dataset)
     kind = f"dataset: {type(dataset).__module__}.{type(dataset).__qualname__}"
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DataError(

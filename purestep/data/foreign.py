@@ -30,6 +30,9 @@ class Sequence:
     def __init__(self, data: collections.abc.Sequence[Any]) -> None:
         self._data = data
 
+    def __repr__(self) -> str:
+        return f"{type(self._data).__name__} of {len(self._data)} batches"
+
     def length(self) -> int:
         """Return the number of batches."""
         return len(self._data)
@@ -56,11 +59,14 @@ class Foreign:
         self._initial: Any = None
         self._generators = _generators(data)
         self._bases = [_base_seed(data, g, seed) for g in self._generators]
-        self._named = f"data: {type(data).__module__}.{type(data).__qualname__}"
+        self._named = f"{type(data).__module__}.{type(data).__qualname__}"
         self._function = isinstance(data, type) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))
         self._one_shot = isinstance(data, collections.abc.Iterator)
         if self._one_shot and _keeps_state(data):
             self._initial = data.get_state()
+
+    def __repr__(self) -> str:
+        return self._named
 
     def length(self) -> int | None:
         """Return `len` of the loader, or None where it has none."""
@@ -120,6 +126,9 @@ class Foreign:
                 if iterator is self._iterator:
                     self._ended = True
                 return
+            except Exception as error:
+                error.add_note(f"while batch {number} of epoch {epoch} was read; data: {self._named}")
+                raise
             if iterator is self._iterator:
                 self._position = (epoch, number + 1)
             yield item
@@ -139,7 +148,7 @@ class Foreign:
             raise DataError(
                 explain(
                     "an iterator gives its batches once, and they are needed again",
-                    where=f"{self._named}, read to {_place(*self._position)}; asked for {_place(epoch, 0)}",
+                    where=f"data: {self._named}, read to {_place(*self._position)}; asked for {_place(epoch, 0)}",
                     why="a generator that has been read cannot begin again",
                     instead="pass the function that makes it: fit(step, state, lambda: make_batches(), ...)",
                 )
@@ -168,7 +177,7 @@ class Foreign:
             warnings.warn(
                 explain(
                     f"resuming inside an epoch reads its first {batch} batches again and drops them",
-                    where=self._named,
+                    where=f"data: {self._named}",
                     why="it keeps no state that could be saved; should it give other batches this time, the run "
                     "differs",
                     instead="ps.data.batches, or a loader with state_dict, such as torchdata's StatefulDataLoader",
@@ -183,7 +192,7 @@ class Foreign:
                 raise DataError(
                     explain(
                         f"the epoch ended after {number} batches, but the run had read {batch} of it",
-                        where=f"{self._named}, epoch {epoch}",
+                        where=f"data: {self._named}, epoch {epoch}",
                         why="it does not give the same batches as before the resume",
                         instead="ps.data.batches, or a loader with state_dict, such as torchdata's StatefulDataLoader",
                     )
@@ -201,7 +210,7 @@ class Foreign:
             raise DataError(
                 explain(
                     "the saved position is that of another kind of loader",
-                    where=f"{self._named}, state: {str(state)[:120]}",
+                    where=f"data: {self._named}, state: {str(state)[:120]}",
                     instead="the loader that the run was started with, or resume from the end of an epoch",
                 )
             )

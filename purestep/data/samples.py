@@ -7,6 +7,7 @@ alone. It starts no process; `workers` calls it in worker processes, `batches` i
 from __future__ import annotations
 
 import dataclasses
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from purestep.sharding.local import LocalBatch, local_batch
 
 # In a data set that is bad all over, `Epoch.skipped` counts on while the warnings stop.
 _WARNINGS = 10
+_LISTS = ("samples", "imgs", "paths", "files", "filenames", "file_paths", "image_paths")  # of torchvision's and others
 Transform = Callable[[Any, Tensor], Any]
 
 
@@ -33,11 +35,15 @@ class BadSampleWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a sample (or a whole batch, where `index` is None) could not be loaded: plain text, so that it travels."""
+    """Why a sample (or a whole batch, where `index` is None) could not be loaded: plain text, so that it travels.
+
+    `path` is that of its file, where the data set says so.
+    """
 
     index: int | None
     error: str
     trace: str
+    path: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Loader:
             try:
                 samples.append(self._sample(index, row))
             except Exception as error:
-                failure = Failure(index, _brief(error), traceback.format_exc())
+                failure = Failure(index, _brief(error), traceback.format_exc(), path_of(self.dataset, index))
                 if not self.skip:
                     return Loaded(request, failure=failure)
                 skipped.append(failure)
@@ -116,6 +122,30 @@ class Loader:
         return default_collate(samples)
 
 
+def path_of(dataset: Any, index: int) -> str | None:
+    """Return the path of a sample's file, where a data set lists them: one a sample, or a tuple that begins with it.
+
+    Example:
+        >>> class Pictures:
+        ...     samples = [("cat/1.png", 0), ("dog/2.png", 1)]
+        ...     def __len__(self):
+        ...         return 2
+        >>> path_of(Pictures(), 1), path_of([1, 2], 0)
+        ('dog/2.png', None)
+    """
+    inner, indices = getattr(dataset, "dataset", None), getattr(dataset, "indices", None)
+    if inner is not None and isinstance(indices, (list, tuple, range, np.ndarray)) and index < len(indices):
+        return path_of(inner, int(indices[index]))  # torch's Subset
+    for name in _LISTS:
+        listed = getattr(dataset, name, None)
+        if isinstance(listed, (list, tuple)) and index < len(listed) == len(dataset):
+            entry = listed[index]
+            entry = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
+            if isinstance(entry, (str, os.PathLike)):
+                return os.fspath(entry)
+    return None
+
+
 class Epoch(Iterator[Any]):
     """The batches of an epoch from some position on.
 
@@ -137,7 +167,8 @@ class Epoch(Iterator[Any]):
         if loaded.skipped:
             if len(self.skipped) < _WARNINGS:
                 first = loaded.skipped[0]
-                text = f"left out {_counted([f.index for f in loaded.skipped])} of {self._dataset}: {first.error}"
+                file = "" if first.path is None else f", {first.path}"
+                text = f"left out {_counted([f.index for f in loaded.skipped])} of {self._dataset}{file}: {first.error}"
                 warnings.warn(text, BadSampleWarning, stacklevel=2)
             self.skipped.extend(f.index for f in loaded.skipped if f.index is not None)
         if self._rows is None:
@@ -167,7 +198,8 @@ def _error(loaded: Loaded, failure: Failure, dataset: str) -> DataError:
         listed = f"samples {_listed(indices)} of {dataset} ({place})"
         what, instead = "every sample of a batch is bad, so there is no batch to give", "mend the data set"
     else:
-        listed = f"sample {failure.index} of {dataset} ({place})"
+        file = "" if failure.path is None else f": {failure.path}"
+        listed = f"sample {failure.index} of {dataset} ({place}){file}"
         what = "a sample cannot be loaded"
         instead = f'mend it: dataset[{failure.index}]; or leave such samples out: on_bad_sample="skip"'
     text = explain(what, where=listed, why=failure.error, instead=instead)

@@ -6,6 +6,7 @@ with it; sources keep no position that matters.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,12 +62,33 @@ def as_source(data: Any, *, seed: int = 0) -> Source:
     """
     if isinstance(data, Source) and not isinstance(data, type):
         return data
+    refuse_path(data)
     _refuse_samples(data)
     from purestep.data import foreign
 
     if isinstance(data, (list, tuple)):
         return foreign.Sequence(data)
     return foreign.Foreign(data, seed=seed)
+
+
+def refuse_path(data: Any) -> None:
+    """Refuse a path in the place of what lies there.
+
+    Raises:
+        DataError: with whether there is anything.
+    """
+    if not isinstance(data, (str, bytes, os.PathLike)):
+        return
+    path = os.fsdecode(data)
+    raise DataError(
+        explain(
+            "a path is no data set",
+            where=f"{path!r}: there is {'something' if os.path.exists(path) else 'nothing'} at this path",
+            why="nothing says how to read what is there",
+            instead="np.load(path, mmap_mode='r') for an array, or a data set that reads it: "
+            "torchvision.datasets.ImageFolder(path)",
+        )
+    )
 
 
 def _refuse_samples(data: Any) -> None:
@@ -78,9 +100,7 @@ def _refuse_samples(data: Any) -> None:
         instead = "torch.utils.data.DataLoader(dataset, batch_size=32)"
     elif isinstance(data, (Dataset, Tensor, dict)) or type(data).__module__ == "numpy":
         instead = "ps.data.batches(dataset, batch_size=32)"
-    elif isinstance(data, (str, bytes)) or not (
-        hasattr(data, "__iter__") or hasattr(data, "__getitem__") or callable(data)
-    ):
+    elif not (hasattr(data, "__iter__") or hasattr(data, "__getitem__") or callable(data)):
         raise DataError(
             explain(
                 "this cannot be iterated",

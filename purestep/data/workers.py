@@ -274,15 +274,17 @@ class _Probe(ForkingPickler):
 
 
 def _check_picklable(loader: Loader) -> None:
-    probe = _Probe()
-    where = f"dataset: {type(loader.dataset).__module__}.{type(loader.dataset).__qualname__}"
+    probe, part = _Probe(), ""
     try:
-        probe.dump(loader)
+        for part in ("dataset", "transform", "collate"):
+            probe.dump(getattr(loader, part))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
+        value = getattr(loader, part)
+        named = value if hasattr(value, "__qualname__") else type(value)
         raise DataError(
             explain(
-                "the data set, `transform` or `collate` cannot be sent to worker processes",
-                where=where,
+                f"the {part} of a loader cannot be sent to worker processes",
+                where=f"{part}: {named.__module__}.{named.__qualname__}",
                 why=f"{type(error).__name__}: {error}",
                 instead="functions and classes at the top level of a module, files opened in __getitem__; "
                 "or num_workers=0",

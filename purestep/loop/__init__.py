@@ -27,8 +27,9 @@ from purestep.loop.events import Train as Train
 from purestep.loop.events import Transform as Transform
 from purestep.loop.events import Transformed as Transformed
 from purestep.loop.events import View as View
+from purestep.loop.fitting import choose_microbatches as choose_microbatches
 from purestep.loop.guard import BatchChangeWarning as BatchChangeWarning
 from purestep.loop.machine import Machine as Machine
 from purestep.loop.memory import MemoryEstimateWarning as MemoryEstimateWarning
-from purestep.loop.memory import choose_microbatches as choose_microbatches
+from purestep.loop.precheck import ThreadsWarning as ThreadsWarning
 from purestep.loop.result import Result as Result

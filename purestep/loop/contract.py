@@ -56,6 +56,7 @@ class Contract:
                         "a step returns leaves of the shape and dtype it was given",
                         where=f"{self.name}: {path} was {old} and came back as {tree.describe(value)}",
                         why="otherwise it could not be called again, compiled once, or resumed",
+                        instead="new.to(old.dtype), new.reshape(old.shape)",
                     )
                 )
 

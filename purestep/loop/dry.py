@@ -1,9 +1,8 @@
 """Running a function on fake tensors: shapes without memory, so nothing is computed and no input is touched.
 
-They are meta tensors, several times quicker than torch's fake tensor mode; in either torch imports Dynamo and sympy
-once in a process. Owns what a dry run leaves behind (nothing: modules, generators and warnings are as before), which
-call of torch failed in it, and how many bytes it would have kept for the backward pass. What follows from that is said
-by `precheck` and `memory`.
+They are meta tensors, several times quicker than torch's fake tensor mode. Owns what a dry run leaves behind (nothing:
+modules, generators and warnings are as before), which call of torch failed in it, and how many bytes it would have kept
+for the backward pass. What follows from that is said by `precheck` and `memory`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from purestep import tree
 from purestep.data import seeds
 from purestep.functional import Definition
+from purestep.loop.standin import light_kernels
 
 _VERIFY_LIMIT = 1 << 28  # bytes: a failing call on larger tensors is believed without being tried on real ones
 
@@ -44,21 +44,26 @@ class Call:
         """Return the tensors among the arguments."""
         return [x for x in tree.leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
 
+    def attempt(self) -> None:
+        """Do it on real tensors of these shapes, unless they are large; it may raise."""
+        if sum(t.numel() * t.element_size() for t in self.tensors()) <= _VERIFY_LIMIT:
+            args, kwargs = tree.map(_real, (self.args, self.kwargs))
+            with torch.enable_grad(), torch._C.DisableTorchFunction():
+                self.function(*args, **kwargs)
+
     def fails_for_real(self) -> bool:
         """Tell whether it fails on real tensors of these shapes too: fake ones cannot do everything."""
         if sum(t.numel() * t.element_size() for t in self.tensors()) > _VERIFY_LIMIT:
             return True
         try:
-            args, kwargs = tree.map(_real, (self.args, self.kwargs))
-            with torch.enable_grad():
-                self.function(*args, **kwargs)
+            self.attempt()
         except Exception:
             return True
         return False
 
 
 def _real(leaf: Any) -> Any:
-    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu") if isinstance(leaf, Tensor) else leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +98,7 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(books.pack, _unpack))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
-            with watch, torch.device("meta"):  # what a step makes by itself is without memory as well
+            with light_kernels(), watch, torch.device("meta"):  # what a step makes by itself is without memory as well
                 result = function(*fakes)
         except Exception as error:
             failure = error
@@ -106,18 +111,30 @@ def _fake(leaf: Any) -> Any:
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
 
 
+# Products, whose operands have to be of one dtype; the kernels without memory do not compare it.
+_PRODUCTS = frozenset("linear bilinear conv1d conv2d conv3d matmul rmatmul mm bmm mv addmm baddbmm".split())
+
+
 class _Watch(TorchFunctionMode):
-    """Remembers the first call of torch that raised."""
+    """Remembers the first call of torch that raised, or would on real tensors."""
 
     failed: Call | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = Call(func, tuple(args), dict(kwargs or {}))
         try:
+            if call.name in _PRODUCTS and len({t.dtype for t in call.tensors()}) > 1 and not autocasting():
+                call.attempt()
             return func(*args, **(kwargs or {}))
         except Exception:
             if self.failed is None:
-                self.failed = Call(func, tuple(args), dict(kwargs or {}))
+                self.failed = call
             raise
+
+
+def autocasting() -> bool:
+    """Tell whether an autocast chooses dtypes, on whatever device."""
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 # --- bytes kept for the backward pass ---------------------------------------------------------------------------------

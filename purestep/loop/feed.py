@@ -20,6 +20,9 @@ class Feed:
 
     It never reads ahead of what the run consumes, except for one batch when the length of an epoch is unknown: only
     so can the last batch of an epoch be told from the others.
+
+    Attributes:
+        left_out: samples that the last batch has lost to `on_bad_sample="skip"`; None where none can be.
     """
 
     def __init__(
@@ -35,14 +38,16 @@ class Feed:
         self.device = device
         self.stopping = stopping
         self.length = source.length()
+        self.left_out: int | None = 0 if getattr(source, "on_bad_sample", "") == "skip" else None
         self._iterator: Iterator[Any] | None = None
+        self._skipped: list[int] = []
         self._ahead: Any = _END
         self._loader: Any = None
         if self.length == 0:
             raise DataError(
                 explain(
                     "the training data has no batches",
-                    where=f"{source!r}",
+                    where=f"data: {source!r}",
                     why="it is empty, or smaller than one batch and drop_last=True leaves nothing",
                     instead="ps.data.batches(dataset, batch_size, drop_last=False)",
                 )
@@ -69,7 +74,17 @@ class Feed:
     def _take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         fresh = self._iterator is None
         if self._iterator is None:
-            self._iterator = self._placed(self.source.open(cursor.epoch, cursor.batch, cursor.loader))
+            opened = self.source.open(cursor.epoch, cursor.batch, cursor.loader)
+            # Its list, not the iterator: one that is kept would keep workers from the next.
+            self._skipped = getattr(opened, "skipped", [])
+            self._iterator = self._placed(opened)
+            del opened
+        if self.left_out is not None:
+            before = len(self._skipped)
+            for batch in itertools.islice(self._iterator, n):
+                self.left_out, before = len(self._skipped) - before, len(self._skipped)
+                yield batch
+            return
         if self.length is not None:
             yield from itertools.islice(self._iterator, n)
             return

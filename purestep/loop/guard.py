@@ -5,6 +5,7 @@ Per batch it costs one comparison of dtypes and names, and nothing of the device
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from purestep import tree
-from purestep.errors import StepError, explain
-from purestep.loop import memory, precheck
-from purestep.loop.contract import Contract
+from purestep.errors import PurestepError, StepError, explain
+from purestep.loop import fitting, memory, precheck
 from purestep.loop.dry import dry_run
+from purestep.loop.lone import lone
+from purestep.loop.misfit import describe_batch, misfit, module_path
+from purestep.sharding.local import LocalBatch
 
 
 class BatchChangeWarning(UserWarning):
@@ -27,46 +30,52 @@ class Guard:
 
     Attributes:
         step: the step to call; the first batch settles `microbatches="auto"`.
+        metrics: names of what it returns, as far as the check of the first batch told.
     """
 
     def __init__(self, step: Any) -> None:
         precheck.check_arity(step)
         self.step = step
+        self.metrics: tuple[str, ...] | None = None
         self._first: Any = None
         self._keys: Any = None
         self._dtypes: list[Any] = []
         self._free: int | None = None
         self._told = False
 
-    def first(self, state: Any, batch: Any) -> Contract:
-        """Check step, state and first batch, without a real step.
+    def first(self, state: Any, batch: Any) -> str | None:
+        """Check step, state and first batch, without a real step and without the other ranks.
 
         Returns:
-            What the first real step has to return.
+            What to warn of when memory is short.
 
         Raises:
             StepError: see `precheck.check_step`.
         """
         self._remember(batch)
-        if memory.is_auto(self.step):
-            self.step = memory.with_microbatches(self.step, memory.choose_microbatches(self.step, state, batch))
-        dry = precheck.check_step(self.step, state, batch)
+        if fitting.is_auto(self.step):
+            self.step = fitting.with_microbatches(self.step, fitting.choose_microbatches(self.step, state, batch))
+        dry, short = precheck.check_step(self.step, state, batch), None
         if dry is not None:
+            self.metrics = tuple(dry.result[1])
             device = next((x.device for x in tree.leaves(state) if isinstance(x, Tensor)), torch.device("cpu"))
-            self._free = memory.free_memory(device)
+            self._free = memory.own_share(memory.free_memory(device), device)
             needed = memory.estimate(self.step, state, batch, dry)
-            memory.warn_if_short(self.step, needed, batch, device, self._free)
-        return Contract(self.step, state)
+            if needed is not None:
+                short = memory.shortage(self.step, needed, batch, device, self._free)
+        return short
 
     # --- later batches ------------------------------------------------------------------------------------------------
 
     def _remember(self, batch: Any) -> None:
+        batch = _rows(batch)
         self._first = tree.map(_shape_of, batch)
         if type(batch) is dict and all(isinstance(value, Tensor) for value in batch.values()):
             self._keys, self._dtypes = batch.keys(), [value.dtype for value in batch.values()]
 
     def same(self, batch: Any, index: int) -> None:
         """Warn, once, when a batch has another structure or other dtypes than the first one."""
+        batch = _rows(batch)
         if type(batch) is dict and self._keys is not None:
             try:
                 if batch.keys() == self._keys and [value.dtype for value in batch.values()] == self._dtypes:
@@ -96,6 +105,7 @@ class Guard:
         """Return how a batch differs from the first one, besides its number of samples."""
         if self._first is None:
             return []
+        batch = _rows(batch)
         before = dict(zip(tree.paths(self._first, "batch"), tree.leaves(self._first), strict=True))
         now = dict(zip(tree.paths(batch, "batch"), map(_shape_of, tree.leaves(batch)), strict=True))
         found = [("structure", f"{path} is missing") for path in before if path not in now]
@@ -115,15 +125,34 @@ class Guard:
         if memory.is_out_of_memory(error):
             return memory.out_of_memory(self.step, state, batch, error, index=index, free=self._free)
         changes = [text for _, text in self._changes(batch)]
-        if not changes or isinstance(error, StepError):
+        if isinstance(error, PurestepError):
+            return error
+        if not changes:
+            error.add_note(_note(error, _rows(batch), index))
             return error
         what = f"batch {index} of the run differs from the first one, and the step failed on it"
         where = "; ".join(changes[:4])
         found = None
-        if precheck._can_be_faked(self.step, state):
-            dry = dry_run(getattr(self.step, "__wrapped__", self.step), state, batch)
-            found = precheck.misfit(dry, state, batch, what=f"{what}\n  changed: {where}")
+        alone = lone(self.step, state, batch)
+        if alone is not None:
+            dry = dry_run(alone.step, alone.state, alone.batch)
+            found = misfit(dry, alone.batch, what=f"{what}\n  changed: {where}")
         return found or StepError(explain(what, where=where, why=f"{type(error).__name__}: {str(error)[:300]}"))
+
+
+def _note(error: Exception, batch: Any, index: int) -> str:
+    """What to add to an error that came out of a step, in its own words: which batch, and where in the model."""
+    where = [f"batch {index} of the run: {describe_batch(batch)}"]
+    path, _ = module_path(error)
+    if path:
+        where.insert(0, path)
+    labels = re.match(r"Target (-?\d+) is out of bounds", str(error))
+    why = "labels count from 0, and the scores have one column for each of them" if labels else None
+    return explain("the step failed", where="\n".join(where), why=why)
+
+
+def _rows(batch: Any) -> Any:
+    return batch.data if isinstance(batch, LocalBatch) else batch
 
 
 class _Shape:

@@ -68,8 +68,9 @@ class Machine:
                 raise ConfigError(
                     explain(
                         f"two callbacks are named {name!r}",
+                        where="; ".join(repr(callback) for callback in self.callbacks if callback.name == name),
                         why="a callback's state is stored under its name",
-                        instead=f"give one of them another name: ps.callbacks.{name}(..., name='{name}2')",
+                        instead=f"give one of them another: name='{name}2'",
                     )
                 )
 

@@ -1,28 +1,31 @@
-"""Device memory: an estimate before the first step, the words for running out of it, and the V that fits.
+"""Device memory: an estimate before the first step, and the words for too little of it.
 
 The estimate comes from a dry run: state, gradients, and what autograd keeps of the forward pass. It is what has to
-fit at
-least; the kernels' own workspace and fragmentation come on top.
+fit at least, on one rank where there are several; the kernels' own workspace and fragmentation come on top.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from purestep import metrics, tree
-from purestep.errors import ConfigError, OutOfMemory, explain
-from purestep.jit import jit
+from purestep.errors import OutOfMemory, explain
 from purestep.loop.dry import Dry, dry_run
-from purestep.loop.precheck import describe_batch
+from purestep.loop.lone import lone
+from purestep.loop.misfit import describe_batch
 from purestep.loop.resume import _states
+from purestep.sharding import place, world
+from purestep.sharding.local import LocalBatch
 from purestep.step import Step
 
-_USABLE = 0.9  # of the free memory: the rest is for workspaces and fragmentation
+_SMALLER = "a smaller batch or model, ps.checkpoint around its blocks, or a device with more memory"
+USABLE = 0.9  # of the free memory: the rest is for workspaces and fragmentation
 
 
 class MemoryEstimateWarning(UserWarning):
@@ -40,6 +43,7 @@ class Estimate:
         activations: kept for the backward pass of the largest microbatch.
         batch: the batch.
         donated: whether the new state takes the place of the old one.
+        gathered: parameters of other ranks that are here at one time.
     """
 
     params: int
@@ -49,12 +53,13 @@ class Estimate:
     activations: int
     batch: int
     donated: bool = False
+    gathered: int = 0
 
     @property
     def beyond(self) -> int:
         """What is needed besides the state and the batch, which are there already."""
         new = 0 if self.donated else self.state
-        return self.gradients + max(self.activations, new)
+        return self.gradients + max(self.gathered + self.activations, new)
 
     @property
     def total(self) -> int:
@@ -66,6 +71,7 @@ class Estimate:
             ("params", self.params),
             ("optimizer", self.optimizer),
             ("gradients", self.gradients),
+            *([("gathered", self.gathered)] if self.gathered else []),
             ("activations", self.activations),
         )
         return f"{show(self.total)} in all: " + ", ".join(f"{name} {show(size)}" for name, size in parts)
@@ -85,21 +91,44 @@ def show(nbytes: float) -> str:
     return ""
 
 
-def estimate(step: Any, state: Any, batch: Any, dry: Dry) -> Estimate:
-    """Return what a step needs, from a dry run of it."""
-    states = list(_states(state))
-    params = tree.nbytes([s.params for s in states]) if states else tree.nbytes(state)
+def estimate(step: Any, state: Any, batch: Any, dry: Dry) -> Estimate | None:
+    """Return what a step needs of this process, from a dry run of it.
+
+    None under tensor parallelism: what each rank keeps of a layer that several compute is not known.
+    """
     inner = getattr(step, "__wrapped__", step)
-    sums = 1 if getattr(inner, "microbatches", 1) == 1 else 2
+    plan = getattr(inner, "plan", None)
+    if plan is not None and plan.mesh.size(*plan.model_axes) > 1:
+        return None
+    here = place.local(state)
+    states = list(_states(here))
+    params = tree.nbytes([s.params for s in states]) if states else tree.nbytes(here)
+    own = 1 if plan is None else len(plan.microbatches(inner.parts))
+    sums = 1 if (getattr(inner, "microbatches", 1) == 1 if plan is None else own == 1) else 2
+    gathered, cast = (0, 0) if plan is None else _gathered(inner, state)
     return Estimate(
         params,
         tree.nbytes([s.opt_state for s in states]),
-        tree.nbytes(state),
+        tree.nbytes(here),
         params * sums,
-        dry.kept,
+        max(dry.kept - cast, 0),
         tree.nbytes(batch),
         bool(getattr(step, "donate", False)),
+        gathered,
     )
+
+
+def _gathered(inner: Step, state: Any) -> tuple[int, int]:
+    """Return the bytes of gathered parameters at one time, and those of all split ones as they are computed with.
+
+    A dry run keeps the latter for its backward pass where they are cast; a real one gathers them again.
+    """
+    compute = None if inner.policy is None else inner.policy.copied
+    split = [x for x in tree.leaves(state.params) if place.is_split(x)]
+    if inner.plan is None or not split:
+        return 0, 0
+    found = inner.plan.dry_run(state, microbatches=inner.parts, compute_dtype=compute).memory.get("gathered", 0)
+    return found, sum(x.numel() * compute.itemsize for x in split if compute is not None and x.dtype != compute)
 
 
 def free_memory(device: torch.device, *, root: str | Path = "/") -> int | None:
@@ -144,32 +173,57 @@ def _read(path: Path) -> str:
         return ""
 
 
-def warn_if_short(step: Any, needed: Estimate, batch: Any, device: torch.device, free: int | None) -> None:
-    """Warn when a step needs more than is free, with the numbers and what would fit."""
+def own_share(free: int | None, device: torch.device) -> int | None:
+    """Return what of the free memory of a device is this process's, where others of the job use it too."""
+    return free if free is None or device.type != "cpu" else free // world.neighbours()
+
+
+def shortage(step: Any, needed: Estimate, batch: Any, device: torch.device, free: int | None) -> str | None:
+    """Return what to say when a step needs more than is free, with the numbers and what would fit; else None."""
     if free is None or needed.beyond <= free:
-        return
-    warnings.warn(
-        explain(
-            "the step may not fit in the memory of the device",
-            where=f"{device}: {show(needed.beyond)} more are needed, {show(free)} are free",
-            why=f"{needed}\nbatch: {describe_batch(batch)}",
-            instead=_advice(step, needed, batch, free),
-        ),
-        MemoryEstimateWarning,
-        stacklevel=2,
+        return None
+    return explain(
+        "the step may not fit in the memory of the device",
+        where=f"{device}: {show(needed.beyond)} more are needed, {show(free)} are free",
+        why=f"{needed}\nbatch: {describe_batch(batch)}",
+        instead=_advice(step, needed, batch, free),
     )
 
 
+def warn(shortages: Sequence[str | None]) -> None:
+    """Warn of a shortage, by the first rank that has one."""
+    short = [rank for rank, text in enumerate(shortages) if text is not None]
+    if not short:
+        return
+    text = str(shortages[short[0]])
+    if len(shortages) > 1:
+        text += (
+            f"\n  ranks:   {', '.join(map(str, short))} of {len(shortages)}; the numbers are those of rank {short[0]}"
+        )
+    warnings.warn(text, MemoryEstimateWarning, stacklevel=2)
+
+
 def _advice(step: Any, needed: Estimate, batch: Any, free: int | None) -> str:
-    samples, lines = metrics.sample_count(batch), []
-    for parts in (2**i for i in range(1, samples.bit_length())):
-        smaller = dataclasses.replace(needed, gradients=2 * needed.params, activations=-(-needed.activations // parts))
-        if free is None or smaller.beyond <= _USABLE * free:
-            lines.append(f"microbatches={parts}   # about {show(smaller.total)}; or microbatches='auto'")
-            break
+    inner = getattr(step, "__wrapped__", step)
+    plan = getattr(inner, "plan", None)
+    lines = []
+    if isinstance(inner, Step):
+        samples = metrics.sample_count(batch.data if isinstance(batch, LocalBatch) else batch)
+        count = inner.parts if inner.microbatches != "auto" else 1
+        own = count if plan is None else len(plan.microbatches(count))
+        gradients = 2 * needed.params
+        for parts in (2**i for i in range(1, max(samples // own, 1).bit_length())):
+            activations = -(-needed.activations // parts)
+            smaller = dataclasses.replace(needed, gradients=gradients, activations=activations)
+            if free is None or smaller.beyond <= USABLE * free:
+                auto = "; or microbatches='auto'" if plan is None else ""
+                lines.append(f"microbatches={count * parts}   # about {show(smaller.total)}{auto}")
+                break
+        if plan is not None and plan.replicas > 1 and not needed.gathered:
+            lines.append("plan=ps.sharding.fsdp()   # params and optimizer state split over the ranks")
     if not needed.donated:
         lines.append("ps.jit(step, donate=True)   # the new state takes the place of the old one")
-    return "\n".join(lines) or "a smaller model, ps.checkpoint around its blocks, or a device with more memory"
+    return "\n".join(lines) or _SMALLER
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -183,116 +237,18 @@ def out_of_memory(
     step: Any, state: Any, batch: Any, error: BaseException, *, index: int, free: int | None
 ) -> OutOfMemory:
     """Return the error to raise where a step ran out of memory: batch, estimate, and what would fit."""
-    inner = getattr(step, "__wrapped__", step)
-    dry = dry_run(inner, state, batch)
-    needed = estimate(step, state, batch, dry)
+    alone = lone(step, state, batch)
+    dry = None if alone is None else dry_run(alone.step, alone.state, alone.batch)
+    needed = None if dry is None or dry.error is not None else estimate(step, state, batch, dry)
     lines = str(error).strip().splitlines()
     first = lines[0][:300] if lines else ""
     room = "" if free is None else f"; {show(free)} were free at the start"
-    known = f"estimate: {needed}" if dry.error is None else f"the state takes {show(needed.state)}"
+    known = f"estimate: {needed}" if needed else f"the state takes {show(tree.nbytes(place.local(state)))}"
     return OutOfMemory(
         explain(
             "the step ran out of memory",
             where=f"batch {index} of the run: {describe_batch(batch)}",
             why=f"{known}{room}\n{first}",
-            instead=_advice(step, needed, batch, free),
+            instead=_advice(step, needed, batch, free) if needed else _SMALLER,
         )
     )
-
-
-# --- microbatches="auto" ----------------------------------------------------------------------------------------------
-
-
-def is_auto(step: Any) -> bool:
-    """Tell whether a step leaves its number of microbatches open."""
-    inner = getattr(step, "__wrapped__", step)
-    return isinstance(inner, Step) and inner.microbatches == "auto"
-
-
-def with_microbatches(step: Any, count: int) -> Any:
-    """Return a step with a number of microbatches, compiled as the given one is."""
-    inner = getattr(step, "__wrapped__", step)
-    settled = dataclasses.replace(inner, microbatches=count)
-    return settled if step is inner else jit(settled, donate=step.donate, backend=step.backend, mode=step.mode)
-
-
-def choose_microbatches(step: Any, state: Any, batch: Any, *, free: int | None = None) -> int:
-    """Return the smallest number of microbatches with which a step fits in memory.
-
-    It goes by the estimate of dry runs. On an accelerator the step is then tried for real (a pure step changes
-    nothing),
-    and the number raised until it runs.
-
-    Args:
-        step: a step of `make_step`, with any number of microbatches; it may be compiled.
-        state, batch: what it will be given. Later batches should not be larger.
-        free: bytes to go by; by default those that are free where the state is.
-
-    Raises:
-        ConfigError: not even one sample at a time would fit, or the step has a plan.
-
-    Example:
-        >>> import purestep as ps
-        >>> tx = ps.optim.sgd(0.1)
-        >>> state = ps.init(lambda: torch.nn.Linear(3, 1), tx)
-        >>> step = ps.make_step(lambda net, batch: net(batch).square().mean(), tx, microbatches="auto")
-        >>> choose_microbatches(step, state, torch.ones(64, 3))
-        1
-    """
-    inner = getattr(step, "__wrapped__", step)
-    if getattr(inner, "plan", None) is not None:
-        raise ConfigError(
-            explain(
-                "microbatches='auto' and a plan do not go together",
-                why="all ranks have to cut a batch alike, and each knows only its own memory",
-                instead="microbatches=8   # a number that all of them can share",
-            )
-        )
-    device = next((x.device for x in tree.leaves(state) if isinstance(x, torch.Tensor)), torch.device("cpu"))
-    room = free_memory(device) if free is None else int(free / _USABLE)
-    samples = metrics.sample_count(batch)
-    count = 1 if room is None else _smallest(inner, step, state, batch, int(_USABLE * room), samples)
-    while device.type in ("cuda", "xpu", "mps") and free is None and not _runs(inner, state, batch, count):
-        if count >= samples:
-            raise _nothing_fits(samples, None)
-        count = min(samples, 2 * count)
-    return count
-
-
-def _smallest(inner: Any, step: Any, state: Any, batch: Any, room: int, samples: int) -> int:
-    def needed(count: int) -> Estimate:
-        cut = dataclasses.replace(inner, microbatches=count)
-        found = dataclasses.replace(estimate(cut, state, batch, dry_run(cut, state, batch)))
-        return dataclasses.replace(found, donated=bool(getattr(step, "donate", False)))
-
-    if needed(1).beyond <= room:
-        return 1
-    low, high = 1, samples  # low does not fit
-    if samples == 1 or needed(samples).beyond > room:
-        raise _nothing_fits(samples, needed(samples))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if needed(middle).beyond <= room else (middle, high)
-    return high
-
-
-def _nothing_fits(samples: int, needed: Estimate | None) -> ConfigError:
-    return ConfigError(
-        explain(
-            "no number of microbatches makes the step fit in memory",
-            where=f"microbatches={samples}, one sample each" + ("" if needed is None else f": {needed}"),
-            instead="a smaller model, ps.jit(step, donate=True), ps.checkpoint around its blocks, or more memory",
-        )
-    )
-
-
-def _runs(inner: Any, state: Any, batch: Any, count: int) -> bool:
-    try:
-        dataclasses.replace(inner, microbatches=count)(state, batch)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    finally:
-        torch.accelerator.empty_cache() if hasattr(torch.accelerator, "empty_cache") else None
-    return True

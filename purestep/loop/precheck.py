@@ -1,20 +1,22 @@
 """What is checked before the first real step: step, batch, model and callbacks, on fake tensors.
 
 A step that cannot run on fake tensors (it reads values, or calls code of its own) is let through: what it really
-returns
-is checked instead. Nothing here is called again after the first batch.
+returns is checked instead. Under a plan each rank checks its own part. Nothing here is called again after the first
+batch.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from purestep import metrics, tree
+from purestep.cpus import available_cpus
 from purestep.errors import (
     CompileError,
     ConfigError,
@@ -25,11 +27,23 @@ from purestep.errors import (
     TreeError,
     explain,
 )
+from purestep.loggers.base import Logger
+from purestep.loop.cadence import Every
 from purestep.loop.contract import Contract
-from purestep.loop.dry import Call, Dry, dry_run
+from purestep.loop.dry import Dry, dry_run
 from purestep.loop.events import Callback
+from purestep.loop.lone import lone
+from purestep.loop.misfit import misfit
+from purestep.loop.watched import check_sets
+from purestep.sharding import world
 from purestep.state import TrainState
 
+
+class ThreadsWarning(UserWarning):
+    """Torch computes with more threads than there are CPUs for this process."""
+
+
+_OWN_CALLBACK = "ps.callbacks.tap(function), or a frozen dataclass that subclasses ps.callbacks.Reducer"
 # Errors that fake tensors, rather than the user's code, may be the reason of.
 _UNSURE = (TreeError, TraceError, CompileError, DonatedStateError)
 
@@ -71,145 +85,67 @@ def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
         StepError: what the step returns breaks its contract, or the batch does not fit the model.
         PurestepError: what any part of it refuses.
     """
-    if not _can_be_faked(step, state):
+    alone = lone(step, state, batch)
+    if alone is None:
         return None
-    inner = getattr(step, "__wrapped__", step)
-    check_optimizer_state(inner, state)
-    dry = dry_run(inner, state, batch)
+    check_optimizer_state(alone.step, alone.state)
+    dry = dry_run(alone.step, alone.state, alone.batch)
     if dry.error is None:
-        contract = Contract(step, state)
+        contract = Contract(step, alone.state)
         contract.check(dry.result)
-        metrics.as_metrics(dry.result[1], metrics.sample_count(batch))
+        metrics.as_metrics(dry.result[1], metrics.sample_count(alone.batch))
         return dry
     if isinstance(dry.error, PurestepError) and not isinstance(dry.error, _UNSURE):
         raise dry.error
-    found = misfit(dry, state, batch, what="the first batch does not fit the model")
+    if isinstance(dry.error, TypeError) and f"'{type(state).__name__}' object is not callable" in str(dry.error):
+        raise StepError(
+            explain(
+                "the step calls its state as if it were a model",
+                where=f"{getattr(step, '__name__', type(step).__name__)}(state, batch)",
+                why="a loss function takes the model and the batch, a step the state and the batch",
+                instead="step = ps.make_step(loss_fn, tx)",
+            )
+        ) from dry.error
+    found = misfit(dry, alone.batch, what="the first batch does not fit the model")
     if found is not None:
         raise found from dry.error
     return None
 
 
-def check_eval(name: str, step: Any, state: Any, batch: Any) -> None:
+def check_eval(
+    name: str, step: Any, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None
+) -> tuple[str, ...] | None:
     """Run an evaluation step on fake tensors, for its first batch.
+
+    Args:
+        name: of the evaluation.
+        step, state, batch: what it will be given.
+        of: what of the state it will be given instead.
+
+    Returns:
+        The names of its metrics; None where fake tensors do not tell.
 
     Raises:
         StepError: the batch does not fit the model, or the loss function returns something else than a loss.
+        PurestepError: what any part of it refuses.
     """
-    if not _can_be_faked(step, state):
-        return
-    dry = dry_run(getattr(step, "__wrapped__", step), state, batch)
+    alone = lone(step, state, batch)
+    if alone is None:
+        return None
+    evaluate = alone.step
+    run = evaluate if of is None else lambda state, batch: evaluate(of(state), batch)
+    dry = dry_run(run, alone.state, alone.batch)
     if isinstance(dry.error, PurestepError) and not isinstance(dry.error, _UNSURE):
         raise dry.error
     found = dry.error and misfit(
-        dry, state, batch, what=f"the first batch of the evaluation {name!r} does not fit the model"
+        dry, alone.batch, what=f"the first batch of the evaluation {name!r} does not fit the model"
     )
     if found:
         raise found from dry.error
+    return tuple(dry.result) if dry.error is None and isinstance(dry.result, Mapping) else None
 
 
-def _can_be_faked(step: Any, state: Any) -> bool:
-    inner = getattr(step, "__wrapped__", step)
-    plain = all(type(x) in (Tensor, nn.Parameter) for x in tree.leaves(state) if isinstance(x, Tensor))
-    return plain and getattr(inner, "plan", None) is None
-
-
-# --- a batch that does not fit ----------------------------------------------------------------------------------------
-
-
-def misfit(dry: Dry, state: Any, batch: Any, *, what: str) -> StepError | None:
-    """Say where in the model a dry run failed, and on which shapes; None unless real tensors would fail there too."""
-    if dry.error is None:
-        return None
-    path, raised_by_module = _module_path(dry.error)
-    if dry.call is None:
-        # Modules refuse some shapes in Python: BatchNorm, by the number of dims.
-        if not (raised_by_module and isinstance(dry.error, (ValueError, RuntimeError))):
-            return None
-        operation, shapes = "", ""
-    elif not dry.call.fails_for_real():
-        return None
-    else:
-        operation = f", in {dry.call.name}"
-        shapes = f"\n{_expectation(dry.call)}"
-    place = f"{path}{operation}" if path else operation.removeprefix(", ") or "the step"
-    return StepError(
-        explain(
-            what,
-            where=f"{place}{shapes}\nbatch: {describe_batch(batch)}",
-            why=_first_line(dry.error),
-            instead="give the model inputs of the shape and dtype it was made for, or make it for these",
-        )
-    )
-
-
-def describe_batch(batch: Any) -> str:
-    """Return the shape and dtype of each tensor of a batch, by its path."""
-    leaves = zip(tree.paths(batch), tree.leaves(batch), strict=True)
-    shown = [f"{path} {tree.describe(leaf)}".strip() for path, leaf in leaves if hasattr(leaf, "shape")]
-    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _module_path(error: BaseException) -> tuple[str, bool]:
-    """Return the path and class of the innermost module that an error passed through, and whether torch raised it."""
-    chain: list[nn.Module] = []
-    trace, file = error.__traceback__, ""
-    while trace is not None:
-        frame = trace.tb_frame
-        file = frame.f_code.co_filename
-        owner = frame.f_locals.get("self")
-        if frame.f_code.co_name == "_call_impl" and isinstance(owner, nn.Module) and owner not in chain:
-            chain.append(owner)
-        trace = trace.tb_next
-    if not chain:
-        return "", False
-    names = {id(m): name for name, m in chain[0].named_modules()}
-    name = names.get(id(chain[-1]), "")
-    shown = f"model.{name}" if name else "model"
-    return f"{shown} ({type(chain[-1]).__name__})", os.sep + os.path.join("torch", "nn") + os.sep in file
-
-
-def _expectation(call: Call) -> str:
-    """Return what a call expected of its first argument and what it was given, or just the shapes of its arguments."""
-    args = [x for x in call.args if isinstance(x, Tensor)] or call.tensors()
-    weight = call.kwargs.get("weight", args[1] if len(args) > 1 else None)
-    given = tree.describe(args[0]) if args else "nothing"
-    expected = _EXPECTED[call.name](args[0], weight, call) if call.name in _EXPECTED and weight is not None else None
-    if expected is not None:
-        return f"expected {expected}, given {given}"
-    return "given " + ", ".join(tree.describe(x) for x in call.tensors())
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _conv(x: Tensor, weight: Tensor, call: Call) -> str:
-    groups = call.args[6] if len(call.args) > 6 else call.kwargs.get("groups", 1)
-    return f"{_dtype(weight)}[n, {weight.shape[1] * groups}{', *' * (weight.ndim - 2)}]"
-
-
-_EXPECTED: dict[str, Any] = {
-    "linear": lambda x, weight, call: f"{_dtype(weight)}[..., {weight.shape[1]}]",
-    "conv1d": _conv,
-    "conv2d": _conv,
-    "conv3d": _conv,
-    "embedding": lambda x, weight, call: "integers [...]",
-    "layer_norm": lambda x, weight, call: f"{_dtype(weight)}[..., {', '.join(map(str, weight.shape))}]",
-    "batch_norm": lambda x, weight, call: f"{_dtype(weight)}[n, {weight.shape[0]}, ...]",
-    "cross_entropy": lambda x, target, call: (
-        f"labels int64[{', '.join(map(str, (*x.shape[:1], *x.shape[2:])))}] for these scores, given labels "
-        f"{tree.describe(target)}; scores"
-    ),
-    "mse_loss": lambda x, target, call: tree.describe(target),
-}
-
-
-# --- states and callbacks that do not fit -----------------------------------------------------------------------------
+# --- surroundings, states and callbacks that do not fit ---------------------------------------------------------------
 
 
 def check_optimizer_state(step: Any, state: Any) -> None:
@@ -250,24 +186,51 @@ def _shape(leaf: Any) -> Any:
     return tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf)
 
 
+def check_threads(device: torch.device) -> None:
+    """Warn when torch computes with more threads than there are CPUs for this process, which nothing else tells."""
+    threads, cpus = torch.get_num_threads(), max(available_cpus() // world.neighbours(), 1)
+    if device.type != "cpu" or threads <= cpus:
+        return
+    warnings.warn(
+        explain(
+            "torch computes with more threads than there are CPUs for this process",
+            where=f"{threads} threads, {cpus} CPUs by affinity mask and cgroup quota",
+            why="they wait for each other, which can make a step many times slower",
+            instead=f"torch.set_num_threads({cpus})   # for the whole run: bits depend on it",
+        ),
+        ThreadsWarning,
+        stacklevel=2,
+    )
+
+
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Refuse callbacks that are none, and those that cannot work together.
 
     Raises:
         ConfigError: with the names of those concerned.
     """
+    _check_list("callbacks", callbacks, "[ps.callbacks.log(every=ps.every.steps(50))]")
     for callback in callbacks:
         if not isinstance(callback, Callback) or isinstance(callback, type) or not isinstance(callback.name, str):
+            called = getattr(callback, "__name__", "") if callable(callback) else ""
             raise ConfigError(
                 explain(
                     "this is not a callback",
-                    where=f"callbacks: {callback!r}",
+                    where=f"callbacks: {called or repr(callback)}",
                     why="a callback is a value with name, init, react and horizon",
-                    instead="ps.callbacks.log()   # called; or a frozen dataclass that subclasses ps.callbacks.Reducer",
+                    instead=f"{called}(...)   # called" if called else _OWN_CALLBACK,
                 )
             )
-    evaluated = [c.name for c in callbacks if hasattr(c, "evaluate")]
-    if "train" in evaluated:
+        cadence = getattr(callback, "every", None)
+        if cadence is not None and not isinstance(cadence, Every):
+            raise ConfigError(
+                explain(
+                    "every= says when something recurs",
+                    where=f"{callback.name!r}: every={cadence!r}",
+                    instead="ps.every.steps(100), ps.every.epoch(), ps.every.seconds(60), or two of them: a | b",
+                )
+            )
+    if any(hasattr(c, "evaluate") and c.name == "train" for c in callbacks):
         raise ConfigError(
             explain(
                 "an evaluation clashes with the metrics of training",
@@ -276,17 +239,32 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                 instead="ps.callbacks.evaluate(loss_fn, data, name='train_set')",
             )
         )
-    for callback in callbacks:
-        monitor = getattr(callback, "monitor", None)
-        if not isinstance(monitor, str) or "/" not in monitor or monitor.startswith("train/"):
-            continue
-        if evaluated and monitor.split("/")[0] not in evaluated:
-            sets = ", ".join(f"{name}/..." for name in evaluated)
+    check_sets(callbacks)
+
+
+def check_loggers(loggers: Any) -> None:
+    """Refuse loggers that are none.
+
+    Raises:
+        ConfigError: with the first one.
+    """
+    if loggers is None:
+        return
+    _check_list("loggers", loggers, "[ps.loggers.csv()]")
+    for logger in loggers:
+        if not isinstance(logger, Logger):
+            called = getattr(logger, "__name__", "") if callable(logger) else ""
             raise ConfigError(
                 explain(
-                    f"{callback.name!r} watches {monitor!r}, which no callback evaluates",
-                    where=f"evaluated: {sets}",
-                    why="it would wait for it for ever",
-                    instead=f"ps.callbacks.evaluate(loss_fn, data, name={monitor.split('/')[0]!r})",
+                    "this is not a logger",
+                    where=f"loggers: {called or repr(logger)}",
+                    why="a logger is a value that says where rows go",
+                    instead=f"{called}(...)   # called" if called else "ps.loggers.csv(), ps.loggers.tensorboard()",
                 )
             )
+
+
+def _check_list(name: str, given: Any, instead: str) -> None:
+    if isinstance(given, (list, tuple)):
+        return
+    raise ConfigError(explain(f"{name}= is a list", where=f"{name}={given!r}", instead=f"{name}={instead}"))

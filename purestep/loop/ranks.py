@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from purestep import data, metrics, snapshot, tree
 from purestep.errors import RankError, explain
@@ -21,6 +21,8 @@ from purestep.loop.resume import identity
 from purestep.loop.signals import Signals
 from purestep.sharding import world
 from purestep.sharding.local import LocalBatch
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,42 @@ class Ranks:
         world.agree_each(values, what="the start of a run", instead=instead)
         _compare_states(loop.train)
 
+    def agreed(self, check: Callable[[], T], what: str) -> list[T]:
+        """Check something on every rank, each for itself, and go on only if none refuses. Every rank calls it.
+
+        Args:
+            check: what one rank can do alone; its value is made known to all, so it should be small.
+            what: what is checked.
+
+        Returns:
+            What it returned on each rank.
+
+        Raises:
+            Exception: what it raised here.
+            RankError: it raised on other ranks only.
+        """
+        if self.alone:
+            return [check()]
+        refused, value = None, None
+        try:
+            value = check()
+        except Exception as error:
+            refused = error
+        found = world.gather((value, None if refused is None else _first_lines(refused)), what=what)
+        if refused is not None:
+            raise refused
+        words = {rank: text for rank, (_, text) in enumerate(found) if text is not None}
+        if words:
+            raise RankError(
+                explain(
+                    f"{what} failed on {'rank' if len(words) == 1 else 'ranks'} {', '.join(map(str, words))}, not here",
+                    where="\n".join(f"rank {rank}: {text}" for rank, text in words.items()),
+                    why="every rank checks its own rows of a batch, and rank 0 the evaluations",
+                    instead="what the error of that rank says",
+                )
+            )
+        return [value for value, _ in found]
+
     def for_store(self) -> snapshot.Ranks:
         """Return the processes that write snapshots together."""
         if self.alone:
@@ -135,6 +173,11 @@ class Ranks:
         if world.is_lost(error):
             raise world.lost(error, "a step") from error
         world.failed(error)
+
+
+def _first_lines(error: Exception) -> str:
+    """The head of an error: what happened, and where."""
+    return f"{type(error).__name__}: {error}".split("\n  why:")[0][:1000]
 
 
 def _plain(value: Any) -> str:

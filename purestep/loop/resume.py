@@ -74,15 +74,29 @@ def begin(
             )
         return fresh, None
     wanted = resume if isinstance(resume, int) else None
-    restored = store.restore(
-        like=LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0),  # type: ignore[arg-type]
-        step=wanted,
-        fallback=wanted is None,
-    )
+    like = LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
+    try:
+        restored = store.restore(like=like, step=wanted, fallback=wanted is None)
+    except TemplateMismatch as error:
+        raise TemplateMismatch(_other_run(error)) from error
     _check_identity(store.read_manifest(restored.step), step, strict, silent)
     if wanted is not None:
         store.delete_after(wanted)
     return _adopt(fresh, restored.value, machine), restored.step
+
+
+def _other_run(error: TemplateMismatch) -> str:
+    """The words of a snapshot that does not fit, for somebody who asked for no snapshot."""
+    found = str(error)
+    where = found.partition("  where:   ")[2].partition("\n  instead: ")[0].replace("\n           ", "\n")
+    where = where.replace("missing in the template", "not in the given one").replace(", template ", ", given ")
+    place = found.partition("\n  snapshot: ")[2]
+    return explain(
+        "the run directory holds a run of another state",
+        where="\n".join(filter(None, [where, place])),
+        why="the model or the optimizer is not the one that the run began with",
+        instead="another run_dir=, or the model and the tx of that run; resume='auto' continues what it finds",
+    )
 
 
 def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
@@ -137,11 +151,13 @@ def identity(step: Any) -> dict[str, Any]:
 
 def settled(step: Any, manifest: snapshot.Manifest) -> Any:
     """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
-    from purestep.loop import memory
+    from purestep.loop import fitting
 
     was = manifest.info.get("step")
     count = was.get("microbatches") if isinstance(was, Mapping) else None
-    return memory.with_microbatches(step, count) if memory.is_auto(step) and isinstance(count, int) and count else step
+    return (
+        fitting.with_microbatches(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
+    )
 
 
 def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent: bool) -> None:

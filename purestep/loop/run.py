@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import math
-import time
-import warnings
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from purestep import data, loggers, metrics, snapshot, tree
-from purestep.errors import ConfigError, SaveFailed, explain
+from purestep import data, loggers, metrics, tree
+from purestep.errors import ConfigError, explain
+from purestep.loop import memory
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
 from purestep.loop.cadence import Until
+from purestep.loop.contract import Contract
 from purestep.loop.events import (
     Callback,
     Effect,
@@ -35,8 +35,6 @@ from purestep.loop.events import (
     LoopState,
     Resumed,
     Save,
-    Saved,
-    SaveLost,
     Started,
     StepsDone,
     Stop,
@@ -50,13 +48,13 @@ from purestep.loop.feed import Feed, device_of
 from purestep.loop.guard import Guard
 from purestep.loop.machine import Machine
 from purestep.loop.outlets import Outlets
-from purestep.loop.precheck import check_callbacks
+from purestep.loop.precheck import check_callbacks, check_loggers, check_threads
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
-from purestep.loop.signals import Lock, Signals
+from purestep.loop.saving import OnSaveError, Saving
+from purestep.loop.signals import Signals
+from purestep.loop.watched import check_names
 
-# A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
-SLOW_DISK_SECONDS = 30.0
 StepFn = Callable[[Any, Any], tuple[Any, Any]]
 
 
@@ -81,17 +79,16 @@ class Run:
         loggers: Sequence[loggers.Logger] | None = None,
         run_dir: str | Path | None = None,
         resume: resume_.Resume = "auto",
-        on_save_error: Literal["continue", "stop"] = "continue",
+        on_save_error: OnSaveError = "continue",
         strict: bool = False,
         grace_seconds: float | None = None,
     ) -> None:
-        _check_arguments(step, until, on_save_error)
+        _check_arguments(step, until, on_save_error, grace_seconds, run_dir)
+        check_loggers(loggers)
         resume_.check_resume_argument(resume)
         check_callbacks(callbacks)
         self._guard = Guard(step)
         self._step, self._given, self._resume, self._strict = step, state, resume, strict
-        self._on_save_error, self._grace = on_save_error, grace_seconds
-        self._skipped, self._abandoned, self._unsaved = 0, False, False
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
         self._signals = Signals()
         self._ranks = Ranks.of(step)
@@ -101,10 +98,10 @@ class Run:
         self.callbacks = tuple(callbacks)
         self._by_name = {c.name: c for c in self.callbacks}
         self.machine = Machine(self.callbacks, until, self._feed.length)
-        self._outlets = Outlets(loggers, self.run_dir, silent=not self._ranks.first, hurry=self._grace_left)
-        self._lock: Lock | None = None
-        self._store: snapshot.Store | None = None
-        self._saved: Any = None
+        self._saving = Saving(
+            self.run_dir, self.callbacks, self._ranks, self._signals, on_save_error=on_save_error, grace=grace_seconds
+        )
+        self._outlets = Outlets(loggers, self.run_dir, silent=not self._ranks.first, hurry=self._saving.grace_left)
         self._checked = False
         self.loop = self.machine.init(state)
         self.reason: str | None = None
@@ -123,32 +120,33 @@ class Run:
     def result(self) -> Result:
         """Return what the run has come to; complete once the iteration is over."""
         reason = self.reason or "not finished"
-        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._unsaved)
+        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._saving.unsaved)
 
     def _run(self) -> Iterator[Event]:
         with contextlib.ExitStack() as stack:
             stack.callback(self._feed.close)
             stack.enter_context(self._ranks)
-            self._open_store(stack)
+            self._saving.open(stack)
+            store = self._saving.store
             self.loop, at = resume_.begin(
                 self.machine,
                 self._given,
-                self._store,
+                store,
                 self._resume,
                 step=self._step,
                 strict=self._strict,
                 silent=not self._ranks.first,
             )
-            if at is not None and self._store is not None:
-                self._step = self._guard.step = resume_.settled(self._step, self._store.read_manifest(at))
+            if at is not None and store is not None:
+                self._step = self._guard.step = resume_.settled(self._step, store.read_manifest(at))
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
-            if self._store is not None:
-                self._store.check(self.loop)
+            self._saving.begin(self.loop, at)
             if at is None and getattr(self._step, "donate", False):
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
             self._given = None
-            self._saved = None if at is None else _position(self.loop)
+            if self._ranks.first:
+                check_threads(device_of(self.loop.train))
             stack.enter_context(self._signals)
             stack.enter_context(self._outlets)
             self._outlets.open(self.callbacks, self.loop, self._feed.length, resumed=at is not None)
@@ -160,29 +158,6 @@ class Run:
                 self._ranks.tell(error)
                 self._outlets.event(Failed(f"{type(error).__name__}: {error}"), self.loop)
                 raise
-
-    def _open_store(self, stack: contextlib.ExitStack) -> None:
-        if self.run_dir is not None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            if self._ranks.first:
-                self._lock = stack.enter_context(Lock(self.run_dir))
-                # What a process that was killed left half-written.
-                snapshot.disk.clean(resume_.store_root(self.run_dir))
-            root, keep = resume_.store_root(self.run_dir), _keep(self.callbacks)
-            self._store = snapshot.Store(root, keep=keep, ranks=self._ranks.for_store())
-            stack.push(self._leave_store)
-        elif any(hasattr(c, "keep") for c in self.callbacks):
-            raise ConfigError(
-                explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
-            )
-
-    def _leave_store(self, *error: Any) -> None:
-        if self._store is None:
-            return
-        if not self._abandoned:
-            self._store.__exit__(*error)
-        elif self._lock is not None:
-            self._lock.keep_while(self._store.busy)
 
     def _interpret(self, first: Event) -> Iterator[Event]:
         outside = self._outside
@@ -225,7 +200,7 @@ class Run:
         elif isinstance(effect, Transform):
             yield Transformed(effect.name, self._performer(effect).transform(self.loop.train))
         elif isinstance(effect, Save):
-            yield from self._save()
+            yield from self._saving.save(self.loop, self._step, self._feed.loader_state, self._outlets.flush)
         elif isinstance(effect, Log):
             self._outlets.log(resume_.applied_steps(self.loop), {"epoch": self.loop.cursor.epoch, **effect.row})
 
@@ -236,7 +211,7 @@ class Run:
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
         state, seen, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
-        steps = metrics.to_host([metrics.as_metrics(m, n) if n else m for m, n in seen])
+        steps = metrics.to_host([self._as_metrics(m, n, left_out) for m, n, left_out in seen])
         short = len(seen) < effect.n and not cut and not self._outside.unread
         end = self._feed.at_end(cursor.batch + len(seen), short)
         self.loop = self.loop.replace(train=state)
@@ -246,14 +221,14 @@ class Run:
         if end:
             self._feed.end_epoch()
             yield EpochDone()
-        yield from self._durable()
+        yield from self._saving.durable()
 
     def _burst(
         self, state: Any, batches: Iterator[Any], elapsed: float | None
-    ) -> tuple[Any, list[tuple[Any, int]], bool]:
+    ) -> tuple[Any, list[tuple[Any, int, int | None]], bool]:
         """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
         guard, stop, number = self._guard, self._outside.stop, self.loop.cursor.batches
-        seen: list[tuple[Any, int]] = []
+        seen: list[tuple[Any, int, int | None]] = []
         step, plain = self._step, None
         for batch in batches:
             if not self._checked:
@@ -275,93 +250,38 @@ class Run:
             state, values = returned
             if plain is None:
                 plain = metrics.are_plain(values)
-            seen.append((values, self._ranks.samples(batch) if plain else 0))
+            seen.append((values, self._ranks.samples(batch) if plain else 0, self._feed.left_out))
             if stop(elapsed):
                 return state, seen, True
         return state, seen, False
 
-    def _check_first(self, state: Any, batch: Any) -> Any:
+    def _as_metrics(self, values: Any, samples: int, left_out: int | None) -> Any:
+        """The metrics of a batch, and how many samples it lost: merged like the others, so that a resume is exact."""
+        found = metrics.as_metrics(values, samples) if samples else values
+        return found if left_out is None else {"skipped_samples": metrics.Sum(left_out), **found}
+
+    def _check_first(self, state: Any, batch: Any) -> Contract:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
-        contract = self._guard.first(state, batch)
-        self._step = self._guard.step
-        if self._ranks.alone:
+        contract = Contract(self._step, state)
+
+        def check() -> str | None:
+            short = self._guard.first(state, batch)
+            counted = () if self._feed.left_out is None else ("skipped_samples",)
+            known: dict[str, Any] = {"train": self._guard.metrics and (*self._guard.metrics, *counted)}
             for callback in self.callbacks:
-                if hasattr(callback, "check_first"):
-                    callback.check_first(state)
+                if self._ranks.first and hasattr(callback, "check_first"):
+                    known[callback.name] = callback.check_first(state)
+            check_names(self.callbacks, known)
+            return short
+
+        shortages = self._ranks.agreed(check, "the check before the first step")
+        self._step = self._guard.step
+        if self._ranks.first:
+            memory.warn(shortages)
         return contract
 
-    # --- snapshots ------------------------------------------------------------------------------------------------
-
-    def _save(self) -> Iterator[Event]:
-        if self._store is None or self._saved == _position(self.loop):
-            return
-        loop = self.loop.replace(cursor=self.loop.cursor.replace(loader=self._feed.loader_state()))
-        if self._ranks.alone and self._store.busy(self._patience()):
-            yield from self._behind()
-            return
-        number = loop.cursor.batches
-        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume_.identity(self._step)}
-        self._outlets.flush()
-        try:
-            latest = self._store.latest()
-            if latest is not None and latest >= number:
-                # The same position once more, with an evaluation that was cut off before: it takes the place of the
-                # other.
-                self._store.wait()
-                self._store.delete_after(number - 1)
-            self._store.save(number, loop, metrics=loop.status.metrics, info=info)
-            self._saved = _position(self.loop)
-        except SaveFailed as error:
-            yield self._lost(error)
-
-    def _patience(self) -> float:
-        """How many seconds to wait for the disk: a bound while training, the grace period after a signal."""
-        return min(self._grace_left(), SLOW_DISK_SECONDS if self.loop.status.stop is None else math.inf)
-
-    def _grace_left(self) -> float:
-        """How many seconds are left of the grace period; without a signal, or without a period, no end is near."""
-        if self._signals.since is None or self._grace is None:
-            return math.inf
-        return max(0.0, self._grace - (time.monotonic() - self._signals.since))
-
-    def _behind(self) -> Iterator[Event]:
-        """The disk is still busy with the snapshot before: leave this one out, and say so once."""
-        self._skipped += 1
-        text = f"the disk is slower than the snapshots: that of batch {self.loop.cursor.batches} is left out"
-        if self._skipped == 1:
-            warnings.warn(f"{text}; the next is tried as planned", stacklevel=2)
-        yield SaveLost(text)
-
-    def _durable(self) -> Iterator[Event]:
-        if self._store is None:
-            return
-        try:
-            for number in self._store.poll():
-                yield Saved(number)
-        except SaveFailed as error:
-            yield self._lost(error)
-
-    def _lost(self, error: SaveFailed) -> SaveLost:
-        if self._on_save_error == "stop":
-            raise error
-        self._saved = None
-        if self._ranks.first:
-            warnings.warn(f"{error}\n  training goes on; the next snapshot is tried as planned", stacklevel=2)
-        return SaveLost(str(error))
-
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
-        if self._store is not None and self._ranks.alone and self._store.busy(self._patience()):
-            self._abandoned = self._unsaved = True
-            yield SaveLost(
-                f"the grace period of {self._grace:g} s is over, and the last snapshot is still being written"
-            )
-        elif self._store is not None:
-            try:
-                self._store.wait()
-            except SaveFailed as error:
-                self._unsaved = True
-                yield self._lost(error)
-            yield from self._durable()
+        yield from self._saving.finish(self.loop)
         self.reason = reason
         yield from self._tell(Stopped(reason), queue)
 
@@ -370,20 +290,7 @@ def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _position(loop: LoopState) -> tuple[Any, ...]:
-    """What tells two loop states of one run apart: a snapshot of the same position is not taken twice."""
-    return loop.cursor.batches, loop.cursor.epoch, loop.status.due, loop.status.stop is None
-
-
-def _keep(callbacks: Sequence[Callback]) -> snapshot.Keep:
-    policies = [c.keep for c in callbacks if hasattr(c, "keep")]
-    keep = policies[0] if policies else snapshot.latest(1)
-    for other in policies[1:]:
-        keep = keep | other
-    return keep
-
-
-def _check_arguments(step: Any, until: Any, on_save_error: str) -> None:
+def _check_arguments(step: Any, until: Any, on_save_error: str, grace: Any, run_dir: Any) -> None:
     if not callable(step):
         raise ConfigError(explain("a step is a function (state, batch) -> (state, metrics)", where=f"step={step!r}"))
     if not isinstance(until, Until):
@@ -396,3 +303,13 @@ def _check_arguments(step: Any, until: Any, on_save_error: str) -> None:
         )
     if on_save_error not in ("continue", "stop"):
         raise ConfigError(explain("on_save_error= is 'continue' or 'stop'", where=f"on_save_error={on_save_error!r}"))
+    if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace >= 0):
+        raise ConfigError(
+            explain(
+                "grace_seconds= is how long the scheduler waits after SIGTERM",
+                where=f"grace_seconds={grace!r}",
+                instead="grace_seconds=100, or None to wait until the last snapshot is durable",
+            )
+        )
+    if not isinstance(run_dir, (str, os.PathLike, type(None))):
+        raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))

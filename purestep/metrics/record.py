@@ -77,7 +77,12 @@ def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
 def _name(key: Any) -> str:
     if not isinstance(key, str) or not key:
         raise MetricError(
-            explain("the name of a metric is a string", where=f"metrics key {key!r} of type {type(key).__name__}")
+            explain(
+                "the name of a metric is a string",
+                where=f"metrics key {key!r} of type {type(key).__name__}",
+                why="it becomes a column of the log, as train/<name>",
+                instead=f"{{'{key}': value}}" if key != "" else "{'accuracy': value}",
+            )
         )
     return key
 

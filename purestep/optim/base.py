@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
-from purestep.errors import OptimError, explain
+from purestep.errors import ConfigError, OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.sharding import whole
 
@@ -263,3 +263,24 @@ def _arguments(value: Any) -> str:
 
 def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+
+
+def check_transformation(tx: Any) -> None:
+    """Refuse what is no gradient transformation.
+
+    Raises:
+        ConfigError: with what to write for an optimizer of torch.
+    """
+    if isinstance(tx, GradientTransformation):
+        return
+    kind = tx if isinstance(tx, type) else type(tx)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    torchs = kind.__name__ if issubclass(kind, torch.optim.Optimizer) else "AdamW"
+    raise ConfigError(
+        explain(
+            "a step needs a gradient transformation",
+            where=f"tx: {'the class ' if tx is kind else 'a '}{name}",
+            why="the state of an optimizer lives in the state of the run, not in an object beside it",
+            instead=f"tx = ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.{torchs}, lr=3e-4) for a torch optimizer",
+        )
+    )

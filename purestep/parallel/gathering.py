@@ -92,7 +92,12 @@ class ShardedTurn:
         number: of the turn, the same on all ranks.
         index: of the microbatch. An empty one is run on other data, because the others need this rank's parts.
         last: whether it is the last one of this rank.
+
+    Attributes:
+        collects: whether gradients are taken on their way, so that none need be left at its end.
     """
+
+    collects = True
 
     def __init__(self, sharded: Sharded, number: int, index: int, last: bool) -> None:
         self.sharded, self.shares, self.sums = sharded, sharded.shares, sharded.sums

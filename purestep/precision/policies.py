@@ -68,6 +68,11 @@ class Policy:
         if self.autocast:
             _check_autocast(self)
 
+    @property
+    def copied(self) -> torch.dtype | None:
+        """Dtype of the copies of parameters that a model computes with; None where each operation makes its own."""
+        return None if self.autocast else self.compute
+
     def replace(self, **changes: Any) -> Policy:
         """Return the policy with some fields changed; words are welcome for dtypes."""
         fields = [f.name for f in dataclasses.fields(self)]

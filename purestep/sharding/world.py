@@ -60,6 +60,12 @@ def size() -> int:
     return int(os.environ["WORLD_SIZE"]) if _launched() else 1
 
 
+def neighbours() -> int:
+    """Return how many processes of this job share this machine, this one included, as far as torchrun says so."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(told), 1) if told.isdecimal() and size() > 1 else 1
+
+
 def _launched() -> bool:
     return dist.is_available() and all(name in os.environ for name in _ENVIRONMENT)
 

@@ -33,6 +33,10 @@ class Keep:
         """Return how many snapshots it preserves at most, None when there is no bound. The newest comes on top."""
         return None
 
+    def metrics(self) -> tuple[str, ...]:
+        """Return the names of the metrics that it ranks by."""
+        return ()
+
     def __or__(self, other: Keep) -> Keep:
         if not isinstance(other, Keep):
             return NotImplemented
@@ -81,6 +85,9 @@ class Best(Keep):
     def most(self) -> int | None:
         return self.n
 
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric,)
+
     def __repr__(self) -> str:
         return f"best({self.metric!r}, {self.n}, {self.mode!r})"
 
@@ -110,6 +117,9 @@ class Either(Keep):
     def most(self) -> int | None:
         counts = [part.most() for part in self.parts]
         return None if None in counts else sum(n for n in counts if n is not None)
+
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part.metrics())
 
     def __repr__(self) -> str:
         return " | ".join(repr(part) for part in self.parts)

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
+from purestep.cpus import available_cpus
 from purestep.errors import CorruptSnapshot, explain
 from purestep.snapshot.codec import Leaf, show
 from purestep.snapshot.shards import Box, Owned, count, width
@@ -202,6 +203,6 @@ def _in_threads(function: Callable[[np.ndarray], str], items: Iterable[np.ndarra
     large = [i for i, item in enumerate(items) if item.nbytes >= SMALL]
     found: dict[int, str] = {}
     if len(large) > 1:
-        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        with ThreadPoolExecutor(min(_HASH_THREADS, available_cpus())) as pool:
             found = dict(zip(large, pool.map(lambda i: function(items[i]), large), strict=True))
     return [found[i] if i in found else function(item) for i, item in enumerate(items)]

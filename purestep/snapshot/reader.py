@@ -65,7 +65,8 @@ def find(index: Index, step: int) -> Entry:
 def _absent(index: Index, step: int) -> str:
     steps = index.steps()
     have = f"the snapshots here are of steps {listed(steps)}" if steps else "there is none here"
-    return explain(f"there is no snapshot of step {step}", where=str(index.root), why=have)
+    instead = f"step={steps[-1]}, or none for the newest" if steps else None
+    return explain(f"there is no snapshot of step {step}", where=str(index.root), why=have, instead=instead)
 
 
 def restore(

@@ -49,7 +49,7 @@ def check_room(root: Path, nbytes: int) -> None:
     """
     free = _free(root)
     if free < nbytes + _SLACK:
-        raise OSError(errno.ENOSPC, f"{_megabytes(nbytes + _SLACK)} to write, {_megabytes(free)} free", str(root))
+        raise OSError(errno.ENOSPC, f"{_readable(nbytes + _SLACK)} to write, {_readable(free)} free", str(root))
 
 
 def check_fits(root: Path, nbytes: int) -> None:
@@ -85,9 +85,9 @@ def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
         return None
     return explain(
         f"there is room for {free // (nbytes + _SLACK)} of the next {coming} snapshots",
-        where=f"{root}: {_megabytes(free)} free, {_megabytes(needed)} needed",
-        why=f"{policy} keeps up to {'all' if most is None else most}, of {_megabytes(nbytes)} each, and a new one is "
-        "written before an old one is deleted",
+        where=f"{root}: {_readable(free)} free, {_readable(needed)} needed",
+        why=f"{policy} keeps up to {'all' if most is None else most}, of {_readable(nbytes)} each and "
+        f"{_readable(_SLACK)} around it, and a new one is written before an old one is deleted",
         instead="free space, keep fewer, or choose another run_dir=",
     )
 
@@ -97,5 +97,5 @@ def _free(root: Path) -> int:
     return shutil.disk_usage(present).free
 
 
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB"
+def _readable(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 5e4 else f"{nbytes / 1e3:.1f} kB"

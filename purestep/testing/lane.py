@@ -6,18 +6,24 @@ end, and that nothing half-written stays.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from purestep.loop.resume import store_root
-from purestep.testing.zygote import Child, Zygote
+from purestep.testing import child, phases
+from purestep.testing.zygote import Child, Zygotes
 
 _HALVES = ("*.purestep-tmp-*", "*.partial", "*.stray-*")
+_KILLED = -9
+_LONG = 120.0  # seconds: a process that takes longer hangs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One process: its exit code (None while it runs), and what it reported, in order."""
+    """One process: its exit code (None for one that hung), and what it reported, in order."""
 
     code: int | None
     facts: Sequence[tuple[str, Any]]
@@ -49,21 +55,23 @@ class Straight:
     Attributes:
         digest: of its last snapshot.
         log: content of its `metrics.csv`, None when it wrote none.
-        operations: what it did to the disk, in order.
+        operations: what it did to the disk, in order; see `phases.fine`.
         seconds: how long it took.
         batches: how many it trained on.
+        nbytes: of all its files.
     """
 
-    zygote: Zygote
+    zygotes: Zygotes
     job: Job
     digest: str
     log: bytes | None
     operations: tuple[str, ...]
     seconds: float
     batches: int
+    nbytes: int = 0
 
     @classmethod
-    def of(cls, zygote: Zygote, job: Job, directory: Path) -> Straight:
+    def of(cls, zygotes: Zygotes, job: Job, place: Path) -> Straight:
         """Run the job twice.
 
         Raises:
@@ -71,7 +79,7 @@ class Straight:
         """
         found = []
         for number in (1, 2):
-            lane = Lane(cls(zygote, job, "", None, (), 60.0, 0), directory.with_name(f"{directory.name}-{number}"))
+            lane = Lane(cls(zygotes, job, "", None, (), 60.0, 0), place.with_name(f"{place.name}-{number}"))
             began = time.monotonic()
             trace = {"do": "trace", "run_dir": str(lane.run_dir)}
             outcome = lane.go(trace, {"do": "count"}, verify=True)
@@ -81,16 +89,22 @@ class Straight:
                     f"the undisturbed run failed with exit code {outcome.code}\n{outcome.stderr[-3000:]}"
                 )
             operations, batches = tuple(outcome.values("os")), max(outcome.values("batches"), default=0)
-            found.append(cls(zygote, job, digests[0], lane.log(), operations, seconds, batches))
+            nbytes = sum(path.stat().st_size for path in lane.run_dir.rglob("*") if path.is_file())
+            found.append(cls(zygotes, job, digests[0], lane.log(), operations, seconds, batches, nbytes))
         if found[0].digest != found[1].digest:
             raise AssertionError(
                 "the undisturbed run gave other bits the second time, so nothing can be compared with it"
             )
         return found[1]
 
+    @property
+    def save_phases(self) -> tuple[str, ...]:
+        """What it did in saves, each thing once."""
+        return tuple(dict.fromkeys(name for name in self.operations if phases.in_save(name)))
+
 
 class Lane:
-    """A run directory.
+    """A run directory, `run` in a place of its own.
 
     Attributes:
         injected: faults that happened in it.
@@ -99,39 +113,54 @@ class Lane:
         problems: what went wrong.
     """
 
-    def __init__(self, base: Straight, run_dir: Path, *, logged: bool = True) -> None:
-        self.base, self.run_dir, self.logged = base, run_dir, logged
-        self.shadow = run_dir.with_name(f"{run_dir.name}.shadow")
+    def __init__(self, base: Straight, place: Path, *, logged: bool = True) -> None:
+        self.base, self.place, self.logged = base, place, logged
+        self.run_dir = place / "run"
+        self.shadow = place.with_name(f"{place.name}.shadow")
+        self.mend: Callable[[], None] = lambda: None  # done to the disk after each process
         self.injected = self.lost = self._processes = 0
         self.right = False
         self._digest: str | None = None
         self.problems: list[str] = []
+        place.mkdir(parents=True, exist_ok=True)
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def begin(self, *shims: Mapping[str, Any], stdout: str = "", verify: bool = False) -> tuple[Child, Path]:
-        """Start a process; return it and the directory of what it says."""
-        self._processes += 1
-        directory = self.run_dir.with_name(f"{self.run_dir.name}.process-{self._processes}")
-        job, place = self.base.job, str(self.run_dir)
-        child = self.base.zygote.start(
-            job.file,
-            job.function,
-            [arg.replace("{run_dir}", place) for arg in job.args],
-            directory=directory,
-            env={"PYTHONWARNINGS": "default"},
-            shims=shims,
-            stdout=stdout,
-            verify=place if verify else "",
-        )
-        return child, directory
+        """Start a process; return it and the file of its report.
 
-    def outcome(self, child: Child, directory: Path, *, timeout: float = 120.0) -> Outcome:
+        Args:
+            shims: what is injected.
+            stdout: "closed" from the start, "broken": a pipe that nobody reads, or a path.
+            verify: read the last snapshot back after a good end.
+        """
+        self._processes += 1
+        report = self.place.with_name(f"{self.place.name}.report-{self._processes}")
+        job, where = self.base.job, str(self.run_dir)
+        order = {
+            "file": str(job.file),
+            "function": job.function,
+            "argv": [arg.replace("{run_dir}", where) for arg in job.args],
+            "report": str(report),
+            "shims": shims,
+            "stdout": stdout,
+            "verify": where if verify else "",
+        }
+        with _stream(stdout) as stream:
+            started = self.base.zygotes.popen(child.CODE, json.dumps(order), stdout=stream, preload=child.PRELOAD)
+        return started, report
+
+    def outcome(self, process: Child, report: Path) -> Outcome:
         """Wait for a process, and read what it said."""
-        code = child.wait(timeout)
-        error = directory / "stderr"  # a process that is killed at once may not have opened it
-        outcome = Outcome(code, facts_of(directory), error.read_text(errors="replace") if error.exists() else "")
-        shutil.rmtree(directory, ignore_errors=True)
+        code: int | None
+        with process:
+            try:
+                _, error = process.communicate(_LONG)
+                code = process.wait()
+            except subprocess.TimeoutExpired:
+                code, error = None, f"it did not end within {_LONG:g} seconds"
+        outcome = Outcome(code, facts_of(report), error)
+        report.unlink(missing_ok=True)
         return outcome
 
     def go(
@@ -149,19 +178,25 @@ class Lane:
             shims: what is injected.
             codes: exit codes that are right.
             kill_after: SIGKILL it after so many seconds.
-            stdout, verify: see `Zygote.start`.
+            stdout, verify: see `begin`.
             damaged: snapshots that the fault has spoiled: a run may resume from the one before.
         """
         before = self.durable()
-        child, directory = self.begin(*shims, stdout=stdout, verify=verify)
-        if kill_after is not None and not child.ended(kill_after):
-            child.signal(9)
-            self.injected += 1
-        outcome = self.outcome(child, directory)
-        self.injected += len([what for what in outcome.values("injected") if what not in ("heal", "wait")])
+        process, report = self.begin(*shims, stdout=stdout, verify=verify)
+        if kill_after is not None:
+            try:
+                process.wait(kill_after)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        outcome = self.outcome(process, report)
+        self.mend()
+        # A process that is to die later may have ended in the meantime.
+        kills = outcome.values("injected").count("kill") + (kill_after is not None)
+        self.injected += len(outcome.values("injected")) + (kill_after is not None)
+        self.injected -= 0 if outcome.code == _KILLED else kills
         self._check_begin(outcome, before, damaged)
         self._digest = next(iter(outcome.values("digest")), None)
-        if codes is not None and outcome.code not in codes:
+        if outcome.code is None or (codes is not None and outcome.code not in codes):
             self.problems.append(f"exit code {outcome.code}, not {codes}\n{outcome.stderr[-2000:]}")
         return outcome
 
@@ -190,6 +225,8 @@ class Lane:
         self.right = self._digest == self.base.digest and not halves
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.shadow, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.place.rmdir()
 
     @property
     def complete(self) -> bool:
@@ -210,10 +247,27 @@ class Lane:
         return path.read_bytes() if path.exists() else None
 
 
-def facts_of(directory: Path) -> list[tuple[str, Any]]:
+@contextlib.contextmanager
+def _stream(stdout: str) -> Iterator[int]:
+    """What a process gets as its standard output, as `zygote` takes it."""
+    if stdout in ("", "closed"):
+        yield subprocess.PIPE
+        return
+    if stdout == "broken":
+        read, descriptor = os.pipe()
+        os.close(read)
+    else:
+        descriptor = os.open(stdout, os.O_WRONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def facts_of(report: Path) -> list[tuple[str, Any]]:
     """Return what a process has reported so far."""
     try:
-        text = (directory / "report").read_text()
+        text = report.read_text()
     except FileNotFoundError:
         return []
     return [tuple(json.loads(line)) for line in text.splitlines() if line.endswith("]")]

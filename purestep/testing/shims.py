@@ -1,8 +1,9 @@
-"""What the fault harness installs in a child before its run: triggers, and what they set off.
+"""What the fault harness installs in a process before its run: triggers, and what they set off.
 
-A trigger counts operations of the operating system under the run directory ("os"; "save" those on snapshots), batches
-("batch"), rows of the log ("log"), reactions of callbacks ("react"), or is there from the beginning ("start"). All
-of it is patched in one process that ends soon; nothing here is used by a run of a user's.
+A trigger waits for the `at`-th time that something happens: an operation on the run directory ("os": before and after
+each; "phase": before or after one of a name, see `phases`), a batch ("batch"), a row of the log ("log"), reactions of
+callbacks ("react"); or it is there from the beginning ("start"). With `later` in the place of `at` it counts from the
+last fault. All of it is patched in one process that ends soon; nothing here is used by a run of a user's.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from purestep.testing import kernel, phases
 from purestep.testing.powercut import Recorder
 
 Shim = Mapping[str, Any]
@@ -32,9 +36,13 @@ class Injector:
     """Counts what happens in this process, and sets off the shims that are due."""
 
     def __init__(self, shims: Sequence[Shim], report: Path) -> None:
-        self.shims, self.report = shims, report
-        self.counts = {"os": 0, "save": 0, "batch": 0, "log": 0, "react": 0, "start": 0}
-        self.failing: set[int] = set()
+        self.shims = shims
+        self._one_at_a_time = threading.RLock()
+        # Open from the start: later the disk may refuse.
+        self.report = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.counts: Counter[Any] = Counter()
+        self.undo: list[Callable[[], None]] = []
+        self.struck: int | None = None  # the number of batches at the last fault
         self.template: Any = None
         self.under = next((s["run_dir"] for s in shims if "run_dir" in s), "")
         self.recorders = [Recorder(Path(s["shadow"]), Path(self.under)) for s in shims if s["do"] == "record"]
@@ -42,42 +50,53 @@ class Injector:
         self.counting = any(s["do"] == "count" for s in shims)
 
     def note(self, kind: str, value: Any) -> None:
-        """Append a fact to the report, which survives whatever comes next."""
-        with _real_open(self.report, "a") as file:
-            file.write(json.dumps([kind, value]) + "\n")
+        """Append a fact to the report, which survives whatever comes next; a limit on files is not for it."""
+        with self._one_at_a_time:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+            os.write(self.report, json.dumps([kind, value]).encode() + b"\n")
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    def tick(self, on: str) -> None:
+    def tick(self, on: str, *names: str) -> None:
         """Count one more of something, and set off what is due at this count."""
-        self.counts[on] += 1
-        for shim in self.shims:
-            if shim.get("on") == on and shim.get("at") == self.counts[on]:
-                self.note("injected", shim["do"])
-                _ACTIONS[shim["do"]](self, shim)
+        keys: list[Any] = [(on, name) for name in names] or [on]
+        for key in keys:
+            self.counts[key] += 1
+            for shim in self.shims:
+                wanted = (shim["on"], shim["phase"]) if "phase" in shim else shim.get("on")
+                at = self.struck + shim["later"] if "later" in shim and self.struck is not None else shim.get("at")
+                if wanted == key and at == self.counts[key]:
+                    self.set_off(shim)
+
+    def set_off(self, shim: Shim) -> None:
+        """Do what a shim says, and report it first, with the number of batches so far."""
+        kind = _TOLD.get(shim["do"], "injected")
+        with self._one_at_a_time:  # nothing is healed before it is broken
+            self.note(kind, shim["do"])
+            self.note(f"{kind} after", self.counts["batch"])
+            _ACTIONS[shim["do"]](self, shim)
+            if kind == "injected":
+                self.struck = self.counts["batch"]
 
     # --- operations of the operating system ---------------------------------------------------------------------------
 
     def operation(self, name: str, path: str, call: Callable[[], Any], target: str = "") -> Any:
-        """Do an operation, or fail as the disk would. It is counted twice: a process may die before and after it."""
+        """Do an operation. It is a moment twice: a process may die before and after it."""
         if not self.under or not (path + os.sep).startswith(self.under + os.sep):
             return call()
+        phase = phases.fine(name, path[len(self.under) :])
         if self.tracing:
-            self.note("os", f"{name} {path[len(self.under) :]}")
-        in_snapshots = path[len(self.under) :].startswith("/snapshots")
-        self._moment(in_snapshots)
-        for number in self.failing:
-            # A full disk still lets go of what is there; one that is read-only changes nothing at all.
-            if number == errno.EROFS or name not in ("unlink", "rmdir"):
-                raise OSError(number, os.strerror(number), path)
+            self.note("os", phase)
+        self._moment("before", phase)
         for recorder in self.recorders:
             recorder.note(name, path, target)
         result = call()
-        self._moment(in_snapshots)
+        self._moment("after", phase)
         return result
 
-    def _moment(self, in_snapshots: bool) -> None:
+    def _moment(self, side: str, phase: str) -> None:
         self.tick("os")
-        if in_snapshots:
-            self.tick("save")
+        self.tick(side, phase, f"stage {phases.coarse(phase)}")
 
 
 def _path(target: Any, dir_fd: int | None) -> str:
@@ -106,7 +125,7 @@ def install(shims: Sequence[Shim], *, report: Path) -> Injector:
         What counts in this process.
     """
     injector = Injector(shims, report)
-    _watch_resume(injector)
+    _watch_start(injector)
     if not shims:
         return injector
     for name in _OPERATIONS:
@@ -116,8 +135,7 @@ def install(shims: Sequence[Shim], *, report: Path) -> Injector:
     _count_calls(injector)
     for shim in shims:
         if shim.get("on") == "start":
-            injector.note("injected", shim["do"])
-            _ACTIONS[shim["do"]](injector, shim)
+            injector.set_off(shim)
     return injector
 
 
@@ -143,11 +161,18 @@ def _opening(injector: Injector) -> Callable[..., Any]:
     return opened
 
 
-def _watch_resume(injector: Injector) -> None:
-    """Report which snapshot a run begins with."""
+def _watch_start(injector: Injector) -> None:
+    """Report which snapshot a run begins with, and what it does when one cannot be written."""
     from purestep.loop import resume
+    from purestep.loop.saving import Saving
 
-    begin = resume.begin
+    begin, opened = resume.begin, Saving.open
+
+    def opening(self: Saving, stack: contextlib.ExitStack) -> None:
+        injector.note("on_save_error", self.on_save_error)
+        opened(self, stack)
+
+    Saving.open = opening  # type: ignore[method-assign]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         loop, at = begin(*args, **kwargs)
@@ -156,23 +181,6 @@ def _watch_resume(injector: Injector) -> None:
         return loop, at
 
     resume.begin = watched
-
-
-def digest_of(run_dir: Path, train: Any) -> str:
-    """Return the digest of the newest snapshot of a run: of all that must not depend on interruptions.
-
-    Args:
-        run_dir: the run directory.
-        train: a train state of the structure that is stored.
-    """
-    from purestep import snapshot, tree
-    from purestep.loop.events import LoopState
-    from purestep.loop.resume import store_root
-    from purestep.testing.resume import comparable
-
-    like = LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
-    restored = snapshot.Store(store_root(run_dir)).restore(like, fallback=False)
-    return tree.digest(comparable(restored.value))
 
 
 def _count_batches(injector: Injector) -> None:
@@ -212,7 +220,15 @@ def _count_calls(injector: Injector) -> None:
 
 
 def _kill(injector: Injector, shim: Shim) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    """Die at once, or within a moment: then it is in whatever comes next, in Python or not."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if "delay" in shim:
+        threading.Timer(shim["delay"], die).start()
+    else:
+        die()
 
 
 def _signals(injector: Injector, shim: Shim) -> None:
@@ -220,18 +236,45 @@ def _signals(injector: Injector, shim: Shim) -> None:
         os.kill(os.getpid(), signal.Signals[name])
 
 
-def _fail(injector: Injector, shim: Shim) -> None:
-    injector.failing.add(getattr(errno, shim["errno"]))
-
-
 def _heal(injector: Injector, shim: Shim) -> None:
-    injector.failing.clear()
-    if "limit" in shim:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    while injector.undo:
+        injector.undo.pop()()
+
+
+def _refuse(injector: Injector, shim: Shim) -> None:
+    kernel.refuse(getattr(errno, shim["errno"]), [1, 2, injector.report])
 
 
 def _limit_files(injector: Injector, shim: Shim) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (shim["limit"], resource.RLIM_INFINITY))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (shim["limit"], limits[1]))
+    injector.undo.append(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+
+
+def _fill_disk(injector: Injector, shim: Shim) -> None:
+    """Somebody else takes all the room that is left on the disk."""
+    ballast = Path(shim["ballast"])
+    descriptor, size = os.open(ballast, os.O_WRONLY | os.O_CREAT), 0
+    with contextlib.suppress(OSError):
+        while room := (lambda found: found.f_bavail * found.f_frsize)(os.statvfs(ballast)):
+            os.posix_fallocate(descriptor, size, room)
+            size += room
+    os.close(descriptor)
+    injector.undo.append(ballast.unlink)
+
+
+def _take_permission(injector: Injector, shim: Shim) -> None:
+    """Directories lose their write permission, and get it back when healed."""
+    for place in [path for path, _, _ in os.walk(shim["place"])]:
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(place, 0o555)
+    injector.undo.append(lambda: give_permission(Path(shim["place"])))
+
+
+def give_permission(place: Path) -> None:
+    """Make a tree of directories writable again."""
+    for path, _, _ in os.walk(place):
+        os.chmod(path, 0o755)
 
 
 def _raise(injector: Injector, shim: Shim) -> None:
@@ -258,26 +301,22 @@ def _kill_worker(injector: Injector, shim: Shim) -> None:
 
 def _stop_here(injector: Injector, shim: Shim) -> None:
     """Wait in the middle of a run until a file appears."""
-    injector.note("waiting", os.getpid())
     while not os.path.exists(shim["until"]):
         time.sleep(0.002)
 
 
-def _nothing(injector: Injector, shim: Shim) -> None:
-    """Recording and tracing have no moment."""
-
-
+_TOLD = {"heal": "healed", "wait": "waiting", "obey": "prepared"}
 _ACTIONS: dict[str, Callable[[Injector, Shim], None]] = {
     "kill": _kill,
     "signals": _signals,
-    "fail": _fail,
     "heal": _heal,
+    "refuse": _refuse,
     "limit": _limit_files,
+    "fill": _fill_disk,
+    "forbid": _take_permission,
+    "obey": lambda injector, shim: kernel.obey_permissions(),
     "raise": _raise,
     "clock": _turn_clock_back,
     "kill_worker": _kill_worker,
     "wait": _stop_here,
-    "record": _nothing,
-    "trace": _nothing,
-    "count": _nothing,
 }

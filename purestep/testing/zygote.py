@@ -1,283 +1,290 @@
-"""A process that has imported everything once and forks children that run a script or a function.
+"""Processes of their own in 30 ms instead of 2 s each: a zygote imports torch once and forks them.
 
-Importing torch, JAX and Orbax costs seconds, a fork milliseconds, so hundreds of runs can be started and killed. The
-server never trains and never starts a thread. `faults` talks to it; every child is a process of its own, which waits
-for
-its threads, runs its exit functions and says how it ended by its exit code.
+    zygotes = Zygotes()
+    done = zygotes.run("import sys, purestep; print(sys.argv)", "an argument")   # or the Path of a script
+    with zygotes.popen(script, str(directory), preload="orbax.checkpoint") as child:   # as subprocess.Popen
+        child.stdout.readline()
+        child.kill()
+
+This is the side of those who ask; `forks` is the process that forks, and says what its children are. The fault harness
+runs a training hundreds of times through it, tests start whatever needs another process but not another interpreter.
 """
 
 from __future__ import annotations
 
-import atexit
-import gc
-import importlib.util
+import contextlib
 import json
 import os
-import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
-_START = "import sys; from purestep.testing import zygote; zygote.serve(int(sys.argv[1]), int(sys.argv[2]))"
-_PRELOAD = (
-    "purestep.trainer purestep.callbacks purestep.data purestep.loggers purestep.snapshot purestep.optim.optimizers "
-    "purestep.testing.shims purestep.testing.resume orbax.checkpoint torch._dynamo"
-).split()
+_ROOT = Path(__file__).resolve().parents[2]
+_PRELOAD = "numpy numpy.random torch purestep purestep.data purestep.loop purestep.callbacks"
+_START = "from purestep.testing import forks; forks.main()"
 
 
-class Child:
-    """A forked process: a pid, and its exit code once it has ended (negative: the signal that killed it)."""
+class Zygotes:
+    """The zygotes of a session, one a list of preloaded modules, each started when first used.
 
-    def __init__(self, zygote: Zygote, pid: int) -> None:
-        self._zygote, self.pid = zygote, pid
+    Args:
+        options: of the interpreter, as its children seem to have been started with.
+    """
 
-    def wait(self, timeout: float = 120.0) -> int:
-        """Return the exit code.
+    def __init__(self, options: Sequence[str] = ()) -> None:
+        self._options = tuple(options)
+        self._running: dict[str, _Link] = {}
 
-        Raises:
-            TimeoutError: the process did not end in time; it has been killed.
-        """
-        return self._zygote._exit_of(self.pid, timeout)
-
-    def ended(self, within: float) -> bool:
-        """Tell whether the process ends within so many seconds."""
-        return self._zygote._ended(self.pid, time.monotonic() + within)
-
-    def signal(self, number: int) -> None:
-        """Send a signal, unless the process has ended."""
-        if not self.ended(0.0):
-            os.kill(self.pid, number)
-
-
-class Zygote:
-    """The client: starts the server with the first child, ends it with `close`."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._exits: dict[int, int] = {}
-        self._pids: list[int] = []
-        self._buffer = b""
-
-    def start(
-        self,
-        file: Path,
-        function: str | None,
-        argv: Sequence[str],
-        *,
-        directory: Path,
-        env: Mapping[str, str],
-        shims: Sequence[Mapping[str, Any]] = (),
-        stdout: str = "",
-        verify: str = "",
-    ) -> Child:
-        """Fork a child.
+    def run(
+        self, code: str | Path, *arguments: str, timeout: float = 120, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run to the end, and return the text of both streams.
 
         Args:
-            file: Python file of the script or function.
-            function: its name, called with a Path made of the first argument; None runs the file as a script.
-            argv: arguments.
-            directory: where the child's `stdout`, `stderr` and `report` go.
-            env: environment variables to add.
-            shims: what to inject, see `shims.install`.
-            stdout: another place for its standard output: a path, or "closed".
-            verify: a run directory whose newest snapshot the child reads and reports the digest of, if it ends well.
+            code: a script's text, or the path of one.
+            arguments: what follows in `sys.argv`.
+            timeout: in seconds; then the child is killed and `subprocess.TimeoutExpired` raised.
+            options: as of `popen`.
         """
-        request = {
-            "file": str(file),
-            "function": function,
-            "argv": list(argv),
-            "directory": str(directory),
-            "env": dict(env),
-            "shims": [dict(shim) for shim in shims],
-            "stdout": stdout,
-            "verify": verify,
+        with self.popen(code, *arguments, **options) as child:
+            out, errors = child.communicate(timeout)
+        return subprocess.CompletedProcess([str(code), *arguments], child.wait(), out, errors)
+
+    def popen(
+        self,
+        code: str | Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+        preload: str = "",
+        start_new_session: bool = False,
+        stdin: int | None = None,
+        stdout: int | None = subprocess.PIPE,
+        stderr: int | None = subprocess.PIPE,
+    ) -> Child:
+        """Start a child.
+
+        Args:
+            code: a script's text, or the path of one.
+            arguments: what follows in `sys.argv`.
+            env: environment; that of this process by default.
+            cwd: working directory; that of this process by default.
+            preload: modules to import once, separated by blanks, before anything is forked. They must start no thread.
+            start_new_session: make it the leader of a session.
+            stdin, stdout, stderr: `subprocess.PIPE`, a file descriptor, or None for the null device.
+
+        Raises:
+            RuntimeError: the zygote cannot fork.
+        """
+        link = self._running.get(preload)
+        if link is None:
+            link = self._running[preload] = _Link(preload, self._options)
+        order = {
+            "code": str(code),
+            "is_path": isinstance(code, Path),
+            "arguments": [str(a) for a in arguments],
+            "env": {"PYTHONPATH": str(_ROOT), **(os.environ if env is None else env)},
+            "cwd": str(cwd or os.getcwd()),
+            "session": start_new_session,
         }
-        if self._process is None:
-            self._open()
-        os.write(self._requests, json.dumps(request).encode() + b"\n")
-        while not self._pids:
-            self._read(time.monotonic() + 120.0)
-        return Child(self, self._pids.pop())
-
-    def _open(self) -> None:
-        there, self._requests = os.pipe()
-        self._replies, back = os.pipe()
-        root = str(Path(__file__).resolve().parents[2])
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-        command = [sys.executable, "-c", _START, str(there), str(back)]
-        self._process = subprocess.Popen(command, pass_fds=(there, back), env=env, stdin=subprocess.DEVNULL)
-        os.close(there)
-        os.close(back)
-
-    def _read(self, deadline: float) -> bool:
-        ready, _, _ = select.select([self._replies], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            return False
-        piece = os.read(self._replies, 65536)
-        if not piece:
-            raise RuntimeError("the process that forks the runs has ended; its error is on stderr")
-        self._buffer += piece
-        *lines, self._buffer = self._buffer.split(b"\n")
-        for line in lines:
-            kind, pid, *code = json.loads(line)
-            if kind == "started":
-                self._pids.append(pid)
-            else:
-                self._exits[pid] = code[0]
-        return True
-
-    def _ended(self, pid: int, deadline: float) -> bool:
-        while pid not in self._exits:
-            if not self._read(deadline):
-                return False
-        return True
-
-    def _exit_of(self, pid: int, timeout: float) -> int:
-        if not self._ended(pid, time.monotonic() + timeout):
-            os.kill(pid, signal.SIGKILL)
-            self._ended(pid, time.monotonic() + 30.0)
-            raise TimeoutError(f"process {pid} did not end within {timeout:g} seconds")
-        return self._exits[pid]
+        return Child(link, order, (stdin, stdout, stderr))
 
     def close(self) -> None:
-        """End the server."""
-        process, self._process = self._process, None
-        if process is not None:
-            os.close(self._requests)
-            process.wait(30)
-            os.close(self._replies)
+        """End the zygotes and every child that is left."""
+        for link in self._running.values():
+            link.close()
+        self._running.clear()
 
-    def __enter__(self) -> Zygote:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
-# --- the server -------------------------------------------------------------------------------------------------------
+class Child:
+    """A forked process, with what is used of `subprocess.Popen`; its streams are text.
 
+    Attributes:
+        pid: of the process.
+        returncode: its exit code once it is known to have ended, negative for a signal.
+        stdin, stdout, stderr: those that are pipes.
+    """
 
-def serve(requests: int, replies: int) -> None:
-    """Fork a child for each request until the pipe of requests is closed."""
-    for name in _PRELOAD:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a child would copy every page that it looks at
-    wake, note = os.pipe()
-    os.set_blocking(note, False)
-    os.set_blocking(wake, False)
-    old = signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    previous = signal.set_wakeup_fd(note)
-    buffer = b""
-    while True:
-        ready, _, _ = select.select([requests, wake], [], [], 1.0)
-        if wake in ready:
-            os.read(wake, 4096)
-        _reap(replies)
-        if requests not in ready:
-            continue
-        piece = os.read(requests, 65536)
-        if not piece:
-            return
-        buffer += piece
-        *lines, buffer = buffer.split(b"\n")
-        for request in map(json.loads, lines):
-            if request["function"] is not None:
-                _loaded(request["file"])
-            pid = os.fork()
-            if pid == 0:
-                signal.set_wakeup_fd(previous)
-                signal.signal(signal.SIGCHLD, old)
-                for descriptor in (requests, replies, wake, note):
-                    os.close(descriptor)
-                _run(request)
-            os.write(replies, json.dumps(["started", pid]).encode() + b"\n")
+    # Files or None; what is a pipe is known to the caller, who asked for it.
+    stdin: Any
+    stdout: Any
+    stderr: Any
 
-
-def _reap(replies: int) -> None:
-    while True:
+    def __init__(self, link: _Link, order: dict[str, Any], streams: tuple[int | None, ...]) -> None:
+        theirs: list[int] = []
+        ours: list[int] = []
+        files: list[IO[str] | None] = []
+        for number, stream in enumerate(streams):
+            file = None
+            if stream == subprocess.PIPE:
+                read, write = os.pipe()
+                file = os.fdopen(read, encoding="utf-8") if number else os.fdopen(write, "w", encoding="utf-8")
+                stream = write if number else read
+                ours.append(stream)
+            elif stream is None:
+                stream = os.open(os.devnull, os.O_RDWR)
+                ours.append(stream)
+            theirs.append(stream)
+            files.append(file)
+        self.stdin, self.stdout, self.stderr = files
+        self.returncode: int | None = None
+        self._link = link
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        os.write(replies, json.dumps(["ended", pid, os.waitstatus_to_exitcode(status)]).encode() + b"\n")
+            self.pid = link.start(order, theirs)
+        except RuntimeError:
+            for opened in filter(None, files):
+                opened.close()
+            raise
+        finally:
+            for descriptor in ours:
+                os.close(descriptor)
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._link.ended(self.pid, 0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it takes more than so many seconds.
+        """
+        if self.returncode is None:
+            self.returncode = self._link.ended(self.pid, timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(f"child {self.pid} of the zygote", timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Read both streams to their end and wait; kill it when that takes longer."""
+        if self.stdin is not None:
+            self.stdin.close()
+        texts = {1: "", 2: ""}
+
+        def read(number: int, file: IO[str]) -> None:
+            texts[number] = file.read()
+
+        files = {1: self.stdout, 2: self.stderr}
+        threads = [threading.Thread(target=read, args=item, daemon=True) for item in files.items() if item[1]]
+        for thread in threads:
+            thread.start()
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.wait()
+            raise
+        finally:
+            for thread in threads:
+                thread.join(10)  # a grandchild may hold the pipe for longer
+        return texts[1], texts[2]
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it is known to have ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self.wait()
+        for file in (self.stdin, self.stdout, self.stderr):
+            if file is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    file.close()
 
 
-def _loaded(file: str) -> Any:
-    """Import a file once, under its own name, so that its classes and functions can be pickled."""
-    name = Path(file).stem
-    if name not in sys.modules:
-        sys.path.insert(0, str(Path(file).parent))
-        spec = importlib.util.spec_from_file_location(name, file)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return sys.modules[name]
+class _Link:
+    """The socket to a running zygote."""
 
+    def __init__(self, preload: str, options: Sequence[str]) -> None:
+        self._ours, theirs = socket.socketpair()
+        number = str(theirs.fileno())
+        command = [sys.executable, *options, "-c", _START, number, *_PRELOAD.split(), *preload.split()]
+        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            command,
+            env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._buffer = b""
+        self._codes: dict[int, int] = {}
+        self._lock = threading.RLock()
 
-def _run(request: Mapping[str, Any]) -> None:
-    """Be the child: redirect, inject, run, and leave."""
-    from purestep.testing import shims
+    def start(self, order: dict[str, Any], streams: list[int]) -> int:
+        """Have a child forked; return its pid."""
+        with self._lock:
+            payload = json.dumps(order).encode()
+            socket.send_fds(self._ours, [len(payload).to_bytes(8, "big")], streams)
+            self._ours.sendall(payload)
+            while True:
+                reply = self._receive(120)
+                if reply is None:
+                    raise RuntimeError("the zygote did not answer; its own words are on stderr")
+                if "refused" in reply:
+                    raise RuntimeError(reply["refused"])
+                if "started" in reply:
+                    return int(reply["started"])
+                self._codes[reply["ended"]] = reply["code"]
 
-    directory = Path(request["directory"])
-    directory.mkdir(parents=True, exist_ok=True)
-    os.environ.update(request["env"])
-    _redirect(request["stdout"] or str(directory / "stdout"), 1)
-    _redirect(str(directory / "stderr"), 2)
-    injector = shims.install(request["shims"], report=directory / "report")
-    sys.argv = [request["file"], *request["argv"]]
-    try:
-        code = _called(request)
-        if request["verify"] and not code:
-            injector.note("digest", shims.digest_of(Path(request["verify"]), injector.template))
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        code = -signal.SIGINT
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    _leave(code)
+    def ended(self, pid: int, timeout: float | None) -> int | None:
+        """Return the exit code of a child; None when it has not ended within so many seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                if pid in self._codes:
+                    return self._codes.pop(pid)
+                reply = self._receive(0 if end is None else max(0.0, min(0.05, end - time.monotonic())))
+                if reply is not None:
+                    self._codes[reply["ended"]] = reply["code"]
+                    continue
+            if end is not None and time.monotonic() >= end:
+                return None
+            if end is None:
+                time.sleep(0.005)
 
+    def _receive(self, timeout: float) -> dict[str, Any] | None:
+        while b"\n" not in self._buffer:
+            if not select.select([self._ours], [], [], timeout)[0]:
+                return None
+            data = self._ours.recv(65536)
+            if not data:
+                raise RuntimeError(f"the zygote ended with code {self._process.wait()}; its own words are on stderr")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
-def _called(request: Mapping[str, Any]) -> int:
-    try:
-        if request["function"] is None:
-            runpy.run_path(request["file"], run_name="__main__")
-            return 0
-        result = getattr(_loaded(request["file"]), request["function"])(Path(request["argv"][0]))
-        return getattr(result, "exit_code", result if isinstance(result, int) else 0)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-
-
-def _leave(code: int) -> None:
-    """End as the interpreter does: threads, exit functions, flush, code. Taking all modules apart first, in every
-    child, would take longer than the runs."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except (OSError, ValueError):
-        code = code or 120
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
-
-
-def _redirect(place: str, descriptor: int) -> None:
-    if place == "closed":
-        os.close(descriptor)
-        return
-    opened = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(opened, descriptor)
-    os.close(opened)
+    def close(self) -> None:
+        """End the zygote and its children."""
+        self._ours.close()  # which the zygote takes for the end
+        self._process.wait(30)

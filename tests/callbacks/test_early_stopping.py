@@ -6,7 +6,7 @@ import pytest
 
 import purestep as ps
 from purestep.errors import ConfigError, MetricError
-from purestep.loop import Evaluated, LoopState, Resumed, Stop, View
+from purestep.loop import Evaluated, LoopState, Resumed, Status, Stop, View
 
 VIEW = View(LoopState(None), 10)
 
@@ -62,6 +62,15 @@ def test_new_settings_win_when_a_run_is_resumed():
     assert isinstance(strict.react(own, Resumed(3), VIEW)[1][0], Stop)
     assert patient.react(own, Resumed(3), VIEW) == (own, ())
     assert feed(patient, [4, 5], own)[1] == [False, True]
+
+
+def test_an_evaluation_that_was_cut_off_speaks_before_a_new_setting_does():
+    patient, strict = (ps.callbacks.early_stopping("val/loss", patience=n) for n in (9, 2))
+    own, _ = feed(patient, [1, 2, 3])
+    owed = View(LoopState(None, status=Status(due=("val",))), 10)
+    assert strict.react(own, Resumed(3), owed) == (own, ())
+    assert feed(strict, [0.5], own)[1] == [False]
+    assert feed(strict, [4], own)[1] == [True]
 
 
 @pytest.mark.parametrize("bad", [{"mode": "best"}, {"patience": 0}, {"min_delta": -1.0}])

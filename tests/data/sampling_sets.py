@@ -39,6 +39,14 @@ class Broken:
         return torch.tensor(i)
 
 
+class Listed(Broken):
+    """Samples that come from files, as torchvision's data sets list them."""
+
+    def __init__(self, n: int, bad: tuple[int, ...]) -> None:
+        super().__init__(n, bad)
+        self.samples = [(f"/pictures/{i}.png", 0) for i in range(n)]
+
+
 class Deadly(Noisy):
     """One sample kills the process that loads it."""
 

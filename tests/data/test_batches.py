@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random as python_random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +187,9 @@ def test_datasets_that_cannot_be_read() -> None:
     for empty in ([], torch.zeros(0, 3), {"x": np.zeros((0, 2))}):
         with pytest.raises(DataError, match="the data set is empty"):
             data.batches(empty, 2)
+    for path, there in (("/no/such/place", "nothing"), (Path(__file__), "something"), (b"/no/such", "nothing")):
+        with pytest.raises(DataError, match=f"a path is no data set(.|\n)*there is {there} at this path"):
+            data.batches(path, 2)
     with pytest.raises(DataError, match="needs __len__ and __getitem__"):
         data.batches(iter([1]), 2)
 

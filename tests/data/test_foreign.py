@@ -220,6 +220,18 @@ def test_an_epoch_that_got_shorter() -> None:
         data.as_source(DataLoader(torch.arange(4), 2)).open(0, 5, None)
 
 
+def test_a_loader_that_raises_says_where() -> None:
+    def batches():
+        yield 1
+        raise OSError("the disk is gone")
+
+    read = data.as_source(batches).open(2, 0, None)
+    assert next(read) == 1
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        next(read)
+    assert caught.value.__notes__ == ["while batch 1 of epoch 2 was read; data: builtins.function"]
+
+
 def test_an_iterator_has_one_epoch() -> None:
     source = data.as_source(iter([1, 2, 3]))
     assert list(source.open(0, 0, None)) == [1, 2, 3]

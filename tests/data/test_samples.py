@@ -44,6 +44,16 @@ def test_bad_samples_are_left_out_and_counted(sets, workers: int) -> None:
         assert tree.equal(list(source.open(0, 1)), [torch.tensor([3]), torch.tensor([6, 7, 8])])
 
 
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_file_of_a_bad_sample_is_named_where_the_data_set_lists_them(sets, workers: int) -> None:
+    part = torch.utils.data.Subset(sets.Listed(6, bad=(4,)), [0, 2, 4, 5])
+    source = data.batches(part, 2, shuffle=False, num_workers=workers)
+    with pytest.raises(DataError, match=r"sample 2 of Subset \(epoch 0, batch 1\): /pictures/4\.png\n"):
+        list(source)
+    with pytest.warns(data.BadSampleWarning, match=r"left out sample 2 of Subset, /pictures/4\.png: OSError"):
+        list(source.replace(on_bad_sample="skip"))
+
+
 def test_warnings_are_bounded_and_the_count_is_not(sets) -> None:
     source = data.batches(sets.Broken(100, bad=tuple(range(0, 100, 2))), 2, shuffle=False, on_bad_sample="skip")
     iterator = source.epoch(0)

@@ -132,7 +132,8 @@ def test_a_sample_that_kills_its_process(sets) -> None:
 def test_what_cannot_be_sent_to_workers(sets) -> None:
     with pytest.raises(DataError) as caught:
         list(data.batches(sets.Noisy(4), 2, num_workers=1, transform=lambda s, key: s))
-    assert "cannot be sent to worker processes" in str(caught.value)
+    assert "the transform of a loader cannot be sent to worker processes" in str(caught.value)
+    assert "where:   transform: " in str(caught.value)
     assert "num_workers=0" in str(caught.value)
     held = sets.Noisy(4)
     held.file = open(__file__)  # noqa: SIM115

@@ -5,6 +5,7 @@ Its answers go to `<directory>/<rank>.json`, a dict by check.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,7 +22,10 @@ import purestep as ps
 from purestep import sharding
 from purestep.errors import RankError
 from purestep.loop import StepsDone, Stopped
+from purestep.loop.dry import dry_run
+from purestep.loop.guard import Guard
 from purestep.sharding import ddp, world
+from purestep.sharding.local import local_batch
 from purestep.testing import comparable
 
 RANK, SIZE = world.rank(), world.size()
@@ -264,6 +268,90 @@ def refusals(directory):
         "skip": error_of(lambda: ps.fit(**job(train=skipping), until=ps.steps(2))),
         "count": error_of(lambda: ps.fit(**job(microbatches=6), until=ps.steps(2))),
     }
+
+
+def plan_of(name):
+    return sharding.hsdp(fsdp=min(SIZE, 2)) if name == "hsdp" else getattr(sharding, name)()
+
+
+def wrong(directory):
+    """Programs that cannot work, under each plan; and what only one rank gets wrong."""
+    data = table(59, 0)
+
+    def batches(width=6, at=0):
+        narrow = {"x": data["x"][:12, :width], "y": data["y"][:12]}
+        return [narrow if i >= at else {n: c[:12] for n, c in data.items()} for i in range(5)]
+
+    def refused(loss=loss_fn, *, plan="ddp", tx=None, made_by=None, train=None, callbacks=()):
+        tx, plan = tx or ps.optim.adamw(0.02), plan_of(plan)
+        step = ps.make_step(loss, tx, microbatches=12, plan=plan)
+        state = plan.place(ps.init(narrow, made_by or tx, seed=0))
+        train = batches() if train is None else train
+        return error_of(lambda: ps.fit(step, state, train, until=ps.steps(4), callbacks=callbacks))
+
+    found = {}
+    for plan in ("ddp", "fsdp", "hsdp"):
+        devices = set()
+
+        def seen(net, batch, devices=devices):
+            devices.add(batch["x"].device.type)
+            return {"loss": loss_fn(net, batch)[0]}
+
+        found[plan] = {
+            "loss": refused(seen, plan=plan),
+            "model": refused(plan=plan, train=batches(width=5)),
+            "tx": refused(plan=plan, made_by=ps.optim.sgd(0.1, momentum=0.9)),
+            "metric": refused(lambda net, batch: (loss_fn(net, batch)[0], {3: 1.0}), plan=plan),
+            "devices": sorted(devices),
+        }
+    found["later"] = refused(plan="fsdp", train=batches(width=4, at=2))
+    found["one"] = refused(lambda net, batch: {"loss": 1.0} if RANK == 2 else loss_fn(net, batch), plan="fsdp")
+    val = ps.callbacks.evaluate(loss_fn, [{n: c[:4, :5] if c.ndim > 1 else c[:4] for n, c in data.items()}])
+    found["evaluation"] = refused(plan="fsdp", callbacks=[val])
+    found["alone"] = None
+    if RANK == 0:
+        plan = sharding.fsdp()
+        step = ps.make_step(loss_fn, ps.optim.adamw(0.02), microbatches=V, plan=plan)
+        state = plan.place(ps.init(narrow, step.tx))
+        Guard(step).first(state, batches()[0])
+        found["alone"] = "fine"
+    world.gather(0, what="the end of the checks")
+    return found
+
+
+def memory(directory):
+    """The estimate of each rank, and the warning when some of them are short."""
+    from purestep.loop import memory as memory_
+    from purestep.loop.lone import lone
+
+    tx = ps.optim.adamw(0.02)
+    batch = {n: c[:32] for n, c in table(59, 0).items()}
+
+    def estimate(name, policy=None):
+        plan = plan_of(name)
+        step = ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy)
+        state = ps.init(narrow, tx, seed=0)
+        state = plan.place(state if policy is None else ps.precision.policy(policy).apply(state))
+        rows = local_batch(batch, plan, V)
+        alone = lone(step, state, rows)
+        needed = memory_.estimate(step, state, rows, dry_run(alone.step, alone.state, alone.batch))
+        return dataclasses.asdict(needed), state
+
+    found = {name: estimate(name)[0] for name in ("ddp", "fsdp")}
+    found |= {f"bf16 {name}": estimate(name, "bf16-mixed")[0] for name in ("ddp", "fsdp")}
+    params = estimate("fsdp")[1].params.values()
+    found["local"] = sum(x.nbytes for x in sharding.place.local(list(params)))
+    found["copies"] = sum(2 * x.numel() for x in params if sharding.place.is_split(x))
+    real = memory_.free_memory
+    memory_.free_memory = lambda device: 100 if RANK >= 2 else 10**12
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ps.fit(**job(), until=ps.steps(2))
+    finally:
+        memory_.free_memory = real
+    texts = [str(w.message) for w in caught if w.category is ps.loop.MemoryEstimateWarning]
+    return found | {"warned": texts}
 
 
 def raises(directory):

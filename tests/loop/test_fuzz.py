@@ -84,6 +84,11 @@ class Setup:
     save: int | None = None
     observed: bool = False
 
+    @property
+    def stops(self) -> int | None:
+        """The patience that counts: without evaluations early stopping is refused, and left out here."""
+        return None if self.evaluate is None else self.patience
+
     def evaluates(self, at: int) -> bool:
         return self.evaluate is not None and at % (self.evaluate or EPOCH) == 0
 
@@ -93,8 +98,8 @@ class Setup:
             when = ps.every.steps(self.evaluate) if self.evaluate else ps.every.epoch()
             held_out = ps.data.batches(table(5, 1), 3, shuffle=False, drop_last=False)
             out.append(ps.callbacks.evaluate(val_loss, held_out, every=when))
-        if self.patience is not None:
-            out.append(ps.callbacks.early_stopping("val/loss", patience=self.patience))
+        if self.stops is not None:
+            out.append(ps.callbacks.early_stopping("val/loss", patience=self.stops))
         if self.save is not None:
             out.append(ps.callbacks.snapshots(every=ps.every.steps(self.save), keep=ps.snapshot.latest(2)))
         if self.observed:
@@ -126,24 +131,29 @@ class Undisturbed:
 
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed():
+    with pytest.MonkeyPatch.context() as patch:
+        # The dry runs would take a third of the time, and are tested elsewhere.
+        patch.setattr(precheck, "check_step", lambda *args: None)
+        patch.setattr(precheck, "check_eval", lambda *args, **options: None)
+        Machine.known = _undisturbed()
+        yield
+
+
+def _undisturbed():
     digests = {}
-    patch = pytest.MonkeyPatch()  # the dry runs would take a third of the time, and are tested elsewhere
-    patch.setattr(precheck, "check_step", lambda *args: None)
-    patch.setattr(precheck, "check_eval", lambda *args: None)
     with tempfile.TemporaryDirectory() as run_dir:
         run = start(Setup(evaluate=1, log=1), run_dir, wished=[])
         for event in run:
             if isinstance(event, StepsDone):
                 digests[run.loop.cursor.batches] = tree.digest(run.loop.train)
         rows = read_csv(run_dir)
-    Machine.known = Undisturbed(
+    known = Undisturbed(
         digests,
         dict(zip(rows["step"], rows["train/loss"], strict=True)),
         dict(zip(rows["step"], rows["val/loss"], strict=True)),
     )
-    assert len(set(digests.values())) == len(Machine.known.held_out) == END
-    yield
-    patch.undo()
+    assert len(set(digests.values())) == len(known.held_out) == END
+    return known
 
 
 # --- the reference ------------------------------------------------------------------------------------------------
@@ -172,7 +182,7 @@ class Model:
     def begin(self, setup: Setup) -> None:
         """A session begins: a new callback starts fresh, one that is gone is forgotten with what it wished."""
         self.owed = self.owed and setup.evaluate is not None
-        self.waiting = None if setup.patience is None else self.waiting or (math.inf, 0)
+        self.waiting = None if setup.stops is None else self.waiting or (math.inf, 0)
 
     def batch(self, setup: Setup, known: Undisturbed) -> None:
         assert not self.owed, f"the evaluation at batch {self.at} was left out"
@@ -196,7 +206,7 @@ class Model:
             self.waiting = (value, 0) if value < best else (best, wait + 1)
 
     def stops(self, setup: Setup) -> bool:
-        return setup.patience is not None and self.waiting is not None and self.waiting[1] >= setup.patience
+        return setup.stops is not None and self.waiting is not None and self.waiting[1] >= setup.stops
 
     def _row(self, values: dict[str, float]) -> None:
         self.rows = self.rows | {self.at: self.rows.get(self.at, {}) | {"epoch": self.at // EPOCH} | values}
@@ -266,7 +276,7 @@ class Machine(RuleBasedStateMachine):
     def kill(self) -> None:
         """What is on the disk now is all that is left. A save in flight has just come through: `testing.faults` kills
         inside of one."""
-        self.run._store.busy(60)
+        self.run._saving.store.busy(60)
         self.run._outlets.flush()
         self.count += 1
         left, self.run_dir = self.run_dir, self.root / str(self.count)
@@ -296,7 +306,7 @@ class Machine(RuleBasedStateMachine):
         next(self.run)
         self.model.begin(setup)
         assert self.run.loop.cursor.batches == self.model.at
-        self.run._store.save = self._saving(self.run._store.save)
+        self.run._saving.store.save = self._saving(self.run._saving.store.save)
 
     def _saving(self, save: Any) -> Any:
         def noted(number: int, loop: Any, **more: Any) -> None:

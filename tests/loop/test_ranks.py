@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
 ALL = "straight fsdp hsdp few foreign collated level_two relay"
-MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches"
+MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory"
 
 
 def free_port():
@@ -48,7 +48,7 @@ def answers(zygote, tmp_path_factory):
     """By number of processes, the answers of each rank."""
     directory = tmp_path_factory.mktemp("ranks")
     found = {}
-    for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, ALL)):
+    for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, f"{ALL} memory")):
         found[size], ends = start(zygote, directory, size, names)
         assert ends == [(0, "")] * size, ends
     found["directory"] = directory
@@ -84,8 +84,7 @@ def test_the_result_of_every_rank_is_the_same_also_its_clock(answers):
 
 
 def test_each_sample_is_read_by_one_rank_and_evaluated_once(answers):
-    # Alone, the check before the first step looks at one batch of the evaluation: at 4 samples.
-    alone = {"read": answers[1][0]["straight"]["read"], "evaluated": answers[1][0]["straight"]["evaluated"] - 4}
+    alone = {name: answers[1][0]["straight"][name] for name in ("read", "evaluated")}
     for size in (2, 4):
         assert {name: sum(a["straight"][name] for a in answers[size]) for name in alone} == alone
     assert max(a["straight"]["read"] for a in answers[4]) < answers[1][0]["straight"]["read"] / 3
@@ -143,6 +142,75 @@ def test_what_cannot_be_shared_is_refused(answers):
         assert "6 microbatches cannot be shared equally by 4 ranks" in found["count"]
         assert "does not work where several ranks share a batch" in found["skip"]
         assert "Subset" in found["skip"]
+
+
+PLANS = ("ddp", "fsdp", "hsdp")
+
+
+def test_a_wrong_program_is_refused_on_every_rank_before_its_first_step(answers):
+    """Each rank checks its own rows by itself, and says what one process would say."""
+    for found in (a["wrong"] for a in answers[4]):
+        for plan in PLANS:
+            assert found[plan]["loss"].startswith("StepError: a loss function returns a loss, or (loss, metrics)")
+            assert found[plan]["model"].startswith("StepError: the first batch does not fit the model")
+            assert "model.0 (Linear), in linear" in found[plan]["model"]
+            assert "expected float32[..., 6], given float32[1, 5]" in found[plan]["model"]
+            assert found[plan]["tx"].startswith("StepError: the optimizer state of the state was not made by the tx")
+            assert found[plan]["metric"].startswith("MetricError: the name of a metric is a string")
+            assert found[plan]["devices"] == ["meta"]
+        assert "batch 2 of the run differs from the first one, and the step failed on it" in found["later"]
+        assert "batch['x'] was float32[n, 6], now float32[n, 4]" in found["later"]
+
+
+def test_what_only_one_rank_refuses_is_told_to_the_others(answers):
+    for rank, found in enumerate(a["wrong"] for a in answers[4]):
+        if rank == 2:
+            assert found["one"].startswith("StepError: a loss function returns a loss")
+            continue
+        assert found["one"].startswith("RankError: the check before the first step failed on rank 2, not here")
+        assert "rank 2: StepError: a loss function returns a loss, or (loss, metrics)" in found["one"]
+        page = (SCRIPT.parents[2] / "docs" / "assumptions.md").read_text()
+        assert found["one"].splitlines()[0].removeprefix("RankError: ") in " ".join(page.split())
+        assert "returned {'loss': " in found["one"]
+
+
+def test_evaluations_are_checked_by_rank_0(answers):
+    for rank, found in enumerate(a["wrong"] for a in answers[4]):
+        kind = "StepError: the first batch of the evaluation 'val'" if rank == 0 else "RankError: the check before"
+        assert found["evaluation"].startswith(kind)
+        assert "the first batch of the evaluation 'val' does not fit the model" in found["evaluation"]
+
+
+def test_a_rank_checks_without_the_others(answers):
+    """Only one of them ran the check: with a collective in it, it would have waited for ever."""
+    assert [a["wrong"]["alone"] for a in answers[4]] == ["fine", None, None, None]
+
+
+def test_memory_is_estimated_for_one_rank(answers):
+    alone = answers[1][0]["memory"]["ddp"]
+    for found in (a["memory"] for a in answers[4]):
+        assert found["ddp"]["params"] == alone["params"]
+        # Each rank holds one of four microbatches, which need no second sum, and its rows of the batch.
+        assert (found["ddp"]["gradients"], alone["gradients"]) == (alone["params"], 2 * alone["params"])
+        assert found["ddp"]["activations"] == alone["activations"]
+        assert found["ddp"]["batch"] * 4 == alone["batch"]
+        assert (found["ddp"]["gathered"], found["fsdp"]["gathered"] > 0) == (0, True)
+        assert found["fsdp"]["activations"] == alone["activations"]
+        assert found["fsdp"]["params"] == found["local"] < alone["params"] / 3
+        assert found["fsdp"]["optimizer"] < alone["optimizer"] / 3
+        # Gathered parameters are not kept, so their cast copies are not counted; those of ddp are.
+        assert found["bf16 fsdp"]["activations"] < found["bf16 ddp"]["activations"]
+        assert found["bf16 ddp"]["activations"] - found["bf16 fsdp"]["activations"] == found["copies"]
+
+
+def test_a_shortage_on_one_rank_is_told_once(answers):
+    texts = [a["memory"]["warned"] for a in answers[4]]
+    assert texts[1:] == [[], [], []]
+    (text,) = texts[0]
+    assert text.startswith("the step may not fit in the memory of the device\n  where:   cpu: ")
+    assert "100 B are free" in text
+    assert "plan=ps.sharding.fsdp()" in text
+    assert text.endswith("\n  ranks:   2, 3 of 4; the numbers are those of rank 2")
 
 
 def test_values_are_exchanged_and_differences_named(answers):

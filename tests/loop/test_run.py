@@ -378,9 +378,11 @@ def test_resume_never_must_and_back_in_time(job, tmp_path):
 
 def test_callbacks_may_come_and_go_between_two_processes(job, tmp_path):
     quiet(job, until=ps.steps(4), run_dir=tmp_path)
-    options = job(callbacks=[ps.callbacks.terminate_on_nan(), ps.callbacks.early_stopping("val/loss", patience=7)])
+    evaluate = ps.callbacks.evaluate(job.loss_fn, job.val())
+    stopping = ps.callbacks.early_stopping("val/loss", patience=7)
+    options = job(callbacks=[ps.callbacks.terminate_on_nan(), evaluate, stopping])
     result = ps.fit(**options, until=ps.steps(8), run_dir=tmp_path)
-    assert set(result.loop.callbacks) == {"early_stopping", "terminate_on_nan", "log", "progress"}
+    assert set(result.loop.callbacks) == {"early_stopping", "terminate_on_nan", "val", "log", "progress"}
     assert result.loop.cursor.batches == 8
 
 

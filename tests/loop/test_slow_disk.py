@@ -13,8 +13,7 @@ import pytest
 import purestep as ps
 from purestep.errors import ConfigError
 from purestep.loggers import Logger
-from purestep.loop import SaveLost
-from purestep.loop import run as run_module
+from purestep.loop import SaveLost, saving
 from purestep.loop.backlog import DroppedRowsWarning
 from purestep.snapshot import writer
 from purestep.testing import assert_trees_equal, comparable
@@ -84,7 +83,7 @@ def test_without_a_grace_period_the_run_waits_until_its_snapshot_is_durable(job,
 
 
 def test_a_snapshot_that_is_due_while_the_disk_is_busy_is_left_out_and_said_once(job, tmp_path, disk, monkeypatch):
-    monkeypatch.setattr(run_module, "SLOW_DISK_SECONDS", 0.02)
+    monkeypatch.setattr(saving, "SLOW_DISK_SECONDS", 0.02)
     lost = []
     watch = ps.callbacks.tap(lambda event, loop: lost.append(event.error) if isinstance(event, SaveLost) else None)
     extra = dataclasses.replace(at_batch(5, disk.set), name="open")

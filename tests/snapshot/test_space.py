@@ -61,7 +61,8 @@ def test_the_message_has_the_numbers(tmp_path, free):
     assert space.shortage(tmp_path / "not" / "yet", 2 * MEGABYTE, latest(2), 0) == (
         "there is room for 2 of the next 3 snapshots\n"
         f"  where:   {tmp_path}/not/yet: 7.0 MB free, 9.1 MB needed\n"
-        "  why:     latest(2) keeps up to 2, of 2.0 MB each, and a new one is written before an old one is deleted\n"
+        "  why:     latest(2) keeps up to 2, of 2.0 MB each and 1.0 MB around it, and a new one is written before an "
+        "old one is deleted\n"
         "  instead: free space, keep fewer, or choose another run_dir="
     )
 

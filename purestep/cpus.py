@@ -1,6 +1,6 @@
 """How many CPUs this process may really use: its affinity mask and its cgroup's quota, not what the machine has.
 
-Owns `available_cpus`. Defaults of worker counts come from here.
+Owns `available_cpus`. Defaults of workers and of threads come from here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,77 @@
+"""What a process of the fault harness does: install what is to be injected, run the training, report, leave.
+
+`zygote` forks it; `lane` writes its order and reads its report.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from purestep.testing import shims
+
+# What a run of ours needs, so that it is imported once.
+PRELOAD = "orbax.checkpoint xxhash purestep.trainer purestep.loggers purestep.snapshot purestep.optim.optimizers"
+CODE = "from purestep.testing import child; child.main()"
+
+
+def main() -> None:
+    """Follow the order in `sys.argv[1]`, and exit as the training says.
+
+    It holds `file` and `function` (None for a script), `argv`, `report`, `shims`, `stdout` ("closed", or nothing), and
+    `verify`: a run directory whose newest snapshot is read back at a good end, and its digest reported.
+    """
+    order = json.loads(sys.argv[1])
+    if order["stdout"] == "closed":  # as after `>&-`: whatever is opened next gets its number
+        os.close(1)
+        sys.stdout = None
+    injector = shims.install(order["shims"], report=Path(order["report"]))
+    sys.argv = [order["file"], *order["argv"]]
+    sys.path[0] = str(Path(order["file"]).parent)
+    code = _called(order["file"], order["function"], order["argv"])
+    if order["verify"] and not code:
+        injector.note("digest", _digest_of(Path(order["verify"]), injector.template))
+    raise SystemExit(code)
+
+
+def _called(file: str, function: str | None, argv: list[str]) -> int:
+    try:
+        if function is None:
+            runpy.run_path(file, run_name="__main__")
+            return 0
+        result = getattr(_loaded(file), function)(Path(argv[0]))
+        return int(getattr(result, "exit_code", result if isinstance(result, int) else 0))
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+
+
+def _loaded(file: str) -> Any:
+    """Import a file under its own name, so that its classes and functions can be pickled."""
+    name = Path(file).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return sys.modules[name]
+
+
+def _digest_of(run_dir: Path, train: Any) -> str:
+    """Return the digest of the newest snapshot of a run: of all that must not depend on interruptions.
+
+    Args:
+        run_dir: the run directory.
+        train: a train state of the structure that is stored.
+    """
+    from purestep import snapshot, tree
+    from purestep.loop.events import LoopState
+    from purestep.loop.resume import store_root
+    from purestep.testing.resume import comparable
+
+    like = LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
+    restored = snapshot.Store(store_root(run_dir)).restore(like, fallback=False)
+    return tree.digest(comparable(restored.value))
