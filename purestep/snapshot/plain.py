@@ -47,7 +47,7 @@ def read_plain(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                 del found[name]
                 continue
             stack.callback(os.close, descriptor)
-            view = memoryview(found[name])
+            view = found[name].data
             work += [(name, descriptor, view[at : at + _BLOCK], at) for at in range(0, file.nbytes, _BLOCK)]
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             short = {name for name, whole in pool.map(_fill, work) if not whole}
