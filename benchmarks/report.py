@@ -168,8 +168,8 @@ def _loop_cost(results: Any) -> str:
         "## Cost of `fit`\n\n"
         f"MLP, jit, donated: a bare loop takes {bare[0]:.0f} us a step; `fit` adds {step[0]:.1f} us "
         f"[{step[1]:.1f}, {step[2]:.1f}], and {key[0]:.2f} us [{key[1]:.2f}, {key[2]:.2f}] for each further metric "
-        f"({results['steps']} steps a call, {results['rounds']} rounds). Until its first steps are done, a call takes "
-        f"{results['start_ms'][0]:.0f} ms."
+        f"(CPU time; {results['rounds']} turns of {results['steps']} steps, after each of which `fit` logs). A call of "
+        f"`fit` costs {results['call_ms'][0]:.0f} ms besides its steps, which is the check before the first of them."
     )
 
 

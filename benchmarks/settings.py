@@ -35,7 +35,7 @@ class Settings:
         name: of the settings, and of the files with the results.
         training: trainers by workload.
         rounds: rounds of the training section; each trainer takes `round_seconds` in each.
-        loop_rounds: rounds of `loop_steps` steps of the loop section.
+        loop_rounds: turns of the loop section, of `loop_steps` steps each: as many as `fit` takes from row to row.
         compile_rounds: by workload, how often everybody compiles with an empty cache.
         memory: trainers of the memory section.
         policies: precision policies; `policy_rounds` rounds of `policy_steps` steps each.
@@ -67,8 +67,8 @@ FULL = Settings(
     training={"mlp": EVERYBODY, "gpt": EVERYBODY, "cnn": ON_CNN, "wide": ON_WIDE},
     rounds=9,
     round_seconds=0.25,
-    loop_rounds=41,
-    loop_steps=500,
+    loop_rounds=400,
+    loop_steps=50,
     compile_rounds={"mlp": 2, "gpt": 1},
     memory=("loop", "loop-fused", "compile-all", "lightning", "jax", "ps-eager", "ps-fused", "ps-jit", "ps-donate"),
     policies=POLICIES,
@@ -83,8 +83,8 @@ QUICK = Settings(
     training={"mlp": QUICK_ONES, "gpt": QUICK_ONES},
     rounds=7,
     round_seconds=0.1,
-    loop_rounds=15,
-    loop_steps=500,
+    loop_rounds=150,
+    loop_steps=50,
     compile_rounds={"mlp": 1},
     memory=("loop-fused", "ps-donate"),
     policies=("32", "bf16-mixed", "16-mixed"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import math
 import time
 import warnings
@@ -21,6 +22,7 @@ from purestep import data, loggers, metrics, snapshot, tree
 from purestep.errors import ConfigError, SaveFailed, explain
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
+from purestep.loop.arguments import check_arguments
 from purestep.loop.cadence import Until
 from purestep.loop.events import (
     Callback,
@@ -85,7 +87,7 @@ class Run:
         strict: bool = False,
         grace_seconds: float | None = None,
     ) -> None:
-        _check_arguments(step, until, on_save_error)
+        check_arguments(step, until, on_save_error)
         resume_.check_resume_argument(resume)
         check_callbacks(callbacks)
         self._guard = Guard(step)
@@ -235,60 +237,71 @@ class Run:
 
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
-        state, seen, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
-        steps = metrics.to_host([metrics.as_metrics(m, n) if n else m for m, n in seen])
-        short = len(seen) < effect.n and not cut and not self._outside.unread
-        end = self._feed.at_end(cursor.batch + len(seen), short)
+        state, record, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
+        steps = record.series()
+        short = len(steps) < effect.n and not cut and not self._outside.unread
+        end = self._feed.at_end(cursor.batch + len(steps), short)
         self.loop = self.loop.replace(train=state)
-        self._outside.done(len(seen))
+        self._outside.done(len(steps))
         yield Ticked(self._outside.elapsed())
-        yield StepsDone(len(seen), steps, end)
+        yield StepsDone(len(steps), steps, end)
         if end:
             self._feed.end_epoch()
             yield EpochDone()
         yield from self._durable()
 
-    def _burst(
-        self, state: Any, batches: Iterator[Any], elapsed: float | None
-    ) -> tuple[Any, list[tuple[Any, int]], bool]:
+    def _burst(self, state: Any, batches: Iterator[Any], elapsed: float | None) -> tuple[Any, metrics.Recorder, bool]:
         """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
-        guard, stop, number = self._guard, self._outside.stop, self.loop.cursor.batches
-        seen: list[tuple[Any, int]] = []
-        step, plain = self._step, None
+        record, index = metrics.Recorder(), self.loop.cursor.batches
+        if not self._checked:
+            for batch in itertools.islice(batches, 1):
+                state = self._first_step(state, batch, index, record)
+                index += 1
+                if self._outside.stop(elapsed):
+                    return state, record, True
+        step, stop, same, add = self._step, self._outside.stop, self._guard.same, record.add
+        plain = None
         for batch in batches:
-            if not self._checked:
-                contract = self._check_first(state, batch)
-                step = self._step
-            else:
-                contract = None
-                guard.same(batch, number + len(seen))
+            same(batch, index)
             try:
                 returned = step(state, batch)
             except Exception as error:
-                explained = guard.explained(error, state, batch, number + len(seen))
-                if explained is error:
-                    raise
-                raise explained from error
-            if contract is not None:
-                contract.check(returned)
-                self._checked = True
+                self._explain(error, state, batch, index)
+                raise
             state, values = returned
             if plain is None:
                 plain = metrics.are_plain(values)
-            seen.append((values, self._ranks.samples(batch) if plain else 0))
+            add(metrics.as_metrics(values, self._ranks.samples(batch)) if plain else values)
+            index += 1
             if stop(elapsed):
-                return state, seen, True
-        return state, seen, False
+                return state, record, True
+        return state, record, False
 
-    def _check_first(self, state: Any, batch: Any) -> Any:
-        """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
+    def _first_step(self, state: Any, batch: Any, index: int, record: metrics.Recorder) -> Any:
+        """Check all that can be checked before and after the first real step, and return the state after it."""
         contract = self._guard.first(state, batch)
-        self._step = self._guard.step
+        self._step = self._guard.step  # the step's own microbatches are settled by its first batch
         if self._ranks.alone:
             for callback in self.callbacks:
                 if hasattr(callback, "check_first"):
                     callback.check_first(state)
-        return contract
+        try:
+            returned = self._step(state, batch)
+        except Exception as error:
+            self._explain(error, state, batch, index)
+            raise
+        contract.check(returned)
+        self._checked = True
+        state, values = returned
+        plain = metrics.are_plain(values)
+        record.add(metrics.as_metrics(values, self._ranks.samples(batch)) if plain else values)
+        return state
+
+    def _explain(self, error: Exception, state: Any, batch: Any, index: int) -> None:
+        """Raise what there is to say of an error of the step besides itself."""
+        explained = self._guard.explained(error, state, batch, index)
+        if explained is not error:
+            raise explained from error
 
     # --- snapshots ------------------------------------------------------------------------------------------------
 
@@ -381,18 +394,3 @@ def _keep(callbacks: Sequence[Callback]) -> snapshot.Keep:
     for other in policies[1:]:
         keep = keep | other
     return keep
-
-
-def _check_arguments(step: Any, until: Any, on_save_error: str) -> None:
-    if not callable(step):
-        raise ConfigError(explain("a step is a function (state, batch) -> (state, metrics)", where=f"step={step!r}"))
-    if not isinstance(until, Until):
-        raise ConfigError(
-            explain(
-                "until= says when the run ends",
-                where=f"until={until!r}",
-                instead="ps.epochs(5), ps.steps(1000), ps.seconds(3600), or both: ps.epochs(5) | ps.seconds(3600)",
-            )
-        )
-    if on_save_error not in ("continue", "stop"):
-        raise ConfigError(explain("on_save_error= is 'continue' or 'stop'", where=f"on_save_error={on_save_error!r}"))
