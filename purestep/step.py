@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from purestep import given, random, transforms, tree
 from purestep import metrics as metrics_
-from purestep import random, transforms, tree
 from purestep.accumulate import Gradients, accumulate
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
@@ -107,6 +107,7 @@ class Step:
 
         total.check(plan, self)
         view = place.local(state)
+        given.also(state, view)
         gradients = total.total(plan, self.parts, state, view, batch, self._grads)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             new, metrics = self.update(view, gradients)
@@ -143,13 +144,17 @@ class Step:
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
         """Apply the gradients of a whole batch; a skipped update counts itself in the metric `skipped`."""
         metrics = gradients.metrics
+        if given.offered(state):
+            metrics = given.apart(metrics, state.long_memory())
         grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
         value = metrics["loss"].compute()
-        new = state.apply_gradients(self.tx, grads, buffers=gradients.buffers, value=value)
+        new = state.apply_gradients(
+            self.tx, grads, buffers=gradients.buffers, accept=finite, last_use=True, value=value
+        )
         applied = self.tx.applied(new.opt_state)
         if finite is not None:
             applied = finite if applied is None else applied & finite
-            new = tree.select(finite, new, state).replace(loss_scale=state.loss_scale.adjust(finite))
+            new = new.replace(loss_scale=state.loss_scale.adjust(finite))
         if applied is not None:
             metrics = metrics | {"skipped": metrics_.Sum(1 - applied.to(torch.int64))}
         return new, metrics

@@ -200,7 +200,7 @@ def _consumed_message(node: Any, use: str) -> str:
         where=f"{values['was']}{use}",
         why="a donating step writes the new state over the memory of the one it was given",
         instead="state, metrics = step(state, batch)   # go on with the state that was returned\n"
-        "or ps.jit(step), which keeps the old state and needs its memory",
+        "or the same step without donation, which keeps the old state and needs its memory",
     )
 
 

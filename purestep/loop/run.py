@@ -20,6 +20,7 @@ import torch
 
 from purestep import data, loggers, metrics, snapshot, tree
 from purestep.errors import ConfigError, SaveFailed, explain
+from purestep.jit import donate as donate_
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
 from purestep.loop.arguments import check_arguments
@@ -86,8 +87,10 @@ class Run:
         on_save_error: Literal["continue", "stop"] = "continue",
         strict: bool = False,
         grace_seconds: float | None = None,
+        donate: bool = False,
     ) -> None:
         check_arguments(step, until, on_save_error)
+        step = donate_(step) if donate else step
         resume_.check_resume_argument(resume)
         check_callbacks(callbacks)
         self._guard = Guard(step)

@@ -37,9 +37,10 @@ def test_chain_takes_names_and_reprs_evaluate() -> None:
     tx = optim.chain(("first", optim.scale(2.0)), optim.trace(0.5), name="mine")
     assert tx.name == "mine"
     assert repr(tx) == "chain(('first', scale(step_size=2.0)), trace(decay=0.5), name='mine')"
-    assert eval(repr(tx), vars(optim)) == tx
+    names = {name: getattr(optim, name) for name in dir(optim)}
+    assert eval(repr(tx), names) == tx
     nested = optim.chain(tx, optim.chain(optim.lion(1e-3)))
-    assert eval(repr(nested), vars(optim)) == nested
+    assert eval(repr(nested), names) == nested
     assert hasattr(nested.init(params_of(2, 2)), "mine")
 
 
