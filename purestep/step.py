@@ -7,6 +7,7 @@ parallelism put a fixed-order sum between them. `make_eval` makes the read-only 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -97,6 +98,8 @@ class Step:
         """Return the state after one update, and the metrics of the batch."""
         if self.plan is not None:
             return self._planned(self.plan, state, batch)
+        if self.parts == 1:
+            return self.update(state, self.grads(state, batch))
         total = accumulate(state, sample_count(batch), self.parts)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
             total.add(self.grads(state, microbatch, index), index)
@@ -120,7 +123,7 @@ class Step:
     def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, gathering: Any) -> Gradients:
         """Do what `grads` says. `gathering` makes the parameters whole where the state holds parts of them."""
         samples = sample_count(microbatch)
-        rng = random.fold_in(state.rng, state.step, index)
+        rng = functools.partial(random.fold_in, state.rng, state.step, index)
         cast = casting(self.policy, definition(state).module)
         cast.check(state)
         given = cast.buffers(state.buffers)
@@ -334,7 +337,7 @@ class Eval:
         cast = casting(self.policy, definition(state).module)
         view = state if self.plan is None else place.local(state)
         params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
-        rng = random.fold_in(state.rng, "eval")
+        rng = functools.partial(random.fold_in, state.rng, "eval")
         with transforms.unrecorded(), cast.scope(params):
             if self.plan is not None:
                 from purestep.parallel.gathering import evaluated

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from purestep import given, transforms, tree
 from purestep.errors import ConfigError, StepError, explain
@@ -19,6 +18,7 @@ from purestep.jit.call import Jit
 from purestep.jit.pieces import JitStep
 from purestep.optim.blocks import is_long
 from purestep.sharding import place
+from purestep.state import TrainState
 
 
 class Donating:
@@ -43,7 +43,7 @@ class Donating:
             # Inside a transform or a trace nothing is written in place.
             return self.__wrapped__(state, *args, **kwargs)
         own, places = _of_its_own(state)
-        with given.giving(_nodes(own)) as call:
+        with given.giving(_states(own)) as call:
             try:
                 returned = self.__wrapped__(own, *args, **kwargs)
             except BaseException:
@@ -113,15 +113,34 @@ def donate(step: Callable[..., Any]) -> Any:
 
 def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
     """Return a state whose long tensors share memory with nothing else in it, and where that memory is."""
-    leaves, structure = tree.flatten(state)
-    parts = [leaf._local_tensor if place.is_split(leaf) else leaf for leaf in leaves]
-    long = [i for i, part in enumerate(parts) if isinstance(part, Tensor) and is_long(part)]
-    if not long:
+    if not any(is_long(_part(p)) for found in _states(state) for p in found.params.values()):
         return state, frozenset()
+    leaves, structure = tree.flatten(state)
+    parts = [_part(leaf) for leaf in leaves]
+    long = [i for i, part in enumerate(parts) if is_long(part)]
     apart = donation.unaliased(parts, len(parts))
     if any(a is not b for a, b in zip(parts, apart, strict=True)):
         state = place.rewrap(tree.unflatten(structure, apart), state)
     return state, given.memory(apart[i] for i in long)
+
+
+def _part(leaf: Any) -> Any:
+    return leaf._local_tensor if place.is_split(leaf) else leaf
+
+
+def _states(value: Any) -> list[TrainState]:
+    """Return the train states in a value, which alone are written over."""
+    if isinstance(value, TrainState):
+        return [value]
+    if isinstance(value, dict):
+        children: Any = value.values()
+    elif isinstance(value, (list, tuple)):
+        children = value
+    elif tree.node_name(type(value)):
+        children = [getattr(value, name) for name in tree.node_fields(type(value))[0]]
+    else:
+        return []
+    return [state for child in children for state in _states(child)]
 
 
 def _nodes(value: Any) -> list[Any]:

@@ -381,6 +381,41 @@ def test_several_states_and_one_that_is_passed_on(cases, batches):
         _ = held["a"].params
 
 
+@ps.pytree
+class Adversaries:
+    maker: ps.TrainState
+    judge: ps.TrainState
+
+
+def test_states_inside_a_node_of_ones_own(cases, batches):
+    tx = ps.optim.adamw(1e-2)
+    model = cases["plain"].model()
+
+    def train_step(both, batch):
+        def loss_of(params, other):
+            logits, _ = ps.apply(model, params, {}, batch["x"])
+            against, _ = ps.apply(model, other, {}, batch["x"])
+            return cross_entropy(logits, batch["y"]) - 0.1 * cross_entropy(against, batch["y"])
+
+        grads, loss = ps.grad_and_value(loss_of)(both.maker.params, both.judge.params)
+        maker = both.maker.apply_gradients(tx, grads, last_use=True)
+        grads, _ = ps.grad_and_value(loss_of)(both.judge.params, maker.params)
+        judge = both.judge.apply_gradients(tx, grads, last_use=True)
+        return Adversaries(maker, judge), {"loss": ps.metrics.mean(loss)}
+
+    def both():
+        return Adversaries(ps.init(model, tx), ps.init(cases["plain"].model, tx, seed=3))
+
+    expected, _ = trained(train_step, both(), batches(3))
+    state = both()
+    first = long_ones(state.maker) | {f"judge{k}": v for k, v in long_ones(state.judge).items()}
+    actual, _ = trained(ps.donate(train_step), state, batches(3))
+    assert_trees_equal(actual, expected)
+    assert long_ones(actual.maker) | {f"judge{k}": v for k, v in long_ones(actual.judge).items()} == first
+    with pytest.raises(DonatedStateError, match="this Adversaries was consumed by train_step"):
+        _ = state.maker
+
+
 # --- what can be donated ----------------------------------------------------------------------------------------------
 
 
