@@ -37,12 +37,13 @@ def markdown(results: Results) -> str:
 
 def _heading(results: Results) -> str:
     machine = results["machine"]
+    took = results.get("took", {"all": results.get("seconds", 0.0)})
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"# Benchmark, {results['settings']}\n\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}; "
         f"Python {machine['python']}; {machine['compiler']}; {versions}. One thread per process; load at the start "
-        f"{machine['load']:.1f}; {results['seconds'] / 60:.0f} minutes, {results['date']}. A ratio is the "
+        f"{machine['load']:.1f}; {sum(took.values()) / 60:.0f} minutes, {results['date']}. A ratio is the "
         "median of the ratios of rounds, in brackets its quartiles."
     )
 

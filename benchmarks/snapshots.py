@@ -33,6 +33,7 @@ def run(settings: Any, say: Say) -> dict[str, Any]:
         "dcp": _Distributed(asynchronous=False),
         "dcp-async": _Distributed(asynchronous=True),
     }
+    kinds = {name: kinds[name] for name in settings.snapshot_kinds}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="purestep-bench-") as folder:
