@@ -22,12 +22,11 @@ CODE = "import time; t = time.perf_counter(); import {}; print(time.perf_counter
 
 def run(settings: Any, say: Say) -> dict[str, Any]:
     """Return `{name: {"seconds": (median, quartiles), "rounds": [...]}}`; what is not installed is left out."""
-    chosen = {name: LIBRARIES[name] for name in settings.imports}
-    rounds: dict[str, list[float]] = {name: [] for name in chosen}
-    for number in range(settings.import_rounds + 1):  # the first one fills the page cache
-        for name, modules in chosen.items():
+    rounds: dict[str, list[float]] = {name: [] for name in settings.import_rounds}
+    for number in range(max(settings.import_rounds.values()) + 1):  # the first one fills the page cache
+        for name in [name for name, times in settings.import_rounds.items() if number <= times]:
             done = subprocess.run(
-                [sys.executable, "-c", CODE.format(modules)],
+                [sys.executable, "-c", CODE.format(LIBRARIES[name])],
                 capture_output=True,
                 text=True,
                 env={**os.environ, **ENVIRONMENT},

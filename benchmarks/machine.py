@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = "torch lightning accelerate jax jaxlib flax optax numpy orbax-checkpoint purestep".split()
+PACKAGES = "torch torchao lightning accelerate jax jaxlib flax optax numpy orbax-checkpoint purestep".split()
 
 
 def describe() -> dict[str, Any]:

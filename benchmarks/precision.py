@@ -8,16 +8,13 @@ from typing import Any
 from benchmarks.training import Say, spread, start
 from benchmarks.worker import Failure
 
-# The small one first: memory that a process keeps after it would count for the next.
-WORKLOADS = ("gpt", "mid")
-
 
 def run(settings: Any, say: Say) -> dict[str, Any]:
     """Return `{workload: {policy: {"us", "ratio", "peak", "grown"}}, "failed": {...}}`; ratios are to policy 32."""
     workers, failed = start([f"policy-{policy}" for policy in settings.policies], say)
     results: dict[str, Any] = {"failed": failed}
     try:
-        for workload in WORKLOADS:
+        for workload in settings.policy_workloads:
             found = results[workload] = _timed(workers, workload, settings, failed)
             say(f"policies on {workload}: " + ", ".join(f"{p} {v['ratio'][0]:.2f}" for p, v in found.items()))
     finally:

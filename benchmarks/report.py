@@ -11,6 +11,7 @@ from benchmarks.peers import ALL as PEERS
 from benchmarks.training import ratio, spread
 
 Results = Mapping[str, Any]
+SNAPSHOT = {"block": "blocking", "total": "durable", "restore": "restore", "delete": "deleting"}
 
 
 def markdown(results: Results) -> str:
@@ -36,12 +37,13 @@ def markdown(results: Results) -> str:
 
 def _heading(results: Results) -> str:
     machine = results["machine"]
+    took = results.get("took", {"all": results.get("seconds", 0.0)})
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"# Benchmark, {results['settings']}\n\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}; "
         f"Python {machine['python']}; {machine['compiler']}; {versions}. One thread per process; load at the start "
-        f"{machine['load']:.1f}; {results['seconds'] / 60:.0f} minutes, {results['date']}. A ratio is the "
+        f"{machine['load']:.1f}; {sum(took.values()) / 60:.0f} minutes, {results['date']}. A ratio is the "
         "median of the ratios of rounds, in brackets its quartiles."
     )
 
@@ -151,10 +153,14 @@ def _snapshots(results: Any) -> str:
     rows = []
     for name, rounds in results["rounds"].items():
         if rounds:
-            middle = [f"{statistics.median(r[what] for r in rounds):.2f} s" for what in ("block", "total", "restore")]
+            middle = [f"{statistics.median(r[what] for r in rounds):.2f} s" for what in SNAPSHOT]
             rows.append([{"torch": "torch.save + fsync, torch.load"}.get(name, name), *middle])
-    rows += [[name, _why(text), "-", "-"] for name, text in results["failed"].items()]
-    return f"## Snapshot of {results['mb']} MB\n\n" + table(["", "blocking", "durable", "restore"], rows)
+    rows += [[name, _why(text), "-", "-", "-"] for name, text in results["failed"].items()]
+    return (
+        f"## Snapshot of {results['mb']} MB\n\n" + table(["", *SNAPSHOT.values()], rows) + "\n\n"
+        "All restore from the page cache. A store deletes what its policy does not keep once a snapshot is durable, in "
+        "the background; what deleting one takes is in the last column."
+    )
 
 
 def _loop_cost(results: Any) -> str:
@@ -163,8 +169,8 @@ def _loop_cost(results: Any) -> str:
         "## Cost of `fit`\n\n"
         f"MLP, jit, donated: a bare loop takes {bare[0]:.0f} us a step; `fit` adds {step[0]:.1f} us "
         f"[{step[1]:.1f}, {step[2]:.1f}], and {key[0]:.2f} us [{key[1]:.2f}, {key[2]:.2f}] for each further metric "
-        f"({results['steps']} steps a call, {results['rounds']} rounds). Until its first steps are done, a call takes "
-        f"{results['start_ms'][0]:.0f} ms."
+        f"(CPU time; {results['rounds']} turns of {results['steps']} steps, after each of which `fit` logs). A call of "
+        f"`fit` costs {results['call_ms'][0]:.0f} ms besides its steps, which is the check before the first of them."
     )
 
 

@@ -1,6 +1,7 @@
-"""Run the benchmark: `python -m benchmarks.run [--quick] [--only SECTION ...] [--report FILE]`.
+"""Run the benchmark: `python -m benchmarks.run [--quick] [--only SECTION ...] [--resume] [--report FILE]`.
 
-Writes `results/<name>.json`, `.md` and `.png` after every section, so that what was measured before a failure is kept.
+Writes `results/<name>.json`, `.md` and `.png` after every section, so that what was measured before a failure or an
+interruption is kept, and `--resume` goes on from there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import sys
 import time
 import traceback
@@ -16,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, report
-from benchmarks.settings import FULL, QUICK, Settings
+from benchmarks.settings import FULL, QUICK, SECTIONS, Settings
 
-SECTIONS = ("training", "loop_cost", "compile_time", "memory", "precision", "snapshots", "imports", "sharding")
-# Each in a process of its own: it may leave memory, threads and imports behind.
 FOLDER = Path(__file__).parent / "results"
+_CHANGING = ("load", "system")  # of a machine that is the same
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,15 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     results: dict[str, Any] = {"settings": settings.name, "date": datetime.date.today().isoformat()}
     results["machine"] = machine.describe()
-    before = FOLDER / f"{name}.json"
-    if options.only and before.exists():
-        results |= {k: v for k, v in json.loads(before.read_text()).items() if k in SECTIONS}
-    for section in options.only or SECTIONS:
+    results["took"] = {}
+    kept = _measured(FOLDER / f"{name}.json", results["machine"]) if options.only or options.resume else {}
+    results |= {key: value for key, value in kept.items() if key in SECTIONS}
+    results["took"] |= {key: value for key, value in kept.get("took", {}).items() if key in results}
+    for section in options.only or settings.sections:
+        if options.resume and "error" not in results.get(section, {"error": "not measured"}):
+            say(f"--- {section}: measured before")
+            continue
         say(f"--- {section}")
+        started = time.perf_counter()
         found = in_process(section, settings, say)
         if found is not None:
             results[section] = found
-        results["seconds"] = time.perf_counter() - began
+            results["took"][section] = time.perf_counter() - started
         write(results, FOLDER / name)
     print(report.markdown(results))
     return int(any("error" in results.get(section, {}) for section in SECTIONS))
@@ -58,9 +64,21 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller and shorter")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections; the others stay as they were")
+    parser.add_argument("--resume", action="store_true", help="leave out the sections that were measured before")
     parser.add_argument("--name", help="name of the files in benchmarks/results")
     parser.add_argument("--report", metavar="FILE", help="only write table and chart of this JSON file")
     return parser.parse_args(arguments)
+
+
+def _measured(file: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of an earlier run, unless it was on another machine or with other versions."""
+    if not file.exists():
+        return {}
+    before: dict[str, Any] = json.loads(file.read_text())
+    same = all(before["machine"].get(key) == now[key] for key in now if key not in _CHANGING)
+    if not same:
+        print(f"{file} was measured on another machine or with other versions; it is not used", file=sys.stderr)
+    return before if same else {}
 
 
 def in_process(section: str, settings: Settings, say: Any) -> Any:
@@ -90,14 +108,14 @@ def in_process(section: str, settings: Settings, say: Any) -> Any:
 
 
 def _section(pipe: Any, section: str, settings: Settings) -> None:
-    import os
-
     from benchmarks.worker import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": str(settings.cache)})
     try:
-        found = importlib.import_module(f"benchmarks.{section}").run(settings, lambda text: pipe.send(("say", text)))
-        pipe.send(("done", found))
+        run = getattr(importlib.import_module(f"benchmarks.{section}"), "run", None)
+        if run is None:
+            pipe.send(("say", f"benchmarks/{section}.py has no run(), so it is left out"))
+        pipe.send(("done", run and run(settings, lambda text: pipe.send(("say", text)))))
     except Exception:
         pipe.send(("say", traceback.format_exc()))
         pipe.send(("done", {"error": traceback.format_exc()}))

@@ -23,12 +23,33 @@ EVERYBODY: Names = (
 )
 # Compiling a CNN twice more says nothing new; with 50 M parameters each needs 0.6 GB and loops cost nothing beside.
 ON_CNN: Names = (*EAGER[:2], "compile-all", "lightning-log", "jax", "ps-eager", "ps-fused", "ps-donate", "ps-fit")
-ON_WIDE: Names = ("loop", "loop-fused", "compile-all", "lightning", "jax", "ps-fused", "ps-jit", "ps-donate")
+ON_WIDE: Names = (
+    "loop",
+    "loop-fused",
+    "compile-all",
+    "lightning",
+    "jax",
+    "ps-fused",
+    "ps-eager-donate",
+    "ps-fused-donate",
+    "ps-jit",
+    "ps-donate",
+)
 SHARDED: Names = (
     *("torch ddp", "torch ddp, compiled", "torch fully_shard"),
     *(f"{kind} {sums}{jit}" for kind in ("ddp", "fsdp") for sums in ("fast", "tree") for jit in ("", ", jit")),
 )
-QUICK_ONES: Names = ("loop", "loop-fused", "compile-all", "lightning-log", "jax", "ps-fused", "ps-donate", "ps-fit")
+QUICK_ONES: Names = ("loop", "loop-fused", "compile-all", "lightning-log", "jax", "ps-fused", "ps-donate")
+SECTIONS: Names = (
+    "training",
+    "loop_cost",
+    "compile_time",
+    "memory",
+    "precision",
+    "snapshots",
+    "imports",
+    "sharding",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +58,21 @@ class Settings:
 
     Attributes:
         name: of the settings, and of the files with the results.
+        sections: in order; each has a process of its own.
         training: trainers by workload.
         rounds: rounds of the training section; each trainer takes `round_seconds` in each.
-        loop_rounds: rounds of `loop_steps` steps of the loop section.
+        loop_rounds: turns of the loop section, of `loop_steps` steps each: as many as `fit` takes from row to row.
         compile_rounds: by workload, how often everybody compiles with an empty cache.
         memory: trainers of the memory section.
-        policies: precision policies; `policy_rounds` rounds of `policy_steps` steps each.
-        imports: libraries to import, `import_rounds` times.
-        snapshot_rounds: how often `snapshot_mb` MB are saved and restored, by each kind.
+        policies: precision policies, on `policy_workloads`; `policy_rounds` rounds of `policy_steps` steps each.
+        import_rounds: by library, how often it is imported.
+        snapshot_rounds: how often `snapshot_mb` MB are saved and restored, by each of `snapshot_kinds`.
         sharding: variants by model on several processes: `sharding_rounds` rounds of `sharding_steps` steps each.
         cache: compiled code of all processes of a run, kept beside the results, so that a second run is quicker.
     """
 
     name: str
+    sections: Names
     training: dict[str, Names]
     rounds: int
     round_seconds: float
@@ -58,10 +81,11 @@ class Settings:
     compile_rounds: dict[str, int]
     memory: Names
     policies: Names
+    policy_workloads: Names
     policy_rounds: int
     policy_steps: int
-    imports: Names
-    import_rounds: int
+    import_rounds: dict[str, int]
+    snapshot_kinds: Names
     snapshot_rounds: int
     sharding: dict[str, Names]
     sharding_rounds: int
@@ -72,37 +96,46 @@ class Settings:
 
 FULL = Settings(
     name="full",
+    sections=SECTIONS,
     training={"mlp": EVERYBODY, "gpt": EVERYBODY, "cnn": ON_CNN, "wide": ON_WIDE},
     rounds=9,
     round_seconds=0.25,
-    loop_rounds=41,
-    loop_steps=500,
+    loop_rounds=400,
+    loop_steps=50,
     compile_rounds={"mlp": 2, "gpt": 1},
-    memory=("loop", "loop-fused", "compile-all", "lightning", "jax", "ps-eager", "ps-fused", "ps-jit", "ps-donate"),
+    memory=(
+        *("loop", "loop-fused", "compile-all", "lightning", "jax"),
+        *("ps-eager", "ps-fused", "ps-eager-donate", "ps-fused-donate", "ps-jit", "ps-donate"),
+    ),
     policies=POLICIES,
-    policy_rounds=5,
+    # The small one first: memory that a process keeps after it would count for the next.
+    policy_workloads=("gpt", "mid"),
+    policy_rounds=7,
     policy_steps=1,
-    imports=("torch", "purestep", "lightning", "accelerate", "jax"),
-    import_rounds=4,
+    import_rounds={"torch": 7, "purestep": 7, "lightning": 3, "accelerate": 3, "jax": 3},
+    snapshot_kinds=("torch", "purestep", "dcp", "dcp-async"),
     snapshot_rounds=7,
     sharding={"mlp": SHARDED, "gpt": SHARDED},
     sharding_rounds=11,
     sharding_steps=8,
 )
+# For a look in between, in less than five minutes with nothing compiled before.
 QUICK = Settings(
     name="quick",
-    training={"mlp": QUICK_ONES, "gpt": QUICK_ONES},
+    sections=("training", "loop_cost", "memory", "precision", "snapshots", "imports"),
+    training={"mlp": QUICK_ONES, "gpt": ("loop-fused", "jax", "ps-fused", "ps-donate")},
     rounds=7,
     round_seconds=0.1,
-    loop_rounds=15,
-    loop_steps=500,
-    compile_rounds={"mlp": 1},
-    memory=("loop-fused", "ps-donate"),
-    policies=("32", "bf16-mixed", "16-mixed"),
+    loop_rounds=100,
+    loop_steps=50,
+    compile_rounds={},
+    memory=("loop-fused", "ps-fused-donate"),
+    policies=("32", "bf16-mixed"),
+    policy_workloads=("gpt",),
     policy_rounds=3,
     policy_steps=1,
-    imports=("torch", "purestep"),
-    import_rounds=3,
+    import_rounds={"torch": 2, "purestep": 2},
+    snapshot_kinds=("torch", "purestep"),
     snapshot_rounds=3,
     sharding={"mlp": ("torch ddp", "torch fully_shard", "ddp fast", "ddp tree", "fsdp fast")},
     sharding_rounds=7,

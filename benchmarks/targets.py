@@ -89,10 +89,10 @@ def _warm(workload: str) -> Callable[[Results], Spread]:
     return read
 
 
-def _memory(field: str) -> Callable[[Results], Spread]:
+def _memory(name: str) -> Callable[[Results], Spread]:
     def read(results: Results) -> Spread:
         peers = results["memory"]["peers"]
-        value = peers["ps-donate"][field] / peers["loop-fused"][field]
+        value = peers[name]["peak"] / peers["loop-fused"]["peak"]
         return value, value, value
 
     return read
@@ -111,7 +111,7 @@ def _sharding(model: str, ours: str, theirs: str) -> Callable[[Results], Spread]
     return lambda results: sharding.ratio(results["sharding"], model, ours, theirs)
 
 
-_JIT = "jit, donated"
+_JIT, _EAGER = "jit, donated", "eager, fused=True, donated"
 TARGETS: tuple[Target, ...] = (
     Target(f"MLP: {_JIT} / hand-written loop, AdamW foreach", 0.35, _step("mlp", "ps-donate", "loop")),
     Target(f"MLP: {_JIT} / JAX jit, donated", 1.2, _step("mlp", "ps-donate", "jax")),
@@ -121,13 +121,16 @@ TARGETS: tuple[Target, ...] = (
     Target(f"GPT: {_JIT} / torch.compile, the faster way", 1.0, _fastest_compiled("gpt")),
     Target(f"GPT: {_JIT} / JAX jit, donated", 0.5, _step("gpt", "ps-donate", "jax")),
     Target("GPT: eager, fused=True / hand-written loop, AdamW fused", 1.05, _step("gpt", "ps-fused", "loop-fused")),
+    Target("MLP: eager, fused=True / hand-written loop, AdamW foreach", 1.2, _step("mlp", "ps-fused", "loop")),
+    Target(f"50 M: {_EAGER} / hand-written loop, AdamW fused", 1.1, _step("wide", "ps-fused-donate", "loop-fused")),
     Target("fit over a bare loop, a step", 10.0, lambda r: r["loop_cost"]["step_us"], "us"),
     Target("fit over a bare loop, a further metric key and step", 2.0, lambda r: r["loop_cost"]["key_us"], "us"),
     Target("MLP: cold compile / torch.compile of model and AdamW", 0.5, _compile("mlp")),
     Target("GPT: cold compile / torch.compile of model and AdamW", 0.5, _compile("gpt")),
     Target("MLP: warm start / cold", 0.25, _warm("mlp")),
     Target("GPT: warm start / cold", 0.25, _warm("gpt")),
-    Target(f"50 M: peak memory, {_JIT} / hand-written in place", 1.05, _memory("peak")),
+    Target(f"50 M: peak memory, {_JIT} / hand-written in place", 1.05, _memory("ps-donate")),
+    Target(f"50 M: peak memory, {_EAGER} / hand-written in place", 1.1, _memory("ps-fused-donate")),
     Target("import purestep / import torch", 1.2, _import),
     Target("500 MB snapshot: blocking / torch.save + fsync", 0.3, _snapshot("block")),
     Target("500 MB snapshot: durable / torch.save + fsync", 1.2, _snapshot("total")),

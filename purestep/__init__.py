@@ -15,6 +15,7 @@ from purestep.functional import apply as apply
 from purestep.functional import bind as bind
 from purestep.functional import checkpoint as checkpoint
 from purestep.grad import grad_and_value as grad_and_value
+from purestep.jit import donate as donate
 from purestep.jit import jit as jit
 from purestep.lazy import attach
 from purestep.state import TrainState as TrainState

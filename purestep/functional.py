@@ -8,9 +8,8 @@ module is left changed. `grad`, `step` and users' own steps call it.
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from purestep import transforms
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
+from purestep.keyed.mode import Key
 from purestep.slots import Definition as Definition
 from purestep.slots import Slots as Slots
 from purestep.slots import slots as slots
@@ -49,7 +49,8 @@ class bind:
         module: any module. It is not changed: flags, tensors and hooks are as before afterwards.
         params: tensors by parameter name, as `named_parameters` has them (a tied one once, under its first name).
         buffers: tensors by buffer name; parameters that are not trained may be among them. Buffers are cloned first.
-        rng: int64[2] key of everything random, or None: then random operations raise RandomnessError.
+        rng: int64[2] key of everything random, or a function that makes it if it is needed; or None: then random
+            operations raise RandomnessError.
         train: True runs in training mode (as `module.train()` would set it; if the module is in training mode already,
             the flags of its submodules are respected, so a frozen BatchNorm stays frozen). False runs in evaluation
             mode.
@@ -77,7 +78,7 @@ class bind:
         params: Tensors,
         buffers: Tensors | None = None,
         *,
-        rng: Tensor | None = None,
+        rng: Key = None,
         train: bool = True,
         around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
@@ -177,7 +178,8 @@ class bind:
         Args:
             calls: how many random operations came before what is recomputed.
         """
-        repeated = copy.copy(self)
+        repeated = object.__new__(bind)
+        repeated.__dict__.update(self.__dict__)
         repeated.new_buffers = {}
         repeated.first_call = calls
         repeated.mode = KeyedRandom(self.mode.key)
@@ -195,8 +197,9 @@ class bind:
         repeated.exclusive = True
         repeated.mode = KeyedRandom(None, refusal=_RECOMPUTED)
         same = [o.given for o in others if o.module is self.module and o is not self]
-        unclear = [n for n, t in self.given.items() if any(given.get(n) is not t for given in same)]
-        repeated.given = self.given | {n: torch.empty_like(self.given[n], device="meta") for n in unclear}
+        if same:
+            unclear = [n for n, t in self.given.items() if any(given.get(n) is not t for given in same)]
+            repeated.given = self.given | {n: torch.empty_like(self.given[n], device="meta") for n in unclear}
         return repeated
 
 
@@ -238,29 +241,43 @@ def apply(
     return out, bound.new_buffers
 
 
-@contextlib.contextmanager
-def gradient_scope() -> Iterator[list[bind]]:
+class gradient_scope:
     """Collect the bindings whose results are differentiated, so that `backward_scope` can restore them."""
-    outer = getattr(_local, "scope", None)
-    collected: list[bind] = []
-    _local.scope = collected
-    try:
-        yield collected
-    finally:
-        _local.scope = outer
+
+    def __enter__(self) -> list[bind]:
+        self.outer = getattr(_local, "scope", None)
+        collected: list[bind] = []
+        _local.scope = collected
+        return collected
+
+    def __exit__(self, *error: Any) -> None:
+        _local.scope = self.outer
 
 
-@contextlib.contextmanager
-def backward_scope(collected: list[bind]) -> Iterator[None]:
+class backward_scope:
     """Make the bindings of the forward pass active in the backward pass, where checkpoints call the module again."""
-    _local.scope, outer = None, getattr(_local, "scope", None)
-    try:
-        with contextlib.ExitStack() as stack:
-            for bound in collected:
-                stack.enter_context(bound.silent(collected))
-            yield
-    finally:
-        _local.scope = outer
+
+    def __init__(self, collected: list[bind]) -> None:
+        self.collected = collected
+        self.entered: list[bind] = []
+
+    def __enter__(self) -> None:
+        self.outer, _local.scope = getattr(_local, "scope", None), None
+        try:
+            for bound in self.collected:
+                repeated = bound.silent(self.collected)
+                repeated.__enter__()
+                self.entered.append(repeated)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            while self.entered:
+                self.entered.pop().__exit__(*error)
+        finally:
+            _local.scope = self.outer
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,9 @@ from purestep.treesum import TreeSum as TreeSum
 
 T = TypeVar("T")
 Engine = Literal["auto", "autograd", "func"]
-_gradient = undispatched(torch.autograd.grad)
+# What torch.autograd.grad comes to for one number: the rest of it takes as long as the backward pass of a small model.
+_engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_autograd_grad = undispatched(torch.autograd.grad)
 
 
 def grad_and_value(
@@ -103,11 +105,10 @@ def _autograd(
         _check_value(value, getattr(function, "__name__", "the function"))
         if not value.requires_grad:
             raise _independent(value)
-    # Dynamo knows the function by its identity; elsewhere the modes of the backward scope have to be active inside.
-    gradient = torch.autograd.grad if torch.compiler.is_compiling() else _gradient
+    one = torch.ones_like(value)
     try:
         with backward_scope(scope):
-            found = gradient(value, tracked, allow_unused=True)
+            found = _gradient(value, one, tracked)
     except CheckpointError as error:
         raise StepError(
             explain(
@@ -133,6 +134,15 @@ def _independent(value: Tensor) -> StepError:
             instead="compute it from net(batch[...]), not from the module that net was made of",
         )
     )
+
+
+def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Any:
+    """Run the backward pass, with the modes of the backward scope active inside."""
+    if torch.compiler.is_compiling():  # Dynamo knows the function by its identity
+        return torch.autograd.grad(value, inputs, one, allow_unused=True)
+    if _engine is None:
+        return _autograd_grad(value, inputs, one, allow_unused=True)
+    return _engine((value,), (one,), False, False, tuple(inputs), True, accumulate_grad=False)
 
 
 def _track(leaf: Any, index: int, structure: Any) -> Tensor:
@@ -161,6 +171,8 @@ def _check_value(value: Any, name: str) -> None:
 
 def stop_gradient(value: T) -> T:
     """Detach every tensor of a tree; one that is part of no graph stays the very tensor it is."""
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(value)):
+        return value
     return tree.map(lambda x: x.detach() if isinstance(x, Tensor) and x.requires_grad else x, value)
 
 

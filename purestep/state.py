@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import bits, random, transforms, tree
+from purestep import bits, given, random, transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation, check_transformation
+from purestep.optim.blocks import advance, is_long
 from purestep.tree import Filter, pytree, static
 
 if TYPE_CHECKING:
@@ -61,7 +62,14 @@ class TrainState:
         return new
 
     def apply_gradients(
-        self, tx: GradientTransformation, grads: Any, *, buffers: Mapping[str, Tensor] | None = None, **extra: Any
+        self,
+        tx: GradientTransformation,
+        grads: Any,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        accept: Tensor | None = None,
+        last_use: bool = False,
+        **extra: Any,
     ) -> Self:
         """Return the state after one update.
 
@@ -72,6 +80,9 @@ class TrainState:
             tx: the transformation whose `init` made `opt_state`.
             grads: gradients, of the structure of `params`.
             buffers: buffers after the forward pass; unchanged by default.
+            accept: 0-d bool tensor: whether the update counts. Otherwise the state stays as it is. None: it counts.
+            last_use: says that nobody reads params or optimizer state of this state after the call. If it was given
+                away (`ps.donate`), long tensors are then written over; otherwise nothing is.
             **extra: passed to `tx.update`, besides `step`.
 
         Raises:
@@ -80,10 +91,18 @@ class TrainState:
         _check_same("gradients", grads, "params", self.params)
         if buffers is not None and buffers.keys() != self.buffers.keys():
             _check_same("buffers", dict(buffers), "buffers", self.buffers)
+        reuse = last_use and given.offered(self)
+        if reuse:
+            places = self.long_memory()
+            grads, buffers, extra = given.apart((grads, buffers, extra), places)
+            reuse = bool(places) and given.take(self)
         with transforms.unrecorded():
-            updates, opt_state = tx.update(grads, self.opt_state, self.params, step=self.step, **extra)
-            params = tx.apply(self.params, updates, opt_state)
+            params, opt_state = advance(
+                *(tx, grads, self.opt_state, self.params), accept=accept, reuse=reuse, step=self.step, **extra
+            )
             applied = tx.applied(opt_state)
+            if accept is not None:
+                applied = accept if applied is None else applied & accept
             buffers = self.buffers if buffers is None else dict(buffers)
             if applied is None:
                 step = self.step + 1
@@ -92,6 +111,12 @@ class TrainState:
                 buffers = tree.select(applied, buffers, self.buffers)
         return self.replace(step=step, params=params, buffers=buffers, opt_state=opt_state)
 
+    def long_memory(self) -> frozenset[int]:
+        """Return where the tensors lie that an update writes over if the state was given away."""
+        if not any(map(is_long, self.params.values())):
+            return frozenset()  # what of the optimizer's state is written over is shaped like a parameter
+        return given.memory(x for x in tree.leaves((self.params, self.opt_state)) if is_long(x))
+
     def _repr_html_(self) -> str:
         from purestep import notebook
 
@@ -99,6 +124,9 @@ class TrainState:
 
 
 def _check_same(what: str, given: Any, field: str, own: Any) -> None:
+    flat = type(given) is dict and type(own) is dict and given.keys() == own.keys()
+    if flat and all(isinstance(x, Tensor) and x.shape == own[name].shape for name, x in given.items()):
+        return
     left, right = tree.names(given), tree.names(own)
     odd = sorted(set(left) ^ set(right))
     if odd or len(left) != len(right) or tree.structure(given) != tree.structure(own):

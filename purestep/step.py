@@ -7,6 +7,7 @@ parallelism put a fixed-order sum between them. `make_eval` makes the read-only 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from purestep import given, random, transforms, tree
 from purestep import metrics as metrics_
-from purestep import random, transforms, tree
 from purestep.accumulate import Gradients, accumulate
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
@@ -97,6 +98,8 @@ class Step:
         """Return the state after one update, and the metrics of the batch."""
         if self.plan is not None:
             return self._planned(self.plan, state, batch)
+        if self.parts == 1:
+            return self.update(state, self.grads(state, batch))
         total = accumulate(state, sample_count(batch), self.parts)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
             total.add(self.grads(state, microbatch, index), index)
@@ -107,6 +110,7 @@ class Step:
 
         total.check(plan, self)
         view = place.local(state)
+        given.also(state, view)
         gradients = total.total(plan, self.parts, state, view, batch, self._grads)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             new, metrics = self.update(view, gradients)
@@ -119,7 +123,7 @@ class Step:
     def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, turn: Any) -> Gradients:
         """Do what `grads` says. A `turn` gathers parameters that the state holds parts of, and takes what is summed."""
         samples, cast = sample_count(microbatch), casting(self.policy, definition(state).module)
-        rng = random.fold_in(state.rng, state.step, index)
+        rng = functools.partial(random.fold_in, state.rng, state.step, index)
         cast.check(state)
         given = cast.buffers(state.buffers)
         params = cast.params(state.params)
@@ -144,13 +148,17 @@ class Step:
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
         """Apply the gradients of a whole batch; a skipped update counts itself in the metric `skipped`."""
         metrics = gradients.metrics
+        if given.offered(state):
+            metrics = given.apart(metrics, state.long_memory())
         grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
         value = metrics["loss"].compute()
-        new = state.apply_gradients(self.tx, grads, buffers=gradients.buffers, value=value)
+        new = state.apply_gradients(
+            self.tx, grads, buffers=gradients.buffers, accept=finite, last_use=True, value=value
+        )
         applied = self.tx.applied(new.opt_state)
         if finite is not None:
             applied = finite if applied is None else applied & finite
-            new = tree.select(finite, new, state).replace(loss_scale=state.loss_scale.adjust(finite))
+            new = new.replace(loss_scale=state.loss_scale.adjust(finite))
         if applied is not None:
             metrics = metrics | {"skipped": metrics_.Sum(1 - applied.to(torch.int64))}
         return new, metrics
@@ -323,7 +331,7 @@ class Eval:
         samples, cast = sample_count(batch), casting(self.policy, definition(state).module)
         view = state if self.plan is None else place.local(state)
         params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
-        rng = random.fold_in(state.rng, "eval")
+        rng = functools.partial(random.fold_in, state.rng, "eval")
         with transforms.unrecorded(), cast.scope(params):
             if self.plan is not None:
                 from purestep.parallel.gathering import evaluated

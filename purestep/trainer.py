@@ -58,6 +58,7 @@ def fit(
     on_save_error: Literal["continue", "stop"] = "continue",
     strict: bool = False,
     grace_seconds: float | None = None,
+    donate: bool = False,
 ) -> Result:
     """Train until the end, and return what came of it. A second call with the same run_dir continues the first.
 
@@ -76,6 +77,9 @@ def fit(
         strict: refuse to resume, instead of warning, where bits may differ (another number of intra-op threads).
         grace_seconds: how long the scheduler waits between SIGTERM and SIGKILL. After a signal the run returns within
             this time, even if the disk is still writing its last snapshot; None waits until it is durable.
+        donate: update states in place, which the run alone owns: `ps.donate(step)` for a step that is not compiled. The
+            state that is given stays as it is, and one that a callback or the caller kept from an earlier event cannot
+            be used any more. The bits are the same.
 
     Returns:
         Result with state, metrics, reason and run_dir. After SIGINT or SIGTERM the run ends at the next step, with a
@@ -108,6 +112,7 @@ def fit(
         on_save_error=on_save_error,
         strict=strict,
         grace_seconds=grace_seconds,
+        donate=donate,
     )
     for _ in events:
         pass

@@ -91,7 +91,7 @@ def _pytree(cls: Any, eq: bool) -> Any:
         )
     made: Any = dataclasses.dataclass(frozen=True, eq=eq)(cls)
     if not hasattr(made, "replace"):
-        made.replace = dataclasses.replace
+        made.replace = dataclasses.replace if hasattr(made, "__post_init__") else replaced
     _register(made)
     return made
 
@@ -164,6 +164,19 @@ def node_build(cls: type[T], values: Mapping[str, Any]) -> T:
     return node
 
 
+def replaced(node: T, **changes: Any) -> T:
+    """Return a `pytree` node with some fields changed: `dataclasses.replace` without a call of `__init__`.
+
+    Raises:
+        TypeError: the node has no such field.
+    """
+    values = {**node.__dict__, **changes}
+    if len(values) != len(node.__dict__):
+        unknown = ", ".join(repr(name) for name in changes if name not in node.__dict__)
+        raise TypeError(f"{type(node).__name__} has no field {unknown}; it has {', '.join(node.__dict__)}")
+    return node_build(type(node), values)
+
+
 # --- consumed nodes ---------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +200,7 @@ def _consumed_message(node: Any, use: str) -> str:
         where=f"{values['was']}{use}",
         why="a donating step writes the new state over the memory of the one it was given",
         instead="state, metrics = step(state, batch)   # go on with the state that was returned\n"
-        "or ps.jit(step), which keeps the old state and needs its memory",
+        "or the same step without donation, which keeps the old state and needs its memory",
     )
 
 

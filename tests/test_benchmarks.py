@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import machine, peers, report, run, sharding, targets, training, workloads
 from benchmarks.peers import base
+from benchmarks.settings import SECTIONS
 from benchmarks.worker import Failure
 
 
@@ -78,7 +79,7 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on():
 
 
 def results(**sections):
-    about = {"settings": "quick", "date": "2026-01-31", "seconds": 61.0, "machine": machine.describe()}
+    about = {"settings": "quick", "date": "2026-01-31", "took": {"training": 61.0}, "machine": machine.describe()}
     return about | sections
 
 
@@ -106,6 +107,9 @@ def test_every_peer_of_the_settings_exists_and_the_others_are_not_imported():
         assert settings.training.keys() | settings.compile_rounds.keys() <= workloads.ALL.keys()
         assert settings.sharding.keys() <= sharding.MODELS.keys()
         assert {name for chosen in settings.sharding.values() for name in chosen} <= sharding.VARIANTS.keys()
+        assert set(settings.policy_workloads) <= workloads.ALL.keys()
+        assert set(settings.sections) <= set(SECTIONS)
+    assert run.FULL.sections == SECTIONS
     assert set(run.FULL.sharding["gpt"]) == sharding.VARIANTS.keys()
 
 
@@ -134,6 +138,61 @@ def test_the_report_is_written_with_a_chart(tmp_path):
     assert "| hand-written loop, AdamW foreach | 1.00 [1.00, 1.00] |" in text
     assert "loop_cost: failed" in text
     assert (tmp_path / "try.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def sections(tmp_path, monkeypatch):
+    """Runs the benchmark with sections that take no time; returns what was asked of them and what was written."""
+    asked = []
+
+    def found(section, settings, say):
+        asked.append(section)
+        if section == "imports" and asked.count(section) == 1:
+            return {"error": "Traceback\nOSError: no"}
+        return None if section == "sharding" else {"failed": {}, "peers": {}} if section == "memory" else {}
+
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    monkeypatch.setattr(run, "in_process", found)
+    monkeypatch.setattr(run.report, "markdown", lambda results: "")
+    monkeypatch.setattr(run.report, "chart", lambda results, path: None)
+
+    def start(*arguments):
+        asked.clear()
+        code = run.main(list(arguments))
+        return code, list(asked), json.loads((tmp_path / "full.json").read_text())
+
+    return start
+
+
+def test_a_run_goes_on_with_the_sections_that_are_missing(sections):
+    code, asked, written = sections()
+    assert (code, asked) == (1, list(SECTIONS))
+    assert "error" in written["imports"]
+    assert written["took"].keys() == set(SECTIONS) - {"sharding"}
+    assert sections("--resume")[1] == ["imports", "sharding"]  # what failed, and what was left out
+    code, asked, written = sections("--only", "memory")
+    assert (asked, written.keys() & set(SECTIONS)) == (["memory"], set(SECTIONS) - {"sharding"})
+    assert sections()[1] == list(SECTIONS)
+
+
+def test_results_of_another_machine_are_not_gone_on_with(sections, tmp_path, capsys):
+    sections()
+    written = json.loads((tmp_path / "full.json").read_text())
+    written["machine"]["versions"]["torch"] = "1.0"
+    (tmp_path / "full.json").write_text(json.dumps(written))
+    assert sections("--resume")[1] == list(SECTIONS)
+    assert "was measured on another machine or with other versions" in capsys.readouterr().err
+
+
+def test_a_section_without_run_is_left_out(monkeypatch):
+    import benchmarks.workloads
+
+    sent = []
+    pipe = type("Pipe", (), {"send": sent.append})
+    monkeypatch.setattr(run.os, "environ", {})
+    run._section(pipe, "workloads", run.QUICK)
+    assert not hasattr(benchmarks.workloads, "run")
+    assert sent == [("say", "benchmarks/workloads.py has no run(), so it is left out"), ("done", None)]
 
 
 @pytest.mark.parametrize("name", ["gpt", "cnn", "mlp"])

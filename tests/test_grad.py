@@ -73,6 +73,31 @@ def test_what_the_value_does_not_depend_on_has_gradient_zero(engine):
     assert torch.equal(grads["b"], torch.zeros(3))
 
 
+def test_without_the_shortcut_gradients_are_the_same(monkeypatch, seed):
+    """Where torch has no such function, its public one runs, under the modes of the backward pass too."""
+    from purestep import grad
+
+    block = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh())
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return ps.checkpoint(self.block, x).square().mean()
+
+    model, x = Net(), torch.randn(3, 4)
+
+    def loss_of(params):
+        return ps.apply(model, params, {}, x, rng=ps.random.key(1))[0]
+
+    assert grad._engine is not None
+    expected = grad_and_value(loss_of)(dict(model.named_parameters()))
+    monkeypatch.setattr(grad, "_engine", None)
+    assert tree.equal(grad_and_value(loss_of)(dict(model.named_parameters())), expected)
+
+
 def test_gradients_are_wanted_also_under_no_grad():
     params, x = make(0)
     with torch.no_grad():

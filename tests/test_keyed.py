@@ -200,6 +200,23 @@ def test_calls_are_numbered_and_a_number_can_be_started_from():
         torch.rand(4)
 
 
+def test_a_key_may_be_made_when_it_is_needed():
+    made = []
+
+    def make():
+        made.append(random.fold_in(random.key(3), 7))
+        return made[-1]
+
+    with KeyedRandom(make):
+        torch.add(X, 1)
+        assert not made
+        a = torch.rand(4)
+        torch.rand(4)
+    assert len(made) == 1
+    with KeyedRandom(random.fold_in(random.key(3), 7)):
+        assert torch.equal(torch.rand(4), a)
+
+
 def test_ordinary_functions_pass_and_out_and_requires_grad_are_honoured():
     out = torch.empty(0)
     with KeyedRandom(random.key(3)) as mode:

@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # The order of rooms: each may import from those before it, and from itself. `__init__` stands above all.
 ROOMS = (
-    "lazy errors cpus bits tree transforms notebook random keyed slots treesum sharding metrics optim precision "
+    "lazy errors cpus bits tree transforms given notebook random keyed slots treesum sharding metrics optim precision "
     "functional state grad accumulate parallel step jit data snapshot loggers ui loop callbacks trainer testing cli"
 ).split()
 

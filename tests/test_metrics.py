@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -237,6 +238,66 @@ def test_reading_many_steps_at_once():
     # Sums of what was read are float64: a float32 sum of this many would stop growing.
     big = to_host([{"n": Sum(torch.tensor(2.0**24))}, {"n": Sum(torch.tensor(1.0))}])
     assert float(metrics.merge(*big)["n"]) == 2**24 + 1
+
+
+VALUES = {
+    "tensor": lambda v: torch.tensor(float(v)),
+    "integers": lambda v: torch.tensor(v),
+    "bfloat16": lambda v: torch.tensor(float(v)).bfloat16(),
+    "numbers": float,
+    "some numbers": lambda v: float(v) if v % 2 else torch.tensor(float(v)),
+    "some with a dim": lambda v: torch.tensor([float(v)]) if v % 3 == 2 else torch.tensor(float(v)),
+    "long ones": lambda v: torch.full((3,), float(v)),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@given(st.lists(st.integers(-99, 99), max_size=30), st.lists(st.integers(0, 30), max_size=4))
+def test_what_is_recorded_does_not_depend_on_when_it_is_asked_for(kind, values, cuts):
+    made = [{"a": Sum(VALUES[kind](v)), "b": Mean(VALUES["tensor"](v), torch.tensor(1.0))} for v in values]
+    bounds = sorted({0, len(made), *(min(cut, len(made)) for cut in cuts)})
+    pieces = [to_host(made[i:j]) for i, j in itertools.pairwise(bounds)]
+    got = [step for piece in pieces for step in piece]
+    assert len(got) == len(made)
+    for before, after in zip(made, got, strict=True):
+        value, read = before["a"].value, after["a"].value
+        if isinstance(value, torch.Tensor) and value.ndim:
+            assert torch.equal(read, value)
+        else:
+            expected = value.item() if isinstance(value, torch.Tensor) else value
+            assert (type(read), read) == (type(expected), expected)
+        assert after["b"].total == float(before["b"].total)
+    if kind in ("tensor", "numbers") and values:
+        whole, parts = metrics.fold({}, to_host(made)), {}
+        for piece in pieces:
+            parts = metrics.fold(parts, piece)
+        assert tree.digest(whole) == tree.digest(parts)
+
+
+def test_what_lies_on_a_device_is_read_only_when_it_is_asked_for():
+    """On the meta device there is nothing to read: any look at a value raises."""
+    recorder = metrics.Recorder()
+    for _ in range(30):
+        recorder.add({"here": Sum(torch.tensor(1.0)), "there": Sum(torch.tensor(1.0, device="meta"))})
+    assert len(recorder) == 30
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        recorder.series()
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 8, 9, 20])
+def test_a_recorder_refuses_what_does_not_go_on(number):
+    recorder = metrics.Recorder()
+    for _ in range(number):
+        recorder.add({"a": Sum(torch.tensor(1.0))})
+    for odd, text in (
+        ({"a": Last(1)}, "a metric changed its type between two steps\n  where:   a: Sum and Last"),
+        ({"b": Sum(1)}, r"other metrics than the one before\n  where:   new: b; missing: a"),
+        ({"a": Sum(1), "b": Sum(1)}, r"other metrics than the one before\n  where:   new: b"),
+        ({}, r"other metrics than the one before\n  where:   missing: a"),
+    ):
+        with pytest.raises(MetricError, match=text):
+            to_host([*[{"a": Sum(torch.tensor(1.0))}] * number, odd])
+    assert len(recorder.series()) == number
 
 
 def test_samples_of_a_batch():

@@ -103,6 +103,21 @@ def test_nodes_are_frozen_compare_by_identity_and_replace():
     assert p.x == 1
     assert p != Point(1)
     assert {p: "hashable"}[p] == "hashable"
+    line = Line(1, label="l", z=3).replace(y=2)
+    assert (type(line), line.x, line.y, line.z, line.label) == (Line, 1, 2, 3, "l")
+    with pytest.raises(TypeError, match=r"Point has no field 'w'; it has x, y, label"):
+        p.replace(w=1)
+
+    @pytree
+    class Checked:
+        x: int
+
+        def __post_init__(self) -> None:
+            if self.x < 0:
+                raise ValueError("negative")
+
+    with pytest.raises(ValueError, match="negative"):
+        Checked(1).replace(x=-1)
 
     @pytree(eq=True)
     class Own:

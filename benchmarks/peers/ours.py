@@ -47,7 +47,7 @@ class Ours(Trainer):
         self.state = ps.init(workloads.module(work), tx, seed=0)
         if policy is not None:
             self.state = ps.precision.policy(policy).apply(self.state)
-        self.step = ps.jit(step, donate=donate) if jit else step
+        self.step = ps.jit(step, donate=donate) if jit else ps.donate(step) if donate else step
 
     def train(self, steps: int) -> float:
         state, step = self.state, self.step

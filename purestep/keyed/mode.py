@@ -18,6 +18,7 @@ from purestep import random
 from purestep.errors import RandomnessError, explain
 
 Handler = Callable[..., Any]
+Key = Tensor | Callable[[], Tensor] | None
 _handlers: dict[Any, Handler] = {}
 _PURE = "a pure step never touches the global generators"
 
@@ -34,7 +35,8 @@ class KeyedRandom(TorchFunctionMode):
     `normal_`, ...) draws from `fold_in(key, n)`, n counting the calls. What has no keyed form is refused by name.
 
     Args:
-        key: int64[2], or None: then a random operation raises RandomnessError.
+        key: int64[2], or a function that makes it, which is called when it is first needed; or None: then a random
+            operation raises RandomnessError.
         calls: how many random operations came before; recomputation restarts from the number it was at.
         refusal: text of the error that any random operation raises, in place of a draw.
 
@@ -46,7 +48,7 @@ class KeyedRandom(TorchFunctionMode):
         True
     """
 
-    def __init__(self, key: Tensor | None, calls: int = 0, *, refusal: str | None = None) -> None:
+    def __init__(self, key: Key, calls: int = 0, *, refusal: str | None = None) -> None:
         super().__init__()
         self.key = key
         self.calls = calls
@@ -82,6 +84,8 @@ class KeyedRandom(TorchFunctionMode):
                     "or train=False, which switches dropout off",
                 )
             )
+        if not isinstance(self.key, Tensor):
+            self.key = self.key()
         self.calls += 1
         key = random.fold_in(self.key, self.calls - 1)
         return key if like is None or key.device == like.device else key.to(like.device)

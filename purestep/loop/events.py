@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from purestep.metrics import Metric
-from purestep.tree import pytree
+from purestep.tree import pytree, replaced
 
 # --- the whole run in one value -----------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ class Cursor:
     loader: Any = None
 
     def replace(self, **changes: Any) -> Cursor:
-        return dataclasses.replace(self, **changes)
+        return replaced(self, **changes)
 
 
 @pytree
@@ -56,7 +56,7 @@ class Status:
     boundary: float = 0.0
 
     def replace(self, **changes: Any) -> Status:
-        return dataclasses.replace(self, **changes)
+        return replaced(self, **changes)
 
 
 @pytree
@@ -78,7 +78,7 @@ class LoopState:
     elapsed: float = 0.0
 
     def replace(self, **changes: Any) -> LoopState:
-        return dataclasses.replace(self, **changes)
+        return replaced(self, **changes)
 
 
 # --- events: what happened ----------------------------------------------------------------------------------------

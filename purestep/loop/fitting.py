@@ -12,7 +12,7 @@ import torch
 
 from purestep import metrics, tree
 from purestep.errors import ConfigError, explain
-from purestep.jit import jit
+from purestep.jit import Donating, donate, jit
 from purestep.loop import memory
 from purestep.loop.dry import dry_run
 from purestep.step import Step
@@ -25,9 +25,11 @@ def is_auto(step: Any) -> bool:
 
 
 def with_microbatches(step: Any, count: int) -> Any:
-    """Return a step with a number of microbatches, compiled as the given one is."""
+    """Return a step with a number of microbatches, compiled or donating as the given one is."""
     inner = getattr(step, "__wrapped__", step)
     settled = dataclasses.replace(inner, microbatches=count)
+    if isinstance(step, Donating):
+        return donate(settled)
     return settled if step is inner else jit(settled, donate=step.donate, backend=step.backend, mode=step.mode)
 
 

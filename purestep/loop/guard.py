@@ -38,8 +38,7 @@ class Guard:
         self.step = step
         self.metrics: tuple[str, ...] | None = None
         self._first: Any = None
-        self._keys: Any = None
-        self._dtypes: list[Any] = []
+        self._dtypes: dict[str, torch.dtype] = {}
         self._free: int | None = None
         self._told = False
 
@@ -71,17 +70,22 @@ class Guard:
         batch = _rows(batch)
         self._first = tree.map(_shape_of, batch)
         if type(batch) is dict and all(isinstance(value, Tensor) for value in batch.values()):
-            self._keys, self._dtypes = batch.keys(), [value.dtype for value in batch.values()]
+            self._dtypes = {name: value.dtype for name, value in batch.items()}
 
     def same(self, batch: Any, index: int) -> None:
         """Warn, once, when a batch has another structure or other dtypes than the first one."""
-        batch = _rows(batch)
-        if type(batch) is dict and self._keys is not None:
-            try:
-                if batch.keys() == self._keys and [value.dtype for value in batch.values()] == self._dtypes:
-                    return
-            except AttributeError:
-                pass
+        if type(batch) is not dict:
+            batch = _rows(batch)
+        if type(batch) is dict and self._dtypes:
+            if len(batch) == len(self._dtypes):
+                try:
+                    for name, dtype in self._dtypes.items():
+                        if batch[name].dtype is not dtype:
+                            break
+                    else:
+                        return
+                except (KeyError, AttributeError):
+                    pass
         elif self._first is None or self._told:
             return
         self._compare(batch, index)

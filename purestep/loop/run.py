@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from purestep import data, loggers, metrics, tree
-from purestep.errors import ConfigError, explain
+from purestep.jit import donate as donate_
 from purestep.loop import memory
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
+from purestep.loop.arguments import check_arguments
 from purestep.loop.cadence import Until
 from purestep.loop.contract import Contract
 from purestep.loop.events import (
@@ -82,11 +83,13 @@ class Run:
         on_save_error: OnSaveError = "continue",
         strict: bool = False,
         grace_seconds: float | None = None,
+        donate: bool = False,
     ) -> None:
-        _check_arguments(step, until, on_save_error, grace_seconds, run_dir)
+        check_arguments(step, until, on_save_error, grace_seconds, run_dir)
         check_loggers(loggers)
         resume_.check_resume_argument(resume)
         check_callbacks(callbacks)
+        step = donate_(step) if donate else step
         self._guard = Guard(step)
         self._step, self._given, self._resume, self._strict = step, state, resume, strict
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
@@ -210,55 +213,73 @@ class Run:
 
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
-        state, seen, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
-        steps = metrics.to_host([self._as_metrics(m, n, left_out) for m, n, left_out in seen])
-        short = len(seen) < effect.n and not cut and not self._outside.unread
-        end = self._feed.at_end(cursor.batch + len(seen), short)
+        state, record, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
+        steps = record.series()
+        short = len(steps) < effect.n and not cut and not self._outside.unread
+        end = self._feed.at_end(cursor.batch + len(steps), short)
         self.loop = self.loop.replace(train=state)
-        self._outside.done(len(seen))
+        self._outside.done(len(steps))
         yield Ticked(self._outside.elapsed())
-        yield StepsDone(len(seen), steps, end)
+        yield StepsDone(len(steps), steps, end)
         if end:
             self._feed.end_epoch()
             yield EpochDone()
         yield from self._saving.durable()
 
-    def _burst(
-        self, state: Any, batches: Iterator[Any], elapsed: float | None
-    ) -> tuple[Any, list[tuple[Any, int, int | None]], bool]:
+    def _burst(self, state: Any, batches: Iterator[Any], elapsed: float | None) -> tuple[Any, metrics.Recorder, bool]:
         """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
-        guard, stop, number = self._guard, self._outside.stop, self.loop.cursor.batches
-        seen: list[tuple[Any, int, int | None]] = []
-        step, plain = self._step, None
+        record, index = metrics.Recorder(), self.loop.cursor.batches
+        if not self._checked:
+            for batch in itertools.islice(batches, 1):
+                state = self._first_step(state, batch, index, record)
+                index += 1
+                if self._outside.stop(elapsed):
+                    return state, record, True
+        step, stop, same, add = self._step, self._outside.stop, self._guard.same, record.add
+        plain, counted = None, self._feed.left_out is not None
         for batch in batches:
-            if not self._checked:
-                contract = self._check_first(state, batch)
-                step = self._step
-            else:
-                contract = None
-                guard.same(batch, number + len(seen))
+            same(batch, index)
             try:
                 returned = step(state, batch)
             except Exception as error:
-                explained = guard.explained(error, state, batch, number + len(seen))
-                if explained is error:
-                    raise
-                raise explained from error
-            if contract is not None:
-                contract.check(returned)
-                self._checked = True
+                self._explain(error, state, batch, index)
+                raise
             state, values = returned
             if plain is None:
                 plain = metrics.are_plain(values)
-            seen.append((values, self._ranks.samples(batch) if plain else 0, self._feed.left_out))
+            if plain:
+                values = metrics.as_metrics(values, self._ranks.samples(batch))
+            add(self._counted(values) if counted else values)
+            index += 1
             if stop(elapsed):
-                return state, seen, True
-        return state, seen, False
+                return state, record, True
+        return state, record, False
 
-    def _as_metrics(self, values: Any, samples: int, left_out: int | None) -> Any:
+    def _first_step(self, state: Any, batch: Any, index: int, record: metrics.Recorder) -> Any:
+        """Check all that can be checked before and after the first real step, and return the state after it."""
+        contract = self._check_first(state, batch)
+        try:
+            returned = self._step(state, batch)
+        except Exception as error:
+            self._explain(error, state, batch, index)
+            raise
+        contract.check(returned)
+        self._checked = True
+        state, values = returned
+        if metrics.are_plain(values):
+            values = metrics.as_metrics(values, self._ranks.samples(batch))
+        record.add(values if self._feed.left_out is None else self._counted(values))
+        return state
+
+    def _counted(self, values: Any) -> Any:
         """The metrics of a batch, and how many samples it lost: merged like the others, so that a resume is exact."""
-        found = metrics.as_metrics(values, samples) if samples else values
-        return found if left_out is None else {"skipped_samples": metrics.Sum(left_out), **found}
+        return {"skipped_samples": metrics.Sum(self._feed.left_out), **values}
+
+    def _explain(self, error: Exception, state: Any, batch: Any, index: int) -> None:
+        """Raise what there is to say of an error of the step besides itself."""
+        explained = self._guard.explained(error, state, batch, index)
+        if explained is not error:
+            raise explained from error
 
     def _check_first(self, state: Any, batch: Any) -> Contract:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
@@ -288,28 +309,3 @@ class Run:
 
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _check_arguments(step: Any, until: Any, on_save_error: str, grace: Any, run_dir: Any) -> None:
-    if not callable(step):
-        raise ConfigError(explain("a step is a function (state, batch) -> (state, metrics)", where=f"step={step!r}"))
-    if not isinstance(until, Until):
-        raise ConfigError(
-            explain(
-                "until= says when the run ends",
-                where=f"until={until!r}",
-                instead="ps.epochs(5), ps.steps(1000), ps.seconds(3600), or both: ps.epochs(5) | ps.seconds(3600)",
-            )
-        )
-    if on_save_error not in ("continue", "stop"):
-        raise ConfigError(explain("on_save_error= is 'continue' or 'stop'", where=f"on_save_error={on_save_error!r}"))
-    if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float)) or not grace >= 0):
-        raise ConfigError(
-            explain(
-                "grace_seconds= is how long the scheduler waits after SIGTERM",
-                where=f"grace_seconds={grace!r}",
-                instead="grace_seconds=100, or None to wait until the last snapshot is durable",
-            )
-        )
-    if not isinstance(run_dir, (str, os.PathLike, type(None))):
-        raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))

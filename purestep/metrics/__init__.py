@@ -15,6 +15,7 @@ from purestep.metrics.record import as_metrics as as_metrics
 from purestep.metrics.record import compute as compute
 from purestep.metrics.record import merge as merge
 from purestep.metrics.record import sample_count as sample_count
+from purestep.metrics.series import Recorder as Recorder
 from purestep.metrics.series import Series as Series
 from purestep.metrics.series import fold as fold
 from purestep.metrics.series import to_host as to_host

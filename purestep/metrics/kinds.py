@@ -15,6 +15,7 @@ from torch import Tensor
 from purestep import transforms
 from purestep.tree import pytree
 
+_WIDE = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
 Number = Any  # a 0-d tensor while on a device, a Python number once read by the loop
 
 
@@ -154,11 +155,17 @@ def mean(value: Tensor | float, weight: Tensor | float | None = None) -> Mean:
         1.5
     """
     value = transforms.detached(value) if isinstance(value, Tensor) else torch.tensor(float(value))
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    if not isinstance(weight, Tensor):
+    if value.dtype not in _WIDE:
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+    if isinstance(weight, Tensor):
+        number = None
+        weight = transforms.detached(weight).to(value.device, value.dtype)
+    else:
+        number = 1.0 if weight is None else weight
         # Filled on the device: copying a number there from the host would wait for it.
-        weight = torch.full((), 1.0 if weight is None else weight, dtype=value.dtype, device=value.device)
-    weight = transforms.detached(weight).to(value.device, value.dtype)
-    # What has weight 0 may be NaN (a mean over padding only); it must not count.
-    total = torch.where(weight == 0, 0.0, value * weight)
+        weight = torch.full((), number, dtype=value.dtype, device=value.device)
+    total = value * weight
+    if not number:
+        # What has weight 0 may be NaN (a mean over padding only); it must not count.
+        total = torch.where(weight == 0, 0.0, total)
     return Mean(total, weight) if value.ndim == 0 else Mean(total.sum(), weight.expand_as(value).sum())

@@ -1,13 +1,13 @@
-"""The metrics of several steps, read from the device at once and folded in order.
+"""The metrics of several steps, read to the host and folded in order.
 
-`to_host` makes a `Series` of what a burst of steps returned; `fold` adds it to sums, one step after the other,
+A `Recorder` makes a `Series` of what the steps of a burst return; `fold` adds it to sums, one step after the other,
 without making an object for each step where the metric is a plain sum. The loop calls both; the result never depends
 on how steps are grouped into bursts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -19,6 +19,8 @@ from purestep.metrics.kinds import Mean, Metric, Sum
 from purestep.metrics.record import merge
 
 Columns = dict[str, Sequence[Any]]  # values of each field, a step each
+_NUMBERS = frozenset((float, int, bool))
+_TOGETHER = 8  # steps whose metrics are read together
 
 
 class Series(Sequence[Mapping[str, Metric]]):
@@ -53,6 +55,80 @@ class Series(Sequence[Mapping[str, Metric]]):
         return node
 
 
+class Recorder:
+    """Takes the metrics of steps one by one, and gives them as a `Series`.
+
+    Numbers that lie in host memory are read after a few steps, while the processor still has them in its cache: that is
+    several times cheaper than to come back for them later. What lies on a device is kept, and read in one transfer for
+    each dtype when the series is asked for, so that nothing waits for a device in between.
+
+    Example:
+        >>> recorder = Recorder()
+        >>> for value in (1.0, 2.0, 4.0):
+        ...     recorder.add({"loss": Mean(torch.tensor(value), torch.tensor(1.0))})
+        >>> recorder.series().columns["loss"]["total"]
+        [1.0, 2.0, 4.0]
+    """
+
+    def __init__(self) -> None:
+        self._first: Mapping[str, Metric] = {}
+        self._columns: dict[str, Columns] = {}
+        self._layout: list[tuple[str, type, list[tuple[str, Callable[[Any], None], bool]]]] = []
+        self._waiting: list[Mapping[str, Metric]] = []
+        self._length = 0
+        self._all_read = True
+
+    def __len__(self) -> int:
+        return self._length + len(self._waiting)
+
+    def add(self, step: Mapping[str, Metric]) -> None:
+        """Take the metrics of one step.
+
+        Raises:
+            MetricError: this one or one of the last few differs in name or type from the first one.
+        """
+        self._waiting.append(step)
+        if len(self._waiting) >= _TOGETHER:
+            self._take()
+
+    def _take(self) -> None:
+        if not self._length and self._waiting:
+            self._begin(self._waiting[0])
+        for step in self._waiting:
+            if len(step) != len(self._layout):
+                raise _changed(self._first, step)
+            for name, kind, fields in self._layout:
+                metric = step.get(name)
+                if type(metric) is not kind:
+                    raise _changed(self._first, step)
+                values = metric.__dict__
+                for field, append, here in fields:
+                    value = number = values[field]
+                    if here and type(value) is Tensor:
+                        number = value.tolist()  # in one call what device, dims and `item` would tell in three
+                    if type(number) not in _NUMBERS:
+                        self._all_read, number = False, value
+                    append(number)
+            self._length += 1
+        self._waiting.clear()
+
+    def _begin(self, step: Mapping[str, Metric]) -> None:
+        self._first = step
+        for name, metric in step.items():
+            columns: dict[str, list[Any]] = {field: [] for field in metric.__dict__}
+            here = {f: type(v) is Tensor and v.is_cpu and not v.ndim for f, v in metric.__dict__.items()}
+            self._columns[name] = dict(columns)
+            self._layout.append((name, type(metric), [(f, columns[f].append, here[f]) for f in columns]))
+
+    def series(self) -> Series:
+        """Return what was taken, on the host: 0-d leaves as Python numbers, others as CPU tensors."""
+        self._take()
+        if not self._all_read:
+            _read(self._columns)
+            self._all_read = True
+        return Series({name: kind for name, kind, _ in self._layout}, self._columns, self._length)
+
+
 def to_host(steps: Sequence[Mapping[str, Metric]]) -> Series:
     """Read the metrics of several steps from the device, all 0-d tensors of a dtype in one transfer.
 
@@ -66,35 +142,20 @@ def to_host(steps: Sequence[Mapping[str, Metric]]) -> Series:
         >>> len(series), series[0]
         (3, {'loss': Mean(total=2.0, weight=4.0)})
     """
-    if not steps:
-        return Series({}, {}, 0)
-    first = steps[0]
-    kinds = {name: type(metric) for name, metric in first.items()}
-    columns: dict[str, Columns] = {}
-    for name, kind in kinds.items():
-        try:
-            rows = [step[name].__dict__ for step in steps]
-        except KeyError:
-            rows = []
-        if not rows or any(type(step[name]) is not kind for step in steps):
-            raise _changed(steps)
-        columns[name] = {field: [row[field] for row in rows] for field in rows[0]}
-    if any(len(step) != len(first) for step in steps):
-        raise _changed(steps)
-    _read(columns)
-    return Series(kinds, columns, len(steps))
-
-
-def _changed(steps: Sequence[Mapping[str, Metric]]) -> MetricError:
+    recorder = Recorder()
     for step in steps:
-        if step.keys() != steps[0].keys():
-            try:
-                merge(steps[0], step)
-            except MetricError as error:
-                return error
-    found = [f"{n}: {type(steps[0][n]).__name__} and {type(s[n]).__name__}" for s in steps for n in s]
-    different = [text for text in found if len(set(text.split(": ")[1].split(" and "))) > 1]
-    return MetricError(explain("a metric changed its type between two steps", where=different[0] if different else ""))
+        recorder.add(step)
+    return recorder.series()
+
+
+def _changed(first: Mapping[str, Metric], step: Mapping[str, Metric]) -> MetricError:
+    try:
+        merge(dict.fromkeys(first, Sum(0)), dict.fromkeys(step, Sum(0)))
+    except MetricError as error:
+        return error
+    name = next(name for name in first if type(first[name]) is not type(step[name]))
+    where = f"{name}: {type(first[name]).__name__} and {type(step[name]).__name__}"
+    return MetricError(explain("a metric changed its type between two steps", where=where))
 
 
 def _read(columns: Mapping[str, Columns]) -> None:

@@ -115,6 +115,10 @@ class Accumulate(Wrapper):
     def applied(self, state: Any) -> Tensor | None:
         return all_applied([state.last_applied, self.inner.applied(state.inner)])
 
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable
+
 
 def accumulate(inner: GradientTransformation, every: int, *, use_mean: bool = True) -> GradientTransformation:
     """Sum gradients over several calls and update on the last of them; the calls between return zeros.

@@ -49,17 +49,25 @@ class AverageParams(Wrapper):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         before = need_params(params, self.name, "it averages what they become")
         proposed, inner = self.inner.update(updates, state.inner, before, **extra)
-        values, treedef = tree.flatten(self.inner.apply(before, proposed, inner))
-        old = same_leaves(state.average, treedef, before, "averaged parameters")
+        after = self.inner.apply(before, proposed, inner)
+        return proposed, self._following(state, after, inner, extra.get("step"))
+
+    def advance(self, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any) -> tuple[Any, Any]:
+        after, inner = self.inner.advance(updates, state.inner, params, reuse=reuse, **extra)
+        return after, self._following(state, after, inner, extra.get("step"))
+
+    def _following(self, state: Any, params: Any, inner: Any, step: Any) -> AverageState:
+        values, treedef = tree.flatten(params)
+        old = same_leaves(state.average, treedef, params, "averaged parameters")
         new, applied = fx.cast(values, old), self.inner.applied(inner)
         count = state.count + 1
         since = torch.clamp_min(count - self.start, 0)
-        moved = self._towards(old, new, since, extra.get("step"))
+        moved = self._towards(old, new, since, step)
         # Until the start, the average is the parameters themselves.
         average = fx.select(since == 0, new, fx.select(since % self.every == 0, moved, old))
         if applied is not None:  # the parameters are what they were
             count, average = torch.where(applied, count, state.count), fx.select(applied, average, old)
-        return proposed, AverageState(count, tree.unflatten(treedef, average), inner)
+        return AverageState(count, tree.unflatten(treedef, average), inner)
 
     def _towards(self, old: list[Tensor], new: list[Tensor], since: Tensor, step: Any) -> list[Tensor]:
         if self.decay is None:
@@ -68,6 +76,14 @@ class AverageParams(Wrapper):
 
     def apply(self, params: Any, updates: Any, state: Any) -> Any:
         return self.inner.apply(params, updates, state.inner)
+
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable
+
+    @property
+    def one_pass(self) -> bool:
+        return self.inner.one_pass
 
 
 def average_params(

@@ -67,6 +67,18 @@ class GradientTransformation:
         """Return the parameters after an update; `updates` and `state` are what `update` returned."""
         return apply_updates(params, updates)
 
+    def advance(self, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any) -> tuple[Any, Any]:
+        """Return the parameters and the state after an update: `update`, then `apply`.
+
+        Transformations that can do both in one pass over the memory override it, and `one_pass`.
+
+        Args:
+            updates, state, params, **extra: as for `update`.
+            reuse: whether `params` and `state` were given away: then their memory may become that of the result.
+        """
+        proposed, following = self.update(updates, state, params, **extra)
+        return self.apply(params, proposed, following), following
+
     def applied(self, state: Any) -> Tensor | None:
         """Tell whether the last update was applied, as a 0-d bool tensor; None means that it always is."""
         return None
@@ -91,6 +103,23 @@ class GradientTransformation:
     def shard_invariant(self) -> bool:
         """Whether updating a slice of a parameter gives the bits of that slice of the whole update."""
         return True
+
+    @property
+    def separable(self) -> bool:
+        """Whether some parameters, or slices of them along dim 0, can be updated without the others: names and shapes
+        that are not there are not asked for. Long parameters are then updated slice by slice, see `blocks`.
+        """
+        return False
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether `advance` goes another way than `update` and then `apply`."""
+        return False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `advance` needs no memory but that of the state, where that was given away: it is never cut then."""
+        return False
 
     def __repr__(self) -> str:
         return f"{self.name}({_arguments(self)})"

@@ -21,6 +21,10 @@ class Identity(GradientTransformation):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return updates, state
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def identity() -> GradientTransformation:
     """Return the transformation that passes updates on as they are.
@@ -52,6 +56,34 @@ class Chain(GradientTransformation):
             following.append(own)
         return updates, parts(self.names, following)
 
+    def advance(self, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any) -> tuple[Any, Any]:
+        if not self.one_pass:
+            return super().advance(updates, state, params, reuse=reuse, **extra)
+        *before, last = self.names
+        following = []
+        for transform, name in zip(self.transforms, before, strict=False):
+            updates, own = transform.update(updates, _part(state, name, self), params, **extra)
+            following.append(own)
+        params, own = self.transforms[-1].advance(updates, _part(state, last, self), params, reuse=reuse, **extra)
+        return params, parts(self.names, [*following, own])
+
+    def divided(self, state: Any) -> tuple[tuple[Chain, Any], tuple[Chain, Any]]:
+        """Return the parts before the separable end, and that end, as two chains with their states."""
+        at = len(self.transforms)
+        while at and self.transforms[at - 1].separable:
+            at -= 1
+        states = [_part(state, name, self) for name in self.names]
+
+        def some(of: slice) -> tuple[Chain, Any]:
+            chosen = Chain(self.transforms[of], self.names[of], self.label)
+            return chosen, parts(self.names[of], states[of])
+
+        return some(slice(at)), some(slice(at, None))
+
+    def joined(self, before: Any, end: Any) -> Any:
+        """Return the state of the whole from those of the two that it was divided into."""
+        return parts(self.names, [*before.__dict__.values(), *end.__dict__.values()])
+
     def applied(self, state: Any) -> Tensor | None:
         return all_applied(t.applied(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
 
@@ -71,6 +103,18 @@ class Chain(GradientTransformation):
     @property
     def shard_invariant(self) -> bool:
         return all(t.shard_invariant for t in self.transforms)
+
+    @property
+    def separable(self) -> bool:
+        return all(t.separable for t in self.transforms)
+
+    @property
+    def one_pass(self) -> bool:
+        return bool(self.transforms) and self.transforms[-1].one_pass
+
+    @property
+    def in_place(self) -> bool:
+        return len(self.transforms) == 1 and self.transforms[0].in_place
 
     def __repr__(self) -> str:
         usual = unique([t.name for t in self.transforms])

@@ -24,6 +24,10 @@ class ClipByValue(GradientTransformation):
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.clamp(xs, -self.max_delta, self.max_delta)), state
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def clip_by_value(max_delta: Scalar) -> GradientTransformation:
     r"""Limit each element to `[-max_delta, max_delta]`. A NaN stays a NaN.

@@ -64,6 +64,10 @@ class ConditionallyTransform(Wrapper):
         inner = self.inner.applied(state.inner)
         return None if inner is None else inner | ~state.acted
 
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable
+
 
 def conditionally_transform(inner: GradientTransformation, condition: Condition) -> GradientTransformation:
     """Apply a transformation on some steps; on the others updates pass unchanged and its state stays.
@@ -137,6 +141,10 @@ class Lookahead(Wrapper):
             inner,
         )
         return tree.unflatten(treedef, fx.select(due, fx.sub(moved, ps), us)), following
+
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable
 
 
 def lookahead(

@@ -38,6 +38,10 @@ class AddDecayedWeights(GradientTransformation):
         decay = value_at(self.weight_decay, step, "weight_decay")
         return tree.unflatten(treedef, add_decay(us, ps, decay, mask=self.mask, like=updates)), state
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: tree.Filter | None = None) -> GradientTransformation:
     r"""Add a multiple of the parameters to the updates: $u \leftarrow u + \lambda w$.

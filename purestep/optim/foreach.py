@@ -137,14 +137,19 @@ def sub(xs: Tensors, ys: Tensors, *, reuse: bool = False) -> list[Tensor]:
     return add(xs, ys, alpha=-1, reuse=reuse)
 
 
-def lerp(xs: Tensors, ys: Tensors, weight: float | Tensor) -> list[Tensor]:
+def lerp(xs: Tensors, ys: Tensors, weight: float | Tensor, *, reuse: bool = False) -> list[Tensor]:
     """Return `x + weight * (y - x)`: the moving average of `x` towards `y`."""
     if not xs:
         return []
+    mode = _mode(xs, ys)
+    reuse = reuse and mode == _PLAIN
     if isinstance(weight, Tensor):
-        return [torch.lerp(x, y, weight.to(x.dtype)) for x, y in zip(xs, ys, strict=True)]
-    if _mode(xs, ys) == _LEAFWISE:
+        return [(x.lerp_ if reuse else x.lerp)(y, weight.to(x.dtype)) for x, y in zip(xs, ys, strict=True)]
+    if mode == _LEAFWISE:
         return [torch.lerp(x, y, weight) for x, y in zip(xs, ys, strict=True)]
+    if reuse:
+        torch._foreach_lerp_(xs, ys, weight)
+        return list(xs)
     return list(torch._foreach_lerp(xs, ys, weight))
 
 
@@ -178,9 +183,9 @@ def addcdiv(xs: Tensors, a: Tensors, b: Tensors, *, value: float | Tensor = 1, r
     return list(torch._foreach_addcdiv(xs, a, b, value))
 
 
-def average_of_squares(nu: Tensors, xs: Tensors, decay: float | Tensor) -> list[Tensor]:
+def average_of_squares(nu: Tensors, xs: Tensors, decay: float | Tensor, *, reuse: bool = False) -> list[Tensor]:
     """Return `decay * nu + (1 - decay) * x**2`, in the order of operations of `torch.optim`."""
-    return addcmul(mul(nu, decay), xs, xs, value=1 - decay, reuse=True)
+    return addcmul(mul(nu, decay, reuse=reuse), xs, xs, value=1 - decay, reuse=True)
 
 
 def clamp(xs: Tensors, low: float | Tensor | None, high: float | Tensor | None) -> list[Tensor]:

@@ -54,13 +54,24 @@ class InjectHyperparams(Wrapper):
     def update(
         self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
+        tx, scheduled = self._now(state, step)
+        proposed, inner = tx.update(updates, state.inner, params, step=step, **extra)
+        return proposed, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
+
+    def advance(
+        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        tx, scheduled = self._now(state, step)
+        params, inner = tx.advance(updates, state.inner, params, reuse=reuse, step=step, **extra)
+        return params, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
+
+    def _now(self, state: Any, step: Any) -> tuple[GradientTransformation, dict[str, Tensor]]:
+        """Return the transformation at a step, and what its schedules give there."""
         scheduled = {
             name: scalar_like(value_at(schedule, step, name), state.scheduled[name])
             for name, schedule in self.schedules
         }
-        tx = self._made(state.hyperparams | scheduled)
-        proposed, inner = tx.update(updates, state.inner, params, step=step, **extra)
-        return proposed, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
+        return self._made(state.hyperparams | scheduled), scheduled
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         now = {name: value_at(s, step, name) for name, s in self.schedules} if step is not None else state.scheduled
@@ -69,6 +80,18 @@ class InjectHyperparams(Wrapper):
     def __repr__(self) -> str:
         shown = ", ".join(f"{n}={v!r}" for n, v in (*self.fixed, *self.numbers, *self.schedules))
         return f"inject_hyperparams({self.name})({shown})"
+
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable
+
+    @property
+    def one_pass(self) -> bool:
+        return self.inner.one_pass
+
+    @property
+    def in_place(self) -> bool:
+        return self.inner.in_place
 
 
 @dataclasses.dataclass(frozen=True)

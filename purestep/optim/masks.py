@@ -29,6 +29,10 @@ class SetToZero(GradientTransformation):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return tree.map(torch.zeros_like, updates), state
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def set_to_zero() -> GradientTransformation:
     """Replace updates by zeros; NaNs too.
@@ -69,6 +73,10 @@ class Masked(Wrapper):
         wanted = by_name(self.mask)
         check_same_names(wanted, named, "mask")
         return {name: x for name, x in named.items() if wanted[name]}
+
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable and is_filter(self.mask)
 
 
 def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
@@ -160,7 +168,7 @@ class Partition(GradientTransformation):
     def _finder(self, named: dict[str, Any]) -> Callable[[str, Any], Any]:
         if isinstance(self.labels, MatrixLabels):
             return self.labels
-        if isinstance(self.labels, tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in self.labels):
+        if _are_filters(self.labels):
             return lambda name, leaf: next((n for n, f in self.labels if tree.matches(f, name)), None)
         if callable(self.labels):
             return lambda name, leaf: self.labels(name)
@@ -186,6 +194,11 @@ class Partition(GradientTransformation):
     @property
     def shard_invariant(self) -> bool:
         return all(t.shard_invariant for t in self.transforms)
+
+    @property
+    def separable(self) -> bool:
+        by_name = not isinstance(self.labels, MatrixLabels) and (callable(self.labels) or _are_filters(self.labels))
+        return by_name and all(t.separable for t in self.transforms)
 
 
 def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) -> GradientTransformation:
@@ -232,6 +245,10 @@ class MatrixLabels:
     def __call__(self, name: str, leaf: Any) -> str:
         chosen = leaf.dim() == 2 and (self.filter is None or tree.matches(self.filter, name))
         return self.matrix if chosen else self.other
+
+
+def _are_filters(labels: Any) -> bool:
+    return isinstance(labels, tuple) and all(isinstance(x, tuple) and len(x) == 2 for x in labels)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -83,6 +83,10 @@ class ReduceOnPlateau(GradientTransformation):
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"plateau_scale": state.scale}
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def reduce_on_plateau(
     factor: float = 0.1,

@@ -114,6 +114,10 @@ class KeepParamsNonnegative(GradientTransformation):
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
         return tree.unflatten(treedef, [torch.where(p + u < 0, -p, u) for u, p in zip(us, ps, strict=True)]), state
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def keep_params_nonnegative() -> GradientTransformation:
     """Shorten updates so that parameters stay at 0 or above. Put it last.

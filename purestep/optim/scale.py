@@ -24,6 +24,10 @@ class Scale(GradientTransformation):
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, self.step_size)), state
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def scale(step_size: Scalar) -> GradientTransformation:
     """Multiply updates by a number.
@@ -46,6 +50,10 @@ class ScaleBySchedule(GradientTransformation):
     ) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, value_at(self.schedule, step, "schedule"))), state
+
+    @property
+    def separable(self) -> bool:
+        return True
 
 
 def scale_by_schedule(schedule: ScalarOrSchedule) -> GradientTransformation:
@@ -74,6 +82,10 @@ class ScaleByLearningRate(GradientTransformation):
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"learning_rate": value_at(self.learning_rate, step)}
+
+    @property
+    def separable(self) -> bool:
+        return True
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> GradientTransformation:

@@ -60,6 +60,10 @@ class MasterWeights(Wrapper):
         # A parameter that has all the digits must not be the master weight itself: a donated state owns each once.
         return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
 
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable
+
 
 def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.float32) -> GradientTransformation:
     """Let a transformation update full-precision master weights, of which the parameters are rounded copies.

@@ -1,6 +1,7 @@
-"""Flat numpy arrays in a directory, written and read by Orbax, of which this is the only importer.
+"""Flat numpy arrays in a directory, written by Orbax, of which this is the only importer, and read by it if need be.
 
-Its log, its threads and its import are kept from the rest of the program. It knows nothing of leaves or snapshots.
+Its log, its threads and its import are kept from the rest of the program: reading whole snapshots (`plain`) does not
+even load it. It knows nothing of leaves or snapshots.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from purestep.snapshot.plain import read_plain
 
 _quiet_lock = threading.Lock()
 _quiet_depth = 0
@@ -113,7 +116,17 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read flat arrays by name."""
+    """Read flat arrays by name: their bytes, or what Orbax makes of those that are not plain files.
+
+    Raises:
+        Exception: of Orbax or tensorstore, when an array is missing or not whole.
+    """
+    found = read_plain(directory, names)
+    rest = [name for name in names if name not in found]
+    return found | _read_by_orbax(directory, rest) if rest else found
+
+
+def _read_by_orbax(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     with _checkpointer() as (ocp, checkpointer):
         item = {name: np.empty(0, np.uint8) for name in names}
         restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}

@@ -7,7 +7,7 @@ than their bytes. It owns dtypes and checksums; it never touches a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
-from purestep.cpus import available_cpus
 from purestep.errors import CorruptSnapshot, explain
 from purestep.snapshot.codec import Leaf, show
 from purestep.snapshot.shards import Box, Owned, count, width
@@ -28,6 +27,7 @@ _NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
 _STANDARD = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 _MINI_FLOAT = re.compile(r"bfloat16|float8_\w+")
 _HASH_THREADS = 4
+_UNSEALED = ""
 
 
 class Piece(NamedTuple):
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """Flat arrays by name, and one piece for each part of a leaf, in order of the leaves."""
+    """Flat arrays by name, and one piece for each part of a leaf, in order of the leaves, not `sealed` yet."""
 
     arrays: dict[str, np.ndarray]
     pieces: list[Piece]
@@ -65,6 +65,22 @@ def checksum(data: bytes | np.ndarray) -> str:
     import xxhash
 
     return xxhash.xxh3_64_hexdigest(data)  # type: ignore[arg-type]
+
+
+def checksums(contents: Iterable[np.ndarray]) -> list[str]:
+    """Return the checksum of each of some bytes; the large ones in threads, because hashing them releases the GIL."""
+    contents = list(contents)
+    large = [i for i, content in enumerate(contents) if content.nbytes >= SMALL]
+    found: dict[int, str] = {}
+    if len(large) > 1:
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            found = dict(zip(large, pool.map(lambda i: checksum(contents[i]), large), strict=True))
+    return [found[i] if i in found else checksum(content) for i, content in enumerate(contents)]
+
+
+def sealed(pieces: Sequence[Piece], sums: Sequence[str]) -> list[Piece]:
+    """Return pieces with their checksums, which are computed while the arrays are on their way to the disk."""
+    return [piece._replace(checksum=total) for piece, total in zip(pieces, sums, strict=True)]
 
 
 def pack(parts: Sequence[Owned], contents: Sequence[np.ndarray], *, rank: int = 0) -> Packed:
@@ -79,8 +95,7 @@ def pack(parts: Sequence[Owned], contents: Sequence[np.ndarray], *, rank: int = 
     pieces: list[Piece] = []
     arena: list[np.ndarray] = []
     filled = number = 0
-    sums = _in_threads(checksum, contents)
-    for part, content, total in zip(parts, contents, sums, strict=True):
+    for part, content in zip(parts, contents, strict=True):
         if content.nbytes >= SMALL:
             name, offset = array_name(part.index, part.leaf.path), 0
             arrays[name] = _typed(content, part.leaf, part.box[1])
@@ -91,7 +106,7 @@ def pack(parts: Sequence[Owned], contents: Sequence[np.ndarray], *, rank: int = 
             name, offset = f"arena-{number}" if content.nbytes else "", filled
             arena.append(content)
             filled += content.nbytes
-        pieces.append(Piece(part.index, *part.box, rank, name, offset, content.nbytes, total))
+        pieces.append(Piece(part.index, *part.box, rank, name, offset, content.nbytes, _UNSEALED))
     if filled:
         arrays[f"arena-{number}"] = np.concatenate(arena)
     return Packed(arrays, pieces)
@@ -143,8 +158,8 @@ def unpack(
     flat = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in arrays.items()}
     contents = [_slice(flat, leaves[piece.leaf], piece) for piece in pieces]
     if verify:
-        sums = _in_threads(checksum, contents)
-        wrong = [piece.leaf for piece, total in zip(pieces, sums, strict=True) if total != piece.checksum]
+        pairs = zip(pieces, checksums(contents), strict=True)
+        wrong = [piece.leaf for piece, total in pairs if total != piece.checksum]
         if wrong:
             where = "\n".join(f"{show(leaves[i].path)}: {leaves[i]}" for i in wrong[:10])
             where += f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else ""
@@ -195,14 +210,3 @@ def materialize(leaf: Leaf, content: np.ndarray, shape: tuple[int, ...] | None =
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         where = f"{show(leaf.path)}: {leaf.dtype}{list(leaf.shape)} from {content.nbytes} bytes"
         raise CorruptSnapshot(explain("a leaf cannot be rebuilt", where=where, why=str(error))) from error
-
-
-def _in_threads(function: Callable[[np.ndarray], str], items: Iterable[np.ndarray]) -> list[str]:
-    """Map over arrays; the large ones in threads, because hashing them releases the GIL."""
-    items = list(items)
-    large = [i for i, item in enumerate(items) if item.nbytes >= SMALL]
-    found: dict[int, str] = {}
-    if len(large) > 1:
-        with ThreadPoolExecutor(min(_HASH_THREADS, available_cpus())) as pool:
-            found = dict(zip(large, pool.map(lambda i: function(items[i]), large), strict=True))
-    return [found[i] if i in found else function(item) for i, item in enumerate(items)]

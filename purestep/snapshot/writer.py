@@ -21,7 +21,7 @@ from purestep.snapshot.index import Index
 from purestep.snapshot.keep import Keep
 from purestep.snapshot.manifest import Manifest, dump, now
 from purestep.snapshot.meeting import GaveUp, Meeting, convene
-from purestep.snapshot.pack import Piece, pack
+from purestep.snapshot.pack import Piece, checksums, pack, sealed
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.shards import Owned
 from purestep.snapshot.staging import Copies
@@ -83,8 +83,12 @@ def _write_part(
     temporary: Path, request: Request, contents: list[np.ndarray]
 ) -> tuple[list[Piece], dict[int, digest.Row]]:
     rank = request.ranks.rank
-    with ThreadPoolExecutor(1, thread_name_prefix="purestep-digest") as pool:
-        rows = pool.submit(digest.rows_of, request.parts, contents)  # while the disk is busy
+
+    def hashed() -> tuple[list[str], dict[int, digest.Row]]:
+        return checksums(contents), digest.rows_of(request.parts, contents)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="purestep-hash") as pool:
+        hashing = pool.submit(hashed)  # while the disk is busy
         packed = pack(request.parts, contents, rank=rank)
         if packed.arrays:
             state = temporary / STATE.format(rank)
@@ -93,7 +97,8 @@ def _write_part(
             disk.fsync_tree(state)
             disk.fsync(state.parent)
             disk.fsync(state.parent.parent)
-        return packed.pieces, rows.result()
+        sums, rows = hashing.result()
+        return sealed(packed.pieces, sums), rows
 
 
 def _meet(

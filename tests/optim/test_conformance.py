@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep import optim, tree
+from purestep.optim import blocks
 from purestep.optim.base import GradientTransformation
 
 LR = 2.0**-6  # a power of two: multiplying by it commutes with rounding, so the order of factors cannot show
@@ -306,6 +307,40 @@ def test_state_keeps_its_structure_shapes_and_dtypes(row: Row) -> None:
     assert [tree.describe(x) for x in tree.leaves(before)] == [tree.describe(x) for x in tree.leaves(after)]
     assert [tree.describe(x) for x in tree.leaves(params)] == [tree.describe(x) for x in tree.leaves(after_params)]
     assert all(isinstance(x, Tensor) for x in tree.leaves(after))
+
+
+@pytest.mark.parametrize("accept", [None, True, False])
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_slices_and_memory_given_away_change_no_bit(row: Row, accept: bool | None, monkeypatch: Any) -> None:
+    """`blocks.advance` gives the bits of `update` and `apply`, cut or not, in place or not."""
+    shapes = SQUARE if row.square else SHAPES
+    told = None if accept is None else torch.tensor(accept)
+    ends = []
+    for limit, reuse in ((1 << 17, False), (6, False), (6, True)):
+        monkeypatch.setattr(blocks, "_ON_CPU", limit)
+        tx, params = row.make(), random_tree(7, shapes)
+        state = tx.init(params)
+        for step in range(4):
+            grads = gradients(row, params, 7, step)
+            before, kept = tree.digest((grads, params, state)), tree.digest(grads)
+            where = {n: p.data_ptr() for n, p in params.items() if blocks.is_long(p)}
+            old = params, state
+            params, state = blocks.advance(*(tx, grads, state, params), accept=told, reuse=reuse, **extras(row, step))
+            assert tree.digest(grads) == kept
+            if not reuse:
+                assert tree.digest((grads, *old)) == before
+            elif tx.separable:
+                assert {n: params[n].data_ptr() for n in where} == where
+        ends.append((params, state))
+    if not row.make().in_place:  # those kernels round otherwise than an update that is added
+        tx, params = row.make(), random_tree(7, shapes)
+        state = tx.init(params)
+        for step in range(4 if accept in (None, True) else 0):
+            updates, state = tx.update(gradients(row, params, 7, step), state, params, **extras(row, step))
+            params = tx.apply(params, updates, state)
+        ends.append((params, state))
+    for end in ends[1:]:
+        assert not (found := tree.diff(ends[0], end)), f"\n{found}"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)

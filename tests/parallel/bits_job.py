@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import purestep as ps
 from purestep import optim
-from purestep.sharding import Spec, ddp, fsdp, hsdp, tensor_parallel
+from purestep.optim import blocks
+from purestep.sharding import Spec, ddp, fsdp, hsdp, place, tensor_parallel
 from purestep.sharding.gather import Session
 from purestep.sharding.rows import Rows
 
@@ -119,6 +120,7 @@ def train(
     frozen=None,
     steps=3,
     backend=None,
+    donate=False,
     keep=False,
 ):
     tx = tx()
@@ -129,15 +131,23 @@ def train(
     step = ps.make_step(loss, tx, microbatches=v, policy=policy, plan=plan)
     if backend:
         step = ps.jit(step, backend=backend, donate=True)
-    seen = []
+    if donate:
+        step, limit = ps.donate(step), blocks._ON_CPU
+        blocks._ON_CPU = 16  # so that parts of these small tensors are long enough to be written over
+    seen, memory = [], []
     for batch in batches(model, samples, steps):
-        watched = model is Net and not keep and steps <= 3
+        watched = model is Net and not keep and not donate and steps <= 3
         before = ps.digest(plan.gather(state.params)) if watched else None
         new, metrics = step(state, batch)
         if watched and ps.digest(plan.gather(state.params)) != before:
             raise RuntimeError("the step changed its input")
         state = new
         seen.append(metrics)
+        memory.append([x.data_ptr() for x in ps.tree.leaves(place.local(state.params)) if x.numel() > 16])
+    if donate:
+        blocks._ON_CPU = limit
+        if memory[0] != memory[-1]:
+            raise RuntimeError("the step did not write in place")
     if keep:
         return state, metrics
     return ps.digest(plan.gather(state)) + ps.digest(seen)[:8]
@@ -178,6 +188,10 @@ def bits(size):
     yield "fast|fsdp", lambda: train(fsdp(reduction="fast"))
     if size == 2:
         yield "tied|jit", lambda: train(fsdp(), **CASES["tied"], backend="eager")
+        for name in ("plain", "tied", "skipped"):
+            for label, plan in (("ddp", ddp()), ("fsdp", fsdp())):
+                options = CASES[name] | {"donate": True}
+                yield f"{name}|{label}, donated", lambda plan=plan, options=options: train(plan, **options)
 
 
 def six(size):

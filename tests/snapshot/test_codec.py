@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from purestep import tree
 from purestep.errors import TreeError
 from purestep.snapshot.codec import encode, from_text
-from purestep.snapshot.pack import Piece, pack, unpack
+from purestep.snapshot.pack import Piece, checksums, pack, sealed, unpack
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.reader import _Values
 from purestep.snapshot.shards import owned
@@ -44,10 +44,12 @@ def round_trip(value, like=...):
     """Through JSON text and flat arrays, as a snapshot does, without the disk."""
     encoded = encode(value)
     parts = owned(encoded, Ranks())
-    packed = pack(parts, Staging().copy([part.value for part in parts])())
+    contents = Staging().copy([part.value for part in parts])()
+    packed = pack(parts, contents)
     leaves = [type(leaf).from_json(json.loads(json.dumps(leaf.to_json()))) for leaf in encoded.leaves]
     structure = json.loads(json.dumps(encoded.structure))
-    pieces = [Piece.from_json(json.loads(json.dumps(list(piece)))) for piece in packed.pieces]
+    rows = json.loads(json.dumps([list(piece) for piece in sealed(packed.pieces, checksums(contents))]))
+    pieces = [Piece.from_json(row) for row in rows]
     check(structure, leaves, like)
     values = _Values(leaves)
     contents = unpack(leaves, pieces, packed.arrays, verify=True)

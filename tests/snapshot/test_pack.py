@@ -7,7 +7,7 @@ import torch
 from purestep.errors import CorruptSnapshot
 from purestep.snapshot import pack as module
 from purestep.snapshot.codec import encode
-from purestep.snapshot.pack import ARRAY_NAME, array_name, materialize, pack, unpack
+from purestep.snapshot.pack import ARRAY_NAME, Packed, array_name, checksums, materialize, pack, sealed, unpack
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
@@ -16,7 +16,9 @@ from purestep.snapshot.staging import Staging
 def packed(value):
     encoded = encode(value)
     parts = owned(encoded, Ranks())
-    return encoded.leaves, pack(parts, Staging().copy([part.value for part in parts])())
+    contents = Staging().copy([part.value for part in parts])()
+    laid = pack(parts, contents)
+    return encoded.leaves, Packed(laid.arrays, sealed(laid.pieces, checksums(contents)))
 
 
 def unpacked(leaves, pieces, arrays):
@@ -68,6 +70,14 @@ def test_each_flipped_bit_is_found_and_its_leaf_named(seed):
                 unpack(leaves, result.pieces, result.arrays, verify=True)
             raw[position] ^= 4
     unpack(leaves, result.pieces, result.arrays, verify=True)
+
+
+def test_pieces_without_checksums_are_refused(seed):
+    encoded = encode({"x": torch.randn(5)})
+    parts = owned(encoded, Ranks())
+    laid = pack(parts, Staging().copy([part.value for part in parts])())
+    with pytest.raises(CorruptSnapshot, match="stored leaves are corrupt"):
+        unpack(encoded.leaves, laid.pieces, laid.arrays, verify=True)
 
 
 def test_missing_and_short_arrays(seed):

@@ -7,6 +7,7 @@ corrections may differ in the last place.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from purestep.optim.base import (
     zeros_like,
 )
 from purestep.optim.decay import add_decay, fixed_filter
-from purestep.optim.optimizers.fused import fused_adam
+from purestep.optim.optimizers.fused import fitted, fused_adam
 from purestep.optim.scale import checked_rate
 
 
@@ -50,6 +51,18 @@ class AmsgradState:
     mu: Any
     nu: Any
     nu_max: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaves:
+    """What an update reads, as lists in the order of the parameters; gradients in the dtypes of `nu`."""
+
+    structure: Any
+    gs: list[Tensor]
+    mu: list[Tensor]
+    nu: list[Tensor]
+    top: list[Tensor] | None
+    count: Tensor
 
 
 @transformation
@@ -78,31 +91,79 @@ class Adam(GradientTransformation):
     def update(
         self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        gs, treedef = tree.flatten(updates)
-        mu = same_leaves(state.mu, treedef, updates, "first moments")
-        nu = same_leaves(state.nu, treedef, updates, "second moments")
-        top = same_leaves(state.nu_max, treedef, updates, "largest second moments") if self.amsgrad else None
-        gs = fx.cast(gs, nu)
-        count = state.count + 1
+        leaves = self._leaves(updates, state)
+        us, following = self._proposed(updates, leaves, params, step, reuse=False)
+        return tree.unflatten(leaves.structure, us), following
+
+    def advance(
+        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        leaves = self._leaves(updates, state)
+        ps = same_leaves(params, leaves.structure, updates, "params")
+        if self.fused and self.learning_rate is not None:
+            decay = value_at(self.weight_decay, step, "weight_decay")
+            done = self._in_one_pass(updates, leaves, ps, value_at(self.learning_rate, step), decay, reuse)
+            if done is not None:
+                return done
+        us, following = self._proposed(updates, leaves, params, step, reuse=reuse)
+        same = all(u.dtype == p.dtype for u, p in zip(us, ps, strict=True))
+        return tree.unflatten(leaves.structure, fx.cast(fx.add(ps, us, reuse=reuse and same), ps)), following
+
+    def _leaves(self, updates: Any, state: Any) -> _Leaves:
+        gs, structure = tree.flatten(updates)
+        mu = same_leaves(state.mu, structure, updates, "first moments")
+        nu = same_leaves(state.nu, structure, updates, "second moments")
+        top = same_leaves(state.nu_max, structure, updates, "largest second moments") if self.amsgrad else None
+        return _Leaves(structure, fx.cast(gs, nu), mu, nu, top, state.count + 1)
+
+    def _following(self, leaves: _Leaves, mu: list[Tensor], nu: list[Tensor], top: list[Tensor] | None) -> Any:
+        trees = [tree.unflatten(leaves.structure, xs) for xs in (mu, nu, top) if xs is not None]
+        return (AmsgradState if self.amsgrad else AdamState)(leaves.count, *trees)
+
+    def _proposed(
+        self, updates: Any, leaves: _Leaves, params: Any, step: Any, *, reuse: bool
+    ) -> tuple[list[Tensor], Any]:
+        """Return the updates as a list, and the next state."""
         rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
-        if self.fused and fx.plain(gs, mu, nu):
-            us, mu, nu, top = self._fused(gs, mu, nu, top, count, rate)
+        moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
+        gs = fitted(leaves.gs, *moments) if self.fused and fx.plain(leaves.gs, *moments) else None
+        if gs is None:
+            us, mu, nu, top = self._foreach(leaves, rate, reuse)
         else:
-            us, mu, nu, top = self._foreach(gs, mu, nu, top, count, rate)
+            us = [torch.zeros_like(g) for g in gs]
+            mu, nu, top = self._fused(us, gs, leaves, rate, [0.0] * len(us), reuse)
         if not is_zero(self.weight_decay):
-            ps = same_leaves(need_params(params, f"{self.name} with weight decay"), treedef, updates, "params")
+            why = f"{self.name} with weight decay"
+            ps = same_leaves(need_params(params, why), leaves.structure, updates, "params")
             decay = value_at(self.weight_decay, step, "weight_decay")
             us = add_decay(us, ps, decay * (1.0 if rate is None else -rate), mask=self.mask, like=updates, reuse=True)
-        trees = [tree.unflatten(treedef, xs) for xs in (us, mu, nu, top) if xs is not None]
-        return trees[0], (AmsgradState if self.amsgrad else AdamState)(count, *trees[1:])
+        return us, self._following(leaves, mu, nu, top)
 
-    def _foreach(self, gs: Any, mu: Any, nu: Any, top: Any, count: Tensor, rate: Any) -> tuple[Any, ...]:
+    def _in_one_pass(
+        self, updates: Any, leaves: _Leaves, ps: list[Tensor], rate: Any, decay: Any, reuse: bool
+    ) -> tuple[Any, Any] | None:
+        """Let the kernel write parameters, too: the bits of `torch.optim`'s fused Adam. None where it cannot."""
+        moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
+        if isinstance(decay, Tensor) or not fx.plain(ps, leaves.gs, *moments):
+            return None
+        gs = fitted(leaves.gs, ps, *moments)
+        if gs is None:
+            return None
+        decays = [decay] * len(ps)
+        if self.mask is not None:
+            decays = [decay if tree.matches(self.mask, name) else 0.0 for name in tree.names(updates)]
+        ps = ps if reuse else [p.clone() for p in ps]
+        found = self._fused(ps, gs, leaves, rate, decays, reuse)
+        return tree.unflatten(leaves.structure, ps), self._following(leaves, *found)
+
+    def _foreach(self, leaves: _Leaves, rate: Any, reuse: bool) -> tuple[Any, ...]:
         """The moments, then the descent; the order of operations is that of torch's foreach implementation."""
-        mu = fx.lerp(mu, fx.cast(gs, mu), 1 - self.b1)
-        nu = fx.average_of_squares(nu, gs, self.b2)
+        gs, top = leaves.gs, leaves.top
+        mu = fx.lerp(leaves.mu, fx.cast(gs, leaves.mu), 1 - self.b1, reuse=reuse)
+        nu = fx.average_of_squares(leaves.nu, gs, self.b2, reuse=reuse)
         if top is not None:
-            top = fx.maximum(top, nu)
-        t = wide(count)
+            top = fx.maximum(top, nu, reuse=reuse)
+        t = wide(leaves.count)
         largest = nu if top is None else top
         root = fx.sqrt(largest) if is_zero(self.eps_root) else fx.sqrt(fx.add(largest, self.eps_root), reuse=True)
         denom = fx.add(fx.div(root, torch.sqrt(1 - self.b2**t), reuse=True), self.eps, reuse=True)
@@ -115,11 +176,17 @@ class Adam(GradientTransformation):
             us = fx.add(us, gs, alpha=sign * (1 - self.b1) / (1 - self.b1**t), reuse=True)
         return fx.div(us, denom, reuse=True), mu, nu, top
 
-    def _fused(self, gs: Any, mu: Any, nu: Any, top: Any, count: Tensor, rate: Any) -> tuple[Any, ...]:
-        mu, nu = [m.clone() for m in mu], [n.clone() for n in nu]
-        top = None if top is None else [m.clone() for m in top]
+    def _fused(
+        self, into: list[Tensor], gs: list[Tensor], leaves: _Leaves, rate: Any, decays: list[float], reuse: bool
+    ) -> tuple[Any, ...]:
+        """Run the kernel over `into`, and return the moments."""
+        mu, nu, top = leaves.mu, leaves.nu, leaves.top
+        if not reuse:
+            mu, nu = [m.clone() for m in mu], [n.clone() for n in nu]
+            top = None if top is None else [m.clone() for m in top]
         b1, b2, eps = (float(x) for x in (self.b1, self.b2, self.eps))
-        return fused_adam(gs, mu, nu, top, count, rate=rate, b1=b1, b2=b2, eps=eps), mu, nu, top
+        fused_adam(into, gs, mu, nu, top, leaves.count, decays, rate=rate, b1=b1, b2=b2, eps=eps)
+        return mu, nu, top
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
@@ -127,6 +194,18 @@ class Adam(GradientTransformation):
     @property
     def shard_invariant(self) -> bool:
         return not self.fused
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+    @property
+    def one_pass(self) -> bool:
+        return True
+
+    @property
+    def in_place(self) -> bool:
+        return self.fused
 
     def __repr__(self) -> str:
         return super().__repr__().replace(f", label={self.label!r}", "").replace(f"label={self.label!r}", "")

@@ -68,6 +68,10 @@ class ScaleByNadam(GradientTransformation):
     def _momentum(self, t: Tensor) -> Tensor:
         return self.b1 * (1.0 - 0.5 * torch.pow(0.96, t * self.momentum_decay))
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def scale_by_nadam(
     b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8, momentum_decay: float = 4e-3

@@ -1,9 +1,8 @@
-"""torch's fused optimizer kernels as pure functions: they are given zeros for parameters, so what they write is the
-update.
+"""torch's fused optimizer kernels: the update of parameters and moments in one pass over the memory.
 
-Used by sgd, adam and adamw with `fused=True`, in plain eager mode only. The lists of state that come in must be copies
-made
-by the caller: the kernels write into them.
+Used by sgd, adam, adamw and amsgrad with `fused=True`, in plain eager mode only. The kernels write into all lists that
+they are given but the gradients, so those must be copies, or given away. An update without its parameters is what the
+kernels make of zeros.
 """
 
 from __future__ import annotations
@@ -14,22 +13,53 @@ import torch
 from torch import Tensor
 
 
-def _groups(xs: list[Tensor]) -> list[list[int]]:
-    """Positions of tensors by device and dtype: a fused kernel takes one kind at a time."""
+def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[int]]:
+    """Positions of tensors by device, dtype and a number of each: a fused kernel takes one kind at a time."""
     groups: dict[Any, list[int]] = {}
     for i, x in enumerate(xs):
-        groups.setdefault((x.device, x.dtype), []).append(i)
+        groups.setdefault((x.device, x.dtype, numbers[i] if numbers else 0.0), []).append(i)
     return list(groups.values())
 
 
+def fitted(grads: list[Tensor], *lists: list[Tensor]) -> list[Tensor] | None:
+    """Return gradients laid out as the tensors at their positions in other lists; None where no kernel takes those.
+
+    The kernels walk the memory of all tensors alike and ask nothing. Gradients come in the layout that the backward
+    pass gave them, of a convolution in channels-last, say.
+
+    Args:
+        grads: gradients.
+        *lists: parameters and moments, which a kernel writes into: dense, and at each position of one dtype and layout.
+    """
+    result = []
+    for g, *xs in zip(grads, *lists, strict=True):
+        layout = _layout(xs[0] if xs else g)
+        if layout is None or any(x.dtype != g.dtype or _layout(x) is not layout for x in xs):
+            return None
+        result.append(g if _layout(g) is layout else g.contiguous(memory_format=layout))
+    return result
+
+
+def _layout(x: Tensor) -> torch.memory_format | None:
+    if x.is_contiguous():
+        return torch.contiguous_format
+    of_images = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return of_images if of_images is not None and x.is_contiguous(memory_format=of_images) else None
+
+
 def fused_sgd(
-    grads: list[Tensor], trace: list[Tensor] | None, *, rate: Any, momentum: float = 0.0, nesterov: bool = False
-) -> list[Tensor]:
-    """Return the updates of momentum SGD; `trace` is overwritten with the new momentum."""
-    updates = [torch.zeros_like(g) for g in grads]
+    params: list[Tensor],
+    grads: list[Tensor],
+    trace: list[Tensor] | None,
+    *,
+    rate: Any,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+) -> None:
+    """Take a step of momentum SGD; `params` and `trace` are overwritten."""
     for at in _groups(grads):
         torch._fused_sgd_(
-            [updates[i] for i in at],
+            [params[i] for i in at],
             [grads[i] for i in at],
             [trace[i] for i in at] if trace is not None else [],
             weight_decay=0.0,
@@ -40,27 +70,27 @@ def fused_sgd(
             maximize=False,
             is_first_step=False,
         )
-    return updates
 
 
 def fused_adam(
+    params: list[Tensor],
     grads: list[Tensor],
     mu: list[Tensor],
     nu: list[Tensor],
     nu_max: list[Tensor] | None,
     count: Tensor,
+    decays: list[float],
     *,
     rate: Any,
     b1: float,
     b2: float,
     eps: float,
-) -> list[Tensor]:
-    """Return the updates of Adam at its `count`-th step; `mu`, `nu` and `nu_max` are overwritten."""
-    updates = [torch.zeros_like(g) for g in grads]
-    for at in _groups(grads):
+) -> None:
+    """Take the `count`-th step of Adam, each parameter with its decoupled decay; all but `grads` are overwritten."""
+    for at in _groups(grads, decays):
         steps = count.to(grads[at[0]].device, torch.float32)
-        torch._fused_adam_(
-            [updates[i] for i in at],
+        torch._fused_adamw_(
+            [params[i] for i in at],
             [grads[i] for i in at],
             [mu[i] for i in at],
             [nu[i] for i in at],
@@ -69,9 +99,8 @@ def fused_adam(
             lr=rate,
             beta1=b1,
             beta2=b2,
-            weight_decay=0.0,
+            weight_decay=decays[at[0]],
             eps=eps,
             amsgrad=nu_max is not None,
             maximize=False,
         )
-    return updates

@@ -75,6 +75,10 @@ class ScheduleFree(Wrapper):
         following = ScheduleFreeState(state.b1, total, highest, tree.unflatten(treedef, after), inner)
         return tree.unflatten(treedef, fx.sub(target, ys, reuse=True)), following
 
+    @property
+    def separable(self) -> bool:
+        return self.inner.separable
+
 
 def schedule_free(
     inner: GradientTransformation, learning_rate: ScalarOrSchedule, *, b1: float = 0.9, weight_lr_power: float = 2.0

@@ -26,7 +26,7 @@ from purestep.optim.base import (
     wide,
     zeros_like,
 )
-from purestep.optim.optimizers.fused import fused_sgd
+from purestep.optim.optimizers.fused import fitted, fused_sgd
 from purestep.optim.scale import checked_rate
 
 
@@ -53,20 +53,52 @@ class Sgd(GradientTransformation):
         self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
+        trace = self._trace(state, treedef, updates)
         rate = value_at(self.learning_rate, step)
-        if is_zero(self.momentum):
-            descent = fused_sgd(gs, None, rate=rate) if self.fused and fx.plain(gs) else fx.mul(gs, -rate)
-            return tree.unflatten(treedef, descent), state
-        trace = same_leaves(state.momentum, treedef, updates, "momentum buffers")
-        gs = fx.cast(gs, trace)
-        if self.fused and fx.plain(gs, trace):
-            trace = [t.clone() for t in trace]
-            descent = fused_sgd(gs, trace, rate=rate, momentum=float(self.momentum), nesterov=self.nesterov)
+        gs = gs if trace is None else fx.cast(gs, trace)
+        ready = self._ready(gs, trace)
+        if ready is not None:
+            descent = [torch.zeros_like(g) for g in ready]
+            trace = self._fused(descent, ready, trace, rate, reuse=False)
+        elif trace is None:
+            descent = fx.mul(gs, -rate)
         else:
             trace = fx.add(fx.mul(trace, self.momentum), gs, alpha=self._fresh_weight(state.count), reuse=True)
             direction = fx.add(gs, trace, alpha=self.momentum) if self.nesterov else trace
             descent = fx.mul(direction, -rate)
-        return tree.unflatten(treedef, descent), SgdState(state.count + 1, tree.unflatten(treedef, trace))
+        return tree.unflatten(treedef, descent), self._following(state, treedef, trace)
+
+    def advance(
+        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        """Let the kernel write parameters, too: the bits of `torch.optim`'s fused SGD."""
+        gs, treedef = tree.flatten(updates)
+        trace, ps = self._trace(state, treedef, updates), same_leaves(params, treedef, updates, "params")
+        ready = self._ready(gs if trace is None else fx.cast(gs, trace), trace, ps)
+        if ready is None:
+            return super().advance(updates, state, params, reuse=reuse, step=step, **extra)
+        ps = ps if reuse else [p.clone() for p in ps]
+        trace = self._fused(ps, ready, trace, value_at(self.learning_rate, step), reuse=reuse)
+        return tree.unflatten(treedef, ps), self._following(state, treedef, trace)
+
+    def _trace(self, state: Any, treedef: Any, updates: Any) -> list[Tensor] | None:
+        return None if is_zero(self.momentum) else same_leaves(state.momentum, treedef, updates, "momentum buffers")
+
+    def _following(self, state: Any, treedef: Any, trace: list[Tensor] | None) -> Any:
+        return state if trace is None else SgdState(state.count + 1, tree.unflatten(treedef, trace))
+
+    def _ready(self, gs: list[Tensor], *lists: list[Tensor] | None) -> list[Tensor] | None:
+        """Return the gradients as the kernel takes them; None where there is none to take them."""
+        given = [xs for xs in lists if xs is not None]
+        return fitted(gs, *given) if self.fused and fx.plain(gs, *given) else None
+
+    def _fused(
+        self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Any, *, reuse: bool
+    ) -> list[Tensor] | None:
+        trace = trace if trace is None or reuse else [t.clone() for t in trace]
+        momentum = 0.0 if trace is None else float(self.momentum)
+        fused_sgd(into, gs, trace, rate=rate, momentum=momentum, nesterov=self.nesterov)
+        return trace
 
     def _fresh_weight(self, count: Tensor) -> Scalar:
         """The weight of the new gradient; the first one enters undamped, as in torch."""
@@ -80,6 +112,18 @@ class Sgd(GradientTransformation):
     @property
     def shard_invariant(self) -> bool:
         return not self.fused
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+    @property
+    def one_pass(self) -> bool:
+        return self.fused
+
+    @property
+    def in_place(self) -> bool:
+        return self.fused
 
 
 def sgd(

@@ -24,6 +24,10 @@ class ScaleBySign(GradientTransformation):
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.sign(xs)), state
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 def scale_by_sign() -> GradientTransformation:
     """Replace each element by its sign; what is not finite becomes NaN.

@@ -1,0 +1,230 @@
+"""One update of all parameters; long ones go slice by slice, so that what lies between stays in the processor's cache.
+
+Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations that say they are
+`separable` are cut. The memory of long tensors is written over when it was given away; nothing else is written into.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.optim import foreach as fx
+from purestep.optim.base import GradientTransformation
+from purestep.optim.chain import Chain
+
+# Elements of a slice: a few of them, of gradient, parameter, moments and what lies between, fill a core's own cache.
+_ON_CPU = 1 << 17
+# A device has no such cache, and a start of a kernel costs more than its slice: there it is about memory only.
+_ON_DEVICE = 1 << 24
+_ORDINARY = (Tensor, torch.nn.Parameter)
+_NOTHING: Any = object()
+
+
+def is_long(x: Tensor) -> bool:
+    """Tell whether a tensor is updated slice by slice, and its memory written over where it was given away."""
+    return type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
+
+
+def _limit(x: Tensor) -> int:
+    return _ON_CPU * torch.get_num_threads() if x.is_cpu else _ON_DEVICE
+
+
+def advance(
+    tx: GradientTransformation,
+    grads: Any,
+    state: Any,
+    params: Any,
+    *,
+    accept: Tensor | None = None,
+    reuse: bool = False,
+    **extra: Any,
+) -> tuple[Any, Any]:
+    """Return the parameters and the state of a transformation after an update.
+
+    Args:
+        tx: the transformation.
+        grads: gradients, of the structure of `params`.
+        state: of the transformation.
+        params: the parameters.
+        accept: 0-d bool: whether the update counts; otherwise parameters and state stay what they are. None: it does.
+        reuse: whether the long tensors of `params` and `state` were given away: then the result takes their memory, and
+            an error on the way leaves them half written.
+        **extra: what `tx.update` takes.
+    """
+    if type(params) is dict and any(map(is_long, params.values())):
+        if tx.separable:
+            done = None
+            if reuse or not tx.in_place:
+                done = _sliced(tx, grads, state, params, accept, reuse, extra)
+            if done is not None:
+                return done
+        elif isinstance(tx, Chain) and tx.transforms and tx.transforms[-1].separable:
+            (first, before), (end, held) = tx.divided(state)
+            proposed, following = first.update(grads, before, params, **extra)
+            if accept is not None:
+                following = tree.select(accept, following, before)
+            params, held = advance(end, proposed, held, params, accept=accept, reuse=reuse, **extra)
+            return params, tx.joined(following, held)
+    new = tx.advance(grads, state, params, **extra)
+    return new if accept is None else tree.select(accept, new, (params, state))
+
+
+def _sliced(
+    tx: GradientTransformation,
+    grads: dict[str, Tensor],
+    state: Any,
+    params: dict[str, Tensor],
+    accept: Tensor | None,
+    reuse: bool,
+    extra: dict[str, Any],
+) -> tuple[Any, Any] | None:
+    """Update block by block; None when the tensors are no ordinary ones, or the state cannot be cut like them."""
+    leaves, structure = tree.flatten(state)
+    everything = (list(grads.values()), list(params.values()), leaves)
+    if not all(isinstance(x, Tensor) for xs in everything for x in xs) or not fx.plain(*everything):
+        return None
+    shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
+    limits = tuple(_limit(p) for p in params.values())
+    # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
+    layout = _layout(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx.in_place)
+    if layout is None:
+        return None
+    result = _Result(params, leaves, accept, reuse)
+    for block in layout:
+        result.take(block, tx, grads, extra)
+    return {name: result.params[name] for name in params}, tree.unflatten(structure, result.leaves)
+
+
+class _Result:
+    """What an update comes to, filled block by block."""
+
+    def __init__(self, params: dict[str, Tensor], leaves: list[Tensor], accept: Tensor | None, reuse: bool) -> None:
+        self.old, self.old_leaves, self.accept, self.reuse = params, leaves, accept, reuse
+        self.params: dict[str, Tensor] = {}
+        self.leaves: list[Any] = [_NOTHING] * len(leaves)
+
+    def take(self, block: _Block, tx: GradientTransformation, grads: dict[str, Tensor], extra: dict[str, Any]) -> None:
+        """Update one block."""
+        rows = block.rows
+        gs = {name: grads[name] if rows is None else grads[name][rows] for name in block.names}
+        ps = {name: self.old[name] if rows is None else self.old[name][rows] for name in block.names}
+        held = [self.old_leaves[i] if rows is None or not own else self.old_leaves[i][rows] for i, own in block.leaves]
+        reuse = self.reuse and self.accept is None and rows is not None
+        new, following = tx.advance(gs, tree.unflatten(block.structure, held), ps, reuse=reuse, **extra)
+        for name, old in ps.items():
+            if rows is None:
+                self.params[name] = self._chosen(new[name], old)
+            else:
+                if name not in self.params:
+                    self.params[name] = self._room(self.old[name])
+                self._write(self.params[name], rows, new[name], old)
+        for (i, own), value, old in zip(block.leaves, tree.leaves(following), held, strict=True):
+            if rows is None or not own:
+                if self.leaves[i] is _NOTHING:  # what all parameters share is the same in every block
+                    self.leaves[i] = self._chosen(value, old)
+            else:
+                if self.leaves[i] is _NOTHING:
+                    self.leaves[i] = self._room(self.old_leaves[i])
+                self._write(self.leaves[i], rows, value, old)
+
+    def _room(self, old: Tensor) -> Tensor:
+        return old if self.reuse else torch.empty_like(old)
+
+    def _chosen(self, new: Tensor, old: Tensor) -> Tensor:
+        return new if self.accept is None or new is old else torch.where(self.accept, new, old)
+
+    def _write(self, target: Tensor, rows: slice, new: Tensor, old: Tensor) -> None:
+        if new is not old or not self.reuse:
+            target[rows].copy_(self._chosen(new, old))
+
+
+# --- how a state is cut -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some parameters, or some rows of one, and what of the state belongs to them.
+
+    Attributes:
+        names: of the parameters.
+        rows: of the one parameter; None for whole ones.
+        structure: of the state without the other parameters.
+        leaves: for each leaf of that structure, its number among all, and whether it is a parameter's own.
+    """
+
+    names: tuple[str, ...]
+    rows: slice | None
+    structure: Any
+    leaves: tuple[tuple[int, bool], ...]
+
+
+@functools.lru_cache(maxsize=32)
+def _layout(
+    structure: Any, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], limits: tuple[int, ...], whole: bool
+) -> list[_Block] | None:
+    """Cut long parameters along dim 0, unless `whole`, and gather short ones; None when the state cannot be cut so."""
+    cutter = _Cutter(tree.unflatten(structure, range(structure.num_leaves)), dict(shapes), leaf_shapes)
+    blocks: list[_Block] = []
+    short: list[str] = []
+    gathered = 0
+    try:
+        for (name, shape), limit in zip(shapes, limits, strict=True):
+            count = torch.Size(shape).numel()
+            if count > limit and shape and shape[0] > 1:
+                step = shape[0] if whole else max(1, limit * shape[0] // count)
+                blocks += [cutter.block((name,), slice(at, at + step)) for at in range(0, shape[0], step)]
+                continue
+            short.append(name)
+            gathered += count
+            if gathered >= limit:
+                blocks.append(cutter.block(tuple(short)))
+                short, gathered = [], 0
+        if short:
+            blocks.append(cutter.block(tuple(short)))
+    except _Uncuttable:
+        return None
+    return blocks
+
+
+class _Uncuttable(Exception):
+    """The state has something by name of parameter that has not their shapes, or a node of unknown kind."""
+
+
+class _Cutter:
+    """Cuts a state, given as a tree of the numbers of its leaves."""
+
+    def __init__(self, numbered: Any, shapes: dict[str, Any], leaf_shapes: tuple[Any, ...]) -> None:
+        self.numbered, self.shapes, self.leaf_shapes = numbered, shapes, leaf_shapes
+        self.own: set[int] = set()
+
+    def block(self, names: tuple[str, ...], rows: slice | None = None) -> _Block:
+        """Return the block of some parameters."""
+        numbers, structure = tree.flatten(self._cut(self.numbered, frozenset(names)))
+        return _Block(names, rows, structure, tuple((i, i in self.own) for i in numbers))
+
+    def _cut(self, node: Any, names: frozenset[str]) -> Any:
+        if node is None or type(node) is int:
+            return node
+        if type(node) is dict:
+            if node and node.keys() <= self.shapes.keys():
+                return self._cut_column(node, names)
+            return {key: self._cut(value, names) for key, value in node.items()}
+        if type(node) in (list, tuple):
+            return type(node)(self._cut(value, names) for value in node)
+        if tree.node_name(type(node)) is None:
+            raise _Uncuttable
+        data, _ = tree.node_fields(type(node))
+        return tree.replaced(node, **{field: self._cut(getattr(node, field), names) for field in data})
+
+    def _cut_column(self, column: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+        for name, number in column.items():
+            if type(number) is not int or self.leaf_shapes[number] != self.shapes[name]:
+                raise _Uncuttable
+            self.own.add(number)
+        return {name: number for name, number in column.items() if name in names}
