@@ -113,8 +113,7 @@ def our_step(
     """Return what takes one step under a plan. Like torch's it updates in place."""
     tx = ps.optim.adamw(1e-3)
     step: Any = ps.make_step(loss_fn, tx, plan=plan)
-    if compiled:
-        step = ps.jit(step, donate=True)
+    step = ps.jit(step, donate=True) if compiled else ps.donate(step)
     held = [plan.place(ps.init(model, tx, seed=0))]
     own = ps.sharding.local_batch(batch, plan, dist.get_world_size())
 
@@ -153,7 +152,7 @@ def run(settings: Any, say: Say) -> dict[str, Any]:
     """Return `{model: {"seconds": {variant: seconds of a step by round}, "failed": {variant: why}}}`."""
     results = {}
     for model, variants in settings.sharding.items():
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")
         with tempfile.TemporaryDirectory(prefix="purestep-bench-") as folder:
             arguments = model, variants, folder, settings.sharding_rounds, settings.sharding_steps
             ranks = [context.Process(target=_rank, args=(number, *arguments)) for number in range(RANKS)]
