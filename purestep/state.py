@@ -19,7 +19,7 @@ from purestep import bits, given, random, transforms, tree
 from purestep.errors import StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation, check_transformation
-from purestep.optim.blocks import advance, is_long
+from purestep.optim.blocks import advance, is_owned, worth_reusing
 from purestep.tree import Filter, pytree, static
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class TrainState:
             buffers: buffers after the forward pass; unchanged by default.
             accept: 0-d bool tensor: whether the update counts. Otherwise the state stays as it is. None: it counts.
             last_use: says that nobody reads params or optimizer state of this state after the call. If it was given
-                away (`ps.donate`), long tensors are then written over; otherwise nothing is.
+                away (`ps.donate`), its memory is then written over; otherwise nothing is.
             **extra: passed to `tx.update`, besides `step`.
 
         Raises:
@@ -93,7 +93,7 @@ class TrainState:
             _check_same("buffers", dict(buffers), "buffers", self.buffers)
         reuse = last_use and given.offered(self)
         if reuse:
-            places = self.long_memory()
+            places = self.own_memory()
             grads, buffers, extra = given.apart((grads, buffers, extra), places)
             reuse = bool(places) and given.take(self)
         with transforms.unrecorded():
@@ -111,11 +111,11 @@ class TrainState:
                 buffers = tree.select(applied, buffers, self.buffers)
         return self.replace(step=step, params=params, buffers=buffers, opt_state=opt_state)
 
-    def long_memory(self) -> frozenset[int]:
+    def own_memory(self) -> frozenset[int]:
         """Return where the tensors lie that an update writes over if the state was given away."""
-        if not any(map(is_long, self.params.values())):
-            return frozenset()  # what of the optimizer's state is written over is shaped like a parameter
-        return given.memory(x for x in tree.leaves((self.params, self.opt_state)) if is_long(x))
+        if not worth_reusing(self.params.values()):
+            return frozenset()
+        return given.memory(filter(is_owned, tree.leaves((self.params, self.opt_state))))
 
     def _repr_html_(self) -> str:
         from purestep import notebook

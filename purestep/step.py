@@ -149,7 +149,7 @@ class Step:
         """Apply the gradients of a whole batch; a skipped update counts itself in the metric `skipped`."""
         metrics = gradients.metrics
         if given.offered(state):
-            metrics = given.apart(metrics, state.long_memory())
+            metrics = given.apart(metrics, state.own_memory())
         grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
         value = metrics["loss"].compute()
         new = state.apply_gradients(

@@ -16,7 +16,7 @@ from purestep.errors import ConfigError, StepError, explain
 from purestep.jit import donation
 from purestep.jit.call import Jit
 from purestep.jit.pieces import JitStep
-from purestep.optim.blocks import is_long
+from purestep.optim.blocks import is_owned, worth_reusing
 from purestep.sharding import place
 from purestep.state import TrainState
 
@@ -73,10 +73,10 @@ class Donating:
 def donate(step: Callable[..., Any]) -> Any:
     """Make a step consume the state it is given, without compiling it.
 
-    The long tensors of parameters and optimizer state (above some 100,000 elements) are updated in place; short ones
-    are replaced. So memory holds one state instead of two, and the time to fill fresh memory is saved; the bits are
-    those of the step itself. Using a consumed state again raises DonatedStateError. `fit(..., donate=True)` does this
-    for states that the loop alone owns.
+    Parameters and optimizer state are updated in place, unless all parameters are small (below some 16,000 elements),
+    when it would save nothing. So memory holds one state instead of two, and the time to fill fresh memory is saved;
+    the bits are those of the step itself. Using a consumed state again raises DonatedStateError.
+    `fit(..., donate=True)` does this for states that the loop alone owns.
 
     Args:
         step: a step of `make_step`, or one written by hand, `(state, batch) -> (state, metrics)`. A hand-written one
@@ -112,16 +112,16 @@ def donate(step: Callable[..., Any]) -> Any:
 
 
 def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
-    """Return a state whose long tensors share memory with nothing else in it, and where that memory is."""
-    if not any(is_long(_part(p)) for found in _states(state) for p in found.params.values()):
+    """Return a state whose tensors share memory with nothing else in it, and where what is written over lies."""
+    if not worth_reusing(_part(p) for found in _states(state) for p in found.params.values()):
         return state, frozenset()
     leaves, structure = tree.flatten(state)
     parts = [_part(leaf) for leaf in leaves]
-    long = [i for i, part in enumerate(parts) if is_long(part)]
     apart = donation.unaliased(parts, len(parts))
     if any(a is not b for a, b in zip(parts, apart, strict=True)):
         state = place.rewrap(tree.unflatten(structure, apart), state)
-    return state, given.memory(apart[i] for i in long)
+    own = [_part(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))]
+    return state, given.memory(filter(is_owned, own))
 
 
 def _part(leaf: Any) -> Any:

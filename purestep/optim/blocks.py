@@ -1,12 +1,13 @@
 """One update of all parameters; long ones go slice by slice, so that what lies between stays in the processor's cache.
 
 Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations that say they are
-`separable` are cut. The memory of long tensors is written over when it was given away; nothing else is written into.
+`separable` are cut. Memory that was given away is written over; nothing else is written into.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +19,30 @@ from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation
 from purestep.optim.chain import Chain
 
-# Elements of a slice: a few of them, of gradient, parameter, moments and what lies between, fill a core's own cache.
-_ON_CPU = 1 << 17
+# Elements from which a tensor is long, and the part of them that is a slice: a few of those, of gradient, parameter,
+# moments and what lies between, fill a core's own cache.
+_ON_CPU, _PART = 1 << 19, 4
 # A device has no such cache, and a start of a kernel costs more than its slice: there it is about memory only.
-_ON_DEVICE = 1 << 24
+_ON_DEVICE = 1 << 26
+# Elements of the largest parameter from which it saves time to look after whose memory is written over.
+_WORTH = 1 << 14
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _NOTHING: Any = object()
 
 
 def is_long(x: Tensor) -> bool:
-    """Tell whether a tensor is updated slice by slice, and its memory written over where it was given away."""
+    """Tell whether a tensor is updated slice by slice."""
     return type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
+
+
+def is_owned(x: Any) -> bool:
+    """Tell whether a leaf of parameters or optimizer state is written over where it was given away."""
+    return type(x) in _ORDINARY and x.dim() > 0 and not x.is_meta
+
+
+def worth_reusing(params: Iterable[Any]) -> bool:
+    """Tell whether parameters are large enough for their memory to be written over, and that of their state."""
+    return any(is_owned(x) and x.numel() >= _WORTH for x in params)
 
 
 def _limit(x: Tensor) -> int:
@@ -53,8 +67,8 @@ def advance(
         state: of the transformation.
         params: the parameters.
         accept: 0-d bool: whether the update counts; otherwise parameters and state stay what they are. None: it does.
-        reuse: whether the long tensors of `params` and `state` were given away: then the result takes their memory, and
-            an error on the way leaves them half written.
+        reuse: whether the tensors of `params` and `state` were given away: then the result takes their memory where it
+            can, and an error on the way leaves them half written.
         **extra: what `tx.update` takes.
     """
     if type(params) is dict and any(map(is_long, params.values())):
@@ -71,7 +85,7 @@ def advance(
                 following = tree.select(accept, following, before)
             params, held = advance(end, proposed, held, params, accept=accept, reuse=reuse, **extra)
             return params, tx.joined(following, held)
-    new = tx.advance(grads, state, params, **extra)
+    new = tx.advance(grads, state, params, reuse=reuse and accept is None, **extra)
     return new if accept is None else tree.select(accept, new, (params, state))
 
 
@@ -115,7 +129,7 @@ class _Result:
         gs = {name: grads[name] if rows is None else grads[name][rows] for name in block.names}
         ps = {name: self.old[name] if rows is None else self.old[name][rows] for name in block.names}
         held = [self.old_leaves[i] if rows is None or not own else self.old_leaves[i][rows] for i, own in block.leaves]
-        reuse = self.reuse and self.accept is None and rows is not None
+        reuse = self.reuse and self.accept is None
         new, following = tx.advance(gs, tree.unflatten(block.structure, held), ps, reuse=reuse, **extra)
         for name, old in ps.items():
             if rows is None:
@@ -177,12 +191,12 @@ def _layout(
         for (name, shape), limit in zip(shapes, limits, strict=True):
             count = torch.Size(shape).numel()
             if count > limit and shape and shape[0] > 1:
-                step = shape[0] if whole else max(1, limit * shape[0] // count)
+                step = shape[0] if whole else max(1, limit * shape[0] // (_PART * count))
                 blocks += [cutter.block((name,), slice(at, at + step)) for at in range(0, shape[0], step)]
                 continue
             short.append(name)
             gathered += count
-            if gathered >= limit:
+            if _PART * gathered >= limit:
                 blocks.append(cutter.block(tuple(short)))
                 short, gathered = [], 0
         if short:

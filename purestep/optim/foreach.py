@@ -1,7 +1,8 @@
 """Arithmetic over lists of tensors: the one place that knows `torch._foreach_*` and where it cannot be used.
 
 Each function returns a new list. With `reuse=True` it may overwrite its first argument, which the caller must have made
-itself, and only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
+itself, and with `between=` the result may lie in memory of that name, which the next call takes again (`scratch`); both
+only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
 (foreach has no batching rules, and its derivatives of 0-d tensors are wrong); under a tracer nothing is written in
 place.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from purestep import transforms
+from purestep.optim import scratch
 from purestep.sharding import whole
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -35,10 +37,10 @@ def plain(*lists: Tensors) -> bool:
     return _mode(*lists) == _PLAIN
 
 
-def _unary(name: str, function: Callable[[Tensor], Tensor]) -> Callable[..., list[Tensor]]:
+def _unary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     fresh, inplace = getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
 
-    def apply(xs: Tensors, *, reuse: bool = False) -> list[Tensor]:
+    def apply(xs: Tensors, *, reuse: bool = False, between: str | None = None) -> list[Tensor]:
         if not xs:
             return []
         mode = _mode(xs)
@@ -47,7 +49,8 @@ def _unary(name: str, function: Callable[[Tensor], Tensor]) -> Callable[..., lis
         if reuse and mode == _PLAIN:
             inplace(xs)
             return list(xs)
-        return list(fresh(xs))
+        kept = scratch.into(between, function, xs) if between and mode == _PLAIN else None
+        return list(fresh(xs)) if kept is None else kept
 
     apply.__name__ = name
     apply.__doc__ = f"Return `{name}(x)` for each tensor."
@@ -64,11 +67,13 @@ reciprocal = _unary("reciprocal", torch.reciprocal)
 def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     fresh, inplace = getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
 
-    def apply(xs: Tensors, other: Tensors | float | Tensor, *, reuse: bool = False) -> list[Tensor]:
+    def apply(
+        xs: Tensors, other: Tensors | float | Tensor, *, reuse: bool = False, between: str | None = None
+    ) -> list[Tensor]:
         if not xs:
             return []
         if isinstance(other, Tensor):
-            return _by_scalar_tensor(xs, other, reuse)
+            return _by_scalar_tensor(xs, other, reuse, between)
         mode = _mode(xs) if isinstance(other, (int, float)) else _mode(xs, other)
         if mode == _LEAFWISE:
             if isinstance(other, (int, float)):
@@ -79,7 +84,7 @@ def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Te
             return list(xs)
         return list(fresh(xs, other))
 
-    def _by_scalar_tensor(xs: Tensors, scalar: Tensor, reuse: bool) -> list[Tensor]:
+    def _by_scalar_tensor(xs: Tensors, scalar: Tensor, reuse: bool, between: str | None) -> list[Tensor]:
         fitted = _fit(scalar, xs[0])
         mode = _mode(xs, (scalar,))
         if mode == _LEAFWISE or name in ("maximum", "minimum"):
@@ -87,7 +92,8 @@ def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Te
         if reuse and mode == _PLAIN:
             inplace(xs, fitted)
             return list(xs)
-        return cast(fresh(xs, fitted), xs)
+        kept = scratch.into(between, function, xs, fitted) if between and mode == _PLAIN else None
+        return cast(fresh(xs, fitted), xs) if kept is None else kept
 
     apply.__name__ = name
     apply.__doc__ = f"Return `{name}(x, other)`; `other` is a list of tensors, a number or a 0-d tensor."

@@ -20,8 +20,9 @@ LIMIT = 16
 
 @pytest.fixture(autouse=True)
 def few_elements_are_many(monkeypatch):
-    """The tensors of small models are long enough to be written over."""
+    """The tensors of small models are large enough to be written over, and to be cut."""
     monkeypatch.setattr(blocks, "_ON_CPU", LIMIT)
+    monkeypatch.setattr(blocks, "_WORTH", LIMIT)
 
 
 def long_ones(state):

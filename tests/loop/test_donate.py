@@ -14,6 +14,7 @@ from purestep.testing import assert_trees_equal, check_resume, comparable
 @pytest.fixture(autouse=True)
 def few_elements_are_many(monkeypatch):
     monkeypatch.setattr(blocks, "_ON_CPU", 16)
+    monkeypatch.setattr(blocks, "_WORTH", 16)
 
 
 def averaged():

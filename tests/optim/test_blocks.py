@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from typing import Any
 
 import pytest
 import torch
 
 from purestep import optim, precision, tree
-from purestep.optim import blocks
+from purestep.optim import blocks, scratch
 
 SHAPES = {"body.weight": (13, 5), "body.bias": (13,), "head.weight": (3, 13, 2), "odd": (1, 40), "gain": ()}
 
 
 @pytest.fixture(params=[4, 11, 64])
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many elements a slice has at most: few, so that everything is cut, in ways that do not divide."""
+    """Above how many elements tensors are cut: few, so that everything is, in ways that do not divide."""
     monkeypatch.setattr(blocks, "_ON_CPU", request.param)
     return request.param
 
@@ -120,7 +121,8 @@ def test_slices_and_memory_given_away_change_no_bit(name: str, limit: int) -> No
     if separable or name in ("clipped", "state before the end"):
         assert long
         assert all(actual[0][n].data_ptr() == params[n].data_ptr() for n in long)
-    assert all(torch.equal(params[n], kept[n]) for n in SHAPES if n not in long)  # short ones are replaced
+    written = {n for n in SHAPES if actual[0][n].data_ptr() == params[n].data_ptr()}
+    assert all(torch.equal(params[n], kept[n]) for n in SHAPES if n not in written)
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -295,3 +297,42 @@ def test_transforms_and_nested_parameters_go_as_a_whole(how: str, limit: int) ->
 def run_bare(grads: Any, tx: Any, state: Any, params: Any) -> Any:
     updates, following = tx.update(grads, state, params)
     return tx.apply(params, updates, following)
+
+
+# --- memory between operations ----------------------------------------------------------------------------------------
+
+
+def test_scratch_memory_is_taken_again_by_name_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch._local, "kept", {}, raising=False)
+    xs = [torch.randn(3, 5), torch.randn(7)]
+    first = scratch.into("a", torch.sqrt, [x.abs() for x in xs])
+    again = scratch.into("a", torch.mul, xs, 2.0)
+    assert first is not None
+    assert again is not None
+    assert [x.data_ptr() for x in again] == [x.data_ptr() for x in first]
+    assert all(torch.equal(a, x * 2) for a, x in zip(again, xs, strict=True))
+    for other in (
+        scratch.into("b", torch.mul, xs, 2.0),
+        scratch.into("a", torch.mul, [xs[0].T, xs[1]], 2.0),
+        scratch.into("a", torch.mul, [x.double() for x in xs], 2.0),
+    ):
+        assert other is not None
+        assert not {x.data_ptr() for x in other} & {x.data_ptr() for x in first}
+
+
+def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch._local, "kept", {}, raising=False)
+    for size in range(3 * scratch._MOST_LISTS):
+        assert scratch.into("a", torch.neg, [torch.ones(size)]) is not None
+    assert len(scratch._local.kept) == scratch._MOST_LISTS
+    monkeypatch.setattr(scratch, "_MOST_BYTES", 15)
+    assert scratch.into("a", torch.neg, [torch.ones(4)]) is None
+    assert scratch.into("a", torch.neg, [torch.ones(4, device="meta")]) is None
+
+
+def test_updates_of_two_threads_do_not_share_scratch_memory() -> None:
+    tx = optim.adamw(1e-2)
+    expected = bare(tx, draw(1), 30)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: advanced(tx, draw(1), 30, reuse=True), range(8)))
+    assert all(tree.equal(one, expected) for one in found)

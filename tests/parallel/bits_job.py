@@ -132,8 +132,8 @@ def train(
     if backend:
         step = ps.jit(step, backend=backend, donate=True)
     if donate:
-        step, limit = ps.donate(step), blocks._ON_CPU
-        blocks._ON_CPU = 16  # so that parts of these small tensors are long enough to be written over
+        step, limits = ps.donate(step), (blocks._ON_CPU, blocks._WORTH)
+        blocks._ON_CPU = blocks._WORTH = 16  # so that parts of these small tensors are written over, slice by slice
     seen, memory = [], []
     for batch in batches(model, samples, steps):
         watched = model is Net and not keep and not donate and steps <= 3
@@ -145,7 +145,7 @@ def train(
         seen.append(metrics)
         memory.append([x.data_ptr() for x in ps.tree.leaves(place.local(state.params)) if x.numel() > 16])
     if donate:
-        blocks._ON_CPU = limit
+        blocks._ON_CPU, blocks._WORTH = limits
         if memory[0] != memory[-1]:
             raise RuntimeError("the step did not write in place")
     if keep:

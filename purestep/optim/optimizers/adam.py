@@ -165,14 +165,16 @@ class Adam(GradientTransformation):
             top = fx.maximum(top, nu, reuse=reuse)
         t = wide(leaves.count)
         largest = nu if top is None else top
-        root = fx.sqrt(largest) if is_zero(self.eps_root) else fx.sqrt(fx.add(largest, self.eps_root), reuse=True)
-        denom = fx.add(fx.div(root, torch.sqrt(1 - self.b2**t), reuse=True), self.eps, reuse=True)
+        root, move = ("adam root", "adam move") if reuse else (None, None)
+        under = largest if is_zero(self.eps_root) else fx.add(largest, self.eps_root)
+        denom = fx.sqrt(under, between=root)
+        denom = fx.add(fx.div(denom, torch.sqrt(1 - self.b2**t), reuse=True), self.eps, reuse=True)
         sign = 1.0 if rate is None else -rate
         moment = fx.cast(mu, nu)
         if not self.nesterov:
-            us = fx.mul(moment, sign / (1 - self.b1**t))
+            us = fx.mul(moment, sign / (1 - self.b1**t), between=move)
         else:
-            us = fx.mul(moment, sign * self.b1 / (1 - self.b1 ** (t + 1)))
+            us = fx.mul(moment, sign * self.b1 / (1 - self.b1 ** (t + 1)), between=move)
             us = fx.add(us, gs, alpha=sign * (1 - self.b1) / (1 - self.b1**t), reuse=True)
         return fx.div(us, denom, reuse=True), mu, nu, top
 
