@@ -166,8 +166,7 @@ class Adam(GradientTransformation):
         t = wide(leaves.count)
         largest = nu if top is None else top
         root, move = ("adam root", "adam move") if reuse else (None, None)
-        under = largest if is_zero(self.eps_root) else fx.add(largest, self.eps_root)
-        denom = fx.sqrt(under, between=root)
+        denom = fx.sqrt(largest if is_zero(self.eps_root) else fx.add(largest, self.eps_root), between=root)
         denom = fx.add(fx.div(denom, torch.sqrt(1 - self.b2**t), reuse=True), self.eps, reuse=True)
         sign = 1.0 if rate is None else -rate
         moment = fx.cast(mu, nu)
