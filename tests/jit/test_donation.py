@@ -12,6 +12,7 @@ from torch import nn
 import purestep as ps
 from purestep.errors import DonatedStateError, StepError
 from purestep.jit import jit
+from purestep.optim import blocks
 from purestep.testing import assert_trees_equal, check_pure
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -248,9 +249,12 @@ def test_a_step_that_fails_halfway_leaves_no_state_behind(monkeypatch):
 # --- with the loop and snapshots --------------------------------------------------------------------------------------
 
 
-def test_a_pending_snapshot_is_not_overwritten(cases, batches, tmp_path):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_pending_snapshot_is_not_overwritten(compiled, cases, batches, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "_WORTH", 16)  # or nothing is written over eagerly
     case = cases["plain"]
-    step, state = jit(case.step(), backend="eager", donate=True), case.state()
+    step, state = case.step(), case.state()
+    step = jit(step, backend="eager", donate=True) if compiled else ps.donate(step)
     digests = []
     with ps.snapshot.Store(tmp_path / "snapshots", keep=ps.snapshot.latest(3)) as store:
         for number, batch in enumerate(batches(3)):

@@ -30,18 +30,10 @@ def long_ones(state):
     return {path: x.data_ptr() for path, x in zip(ps.tree.paths(leaves), leaves, strict=True) if x.numel() > LIMIT}
 
 
-def trained(step, state, batches):
-    rows = []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        rows.append(ps.metrics.compute(metrics))
-    return state, rows
-
-
 # --- the bits ---------------------------------------------------------------------------------------------------------
 
 
-def test_donated_and_not_donated_agree(case, batches):
+def test_donated_and_not_donated_agree(case, batches, trained):
     """The same bits of states and metrics, over fresh batches and a ragged last one; the given batch is not touched."""
     data = [*batches(4, seed=1), batches(1, 5, seed=2)[0]]
     kept = copy.deepcopy(data)
@@ -81,7 +73,7 @@ def test_long_tensors_stay_where_they_are(cases, batches, name):
 @pytest.mark.parametrize("policy", ["bf16-mixed", "16-mixed", "bf16-true", "bf16-master", "64"])
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("average", [False, True])
-def test_under_policies_loss_scales_and_averages(policy, microbatches, average, cases, batches):
+def test_under_policies_loss_scales_and_averages(policy, microbatches, average, cases, batches, trained):
     tx = ps.optim.chain(ps.optim.clip_by_global_norm(0.5), ps.optim.adamw(1e-2, eps=1e-4))
     tx = ps.optim.average_params(tx, decay=0.5) if average else tx
     chosen = ps.precision.policy(policy)
@@ -118,7 +110,7 @@ def test_under_policies_loss_scales_and_averages(policy, microbatches, average, 
     ],
     ids=lambda tx: repr(tx)[:60],
 )
-def test_with_fused_kernels_and_what_is_not_cut(tx, cases, batches):
+def test_with_fused_kernels_and_what_is_not_cut(tx, cases, batches, trained):
     case = cases["plain"]
     step = ps.make_step(lambda net, batch: cross_entropy(net(batch["x"]), batch["y"]), tx)
     expected, _ = trained(step, ps.init(case.model, tx, seed=2), batches(5))
@@ -183,7 +175,7 @@ def test_metrics_buffers_and_gradients_in_the_memory_of_the_state(direct, batche
         assert_trees_equal(got, want)
 
 
-def test_a_state_that_holds_one_tensor_twice_or_views(batches):
+def test_a_state_that_holds_one_tensor_twice_or_views(batches, trained):
     tx = ps.optim.adamw(1e-2)
     step = ps.make_step(lambda net, batch: cross_entropy(net(batch["x"])[:, :5], batch["y"]), tx)
 
@@ -263,20 +255,6 @@ def test_a_call_that_fails_while_it_writes_leaves_no_state_behind(cases, batches
         step(state, batches(1)[0])
     with pytest.raises(DonatedStateError, match="which failed while it wrote over it"):
         _ = state.params
-
-
-def test_a_pending_snapshot_is_not_overwritten(cases, batches, tmp_path):
-    case = cases["plain"]
-    step, state = ps.donate(case.step()), case.state()
-    digests = []
-    with ps.snapshot.Store(tmp_path / "snapshots", keep=ps.snapshot.latest(3)) as store:
-        for number, batch in enumerate(batches(3)):
-            store.save(number, state)
-            digests.append(ps.digest(state))
-            state, _ = step(state, batch)
-        store.wait()
-        for number, digest in enumerate(digests):
-            assert ps.digest(store.restore(case.state(), step=number).value) == digest
 
 
 def test_inside_transforms_it_is_the_step_itself(cases, batches):
@@ -388,7 +366,7 @@ class Adversaries:
     judge: ps.TrainState
 
 
-def test_states_inside_a_node_of_ones_own(cases, batches):
+def test_states_inside_a_node_of_ones_own(cases, batches, trained):
     tx = ps.optim.adamw(1e-2)
     model = cases["plain"].model()
 
