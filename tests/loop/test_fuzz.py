@@ -168,6 +168,7 @@ class Model:
         owed: whether an evaluation is due and not done.
         evaluations: where the effective history has evaluated, once each.
         rows: of `metrics.csv`, by step.
+        told: where the log has an evaluation that a session made after the snapshot which this history goes on from.
         since: batches that the next row of the log is the mean of.
         waiting: best value and checks without a better one; None without early stopping.
     """
@@ -178,6 +179,15 @@ class Model:
     rows: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     since: tuple[int, ...] = ()
     waiting: tuple[float, int] | None = None
+    told: tuple[int, ...] = ()
+
+    def restored(self, rows: dict[int, dict[str, float]]) -> Model:
+        """Return this model, given what the log has: a row of the same position stays, it is true of the same state."""
+        model, row = copy.copy(self), rows.get(self.at, {})
+        if "val/loss" in row.keys() - self.rows.get(self.at, {}).keys():
+            model.rows = self.rows | {self.at: self.rows.get(self.at, {}) | row}
+            model.told = (*self.told, self.at)
+        return model
 
     def begin(self, setup: Setup) -> None:
         """A session begins: a new callback starts fresh, one that is gone is forgotten with what it wished."""
@@ -282,7 +292,7 @@ class Machine(RuleBasedStateMachine):
         left, self.run_dir = self.run_dir, self.root / str(self.count)
         shutil.copytree(left, self.run_dir)
         self.drop()
-        self.model = copy.copy(self.durable[max(self.durable)]) if self.durable else Model()
+        self.model = self._restored()
 
     @precondition(lambda self: self.run is not None)
     @rule(inside=st.booleans())
@@ -300,13 +310,16 @@ class Machine(RuleBasedStateMachine):
         assert ps.snapshot.steps(self.run_dir)[-1:] == sorted(self.durable)[-1:]
         if how != "auto":
             self.durable = {n: m for n, m in self.durable.items() if n <= how}
-        self.model = copy.copy(self.durable[max(self.durable)]) if self.durable else Model()
+        self.model = self._restored()
         self.setup, self.wished = setup, []
         self.run = start(setup, self.run_dir, wished=self.wished, how=how)
         next(self.run)
         self.model.begin(setup)
         assert self.run.loop.cursor.batches == self.model.at
         self.run._saving.store.save = self._saving(self.run._saving.store.save)
+
+    def _restored(self) -> Model:
+        return self.durable[max(self.durable)].restored(self.model.rows) if self.durable else Model()
 
     def _saving(self, save: Any) -> Any:
         def noted(number: int, loop: Any, **more: Any) -> None:
@@ -365,7 +378,8 @@ class Machine(RuleBasedStateMachine):
         assert self.run is None
         assert self.model.at == END
         assert len(set(self.model.evaluations)) == len(self.model.evaluations)
-        assert set(self.model.evaluations) == {s for s, r in self.model.rows.items() if "val/loss" in r}
+        logged = {s for s, r in self.model.rows.items() if "val/loss" in r}
+        assert logged == {*self.model.evaluations, *self.model.told}
 
 
 class TestHistories(Machine.TestCase):
@@ -383,3 +397,19 @@ class TestHistories(Machine.TestCase):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             yield
+
+
+def test_what_was_evaluated_after_the_last_snapshot_stays_in_the_log():
+    """A history that the fuzz once found: killed after an evaluation was made up for, gone on without evaluations."""
+    machine = Machine()
+    machine.nothing_yet()
+    machine.resume(setup=Setup(log=1, patience=None))
+    machine.terminate(inside=True)  # the evaluation of the epoch is owed from here on
+    machine.resume(setup=Setup(evaluate=5, patience=None, log=1))
+    machine.train(batches=5)
+    machine.kill()
+    machine.resume(setup=Setup(evaluate=None, log=4))
+    assert machine.model.told == (EPOCH,)
+    machine.save()
+    machine.terminate(inside=False)
+    machine.teardown()
