@@ -145,8 +145,25 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Any:
         hoist_scalars(graph)
         end = graph.graph.output_node()
         end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
-        with together():
+        with together(), _pools_by_torch(device):
             return compile_fx_inner(graph, traced.fakes, is_inference=True)
+
+
+@contextlib.contextmanager
+def _pools_by_torch(device: torch.device | None) -> Iterator[None]:
+    """Leave the gradient of max_pool2d to torch's kernel on CPUs: Inductor's own is a loop that is not vectorized."""
+    from torch._inductor import lowering
+
+    table: dict[Any, Any] = lowering.lowerings
+    own, theirs = table.get(_POOL_BACKWARD), getattr(lowering, "fallback_max_pool2d_with_indices_backward", None)
+    if own is None or theirs is None or device is None or device.type != "cpu":
+        yield
+        return
+    table[_POOL_BACKWARD] = theirs
+    try:
+        yield
+    finally:
+        table[_POOL_BACKWARD] = own
 
 
 def _broken_up(traced: Traced) -> fx.GraphModule:
@@ -158,9 +175,13 @@ def _broken_up(traced: Traced) -> fx.GraphModule:
 
     traced.mode.shape_env = None
     with traced.mode, torch.no_grad():
-        return make_fx(traced.graph, decomposition_table=select_decomp_table())(*traced.fakes)
+        table = dict(select_decomp_table())
+        if traced.fakes and traced.fakes[0].is_cpu:
+            table.pop(_POOL_BACKWARD, None)
+        return make_fx(traced.graph, decomposition_table=table)(*traced.fakes)
 
 
+_POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward.default
 # Inputs are checked by the signature of the call, once more in every kernel call is not needed.
 _CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 

@@ -251,3 +251,30 @@ def test_the_first_compilation_of_a_process_knows_the_decomposition_of_max_pooli
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "window", "options"),
+    [
+        ((3, 5, 12, 13), 2, {}),
+        ((2, 4, 9, 11), 3, {"stride": 2, "padding": 1}),
+        ((2, 3, 11, 10), (3, 2), {"stride": (1, 2), "dilation": 2, "ceil_mode": True}),
+        ((4, 10, 7), 7, {}),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_max_pooling_is_torchs_and_fits_what_is_around_it(shape, window, options, layout):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, shape, generator=generator).float()  # with ties
+    if x.dim() == 4:
+        x = x.to(memory_format=layout)
+
+    def gradient(x, scale):
+        def loss_of(y):
+            return (torch.nn.functional.max_pool2d(y.relu() * scale, window, **options) ** 2).sum()
+
+        return torch.func.grad(loss_of)(x) * 2
+
+    for scale in (torch.tensor(1.5), torch.tensor(-0.5)):
+        close(jit(gradient)(x, scale), gradient(x, scale))
