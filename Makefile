@@ -15,11 +15,16 @@ BENCH_VENV := .venv-bench
 BENCH_PY := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
+# The ends of the range of torch in pyproject.toml that the tests were seen to pass on, each in an environment of its own.
+OLDEST := 2.11.0
+NEWEST := 2.14.1
+# What the ends are tested with: rooms that lean on torch's internals, and whole trainings. `make test-newest ENDS=` runs everything.
+ENDS ?= -m "not slow" tests/jit tests/optim tests/precision tests/sharding tests/snapshot tests/test_functional.py tests/test_step.py tests/loop/test_run.py
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults test lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults test test-oldest test-newest lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -42,6 +47,12 @@ faults: $(READY)  ## break a small training in more than twenty ways, hundreds o
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+test-oldest: .venv-torch-$(OLDEST)/.ready  ## a selection of the tests on the oldest torch of the range
+	.venv-torch-$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) $(ENDS)
+
+test-newest: .venv-torch-$(NEWEST)/.ready  ## the same on the newest, which `pip install torch` brings
+	.venv-torch-$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(ENDS)
+
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -58,7 +69,7 @@ bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
 	$(BENCH_PY) -m benchmarks.run --quick $(ARGS)
 
 clean:  ## remove environments, caches and runs
-	rm -rf $(VENV) $(BENCH_VENV) runs build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(BENCH_VENV) .venv-torch-* runs build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
@@ -79,6 +90,16 @@ $(BENCH_READY): pyproject.toml constraints.txt benchmarks/requirements.txt
 	@$(BENCH_PY) $(INSTALL) -c constraints.txt '$(TORCH)'
 	@echo "[set-up 3/3] installing purestep and benchmarks/requirements.txt"
 	@$(BENCH_PY) $(INSTALL) -c constraints.txt -e . -r benchmarks/requirements.txt
+	@touch $@
+	@echo "[set-up] done"
+
+.venv-torch-%/.ready: pyproject.toml constraints.txt
+	$(call make_venv,.venv-torch-$*)
+	@echo "[set-up 2/3] installing torch==$*"
+	@.venv-torch-$*/bin/python $(INSTALL) 'torch==$*'
+	@grep -vE '^(torch|setuptools)==' constraints.txt > .venv-torch-$*/constraints.txt
+	@echo "[set-up 3/3] installing purestep[$(EXTRAS)] and what it needs, at the versions of constraints.txt"
+	@.venv-torch-$*/bin/python $(INSTALL) -c .venv-torch-$*/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "[set-up] done"
 
