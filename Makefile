@@ -15,6 +15,8 @@ BENCH_VENV := .venv-bench
 BENCH_PY := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
+# How many processes `make kills` kills.
+KILLS ?= 500
 # The ends of the range of torch in pyproject.toml that the tests were seen to pass on, each in an environment of its own.
 OLDEST := 2.11.0
 NEWEST := 2.14.1
@@ -24,7 +26,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults test test-oldest test-newest lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults kills test test-oldest test-newest lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,6 +45,9 @@ demo-topology: $(READY)  ## train the same model on 1, 2 and 4 processes, compar
 
 faults: $(READY)  ## break a small training in more than twenty ways, hundreds of times; one table
 	$(PY) examples/demo_faults.py
+
+kills: $(READY)  ## kill processes at every file operation of every kind of save; KILLS=10000 takes hours
+	$(PY) -m tests.snapshot.strikes $(KILLS)
 
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)

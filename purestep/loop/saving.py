@@ -122,12 +122,9 @@ class Saving:
         info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume.identity(step)}
         flush()
         try:
-            latest = self.store.latest()
-            if latest is not None and latest >= number:
-                # The same position, with an evaluation that was cut off before: it takes the place of the other.
-                self.store.wait()
-                self.store.delete_after(number - 1)
-            self.store.save(number, loop, metrics=loop.status.metrics, info=info)
+            # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do
+            # those of a future that the run has gone back from, or that could not be read.
+            self.store.save(number, loop, metrics=loop.status.metrics, info=info, replace=True)
             self._saved = position
         except SaveFailed as error:
             yield self._lost(error)

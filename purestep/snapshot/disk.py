@@ -100,8 +100,12 @@ def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
     """
     fsync_tree(temporary, skip=synced)
     os.rename(temporary, final)
+    try:
+        fsync(final.parent)
+    except OSError:  # the new name may not survive a power cut, so the caller is told that there is none
+        os.rename(final, temporary)
+        raise
     _active.discard(temporary)
-    fsync(final.parent)
 
 
 def abandon(temporary: Path) -> None:

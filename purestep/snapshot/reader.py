@@ -24,7 +24,7 @@ from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, read_manifest
 from purestep.snapshot.pack import ARRAY_NAME, Piece, materialize, unpack
 from purestep.snapshot.ranks import Ranks
-from purestep.snapshot.shards import Box, count, lay, overlap, wanted, width
+from purestep.snapshot.shards import Box, count, lay, overlap, wanted, whole, width
 
 _ALONE = Ranks()
 
@@ -80,12 +80,12 @@ def restore(
     ranks: Ranks = _ALONE,
 ) -> Restored:
     """Read the snapshot of a step, or the newest that can be read, the same one on every rank. See `Store.restore`."""
-    candidates = ranks.from_first(lambda: [[entry.step, entry.reason] for entry in _candidates(index, step)])
+    candidates = ranks.from_first(lambda: [[e.step, e.path.name, e.reason] for e in _candidates(index, step)])
     if step is not None and not candidates:
         raise SnapshotError(_absent(index, step))
     skipped: list[tuple[int, str]] = []
-    for number, reason in candidates:
-        path = index.root / str(number)
+    for left, (number, name, reason) in zip(reversed(range(len(candidates))), candidates, strict=True):
+        path = index.root / name
         try:
             if reason:
                 raise CorruptSnapshot(reason)
@@ -93,7 +93,8 @@ def restore(
         except TemplateMismatch as error:
             raise TemplateMismatch(f"{error}\n  snapshot: step {number} in {index.root}") from None
         except SnapshotError as error:
-            if step is not None or not fallback:
+            # Another revision of the step that was asked for is the same position of the run.
+            if not fallback or (step is not None and not left):
                 raise type(error)(_with_earlier(index, number, str(error))) from error
             skipped.append((number, str(error)))
             continue
@@ -107,7 +108,7 @@ def restore(
 
 
 def _candidates(index: Index, step: int | None) -> list[Entry]:
-    return [entry for entry in reversed(index.entries()) if step is None or entry.step == step]
+    return [entry for entry in reversed(index.revisions()) if step is None or entry.step == step]
 
 
 def _reasons(skipped: list[tuple[int, str]]) -> str:
@@ -142,6 +143,29 @@ def read(directory: Path, like: Any, read_arrays: ReadArrays, *, verify: bool) -
     except Exception as error:  # a sealed manifest that does not make sense: written by something else
         what = "the snapshot does not make sense"
         raise CorruptSnapshot(explain(what, where=str(directory), why=f"{type(error).__name__}: {error}")) from error
+
+
+def check(directory: Path, read_arrays: ReadArrays) -> None:
+    """Read every byte of a snapshot, an array at a time, without making a tree of it.
+
+    Raises:
+        CorruptSnapshot: bytes are missing, or are not those that were saved.
+        SnapshotError: it was written in a format that this version does not know.
+    """
+    found = read_manifest(directory)
+    missing = {index: count(whole(leaf)) for index, leaf in enumerate(found.leaves) if leaf.has_bytes}
+    for piece in found.pieces:
+        missing[piece.leaf] -= count(piece.box)
+    for index, number in missing.items():
+        if number:
+            leaf = found.leaves[index]
+            raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
+    stored: dict[tuple[int, str], list[Piece]] = {}
+    for piece in found.pieces:
+        stored.setdefault((piece.rank, piece.array), []).append(piece)
+    for (rank, _), pieces in stored.items():
+        content = _arrays(directory / STATE.format(rank), found, pieces, read_arrays)
+        unpack(found.leaves, pieces, content, verify=True)
 
 
 class _Values:

@@ -20,7 +20,7 @@ from purestep.snapshot.arguments import checked_metrics, checked_step, frozen_js
 from purestep.snapshot.background import Background
 from purestep.snapshot.codec import JSON, Encoded, encode
 from purestep.snapshot.digest import size
-from purestep.snapshot.index import Index, listed
+from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
 from purestep.snapshot.meeting import GaveUp, convene
 from purestep.snapshot.ranks import Ranks
@@ -37,9 +37,11 @@ class Store:
     """A directory of snapshots, written by one process or by all ranks of a job.
 
     `save` copies the tree and returns; a thread writes it. A snapshot is in the list from the moment it is durable, and
-    only then does the preservation policy delete older ones, so at worst one more than asked is on disk. The newest one
-    is always preserved. A process that exits without `close` finishes the save in flight first; one that is killed
-    leaves a temporary directory, which the first save of the next writer removes.
+    only then are those deleted that it replaces or that the preservation policy does not select. So from the first
+    durable snapshot on there is always a whole one of the newest durable step, whatever is called and whenever the
+    process is stopped or the disk fails; at worst one more than asked is on disk. A process that exits without `close`
+    finishes the save in flight first; one that is killed leaves a temporary directory, which the first save of the
+    next writer removes.
 
     With `ranks`, every rank calls every method, in the same order, on one shared file system: each writes the parts of
     split tensors that it owns, rank 0 commits, and all get the same answers and the same errors.
@@ -83,21 +85,30 @@ class Store:
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def save(
-        self, step: int, value: Any, *, metrics: Mapping[str, float] = _EMPTY, info: Mapping[str, JSON] = _EMPTY
+        self,
+        step: int,
+        value: Any,
+        *,
+        metrics: Mapping[str, float] = _EMPTY,
+        info: Mapping[str, JSON] = _EMPTY,
+        replace: bool = False,
     ) -> None:
         """Copy a tree and begin to write it in the background.
 
         Waits for the save before it, so that there is never more than one copy. The value may be changed on return.
 
         Args:
-            step: a whole number above every step that is stored.
+            step: a whole number above every step that is stored, unless `replace`.
             value: a pytree of tensors, numpy arrays, numbers, strings and bytes.
             metrics: numbers that `best` ranks by.
             info: anything JSON, given back by `restore`.
+            replace: whether snapshots of this step and of later ones give way to this one. They stay until it is
+                durable, and if it fails.
 
         Raises:
             SaveFailed: the *previous* save failed; this one has been started all the same.
-            SnapshotError: `step` is not above the latest, `info` is no JSON, or the store is closed.
+            SnapshotError: `step` is not above the latest and `replace` is False, `info` is no JSON, or the store is
+                closed.
             TreeError: a leaf cannot be stored.
         """
         self._background.settle()  # the buffers are free again
@@ -113,7 +124,7 @@ class Store:
         self._conclude([report for report, *_ in said])
         numbers = [number for *_, number in said]
         if refused is None and None not in numbers:  # else the rank that could not make a request says why
-            refused = self._past(numbers[0], said[0][2])
+            refused = None if replace else self._past(numbers[0], said[0][2])
             if len(set(numbers)) > 1:
                 refused = SnapshotError(explain("ranks save different steps", where=f"by rank: {numbers}"))
         try:
@@ -157,7 +168,7 @@ class Store:
         def work() -> None:
             writer.write(self.root, request, token, copies, clean=clean)
             if self.ranks.rank == 0:
-                writer.preserve(self._index, self.keep)
+                writer.preserve(self._index, self.keep, request.step)
 
         self._background.start(f"purestep-save-{request.step}", work)
 
@@ -169,7 +180,7 @@ class Store:
                 f"step {step} is not after the latest snapshot, of step {latest[0]}",
                 where=str(self.root),
                 why="snapshots are in the order of their steps, or the latest would not be the newest",
-                instead=f"store.delete_after({step - 1}) first, to go back on purpose; or use another directory",
+                instead=f"store.save({step}, ..., replace=True), to go back on purpose; or use another directory",
             )
         )
 
@@ -321,15 +332,36 @@ class Store:
         return next(iter(ranked), None)
 
     def delete_after(self, step: int) -> None:
-        """Delete every snapshot after a step, newest first: going back in time on purpose."""
+        """Delete every snapshot after a step, newest first: going back in time on purpose.
+
+        Raises:
+            SnapshotError: no snapshot of the step or of an earlier one is whole, so that none would be left. Nothing
+                has been deleted then.
+        """
         self._background.settle()
 
         def work() -> None:
-            for entry in reversed(self._index.entries() if self.ranks.rank == 0 else []):
-                if entry.step > step:
-                    disk.remove(entry.path)
+            entries = self._index.revisions() if self.ranks.rank == 0 else []
+            later = [entry for entry in entries if entry.step > step]
+            if later and not self._has_whole([entry for entry in entries if entry.step <= step]):
+                raise SnapshotError(
+                    explain(
+                        f"no snapshot of step {step} or before is whole, so none would be left",
+                        where=f"{self.root}: {listed(self._index.steps())}",
+                        instead="a later step; or delete the directory, to give all of it up",
+                    )
+                )
+            for entry in reversed(later):
+                disk.remove(entry.path)
 
         self.ranks.together(work)
+
+    def _has_whole(self, entries: list[Entry]) -> bool:
+        for entry in reversed(entries):
+            with contextlib.suppress(SnapshotError):
+                reader.check(entry.path, arrays.read_arrays)
+                return True
+        return False
 
     def read_manifest(self, step: int) -> Manifest:
         """Return all that the snapshot of a step says about itself, without reading arrays.
@@ -340,8 +372,7 @@ class Store:
         """
 
         def work() -> Manifest:
-            reader.find(self._index, step)
-            return read_manifest(self.root / str(step))
+            return read_manifest(reader.find(self._index, step).path)
 
         found: Manifest = self.ranks.together(work)
         return found

@@ -1,6 +1,7 @@
 """What the background thread of a save does: pack, hash, write, meet the other ranks, commit, and then delete.
 
-It owns the order of those steps. `store` gives it the copies to write.
+It owns the order of those steps: nothing is deleted, moved or written over before what replaces it is durable. `store`
+gives it the copies to write.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from purestep.snapshot import arrays, digest, disk, space
 from purestep.snapshot.codec import JSON, Encoded
 from purestep.snapshot.digest import STATE
-from purestep.snapshot.index import Index
+from purestep.snapshot.index import Index, directory_name, next_revision
 from purestep.snapshot.keep import Keep
 from purestep.snapshot.manifest import Manifest, dump, now
 from purestep.snapshot.meeting import GaveUp, Meeting, convene
@@ -70,7 +71,8 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
             return
         meeting.end()
         disk.write(temporary, dump(_manifest(request, pieces, rows)))
-        _commit(temporary, root / str(request.step))
+        final = root / directory_name(request.step, next_revision(root, request.step))
+        disk.commit(temporary, final, synced=temporary / "parts")  # each rank has forced its own to the disk
     except BaseException as error:
         over = meeting.is_over()
         meeting.give_up()
@@ -142,29 +144,28 @@ def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.R
     )
 
 
-def preserve(index: Index, policy: Keep) -> None:
-    """Delete what a policy does not select. The newest snapshot always stays: a run resumes from it."""
+def preserve(index: Index, policy: Keep, newest: int) -> None:
+    """Delete what a durable snapshot has replaced, and what a policy does not select.
+
+    Called only when the snapshot of the step `newest` is durable, because it is what the deleted ones are given up for.
+    It always stays: a run resumes from it. What cannot be deleted now is tried again after the next save.
+
+    Args:
+        index: of the directory.
+        policy: which to preserve.
+        newest: the step that has just been saved. Later ones belong to a future that the run has gone back from.
+    """
+    counted = {entry.step: entry.revision for entry in index.entries()}
+    for entry in index.revisions():
+        if entry.step > newest or entry.revision < counted[entry.step]:
+            _delete(entry.path)
     records = index.records()
-    chosen = policy.select(records) | {step for step, _ in records[-1:]}
-    for step, _ in records:
-        if step not in chosen:
-            with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
-                disk.remove(index.root / str(step))
+    chosen = policy.select(records) | {newest}
+    for entry in index.revisions():
+        if entry.header is not None and entry.step not in chosen:
+            _delete(entry.path)
 
 
-def _commit(temporary: Path, final: Path) -> None:
-    synced = temporary / "parts"  # each rank has forced its own to the disk
-    if not final.exists() and not final.is_symlink():
-        disk.commit(temporary, final, synced=synced)
-        return
-    # `save` has refused every step that is listed: this is a damaged snapshot of ours, or something of another owner.
-    if not final.is_symlink() and any((final / part).exists() for part in ("meta", "parts")):
-        aside = disk.set_aside(final)
-        disk.commit(temporary, final, synced=synced)
-        disk.abandon(aside)
-        return
-    number = 1
-    while (stray := final.with_name(f"{final.name}.stray-{number}")).exists():
-        number += 1
-    final.rename(stray)
-    disk.commit(temporary, final, synced=synced)
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        disk.remove(path)

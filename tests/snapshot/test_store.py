@@ -139,7 +139,7 @@ def test_going_back(tmp_path):
     store = fill(tmp_path, 1, 2, 5)
     for step in (5, 4, 0):
         with pytest.raises(
-            SnapshotError, match=rf"step {step} is not after the latest snapshot, of step 5\n(.|\n)*delete_after"
+            SnapshotError, match=rf"step {step} is not after the latest snapshot, of step 5\n(.|\n)*replace=True"
         ):
             store.save(step, value(step))
     store.delete_after(1)
@@ -199,11 +199,16 @@ def test_strays_are_ignored_and_never_deleted(tmp_path):
     (tmp_path / "97").symlink_to(tmp_path / "5")
     shutil.copytree(tmp_path / "5", tmp_path / "50")  # whole, and of another step
     assert (store.steps(), Store(tmp_path).steps()) == ([5], [5])
-    for step in (97, 98, 99):  # what is in the way of a save is moved aside
+    for step in (97, 98, 99):  # a save goes beside what has its name
         store.save(step, value(step))
     store.wait()
-    assert store.steps() == [5, 97, 98, 99]
-    assert {"97.stray-1", "98.stray-1", "99.stray-1", "07", "notes"} <= {path.name for path in tmp_path.iterdir()}
+    assert (store.steps(), Store(tmp_path).steps()) == ([5, 97, 98, 99], [5, 97, 98, 99])
+    store.save(99, value(990), replace=True)
+    store.wait()
+    assert {"97", "98", "99", "97.1", "98.1", "99.2", "07", "notes"} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "98").read_text() == "a file"
+    assert not (tmp_path / "99.1").exists()
+    assert store.restore().value["n"] == 990
 
 
 def test_a_damaged_snapshot_gives_way_to_a_new_one_of_its_step(tmp_path):
@@ -220,7 +225,42 @@ def test_a_damaged_snapshot_gives_way_to_a_new_one_of_its_step(tmp_path):
     store.save(2, value(22))
     store.wait()
     assert store.restore().value["n"] == 22
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.1"]
+
+
+def test_a_step_that_is_saved_again_replaces_itself_and_what_comes_later(tmp_path):
+    store = fill(tmp_path, 1, 2, 5)
+    for step, kept in ((5, [1, 2, 5]), (5, [1, 2, 5]), (3, [1, 2, 3]), (1, [1])):
+        store.save(step, value(10 * step), replace=True)
+        store.wait()
+        assert store.steps() == Store(tmp_path).steps() == kept
+        assert store.restore().value["n"] == 10 * step
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_highest_whole_revision_of_a_step_is_read(tmp_path):
+    store = fill(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "2", tmp_path / "2.1")  # as a process leaves it that is killed before it deletes
+    shutil.copytree(tmp_path / "1", tmp_path / "1.1")
+    assert store.steps() == Store(tmp_path).steps() == [1, 2]
+    (tmp_path / "2.1" / "meta" / "tree.json").write_text("{}")
+    with pytest.warns(RuntimeWarning, match=r"using step 2 in .*\nstep 2: a file of the snapshot is corrupt"):
+        assert store.restore(step=2).value["n"] == 2
+    store.save(3, value(3))
+    store.wait()  # takes what the dead process could not delete, and leaves what is damaged
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.1", "2.1", "3"]
+
+
+def test_nothing_is_deleted_when_nothing_whole_would_be_left(tmp_path):
+    store = fill(tmp_path, 3, 4)
+    with pytest.raises(SnapshotError, match=r"no snapshot of step 2 or before is whole"):
+        store.delete_after(2)
+    (array,) = (path for path in (tmp_path / "3" / "parts").rglob("*") if path.is_file() and path.stat().st_size > 4000)
+    array.write_bytes(array.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(SnapshotError, match=r"no snapshot of step 3 or before is whole"):
+        store.delete_after(3)
+    assert store.steps() == [3, 4]
+    store.delete_after(4)
 
 
 def test_leftovers_of_dead_writers_are_removed_by_the_next(tmp_path):
