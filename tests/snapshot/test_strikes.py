@@ -40,7 +40,7 @@ def hasty(root, *args, **kwargs):
     write(root, *args, **kwargs)
 writer.write = hasty
 one = strikes.Range(sys.argv[2], strikes.Path(sys.argv[3]))
-problems = [one.strike(at, "kill") for at in range(one.count // 2, one.count, 5)]
+problems = [one.strike(at, "kill") for at in range(one.count // 2, one.count, 11)]
 print(json.dumps([problem for problem in problems if problem]))
 """
 
