@@ -202,8 +202,12 @@ def _explained(run_dir: Path) -> Iterator[None]:
 
 
 def _position(loop: LoopState) -> tuple[Any, ...]:
-    """What tells two loop states of one run apart: a snapshot of the same position is not taken twice."""
-    return loop.cursor.batches, loop.cursor.epoch, loop.status.due, loop.status.stop is None
+    """What tells two loop states of one run apart: a snapshot of the same position is not taken twice.
+
+    Why the run stops is not among it, because a resumed run asks anew. Which evaluations are pending is: their rows,
+    and what callbacks made of them, are in the later snapshot only.
+    """
+    return loop.cursor.batches, loop.cursor.epoch, loop.status.due
 
 
 def _keep(callbacks: Sequence[Callback]) -> snapshot.Keep:

@@ -102,8 +102,9 @@ def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
     os.rename(temporary, final)
     try:
         fsync(final.parent)
-    except OSError:  # the new name may not survive a power cut, so the caller is told that there is none
-        os.rename(final, temporary)
+    except OSError:  # the new name may not survive a power cut: what is told as failed must not be found later
+        with contextlib.suppress(OSError):
+            os.rename(final, temporary)
         raise
     _active.discard(temporary)
 
@@ -118,7 +119,11 @@ def remove(directory: Path) -> None:
     """Remove a committed directory so that no half of it can ever be taken for a whole."""
     with contextlib.suppress(FileNotFoundError):
         trash = set_aside(directory)
-        fsync(directory.parent)
+        try:
+            fsync(directory.parent)
+        except OSError:
+            _active.discard(trash)  # so that the next `clean` removes it
+            raise
         abandon(trash)
 
 

@@ -18,7 +18,7 @@ from purestep.snapshot.keep import Record
 from purestep.snapshot.manifest import DATA, Header, read_header
 
 _Stamp = tuple[int, int, int]
-_NAME = re.compile(r"(0|[1-9][0-9]*)(?:[.]([1-9][0-9]*))?", re.ASCII)
+_NAME = re.compile(r"(0|[1-9][0-9]{0,99})(?:[.]([1-9][0-9]{0,99}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
