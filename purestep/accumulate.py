@@ -90,6 +90,7 @@ class Accumulation:
 
     Attributes:
         told: what other ranks are told of the batch, to compare it with theirs: samples, and a number for its shapes.
+        heard: by rank, what all of them told.
 
     Example:
         >>> from purestep.grad import microbatch_sizes
@@ -102,6 +103,7 @@ class Accumulation:
         self.sizes = [size for size in sizes if size]
         self.samples = sum(self.sizes)
         self.told = (self.samples, 0)
+        self.heard: dict[int, tuple[int, int]] = {}
         equal = len(set(self.sizes)) == 1
         self.shares = None if equal else [size / self.samples for size in self.sizes]
         self.alone = len(self.sizes) == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,21 +107,20 @@ def _shapes_number(shapes: tuple[tuple[torch.Size, torch.dtype], ...]) -> int:
     return zlib.crc32(repr(shapes).encode()) | 1
 
 
-def compare_sizes(told: Sequence[tuple[int, int]], ranks: Sequence[int]) -> None:
-    """Refuse batches of other sizes or shapes on some of the ranks, from what all of them told in one exchange.
+def compare_sizes(heard: Mapping[int, tuple[int, int]]) -> None:
+    """Refuse batches of other sizes or shapes on some of the ranks, once the exchanges of the step are over.
 
     Args:
-        told: `sizes_of` of each.
-        ranks: their numbers.
+        heard: by rank, what `sizes_of` returned there.
 
     Raises:
-        RankError: with the samples by rank.
+        RankError: on every rank, with the samples by rank.
     """
-    if len(set(told)) == 1:
-        return
-    shown = [f"{samples} samples" + (f", shapes {shapes:x}" if shapes else "") for samples, shapes in told]
-    named = dict(zip(ranks, shown, strict=True))
-    world.refuse_different({"the size of the batch": named}, instead=SAME_BATCH)
+    if len(set(heard.values())) > 1:
+        texts = {
+            rank: f"{n} samples" + (f", shapes {shapes:x}" if shapes else "") for rank, (n, shapes) in heard.items()
+        }
+        world.refuse_different({"the size of the batch": texts}, instead=SAME_BATCH)
 
 
 # --- states -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.accumulate import Accumulation, Partial, merge
-from purestep.parallel.inputs import compare_sizes
 from purestep.sharding import collectives
 from purestep.sharding.reduce import Flat
 from purestep.treesum import Node, TreeSum
@@ -33,10 +32,7 @@ def exchange_small(
         owners: those of each rank of the group.
         group: the ranks.
         pattern: a part of that structure, for a rank that holds none.
-        sums: of the batch; its samples are the weight where there is no other.
-
-    Raises:
-        RankError: the returned function, where the ranks were given batches of other sizes or shapes.
+        sums: of the batch; its samples are the weight where there is no other, and it keeps what the others told.
     """
     whole = TreeSum(merge)
     if group is None:
@@ -55,8 +51,8 @@ def exchange_small(
     def result() -> Partial:
         rows = pending.wait()
         if flat.on_cpu:
-            told = [(samples, shapes) for samples, shapes in rows[:, :_HEAD].contiguous().view(torch.int64).tolist()]
-            compare_sizes(told, dist.get_process_group_ranks(group))
+            told = rows[:, :_HEAD].contiguous().view(torch.int64).tolist()
+            sums.heard = dict(zip(dist.get_process_group_ranks(group), map(tuple, told), strict=True))
             rows = rows[:, _HEAD:]
         for own, packed in zip(owners, rows, strict=True):
             for node, values in zip(own, packed.split(flat.size), strict=False):

@@ -14,7 +14,7 @@ from purestep.accumulate import Accumulation, Gradients, accumulate
 from purestep.errors import ConfigError, explain
 from purestep.parallel.buckets import Buckets
 from purestep.parallel.gathering import Sharded, split_leaves
-from purestep.parallel.inputs import compare_first, sizes_of
+from purestep.parallel.inputs import compare_first, compare_sizes, sizes_of
 from purestep.parallel.shares import shares
 from purestep.parallel.small import exchange_small
 from purestep.sharding import place
@@ -51,7 +51,7 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
         for number, index in enumerate(who.mine):
             one = sharded.turn(number, index, last=index == who.mine[-1])
             compute(view, pieces.get(index, spare), index, one)
-        return sharded.result()
+        return _compared(sharded.result(), sums)
     if who.group is None:
         return _alone(sums, view, pieces, compute)
     buckets = Buckets(who, sums)
@@ -60,7 +60,13 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
     for index in turns:
         turn = buckets.turn(index, counts=index in pieces, last=index == turns[-1])
         compute(view, pieces.get(index, spare), index, turn)
-    return buckets.result()
+    return _compared(buckets.result(), sums)
+
+
+def _compared(result: Gradients, sums: Accumulation) -> Gradients:
+    # Not where the sizes arrive: a rank that left in the middle of the exchanges would keep the others waiting.
+    compare_sizes(sums.heard)
+    return result
 
 
 def _alone(sums: Accumulation, view: Any, pieces: Mapping[int, Any], compute: Compute) -> Gradients:

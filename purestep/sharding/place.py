@@ -181,8 +181,12 @@ def check_placed(plan: Plan, params: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: names the first parameter that does not.
     """
-    layout = tuple([(n, x.shape, x._spec if is_split(x) else None) for n, x in params.items()])  # type: ignore[attr-defined]
+    layout = tuple([(n, x.shape, _layout(x)) for n, x in params.items()])
     _check_layout(plan, plan.mesh.shape, layout)
+
+
+def _layout(leaf: Any) -> Any:
+    return leaf._spec if is_split(leaf) else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -190,11 +194,13 @@ def _check_layout(plan: Plan, sizes: tuple[int, ...], layout: tuple[tuple[str, t
     named = dict(zip(plan.mesh.axes, sizes, strict=True))
     for name, shape, held in layout:
         wanted = plan.spec(name, tuple(shape))
-        if held is None and not wanted.axes:
+        if held is None:
+            right = not wanted.axes
+        else:
+            here = held.mesh == plan.mesh.device_mesh
+            right = bool(wanted.axes) and here and tuple(held.placements) == placements(wanted, named)
+        if right:
             continue
-        if held is not None and wanted.axes and held.mesh == plan.mesh.device_mesh:
-            if tuple(held.placements) == tuple(placements(wanted, named)):
-                continue
         now = "whole on every rank" if held is None else f"placed by {held.placements} on {held.mesh}"
         raise ConfigError(
             explain(

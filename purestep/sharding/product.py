@@ -19,7 +19,8 @@ def product(left: Plan, right: Plan) -> Plan:
     that both split last, so that gathering over them gives whole tensor-parallel parts.
 
     Raises:
-        ConfigError: `right` is no plan, an axis is in both meshes, both take what is left of the job, or they disagree about a setting.
+        ConfigError: `right` is no plan, an axis is in both meshes, both take what is left of the job, or they disagree
+            about a setting.
 
     Example:
         >>> from purestep.sharding import fsdp, tensor_parallel

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from purestep import tree
 from purestep.errors import ConfigError, explain
-from purestep.sharding.follow import follow
+from purestep.sharding.follow import Leaf, follow
 
 if TYPE_CHECKING:
     from purestep.sharding.plan import Plan
@@ -32,7 +32,7 @@ def check_matches(plan: Plan, state: Any) -> None:
     """
     if not plan.rules and not plan.units:
         return
-    names = [leaf.name for leaf in follow(state) if leaf.kind in ("params", "frozen") and _in_state(leaf)]
+    names = [leaf.name or "" for leaf in follow(state) if leaf.kind in ("params", "frozen") and _in_state(leaf)]
     if not names:
         return
     for filter in (each for rule, _ in plan.rules for each in _factors(rule)):
@@ -44,7 +44,7 @@ def check_matches(plan: Plan, state: Any) -> None:
             _refuse("an entry of units= matches no submodule with parameters", glob, modules)
 
 
-def _in_state(leaf: Any) -> bool:
+def _in_state(leaf: Leaf) -> bool:
     """Tell a parameter of a state from a leaf of a bare tree, whose path is its name."""
     return ".".join(map(str, leaf.path)) != leaf.name
 
