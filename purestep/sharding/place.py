@@ -145,7 +145,7 @@ def _rewrapped(part: Any, like: Any) -> Any:
     return _new(type(like), part, layout)
 
 
-# --- is it where it should be? -----------------------------------------------------------------------------------------
+# --- is it where it should be? ----------------------------------------------------------------------------------------
 
 
 def check_plain(state: Any) -> None:
