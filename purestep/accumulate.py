@@ -88,6 +88,10 @@ class Accumulation:
         state: the state that the microbatches started from.
         sizes: samples of each microbatch of the whole batch; empty ones count for nothing.
 
+    Attributes:
+        told: what other ranks are told of the batch, to compare it with theirs: samples, and a number for its shapes.
+        heard: by rank, what all of them told.
+
     Example:
         >>> from purestep.grad import microbatch_sizes
         >>> Accumulation(None, microbatch_sizes(7, 3)).shares
@@ -98,6 +102,8 @@ class Accumulation:
         self.state = state
         self.sizes = [size for size in sizes if size]
         self.samples = sum(self.sizes)
+        self.told = (self.samples, 0)
+        self.heard: dict[int, tuple[int, int]] = {}
         equal = len(set(self.sizes)) == 1
         self.shares = None if equal else [size / self.samples for size in self.sizes]
         self.alone = len(self.sizes) == 1

@@ -177,7 +177,8 @@ def init(
     Raises:
         StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that
             matches nothing; `deferred` with a module that exists, or one that reads the values of its tensors.
-        ConfigError: `tx` is no gradient transformation, or the plan does not fit the job or the parameters.
+        ConfigError: `tx` is no gradient transformation, `plan` is no plan or does not fit the job or the parameters,
+            or one of its rules matches nothing.
 
     Example:
         >>> from purestep import optim
@@ -188,6 +189,9 @@ def init(
     check_transformation(tx)
     rng = random.key(seed)
     if plan is not None:
+        from purestep.sharding.plan import check_plan
+
+        check_plan(plan, "ps.init")
         device = device or plan.mesh.device
     if deferred:
         return _deferred(model, tx, rng, frozen, device, plan)

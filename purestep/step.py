@@ -27,7 +27,7 @@ from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
 from purestep.sharding import place, whole
-from purestep.sharding.plan import Plan
+from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState
 
 LossFn = Callable[[Any, Any], Any]
@@ -122,6 +122,8 @@ class Step:
 
     def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, turn: Any) -> Gradients:
         """Do what `grads` says. A `turn` gathers parameters that the state holds parts of, and takes what is summed."""
+        if turn is None:
+            place.check_plain(state)
         samples, cast = sample_count(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(random.fold_in, state.rng, state.step, index)
         cast.check(state)
@@ -198,7 +200,8 @@ def make_step(
         `tx` is the one it applies: the given one, with master weights around it if the policy has them.
 
     Raises:
-        ConfigError: `microbatches` is not a positive integer, or `loss_fn` does not take two arguments.
+        ConfigError: `microbatches` is not a positive integer, `plan` is no plan, or `loss_fn` does not take two
+            arguments.
 
     Example:
         >>> from torch import nn
@@ -219,6 +222,7 @@ def make_step(
         raise ConfigError(
             explain("microbatches is a positive integer or 'auto'", where=f"microbatches={microbatches!r}")
         )
+    check_plan(plan, "ps.make_step")
     if microbatches == "auto" and plan is not None:
         raise ConfigError(
             explain(
@@ -329,6 +333,8 @@ class Eval:
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples, cast = sample_count(batch), casting(self.policy, definition(state).module)
+        if self.plan is None:
+            place.check_plain(state)
         view = state if self.plan is None else place.local(state)
         params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
         rng = functools.partial(random.fold_in, state.rng, "eval")
@@ -359,5 +365,6 @@ def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan
         >>> sorted(evaluate(state, torch.ones(4, 3)))
         ['loss']
     """
+    check_plan(plan, "ps.make_eval")
     _check_arity(loss_fn)
     return Eval(loss_fn, None if policy is None else policy_of(policy), plan)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -52,3 +53,39 @@ def test_the_manifest_names_what_the_page_says():
         assert line in text
     assert "\t" not in text
     assert 'command: ["python", "examples/digits.py"' in text
+
+
+STOPPED = """
+import sys, pathlib, torch, purestep as ps
+here = pathlib.Path(sys.argv[1])
+plan, tx = ps.sharding.ddp(), ps.optim.sgd(0.1)
+state = ps.init(lambda: torch.nn.Linear(2, 1), tx, plan=plan)
+step = ps.make_step(lambda net, batch: net(batch).square().mean(), tx, plan=plan)
+running = ps.callbacks.tap(lambda *_: (here / "running").touch(), every=ps.every.steps(1))
+batches = ps.data.batches(torch.ones(8, 2), 4)
+result = ps.fit(step, state, batches, until=ps.seconds(60), callbacks=[running], run_dir=here / "run")
+(here / f"left-{ps.sharding.rank()}").write_text(str(result.exit_code))
+sys.exit(result.exit_code)
+"""
+
+
+def test_a_job_under_torchrun_exits_with_143_too(tmp_path):
+    """Real torchrun: it exits with 1 after SIGTERM, whatever its processes exit with; the script of the page knows."""
+    (tmp_path / "train.py").write_text(STOPPED)
+    root = Path(__file__).parents[1]
+    env = os.environ | {
+        "TORCHRUN": f"{sys.executable} -m torch.distributed.run",
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ("--standalone", "--nproc-per-node=2", "--shutdown-timeout=60", "--monitor-interval=0.1")
+    command = ["bash", str(FOLDER / "torchrun.sh"), *options, str(tmp_path / "train.py"), str(tmp_path)]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "running").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(120)
+    assert process.returncode == 143, errors
+    assert "SignalException" in errors, "torchrun was the one that failed"
+    assert {(tmp_path / f"left-{rank}").read_text() for rank in range(2)} == {"143"}
+    assert (tmp_path / "run" / "snapshots").exists()

@@ -112,6 +112,10 @@ class Foreign:
             packed["get_state"] = pack(self._iterator.get_state(), "the iterator's get_state()")
         return packed or None
 
+    def parts(self) -> list[Any]:
+        """Return the loader, its sampler, batch sampler, that one's sampler, and the data set: each once."""
+        return _parts(self._data)
+
     def close(self) -> None:
         """Forget the iterator, which ends the workers that only it keeps alive."""
         self._iterator, self._position = None, None

@@ -12,15 +12,21 @@ from typing import Any
 
 from purestep.data.batches import Batches
 from purestep.data.order import Rows, Turns
+from purestep.data.rank_samplers import refuse_cut_by_rank
 from purestep.data.source import Source
 from purestep.sharding.local import local_batch
 
 
 class Cut:
-    """A source whose batches are cut after they were read; see `share_rows`."""
+    """A source whose batches are cut after they were read; see `share_rows`.
+
+    Attributes:
+        last: the batch that was read last, before the cut; ranks compare it.
+    """
 
     def __init__(self, source: Source, rows: Rows) -> None:
         self.source, self.rows = source, rows
+        self.last: Any = None
 
     def length(self) -> int | None:
         """Return the number of batches of an epoch."""
@@ -28,7 +34,11 @@ class Cut:
 
     def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
         """Return an iterator over local batches, from number `batch` on."""
-        return (local_batch(b, self.rows, self.rows.total) for b in self.source.open(epoch, batch, state))
+        return self._local(self.source.open(epoch, batch, state))
+
+    def _local(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for self.last in batches:
+            yield local_batch(self.last, self.rows, self.rows.total)
 
     def state(self) -> Any:
         """Return the state of the source."""
@@ -52,6 +62,9 @@ def share_rows(source: Source, rows: Rows) -> Source:
             batch is read, and cut.
         rows: which microbatches.
 
+    Raises:
+        DataError: the sampler of a loader cuts the data by rank.
+
     Example:
         >>> import torch
         >>> from purestep.data import batches
@@ -59,11 +72,18 @@ def share_rows(source: Source, rows: Rows) -> Source:
         >>> [b.data.tolist() for b in share_rows(train, Rows(2, (1,))).open(0, 0, None)]
         [[2, 3], [6, 7]]
     """
+    refuse_cut_by_rank(source)
     return source.replace(share=rows) if isinstance(source, Batches) else Cut(source, rows)
 
 
 def share_turns(source: Source, turns: Turns) -> Source:
-    """Return a source for `rounds`: `Batches` that read only their turns, any other source as it is."""
+    """Return a source for `rounds`: `Batches` that read only their turns, any other source as it is.
+
+    Raises:
+        DataError: the sampler of a loader cuts the data by rank.
+    """
+    if turns.count > 1:
+        refuse_cut_by_rank(source)
     return source.replace(share=turns) if isinstance(source, Batches) else source
 
 

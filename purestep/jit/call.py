@@ -203,6 +203,7 @@ class Jit:
     # --- looking up and compiling -------------------------------------------------------------------------------------
 
     def _find(self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any) -> Entry:
+        signature.check_whole(leaves, lambda: self._paths(args, kwargs))
         objects = signature.static_values((args, kwargs))
         signatures = tuple([signature.leaf_signature(leaf) for leaf in leaves])
         key = (structure, extra, tuple(map(signature.fingerprint, objects)), signatures)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from purestep import tree
-from purestep.errors import TraceError, explain
+from purestep.errors import ConfigError, TraceError, explain
 from purestep.functional import Definition
+from purestep.sharding.place import is_split, needs_plan
 
+_COMMON = {Tensor, nn.Parameter, int, float, bool, type(None)}
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
 
 
@@ -29,6 +31,18 @@ def leaf_signature(leaf: Any) -> Hashable:
             return leaf.dtype, leaf.shape, leaf.device
         return leaf.dtype, leaf.shape, leaf.device, leaf.stride()
     return type(leaf), leaf
+
+
+def check_whole(leaves: Sequence[Any], paths: Callable[[], list[str]]) -> None:
+    """Refuse leaves that are split over processes: their signature is that of the whole tensor, which is not here.
+
+    Raises:
+        ConfigError: a DTensor; a step with a plan hands on its local tensors.
+    """
+    if set(map(type, leaves)) - _COMMON:
+        for i, leaf in enumerate(leaves):
+            if is_split(leaf):
+                raise ConfigError(needs_plan(paths()[i], leaf))
 
 
 def check_leaves(leaves: Sequence[Any], paths: Callable[[], list[str]]) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from purestep.loop.events import Effect, Evaluate, Train, Transform
 from purestep.loop.signals import Signals
+from purestep.parallel.inputs import SAME_DATA
 from purestep.sharding import world
 
 _PACE = 1.0  # seconds between two exchanges within a burst: short against the grace period after SIGTERM
@@ -55,8 +57,8 @@ class Alone:
         """Exchange a value with the other ranks, and with it signals and time."""
         return [value]
 
-    def done(self, count: int) -> None:
-        """Note that a burst of so many batches is over."""
+    def done(self, count: int, seen: Callable[[], str | None]) -> None:
+        """Note that a burst of so many batches is over; `seen` describes the last of them, where ranks compare it."""
 
 
 class Together(Alone):
@@ -109,13 +111,15 @@ class Together(Alone):
         self.meet("a burst", deadline=deadline)
         return self.unread or (deadline is not None and self._elapsed >= deadline)
 
-    def done(self, count: int) -> None:
-        """Note that a burst is over; all ranks must have trained on the same number of batches.
+    def done(self, count: int, seen: Callable[[], str | None]) -> None:
+        """Note that a burst is over; all ranks must have trained on the same number of batches, and read the same ones.
 
         Raises:
-            RankError: they have not: their data differ in length.
+            RankError: they have not: their data differ.
         """
-        self.meet(f"the end of a burst of {count} batches")
+        found = self.meet(f"the end of a burst of {count} batches", seen())
+        texts = {number: str(text) for number, text in enumerate(found)}
+        world.refuse_different({f"batch {self._batches}": texts}, instead=SAME_DATA)
 
     def meet(self, what: str, value: Any = None, *, deadline: float | None = None) -> list[Any]:
         name = self._signals.read() if self._signals.unread else ""

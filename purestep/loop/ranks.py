@@ -13,14 +13,19 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from purestep import data, metrics, snapshot, tree
+from purestep.data.order import Rows
+from purestep.data.share import Cut, share_rows
 from purestep.errors import RankError, explain
 from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
 from purestep.loop.machine import Machine
 from purestep.loop.resume import identity
 from purestep.loop.signals import Signals
-from purestep.sharding import world
+from purestep.parallel.inputs import SAME_DATA, SAME_STATE, compare_states, fingerprint
+from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
+from purestep.sharding.place import is_split
+from purestep.sharding.plan import Plan
 
 T = TypeVar("T")
 
@@ -50,6 +55,7 @@ class Ranks:
         self.plan, self.microbatches = plan, microbatches
         self.alone = plan is None or not world.initialize()
         self.first = self.alone or world.rank() == 0
+        self._cut: Cut | None = None
         if not self.alone:
             from purestep.sharding.mesh import check_world
 
@@ -73,10 +79,22 @@ class Ranks:
         """Return a source of the rows that this rank computes; the source itself where those are all."""
         if self.plan is None or self.plan.replicas == 1:
             return source
-        from purestep.data.order import Rows
-        from purestep.data.share import share_rows
+        shared = share_rows(source, Rows(self.microbatches, self.plan.microbatches(self.microbatches)))
+        self._cut = shared if isinstance(shared, Cut) else None
+        return shared
 
-        return share_rows(source, Rows(self.microbatches, self.plan.microbatches(self.microbatches)))
+    def seen(self) -> str | None:
+        """Return the fingerprint of the global batch that was read last, where every rank reads all of it."""
+        return None if self._cut is None or self._cut.last is None else fingerprint(self._cut.last)
+
+    def compare_batch(self) -> None:
+        """Check that all ranks have read the same first batch; later ones are compared where a burst ends.
+
+        Raises:
+            RankError: on every rank, with shapes and content by rank.
+        """
+        if not self.alone and self._cut is not None:
+            world.agree_each({"the batch": self.seen()}, what="the first batch", instead=SAME_DATA)
 
     def samples(self, batch: Any) -> int:
         """Return the number of samples of the global batch."""
@@ -89,6 +107,22 @@ class Ranks:
         return performer.evaluate(train, lambda: outside.unread, Peers(self.plan, outside.meet))
 
     # --- the start and the end --------------------------------------------------------------------------------------
+
+    def placed(self, train: Any) -> Any:
+        """Return the state as the plan of the step places it; every rank calls it.
+
+        Raises:
+            RankError: the ranks hold different values of a state that has to be cut, or only some have it cut already.
+        """
+        if not isinstance(self.plan, Plan):
+            return train
+        if not self.alone:
+            specs = tree.leaves(self.plan.specs(train))
+            whole = any(s.axes and not is_split(x) for x, s in zip(tree.leaves(train), specs, strict=True))
+            # Parts of different values would make a state that no rank had.
+            content = fingerprint(place.local(train)) if whole else "placed by a plan"
+            world.agree_each({"the state": content}, what="the state", instead=SAME_STATE)
+        return self.plan.place(train)
 
     def compare(self, step: Any, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
         """Check that all ranks are about to do the same: code, arguments, data, state.
@@ -114,7 +148,7 @@ class Ranks:
         }
         instead = "start all of them with the same script, arguments, seed and settings (OMP_NUM_THREADS, say)"
         world.agree_each(values, what="the start of a run", instead=instead)
-        _compare_states(loop.train)
+        compare_states(loop.train)
 
     def agreed(self, check: Callable[[], T], what: str) -> list[T]:
         """Check something on every rank, each for itself, and go on only if none refuses. Every rank calls it.
@@ -187,57 +221,3 @@ def _plain(value: Any) -> str:
 
 def _order(order: Any) -> str:
     return "" if order is None else repr(dataclasses.replace(order, share=None))
-
-
-def _compare_states(train: Any) -> None:
-    """Compare the leaves that are whole on every rank, and the parts that several ranks hold."""
-    import xxhash
-
-    from purestep.bits import leaf_bytes
-    from purestep.sharding.place import is_split, shard_of
-
-    whole, parts, places = xxhash.xxh3_128(), xxhash.xxh3_128(), []
-    hashes = []
-    for path, leaf in zip(tree.paths(train, "state"), tree.leaves(train), strict=True):
-        split = is_split(leaf)
-        kind, content = leaf_bytes(path, leaf._local_tensor if split else leaf)
-        target = parts if split else whole
-        target.update(f"{path} {kind} ".encode())
-        target.update(content)
-        if split:
-            places.append((path, kind, shard_of(leaf)))
-        else:
-            hashes.append((path, kind, xxhash.xxh3_64_hexdigest(content)))
-    found = world.gather((whole.hexdigest(), hash_of(places), parts.hexdigest()), what="the state")
-    if len({w for w, _, _ in found}) > 1:
-        everything = world.gather(hashes, what="the leaves of the state")
-        world.agree_each(_differing(everything, hashes), what="the state", instead=_SAME_STATE)
-    held: dict[str, tuple[int, str]] = {}
-    for number, (_, where, content) in enumerate(found):
-        other, same = held.setdefault(where, (number, content))
-        if same != content:
-            raise RankError(
-                explain(
-                    "ranks that hold the same part of the state hold different values",
-                    where=f"ranks {other} and {number}",
-                    instead=_SAME_STATE,
-                )
-            )
-
-
-_SAME_STATE = "state = ps.init(model, tx, seed=0, plan=plan)   # the same seed and code on every rank"
-
-
-def hash_of(value: Any) -> str:
-    """Return a short hash of the repr of a value."""
-    import xxhash
-
-    return str(xxhash.xxh3_64_hexdigest(repr(value).encode()))
-
-
-def _differing(everything: list[list[tuple[str, str, str]]], mine: list[tuple[str, str, str]]) -> dict[str, str]:
-    """The leaves of this rank that are not the same on every rank, at most a few of them."""
-    others = [{path: (kind, content) for path, kind, content in entries} for entries in everything]
-    paths = [p for p, *_ in everything[0] if len({repr(o.get(p)) for o in others}) > 1]
-    own = {path: f"{kind} {content}" for path, kind, content in mine}
-    return {path: own.get(path, "nothing") for path in paths[:4]} or {"the structure of the state": str(len(own))}

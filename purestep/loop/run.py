@@ -131,6 +131,7 @@ class Run:
             stack.enter_context(self._ranks)
             self._saving.open(stack)
             store = self._saving.store
+            self._given = self._ranks.placed(self._given)
             self.loop, at = resume_.begin(
                 self.machine,
                 self._given,
@@ -218,7 +219,7 @@ class Run:
         short = len(steps) < effect.n and not cut and not self._outside.unread
         end = self._feed.at_end(cursor.batch + len(steps), short)
         self.loop = self.loop.replace(train=state)
-        self._outside.done(len(steps))
+        self._outside.done(len(steps), self._ranks.seen)
         yield Ticked(self._outside.elapsed())
         yield StepsDone(len(steps), steps, end)
         if end:
@@ -296,6 +297,7 @@ class Run:
             return short
 
         shortages = self._ranks.agreed(check, "the check before the first step")
+        self._ranks.compare_batch()
         self._step = self._guard.step
         if self._ranks.first:
             memory.warn(shortages)

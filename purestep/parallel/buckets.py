@@ -52,7 +52,7 @@ class Buckets:
     def begin_small(self, pattern: Partial) -> None:
         """Send metrics and weights to the others."""
         shares = self.shares
-        self.waiting = exchange_small(self.small.nodes, shares.owners, shares.group, pattern, self.sums.samples)
+        self.waiting = exchange_small(self.small.nodes, shares.owners, shares.group, pattern, self.sums)
 
     def begin(self, trees: TreeSum, like: Tensor) -> Any:
         """Begin to add up a flat tensor over the ranks."""

@@ -183,7 +183,7 @@ class ShardedTurn:
         if self.counts:
             sharded.small[0, self.index] = rest
         if self.last:
-            sharded.waiting = exchange_small(sharded.small, shares.leaves, shares.group, rest, self.sums.samples)
+            sharded.waiting = exchange_small(sharded.small, shares.leaves, shares.group, rest, self.sums)
 
     def sink(self, unit: Unit, grads: list[Tensor | None]) -> None:
         """Take the gradients of a unit, and send the others their parts; those of the root go last."""

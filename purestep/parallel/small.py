@@ -10,17 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from purestep import tree
-from purestep.accumulate import Partial, merge
+from purestep.accumulate import Accumulation, Partial, merge
 from purestep.sharding import collectives
 from purestep.sharding.reduce import Flat
 from purestep.treesum import Node, TreeSum
 
+_HEAD = 16  # bytes of what a rank tells of its batch
+
 
 def exchange_small(
-    nodes: Mapping[Node, Partial], owners: Sequence[Sequence[Node]], group: Any, pattern: Partial, samples: int
+    nodes: Mapping[Node, Partial], owners: Sequence[Sequence[Node]], group: Any, pattern: Partial, sums: Accumulation
 ) -> Callable[[], Partial]:
     """Begin to add up what all ranks hold, and return the function that waits and returns it, without its vector.
 
@@ -29,25 +32,32 @@ def exchange_small(
         owners: those of each rank of the group.
         group: the ranks.
         pattern: a part of that structure, for a rank that holds none.
-        samples: of the whole batch, the weight where there is no other.
+        sums: of the batch; its samples are the weight where there is no other, and it keeps what the others told.
     """
     whole = TreeSum(merge)
     if group is None:
         for node, part in nodes.items():
             whole.put(node, _without_vector(part, *_leaves(part)))
-        return lambda: _weighing(whole.result(), samples)
+        return lambda: _weighing(whole.result(), sums.samples)
     like, structure = _leaves(pattern)
     flat = _bytes(tuple((x.shape, x.dtype, x.device) for x in like))
     held = [flat.pack(_leaves(nodes[node])[0]) for own in owners for node in own if node in nodes]
     most = max(len(own) for own in owners)
-    row = torch.cat([*held, torch.zeros(flat.size * (most - len(held)), dtype=torch.uint8, device=flat.device)])
+    # The sizes of the batch go along, at no exchange of their own. On a GPU reading them would make the host wait.
+    head = [torch.tensor(sums.told).view(torch.uint8)] if flat.on_cpu else []
+    row = torch.cat([*head, *held, torch.zeros(flat.size * (most - len(held)), dtype=torch.uint8, device=flat.device)])
     pending = collectives.gather(row, group)
 
     def result() -> Partial:
-        for own, packed in zip(owners, pending.wait(), strict=True):
+        rows = pending.wait()
+        if flat.on_cpu:
+            told = rows[:, :_HEAD].contiguous().view(torch.int64).tolist()
+            sums.heard = dict(zip(dist.get_process_group_ranks(group), map(tuple, told), strict=True))
+            rows = rows[:, _HEAD:]
+        for own, packed in zip(owners, rows, strict=True):
             for node, values in zip(own, packed.split(flat.size), strict=False):
                 whole.put(node, _without_vector(pattern, flat.unpack(values), structure))
-        return _weighing(whole.result(), samples)
+        return _weighing(whole.result(), sums.samples)
 
     return result
 
@@ -83,6 +93,7 @@ class _Bytes:
         self.lengths = [sum(n) * d.itemsize for n, d in zip(self.flat.lengths, self.flat.dtypes, strict=True)]
         self.size = sum(self.lengths) + -sum(self.lengths) % 8
         self.device = device
+        self.on_cpu = device is None or device.type == "cpu"
         self.filling = torch.zeros(self.size - sum(self.lengths), dtype=torch.uint8, device=device)
 
     def pack(self, values: Sequence[Tensor]) -> Tensor:

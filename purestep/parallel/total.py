@@ -14,9 +14,12 @@ from purestep.accumulate import Accumulation, Gradients, accumulate
 from purestep.errors import ConfigError, explain
 from purestep.parallel.buckets import Buckets
 from purestep.parallel.gathering import Sharded, split_leaves
+from purestep.parallel.inputs import compare_first, compare_sizes, sizes_of
 from purestep.parallel.shares import shares
 from purestep.parallel.small import exchange_small
+from purestep.sharding import place
 from purestep.sharding.local import local_batch
+from purestep.sharding.mesh import world_size
 from purestep.sharding.plan import Plan
 
 Compute = Callable[[Any, Any, int, Any], Gradients]
@@ -34,7 +37,11 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
         compute: computes one microbatch, and tells its turn what comes of it; without a turn it returns that.
     """
     local = local_batch(batch, plan, count)
+    if world_size() > 1:
+        place.check_placed(plan, at_rest.params)
+        compare_first(plan, count, at_rest, batch)
     sums = accumulate(view, local.samples, count)
+    sums.told = sizes_of(batch, local.samples)
     who = shares(plan, count, len(sums.sizes))
     pieces = {index: data for index, data, _ in local.pieces(who.mine)}
     spare = local.spare(who.mine) if len(pieces) < len(who.mine) else None
@@ -44,7 +51,7 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
         for number, index in enumerate(who.mine):
             one = sharded.turn(number, index, last=index == who.mine[-1])
             compute(view, pieces.get(index, spare), index, one)
-        return sharded.result()
+        return _compared(sharded.result(), sums)
     if who.group is None:
         return _alone(sums, view, pieces, compute)
     buckets = Buckets(who, sums)
@@ -53,14 +60,20 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
     for index in turns:
         turn = buckets.turn(index, counts=index in pieces, last=index == turns[-1])
         compute(view, pieces.get(index, spare), index, turn)
-    return buckets.result()
+    return _compared(buckets.result(), sums)
+
+
+def _compared(result: Gradients, sums: Accumulation) -> Gradients:
+    # Not where the sizes arrive: a rank that left in the middle of the exchanges would keep the others waiting.
+    compare_sizes(sums.heard)
+    return result
 
 
 def _alone(sums: Accumulation, view: Any, pieces: Mapping[int, Any], compute: Compute) -> Gradients:
     """Add up the microbatches of a rank that computes all of them, in the same words as several ranks do."""
     for index, data in pieces.items():
         sums.sum.add(sums.lift(compute(view, data, index, None), index), index)
-    small = exchange_small(sums.sum.nodes, [], None, next(iter(sums.sum.nodes.values())), sums.samples)()
+    small = exchange_small(sums.sum.nodes, [], None, next(iter(sums.sum.nodes.values())), sums)()
     return sums.mean(small.replaced(sums.sum.result().vector))
 
 

@@ -17,6 +17,7 @@ from purestep.sharding.follow import follow
 from purestep.sharding.place import cut, wrap
 from purestep.sharding.spec import REPLICATED
 from purestep.sharding.tape import recording
+from purestep.sharding.unmatched import check_matches
 
 if TYPE_CHECKING:
     from purestep.sharding.plan import Plan
@@ -36,6 +37,8 @@ def materialize(make: Callable[[], Any], rng: Tensor, *, plan: Plan | None, devi
     for name, leaf in _named(described):
         if isinstance(leaf, Tensor) and leaf.is_meta:
             tape.name_random(name, leaf)
+    if plan is not None:
+        check_matches(plan, described)
     specs = tree.map(lambda _: REPLICATED, described) if plan is None else plan.specs(described)
 
     def made(leaf: Any, spec: Any) -> Any:

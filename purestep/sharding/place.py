@@ -6,6 +6,7 @@ only the local tensors, which `local` takes out and `rewrap` puts back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from purestep import bits, tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding.mesh import check_world, this_rank
 from purestep.sharding.spec import Box, Spec, box, placements, spec_of
+from purestep.sharding.unmatched import check_matches
 
 if TYPE_CHECKING:
     from purestep.sharding.plan import Plan
@@ -36,12 +38,16 @@ def place(plan: Plan, value: Any) -> Any:
     Returns:
         The same tree. Leaves that are whole are the very tensors that were given; parts are copies.
 
+    Raises:
+        ConfigError: a rule or an entry of `units` matches nothing in a state, or the plan is for another job.
+
     Example:
         >>> from purestep.sharding import fsdp
         >>> params = {"w": torch.ones(4, 4)}
         >>> place(fsdp(), params)["w"] is params["w"]    # one process holds everything
         True
     """
+    check_matches(plan, value)
     specs = plan.specs(value)
     if all(not spec.axes for spec in tree.leaves(specs)):
         return gather(value)
@@ -137,6 +143,73 @@ def _rewrapped(part: Any, like: Any) -> Any:
 
         layout = DTensorSpec(layout.mesh, layout.placements, tensor_meta=layout.tensor_meta._replace(dtype=part.dtype))
     return _new(type(like), part, layout)
+
+
+# --- is it where it should be? ----------------------------------------------------------------------------------------
+
+
+def check_plain(state: Any) -> None:
+    """Refuse a state with split parameters, where a step or an evaluation has no plan to gather them with.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    params = getattr(state, "params", None)
+    if not isinstance(params, dict) or not set(map(type, params.values())) - {Tensor}:
+        return
+    split = next((name for name, leaf in params.items() if is_split(leaf)), None)
+    if split is not None:
+        raise ConfigError(needs_plan(f"state.params[{split!r}]", params[split]))
+
+
+def needs_plan(path: str, leaf: Tensor) -> str:
+    """Return the text of the error about a split leaf that was given to a step without a plan."""
+    return explain(
+        "the state is placed by a plan, and the step has none",
+        where=f"{path}: {tree.describe(leaf)}, {spec_of_leaf(leaf)}",
+        why="this process holds a part of the tensor, and only the plan says how to compute with it",
+        instead="ps.make_step(loss_fn, tx, plan=plan), ps.make_eval(loss_fn, plan=plan)   # the plan of the state\n"
+        "or state = plan.gather(state)   # the whole state on every rank",
+    )
+
+
+def check_placed(plan: Plan, params: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that do not live where the plan of a step says, on a job of several processes.
+
+    Steps call it each time: a layout that was right before is only looked up.
+
+    Raises:
+        ConfigError: names the first parameter that does not.
+    """
+    layout = tuple([(n, x.shape, _layout(x)) for n, x in params.items()])
+    _check_layout(plan, plan.mesh.shape, layout)
+
+
+def _layout(leaf: Any) -> Any:
+    return leaf._spec if is_split(leaf) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _check_layout(plan: Plan, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, Any], ...]) -> None:
+    named = dict(zip(plan.mesh.axes, sizes, strict=True))
+    for name, shape, held in layout:
+        wanted = plan.spec(name, tuple(shape))
+        if held is None:
+            right = not wanted.axes
+        else:
+            here = held.mesh == plan.mesh.device_mesh
+            right = bool(wanted.axes) and here and tuple(held.placements) == placements(wanted, named)
+        if right:
+            continue
+        now = "whole on every rank" if held is None else f"placed by {held.placements} on {held.mesh}"
+        raise ConfigError(
+            explain(
+                "the state is not placed by the plan of the step",
+                where=f"state.params[{name!r}]: {list(shape)}, {now}; the plan says {wanted} on {plan.mesh!r}",
+                instead="state = ps.init(model, tx, seed=0, plan=plan)\n"
+                "or state = plan.place(state)   # a state that exists",
+            )
+        )
 
 
 # --- what is where ----------------------------------------------------------------------------------------------------

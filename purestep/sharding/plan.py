@@ -252,6 +252,36 @@ class Plan:
         return product.product(self, other)
 
 
+def check_plan(plan: Any, where: str) -> None:
+    """Refuse what is given as a plan and is none; None is no plan and passes.
+
+    Args:
+        plan: what a caller gave.
+        where: the call it was given to, as code.
+
+    Raises:
+        ConfigError: it is the name of a preset, the preset itself, or something else.
+
+    Example:
+        >>> check_plan("fsdp", "ps.make_step")
+        Traceback (most recent call last):
+        purestep.errors.ConfigError: a plan is a Plan, not a str
+          where:   ps.make_step(plan='fsdp')
+          instead: plan=ps.sharding.fsdp()
+    """
+    if plan is None or isinstance(plan, Plan):
+        return
+    name = plan if isinstance(plan, str) else getattr(plan, "__name__", "")
+    calls = {"ddp": "ddp()", "hsdp": "hsdp(fsdp=8)", "tensor_parallel": "tensor_parallel(rules, size=2)"}
+    raise ConfigError(
+        explain(
+            f"a plan is a Plan, not a {type(plan).__name__}",
+            where=f"{where}(plan={plan!r})" if isinstance(plan, str) or not name else f"{where}(plan={name})",
+            instead=f"plan=ps.sharding.{calls.get(name, 'fsdp()')}",
+        )
+    )
+
+
 def _names(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 

@@ -19,7 +19,8 @@ def product(left: Plan, right: Plan) -> Plan:
     that both split last, so that gathering over them gives whole tensor-parallel parts.
 
     Raises:
-        ConfigError: an axis is in both meshes, both take what is left of the job, or they disagree about a setting.
+        ConfigError: `right` is no plan, an axis is in both meshes, both take what is left of the job, or they disagree
+            about a setting.
 
     Example:
         >>> from purestep.sharding import fsdp, tensor_parallel
@@ -29,6 +30,14 @@ def product(left: Plan, right: Plan) -> Plan:
         >>> plan.spec("0.up.weight", (8, 4)), plan.spec("0.norm.weight", (8,))
         (Spec(('tensor', 'fsdp')), Spec('fsdp'))
     """
+    if not isinstance(right, Plan):
+        raise ConfigError(
+            explain(
+                f"a plan is multiplied by a Plan, not by a {type(right).__name__}",
+                where=f"plan * {right!r}",
+                instead="fsdp() * tensor_parallel(rules, size=4)",
+            )
+        )
     shared = [a for a in left.mesh.axes if a in right.mesh.axes]
     if shared:
         raise ConfigError(

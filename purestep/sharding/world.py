@@ -206,11 +206,26 @@ def agree_each(values: Mapping[str, Any], *, what: str, instead: str | None = No
         RankError: on every rank, with what differs and between which ranks.
     """
     found = gather({name: repr(value) for name, value in values.items()}, what=what)
+    refuse_different(
+        {name: {n: entry.get(name, "nothing") for n, entry in enumerate(found)} for name in found[0]}, instead=instead
+    )
+
+
+def refuse_different(values: Mapping[str, Mapping[int, str]], *, instead: str | None = None) -> None:
+    """Refuse values that are not the same on every rank; what each rank has is known here already.
+
+    Args:
+        values: by name, the text of each rank.
+        instead: what to do about a difference.
+
+    Raises:
+        RankError: with what differs and between which ranks.
+    """
     differences = []
-    for name in found[0]:
+    for name, texts in values.items():
         groups: dict[str, list[int]] = {}
-        for number, entry in enumerate(found):
-            groups.setdefault(entry.get(name, "nothing"), []).append(number)
+        for number, text in texts.items():
+            groups.setdefault(text, []).append(number)
         if len(groups) > 1:
             shown = "; ".join(f"{_ranks(numbers)}: {_short(text)}" for text, numbers in groups.items())
             differences.append((name, f"{name}: {shown}"))

@@ -139,6 +139,16 @@ def few(directory):
     return summary(ps.fit(**options, until=ps.steps(7)))
 
 
+def own_loop(directory):
+    """A loop of one's own: what joins the processes is the plan, and they have to leave in order too."""
+    plan, tx = sharding.fsdp(), ps.optim.sgd(0.1)
+    state = ps.init(narrow, tx, plan=plan)
+    step = ps.make_step(loss_fn, tx, plan=plan, microbatches=V)
+    for _ in range(3):
+        state, _ = step(state, table(12, 0))
+    return {"digest": ps.digest(state)}
+
+
 def relay(directory):
     """The same run, begun on 4 ranks under fsdp, gone on with on 2 under ddp, ended by 1."""
     run_dir = directory.parent / "relay"

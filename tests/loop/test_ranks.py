@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
-ALL = "straight fsdp hsdp few foreign collated level_two relay"
+ALL = "straight fsdp hsdp few foreign collated own_loop level_two relay"
 MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory"
 
 
@@ -68,6 +68,11 @@ def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
 
 def test_a_run_has_the_same_bits_under_any_plan(answers):
     assert len({answers[4][0][check]["digest"] for check in ("straight", "fsdp", "hsdp")}) == 1
+
+
+def test_a_loop_of_ones_own_has_the_same_bits_too(answers):
+    """The fixture sees that every process leaves with 0, without a word on stderr."""
+    assert len({answers[size][rank]["own_loop"]["digest"] for size in (1, 2, 4) for rank in range(size)}) == 1
 
 
 def test_a_run_goes_on_with_fewer_ranks(answers):

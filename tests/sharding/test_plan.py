@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import purestep as ps
 from purestep import tree
 from purestep.errors import ConfigError
 from purestep.grad import TreeSum
@@ -170,6 +171,34 @@ def test_what_does_not_fit_together_is_refused(make, parts):
 def test_settings_of_a_product_come_from_the_factor_that_was_told():
     plan = fsdp(min_size=8, reshard_after_forward=False) * tensor_parallel({}, 2, reduction="fast", units="blocks.*")
     assert (plan.min_size, plan.reshard_after_forward, plan.reduction, plan.units) == (8, False, "fast", ("blocks.*",))
+
+
+@pytest.mark.parametrize(
+    ("plan", "what", "said", "instead"),
+    [
+        ("fsdp", "not a str", "plan='fsdp'", "plan=ps.sharding.fsdp()"),
+        (hsdp, "not a function", "plan=hsdp", "plan=ps.sharding.hsdp(fsdp=8)"),
+        ("zero3", "not a str", "plan='zero3'", "plan=ps.sharding.fsdp()"),
+        (mesh({"data": 1}), "not a Mesh", "plan=mesh({'data': 1})", "plan=ps.sharding.fsdp()"),
+        (True, "not a bool", "plan=True", "plan=ps.sharding.fsdp()"),
+    ],
+)
+@pytest.mark.parametrize("name", ["make_step", "make_eval", "init"])
+def test_what_is_no_plan_is_refused_by_every_call_that_takes_one(name, plan, what, said, instead):
+    tx = ps.optim.sgd(0.1)
+    calls = {
+        "make_step": lambda: ps.make_step(lambda net, batch: 0, tx, plan=plan),
+        "make_eval": lambda: ps.make_eval(lambda net, batch: 0, plan=plan),
+        "init": lambda: ps.init(lambda: torch.nn.Linear(2, 2), tx, plan=plan),
+    }
+    with pytest.raises(ConfigError) as caught:
+        calls[name]()
+    assert str(caught.value) == (f"a plan is a Plan, {what}\n  where:   ps.{name}({said})\n  instead: {instead}")
+
+
+def test_a_plan_is_multiplied_by_a_plan():
+    with pytest.raises(ConfigError, match="a plan is multiplied by a Plan, not by a str"):
+        ddp() * "fsdp"
 
 
 @pytest.mark.parametrize("plan", [p[1] for p in PLANS], ids=[p[0] for p in PLANS])
