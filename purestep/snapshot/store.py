@@ -75,6 +75,7 @@ class Store:
         self._durable: list[int] = []
         self._failure: SaveFailed | None = None
         self._cleaned = self._warned = self._closed = False
+        self._checked = False  # whether the root was there; if what holds it goes away, no save makes it anew
 
     def __repr__(self) -> str:
         ranks = "" if self.ranks.size == 1 else f", ranks={self.ranks!r}"
@@ -140,13 +141,14 @@ class Store:
             keep=self.keep,
             ranks=self.ranks,
             hurry=self._hurry,
+            parents=not self._checked,
         )
 
     def _convene(self, request: writer.Request | None, token: str) -> Path | None:
         if self.ranks.size == 1 or request is None:
             return None
         with contextlib.suppress(OSError):  # which the thread that writes meets again, and tells
-            return convene(self.root, request.step, token, self.ranks)
+            return convene(self.root, request.step, token, self.ranks, parents=request.parents)
         return None
 
     def _start(self, request: writer.Request, token: str) -> None:
@@ -296,6 +298,7 @@ class Store:
             return encoded
 
         self._warn_of_shortage(self.ranks.together(work))
+        self._checked = True
 
     def _warn_of_shortage(self, encoded: Encoded) -> None:
         if self.ranks.rank:

@@ -42,6 +42,7 @@ class Request:
     keep: Keep
     ranks: Ranks = field(default_factory=Ranks)
     hurry: threading.Event = field(default_factory=threading.Event)
+    parents: bool = True  # whether what holds the root may be made
 
 
 def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bool) -> None:
@@ -57,7 +58,7 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         clean: whether to remove what dead writers left.
     """
     contents = copies()
-    temporary = convene(root, request.step, token, request.ranks)
+    temporary = convene(root, request.step, token, request.ranks, parents=request.parents)
     meeting = Meeting(temporary, request.step, request.ranks, request.hurry)
     try:
         if clean and request.ranks.rank == 0:
