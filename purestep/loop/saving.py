@@ -24,6 +24,11 @@ from purestep.loop.signals import Signals
 # A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
 SLOW_DISK_SECONDS = 30.0
 _GOES_ON = "  training goes on, and the next snapshot is tried as planned; on_save_error='stop' ends a run instead"
+# Of the train state, and of the whole run without what the clock says: both are equal for equal runs.
+_DIGESTS = {
+    "state": snapshot.Scope(under=".train"),
+    "run": snapshot.Scope(without=(".elapsed", ".status.boundary")),
+}
 OnSaveError = Literal["continue", "stop"]
 
 
@@ -133,7 +138,7 @@ class Saving:
                 # The same position, with an evaluation that was cut off before: it takes the place of the other.
                 self.store.wait()
                 self.store.delete_after(number - 1)
-            self.store.save(number, loop, metrics=loop.status.metrics, info=info)
+            self.store.save(number, loop, metrics=loop.status.metrics, info=info, digests=_DIGESTS)
             self._saved = position
         except SaveFailed as error:
             yield self._lost(error)

@@ -11,15 +11,15 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from purestep.errors import CorruptSnapshot, SnapshotError, TemplateMismatch, explain
+from purestep.errors import ConfigError, CorruptSnapshot, SnapshotError, TemplateMismatch, explain
 from purestep.sharding import place
 from purestep.snapshot import template
 from purestep.snapshot.codec import JSON, Leaf, from_text, show
-from purestep.snapshot.digest import STATE, ReadArrays
+from purestep.snapshot.digest import STATE, ReadArrays, Scope, of_value
 from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, read_manifest
 from purestep.snapshot.pack import ARRAY_NAME, Piece, materialize, unpack
@@ -27,6 +27,7 @@ from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.shards import Box, count, lay, overlap, wanted, width
 
 _ALONE = Ranks()
+Verify = bool | Literal["digest"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def restore(
     *,
     step: int | None,
     fallback: bool,
-    verify: bool,
+    verify: Verify,
     ranks: Ranks = _ALONE,
 ) -> Restored:
     """Read the snapshot of a step, or the newest that can be read, the same one on every rank. See `Store.restore`."""
+    check_verify(verify)
     candidates = ranks.from_first(lambda: [[entry.step, entry.reason] for entry in _candidates(index, step)])
     if step is not None and not candidates:
         raise SnapshotError(_absent(index, step))
@@ -89,7 +91,9 @@ def restore(
         try:
             if reason:
                 raise CorruptSnapshot(reason)
-            value, found = ranks.together(functools.partial(read, path, like, read_arrays, verify=verify))
+            value, found = ranks.together(functools.partial(read, path, like, read_arrays, verify=bool(verify)))
+            if verify == "digest":
+                ranks.agree(_wrong_digest(path, value, found))
         except TemplateMismatch as error:
             raise TemplateMismatch(f"{error}\n  snapshot: step {number} in {index.root}") from None
         except SnapshotError as error:
@@ -104,6 +108,27 @@ def restore(
     if skipped:
         raise CorruptSnapshot(explain("no snapshot can be read", where=str(index.root), why=_reasons(skipped)))
     raise SnapshotError(explain("there is no snapshot", where=str(index.root), instead="save one first"))
+
+
+def check_verify(verify: Verify) -> None:
+    """Refuse another answer to `verify=` than those there are."""
+    if not isinstance(verify, bool) and verify != "digest":
+        raise ConfigError(explain("verify= is True, False or 'digest'", where=f"verify={verify!r}"))
+
+
+def _wrong_digest(directory: Path, value: Any, found: Manifest) -> CorruptSnapshot | None:
+    """Return the error of a tree that does not have the digests of its manifest."""
+    told = {"digest": (found.digest, Scope())} | {
+        f"digests[{name!r}]": (text, found.scopes[name]) for name, text in found.digests.items() if name in found.scopes
+    }
+    lines = []
+    for name, (text, scope) in told.items():
+        if (now := of_value(value, scope)) != text:
+            lines.append(f"{name}: {text[:16]} in the manifest, {now[:16]} of what was read")
+    if not lines:
+        return None
+    what, why = "the tree that was read does not have the digest of its manifest", "\n".join(lines)
+    return CorruptSnapshot(explain(what, where=str(directory), why=why))
 
 
 def _candidates(index: Index, step: int | None) -> list[Entry]:

@@ -19,7 +19,7 @@ from purestep.snapshot import arrays, disk, keep, reader, space, writer
 from purestep.snapshot.arguments import checked_metrics, checked_step, frozen_json
 from purestep.snapshot.background import Background
 from purestep.snapshot.codec import JSON, Encoded, encode
-from purestep.snapshot.digest import size
+from purestep.snapshot.digest import Scope, size
 from purestep.snapshot.index import Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
 from purestep.snapshot.meeting import GaveUp, convene
@@ -47,7 +47,7 @@ class Store:
     Args:
         root: the directory; the first save makes it.
         keep: which snapshots to preserve, see `latest`, `best`, `every_steps`, `all_`.
-        verify: whether `restore` checks the checksum of every leaf.
+        verify: whether `restore` checks the checksum of every leaf; "digest" for the digests of the tree, too.
         ranks: the processes that write it together; this one alone by default.
 
     Example:
@@ -61,8 +61,9 @@ class Store:
     """
 
     def __init__(
-        self, root: str | Path, *, keep: keep.Keep = _LATEST, verify: bool = True, ranks: Ranks = _ALONE
+        self, root: str | Path, *, keep: keep.Keep = _LATEST, verify: reader.Verify = True, ranks: Ranks = _ALONE
     ) -> None:
+        reader.check_verify(verify)
         self.root = Path(root).absolute()
         self.keep = keep
         self.verify = verify
@@ -79,12 +80,18 @@ class Store:
 
     def __repr__(self) -> str:
         ranks = "" if self.ranks.size == 1 else f", ranks={self.ranks!r}"
-        return f"Store({str(self.root)!r}, keep={self.keep!r}, verify={self.verify}{ranks})"
+        return f"Store({str(self.root)!r}, keep={self.keep!r}, verify={self.verify!r}{ranks})"
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def save(
-        self, step: int, value: Any, *, metrics: Mapping[str, float] = _EMPTY, info: Mapping[str, JSON] = _EMPTY
+        self,
+        step: int,
+        value: Any,
+        *,
+        metrics: Mapping[str, float] = _EMPTY,
+        info: Mapping[str, JSON] = _EMPTY,
+        digests: Mapping[str, Scope] = _EMPTY,
     ) -> None:
         """Copy a tree and begin to write it in the background.
 
@@ -95,6 +102,7 @@ class Store:
             value: a pytree of tensors, numpy arrays, numbers, strings and bytes.
             metrics: numbers that `best` ranks by.
             info: anything JSON, given back by `restore`.
+            digests: parts of the tree that the manifest has digests of their own of, by name.
 
         Raises:
             SaveFailed: the *previous* save failed; this one has been started all the same.
@@ -104,7 +112,7 @@ class Store:
         self._background.settle()  # the buffers are free again
         request, refused = None, None
         try:
-            request = self._request(checked_step(step), value, metrics, info)
+            request = self._request(checked_step(step), value, metrics, info, digests)
         except (SnapshotError, TreeError) as error:
             refused = error
         latest = self._index.steps()[-1:] if self.ranks.rank == 0 else None
@@ -127,7 +135,14 @@ class Store:
             self._start(request, said[0][1])
         self._raise_failure()  # only now: a save that reports another one is not skipped
 
-    def _request(self, step: int, value: Any, metrics: Mapping[str, float], info: Mapping[str, JSON]) -> writer.Request:
+    def _request(
+        self,
+        step: int,
+        value: Any,
+        metrics: Mapping[str, float],
+        info: Mapping[str, JSON],
+        digests: Mapping[str, Scope],
+    ) -> writer.Request:
         if self._closed:
             raise SnapshotError(explain("the store is closed", where=str(self.root), instead="make a new Store"))
         encoded = encode(value)
@@ -141,6 +156,7 @@ class Store:
             keep=self.keep,
             ranks=self.ranks,
             hurry=self._hurry,
+            digests=dict(digests),
             parents=not self._checked,
         )
 
@@ -349,7 +365,9 @@ class Store:
         found: Manifest = self.ranks.together(work)
         return found
 
-    def restore(self, like: Any = ..., *, step: int | None = None, fallback: bool = True) -> Restored:
+    def restore(
+        self, like: Any = ..., *, step: int | None = None, fallback: bool = True, verify: reader.Verify | None = None
+    ) -> Restored:
         """Read a snapshot back, verified.
 
         Args:
@@ -358,6 +376,8 @@ class Store:
                 it, takes what is stored. Values of Python leaves come from the snapshot. A tensor that is split over
                 ranks is split in the same way again, however it was when it was saved; each rank reads its own part.
             step: which one; the newest by default.
+            verify: whether to check the checksum of every leaf; the store's own by default. "digest" also computes the
+                digests of the tree that was read, and compares them with those of the manifest.
             fallback: whether an older snapshot is used, with a warning, when the newest cannot be read. A step that is
                 asked for by number is never replaced by another.
 
@@ -371,7 +391,7 @@ class Store:
             *(self._index, like, arrays.read_arrays),
             step=step,
             fallback=fallback,
-            verify=self.verify,
+            verify=self.verify if verify is None else verify,
             ranks=self.ranks,
         )
 

@@ -42,6 +42,7 @@ class Request:
     keep: Keep
     ranks: Ranks = field(default_factory=Ranks)
     hurry: threading.Event = field(default_factory=threading.Event)
+    digests: Mapping[str, digest.Scope] = field(default_factory=dict)
     parents: bool = True  # whether what holds the root may be made
 
 
@@ -134,6 +135,8 @@ def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.R
         metrics=request.metrics,
         info=request.info,
         digest=digest.total(request.encoded, rows),
+        digests={name: digest.total(request.encoded, rows, scope) for name, scope in request.digests.items()},
+        scopes=request.digests,
         created=now(),
         environment=request.environment,
         keep=repr(request.keep),
