@@ -16,6 +16,7 @@ from purestep.snapshot.keep import Record
 from purestep.snapshot.manifest import DATA, Header, read_header
 
 _Stamp = tuple[int, int, int]
+_LISTINGS = 5  # how often a directory that changes meanwhile is listed
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,15 @@ class Index:
     def entries(self) -> list[Entry]:
         """Return the directories that are or were snapshots, in order of step; strays are left out."""
         with self._lock:
-            found = [entry for step in _numbered(self.root) if (entry := self._entry(step)) is not None]
+            for _ in range(_LISTINGS):
+                before = _changed(self.root)
+                steps = _numbered(self.root)
+                found = [entry for step in steps if (entry := self._entry(step)) is not None]
+                # Beside a writer a listing may miss what was renamed meanwhile, and name what is deleted by now.
+                if found and _changed(self.root) == before and all(entry.path.exists() for entry in found):
+                    break
+                if before is None:
+                    break
             self._seen = {entry.step: self._seen[entry.step] for entry in found if entry.step in self._seen}
         return found
 
@@ -72,13 +81,22 @@ def listed(steps: list[int]) -> str:
     return ", ".join(["..."] * (len(steps) > 10) + [str(step) for step in steps[-10:]])
 
 
+def _changed(root: Path) -> int | None:
+    try:
+        return os.stat(root).st_mtime_ns
+    except OSError:
+        return None
+
+
 def _numbered(root: Path) -> list[int]:
     try:
         with os.scandir(root) as items:
             names = [item.name for item in items if item.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and str(int(name)) == name)
+    # Longer numbers are no steps, and Python refuses to read those of thousands of digits.
+    digits = [name for name in names if name.isascii() and name.isdecimal() and len(name) < 20]
+    return sorted(int(name) for name in digits if str(int(name)) == name)
 
 
 def _read(step: int, path: Path) -> Entry:
