@@ -46,12 +46,12 @@ def _check_named(text: str | bytes, run_dir: Any) -> None:
     """Refuse the current directory, which an empty text means without saying so, and what no file system can name."""
     if not isinstance(text, str) or "\0" in text:
         raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))
-    if not text.strip() or (isinstance(run_dir, PurePath) and not run_dir.parts):
+    if not text.strip() or (isinstance(run_dir, PurePath) and not run_dir.parts):  # Path("") prints as ".", too
         raise ConfigError(
             explain(
                 "run_dir= names no directory",
                 where=f"run_dir={run_dir!r}",
                 why="an empty path is the current directory, which is seldom meant: everything of the run goes there",
-                instead="run_dir='runs/digits', run_dir=os.getcwd() for the current directory, or None to write nothing",
+                instead="run_dir='runs/digits', run_dir='.' for the current directory, or None to write nothing",
             )
         )

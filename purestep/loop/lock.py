@@ -150,8 +150,8 @@ def _refused_here(run_dir: Path) -> ConfigError:
             "another run of this very process uses this run directory",
             where=f"{run_dir}, process {os.getpid()}",
             why="two runs would overwrite each other's snapshots",
-            instead="end that run first: drain the iterator of ps.run or drop it, or wait for its last snapshot; or use "
-            "another run_dir=",
+            instead="end that run first: drain the iterator of ps.run or drop it, or wait for its last snapshot\n"
+            "or another run_dir=",
         )
     )
 

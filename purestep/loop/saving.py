@@ -154,7 +154,7 @@ class Saving:
             yield self._lost(error)
 
     def _moved(self) -> str | None:
-        """Return, on every rank, what became of the run directory since it was locked; None while it is in its place."""
+        """Return, on every rank, what became of the run directory since it was locked; None while it is there."""
         if self.store is None:
             return None
         found: str | None = self.store.ranks.from_first(lambda: None if self._lock is None else self._lock.trouble())
