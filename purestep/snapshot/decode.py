@@ -1,7 +1,7 @@
 """Typed reading of the JSON files of a snapshot: whatever they hold, a value of the right type or `CorruptSnapshot`.
 
-A seal says that a file was written by a program that seals, not that it is the right file, nor of this version. So every
-field is read by the type that it must have. Fields that this version does not know are skipped.
+A seal says that a file was written by a program that seals, not that it is the right file, nor of this version. So
+every field is read by the type that it must have. Fields that this version does not know are skipped.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def from_json(rows: JSON) -> dict[int, Row]:
     return {index: (kind, size, bytes.fromhex(content)) for index, kind, size, content in rows}
 
 
-def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> str:  # noqa: B008  frozen
+def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> str:
     """Return the digest of a tree, or of a part of it, from the rows of all leaves that have bytes.
 
     Raises:
@@ -91,7 +91,7 @@ def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> 
 
 
 def of_value(value: Any, scope: Scope) -> str:
-    """Return the digest of a part of a tree that is in memory. Where it is split over ranks, each of them calls this."""
+    """Return the digest of a part of a tree in memory. Where it is split over ranks, each of them calls this."""
     pairs = zip(tree.paths(value), tree.leaves(value), strict=True)
     return bits.digest_leaves((path, leaf) for full, leaf in pairs if (path := scope.path(full)) is not None)
 

@@ -72,6 +72,10 @@ def test_the_lock_dies_with_its_process_although_a_forked_child_lives(tmp_path):
             owner.kill()
 
 
+FORKS = pytest.mark.filterwarnings("ignore")  # JAX, if another test has loaded it, warns of every fork
+
+
+@FORKS
 def test_a_fork_during_the_run_does_not_hold_the_lock_after_it(tmp_path):
     with Lock(tmp_path):
         child = os.fork()
@@ -86,6 +90,7 @@ def test_a_fork_during_the_run_does_not_hold_the_lock_after_it(tmp_path):
         os.waitpid(child, 0)
 
 
+@FORKS
 def test_a_child_that_leaves_the_block_of_its_parent_releases_nothing(tmp_path):
     with Lock(tmp_path) as lock:
         child = os.fork()
