@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import contextlib
 import dataclasses
 import re
@@ -233,6 +234,8 @@ def _(place, patch):
     def held(*args):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
+    os.makedirs(place, exist_ok=True)
+    (Path(place) / "lock").write_text(str(os.getpid()))
     patch.setattr("fcntl.flock", held)
     fit(run_dir=place)
 

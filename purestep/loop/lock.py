@@ -239,6 +239,7 @@ class _Flock:
         self._descriptor = descriptor
 
     def close(self) -> None:
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # for a child that was forked and has not closed its copy yet, too
         os.close(self._descriptor)
 
     def disown(self) -> None:
