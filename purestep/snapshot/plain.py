@@ -101,8 +101,8 @@ def implausible(array: Path, nbytes: int) -> str | None:
         return f"{array}: {stored} bytes on the disk cannot be {nbytes} bytes"
     shape, dtype = (about.get("shape"), about.get("dtype")) if isinstance(about, dict) else (None, None)
     known = _DTYPE.fullmatch(dtype) if isinstance(dtype, str) else None
-    sized = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if known is not None and sized and math.prod(shape) * _width(known.groups()) != nbytes:
+    sizes = shape if isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape) else None
+    if known is not None and sizes is not None and math.prod(sizes) * _width(known.groups()) != nbytes:
         return f"{array}: its form is {dtype}{shape}, and {nbytes} bytes are expected"
     return None
 

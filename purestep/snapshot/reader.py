@@ -121,7 +121,7 @@ def _restore(
         except TemplateMismatch as error:
             raise TemplateMismatch(f"{error}\n  snapshot: step {number} in {index.root}") from None
         except SnapshotError as error:
-            if ranks.from_first(lambda path=path: not path.exists()):
+            if not ranks.from_first(path.exists):
                 raise _Gone from error
             if step is not None or not fallback:
                 raise type(error)(_with_earlier(index, number, str(error))) from error
