@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import os
 import contextlib
 import dataclasses
+import os
 import re
 import warnings
 from collections import namedtuple

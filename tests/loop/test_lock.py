@@ -280,8 +280,8 @@ def test_a_directory_that_goes_away_is_told_and_never_made_anew(job, tmp_path, h
     where = "elsewhere now" if how == "moved" else "it is gone, with all that was in it"
     text = f"the run directory was {how} while the run used it\n  where:   .*{where}"
     if answer == "stop":
-        with pytest.raises(SaveFailed, match=text), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the log, which is left out
+        # The log, which is left out, warns as well.
+        with warnings.catch_warnings(action="ignore"), pytest.raises(SaveFailed, match=text):
             ps.fit(**given, **options)
     else:
         with warnings.catch_warnings(record=True) as said:
