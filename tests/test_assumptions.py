@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import warnings
 from collections import namedtuple
@@ -34,7 +35,7 @@ from purestep.errors import (
 )
 from purestep.loop import fitting, memory, precheck
 from purestep.loop.dry import dry_run
-from purestep.loop.signals import Lock
+from purestep.loop.lock import Lock
 from purestep.snapshot import space, writer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "assumptions.md").read_text()
@@ -229,6 +230,17 @@ def _(place, patch):
 
 
 @case(5, ConfigError, "another process is running in this run directory")
+def _(place, patch):
+    def held(*args):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    os.makedirs(place, exist_ok=True)
+    (Path(place) / "lock").write_text(str(os.getpid()))
+    patch.setattr("fcntl.flock", held)
+    fit(run_dir=place)
+
+
+@case(5, ConfigError, "another run of this very process uses this run directory")
 def _(place, patch):
     with Lock(place):
         fit(run_dir=place)

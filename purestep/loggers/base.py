@@ -151,8 +151,9 @@ def flatten_hparams(values: Mapping[str, Any], prefix: str = "") -> dict[str, An
 def write_atomically(path: Path, content: str) -> None:
     """Write a small text file so that a reader sees the old or the new content, never a part."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)  # what a killed process of this number left, or a link that leads elsewhere
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with partial.open("x", encoding="utf-8", newline="") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -115,6 +115,8 @@ class CsvSink(Sink):
     def _grow(self, new: list[str]) -> None:
         """Add columns: every line gets empty cells at its end, in a new file that replaces the old one."""
         columns = [*self._columns, *new]
+        if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+            raise OSError(f"{self._path} is another file now: it was replaced, or the run directory was moved")
         _, _, body = self._path.read_text(encoding="utf-8").partition("\n")
         lines = [line + "," * len(new) + "\n" for line in body.split("\n")[:-1]]
         write_atomically(self._path, _header(columns) + "".join(lines))

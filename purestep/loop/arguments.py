@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import PurePath
 from typing import Any
 
 from purestep.errors import ConfigError, explain
@@ -37,3 +38,20 @@ def check_arguments(step: Any, until: Any, on_save_error: str, grace: Any, run_d
         )
     if not isinstance(run_dir, (str, os.PathLike, type(None))):
         raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))
+    if run_dir is not None:
+        _check_named(os.fspath(run_dir), run_dir)
+
+
+def _check_named(text: str | bytes, run_dir: Any) -> None:
+    """Refuse the current directory, which an empty text means without saying so, and what no file system can name."""
+    if not isinstance(text, str) or "\0" in text:
+        raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))
+    if not text.strip() or (isinstance(run_dir, PurePath) and not run_dir.parts):  # Path("") prints as ".", too
+        raise ConfigError(
+            explain(
+                "run_dir= names no directory",
+                where=f"run_dir={run_dir!r}",
+                why="an empty path is the current directory, which is seldom meant: everything of the run goes there",
+                instead="run_dir='runs/digits', run_dir='.' for the current directory, or None to write nothing",
+            )
+        )

@@ -17,12 +17,18 @@ from purestep import snapshot
 from purestep.errors import ConfigError, SaveFailed, SnapshotError, explain
 from purestep.loop import resume
 from purestep.loop.events import Callback, Event, LoopState, Saved, SaveLost
+from purestep.loop.lock import Lock, refuse_link
 from purestep.loop.ranks import Ranks
-from purestep.loop.signals import Lock, Signals
+from purestep.loop.signals import Signals
 
 # A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
 SLOW_DISK_SECONDS = 30.0
 _GOES_ON = "  training goes on, and the next snapshot is tried as planned; on_save_error='stop' ends a run instead"
+# Of the train state, and of the whole run without what the clock says: both are equal for equal runs.
+_DIGESTS = {
+    "state": snapshot.Scope(under=".train"),
+    "run": snapshot.Scope(without=(".elapsed", ".status.boundary")),
+}
 OnSaveError = Literal["continue", "stop"]
 
 
@@ -82,6 +88,7 @@ class Saving:
             with _explained(self._run_dir):
                 self._run_dir.mkdir(parents=True, exist_ok=True)
                 self._lock = stack.enter_context(Lock(self._run_dir))
+            refuse_link(root)
             snapshot.disk.clean(root)  # what a process that was killed left half-written
         self.store = snapshot.Store(root, keep=self._keep, ranks=self._ranks.for_store())
         stack.push(self._leave)
@@ -118,13 +125,17 @@ class Saving:
         if self._ranks.alone and self.store.busy(self._patience(loop)):
             yield self._behind(loop)
             return
+        if (moved := self._moved()) is not None:
+            self.unsaved = loop.status.stop is not None
+            yield self._lost(SaveFailed(moved))
+            return
         number = loop.cursor.batches
         info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume.identity(step)}
         flush()
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do
             # those of a future that the run has gone back from, or that could not be read.
-            self.store.save(number, loop, metrics=loop.status.metrics, info=info, replace=True)
+            self.store.save(number, loop, metrics=loop.status.metrics, info=info, digests=_DIGESTS, replace=True)
             self._saved = position
         except SaveFailed as error:
             yield self._lost(error)
@@ -138,6 +149,13 @@ class Saving:
                 yield Saved(number)
         except SaveFailed as error:
             yield self._lost(error)
+
+    def _moved(self) -> str | None:
+        """Return, on every rank, what became of the run directory since it was locked; None while it is there."""
+        if self.store is None:
+            return None
+        found: str | None = self.store.ranks.from_first(lambda: None if self._lock is None else self._lock.trouble())
+        return found
 
     def finish(self, loop: LoopState) -> Iterator[Event]:
         """Wait for the last snapshot, within the grace period after a signal."""
@@ -177,6 +195,9 @@ class Saving:
         return SaveLost(text)
 
     def _lost(self, error: SaveFailed) -> SaveLost:
+        if (moved := self._moved()) is not None and str(error) != moved:
+            cause, error = error, SaveFailed(moved)
+            error.__cause__ = cause
         if self.on_save_error == "stop":
             raise error
         self._saved = None

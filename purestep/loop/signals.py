@@ -1,18 +1,13 @@
-"""Signals and the lock of a run directory: what the world outside may ask of a run."""
+"""Signals: what the world outside may ask of a run."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self
-
-from purestep.errors import ConfigError, explain
 
 
 class Signals:
@@ -65,51 +60,3 @@ class Signals:
         """Return the name of the signal and count it as read."""
         self.unread = False
         return self._name
-
-
-class Lock:
-    """An exclusive lock on a run directory, which dies with its process, or outlives the run that still writes.
-
-    Raises:
-        ConfigError: a living process holds it.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "lock"
-        self._kept = False
-
-    def __enter__(self) -> Self:
-        self._file = open(self.path, "a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise ConfigError(
-                explain(
-                    "another process is running in this run directory",
-                    where=f"{self.path.parent}, process {holder}",
-                    why="two runs would overwrite each other's snapshots",
-                    instead="wait for it, end it, or use another run_dir=",
-                )
-            ) from error
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-        return self
-
-    def keep_while(self, busy: Callable[[float], bool]) -> None:
-        """Hold it on, beyond the end of the run, until nothing is busy any more."""
-
-        def wait() -> None:
-            while busy(threading.TIMEOUT_MAX):
-                pass
-            self._file.close()
-
-        self._kept = True
-        threading.Thread(target=wait, name="purestep-lock", daemon=True).start()
-
-    def __exit__(self, *error: object) -> None:
-        if not self._kept:
-            self._file.close()

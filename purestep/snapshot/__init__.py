@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from purestep.snapshot.digest import Scope as Scope
 from purestep.snapshot.export import Only
 from purestep.snapshot.export import consolidate as _consolidate
 from purestep.snapshot.keep import Keep as Keep
@@ -19,18 +20,20 @@ from purestep.snapshot.manifest import Manifest as Manifest
 from purestep.snapshot.manifest import environment as environment
 from purestep.snapshot.ranks import Ranks as Ranks
 from purestep.snapshot.reader import Restored as Restored
+from purestep.snapshot.reader import Verify as Verify
 from purestep.snapshot.store import Store as Store
 
 DIRECTORY = "snapshots"  # where a run keeps them, under its run directory
 
 
-def restore(run_dir: str | Path, like: Any = ..., *, step: int | None = None) -> Any:
+def restore(run_dir: str | Path, like: Any = ..., *, step: int | None = None, verify: Verify = True) -> Any:
     """Return the tree that a run has stored.
 
     Args:
         run_dir: the directory of a run, or of its snapshots.
         like: a template, see `Store.restore`; by default everything comes as it is stored.
         step: which snapshot; the newest that can be read by default.
+        verify: whether to check the checksum of every leaf; "digest" for the digests in the manifest, too.
 
     Raises:
         TemplateMismatch: the snapshot is not of the structure, shapes or dtypes of `like`.
@@ -45,7 +48,7 @@ def restore(run_dir: str | Path, like: Any = ..., *, step: int | None = None) ->
         ...     restore(run_dir, like={"w": torch.empty(3, dtype=torch.int64), "name": ...})
         {'w': tensor([0, 1, 2]), 'name': 'digits'}
     """
-    return Store(_root(run_dir)).restore(like, step=step).value
+    return Store(_root(run_dir), verify=verify).restore(like, step=step).value
 
 
 def steps(run_dir: str | Path) -> list[int]:

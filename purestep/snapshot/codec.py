@@ -21,6 +21,7 @@ from purestep.sharding import place
 
 JSON = Any  # None, bool, int, float, str, list or dict of JSON
 PYTHON_KINDS = ("bool", "int", "float", "complex", "str", "bytes")
+DEPTH = 300  # levels of a tree: to walk it takes two calls a level, and Python allows 1000
 _DECIMAL_BITS = 10_000  # Python refuses to write or read much longer integers in decimal
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
@@ -61,10 +62,6 @@ class Leaf:
         row |= {"dtype": self.dtype, "shape": list(self.shape)}
         return row if self.alias is None else row | {"alias": self.alias}
 
-    @staticmethod
-    def from_json(row: JSON) -> Leaf:
-        return Leaf(**{**row, "shape": tuple(row.get("shape", ()))})
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -89,7 +86,7 @@ def encode(value: Any) -> Encoded:
         float32[2], int
     """
     encoder = _Encoder()
-    return Encoded(encoder.node(value, ""), encoder.leaves, encoder.values)
+    return Encoded(encoder.node(value, "", 0), encoder.leaves, encoder.values)
 
 
 class _Encoder:
@@ -98,12 +95,14 @@ class _Encoder:
         self.values: list[Any] = []
         self.seen: dict[Any, int] = {}
 
-    def node(self, value: Any, path: str) -> JSON:
+    def node(self, value: Any, path: str, depth: int) -> JSON:
+        if depth > DEPTH:
+            raise TreeError(explain(f"a tree of more than {DEPTH} levels cannot be stored", where=show(path)[:200]))
         parts = children(value, path)
         if parts is None:
             return self.leaf(value, path)
         head, items = parts
-        return None if head is None else head | {"items": [self.node(item, where) for where, item in items]}
+        return None if head is None else head | {"items": [self.node(item, where, depth + 1) for where, item in items]}
 
     def leaf(self, value: Any, path: str) -> int:
         leaf, content = _describe(value, path)

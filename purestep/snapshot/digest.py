@@ -7,11 +7,13 @@ digested by one of the ranks that hold it, which reads the other parts from the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from purestep import bits
+from purestep import bits, tree
 from purestep.errors import SnapshotError, explain
 from purestep.snapshot.codec import JSON, Encoded, Leaf, from_text, show
 from purestep.snapshot.pack import Piece, materialize, unpack
@@ -20,6 +22,32 @@ from purestep.snapshot.shards import Owned, count, lay, whole, width
 Row = tuple[str, int, bytes]  # kind, number of bytes, condensed bytes
 ReadArrays = Callable[[Path, Sequence[str]], dict[str, np.ndarray]]
 STATE = "parts/{}/state"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which leaves of a tree a digest covers: those under a path, without others; paths count from there.
+
+    Example:
+        >>> Scope(".train").path(".train.params['w']"), Scope("", (".elapsed",)).path(".elapsed")
+        (".params['w']", None)
+    """
+
+    under: str = ""
+    without: tuple[str, ...] = ()
+
+    def path(self, path: str) -> str | None:
+        """Return the path of a leaf in the scope, None when it is not in it."""
+        if not _inside(path, self.under) or any(_inside(path, other) for other in self.without):
+            return None
+        return path[len(self.under) :]
+
+    def to_json(self) -> JSON:
+        return {"under": self.under, "without": list(self.without)}
+
+
+def _inside(path: str, under: str) -> bool:
+    return path.startswith(under) and (not under or path[len(under) : len(under) + 1] in ("", ".", "["))
 
 
 def row_of(leaf: Leaf, content: np.ndarray) -> Row:
@@ -43,8 +71,8 @@ def from_json(rows: JSON) -> dict[int, Row]:
     return {index: (kind, size, bytes.fromhex(content)) for index, kind, size, content in rows}
 
 
-def total(encoded: Encoded, rows: Mapping[int, Row]) -> str:
-    """Return the digest of a tree from the rows of all leaves that have bytes.
+def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> str:
+    """Return the digest of a tree, or of a part of it, from the rows of all leaves that have bytes.
 
     Raises:
         SnapshotError: no rank has written some leaf.
@@ -58,7 +86,14 @@ def total(encoded: Encoded, rows: Mapping[int, Row]) -> str:
             raise SnapshotError(missing(leaf))
         return rows[first]
 
-    return bits.digest_rows((leaf.path, *row(index, leaf)) for index, leaf in enumerate(encoded.leaves))
+    named = ((scope.path(leaf.path), index, leaf) for index, leaf in enumerate(encoded.leaves))
+    return bits.digest_rows((path, *row(index, leaf)) for path, index, leaf in named if path is not None)
+
+
+def of_value(value: Any, scope: Scope) -> str:
+    """Return the digest of a part of a tree in memory. Where it is split over ranks, each of them calls this."""
+    pairs = zip(tree.paths(value), tree.leaves(value), strict=True)
+    return bits.digest_leaves((path, leaf) for full, leaf in pairs if (path := scope.path(full)) is not None)
 
 
 def missing(leaf: Leaf) -> str:

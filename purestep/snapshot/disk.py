@@ -47,10 +47,10 @@ def unique() -> str:
     return f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
 
 
-def make_root(root: Path) -> None:
-    """Make a directory and its parents, durably."""
+def make_root(root: Path, *, parents: bool = True) -> None:
+    """Make a directory, and its parents unless they have to be there, durably."""
     missing = [path for path in (root, *root.parents) if not path.exists()]
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=parents, exist_ok=True)
     for path in missing:
         fsync(path.parent)
 

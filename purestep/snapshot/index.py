@@ -18,7 +18,8 @@ from purestep.snapshot.keep import Record
 from purestep.snapshot.manifest import DATA, Header, read_header
 
 _Stamp = tuple[int, int, int]
-_NAME = re.compile(r"(0|[1-9][0-9]{0,99})(?:[.]([1-9][0-9]{0,99}))?", re.ASCII)
+_NAME = re.compile(r"(0|[1-9][0-9]{0,18})(?:[.]([1-9][0-9]{0,18}))?", re.ASCII)
+_LISTINGS = 5  # how often a directory that changes meanwhile is listed
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,14 @@ class Index:
     def revisions(self) -> list[Entry]:
         """Return every directory that is or was a snapshot, in order of step and revision; strays are left out."""
         with self._lock:
-            found = [entry for name in _named(self.root) if (entry := self._entry(*name)) is not None]
+            for _ in range(_LISTINGS):
+                before = _changed(self.root)
+                found = [entry for name in _named(self.root) if (entry := self._entry(*name)) is not None]
+                # Beside a writer a listing may miss what was renamed meanwhile, and name what is deleted by now.
+                if found and _changed(self.root) == before and all(entry.path.exists() for entry in found):
+                    break
+                if before is None:
+                    break
             self._seen = {entry.path: self._seen[entry.path] for entry in found if entry.path in self._seen}
         return found
 
@@ -110,6 +118,13 @@ def is_ours(path: Path) -> bool:
 def listed(steps: list[int]) -> str:
     """Return steps as a message lists them: the last few."""
     return ", ".join(["..."] * (len(steps) > 10) + [str(step) for step in steps[-10:]])
+
+
+def _changed(root: Path) -> int | None:
+    try:
+        return os.stat(root).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _named(root: Path, *, directories: bool = True) -> list[tuple[int, int]]:

@@ -7,26 +7,30 @@ the other two. Nothing read here is ever used as a path or as code.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.backends.cpu
 
 from purestep.errors import CorruptSnapshot, SnapshotError, explain
 from purestep.sharding.mesh import world_size
+from purestep.snapshot import decode
 from purestep.snapshot.codec import JSON, Leaf
+from purestep.snapshot.digest import Scope
 from purestep.snapshot.pack import Piece, checksum
 
 FORMAT = 2
 DATA, TREE, PIECES = "meta/data.json", "meta/tree.json", "meta/pieces.json"
 _PIECES_1 = "parts/0/spec"  # format 1 knew one rank, and one piece for each leaf that has bytes
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _OPEN, _MIDDLE, _CLOSE = b'{"checksum": "', b'", "body": ', b"}\n"
 
 
@@ -39,6 +43,9 @@ class Header:
         metrics: as given to `save`.
         info: as given to `save`.
         digest: `purestep.tree.digest` of the saved tree.
+        digests: of parts of it. A run has "state", the digest of its train state, and "run", that of all of it without
+            what the clock says; both are equal for equal runs. Snapshots of older versions have none.
+        scopes: which leaves each of `digests` covers.
         created: seconds since the epoch.
         environment: versions, thread count, CPU capability, deterministic flags, world size: what bits depend on.
         keep: repr of the preservation policy of the writer.
@@ -55,6 +62,8 @@ class Header:
     keep: str = ""
     seals: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    digests: Mapping[str, str] = field(default_factory=dict)
+    scopes: Mapping[str, Scope] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,8 @@ def dump(manifest: Manifest) -> dict[str, bytes]:
         "step": manifest.step,
         "created": manifest.created,
         "digest": manifest.digest,
+        "digests": dict(manifest.digests),
+        "scopes": {name: scope.to_json() for name, scope in manifest.scopes.items()},
         "metrics": {name: _number(value) for name, value in manifest.metrics.items()},
         "info": dict(manifest.info),
         "environment": dict(manifest.environment),
@@ -134,7 +145,7 @@ def _number(value: float) -> float | str:
 
 
 def unseal(content: bytes, name: str) -> JSON:
-    """Return the body of sealed text.
+    """Return the body of sealed text, of any form.
 
     Raises:
         CorruptSnapshot: the text is not what was sealed.
@@ -144,7 +155,7 @@ def unseal(content: bytes, name: str) -> JSON:
     if content != _OPEN + checksum(text).encode("ascii") + _MIDDLE + text + _CLOSE:
         why = "its text does not match the checksum in it: it was truncated, changed, or is of another program"
         raise CorruptSnapshot(explain("a file of the snapshot is corrupt", where=name, why=why))
-    return json.loads(text)
+    return decode.parse(text, name).value
 
 
 def read_header(directory: Path) -> Header:
@@ -154,12 +165,30 @@ def read_header(directory: Path) -> Header:
         CorruptSnapshot: the file is missing, unreadable or not what was written.
         SnapshotError: it was written in a format that this version does not know.
     """
-    head = unseal(_read(directory, DATA), str(directory / DATA))
-    if head["format"] not in (1, FORMAT):
-        what = f"the snapshot is of format {head['format']}, this version of purestep reads formats 1 and {FORMAT}"
+    file = str(directory / DATA)
+    head = decode.Field(unseal(_read(directory, DATA), file), file)
+    form = head["format"].natural()
+    if form not in (1, FORMAT):
+        what = f"the snapshot is of format {form}, this version of purestep reads formats 1 and {FORMAT}"
         raise SnapshotError(explain(what, where=str(directory), instead="read it with the version that wrote it"))
-    metrics = {name: float(value) for name, value in head["metrics"].items()}
-    return Header(**head | {"metrics": metrics})
+    scopes = head.get("scopes")
+    return Header(
+        step=head["step"].natural(),
+        metrics={name: value.number() for name, value in head["metrics"].entries().items()},
+        info=head["info"].record(),
+        digest=head["digest"].text(_DIGEST),
+        created=head["created"].number(),
+        environment=head["environment"].record(),
+        keep=head["keep"].text(),
+        seals=decode.texts(head["seals"]),
+        format=form,
+        digests=decode.texts(head.get("digests"), _DIGEST),
+        scopes={} if scopes is None else {name: _scope(at) for name, at in scopes.entries().items()},
+    )
+
+
+def _scope(at: decode.Field) -> Scope:
+    return Scope(at["under"].text(), tuple(path.text() for path in at["without"].items()))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -170,29 +199,33 @@ def read_manifest(directory: Path) -> Manifest:
     """
     head = read_header(directory)
     body = _sealed(directory, TREE, head)
-    leaves = [Leaf.from_json(row) for row in body["leaves"]]
-    if head.format == 1:
-        pieces = _pieces_1(leaves, _sealed(directory, _PIECES_1, head)["pieces"])
-    else:
-        pieces = [Piece.from_json(row) for row in _sealed(directory, PIECES, head)["pieces"]]
-    known: dict[str, Any] = {name: getattr(head, name) for name in Header.__dataclass_fields__}
-    return Manifest(**known, structure=body["structure"], leaves=leaves, pieces=pieces)
+    leaves = decode.leaves(body["leaves"])
+    structure = decode.structure(body["structure"], len(leaves))
+    rows = _sealed(directory, _PIECES_1 if head.format == 1 else PIECES, head)["pieces"].items()
+    rows = _rows_1(leaves, rows) if head.format == 1 else rows
+    pieces = [decode.piece(row, leaves) for row in rows]
+    known = {name: getattr(head, name) for name in Header.__dataclass_fields__}
+    return Manifest(**known, structure=structure, leaves=leaves, pieces=pieces)
 
 
-def _pieces_1(leaves: Sequence[Leaf], rows: JSON) -> list[Piece]:
+def _rows_1(leaves: Sequence[Leaf], rows: Sequence[decode.Field]) -> list[decode.Field]:
+    """Return rows of format 1, one for each leaf that has bytes, as format 2 has them."""
     own = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.has_bytes]
+    if rows and len(rows) != len(own):
+        raise rows[0].wrong(f"one of {len(own)} rows")
+    heads = [[index, [0] * len(leaf.shape), list(leaf.shape), 0] for index, leaf in own]
     return [
-        Piece(index, (0,) * len(leaf.shape), tuple(leaf.shape), 0, *row)
-        for (index, leaf), row in zip(own, rows, strict=True)
+        dataclasses.replace(row, value=[*head, *(item.value for item in row.items())])
+        for head, row in zip(heads, rows, strict=False)
     ]
 
 
-def _sealed(directory: Path, name: str, head: Header) -> JSON:
+def _sealed(directory: Path, name: str, head: Header) -> decode.Field:
     content = _read(directory, name)
     if checksum(content) != head.seals.get(name):
         why = f"it is not the file that {DATA} was written with"
         raise CorruptSnapshot(explain("a file of the snapshot is corrupt", where=str(directory / name), why=why))
-    return unseal(content, str(directory / name))
+    return decode.Field(unseal(content, str(directory / name)), str(directory / name))
 
 
 def _read(directory: Path, name: str) -> bytes:

@@ -28,14 +28,15 @@ class GaveUp(PurestepError):
     """Another rank has given this save up; the reason is its own to tell."""
 
 
-def convene(root: Path, step: int, token: str, ranks: Ranks) -> Path:
+def convene(root: Path, step: int, token: str, ranks: Ranks, *, parents: bool = True) -> Path:
     """Make the temporary directory of a save durably, on rank 0; return its path on any rank.
 
     Rank 0 does it before the others learn of the token, so that none of them can make it anew after it was given up.
+    Without `parents` the directory that holds the root must be there still.
     """
     temporary = disk.temporary_path(root, str(step), token)
     if ranks.rank == 0 and not temporary.exists():
-        disk.make_root(root)
+        disk.make_root(root, parents=parents)
         disk.begin(root, str(step), token)
         (temporary / "parts").mkdir()
         if ranks.size > 1:

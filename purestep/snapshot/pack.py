@@ -23,7 +23,7 @@ from purestep.snapshot.shards import Box, Owned, count, width
 SMALL = 1 << 20  # bytes below which a leaf goes into an arena
 ARENA = 32 << 20  # bytes after which the next arena is begun
 ARRAY_NAME = re.compile(r"arena-\d+|\d+-[\w%-]*", re.ASCII)
-_NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
+NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
 _STANDARD = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 _MINI_FLOAT = re.compile(r"bfloat16|float8_\w+")
 _HASH_THREADS = 4
@@ -203,7 +203,7 @@ def materialize(leaf: Leaf, content: np.ndarray, shape: tuple[int, ...] | None =
                 raise TypeError(f"torch.{leaf.dtype} is not a dtype")
             host = torch.from_numpy(content) if content.size else torch.empty(0, dtype=torch.uint8)
             return host.view(dtype).reshape(shape)
-        if not _NUMPY_DTYPE.fullmatch(leaf.dtype):
+        if not NUMPY_DTYPE.fullmatch(leaf.dtype):
             raise TypeError(f"{leaf.dtype!r} is not a dtype that snapshots hold")
         array = content.view(np.dtype(leaf.dtype)).reshape(shape)
         return array[()] if leaf.kind == "scalar" else array

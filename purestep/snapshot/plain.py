@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 _BLOCK = 8 << 20  # bytes of one read
 _THREADS = 4
+_COMPRESSION = 4096  # no codec of zarr makes weights smaller than that
 _FORM = {"compressor": None, "filters": None, "order": "C", "zarr_format": 2, "dimension_separator": "."}
 _DTYPE = re.compile(r"[<|][biufc](\d+)|b(float16)|(float8)_\w+")
 
@@ -76,8 +78,33 @@ def _plain_file(array: Path) -> _File | None:
             return None
         file = _File(array / ".".join("0" for _ in shape), math.prod(shape) * _width(dtype.groups()))
         return file if os.stat(file.path).st_size == file.nbytes > 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
+
+
+def implausible(array: Path, nbytes: int) -> str | None:
+    """Return why a stored array cannot be of that many bytes, None when it can: before memory is taken for it.
+
+    Snapshots are not compressed, so an array has at least as many bytes on the disk; what another program has
+    compressed since may have fewer, but not by more than compression gives.
+    """
+    about: Any = None
+    try:
+        about = json.loads((array / ".zarray").read_bytes())
+        stored = sum(entry.stat().st_size for entry in os.scandir(array) if entry.is_file(follow_symlinks=False))
+    except FileNotFoundError:
+        return None  # Orbax says what is missing
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{array}: {type(error).__name__}: {str(error)[:200]}"
+    plain = isinstance(about, dict) and about.get("compressor") is None and not about.get("filters")
+    if nbytes > stored * (1 if plain else _COMPRESSION):
+        return f"{array}: {stored} bytes on the disk cannot be {nbytes} bytes"
+    shape, dtype = (about.get("shape"), about.get("dtype")) if isinstance(about, dict) else (None, None)
+    known = _DTYPE.fullmatch(dtype) if isinstance(dtype, str) else None
+    sizes = shape if isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape) else None
+    if known is not None and sizes is not None and math.prod(sizes) * _width(known.groups()) != nbytes:
+        return f"{array}: its form is {dtype}{shape}, and {nbytes} bytes are expected"
+    return None
 
 
 def _width(groups: Iterable[str | None]) -> int:

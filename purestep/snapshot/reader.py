@@ -11,22 +11,24 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from purestep.errors import CorruptSnapshot, SnapshotError, TemplateMismatch, explain
+from purestep.errors import ConfigError, CorruptSnapshot, SnapshotError, TemplateMismatch, explain
 from purestep.sharding import place
-from purestep.snapshot import template
+from purestep.snapshot import plain, template
 from purestep.snapshot.codec import JSON, Leaf, from_text, show
-from purestep.snapshot.digest import STATE, ReadArrays
+from purestep.snapshot.digest import STATE, ReadArrays, Scope, of_value
 from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, read_manifest
-from purestep.snapshot.pack import ARRAY_NAME, Piece, materialize, unpack
+from purestep.snapshot.pack import Piece, materialize, unpack
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.shards import Box, count, lay, overlap, wanted, whole, width
 
 _ALONE = Ranks()
+_READINGS = 10  # how often a list is read again because what it named is gone
+Verify = bool | Literal["digest"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,34 @@ def restore(
     *,
     step: int | None,
     fallback: bool,
-    verify: bool,
+    verify: Verify,
     ranks: Ranks = _ALONE,
 ) -> Restored:
     """Read the snapshot of a step, or the newest that can be read, the same one on every rank. See `Store.restore`."""
+    check_verify(verify)
+    for _ in range(_READINGS):
+        try:
+            return _restore(index, like, read_arrays, step=step, fallback=fallback, verify=verify, ranks=ranks)
+        except _Gone:
+            continue
+    what = "snapshots are deleted faster than they are read"
+    raise SnapshotError(explain(what, where=str(index.root), instead="a writer that keeps more: snapshot.latest(2)"))
+
+
+class _Gone(Exception):
+    """A snapshot that was listed is not there any more: its writer has a newer one, so the list is read again."""
+
+
+def _restore(
+    index: Index,
+    like: Any,
+    read_arrays: ReadArrays,
+    *,
+    step: int | None,
+    fallback: bool,
+    verify: Verify,
+    ranks: Ranks,
+) -> Restored:
     candidates = ranks.from_first(lambda: [[e.step, e.path.name, e.reason] for e in _candidates(index, step)])
     if step is not None and not candidates:
         raise SnapshotError(_absent(index, step))
@@ -89,10 +115,14 @@ def restore(
         try:
             if reason:
                 raise CorruptSnapshot(reason)
-            value, found = ranks.together(functools.partial(read, path, like, read_arrays, verify=verify))
+            value, found = ranks.together(functools.partial(read, path, like, read_arrays, verify=bool(verify)))
+            if verify == "digest":
+                ranks.agree(_wrong_digest(path, value, found))
         except TemplateMismatch as error:
             raise TemplateMismatch(f"{error}\n  snapshot: step {number} in {index.root}") from None
         except SnapshotError as error:
+            if not ranks.from_first(path.exists):
+                raise _Gone from error
             # Another revision of the step that was asked for is the same position of the run.
             if not fallback or (step is not None and not left):
                 raise type(error)(_with_earlier(index, number, str(error))) from error
@@ -105,6 +135,27 @@ def restore(
     if skipped:
         raise CorruptSnapshot(explain("no snapshot can be read", where=str(index.root), why=_reasons(skipped)))
     raise SnapshotError(explain("there is no snapshot", where=str(index.root), instead="save one first"))
+
+
+def check_verify(verify: Verify) -> None:
+    """Refuse another answer to `verify=` than those there are."""
+    if not isinstance(verify, bool) and verify != "digest":
+        raise ConfigError(explain("verify= is True, False or 'digest'", where=f"verify={verify!r}"))
+
+
+def _wrong_digest(directory: Path, value: Any, found: Manifest) -> CorruptSnapshot | None:
+    """Return the error of a tree that does not have the digests of its manifest."""
+    told = {"digest": (found.digest, Scope())} | {
+        f"digests[{name!r}]": (text, found.scopes[name]) for name, text in found.digests.items() if name in found.scopes
+    }
+    lines = []
+    for name, (text, scope) in told.items():
+        if (now := of_value(value, scope)) != text:
+            lines.append(f"{name}: {text[:16]} in the manifest, {now[:16]} of what was read")
+    if not lines:
+        return None
+    what, why = "the tree that was read does not have the digest of its manifest", "\n".join(lines)
+    return CorruptSnapshot(explain(what, where=str(directory), why=why))
 
 
 def _candidates(index: Index, step: int | None) -> list[Entry]:
@@ -131,18 +182,12 @@ def read(directory: Path, like: Any, read_arrays: ReadArrays, *, verify: bool) -
         TemplateMismatch: it is not of the structure, shapes or dtypes of `like`; no array has been read then.
         CorruptSnapshot: bytes are missing, or are not those that were saved.
     """
-    try:
-        found = read_manifest(directory)
-        template.check(found.structure, list(found.leaves), like)
-        values = _Values(found.leaves)
-        template.build(found.structure, like, values.ask)
-        values.contents = load(directory, found, values.asked, read_arrays, verify=verify)
-        return template.build(found.structure, like, values), found
-    except (SnapshotError, MemoryError):
-        raise
-    except Exception as error:  # a sealed manifest that does not make sense: written by something else
-        what = "the snapshot does not make sense"
-        raise CorruptSnapshot(explain(what, where=str(directory), why=f"{type(error).__name__}: {error}")) from error
+    found = read_manifest(directory)
+    template.check(found.structure, list(found.leaves), like)
+    values = _Values(found.leaves)
+    template.build(found.structure, like, values.ask)
+    values.contents = load(directory, found, values.asked, read_arrays, verify=verify)
+    return template.build(found.structure, like, values), found
 
 
 def check(directory: Path, read_arrays: ReadArrays) -> None:
@@ -209,26 +254,59 @@ def load(
     Raises:
         CorruptSnapshot: names the leaves whose bytes are missing or are not those that were saved.
     """
+    _check_stored(directory, found, asked)
     contents: dict[tuple[int, Box], np.ndarray] = {}
-    laid = {(index, box): 0 for index, boxes in asked.items() for box in boxes}
+    laid = [(index, box) for index, boxes in asked.items() for box in boxes]
     for rank, pieces in _needed(found, asked).items():
         arrays = _arrays(directory / STATE.format(rank), found, pieces, read_arrays)
         for piece, content in zip(pieces, unpack(found.leaves, pieces, arrays, verify=verify), strict=True):
             leaf = found.leaves[piece.leaf]
             for key in [(piece.leaf, box) for box in asked[piece.leaf]]:
                 if key[1] == piece.box:
-                    contents[key], laid[key] = content, count(key[1])
+                    contents[key] = content
                     continue
                 if key not in contents:
                     contents[key] = np.empty(count(key[1]) * width(leaf), np.uint8)
-                laid[key] += lay(leaf, content, piece.box, contents[key], key[1])
-    for (index, box), number in laid.items():
-        if number != count(box):
-            leaf = found.leaves[index]
-            raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
+                lay(leaf, content, piece.box, contents[key], key[1])
+    for index, box in laid:
         if (index, box) not in contents:
             contents[index, box] = np.empty(0, np.uint8)
     return contents
+
+
+def _check_stored(directory: Path, found: Manifest, asked: Mapping[int, Iterable[Box]]) -> None:
+    """Refuse a manifest that asks for more than is stored, before memory is taken for it.
+
+    The parts of what is asked for have to make it up, and be different bytes of files that are as large as they say.
+    """
+    needed = [piece for pieces in _needed(found, asked).values() for piece in pieces]
+    covered = {(index, box): 0 for index, boxes in asked.items() for box in boxes}
+    for piece in needed:
+        for box in asked[piece.leaf]:
+            covered[piece.leaf, box] += count(overlap(box, piece.box))
+    for (index, box), number in covered.items():
+        if number != count(box):
+            leaf = found.leaves[index]
+            raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
+    arrays = {(piece.rank, piece.array) for piece in needed if piece.nbytes}
+    inside: dict[tuple[int, str], list[Piece]] = {key: [] for key in sorted(arrays)}
+    for piece in found.pieces:
+        if piece.nbytes and (piece.rank, piece.array) in inside:
+            inside[piece.rank, piece.array].append(piece)
+    for (rank, name), pieces in inside.items():
+        pieces.sort(key=lambda piece: piece.offset)
+        end = 0
+        for piece in pieces:
+            if piece.offset != end:
+                leaf = found.leaves[piece.leaf]
+                where = f"{show(leaf.path)}: {leaf}, {piece.nbytes} bytes from {piece.offset} in {name}"
+                raise CorruptSnapshot(explain("parts of leaves do not lie one after the other", where=where))
+            end += piece.nbytes
+        array = directory / STATE.format(rank) / name
+        if (why := plain.implausible(array, end)) is not None:
+            leaf = found.leaves[pieces[0].leaf]
+            where = f"{show(leaf.path)}: {leaf}" + (f" and {len(pieces) - 1} more" if len(pieces) > 1 else "")
+            raise CorruptSnapshot(explain("a stored array is not as large as its leaves", where=where, why=why))
 
 
 def _needed(found: Manifest, asked: Mapping[int, Iterable[Box]]) -> dict[int, list[Piece]]:
@@ -236,8 +314,6 @@ def _needed(found: Manifest, asked: Mapping[int, Iterable[Box]]) -> dict[int, li
     for piece in found.pieces:
         boxes = asked.get(piece.leaf, ())
         if any(box == piece.box or count(overlap(box, piece.box)) for box in boxes):
-            if type(piece.rank) is not int or piece.rank < 0:
-                raise CorruptSnapshot(explain("the number of a rank is not one", where=repr(piece.rank)))
             needed.setdefault(piece.rank, []).append(piece)
     return needed
 
@@ -246,9 +322,6 @@ def _arrays(state: Path, found: Manifest, pieces: Sequence[Piece], read_arrays: 
     names = list(dict.fromkeys(piece.array for piece in pieces if piece.nbytes))
     if not names:
         return {}
-    if bad := [name for name in names if not ARRAY_NAME.fullmatch(name)]:
-        why = "a name like this could lead out of the snapshot's directory"
-        raise CorruptSnapshot(explain("the name of a stored array is not one of ours", where=repr(bad[0]), why=why))
     try:
         return read_arrays(state, names)
     except Exception as error:

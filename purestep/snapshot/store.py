@@ -19,7 +19,7 @@ from purestep.snapshot import arrays, disk, keep, reader, space, writer
 from purestep.snapshot.arguments import checked_metrics, checked_step, frozen_json
 from purestep.snapshot.background import Background
 from purestep.snapshot.codec import JSON, Encoded, encode
-from purestep.snapshot.digest import size
+from purestep.snapshot.digest import Scope, size
 from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
 from purestep.snapshot.meeting import GaveUp, convene
@@ -49,7 +49,7 @@ class Store:
     Args:
         root: the directory; the first save makes it.
         keep: which snapshots to preserve, see `latest`, `best`, `every_steps`, `all_`.
-        verify: whether `restore` checks the checksum of every leaf.
+        verify: whether `restore` checks the checksum of every leaf; "digest" for the digests of the tree, too.
         ranks: the processes that write it together; this one alone by default.
 
     Example:
@@ -63,8 +63,9 @@ class Store:
     """
 
     def __init__(
-        self, root: str | Path, *, keep: keep.Keep = _LATEST, verify: bool = True, ranks: Ranks = _ALONE
+        self, root: str | Path, *, keep: keep.Keep = _LATEST, verify: reader.Verify = True, ranks: Ranks = _ALONE
     ) -> None:
+        reader.check_verify(verify)
         self.root = Path(root).absolute()
         self.keep = keep
         self.verify = verify
@@ -77,10 +78,11 @@ class Store:
         self._durable: list[int] = []
         self._failure: SaveFailed | None = None
         self._cleaned = self._warned = self._closed = False
+        self._checked = False  # whether the root was there; if what holds it goes away, no save makes it anew
 
     def __repr__(self) -> str:
         ranks = "" if self.ranks.size == 1 else f", ranks={self.ranks!r}"
-        return f"Store({str(self.root)!r}, keep={self.keep!r}, verify={self.verify}{ranks})"
+        return f"Store({str(self.root)!r}, keep={self.keep!r}, verify={self.verify!r}{ranks})"
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -91,6 +93,7 @@ class Store:
         *,
         metrics: Mapping[str, float] = _EMPTY,
         info: Mapping[str, JSON] = _EMPTY,
+        digests: Mapping[str, Scope] = _EMPTY,
         replace: bool = False,
     ) -> None:
         """Copy a tree and begin to write it in the background.
@@ -102,6 +105,7 @@ class Store:
             value: a pytree of tensors, numpy arrays, numbers, strings and bytes.
             metrics: numbers that `best` ranks by.
             info: anything JSON, given back by `restore`.
+            digests: parts of the tree that the manifest has digests of their own of, by name.
             replace: whether snapshots of this step and of later ones give way to this one. They stay until it is
                 durable, and if it fails.
 
@@ -114,7 +118,7 @@ class Store:
         self._background.settle()  # the buffers are free again
         request, refused = None, None
         try:
-            request = self._request(checked_step(step), value, metrics, info)
+            request = self._request(checked_step(step), value, metrics, info, digests)
         except (SnapshotError, TreeError) as error:
             refused = error
         latest = self._index.steps()[-1:] if self.ranks.rank == 0 else None
@@ -137,7 +141,14 @@ class Store:
             self._start(request, said[0][1])
         self._raise_failure()  # only now: a save that reports another one is not skipped
 
-    def _request(self, step: int, value: Any, metrics: Mapping[str, float], info: Mapping[str, JSON]) -> writer.Request:
+    def _request(
+        self,
+        step: int,
+        value: Any,
+        metrics: Mapping[str, float],
+        info: Mapping[str, JSON],
+        digests: Mapping[str, Scope],
+    ) -> writer.Request:
         if self._closed:
             raise SnapshotError(explain("the store is closed", where=str(self.root), instead="make a new Store"))
         encoded = encode(value)
@@ -151,13 +162,15 @@ class Store:
             keep=self.keep,
             ranks=self.ranks,
             hurry=self._hurry,
+            digests=dict(digests),
+            parents=not self._checked,
         )
 
     def _convene(self, request: writer.Request | None, token: str) -> Path | None:
         if self.ranks.size == 1 or request is None:
             return None
         with contextlib.suppress(OSError):  # which the thread that writes meets again, and tells
-            return convene(self.root, request.step, token, self.ranks)
+            return convene(self.root, request.step, token, self.ranks, parents=request.parents)
         return None
 
     def _start(self, request: writer.Request, token: str) -> None:
@@ -307,6 +320,7 @@ class Store:
             return encoded
 
         self._warn_of_shortage(self.ranks.together(work))
+        self._checked = True
 
     def _warn_of_shortage(self, encoded: Encoded) -> None:
         if self.ranks.rank:
@@ -377,7 +391,9 @@ class Store:
         found: Manifest = self.ranks.together(work)
         return found
 
-    def restore(self, like: Any = ..., *, step: int | None = None, fallback: bool = True) -> Restored:
+    def restore(
+        self, like: Any = ..., *, step: int | None = None, fallback: bool = True, verify: reader.Verify | None = None
+    ) -> Restored:
         """Read a snapshot back, verified.
 
         Args:
@@ -386,6 +402,8 @@ class Store:
                 it, takes what is stored. Values of Python leaves come from the snapshot. A tensor that is split over
                 ranks is split in the same way again, however it was when it was saved; each rank reads its own part.
             step: which one; the newest by default.
+            verify: whether to check the checksum of every leaf; the store's own by default. "digest" also computes the
+                digests of the tree that was read, and compares them with those of the manifest.
             fallback: whether an older snapshot is used, with a warning, when the newest cannot be read. A step that is
                 asked for by number is never replaced by another.
 
@@ -399,7 +417,7 @@ class Store:
             *(self._index, like, arrays.read_arrays),
             step=step,
             fallback=fallback,
-            verify=self.verify,
+            verify=self.verify if verify is None else verify,
             ranks=self.ranks,
         )
 

@@ -43,6 +43,8 @@ class Request:
     keep: Keep
     ranks: Ranks = field(default_factory=Ranks)
     hurry: threading.Event = field(default_factory=threading.Event)
+    digests: Mapping[str, digest.Scope] = field(default_factory=dict)
+    parents: bool = True  # whether what holds the root may be made
 
 
 def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bool) -> None:
@@ -58,7 +60,7 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         clean: whether to remove what dead writers left.
     """
     contents = copies()
-    temporary = convene(root, request.step, token, request.ranks)
+    temporary = convene(root, request.step, token, request.ranks, parents=request.parents)
     meeting = Meeting(temporary, request.step, request.ranks, request.hurry)
     try:
         if clean and request.ranks.rank == 0:
@@ -135,6 +137,8 @@ def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.R
         metrics=request.metrics,
         info=request.info,
         digest=digest.total(request.encoded, rows),
+        digests={name: digest.total(request.encoded, rows, scope) for name, scope in request.digests.items()},
+        scopes=request.digests,
         created=now(),
         environment=request.environment,
         keep=repr(request.keep),

@@ -405,7 +405,9 @@ def test_another_model_is_refused_and_nothing_is_lost(job, tmp_path):
 def test_a_run_directory_in_use_is_refused(job, tmp_path):
     first = ps.run(**job(), until=ps.steps(4), run_dir=tmp_path)
     next(first)
-    with pytest.raises(ConfigError, match=f"another process is running in this run directory[\\s\\S]*{os.getpid()}"):
+    with pytest.raises(
+        ConfigError, match=f"another run of this very process uses this run directory[\\s\\S]*{os.getpid()}"
+    ):
         quiet(job, until=ps.steps(4), run_dir=tmp_path)
     for _ in first:
         pass

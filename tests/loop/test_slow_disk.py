@@ -59,7 +59,7 @@ def test_after_the_grace_period_the_run_ends_and_keeps_its_lock_while_the_disk_s
     assert 0.3 <= time.monotonic() - began < 5
     assert (cut.reason, cut.exit_code, cut.unsaved) == ("SIGTERM", 143, True)
     assert ps.snapshot.steps(tmp_path / "a") == []
-    with pytest.raises(ConfigError, match="another process is running in this run directory"):
+    with pytest.raises(ConfigError, match="another run of this very process uses this run directory"):
         fit(job, tmp_path / "a")
     disk.set()
     resumed, end = None, time.monotonic() + 20

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from purestep import tree
 from purestep.errors import TreeError
+from purestep.snapshot import decode
 from purestep.snapshot.codec import encode, from_text
 from purestep.snapshot.pack import Piece, checksums, pack, sealed, unpack
 from purestep.snapshot.ranks import Ranks
@@ -46,7 +47,7 @@ def round_trip(value, like=...):
     parts = owned(encoded, Ranks())
     contents = Staging().copy([part.value for part in parts])()
     packed = pack(parts, contents)
-    leaves = [type(leaf).from_json(json.loads(json.dumps(leaf.to_json()))) for leaf in encoded.leaves]
+    leaves = decode.leaves(decode.Field(json.loads(json.dumps([leaf.to_json() for leaf in encoded.leaves])), "x"))
     structure = json.loads(json.dumps(encoded.structure))
     rows = json.loads(json.dumps([list(piece) for piece in sealed(packed.pieces, checksums(contents))]))
     pieces = [Piece.from_json(row) for row in rows]

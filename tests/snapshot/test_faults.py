@@ -134,13 +134,19 @@ def test_a_forged_manifest_cannot_escape_or_run_code(good, tmp_path):
     outside = [piece._replace(array="../../../../1/parts/0/state/arena-0") for piece in pieces]
     leaf = type(encode(torch.ones(2)).leaves[0])
     forgeries = [
-        ({"pieces": outside}, "could lead out of the snapshot's directory"),
-        ({"pieces": [piece._replace(array="/etc/passwd") for piece in pieces]}, "could lead out"),
-        ({"pieces": [piece._replace(rank="../../1/parts/0") for piece in pieces]}, "number of a rank is not one"),
-        ({"pieces": [piece._replace(offset=10**15) for piece in pieces]}, "bytes of a leaf are missing"),
-        ({"pieces": [piece._replace(nbytes=10**15) for piece in pieces]}, "does not fit into it"),
-        ({"pieces": [piece._replace(start=(-1,)) for piece in pieces]}, "does not fit into it"),
-        ({"pieces": [piece._replace(shape=(10**9,), nbytes=8 * 10**9) for piece in pieces]}, "does not fit into it"),
+        ({"pieces": outside}, "expected the name of a stored array"),
+        ({"pieces": [piece._replace(array="/etc/passwd") for piece in pieces]}, "expected the name of a stored array"),
+        (
+            {"pieces": [piece._replace(rank="../../1/parts/0") for piece in pieces]},
+            "[3]\n             why:     expected a whole number from 0 up",
+        ),
+        ({"pieces": [piece._replace(offset=10**15) for piece in pieces]}, "do not lie one after the other"),
+        ({"pieces": [piece._replace(nbytes=10**15) for piece in pieces]}, "expected a part of a leaf"),
+        ({"pieces": [piece._replace(start=(-1,)) for piece in pieces]}, "expected a whole number from 0"),
+        (
+            {"pieces": [piece._replace(shape=(10**9,), nbytes=8 * 10**9) for piece in pieces]},
+            "expected a part of a leaf",
+        ),
         ({"pieces": pieces[:1]}, "bytes of a leaf are missing"),
         ({"leaves": [leaf("", "tensor", "load", (600_000,)), leaf("", "tensor", "load", (5,))]}, "does not make sense"),
         ({"structure": {"node": "pytree", "class": "os.system", "fields": [], "static": {}, "items": []}}, "os.system"),

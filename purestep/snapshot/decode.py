@@ -1,0 +1,276 @@
+"""Typed reading of the JSON files of a snapshot: whatever they hold, a value of the right type or `CorruptSnapshot`.
+
+A seal says that a file was written by a program that seals, not that it is the right file, nor of this version. So
+every field is read by the type that it must have. Fields that this version does not know are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from purestep.errors import CorruptSnapshot, explain
+from purestep.snapshot.codec import DEPTH, JSON, PYTHON_KINDS, Leaf, from_text
+from purestep.snapshot.pack import ARRAY_NAME, NUMPY_DTYPE, Piece
+from purestep.snapshot.shards import count, width
+
+_LARGEST = 1 << 62  # elements and bytes of one leaf, ranks, steps: more is no number of ours
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_KEYED, _LISTED = ("dict", "OrderedDict", "defaultdict"), ("list", "tuple", "deque")
+_MISSING = object()
+
+
+def parse(text: bytes, file: str) -> Field:
+    """Return what JSON text holds.
+
+    Raises:
+        CorruptSnapshot: it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return Field(json.loads(text), file)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, or a number of too many digits
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CorruptSnapshot(explain("a file of the snapshot does not make sense", where=file, why=why)) from error
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value that was read, and where it was: each method returns it as what it must be.
+
+    Raises:
+        CorruptSnapshot: it is not; the message names the file and the field.
+
+    Example:
+        >>> Field({"step": [3]}, "meta/data.json")["step"].natural()
+        Traceback (most recent call last):
+        purestep.errors.CorruptSnapshot: a file of the snapshot does not make sense
+          where:   meta/data.json: step
+          why:     expected a whole number from 0 up, found a list
+    """
+
+    value: JSON
+    file: str
+    path: str = ""
+
+    def wrong(self, expected: str) -> CorruptSnapshot:
+        """Return the error of a value that is not what is expected."""
+        what, where = "a file of the snapshot does not make sense", f"{self.file}: {self.path or 'all of it'}"
+        return CorruptSnapshot(explain(what, where=where, why=f"expected {expected}, found {_describe(self.value)}"))
+
+    def __getitem__(self, name: str) -> Field:
+        found = self.get(name)
+        if found is None:
+            raise self.wrong(f"a record with the field {name!r}")
+        return found
+
+    def get(self, name: str) -> Field | None:
+        """Return a field of a record, None when it has none of that name."""
+        value = self.record().get(name, _MISSING)
+        return None if value is _MISSING else self._below(value, name)
+
+    def record(self) -> dict[str, JSON]:
+        if type(self.value) is not dict:
+            raise self.wrong("a record")
+        return self.value
+
+    def entries(self) -> dict[str, Field]:
+        return {name: self._below(value, name) for name, value in self.record().items()}
+
+    def items(self) -> list[Field]:
+        if type(self.value) is not list:
+            raise self.wrong("a list")
+        return [Field(value, self.file, f"{self.path}[{i}]") for i, value in enumerate(self.value)]
+
+    def _below(self, value: JSON, name: str) -> Field:
+        return Field(value, self.file, f"{self.path}.{name[:80]}" if self.path else name[:80])
+
+    def text(self, pattern: re.Pattern[str] | None = None) -> str:
+        if type(self.value) is not str or (pattern is not None and not pattern.fullmatch(self.value)):
+            raise self.wrong("a text" if pattern is None else f"a text of the form {pattern.pattern}")
+        return self.value
+
+    def natural(self, below: int = _LARGEST) -> int:
+        if type(self.value) is not int or not 0 <= self.value < below:
+            raise self.wrong("a whole number from 0 up" + (f" and below {below}" if below < _LARGEST else ""))
+        return self.value
+
+    def naturals(self) -> tuple[int, ...]:
+        return tuple(item.natural() for item in self.items())
+
+    def number(self) -> float:
+        if type(self.value) is str and self.value in _WORDS:
+            return _WORDS[self.value]
+        if type(self.value) is float or (type(self.value) is int and abs(self.value) < _LARGEST):
+            return float(self.value)
+        raise self.wrong("a number")
+
+
+def _describe(value: JSON) -> str:
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < _LARGEST else f"an integer of {value.bit_length()} bits"
+    return repr(value[:60]) if isinstance(value, str) else f"a {'record' if isinstance(value, dict) else 'list'}"
+
+
+# --- leaves and pieces ------------------------------------------------------------------------------------------------
+
+
+def leaves(rows: Field) -> list[Leaf]:
+    """Return the leaves of `meta/tree.json`; an alias refers to an earlier leaf that has bytes of the same form."""
+    found: list[Leaf] = []
+    for row in rows.items():
+        leaf = _leaf(row)
+        if leaf.alias is not None:
+            first = found[leaf.alias] if leaf.alias < len(found) else None
+            if first is None or not first.has_bytes or _form(first) != _form(leaf):
+                raise row["alias"].wrong("the index of an earlier leaf of the same dtype and shape")
+        found.append(leaf)
+    return found
+
+
+def _form(leaf: Leaf) -> tuple[Any, ...]:
+    return leaf.kind, leaf.dtype, leaf.shape
+
+
+def _leaf(row: Field) -> Leaf:
+    path, kind = row["path"].text(), row["kind"].text()
+    if kind in PYTHON_KINDS:
+        text = row["text"]
+        try:
+            from_text(kind, text.text())
+        except (ValueError, KeyError, OverflowError) as error:
+            raise text.wrong(f"the text of a Python {kind}") from error
+        return Leaf(path, kind, text=text.text())
+    if kind not in ("tensor", "array", "scalar"):
+        raise row["kind"].wrong("a kind of leaf that this version knows")
+    dtype, alias = row["dtype"], row.get("alias")
+    known = isinstance(getattr(torch, dtype.text(), None), torch.dtype) if kind == "tensor" else _is_numpy(dtype.text())
+    if not known:
+        raise dtype.wrong("a dtype that snapshots hold")
+    shape = row["shape"].naturals()
+    leaf = Leaf(path, kind, dtype.text(), shape, alias=None if alias is None else alias.natural())
+    if len(shape) > 64 or math.prod(max(n, 1) for n in shape) * width(leaf) >= _LARGEST or (kind == "scalar" and shape):
+        raise row["shape"].wrong("a shape that a tensor can have")
+    return leaf
+
+
+def _is_numpy(name: str) -> bool:
+    if not NUMPY_DTYPE.fullmatch(name):
+        return False
+    try:
+        np.dtype(name)
+    except TypeError:  # the right form, but no such number of bytes
+        return False
+    return True
+
+
+def piece(row: Field, found: list[Leaf]) -> Piece:
+    """Return one row of `meta/pieces.json`, which lies inside of its leaf."""
+    items = row.items()
+    if len(items) != len(Piece._fields):
+        raise row.wrong(f"a list of {len(Piece._fields)} values")
+    index, start, shape, rank, array, offset, nbytes, total = items
+    leaf = found[index.natural(len(found))]
+    made = Piece(
+        *(index.natural(), start.naturals(), shape.naturals(), rank.natural()),
+        *(array.text(), offset.natural(), nbytes.natural(), total.text()),
+    )
+    inside = len(made.start) == len(made.shape) == len(leaf.shape) and all(
+        at + n <= size for at, n, size in zip(made.start, made.shape, leaf.shape, strict=True)
+    )
+    if not leaf.has_bytes or not inside or made.nbytes != count(made.box) * width(leaf):
+        raise row.wrong(f"a part of a leaf of {leaf}")
+    if made.nbytes and not ARRAY_NAME.fullmatch(made.array):
+        # A name of another form could lead out of the snapshot's directory.
+        raise array.wrong("the name of a stored array")
+    return made
+
+
+# --- the structure ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Structure:
+    """Checks the nodes of a tree, which refer to leaves by index, each leaf once."""
+
+    number: int
+    seen: set[int] = field(default_factory=set)
+
+    def node(self, at: Field, depth: int) -> None:
+        if depth > DEPTH:
+            raise at.wrong(f"a tree of at most {DEPTH} levels")
+        if at.value is None:
+            return
+        if type(at.value) is int:
+            if at.natural(self.number) in self.seen:
+                raise at.wrong("the index of a leaf that no other place in the tree has")
+            self.seen.add(at.value)
+            return
+        items = at["items"].items()
+        self.head(at, at["node"].text(), len(items), depth)
+        for item in items:
+            self.node(item, depth + 1)
+
+    def head(self, at: Field, kind: str, number: int, depth: int) -> None:
+        names: list[str | int] | None = None
+        if kind in _KEYED:
+            names = [key.value if type(key.value) is int else key.text() for key in at["keys"].items()]
+        elif kind in ("namedtuple", "pytree"):
+            at["class"].text()
+            names = [name.text() for name in at["fields"].items()]
+            if kind == "pytree":
+                for value in at["static"].entries().values():
+                    _static(value, depth + 1)
+        elif kind not in _LISTED:
+            raise at["node"].wrong("a kind of node that this version knows")
+        elif kind == "deque" and (longest := at["maxlen"]).value is not None:
+            longest.natural()
+        unexpected = {"keys", "fields"} & set(at.record()) - {"keys" if kind in _KEYED else "fields"}
+        if names is None and {"keys", "fields"} & set(at.record()):
+            raise at.wrong(f"a {kind}, whose items have no names")
+        if unexpected or (names is not None and (len(names) != number or len(set(names)) != number)):
+            raise at.wrong(f"a {kind} with one name for each of its {number} items")
+
+
+def _static(at: Field, depth: int) -> None:
+    if depth > DEPTH:
+        raise at.wrong(f"a static field of at most {DEPTH} levels")
+    if type(at.value) is list:
+        for item in at.items():
+            _static(item, depth + 1)
+    elif type(at.value) is dict:
+        tag = next(iter(at.value)) if len(at.value) == 1 else ""
+        if tag == "int":
+            at[tag].text(_HEX)
+        elif tag == "opaque":
+            at[tag].text()
+        elif tag == "tuple":
+            for item in at[tag].items():
+                _static(item, depth + 1)
+        elif tag == "dict":
+            for value in at[tag].entries().values():
+                _static(value, depth + 1)
+        else:
+            raise at.wrong("a static field as snapshots write it")
+
+
+_HEX = re.compile(r"-?0x[0-9a-f]+")
+
+
+def structure(at: Field, number: int) -> JSON:
+    """Return the nodes of a tree with that many leaves, checked."""
+    _Structure(number).node(at, 0)
+    return at.value
+
+
+def texts(at: Field | None, pattern: re.Pattern[str] | None = None) -> Mapping[str, str]:
+    """Return a record of texts; an empty one where there is none."""
+    return {} if at is None else {name: value.text(pattern) for name, value in at.entries().items()}
