@@ -172,6 +172,7 @@ class Live:
             self.session.ahead(self.unit.number)
             received, self.pending = self.pending.wait(), None  # type: ignore[union-attr]
             self.flat = self.unit.rows.unpack(received)
+            self.session.by_memory[self.flat.untyped_storage().data_ptr()] = self
         return self.flat
 
     def whole(self, name: str) -> Tensor:
@@ -197,6 +198,8 @@ class Live:
 
     def release(self) -> None:
         """Let go of the gathered memory. What somebody else still holds stays as it is."""
+        if self.flat is not None:
+            del self.session.by_memory[self.flat.untyped_storage().data_ptr()]
         self.flat, self.filled = None, False
         for tensor in (self.tracked or {}).values():
             tensor.data = self.session.empty(tensor)
@@ -224,7 +227,8 @@ class Session:
         self.units, self.parts, self.sink, self.wrap = units, parts, sink, wrap
         self.anchor = torch.zeros(()) if anchor is None else anchor
         self.lives: dict[int, Live] = {}
-        self.recent: list[Live] = []
+        self.by_memory: dict[int, Live] = {}  # by the address of the gathered memory that is there now
+        self.recent: list[str] = []
         self.stack: list[tuple[Live, Any]] = []
         self.backward = False
         self.latest: Unit | None = None
@@ -317,10 +321,12 @@ class Session:
     # --- what autograd saves ---
 
     def _pack(self, saved: Tensor) -> Any:
-        live = self.stack[-1][0] if self.stack else None
-        if live is None or live.flat is None or type(saved) is not Tensor:
+        if type(saved) is not Tensor:
             return saved
-        if saved.untyped_storage().data_ptr() != live.flat.untyped_storage().data_ptr():
+        # Not only the unit that was entered last: a submodule is several units where its parameters have several
+        # dtypes, and an outer unit may hand its parameters to an inner one. The root is never freed.
+        live = self.by_memory.get(saved.untyped_storage().data_ptr())
+        if live is None or not live.unit.path:
             return saved
         return live, saved.storage_offset(), saved.shape, saved.stride(), saved.dtype
 
@@ -330,11 +336,11 @@ class Session:
         live, offset, shape, strides, dtype = packed
         with torch._C.DisableTorchFunction():
             flat = live.ensure()
-            if live not in self.recent:
-                # Two at once: one whose backward pass ends, and the one before it.
-                self.recent = [*self.recent[-1:], live]
+            if live.unit.path not in self.recent:
+                # Two submodules at once: one whose backward pass ends, and the one before it.
+                self.recent = [*self.recent[-1:], live.unit.path]
                 for other in self.lives.values():
-                    if other.unit.path and other.flat is not None and other not in self.recent:
+                    if other.unit.path and other.flat is not None and other.unit.path not in self.recent:
                         other.release()
             made = torch.empty(0, dtype=flat.dtype, device=flat.device)
             made = made.set_(flat.untyped_storage(), offset, shape, strides)

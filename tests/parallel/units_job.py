@@ -1,0 +1,218 @@
+"""One process of several: models whose units are hard to gather, under every plan and precision policy, as digests.
+
+Arguments: a directory, the number of processes, this process's number.
+"""
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy, linear
+
+import purestep as ps
+from purestep import optim
+from purestep.sharding import ddp, fsdp
+
+
+class LinearNorm(nn.Module):
+    """The dtype of the last parameters is not that of the first, and the norm comes last."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+
+class NormLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear, self.act = nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()
+
+    def forward(self, x):
+        return x + self.act(self.linear(self.norm(x)))
+
+
+class ConvNorm(nn.Module):
+    """As in a ResNet; batch norm has buffers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv1d(2, 2, 3, padding=1), nn.BatchNorm1d(2), nn.Identity()
+
+    def forward(self, x):
+        return x + self.out(self.norm(self.conv(x.unflatten(1, (2, 4)))).flatten(1))
+
+
+class OnlyNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(x).tanh()
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+
+    def forward(self, x, outer):
+        return linear(linear(x, outer), self.weight)
+
+
+class Handed(nn.Module):
+    """A parameter of the block is used inside of a submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.weight, self.norm = Inner(), nn.Parameter(torch.randn(8, 8) / 3), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return x + self.norm(self.inner(x, self.weight))
+
+
+class Net(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(8, 8), nn.ModuleList(blocks), nn.Linear(8, 5)
+
+    def forward(self, batch):
+        x = self.embed(batch["x"])
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), 2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, batch):
+        return self.head(self.encoder(batch["x"].unsqueeze(1))).squeeze(1)
+
+
+class Tied(nn.Module):
+    """One weight at both ends, one weight in two units, and one block at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 5, bias=False)
+        self.head.weight = self.embed.weight
+        again = LinearNorm()
+        self.blocks = nn.ModuleList([LinearNorm(), again, NormLinear(), again])
+        self.blocks[2].linear.weight = self.blocks[0].linear.weight
+
+    def forward(self, batch):
+        x = self.embed(batch["y"]) + batch["x"]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+MODELS = {
+    "linear, norm": lambda: Net(LinearNorm(), LinearNorm(), LinearNorm()),
+    "norm, linear": lambda: Net(NormLinear(), NormLinear()),
+    "conv, norm": lambda: Net(ConvNorm(), ConvNorm(), NormLinear()),
+    "only norm": lambda: Net(LinearNorm(), OnlyNorm(), nn.Identity(), LinearNorm()),
+    "encoder": Encoder,
+    "tied": Tied,
+    "handed": lambda: Net(Handed(), Handed(), LinearNorm()),
+}
+
+
+def loss_fn(net, batch):
+    return cross_entropy(net(batch), batch["y"])
+
+
+def batches(steps):
+    g = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        yield {"x": torch.randn(8, 8, generator=g), "y": torch.randint(0, 5, (8,), generator=g)}
+
+
+@dataclasses.dataclass
+class Row:
+    model: Callable[[], nn.Module]
+    policy: Any = "32"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    frozen: Any = None
+    tx: Callable[[], Any] = lambda: optim.sgd(0.3)
+    jit: bool = False
+    steps: int = 1
+
+    def run(self, plan):
+        policy = ps.precision.policy(self.policy)
+        tx = self.tx()
+        state = policy.apply(ps.init(self.model, tx, seed=1, frozen=self.frozen))
+        state = state if plan is None else plan.place(state)
+        step = ps.make_step(loss_fn, tx, microbatches=4, policy=policy, plan=plan)
+        if self.jit:
+            step = ps.jit(step, backend="eager")
+        metrics = {}
+        for batch in batches(self.steps):
+            state, metrics = step(state, batch)
+        if not torch.isfinite(torch.stack([p.float().sum() for p in state.params.values()])).all():
+            return f"not finite: {metrics}"
+        return ps.digest(state if plan is None else plan.gather(state))
+
+
+def rows():
+    keeps_some = ps.precision.policy("params=f32,compute=bf16,output=f32").where(["*.linear*"], compute="f32")
+    scaled = ps.precision.policy("16-mixed", loss_scale=ps.precision.StaticLossScale(128.0))
+    policies = {p: p for p in ("32", "bf16-mixed", "bf16-true", "bf16-master")} | {"16": scaled, "rules": keeps_some}
+    for name, model in MODELS.items():
+        for label, policy in policies.items():
+            yield f"{name}|{label}", Row(model, policy)
+    mixed = MODELS["linear, norm"]
+    yield "frozen norms", Row(mixed, "bf16-mixed", frozen=["*.norm.*"])
+    yield "frozen linears", Row(mixed, "bf16-mixed", frozen=["*.linear.*"])
+    yield "frozen block", Row(mixed, "bf16-mixed", frozen=["blocks.1.*"])
+    yield "skipped", Row(mixed, "16-mixed", steps=3)
+    yield "adamw", Row(mixed, "bf16-mixed", tx=lambda: optim.adamw(1e-2), steps=3)
+    yield "jit", Row(mixed, "bf16-mixed", jit=True, steps=2)
+
+
+def plans():
+    return {
+        "ddp": ddp(),
+        "fsdp": fsdp(),
+        "keep": fsdp(reshard_after_forward=False),
+        "root": fsdp(units=()),
+        "some": fsdp(units=["blocks.1", "encoder.*.0"]),
+    }
+
+
+def main(directory, size, number):
+    torch.set_num_threads(1)
+    # Memory that is read before it is written is NaN, not by luck the right numbers of the microbatch before.
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=size)
+    found = {}
+    for name, row in rows():
+        for label, plan in plans().items() if size > 1 else [("none", None)]:
+            try:
+                found[f"{name}|{label}"] = row.run(plan)
+            except Exception:
+                found[f"{name}|{label}"] = traceback.format_exc()
+    (Path(directory) / f"{size}-{number}.json").write_text(json.dumps(found))
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
