@@ -28,6 +28,7 @@ from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
 from purestep.sharding import place, whole
 from purestep.sharding.plan import Plan
+from purestep.sharding.unit_order import Orders
 from purestep.state import TrainState
 
 LossFn = Callable[[Any, Any], Any]
@@ -90,6 +91,11 @@ class Step:
             )
         return self.microbatches or (1 if self.plan is None else self.plan.replicas)
 
+    @functools.cached_property
+    def orders(self) -> Orders:
+        """What the ranks of the plan know of the order in which this step gathers the units of a model."""
+        return Orders()
+
     @property
     def _loss_fn(self) -> LossFn:
         return on_plan(self.plan, self.loss_fn)
@@ -111,7 +117,7 @@ class Step:
         total.check(plan, self)
         view = place.local(state)
         given.also(state, view)
-        gradients = total.total(plan, self.parts, state, view, batch, self._grads)
+        gradients = total.total(plan, self.parts, state, view, batch, self._grads, self.orders)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             new, metrics = self.update(view, gradients)
         return place.rewrap(new, state), metrics
@@ -326,6 +332,11 @@ class Eval:
     policy: Policy | None = None
     plan: Plan | None = None
 
+    @functools.cached_property
+    def orders(self) -> Orders:
+        """What the ranks of the plan know of the order in which this evaluation gathers the units of a model."""
+        return Orders()
+
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples, cast = sample_count(batch), casting(self.policy, definition(state).module)
@@ -336,7 +347,7 @@ class Eval:
             if self.plan is not None:
                 from purestep.parallel.gathering import evaluated
 
-                params, buffers, around = evaluated(self.plan, state, cast, params, buffers)
+                params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
             bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around)
             return read_loss(on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples)[2]
 
