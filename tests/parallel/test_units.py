@@ -8,6 +8,8 @@ import pytest
 
 JOB = Path(__file__).with_name("units_job.py")
 MODELS = "linear, norm|norm, linear|conv, norm|only norm|encoder|tied|handed".split("|")
+ROUTED = """experts differ|experts in another order|experts not called|experts in layers|layers left out
+layers left out later|layers run again""".replace("\n", "|").split("|")
 OTHERS = "frozen norms, frozen linears, frozen block, skipped, adamw, jit".split(", ")
 
 
@@ -28,7 +30,7 @@ def answers(zygote, tmp_path_factory):
     return {rank: json.loads((directory / f"{rank[0]}-{rank[1]}.json").read_text()) for rank in ranks}
 
 
-@pytest.mark.parametrize("case", [*MODELS, *OTHERS])
+@pytest.mark.parametrize("case", [*MODELS, *ROUTED, *OTHERS])
 def test_every_plan_and_policy_has_the_bits_of_one_process(answers, case):
     reference = {name.rpartition("|")[0]: digest for name, digest in answers[1, 0].items()}
     wrong, compared = {}, 0
@@ -40,5 +42,14 @@ def test_every_plan_and_policy_has_the_bits_of_one_process(answers, case):
                 if digest != reference[row]:
                     wrong[name, rank] = digest[-800:]
     assert not wrong
-    assert compared == 2 * 5 * (6 if case in MODELS else 1)
-    assert all(len(digest) == 64 for digest in reference.values())
+    assert compared == 2 * 5 * (6 if case in MODELS else 2 if case in ROUTED else 1)
+    assert all(len(digest) in (64, 64 + 64 + 64) for digest in reference.values())
+
+
+def test_a_unit_that_is_called_in_another_order_later_is_named(answers):
+    said = [answers[2, rank]["all again"] for rank in (0, 1)] + [answers[2, 1]["one again"]]
+    for text, rank in zip(said, (0, 1, 1), strict=True):
+        assert "RankError: the unit 'layers.1' is not called in the order that the ranks agreed on" in text
+        assert f"rank {rank}, forward pass: the order has no call of it here" in text
+        assert "fsdp(units=...) with globs that leave 'layers.*' out" in text
+    assert answers[2, 0]["one again"] != "nothing was raised"

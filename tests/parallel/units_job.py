@@ -121,6 +121,77 @@ class Tied(nn.Module):
         return self.head(x)
 
 
+class Experts(nn.Module):
+    """Each sample runs through one expert; those without samples are not called."""
+
+    def __init__(self, order=sorted):
+        super().__init__()
+        self.experts, self.order = nn.ModuleList(NormLinear() for _ in range(3)), order
+
+    def forward(self, x, chosen):
+        for i in self.order(chosen.unique().tolist()):
+            hit = (chosen == i).nonzero().squeeze(1)
+            x = x.index_add(0, hit, self.experts[i](x[hit]).to(x.dtype))
+        return x
+
+
+class TopExperts(Experts):
+    """Experts that are units."""
+
+    def __init__(self, order=sorted):
+        super().__init__(order)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, batch):
+        return self.head(super().forward(batch["x"], batch["e"]))
+
+
+class InLayers(nn.Module):
+    """Experts inside of layers: the layers are the units."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Experts() for _ in range(2)), nn.Linear(8, 5)
+
+    def forward(self, batch):
+        x = batch["x"]
+        for layer in self.layers:
+            x = layer(x, batch["e"])
+        return self.head(x)
+
+
+class LayerDrop(nn.Module):
+    """A layer is left out in some microbatches, so on some of the ranks, or run again."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times, self.layers, self.head = times, nn.ModuleList(LinearNorm() for _ in range(3)), nn.Linear(8, 5)
+
+    def forward(self, batch):
+        x = batch["x"]
+        for i, layer in enumerate(self.layers):
+            for _ in range(self.times(i, int(batch["e"][0]))):
+                x = layer(x)
+        return self.head(x)
+
+
+def as_chosen(chosen):
+    """The order of the experts is that of their samples, so another one on each rank."""
+    return sorted(chosen, key=lambda i: (i + len(chosen)) % 3)
+
+
+# Experts of the 8 samples, 2 in a microbatch, by step.
+ALIKE, OTHERS, NONE = [0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 2, 0, 1, 2], [0, 0, 0, 0, 0, 0, 0, 0]
+ALL = [0, 1, 2, 0, 1, 2, 0, 1]
+ROUTED = {
+    "experts differ": (TopExperts, [OTHERS, ALIKE, OTHERS]),
+    "experts in another order": (lambda: TopExperts(as_chosen), [OTHERS, ALIKE, OTHERS]),
+    "experts not called": (TopExperts, [NONE, NONE, OTHERS]),
+    "experts in layers": (InLayers, [ALIKE, OTHERS]),
+    "layers left out": (lambda: LayerDrop(lambda i, e: i != e), [OTHERS, ALIKE, OTHERS]),
+    "layers left out later": (lambda: LayerDrop(lambda i, e: e == 0 or i != e), [NONE, OTHERS, OTHERS]),
+    "layers run again": (lambda: LayerDrop(lambda i, e: 1 + (i == e)), [OTHERS, OTHERS]),
+}
 MODELS = {
     "linear, norm": lambda: Net(LinearNorm(), LinearNorm(), LinearNorm()),
     "norm, linear": lambda: Net(NormLinear(), NormLinear()),
@@ -136,21 +207,21 @@ def loss_fn(net, batch):
     return cross_entropy(net(batch), batch["y"])
 
 
-def batches(steps):
+def batches(routes):
     g = torch.Generator().manual_seed(7)
-    for _ in range(steps):
-        yield {"x": torch.randn(8, 8, generator=g), "y": torch.randint(0, 5, (8,), generator=g)}
+    for e in routes:
+        x, y = torch.randn(8, 8, generator=g), torch.randint(0, 5, (8,), generator=g)
+        yield {"x": x, "y": y, "e": torch.tensor(e)}
 
 
 @dataclasses.dataclass
 class Row:
     model: Callable[[], nn.Module]
     policy: Any = "32"
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     frozen: Any = None
     tx: Callable[[], Any] = lambda: optim.sgd(0.3)
     jit: bool = False
-    steps: int = 1
+    routes: list[list[int]] = dataclasses.field(default_factory=lambda: [NONE])
 
     def run(self, plan):
         policy = ps.precision.policy(self.policy)
@@ -161,11 +232,21 @@ class Row:
         if self.jit:
             step = ps.jit(step, backend="eager")
         metrics = {}
-        for batch in batches(self.steps):
+        for batch in batches(self.routes):
             state, metrics = step(state, batch)
         if not torch.isfinite(torch.stack([p.float().sum() for p in state.params.values()])).all():
             return f"not finite: {metrics}"
-        return ps.digest(state if plan is None else plan.gather(state))
+        seen = []
+        if self.routes[-1] != NONE:
+            evaluate = ps.make_eval(loss_fn, plan=plan, policy=policy)
+            # As `fit` does: each rank evaluates a batch of its own, and they are called at the same time.
+            own = self.routes[:2] if plan is None else [self.routes[dist.get_rank()]]
+            seen = [ps.digest(evaluate(state, next(batches([route])))) for route in own]
+            if plan is not None:
+                everybody = [None, None]
+                dist.all_gather_object(everybody, seen[0])
+                seen = everybody
+        return ps.digest(state if plan is None else plan.gather(state)) + "".join(seen)
 
 
 def rows():
@@ -179,9 +260,25 @@ def rows():
     yield "frozen norms", Row(mixed, "bf16-mixed", frozen=["*.norm.*"])
     yield "frozen linears", Row(mixed, "bf16-mixed", frozen=["*.linear.*"])
     yield "frozen block", Row(mixed, "bf16-mixed", frozen=["blocks.1.*"])
-    yield "skipped", Row(mixed, "16-mixed", steps=3)
-    yield "adamw", Row(mixed, "bf16-mixed", tx=lambda: optim.adamw(1e-2), steps=3)
-    yield "jit", Row(mixed, "bf16-mixed", jit=True, steps=2)
+    yield "skipped", Row(mixed, "16-mixed", routes=[NONE] * 3)
+    yield "adamw", Row(mixed, "bf16-mixed", tx=lambda: optim.adamw(1e-2), routes=[NONE] * 3)
+    yield "jit", Row(mixed, "bf16-mixed", jit=True, routes=[NONE] * 2)
+
+
+def routed():
+    for name, (model, routes) in ROUTED.items():
+        for policy in ("32", "bf16-mixed"):
+            yield f"{name}|{policy}", Row(model, policy, routes=routes)
+
+
+def again(routes):
+    """Run a layer again in a later step, where the first step agreed on an order in which all ran once."""
+    row = Row(lambda: LayerDrop(lambda i, e: 1 + (i == 1 and e > 0)), routes=[NONE, routes])
+    try:
+        row.run(fsdp())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
 
 
 def plans():
@@ -202,16 +299,17 @@ def main(directory, size, number):
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=size)
     found = {}
-    for name, row in rows():
+    for name, row in (*rows(), *routed()):
         for label, plan in plans().items() if size > 1 else [("none", None)]:
             try:
                 found[f"{name}|{label}"] = row.run(plan)
             except Exception:
                 found[f"{name}|{label}"] = traceback.format_exc()
-    (Path(directory) / f"{size}-{number}.json").write_text(json.dumps(found))
     if size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        found["all again"] = again([1] * 8)
+        # Of the last one only rank 1 has a second run, and it leaves: rank 0 must not go on with what it did not get.
+        found["one again"] = again([0, 0, 1, 1, 0, 0, 1, 1])
+    (Path(directory) / f"{size}-{number}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
