@@ -102,25 +102,32 @@ class Step:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
+        if self.plan is None:
+            return self.update(state, self.gradients(state, batch))
+        view = place.local(state)
+        given.also(state, view)
+        gradients = self._planned(self.plan, state, view, batch)
+        with whole.updating(whole.Whole(self.plan, state.params, state.opt_state)):
+            new, metrics = self.update(view, gradients)
+        return place.rewrap(new, state), metrics
+
+    def gradients(self, state: TrainState, batch: Any) -> Gradients:
+        """Compute the mean gradients and the metrics of a batch, without an update; under a plan those of this rank's
+        parts, and every rank calls it."""
         if self.plan is not None:
-            return self._planned(self.plan, state, batch)
+            return self._planned(self.plan, state, place.local(state), batch)
         if self.parts == 1:
-            return self.update(state, self.grads(state, batch))
+            return self.grads(state, batch)
         total = accumulate(state, sample_count(batch), self.parts)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
             total.add(self.grads(state, microbatch, index), index)
-        return self.update(state, total.result())
+        return total.result()
 
-    def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def _planned(self, plan: Plan, state: TrainState, view: TrainState, batch: Any) -> Gradients:
         from purestep.parallel import total
 
         total.check(plan, self)
-        view = place.local(state)
-        given.also(state, view)
-        gradients = total.total(plan, self.parts, state, view, batch, self._grads, self.orders)
-        with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
-            new, metrics = self.update(view, gradients)
-        return place.rewrap(new, state), metrics
+        return total.total(plan, self.parts, state, view, batch, self._grads, self.orders)
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""

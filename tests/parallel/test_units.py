@@ -53,3 +53,8 @@ def test_a_unit_that_is_called_in_another_order_later_is_named(answers):
         assert f"rank {rank}, forward pass: the order has no call of it here" in text
         assert "fsdp(units=...) with globs that leave 'layers.*' out" in text
     assert answers[2, 0]["one again"] != "nothing was raised"
+
+
+def test_a_gradient_that_is_not_finite_is_named_on_every_rank(answers):
+    for rank in (0, 1):
+        assert answers[2, rank]["refused"] == ["grads['blocks.1.norm.bias'] has infinities, the loss is nan"] * 2

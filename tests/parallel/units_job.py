@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, linear
 
 import purestep as ps
 from purestep import optim
+from purestep.loop.skipped import not_finite
 from purestep.sharding import ddp, fsdp
 
 
@@ -281,6 +282,18 @@ def again(routes):
     return "nothing was raised"
 
 
+def infinite(net, batch):
+    return loss_fn(net, batch) + net.blocks[1].norm.bias[7] * float("inf")
+
+
+def refused(plan):
+    """Tell the first gradient that is not finite, of which one rank has the part."""
+    policy, tx = ps.precision.policy("16-mixed", loss_scale=ps.precision.StaticLossScale(1.0)), optim.sgd(0.1)
+    state = policy.apply(ps.init(MODELS["linear, norm"], tx, seed=1))
+    step = ps.make_step(infinite, tx, microbatches=4, policy=policy, plan=plan)
+    return not_finite(step, state if plan is None else plan.place(state), next(batches([NONE])))
+
+
 def plans():
     return {
         "ddp": ddp(),
@@ -306,6 +319,7 @@ def main(directory, size, number):
             except Exception:
                 found[f"{name}|{label}"] = traceback.format_exc()
     if size > 1:
+        found["refused"] = [refused(plan) for plan in (ddp(), fsdp(units=()))]
         found["all again"] = again([1] * 8)
         # Of the last one only rank 1 has a second run, and it leaves: rank 0 must not go on with what it did not get.
         found["one again"] = again([0, 0, 1, 1, 0, 0, 1, 1])
