@@ -28,6 +28,7 @@ from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
 from purestep.sharding import place, whole
 from purestep.sharding.plan import Plan, check_plan
+from purestep.sharding.unit_order import Orders
 from purestep.state import TrainState
 
 LossFn = Callable[[Any, Any], Any]
@@ -90,31 +91,43 @@ class Step:
             )
         return self.microbatches or (1 if self.plan is None else self.plan.replicas)
 
+    @functools.cached_property
+    def orders(self) -> Orders:
+        """What the ranks of the plan know of the order in which this step gathers the units of a model."""
+        return Orders()
+
     @property
     def _loss_fn(self) -> LossFn:
         return on_plan(self.plan, self.loss_fn)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
+        if self.plan is None:
+            return self.update(state, self.gradients(state, batch))
+        view = place.local(state)
+        given.also(state, view)
+        gradients = self._planned(self.plan, state, view, batch)
+        with whole.updating(whole.Whole(self.plan, state.params, state.opt_state)):
+            new, metrics = self.update(view, gradients)
+        return place.rewrap(new, state), metrics
+
+    def gradients(self, state: TrainState, batch: Any) -> Gradients:
+        """Compute the mean gradients and the metrics of a batch, without an update; under a plan those of this rank's
+        parts, and every rank calls it."""
         if self.plan is not None:
-            return self._planned(self.plan, state, batch)
+            return self._planned(self.plan, state, place.local(state), batch)
         if self.parts == 1:
-            return self.update(state, self.grads(state, batch))
+            return self.grads(state, batch)
         total = accumulate(state, sample_count(batch), self.parts)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
             total.add(self.grads(state, microbatch, index), index)
-        return self.update(state, total.result())
+        return total.result()
 
-    def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def _planned(self, plan: Plan, state: TrainState, view: TrainState, batch: Any) -> Gradients:
         from purestep.parallel import total
 
         total.check(plan, self)
-        view = place.local(state)
-        given.also(state, view)
-        gradients = total.total(plan, self.parts, state, view, batch, self._grads)
-        with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
-            new, metrics = self.update(view, gradients)
-        return place.rewrap(new, state), metrics
+        return total.total(plan, self.parts, state, view, batch, self._grads, self.orders)
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
@@ -330,6 +343,11 @@ class Eval:
     policy: Policy | None = None
     plan: Plan | None = None
 
+    @functools.cached_property
+    def orders(self) -> Orders:
+        """What the ranks of the plan know of the order in which this evaluation gathers the units of a model."""
+        return Orders()
+
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples, cast = sample_count(batch), casting(self.policy, definition(state).module)
@@ -342,7 +360,7 @@ class Eval:
             if self.plan is not None:
                 from purestep.parallel.gathering import evaluated
 
-                params, buffers, around = evaluated(self.plan, state, cast, params, buffers)
+                params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
             bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around)
             return read_loss(on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples)[2]
 

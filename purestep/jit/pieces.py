@@ -88,7 +88,7 @@ class JitStep:
             part = _whole(whole_state, self.grads(whole_state, microbatch, indices[index]))
             return part if turn is None else turn.taken(part, view)
 
-        gradients = total.total(plan, step.parts, state, view, batch, compute)
+        gradients = total.total(plan, step.parts, state, view, batch, compute, step.orders)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             # What needs whole tensors gathers them, which no graph can hold.
             compiled = view is state or whole.only_parts(step.tx)

@@ -54,6 +54,7 @@ from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.saving import OnSaveError, Saving
 from purestep.loop.signals import Signals
+from purestep.loop.skipped import Skipped
 from purestep.loop.watched import check_names
 
 StepFn = Callable[[Any, Any], tuple[Any, Any]]
@@ -95,6 +96,7 @@ class Run:
         self.run_dir = None if run_dir is None else Path(run_dir).absolute()
         self._signals = Signals()
         self._ranks = Ranks.of(step)
+        self._skipped = Skipped(first=self._ranks.first)
         self._outside: Alone = self._ranks.outside(self._signals)
         source = self._ranks.share(data.as_source(train))
         self._feed = Feed(source, device_of(state), lambda: self._signals.unread, alone=self._ranks.alone)
@@ -214,8 +216,9 @@ class Run:
 
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
-        state, record, cut = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
+        state, record, cut, last = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
         steps = record.series()
+        self._skipped.look(self._step, state, last, steps)
         short = len(steps) < effect.n and not cut and not self._outside.unread
         end = self._feed.at_end(cursor.batch + len(steps), short)
         self.loop = self.loop.replace(train=state)
@@ -227,15 +230,17 @@ class Run:
             yield EpochDone()
         yield from self._saving.durable()
 
-    def _burst(self, state: Any, batches: Iterator[Any], elapsed: float | None) -> tuple[Any, metrics.Recorder, bool]:
-        """Train on the batches of one burst, and tell whether it was cut. Nothing is read from the device here."""
-        record, index = metrics.Recorder(), self.loop.cursor.batches
+    def _burst(
+        self, state: Any, batches: Iterator[Any], elapsed: float | None
+    ) -> tuple[Any, metrics.Recorder, bool, Any]:
+        """Train on the batches of one burst; tell whether it was cut, and the last batch. No device is read here."""
+        record, index, batch = metrics.Recorder(), self.loop.cursor.batches, None
         if not self._checked:
             for batch in itertools.islice(batches, 1):
                 state = self._first_step(state, batch, index, record)
                 index += 1
                 if self._outside.stop(elapsed):
-                    return state, record, True
+                    return state, record, True, batch
         step, stop, same, add = self._step, self._outside.stop, self._guard.same, record.add
         plain, counted = None, self._feed.left_out is not None
         for batch in batches:
@@ -253,8 +258,8 @@ class Run:
             add(self._counted(values) if counted else values)
             index += 1
             if stop(elapsed):
-                return state, record, True
-        return state, record, False
+                return state, record, True, batch
+        return state, record, False, batch
 
     def _first_step(self, state: Any, batch: Any, index: int, record: metrics.Recorder) -> Any:
         """Check all that can be checked before and after the first real step, and return the state after it."""

@@ -22,6 +22,7 @@ from purestep.sharding import collectives, place, tensor
 from purestep.sharding.gather import Session, Unit, Units
 from purestep.sharding.plan import Plan
 from purestep.sharding.reduce import Flat, Summing, add, arrived, flat_like, rows_of, send, whole_sum
+from purestep.sharding.unit_order import Orders
 from purestep.treesum import Node, TreeSum
 
 _ANCHOR = ""  # the name of what is differentiated for the sake of parameters that are gathered
@@ -34,10 +35,11 @@ class Sharded:
         shares: who computes what.
         sums: what is added and divided.
         split: split leaves (DTensors) by name.
+        orders: what the ranks know of the order of units in this step.
     """
 
-    def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor]) -> None:
-        self.shares, self.sums, self.split = shares, sums, split
+    def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor], orders: Orders) -> None:
+        self.shares, self.sums, self.split, self.orders = shares, sums, split, orders
         self.fast = shares.plan.reduction == "fast"
         self.whole = [name for name in sums.state.params if name not in split]
         self.small: dict[Node, Partial] = {}
@@ -106,7 +108,7 @@ class ShardedTurn:
         self.counts = index < self.shares.filled
         self.weight: Any = None
         self._sent: dict[int, Any] = {}
-        self._late: dict[int, Tensor] = {}
+        self._taken: dict[int, Tensor] = {}
 
     # --- what a step calls ---
 
@@ -120,7 +122,9 @@ class ShardedTurn:
         """Return the tensors that the model is bound to, params and buffers, and what makes the context it runs in."""
         plan = self.shares.plan
         parts = self._parts(self.params, buffers)
-        self._begin_session(self.cast.module, parts, wrapping(plan, self.split), tracked[_ANCHOR])
+        self.units = self.sharded.units = self._units_of(self.cast.module, parts)
+        wrap, order = wrapping(plan, self.split), self.sharded.orders.of(self.units)
+        self.session = Session(self.units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
         return *_given(self.session, params, buffers), functools.partial(
             both, self.session.around, synced(self, around)
@@ -133,13 +137,14 @@ class ShardedTurn:
 
     def forward_done(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
         """Take what is known before the backward pass."""
-        self.session.begin_backward()
+        self.session.end_forward()
         with torch._C.DisableTorchFunction(), torch.no_grad():
             self._begin(*stop_gradient((weight, dict(buffers), dict(metrics))))
 
     def backward_done(self, grads: Mapping[str, Tensor]) -> Any:
         """Take the gradients of whole parameters."""
         with torch.no_grad():
+            self.session.end_backward()
             self._finish(self.cast.reduced({n: grads[n] for n in self.sharded.whole}))
         return grads
 
@@ -149,7 +154,9 @@ class ShardedTurn:
 
     def gathered(self, view: Any) -> Any:
         """Return the state with all parameters whole, for a compiled piece: they stay until it has run."""
-        self._begin_session(view.model.module, self._parts(view.params, view.buffers), None, None)
+        parts = self._parts(view.params, view.buffers)
+        self.units = self.sharded.units = self._units_of(view.model.module, parts)
+        self.session = Session(self.units, parts)
         known = self.session.wholes()
         return view.replace(
             params={n: known.get(n, t) for n, t in view.params.items()},
@@ -172,10 +179,8 @@ class ShardedTurn:
     def _parts(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: (params if n in params else buffers)[n] for n in self.split}
 
-    def _begin_session(self, module: nn.Module, parts: Mapping[str, Tensor], wrap: Any, anchor: Tensor | None) -> None:
-        units = units_of(self.shares.plan, module, self.split, parts, self.sums.state.params)
-        self.units = self.sharded.units = units
-        self.session = Session(units, parts, self.sink, wrap, anchor)
+    def _units_of(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Units:
+        return units_of(self.shares.plan, module, self.split, parts, self.sums.state.params)
 
     def _begin(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
         self.weight, sharded, shares = weight, self.sharded, self.shares
@@ -185,17 +190,18 @@ class ShardedTurn:
         if self.last:
             sharded.waiting = exchange_small(sharded.small, shares.leaves, shares.group, rest, self.sums)
 
-    def sink(self, unit: Unit, grads: list[Tensor | None]) -> None:
-        """Take the gradients of a unit, and send the others their parts; those of the root go last."""
+    def take(self, unit: Unit, grads: list[Tensor | None]) -> None:
+        """Take the gradients of a unit as its backward pass ends; those of the root are sent last."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            rows = self._rows(unit, grads)
-            number = unit.number
-            if not unit.path:
-                self._late[number] = rows
-                return
+            self._taken[unit.number] = self._rows(unit, grads)
+
+    def reduce(self, unit: Unit) -> None:
+        """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
             for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
                 self._sent[before] = self._arrived(*self._sent[before])
-            self._sent[number] = self._send(rows)
+            rows = self._taken.pop(unit.number, None)
+            self._sent[unit.number] = self._send(self._rows(unit, [None] * len(unit.trained)) if rows is None else rows)
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
         parts = self.session.parts
@@ -221,24 +227,39 @@ class ShardedTurn:
         vector = [*(whole[n] for n in self.sharded.whole), *self.moved]
         self.sharded.rest = flat = flat_like(vector)
         pieces = self.sums.weighed(flat.pack(vector), self.weight, self.index if self.counts else 0)
-        for number, unit in enumerate(self.units.units):
-            if unit.trained and number not in self._sent:
-                rows = self._late.get(number)
-                self._sent[number] = self._send(self._rows(unit, [None] * len(unit.trained)) if rows is None else rows)
+        for unit in self.units.units:
+            if unit.trained and unit.number not in self._sent:
+                self.reduce(unit)
         sent = [self._sent[n] for n in sorted(self._sent)]
         sent += [self._send(rows_of(x, self.units.count)) for x in pieces]
         self.sharded.put([self._arrived(*x) if isinstance(x, tuple) else x for x in sent], self.number)
 
 
-def evaluated(plan: Plan, at_rest: Any, cast: Any, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+def evaluated(
+    plan: Plan,
+    at_rest: Any,
+    cast: Any,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    orders: Orders,
+) -> Any:
     """Return what a model is bound to without gradients: params, buffers, and what makes the context it runs in."""
     split = split_leaves(at_rest)
     if not split:
         return params, buffers, cast.around
     parts = {n: (params if n in params else buffers)[n] for n in split}
     units = units_of(plan, cast.module, split, parts, params)
-    session = Session(units, parts, lambda unit, grads: None, wrapping(plan, split))
-    return *_given(session, params, buffers), functools.partial(both, session.around, cast.around)
+    session = Session(units, parts, wrap=wrapping(plan, split), order=orders.of(units))
+    return *_given(session, params, buffers), functools.partial(both, functools.partial(_alone, session), cast.around)
+
+
+@contextlib.contextmanager
+def _alone(session: Session) -> Iterator[None]:
+    """Run a forward pass that no backward pass follows."""
+    with session.around():
+        yield
+        session.end_forward()
+    session.end_backward()
 
 
 def wrapping(plan: Plan, split: Mapping[str, Tensor]) -> tensor.Wrapped | None:

@@ -21,11 +21,12 @@ from purestep.sharding import place
 from purestep.sharding.local import local_batch
 from purestep.sharding.mesh import world_size
 from purestep.sharding.plan import Plan
+from purestep.sharding.unit_order import Orders
 
 Compute = Callable[[Any, Any, int, Any], Gradients]
 
 
-def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: Compute) -> Gradients:
+def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: Compute, orders: Orders) -> Gradients:
     """Compute the microbatches of this rank, and return the mean over those of all ranks.
 
     Args:
@@ -35,6 +36,7 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
         view: the same with the local parts.
         batch: the global batch, or this rank's LocalBatch.
         compute: computes one microbatch, and tells its turn what comes of it; without a turn it returns that.
+        orders: what the ranks know of the order in which the step gathers the units of a model.
     """
     local = local_batch(batch, plan, count)
     if world_size() > 1:
@@ -47,7 +49,7 @@ def total(plan: Plan, count: int, at_rest: Any, view: Any, batch: Any, compute: 
     spare = local.spare(who.mine) if len(pieces) < len(who.mine) else None
     split = split_leaves(at_rest)
     if split:
-        sharded = Sharded(who, sums, split)
+        sharded = Sharded(who, sums, split, orders)
         for number, index in enumerate(who.mine):
             one = sharded.turn(number, index, last=index == who.mine[-1])
             compute(view, pieces.get(index, spare), index, one)

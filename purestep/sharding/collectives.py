@@ -54,6 +54,12 @@ def gather(sent: Tensor, group: Any) -> Pending:
     return Pending(received, (call(received.view(-1), sent, group=group, async_op=True),), sent)
 
 
+def numbers(number: int, group: Any, device: torch.device) -> list[int]:
+    """Return the number of each member of a group, once all have sent theirs."""
+    received: list[int] = gather(torch.tensor([number], device=device), group).wait().view(-1).tolist()
+    return received
+
+
 def exchange(sent: Tensor, group: Any, lengths: Sequence[int], own: int) -> Pending:
     """Return what the members of a group sent to this one, one after the other.
 

@@ -1,8 +1,8 @@
 """Whole parameters for the time they are needed: one gather a unit, and its gradients summed back into parts.
 
 A unit is a submodule whose parameters travel together in one flat tensor. Between its calls the module holds stand-ins
-that refuse to be used. What the microbatch before needed next is gathered ahead. It knows no loss and no optimizer;
-`Session` is one microbatch.
+that refuse to be used. `unit_order` says when which unit is gathered. It knows no loss and no optimizer; `Session` is
+one microbatch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Container, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,8 @@ from purestep.sharding import collectives
 from purestep.sharding.absent import Absent
 from purestep.sharding.plan import Plan
 from purestep.sharding.rows import Row, Rows
+from purestep.sharding.unit_order import Exchanges, Op, UnitOrder
 from purestep.slots import Slots, slots
-
-Sink = Callable[["Unit", list[Tensor | None]], None]
 
 
 @dataclasses.dataclass
@@ -43,42 +42,6 @@ class Unit:
     def __post_init__(self) -> None:
         self.names = [row.name for row in self.rows.rows]
         self.chosen = [self.rows.by_name[name] for name in self.trained]
-
-
-class Forecast:
-    """Which unit is gathered after which: as in the microbatch before, as long as this one goes the same way.
-
-    Example:
-        >>> order = Forecast()
-        >>> [order.after(n) for n in (0, 1, 2)]
-        [None, None, None]
-        >>> order.restart()
-        >>> order.first, [order.after(n) for n in (0, 1, 5, 2)]
-        (0, [1, 2, None, None])
-    """
-
-    def __init__(self) -> None:
-        self._known: list[int] = []
-        self._seen: list[int] = []
-        self._right = True
-
-    @property
-    def first(self) -> int | None:
-        """The unit that was gathered first."""
-        return self._known[0] if self._known else None
-
-    def restart(self) -> None:
-        """Begin a microbatch; a phase that there was nothing of the last time is expected as before."""
-        if self._seen:
-            self._known = self._seen
-        self._seen, self._right = [], True
-
-    def after(self, number: int) -> int | None:
-        """Take note that a unit is gathered, and return the one that comes next."""
-        at = len(self._seen)
-        self._seen.append(number)
-        self._right = self._right and at < len(self._known) and self._known[at] == number
-        return self._known[at + 1] if self._right and at + 1 < len(self._known) else None
 
 
 class Units:
@@ -106,8 +69,6 @@ class Units:
         self.modules = dict(module.named_modules())
         self._paths = {id(m._parameters): path for path, m in self.modules.items()}
         self.units: list[Unit] = []
-        self.last: Unit | None = None
-        self.forward, self.backward = Forecast(), Forecast()
         self.nothing: dict[Any, Tensor] = {}
         grouped: dict[tuple[str, torch.dtype], list[str]] = {}
         for name in split:
@@ -115,6 +76,7 @@ class Units:
         for (path, _), names in grouped.items():
             rows = Rows(plan, [Row.of(plan, name, split[name]) for name in names])
             self.units.append(Unit(len(self.units), path, rows, [n for n in names if n in trained]))
+        self.unit_paths = [unit.path for unit in self.units]
         self.inner = [(unit, self.modules[unit.path]) for unit in self.units if unit.path]
         self.stand_ins = {
             row.name: Absent.of(row.name, row.shape, parts[row.name], plan)
@@ -145,7 +107,7 @@ class _Gather(torch.autograd.Function):
         # What happens here is no operation of the model: no mode of it has to look.
         with torch._C.DisableTorchFunction():
             ctx.live.release()
-            ctx.live.session.sink(ctx.live.unit, list(grads))
+            ctx.live.session.reduce(ctx.live, list(grads))
         return None, None
 
 
@@ -155,23 +117,30 @@ class Live:
     def __init__(self, session: Session, unit: Unit) -> None:
         self.session, self.unit = session, unit
         self.flat: Tensor | None = None
-        self.pending: collectives.Pending | None = None
+        self.pending: list[collectives.Pending] = []
         self.tracked: dict[str, Tensor] | None = None
         self.filled = self.held = False
+        self.reduced = False  # whether the gradients are here, if there are any
 
     def launch(self) -> None:
-        """Begin to gather, unless it has begun."""
-        if self.flat is None and self.pending is None:
-            parts = [self.session.parts[n] for n in self.unit.names]
-            self.pending = collectives.gather(self.unit.rows.pack(parts), self.session.units.group)
+        """Begin to gather. The other ranks do at the same time, whether this one needs it or has it already."""
+        parts = [self.session.parts[n] for n in self.unit.names]
+        self.pending.append(collectives.gather(self.unit.rows.pack(parts), self.session.units.group))
+        self.session.coming += 1
+
+    def arrive(self) -> Tensor:
+        """Wait for the gather that was launched first."""
+        self.session.coming -= 1
+        return self.pending.pop(0).wait()
 
     def ensure(self) -> Tensor:
         """Return the flat tensor of all whole parameters, gathered if it is not here; the next unit is on its way."""
         if self.flat is None:
-            self.launch()
-            self.session.ahead(self.unit.number)
-            received, self.pending = self.pending.wait(), None  # type: ignore[union-attr]
-            self.flat = self.unit.rows.unpack(received)
+            if not self.pending:
+                self.session.need(self)
+            self.session.ahead(self)
+            self.flat = self.unit.rows.unpack(self.arrive())
+            self.session.by_memory[self.flat.untyped_storage().data_ptr()] = self
         return self.flat
 
     def whole(self, name: str) -> Tensor:
@@ -197,9 +166,21 @@ class Live:
 
     def release(self) -> None:
         """Let go of the gathered memory. What somebody else still holds stays as it is."""
+        if self.flat is not None:
+            del self.session.by_memory[self.flat.untyped_storage().data_ptr()]
         self.flat, self.filled = None, False
         for tensor in (self.tracked or {}).values():
             tensor.data = self.session.empty(tensor)
+
+
+class Reductions(Protocol):
+    """What takes the gradients of the units of one microbatch."""
+
+    def take(self, unit: Unit, grads: list[Tensor | None]) -> None:
+        """Take the gradients of a unit as its backward pass ends."""
+
+    def reduce(self, unit: Unit) -> None:
+        """Launch the reduction of the gradients of a unit over the ranks; of zeros, if none were taken."""
 
 
 class Session:
@@ -208,28 +189,38 @@ class Session:
     Args:
         units: of the model.
         parts: local parts by name, as the model computes with them.
-        sink: takes the gradients of a unit as its backward pass ends.
+        reductions: takes the gradients; None where nothing is differentiated.
         wrap: makes of a whole parameter, by its name, what the model computes with.
         anchor: a tensor that is differentiated: gradients of units come on the way to it.
+        order: what the ranks know of the order in which units are gathered; None where all are gathered at once.
     """
 
     def __init__(
         self,
         units: Units,
         parts: Mapping[str, Tensor],
-        sink: Sink,
+        *,
+        reductions: Reductions | None = None,
         wrap: Callable[[str, Tensor], Tensor] | None = None,
         anchor: Tensor | None = None,
+        order: UnitOrder | None = None,
     ) -> None:
-        self.units, self.parts, self.sink, self.wrap = units, parts, sink, wrap
+        self.units, self.parts, self.reductions, self.wrap = units, parts, reductions, wrap
         self.anchor = torch.zeros(()) if anchor is None else anchor
         self.lives: dict[int, Live] = {}
-        self.recent: list[Live] = []
+        self.by_memory: dict[int, Live] = {}  # by the address of the gathered memory that is there now
+        self.recent: list[str] = []
+        self.coming = 0  # gathers that are under way
         self.stack: list[tuple[Live, Any]] = []
         self.backward = False
-        self.latest: Unit | None = None
-        units.forward.restart()
-        units.backward.restart()
+        self.exchanges = Exchanges(
+            UnitOrder() if order is None else order,
+            units.unit_paths,
+            units.group if units.inner and order is not None else None,
+            next(iter(parts.values())).device,
+            self._launch,
+            self._is_computing,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the model is bound to at first: whole parameters of the root, stand-ins for those of units."""
@@ -252,12 +243,6 @@ class Session:
             self.lives[number] = Live(self, self.units.units[number])
         return self.lives[number]
 
-    def ahead(self, number: int) -> None:
-        """Begin to gather what is needed after a unit."""
-        following = (self.units.backward if self.backward else self.units.forward).after(number)
-        if following is not None:
-            self.live(following).launch()
-
     def empty(self, like: Tensor) -> Tensor:
         """Return a tensor of a shape without memory, for what is not there."""
         key = like.dtype, like.device
@@ -269,6 +254,40 @@ class Session:
             nothing[key] = value
         return nothing[key].expand(like.shape)
 
+    # --- collectives, in the order of all ranks ---
+
+    def need(self, live: Live) -> None:
+        """Launch the gather of a unit, and before it what other ranks need first."""
+        if live.unit.path:
+            self.exchanges.need(Op("gather", live.unit.number))
+        else:
+            # Every rank gathers the root before it calls the model.
+            live.launch()
+
+    def ahead(self, running: Live | None = None) -> None:
+        """Launch the gather of what is needed next, if no other is under way but that of the unit that is to run."""
+        if self.coming == (running is not None):
+            self.exchanges.ahead()
+
+    def reduce(self, live: Live, grads: list[Tensor | None]) -> None:
+        """Hand over the gradients of a unit, and launch their reduction when it is their turn."""
+        live.reduced = True
+        if self.reductions is not None:
+            self.reductions.take(live.unit, grads)
+        if live.unit.path:
+            self.exchanges.need(Op("reduce", live.unit.number))
+            self.ahead()
+
+    def _launch(self, op: Op) -> None:
+        if op.kind == "gather":
+            self.live(op.unit).launch()
+        elif self.reductions is not None:
+            self.reductions.reduce(self.units.units[op.unit])
+
+    def _is_computing(self, number: int) -> bool:
+        live = self.lives.get(number)
+        return live is not None and live.tracked is not None and not live.reduced
+
     # --- what happens around the call of a unit ---
 
     def around(self) -> _Around:
@@ -278,6 +297,8 @@ class Session:
     def enter(self, live: Live) -> None:
         """Put the whole parameters of a unit into its module."""
         self._put(live, live.tensors())
+        if self.backward:
+            self._used(live)
         hooks: Any = None
         top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if self.units.plan.reshard_after_forward and top is None:
@@ -294,17 +315,27 @@ class Session:
         if hooks is not None:
             hooks.__exit__(None, None, None)
         self._put(live, self.units.stand_ins)
-        self.latest = live.unit
-        # The unit that runs last is the first that the backward pass needs; which it is, the microbatch before told.
-        awaited = live.unit is self.units.last and torch.is_grad_enabled()
-        if self.units.plan.reshard_after_forward and not self.backward and not live.held and not awaited:
+        kept = self.backward or live.held or self.exchanges.keeps(live.unit.number)
+        if self.units.plan.reshard_after_forward and not kept:
             live.release()
 
-    def begin_backward(self) -> None:
-        """Take note that the forward pass is over."""
-        self.backward, self.units.last = True, self.latest
-        if (first := self.units.backward.first) is not None:
-            self.live(first).launch()
+    def end_forward(self) -> None:
+        """Take part in the gathers that other ranks need in the forward pass; the backward pass follows, if any."""
+        self.exchanges.end_forward()
+        self._cancel()
+        self.backward = True
+        self.ahead()
+
+    def end_backward(self) -> None:
+        """Take part in what other ranks need in the backward pass."""
+        self.exchanges.end_backward()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        # What this rank took part in for the sake of others only.
+        for live in self.lives.values():
+            while live.pending:
+                live.arrive()
 
     def _put(self, live: Live, tensors: Mapping[str, Tensor]) -> None:
         for name in live.unit.names:
@@ -317,10 +348,12 @@ class Session:
     # --- what autograd saves ---
 
     def _pack(self, saved: Tensor) -> Any:
-        live = self.stack[-1][0] if self.stack else None
-        if live is None or live.flat is None or type(saved) is not Tensor:
+        if type(saved) is not Tensor:
             return saved
-        if saved.untyped_storage().data_ptr() != live.flat.untyped_storage().data_ptr():
+        # Not only the unit that was entered last: a submodule is several units where its parameters have several
+        # dtypes, and an outer unit may hand its parameters to an inner one. The root is never freed.
+        live = self.by_memory.get(saved.untyped_storage().data_ptr())
+        if live is None or not live.unit.path:
             return saved
         return live, saved.storage_offset(), saved.shape, saved.stride(), saved.dtype
 
@@ -330,15 +363,21 @@ class Session:
         live, offset, shape, strides, dtype = packed
         with torch._C.DisableTorchFunction():
             flat = live.ensure()
-            if live not in self.recent:
-                # Two at once: one whose backward pass ends, and the one before it.
-                self.recent = [*self.recent[-1:], live]
-                for other in self.lives.values():
-                    if other.unit.path and other.flat is not None and other not in self.recent:
-                        other.release()
+            self._used(live)
             made = torch.empty(0, dtype=flat.dtype, device=flat.device)
             made = made.set_(flat.untyped_storage(), offset, shape, strides)
             return made if made.dtype == dtype else made.view(dtype)
+
+    def _used(self, live: Live) -> None:
+        """Free what the backward pass is through with: two submodules at once, one that ends and the one before it."""
+        path = live.unit.path
+        if path == (self.recent or [""])[-1]:
+            return
+        self.recent = [*[other for other in self.recent if other != path][-1:], path]
+        for other in self.lives.values():
+            running = any(other is entered for entered, _ in self.stack)
+            if other.flat is not None and other.unit.path not in ("", *self.recent) and not running:
+                other.release()
 
 
 class _Around:

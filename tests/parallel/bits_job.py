@@ -69,6 +69,22 @@ class Tied(nn.Module):
         return self.head(x).flatten(0, 1)
 
 
+class Routed(nn.Module):
+    """Each sample runs through one expert, and those without samples are not called; norms come last in their units."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(3))
+
+    def forward(self, x):
+        chosen, x = (x[:, 0] * 2).long().abs() % 3, self.embed(x)
+        for i, expert in enumerate(self.experts):
+            if len(hit := (chosen == i).nonzero().squeeze(1)):
+                x = x.index_add(0, hit, expert(x[hit]).to(x.dtype))
+        return self.head(x)
+
+
 def loss_fn(net, batch):
     logits = net(batch["x"])
     return cross_entropy(logits, batch["y"].flatten()), {
@@ -98,7 +114,7 @@ def batches(model, samples, steps):
     for i in range(steps):
         scale = torch.ones(samples)
         scale[samples // 2] = float("inf") if i == 1 else 1.0
-        if model is Net:
+        if model in (Net, Routed):
             yield {"x": torch.randn(samples, 8, generator=g), "y": torch.randint(0, 5, (samples,), generator=g)}
         else:
             x, y = torch.randint(0, 12, (2, samples, 4), generator=g)
@@ -170,10 +186,11 @@ CASES = {
     "skipped": {"model": Tied, "samples": 8, "policy": "16-mixed", "loss": poisoned},
     "muon": {"model": Tied, "samples": 8, "tx": lambda: optim.muon(1e-2), "steps": 2},
     "finite": {"model": Tied, "samples": 8, "loss": poisoned, "tx": lambda: optim.apply_if_finite(adamw())},
+    "routed": {"model": Routed, "policy": "bf16-mixed", "v": 8, "samples": 24, "steps": 4},
     "fifty": {"policy": "bf16-mixed", "steps": 50},
     "large": {"model": Tied, "samples": 8, "tx": lambda: optim.skip_large_updates(optim.adamw(1e-2), 0.8), "steps": 2},
 }
-ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen")
+ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen", "routed")
 
 
 def bits(size):
@@ -222,9 +239,9 @@ def live():
     alive, most, coming = [0], [0], [0]
     unpack, ahead = Rows.unpack, Session.ahead
 
-    def watched(self, number):
-        ahead(self, number)
-        there = [x for x in self.lives.values() if x.flat is not None or x.pending is not None]
+    def watched(self, running=None):
+        ahead(self, running)
+        there = [x for x in self.lives.values() if x.flat is not None or x.pending]
         coming[0] = max(coming[0], len(there))
 
     def counted(self, received):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 JOB = Path(__file__).with_name("bits_job.py")
-CASES = "plain ragged few single tied frozen bf16-mixed fifty skipped muon finite large six twelve evaluated".split()
+CASES = """plain ragged few single tied frozen routed bf16-mixed fifty skipped muon finite large six twelve
+evaluated""".split()
 
 
 @pytest.fixture(scope="session")

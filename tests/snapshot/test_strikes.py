@@ -24,10 +24,10 @@ for how in strikes.HOWS if not one.scenario.training else ("kill", "on ENOSPC"):
     problems += [one.strike(at, how) for at in draw.sample(range(1, one.count + 1), 2)]
 print(json.dumps([problem for problem in problems if problem]))
 """
-EVERY = """
+EVERY_FIFTH = """
 import json
 one = strikes.Range(sys.argv[2], strikes.Path(sys.argv[3]))
-problems = [one.strike(at, "kill") for at in range(1, one.count + 1)]
+problems = [one.strike(at, "kill") for at in range(1 + int(sys.argv[4]) % 5, one.count + 1, 5)]
 print(json.dumps([problem for problem in problems if problem]))
 """
 HASTY = """
@@ -65,8 +65,8 @@ def test_nothing_is_lost_at_some_operations(name, problems, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_nothing_is_lost_at_any_operation(name, problems):
-    assert problems(EVERY, name) == []
+def test_nothing_is_lost_at_every_fifth_operation(name, problems, seed):
+    assert problems(EVERY_FIFTH, name, str(seed)) == []
 
 
 @pytest.mark.parametrize("name", ["saves", "replaces"])

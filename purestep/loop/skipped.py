@@ -1,0 +1,96 @@
+"""A loss scale that refuses every update: seen in the metrics of a burst, told with the gradient that is not finite.
+
+Once in a streak the gradients of the last batch are computed again, outside of any update. Nothing happens in a step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep.errors import explain
+from purestep.metrics import Series
+from purestep.sharding import world
+from purestep.sharding.place import is_split
+from purestep.state import TrainState
+from purestep.step import Step
+
+_MANY = 20  # a scale of 2**16 has fallen to 1 after 16 of them
+
+
+class SkippedUpdatesWarning(UserWarning):
+    """No update has been accepted for many steps in a row."""
+
+
+class Skipped:
+    """Counts the updates that were refused in a row, over the bursts of a run.
+
+    Args:
+        first: whether this process warns; every rank counts, and computes gradients with the others.
+    """
+
+    def __init__(self, *, first: bool) -> None:
+        self._first, self._row, self._told = first, 0, False
+
+    def look(self, step: Any, state: Any, batch: Any, steps: Series) -> None:
+        """Look at the steps of a burst, and warn, once in a streak, when nothing has been accepted for long.
+
+        Args:
+            step: the step of the run.
+            state: after the burst.
+            batch: the last one of the burst.
+            steps: metrics of the burst.
+        """
+        column = steps.columns.get("skipped")
+        if column is None or not isinstance(state, TrainState) or state.loss_scale is None:
+            return
+        refused = column["value"]
+        accepted = next((i for i, n in enumerate(reversed(refused)) if not n), None)
+        if accepted is None:
+            self._row += len(refused)
+        else:
+            self._row, self._told = accepted, False
+        plain = getattr(step, "__wrapped__", step)
+        if self._row < _MANY or self._told or not isinstance(plain, Step):
+            return
+        self._told = True
+        problem = not_finite(plain, state, batch)
+        if problem is not None and self._first:
+            warnings.warn(
+                explain(
+                    f"the last {self._row} updates were skipped: gradients are not finite",
+                    where=f"{problem}; loss scale {float(state.loss_scale.value):g}",
+                    why="the loss scale falls with each of them, and no update is made until all gradients are finite; "
+                    "gradients that stay infinite or NaN at a small scale do not come from the scale",
+                    instead="policy='bf16-mixed', whose range is that of float32\nor, to find the operation: "
+                    "policy='32' under torch.autograd.detect_anomaly() on this batch",
+                ),
+                SkippedUpdatesWarning,
+                stacklevel=2,
+            )
+
+
+def not_finite(step: Step, state: TrainState, batch: Any) -> str | None:
+    """Return which gradient of a batch is the first that is not finite, in words; None if all are finite.
+
+    With a plan it is collective: every rank calls it, and all return the same.
+    """
+    gradients = step.gradients(state, batch)
+    found = [_bad(gradients.grads[name]) for name in state.params]
+    if step.plan is not None and any(map(is_split, state.params.values())):
+        everywhere = world.gather(found, what="the gradients that are not finite")
+        found = [next(filter(None, own), "") for own in zip(*everywhere, strict=True)]
+    loss = gradients.metrics["loss"].compute()
+    for name, bad in zip(state.params, found, strict=True):
+        if bad:
+            return f"grads[{name!r}] has {bad}" + ("" if torch.isfinite(loss) else f", the loss is {float(loss)}")
+    return None
+
+
+def _bad(grad: Tensor) -> str:
+    if torch.isfinite(grad).all():
+        return ""
+    return "NaN" if torch.isnan(grad).any() else "infinities"

@@ -1,0 +1,60 @@
+"""Models whose units are hard to gather: the bits of one process without a plan, under every plan and policy."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+JOB = Path(__file__).with_name("units_job.py")
+MODELS = "linear, norm|norm, linear|conv, norm|only norm|encoder|tied|handed".split("|")
+ROUTED = """experts differ|experts in another order|experts not called|experts in layers|layers left out
+layers left out later|layers run again""".replace("\n", "|").split("|")
+OTHERS = "frozen norms, frozen linears, frozen block, skipped, adamw, jit".split(", ")
+
+
+@pytest.fixture(scope="module")
+def answers(zygote, tmp_path_factory):
+    """By number of processes and rank, the digests of all rows."""
+    directory = tmp_path_factory.mktemp("units")
+    quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    ranks = [(1, 0), (2, 0), (2, 1)]
+    children = [
+        zygote.popen(JOB, str(directory), str(size), str(rank), env=quiet, preload="torch.distributed.tensor")
+        for size, rank in ranks
+    ]
+    for child in children:
+        with child:
+            _, errors = child.communicate(240)
+            assert (child.returncode, errors) == (0, "")
+    return {rank: json.loads((directory / f"{rank[0]}-{rank[1]}.json").read_text()) for rank in ranks}
+
+
+@pytest.mark.parametrize("case", [*MODELS, *ROUTED, *OTHERS])
+def test_every_plan_and_policy_has_the_bits_of_one_process(answers, case):
+    reference = {name.rpartition("|")[0]: digest for name, digest in answers[1, 0].items()}
+    wrong, compared = {}, 0
+    for rank in (0, 1):
+        for name, digest in answers[2, rank].items():
+            row = name.rpartition("|")[0]
+            if row.partition("|")[0] == case:
+                compared += 1
+                if digest != reference[row]:
+                    wrong[name, rank] = digest[-800:]
+    assert not wrong
+    assert compared == 2 * 5 * (6 if case in MODELS else 2 if case in ROUTED else 1)
+    assert all(len(digest) in (64, 64 + 64 + 64) for digest in reference.values())
+
+
+def test_a_unit_that_is_called_in_another_order_later_is_named(answers):
+    said = [answers[2, rank]["all again"] for rank in (0, 1)] + [answers[2, 1]["one again"]]
+    for text, rank in zip(said, (0, 1, 1), strict=True):
+        assert "RankError: the unit 'layers.1' is not called in the order that the ranks agreed on" in text
+        assert f"rank {rank}, forward pass: the order has no call of it here" in text
+        assert "fsdp(units=...) with globs that leave 'layers.*' out" in text
+    assert answers[2, 0]["one again"] != "nothing was raised"
+
+
+def test_a_gradient_that_is_not_finite_is_named_on_every_rank(answers):
+    for rank in (0, 1):
+        assert answers[2, rank]["refused"] == ["grads['blocks.1.norm.bias'] has infinities, the loss is nan"] * 2
