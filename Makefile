@@ -17,7 +17,7 @@ BENCH_READY := $(BENCH_VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 # How many processes `make kills` kills.
 KILLS ?= 500
-# The ends of the range of torch in pyproject.toml that the tests were seen to pass on, each in an environment of its own.
+# The ends of the range of torch in pyproject.toml, each tested in an environment of its own.
 OLDEST := 2.11.0
 NEWEST := 2.14.1
 # What the ends are tested with: rooms that lean on torch's internals, and whole trainings. `make test-newest ENDS=` runs everything.
