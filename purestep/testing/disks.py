@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from purestep.loop.resume import store_root
+from purestep.snapshot.index import Index
 from purestep.testing import kernel, shims
 from purestep.testing.lane import Lane, Outcome
 from purestep.testing.trial import Fault, Trial, in_each_phase, stages
@@ -127,7 +128,7 @@ def _damaged(damage: Callable[[Path, random.Random], None]) -> Callable[[Trial],
         stopped.go({"do": "signals", "on": "batch", "at": at, "signals": ["SIGTERM"]}, codes=(_TERMINATED,))
         stopped.injected = 0
         steps = stopped.durable()
-        newest = store_root(stopped.run_dir) / str(steps[-1])
+        newest = Index(store_root(stopped.run_dir)).entries()[-1].path
         files = sorted(path.relative_to(stopped.run_dir) for path in newest.rglob("*") if path.is_file())
         for name in files:
             lane = trial.lane()

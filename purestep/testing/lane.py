@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from purestep.loop.resume import store_root
+from purestep.snapshot.index import Index
 from purestep.testing import child, phases
 from purestep.testing.zygote import Child, Zygotes
 
-_HALVES = ("*.purestep-tmp-*", "*.partial", "*.stray-*")
+_HALVES = ("*.purestep-tmp-*", "*.partial")
 _KILLED = -9
 _LONG = 120.0  # seconds: a process that takes longer hangs
 
@@ -216,6 +217,7 @@ class Lane:
         if not self.complete:
             self.go(*shims, codes=(0,), verify=True, damaged=damaged)
         halves = [str(path) for pattern in _HALVES for path in self.run_dir.rglob(pattern)]
+        halves += [str(entry.path) for entry in Index(store_root(self.run_dir)).superseded()]
         if halves:
             self.problems.append(f"half-written at the end: {halves}")
         if self.logged and self.log() != self.base.log:
@@ -237,9 +239,7 @@ class Lane:
 
     def durable(self) -> list[int]:
         """Return the steps of the snapshots that are complete on the disk, in order."""
-        root = store_root(self.run_dir)
-        names = [path.name for path in root.iterdir()] if root.is_dir() else []
-        return sorted(int(n) for n in names if n.isdecimal() and (root / n / "meta" / "data.json").exists())
+        return Index(store_root(self.run_dir)).steps()
 
     def log(self) -> bytes | None:
         """Return the content of `metrics.csv`, None when there is none."""

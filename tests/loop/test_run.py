@@ -247,7 +247,7 @@ def test_between_two_boundaries_no_tensor_is_read(job):
     meta = ps.tree.map(lambda t: t.to("meta"), options["state"])
     batch = {"x": torch.empty(8, 6, device="meta"), "y": torch.empty(8, dtype=torch.int64, device="meta")}
     run = Run(**{**options, "state": meta}, until=ps.steps(5))
-    state, record, _ = run._burst(meta, iter([batch] * 5), None)
+    state, record, *_ = run._burst(meta, iter([batch] * 5), None)
     assert len(record) == 5
     assert {t.device.type for t in ps.tree.leaves(state)} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError)):

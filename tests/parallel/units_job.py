@@ -294,13 +294,15 @@ def refused(plan):
     return not_finite(step, state if plan is None else plan.place(state), next(batches([NONE])))
 
 
-def plans():
+def plans(model):
+    modules = [name for name, _ in model.named_modules()]
+    some = [glob for glob in ("blocks.1", "encoder.*.0") if any(ps.tree.matches((glob,), name) for name in modules)]
     return {
         "ddp": ddp(),
         "fsdp": fsdp(),
         "keep": fsdp(reshard_after_forward=False),
         "root": fsdp(units=()),
-        "some": fsdp(units=["blocks.1", "encoder.*.0"]),
+        "some": fsdp(units=some),
     }
 
 
@@ -313,7 +315,7 @@ def main(directory, size, number):
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=size)
     found = {}
     for name, row in (*rows(), *routed()):
-        for label, plan in plans().items() if size > 1 else [("none", None)]:
+        for label, plan in plans(row.model()).items() if size > 1 else [("none", None)]:
             try:
                 found[f"{name}|{label}"] = row.run(plan)
             except Exception:
