@@ -89,8 +89,9 @@ class Saving:
                 self._run_dir.mkdir(parents=True, exist_ok=True)
                 self._lock = stack.enter_context(Lock(self._run_dir))
             refuse_link(root)
-            snapshot.disk.clean(root)  # what a process that was killed left half-written
         self.store = snapshot.Store(root, keep=self._keep, ranks=self._ranks.for_store())
+        if self._ranks.first:
+            self.store.clean()
         stack.push(self._leave)
 
     def _leave(self, *error: Any) -> None:

@@ -71,6 +71,11 @@ class Index:
                 chosen[entry.step] = entry
         return list(chosen.values())
 
+    def superseded(self) -> list[Entry]:
+        """Return the revisions below a whole one of their step: what a writer that died could not delete any more."""
+        current = {entry.step: entry.revision for entry in self.entries() if entry.header is not None}
+        return [entry for entry in self.revisions() if entry.revision < current.get(entry.step, 0)]
+
     def steps(self) -> list[int]:
         """Return the steps of the snapshots, in order."""
         return [entry.step for entry in self.entries() if entry.header is not None]

@@ -197,6 +197,16 @@ class Store:
             )
         )
 
+    def clean(self) -> None:
+        """Remove what writers that died left half-written, or could not delete any more; only the one writer may.
+
+        What a higher revision of the same step has replaced goes too, because no save may follow that would do it.
+        """
+        disk.clean(self.root)
+        for entry in self._index.superseded():
+            with contextlib.suppress(OSError):
+                disk.remove(entry.path)
+
     # --- how a save ended ---------------------------------------------------------------------------------------------
 
     def _report(self) -> JSON:

@@ -159,10 +159,8 @@ def preserve(index: Index, policy: Keep, newest: int) -> None:
         policy: which to preserve.
         newest: the step that has just been saved. Later ones belong to a future that the run has gone back from.
     """
-    counted = {entry.step: entry.revision for entry in index.entries()}
-    for entry in index.revisions():
-        if entry.step > newest or entry.revision < counted[entry.step]:
-            _delete(entry.path)
+    for entry in [*index.superseded(), *(entry for entry in index.revisions() if entry.step > newest)]:
+        _delete(entry.path)
     records = index.records()
     chosen = policy.select(records) | {newest}
     for entry in index.revisions():
