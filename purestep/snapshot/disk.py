@@ -131,7 +131,11 @@ def set_aside(path: Path) -> Path:
     """Rename something to a temporary name that the next writer removes."""
     trash = path.with_name(f"{path.name.partition(MARK)[0]}{MARK}{unique()}")
     _active.add(trash)
-    os.rename(path, trash)
+    try:
+        os.rename(path, trash)
+    except OSError:
+        _active.discard(trash)  # a network file system may have done it all the same; then `clean` finds it
+        raise
     return trash
 
 

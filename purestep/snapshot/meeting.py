@@ -37,10 +37,14 @@ def convene(root: Path, step: int, token: str, ranks: Ranks, *, parents: bool = 
     temporary = disk.temporary_path(root, str(step), token)
     if ranks.rank == 0 and not temporary.exists():
         disk.make_root(root, parents=parents)
-        disk.begin(root, str(step), token)
-        (temporary / "parts").mkdir()
-        if ranks.size > 1:
-            (temporary / _PLACE).mkdir()
+        try:
+            disk.begin(root, str(step), token)
+            (temporary / "parts").mkdir()
+            if ranks.size > 1:
+                (temporary / _PLACE).mkdir()
+        except OSError:
+            disk.abandon(temporary)
+            raise
     return temporary
 
 
