@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Count, Decay, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, Wrapper, new_count, same_leaves, transformation
@@ -26,7 +27,8 @@ class Trace(Rule):
         return fx.add(gs, momentum, alpha=self.decay) if self.nesterov else momentum, {"momentum": momentum}
 
 
-def trace(decay: Scalar, *, nesterov: bool = False) -> GradientTransformation:
+@checked(OptimError)
+def trace(decay: NonNegative[Scalar], nesterov: bool = False) -> GradientTransformation:
     r"""Momentum: $m \leftarrow \mu m + u$; passes $m$ on, or $u + \mu m$ with Nesterov.
 
     Args:
@@ -56,7 +58,8 @@ class Ema(Rule):
         return fx.mul(average, 1 / (1 - self.decay**t)) if self.debias else average, {"ema": average}
 
 
-def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
+@checked(OptimError)
+def ema(decay: Decay[Scalar], debias: bool = True) -> GradientTransformation:
     r"""Replace updates by their exponential moving average: $a \leftarrow d a + (1 - d) u$.
 
     Args:
@@ -120,7 +123,8 @@ class Accumulate(Wrapper):
         return self.inner.separable
 
 
-def accumulate(inner: GradientTransformation, every: int, *, use_mean: bool = True) -> GradientTransformation:
+@checked(OptimError)
+def accumulate(inner: GradientTransformation, every: Count, *, use_mean: bool = True) -> GradientTransformation:
     """Sum gradients over several calls and update on the last of them; the calls between return zeros.
 
     `state.step` of a train state counts the updates, not the calls. For microbatches of one batch use `make_step(...,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Count, Fraction, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -86,8 +87,13 @@ class AverageParams(Wrapper):
         return self.inner.one_pass
 
 
+@checked(OptimError)
 def average_params(
-    inner: GradientTransformation, decay: ScalarOrSchedule | None = 0.999, *, start: int = 0, every: int = 1
+    inner: GradientTransformation,
+    decay: Fraction[ScalarOrSchedule] | None = 0.999,
+    *,
+    start: Whole = 0,
+    every: Count = 1,
 ) -> GradientTransformation:
     r"""Keep an average of the parameters beside the training: $a \leftarrow d a + (1 - d) p$ after each update.
 
@@ -120,17 +126,6 @@ def average_params(
     Reference: Polyak and Juditsky, 1992; Izmailov et al., Averaging Weights Leads to Wider Optima, 2018;
     `torch.optim.swa_utils.AveragedModel`, whose first average is a copy of the parameters too.
     """
-    if not isinstance(inner, GradientTransformation):
-        raise OptimError(explain("not a gradient transformation", where=f"average_params({inner!r})"))
-    fixed = not (decay is None or callable(decay) or isinstance(decay, Tensor))
-    if start < 0 or every < 1 or (fixed and not 0 <= decay <= 1):  # type: ignore[operator]
-        raise OptimError(
-            explain(
-                "averaging needs a decay from 0 to 1, start >= 0 and every >= 1",
-                where=f"{decay=}, {start=}, {every=}",
-                instead="average_params(tx, decay=0.999, start=1000)",
-            )
-        )
     return AverageParams(inner, decay, start, every)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class GradientTransformation:
     Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
     they return is a `@pytree` class with named fields, so that its paths read well. They change nothing they are given.
     """
+
+    argument_hint: ClassVar[str] = "ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.AdamW, lr=3e-4) for torch's own"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -231,8 +234,20 @@ def value_at(value: ScalarOrSchedule, step: Any, name: str = "learning_rate") ->
                 instead="tx.update(grads, opt_state, params, step=state.step)",
             )
         )
-    result: Scalar = value(step)
-    return result
+    return as_scalar(value(step), name, value)
+
+
+def as_scalar(result: Any, name: str, function: Any) -> Scalar:
+    """Return what a user's function of the step returned, or refuse what is no number."""
+    if isinstance(result, (Tensor, numbers.Real)):
+        return result  # type: ignore[return-value]  # a number of numpy is one, too
+    raise OptimError(
+        explain(
+            f"{name} is a function of the step that did not return a number",
+            where=f"{name}: {function!r} returned {result!r:.80}",
+            instead="lambda step: 0.1 * 0.5 ** (step / 1000)   # a number or a 0-d tensor",
+        )
+    )
 
 
 def is_zero(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation, transformation
 from purestep.optim.parts import parts, parts_class, unique
@@ -26,6 +27,7 @@ class Identity(GradientTransformation):
         return True
 
 
+@checked(OptimError)
 def identity() -> GradientTransformation:
     """Return the transformation that passes updates on as they are.
 
@@ -126,6 +128,7 @@ class Chain(GradientTransformation):
         return f"chain({', '.join(shown)})"
 
 
+@checked(OptimError)
 def chain(
     *transforms: GradientTransformation | tuple[str, GradientTransformation], name: str = "chain"
 ) -> GradientTransformation:

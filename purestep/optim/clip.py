@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Limit, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, need_params, same_leaves, transformation
@@ -29,7 +30,8 @@ class ClipByValue(GradientTransformation):
         return True
 
 
-def clip_by_value(max_delta: Scalar) -> GradientTransformation:
+@checked(OptimError)
+def clip_by_value(max_delta: Limit[Scalar]) -> GradientTransformation:
     r"""Limit each element to `[-max_delta, max_delta]`. A NaN stays a NaN.
 
     Args:
@@ -68,7 +70,8 @@ class ClipByGlobalNorm(GradientTransformation):
         return True
 
 
-def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
+@checked(OptimError)
+def clip_by_global_norm(max_norm: Limit[Scalar]) -> GradientTransformation:
     r"""Scale all updates so that their 2-norm, over all leaves together, is at most `max_norm`.
 
     $u \leftarrow u \cdot \min(1, c / \lVert u \rVert)$. Updates within the limit keep their bits; a NaN anywhere makes
@@ -103,7 +106,8 @@ class ClipByBlockRms(GradientTransformation):
         return False
 
 
-def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
+@checked(OptimError)
+def clip_by_block_rms(threshold: Limit[Scalar]) -> GradientTransformation:
     r"""Scale each tensor so that its root mean square is at most `threshold`.
 
     $u \leftarrow u / \max(1, \mathrm{rms}(u) / d)$ for each leaf by itself.
@@ -138,7 +142,8 @@ class AdaptiveGradClip(GradientTransformation):
         return False
 
 
-def adaptive_grad_clip(clipping: Scalar, eps: float = 1e-3) -> GradientTransformation:
+@checked(OptimError)
+def adaptive_grad_clip(clipping: NonNegative[Scalar], eps: NonNegative[float] = 1e-3) -> GradientTransformation:
     r"""Limit the norm of each unit's gradient to a fraction of the norm of its weights.
 
     For row $i$ of a matrix: $g_i \leftarrow g_i \cdot \lambda \max(\lVert w_i \rVert, \epsilon) / \lVert g_i \rVert$

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Count, Finite, Fraction, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
     Wrapper,
+    as_scalar,
     need_params,
     need_step,
     new_count,
@@ -53,7 +55,8 @@ class ConditionallyTransform(Wrapper):
     def update(
         self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        now = torch.as_tensor(self.condition(need_step(step, self.name)), device=state.acted.device)
+        now = as_scalar(self.condition(need_step(step, self.name)), "condition", self.condition)
+        now = torch.as_tensor(now, device=state.acted.device)
         proposed, inner = self.inner.update(updates, state.inner, params, step=step, **extra)
         us, treedef = tree.flatten(updates)
         others = [torch.zeros_like(u) for u in us] if self.otherwise_zero else us
@@ -69,7 +72,8 @@ class ConditionallyTransform(Wrapper):
         return self.inner.separable
 
 
-def conditionally_transform(inner: GradientTransformation, condition: Condition) -> GradientTransformation:
+@checked(OptimError)
+def conditionally_transform(inner: GradientTransformation, condition: Finite[Condition]) -> GradientTransformation:
     """Apply a transformation on some steps; on the others updates pass unchanged and its state stays.
 
     Args:
@@ -91,7 +95,8 @@ def conditionally_transform(inner: GradientTransformation, condition: Condition)
     return ConditionallyTransform(inner, condition)
 
 
-def conditionally_mask(inner: GradientTransformation, condition: Condition) -> GradientTransformation:
+@checked(OptimError)
+def conditionally_mask(inner: GradientTransformation, condition: Finite[Condition]) -> GradientTransformation:
     """Apply a transformation on some steps; on the others updates are zeros and its state stays.
 
     Example:
@@ -147,11 +152,11 @@ class Lookahead(Wrapper):
         return self.inner.separable
 
 
+@checked(OptimError)
 def lookahead(
     inner: GradientTransformation,
-    sync_period: int = 6,
-    *,
-    slow_step_size: Scalar = 0.5,
+    sync_period: Count = 6,
+    slow_step_size: Fraction[Scalar] = 0.5,
     reset_state: bool = False,
 ) -> GradientTransformation:
     r"""Every few updates, move slow parameters part of the way to the fast ones, and start again from there.

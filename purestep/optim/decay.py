@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import NonNegative, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
@@ -43,7 +45,10 @@ class AddDecayedWeights(GradientTransformation):
         return True
 
 
-def add_decayed_weights(weight_decay: ScalarOrSchedule, mask: tree.Filter | None = None) -> GradientTransformation:
+@checked(OptimError)
+def add_decayed_weights(
+    weight_decay: NonNegative[ScalarOrSchedule], mask: tree.Filter | None = None
+) -> GradientTransformation:
     r"""Add a multiple of the parameters to the updates: $u \leftarrow u + \lambda w$.
 
     Before an optimizer this is L2 regularisation (`weight_decay` of `torch.optim.Adam`); after `scale_by_*` and before

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Limit, Whole, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, Wrapper, new_count, transformation
 from purestep.optim.chain import all_applied
@@ -67,7 +69,10 @@ class ApplyIfFinite(Wrapper):
         return False
 
 
-def apply_if_finite(inner: GradientTransformation, max_consecutive_errors: int | None = None) -> GradientTransformation:
+@checked(OptimError)
+def apply_if_finite(
+    inner: GradientTransformation, max_consecutive_errors: Whole | None = None
+) -> GradientTransformation:
     """Skip an update when a gradient, or the update made from it, holds an infinity or a NaN.
 
     A skipped update is zeros and the inner state stays bitwise what it was, so parameters, moments and schedules do not
@@ -132,7 +137,8 @@ class SkipLargeUpdates(Wrapper):
         return False
 
 
-def skip_large_updates(inner: GradientTransformation, max_norm: Scalar) -> GradientTransformation:
+@checked(OptimError)
+def skip_large_updates(inner: GradientTransformation, max_norm: Limit[Scalar]) -> GradientTransformation:
     """Skip an update whose gradients have a global norm above a limit, or no norm at all (NaN).
 
     Args:
@@ -177,6 +183,7 @@ class ZeroNans(GradientTransformation):
         return False
 
 
+@checked(OptimError)
 def zero_nans() -> GradientTransformation:
     """Replace each NaN by 0, and remember which tensors held one. Infinities stay.
 

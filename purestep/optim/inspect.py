@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation, scalar_like, transformation
 
@@ -162,6 +163,7 @@ class Monitor(GradientTransformation):
         return False
 
 
+@checked(OptimError)
 def monitor(measures: Mapping[str, Callable[[Any], Any]]) -> GradientTransformation:
     """Measure updates as they pass, and change nothing.
 

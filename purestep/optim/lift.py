@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from purestep import transforms, tree
+from purestep.arguments import NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -188,9 +189,10 @@ class Lift(GradientTransformation):
         return f"lift({', '.join(shown + [f'{k}={v!r}' for k, v in self.arguments])})"
 
 
+@checked(OptimError)
 def lift(
     optimizer: Any,
-    lr: ScalarOrSchedule | None = None,
+    lr: NonNegative[ScalarOrSchedule] | None = None,
     *,
     param_groups: Sequence[dict[str, Any]] = (),
     **arguments: Any,

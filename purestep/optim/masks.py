@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation, Wrapper, transformation
 from purestep.optim.chain import all_applied, merged
@@ -34,6 +35,7 @@ class SetToZero(GradientTransformation):
         return True
 
 
+@checked(OptimError)
 def set_to_zero() -> GradientTransformation:
     """Replace updates by zeros; NaNs too.
 
@@ -79,6 +81,7 @@ class Masked(Wrapper):
         return self.inner.separable and is_filter(self.mask)
 
 
+@checked(OptimError)
 def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
     """Apply a transformation to some parameters only; the updates of the others pass unchanged.
 
@@ -102,6 +105,7 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
     return Masked(inner, fixed_filter(mask))
 
 
+@checked(OptimError)
 def freeze(mask: Any) -> GradientTransformation:
     """Set the updates of some parameters to zero.
 
@@ -201,6 +205,7 @@ class Partition(GradientTransformation):
         return by_name and all(t.separable for t in self.transforms)
 
 
+@checked(OptimError)
 def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) -> GradientTransformation:
     """Give each parameter the transformation of its label: torch's param groups, by path.
 
@@ -268,7 +273,7 @@ def by_name(values: Any) -> dict[str, Any]:
 
 def is_filter(value: Any) -> bool:
     """Tell whether a value is a filter of names, rather than a tree of bools or labels."""
-    if isinstance(value, str) or callable(value):
+    if isinstance(value, str) or (callable(value) and not isinstance(value, type)):
         return True
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, str) for v in value)
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 
 _PREFIX, _BETWEEN = "Parts__", "__"
 
 
+@checked(OptimError)
 def parts(names: Sequence[str], values: Sequence[Any]) -> Any:
     """Return a frozen node with the given children as attributes.
 

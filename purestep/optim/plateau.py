@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Count, Finite, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, new_count, scalar_like, transformation, wide
@@ -88,15 +89,16 @@ class ReduceOnPlateau(GradientTransformation):
         return True
 
 
+@checked(OptimError)
 def reduce_on_plateau(
-    factor: float = 0.1,
-    patience: int = 10,
+    factor: Finite[float] = 0.1,
+    patience: Whole = 10,
+    rtol: NonNegative[float] = 1e-4,
+    atol: NonNegative[float] = 0.0,
+    cooldown: Whole = 0,
+    accumulation_size: Count = 1,
+    min_scale: NonNegative[float] = 0.0,
     *,
-    rtol: float = 1e-4,
-    atol: float = 0.0,
-    cooldown: int = 0,
-    accumulation_size: int = 1,
-    min_scale: float = 0.0,
     mode: str = "min",
 ) -> GradientTransformation:
     """Multiply updates by a scale that falls when a metric stops getting better.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep import random, tree
+from purestep.arguments import NonNegative, Positive, Seed, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -55,7 +56,8 @@ class AddNoise(GradientTransformation):
         return False
 
 
-def add_noise(eta: Scalar, gamma: Scalar, *, seed: int = 0) -> GradientTransformation:
+@checked(OptimError)
+def add_noise(eta: NonNegative[Scalar], gamma: NonNegative[Scalar], *, seed: Seed = 0) -> GradientTransformation:
     r"""Add annealed Gaussian noise of variance $\eta / (1 + t)^\gamma$.
 
     The noise is a function of (seed, step, name of the parameter): the same after a resume, on any device, under any
@@ -92,6 +94,7 @@ class Centralize(GradientTransformation):
         return False
 
 
+@checked(OptimError)
 def centralize() -> GradientTransformation:
     """Subtract from each output unit's gradient its mean: dim 0 of a weight is the unit, as in torch's layout.
 
@@ -119,6 +122,7 @@ class KeepParamsNonnegative(GradientTransformation):
         return True
 
 
+@checked(OptimError)
 def keep_params_nonnegative() -> GradientTransformation:
     """Shorten updates so that parameters stay at 0 or above. Put it last.
 
@@ -152,7 +156,10 @@ class NormalizeByUpdateNorm(GradientTransformation):
         return True
 
 
-def normalize_by_update_norm(scale_factor: Scalar = 1.0, *, eps: float = 1e-6) -> GradientTransformation:
+@checked(OptimError)
+def normalize_by_update_norm(
+    scale_factor: Positive[Scalar] = 1.0, eps: NonNegative[float] = 1e-6
+) -> GradientTransformation:
     """Give all updates together the 2-norm `scale_factor`.
 
     Example:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from purestep import tree
+from purestep.arguments import Finite, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation, value_at
@@ -29,7 +30,8 @@ class Scale(GradientTransformation):
         return True
 
 
-def scale(step_size: Scalar) -> GradientTransformation:
+@checked(OptimError)
+def scale(step_size: Finite[Scalar]) -> GradientTransformation:
     """Multiply updates by a number.
 
     Example:
@@ -56,7 +58,8 @@ class ScaleBySchedule(GradientTransformation):
         return True
 
 
-def scale_by_schedule(schedule: ScalarOrSchedule) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_schedule(schedule: Finite[ScalarOrSchedule]) -> GradientTransformation:
     """Multiply updates by a schedule of the number of applied updates. The sign is the schedule's.
 
     Example:
@@ -88,7 +91,8 @@ class ScaleByLearningRate(GradientTransformation):
         return True
 
 
-def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_learning_rate(learning_rate: NonNegative[ScalarOrSchedule]) -> GradientTransformation:
     r"""Turn a direction into a descent: $u \leftarrow -\eta u$.
 
     Args:

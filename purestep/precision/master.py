@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Wrapper, apply_updates, need_params, same_leaves, transformation
@@ -65,6 +66,7 @@ class MasterWeights(Wrapper):
         return self.inner.separable
 
 
+@checked(OptimError)
 def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.float32) -> GradientTransformation:
     """Let a transformation update full-precision master weights, of which the parameters are rounded copies.
 
@@ -91,8 +93,6 @@ def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.flo
 
     Reference: Micikevicius et al., Mixed Precision Training, 2018.
     """
-    if not isinstance(inner, GradientTransformation):
-        raise OptimError(explain("not a gradient transformation", where=f"master_weights({inner!r})"))
     return MasterWeights(inner, dtype)
 
 

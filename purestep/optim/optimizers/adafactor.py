@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Finite, NonNegative, Positive, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -102,13 +103,14 @@ class Adafactor(GradientTransformation):
         return False
 
 
+@checked(OptimError)
 def adafactor(
-    learning_rate: ScalarOrSchedule = 1e-2,
-    beta2_decay: float = -0.8,
+    learning_rate: NonNegative[ScalarOrSchedule] = 1e-2,
     *,
-    eps: tuple[float | None, float] = (None, 1e-3),
-    d: float = 1.0,
-    weight_decay: ScalarOrSchedule = 0.0,
+    beta2_decay: Finite[float] = -0.8,
+    eps: NonNegative[tuple[float | None, float]] = (None, 1e-3),
+    d: Positive[float] = 1.0,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""Adafactor: Adam's second moment at the cost of a row and a column for each matrix, and steps relative to the

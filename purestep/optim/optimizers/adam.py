@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Decay, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -212,15 +213,16 @@ class Adam(GradientTransformation):
         return super().__repr__().replace(f", label={self.label!r}", "").replace(f"label={self.label!r}", "")
 
 
+@checked(OptimError)
 def adam(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    nesterov: bool = False,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
+    eps_root: NonNegative[Scalar] = 0.0,
     mu_dtype: torch.dtype | None = None,
+    *,
+    nesterov: bool = False,
     fused: bool = False,
 ) -> GradientTransformation:
     r"""Adam: steps scaled by moving averages of the gradient and of its square.
@@ -261,17 +263,18 @@ def adam(
     )
 
 
+@checked(OptimError)
 def adamw(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    weight_decay: ScalarOrSchedule = 1e-2,
-    mask: tree.Filter | None = None,
-    nesterov: bool = False,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
+    eps_root: NonNegative[Scalar] = 0.0,
     mu_dtype: torch.dtype | None = None,
+    weight_decay: NonNegative[ScalarOrSchedule] = 1e-2,
+    mask: tree.Filter | None = None,
+    *,
+    nesterov: bool = False,
     fused: bool = False,
 ) -> GradientTransformation:
     r"""Adam with decoupled weight decay: $u = u_\mathrm{Adam} - \eta \lambda w$.
@@ -312,13 +315,14 @@ def adamw(
     )
 
 
+@checked(OptimError)
 def amsgrad(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
     *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
     fused: bool = False,
 ) -> GradientTransformation:
@@ -343,14 +347,15 @@ def amsgrad(
     return _checked(Adam(rate, b1, b2, eps, 0.0, weight_decay, filter, amsgrad=True, fused=fused, label="amsgrad"))
 
 
+@checked(OptimError)
 def scale_by_adam(
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    *,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    nesterov: bool = False,
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
+    eps_root: NonNegative[Scalar] = 0.0,
     mu_dtype: torch.dtype | None = None,
+    *,
+    nesterov: bool = False,
 ) -> GradientTransformation:
     r"""Adam's direction $\hat m / (\sqrt{\hat v} + \epsilon)$, without a learning rate and uphill.
 
@@ -364,7 +369,10 @@ def scale_by_adam(
     return _checked(Adam(None, b1, b2, eps, eps_root, nesterov=nesterov, mu_dtype=mu_dtype, label="scale_by_adam"))
 
 
-def scale_by_amsgrad(b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_amsgrad(
+    b1: Decay[Scalar] = 0.9, b2: Decay[Scalar] = 0.999, eps: NonNegative[Scalar] = 1e-8
+) -> GradientTransformation:
     """AMSGrad's direction, without a learning rate and uphill; see `amsgrad`.
 
     Example:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Decay, NonNegative, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
@@ -73,8 +75,13 @@ class ScaleByNadam(GradientTransformation):
         return True
 
 
+@checked(OptimError)
 def scale_by_nadam(
-    b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8, momentum_decay: float = 4e-3
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    *,
+    eps: NonNegative[Scalar] = 1e-8,
+    momentum_decay: NonNegative[float] = 4e-3,
 ) -> GradientTransformation:
     """NAdam's direction, uphill; see `nadam`.
 
@@ -87,13 +94,14 @@ def scale_by_nadam(
     return ScaleByNadam(b1, b2, eps, momentum_decay)
 
 
+@checked(OptimError)
 def nadam(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
     *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    momentum_decay: float = 4e-3,
+    momentum_decay: NonNegative[float] = 4e-3,
 ) -> GradientTransformation:
     r"""Adam with Nesterov's momentum on a schedule $\mu_t = \beta_1 (1 - \tfrac12 0.96^{t \psi})$.
 
@@ -119,14 +127,15 @@ def nadam(
     return chain(rule, scale_by_learning_rate(learning_rate), name="nadam")
 
 
+@checked(OptimError)
 def nadamw(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
     *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    momentum_decay: float = 4e-3,
-    weight_decay: ScalarOrSchedule = 1e-2,
+    momentum_decay: NonNegative[float] = 4e-3,
+    weight_decay: NonNegative[ScalarOrSchedule] = 1e-2,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     """NAdam with decoupled weight decay; see `nadam` and `adamw`.
@@ -170,8 +179,13 @@ class ScaleByRadam(Rule):
         return fx.mul([f + plain.to(f.dtype) for f in factor], mu, reuse=True), {"mu": mu, "nu": nu}
 
 
+@checked(OptimError)
 def scale_by_radam(
-    b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8, threshold: float = 5.0
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
+    *,
+    threshold: NonNegative[float] = 5.0,
 ) -> GradientTransformation:
     """RAdam's direction, uphill; see `radam`.
 
@@ -186,14 +200,15 @@ def scale_by_radam(
     return ScaleByRadam(b1, b2, eps, threshold)
 
 
+@checked(OptimError)
 def radam(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
     *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    threshold: float = 5.0,
-    weight_decay: ScalarOrSchedule = 0.0,
+    threshold: NonNegative[float] = 5.0,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""Rectified Adam: plain momentum until the variance of the second moment is known, then Adam scaled by that
@@ -234,7 +249,10 @@ class ScaleByAdamax(Rule):
         return fx.div(fx.mul(mu, 1 / (1 - self.b1**t)), largest, reuse=True), {"mu": mu, "nu": largest}
 
 
-def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_adamax(
+    b1: Decay[Scalar] = 0.9, b2: Decay[Scalar] = 0.999, eps: NonNegative[Scalar] = 1e-8
+) -> GradientTransformation:
     """Adamax's direction, uphill; see `adamax`.
 
     Example:
@@ -248,13 +266,14 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-8)
     return ScaleByAdamax(b1, b2, eps)
 
 
+@checked(OptimError)
 def adamax(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
     *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""Adam with the largest recent gradient in place of the root mean square: $n \leftarrow \max(\beta_2 n, |g| +

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Decay, NonNegative, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.accumulators import trace
 from purestep.optim.base import (
@@ -49,8 +51,9 @@ class ScaleByTrustRatio(GradientTransformation):
         return False
 
 
+@checked(OptimError)
 def scale_by_trust_ratio(
-    min_norm: float = 0.0, trust_coefficient: Scalar = 1.0, *, eps: float = 0.0
+    min_norm: NonNegative[float] = 0.0, trust_coefficient: NonNegative[Scalar] = 1.0, eps: NonNegative[float] = 0.0
 ) -> GradientTransformation:
     r"""Scale each tensor's update to the norm of the tensor: $u \leftarrow u \, c \lVert w \rVert / (\lVert u \rVert +
     \epsilon)$.
@@ -70,14 +73,14 @@ def scale_by_trust_ratio(
     return ScaleByTrustRatio(min_norm, trust_coefficient, eps)
 
 
+@checked(OptimError)
 def lamb(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-6,
-    eps_root: Scalar = 0.0,
-    weight_decay: ScalarOrSchedule = 0.0,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-6,
+    eps_root: NonNegative[Scalar] = 0.0,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     """LAMB: Adam with decoupled decay, each layer's step scaled to the norm of its weights; for very large batches.
@@ -105,16 +108,16 @@ def lamb(
     )
 
 
+@checked(OptimError)
 def lars(
-    learning_rate: ScalarOrSchedule,
-    momentum: Scalar = 0.9,
-    *,
-    nesterov: bool = False,
-    weight_decay: ScalarOrSchedule = 0.0,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
-    trust_coefficient: Scalar = 0.001,
+    trust_coefficient: NonNegative[Scalar] = 0.001,
+    eps: NonNegative[float] = 0.0,
     trust_mask: tree.Filter | None = None,
-    eps: float = 0.0,
+    momentum: NonNegative[Scalar] = 0.9,
+    nesterov: bool = False,
 ) -> GradientTransformation:
     """LARS: momentum SGD, each layer's step scaled to the norm of its weights.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Count, Fraction, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -133,13 +134,14 @@ class Lbfgs(GradientTransformation):
         return False
 
 
+@checked(OptimError)
 def lbfgs(
-    learning_rate: ScalarOrSchedule = 1.0,
-    memory_size: int = 10,
+    learning_rate: NonNegative[ScalarOrSchedule] = 1.0,
+    memory_size: Count = 10,
     *,
-    max_linesearch_steps: int = 20,
-    c1: float = 1e-4,
-    c2: float = 0.9,
+    max_linesearch_steps: Whole = 20,
+    c1: Fraction[float] = 1e-4,
+    c2: Fraction[float] = 0.9,
 ) -> GradientTransformation:
     r"""Limited-memory BFGS with a line search, for full batches.
 

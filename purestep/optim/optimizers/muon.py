@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Count, Decay, Finite, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation
@@ -77,13 +78,14 @@ def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: in
     return y.T if tall else y
 
 
+@checked(OptimError)
 def scale_by_muon(
-    beta: Scalar = 0.95,
+    ns_coefficients: Finite[tuple[float, float, float]] = COEFFICIENTS,
+    ns_steps: Count = 5,
+    beta: Decay[Scalar] = 0.95,
+    eps: NonNegative[float] = 1e-7,
     *,
     nesterov: bool = True,
-    ns_steps: int = 5,
-    ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
-    eps: float = 1e-7,
     adjust: str = "original",
 ) -> GradientTransformation:
     """Muon's direction, uphill, for 2-d parameters; see `muon`.
@@ -105,23 +107,24 @@ def scale_by_muon(
     return ScaleByMuon(beta, nesterov, ns_steps, (a, b, c), eps, adjust)
 
 
+@checked(OptimError)
 def muon(
-    learning_rate: ScalarOrSchedule,
-    beta: Scalar = 0.95,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    ns_coefficients: Finite[tuple[float, float, float]] = COEFFICIENTS,
+    ns_steps: Count = 5,
+    beta: Decay[Scalar] = 0.95,
+    eps: NonNegative[float] = 1e-7,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.1,
+    mask: tree.Filter | None = None,
     *,
     nesterov: bool = True,
-    ns_steps: int = 5,
-    ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
-    eps: float = 1e-7,
     adjust: str = "original",
-    weight_decay: ScalarOrSchedule = 0.1,
-    mask: tree.Filter | None = None,
     matrices: tree.Filter | None = None,
-    adam_learning_rate: ScalarOrSchedule | None = None,
-    adam_b1: Scalar = 0.9,
-    adam_b2: Scalar = 0.999,
-    adam_eps: Scalar = 1e-8,
-    adam_weight_decay: ScalarOrSchedule = 0.0,
+    adam_learning_rate: NonNegative[ScalarOrSchedule] | None = None,
+    adam_b1: Decay[Scalar] = 0.9,
+    adam_b2: Decay[Scalar] = 0.999,
+    adam_eps: NonNegative[Scalar] = 1e-8,
+    adam_weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
 ) -> GradientTransformation:
     r"""Muon for matrices, AdamW for the rest.
 
@@ -154,7 +157,7 @@ def muon(
     `optax.contrib.muon`.
     """
     direction = scale_by_muon(
-        beta, nesterov=nesterov, ns_steps=ns_steps, ns_coefficients=ns_coefficients, eps=eps, adjust=adjust
+        beta=beta, nesterov=nesterov, ns_steps=ns_steps, ns_coefficients=ns_coefficients, eps=eps, adjust=adjust
     )
     for_matrices = chain(
         direction, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate), name="muon"

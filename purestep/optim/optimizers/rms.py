@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Decay, NonNegative, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.accumulators import trace
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, is_zero, transformation
@@ -32,7 +34,10 @@ class ScaleByRms(Rule):
         return fx.div(gs, _root(nu, self.eps, self.eps_in_sqrt)), {"nu": nu}
 
 
-def scale_by_rms(decay: Scalar = 0.99, eps: Scalar = 1e-8, *, eps_in_sqrt: bool = False) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_rms(
+    decay: Decay[Scalar] = 0.99, eps: NonNegative[Scalar] = 1e-8, *, eps_in_sqrt: bool = False
+) -> GradientTransformation:
     r"""Divide by the root of the moving average of squares: $g / (\sqrt{v} + \epsilon)$.
 
     Args:
@@ -63,7 +68,10 @@ class ScaleByStddev(Rule):
         return fx.div(gs, _root(spread, self.eps, self.eps_in_sqrt)), {"nu": nu, "mu": mu}
 
 
-def scale_by_stddev(decay: Scalar = 0.99, eps: Scalar = 1e-8, *, eps_in_sqrt: bool = False) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_stddev(
+    decay: Decay[Scalar] = 0.99, eps: NonNegative[Scalar] = 1e-8, *, eps_in_sqrt: bool = False
+) -> GradientTransformation:
     r"""Divide by the moving standard deviation: $g / (\sqrt{v - m^2} + \epsilon)$.
 
     Example:
@@ -76,15 +84,16 @@ def scale_by_stddev(decay: Scalar = 0.99, eps: Scalar = 1e-8, *, eps_in_sqrt: bo
     return ScaleByStddev(decay, eps, eps_in_sqrt)
 
 
+@checked(OptimError)
 def rmsprop(
-    learning_rate: ScalarOrSchedule,
-    decay: Scalar = 0.99,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    decay: Decay[Scalar] = 0.99,
+    eps: NonNegative[Scalar] = 1e-8,
     *,
-    eps: Scalar = 1e-8,
-    momentum: Scalar = 0.0,
+    momentum: NonNegative[Scalar] = 0.0,
     nesterov: bool = False,
     centered: bool = False,
-    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""RMSProp: $v \leftarrow \alpha v + (1 - \alpha) g^2$, $u = -\eta \, g / (\sqrt{v} + \epsilon)$.
@@ -127,7 +136,10 @@ class ScaleByRss(Rule):
         return fx.div(gs, _root(total, self.eps, False)), {"sum_of_squares": total}
 
 
-def scale_by_rss(initial_accumulator_value: float = 0.0, eps: Scalar = 1e-10) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_rss(
+    initial_accumulator_value: NonNegative[float] = 0.0, eps: NonNegative[Scalar] = 1e-10
+) -> GradientTransformation:
     r"""Divide by the root of the sum of all squares so far: $g / (\sqrt{\sum g^2} + \epsilon)$.
 
     Example:
@@ -140,12 +152,13 @@ def scale_by_rss(initial_accumulator_value: float = 0.0, eps: Scalar = 1e-10) ->
     return ScaleByRss(initial_accumulator_value, eps)
 
 
+@checked(OptimError)
 def adagrad(
-    learning_rate: ScalarOrSchedule,
-    initial_accumulator_value: float = 0.0,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    initial_accumulator_value: NonNegative[float] = 0.0,
+    eps: NonNegative[Scalar] = 1e-10,
     *,
-    eps: Scalar = 1e-10,
-    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""Adagrad: $s \leftarrow s + g^2$, $u = -\eta \, g / (\sqrt{s} + \epsilon)$.
@@ -185,7 +198,8 @@ class ScaleByAdadelta(Rule):
         return deltas, {"square_avg": squares, "acc_delta": moved}
 
 
-def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_adadelta(rho: Decay[Scalar] = 0.9, eps: NonNegative[Scalar] = 1e-6) -> GradientTransformation:
     r"""Adadelta's direction: $g \sqrt{d + \epsilon} / \sqrt{v + \epsilon}$ with $d$ the moving average of squared
     steps.
 
@@ -199,12 +213,12 @@ def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransfor
     return ScaleByAdadelta(rho, eps)
 
 
+@checked(OptimError)
 def adadelta(
-    learning_rate: ScalarOrSchedule = 1.0,
-    rho: Scalar = 0.9,
-    *,
-    eps: Scalar = 1e-6,
-    weight_decay: ScalarOrSchedule = 0.0,
+    learning_rate: NonNegative[ScalarOrSchedule] = 1.0,
+    rho: Decay[Scalar] = 0.9,
+    eps: NonNegative[Scalar] = 1e-6,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""Adadelta: steps in the unit of the parameters, from averages of squared gradients and of squared steps.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from purestep import tree
+from purestep.arguments import NonNegative, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, Wrapper, need_params, same_leaves, transformation
 from purestep.optim.curvature import ValueFn, need_value_fn, value_and_grad
@@ -50,7 +52,10 @@ class Sam(Wrapper):
         return False
 
 
-def sam(inner: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = False) -> GradientTransformation:
+@checked(OptimError)
+def sam(
+    inner: GradientTransformation, rho: NonNegative[Scalar] = 0.05, *, adaptive: bool = False
+) -> GradientTransformation:
     r"""Minimise the worst loss in a ball of radius $\rho$ around the parameters.
 
     $u = \mathrm{inner}(\nabla L(w + \rho \, g / \lVert g \rVert))$; adaptive: $w + \rho \, w^2 g / \lVert |w| g

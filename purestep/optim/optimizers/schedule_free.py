@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Decay, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -80,8 +81,12 @@ class ScheduleFree(Wrapper):
         return self.inner.separable
 
 
+@checked(OptimError)
 def schedule_free(
-    inner: GradientTransformation, learning_rate: ScalarOrSchedule, *, b1: float = 0.9, weight_lr_power: float = 2.0
+    inner: GradientTransformation,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[float] = 0.9,
+    weight_lr_power: NonNegative[float] = 2.0,
 ) -> GradientTransformation:
     r"""Turn an optimizer without momentum into a schedule-free one.
 
@@ -116,16 +121,17 @@ def schedule_free(
     return ScheduleFree(inner, checked_rate(learning_rate), b1, weight_lr_power)
 
 
+@checked(OptimError)
 def schedule_free_adamw(
-    learning_rate: float = 2.5e-3,
-    warmup_steps: int = 0,
+    learning_rate: NonNegative[float] = 2.5e-3,
+    warmup_steps: Whole = 0,
+    b1: Decay[float] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-8,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
+    weight_lr_power: NonNegative[float] = 2.0,
     *,
-    b1: float = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
     mask: tree.Filter | None = None,
-    weight_lr_power: float = 2.0,
 ) -> GradientTransformation:
     """AdamW without a schedule: only a warm-up, and an average in place of the decay; see `schedule_free`.
 

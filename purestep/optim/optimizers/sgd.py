@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
@@ -126,12 +127,13 @@ class Sgd(GradientTransformation):
         return self.fused
 
 
+@checked(OptimError)
 def sgd(
-    learning_rate: ScalarOrSchedule,
-    momentum: Scalar = 0.0,
-    *,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    momentum: NonNegative[Scalar] = 0.0,
     nesterov: bool = False,
-    dampening: Scalar = 0.0,
+    *,
+    dampening: NonNegative[Scalar] = 0.0,
     fused: bool = False,
 ) -> GradientTransformation:
     r"""Stochastic gradient descent.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Decay, Fraction, NonNegative, Positive, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, scalar_like, transformation
@@ -29,6 +30,7 @@ class ScaleBySign(GradientTransformation):
         return True
 
 
+@checked(OptimError)
 def scale_by_sign() -> GradientTransformation:
     """Replace each element by its sign; what is not finite becomes NaN.
 
@@ -41,7 +43,8 @@ def scale_by_sign() -> GradientTransformation:
     return ScaleBySign()
 
 
-def sign_sgd(learning_rate: ScalarOrSchedule) -> GradientTransformation:
+@checked(OptimError)
+def sign_sgd(learning_rate: NonNegative[ScalarOrSchedule]) -> GradientTransformation:
     r"""Signs of gradients: $u = -\eta \, \mathrm{sign}(g)$.
 
     Example:
@@ -65,7 +68,8 @@ class ScaleByLion(Rule):
         return us, {"mu": fx.lerp(memory["mu"], gs, 1 - self.b2)}
 
 
-def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> GradientTransformation:
+@checked(OptimError)
+def scale_by_lion(b1: Decay[Scalar] = 0.9, b2: Decay[Scalar] = 0.99) -> GradientTransformation:
     r"""Lion's direction $\mathrm{sign}(\beta_1 m + (1 - \beta_1) g)$.
 
     Example:
@@ -79,12 +83,13 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> GradientTransformation
     return ScaleByLion(b1, b2)
 
 
+@checked(OptimError)
 def lion(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.99,
     *,
-    b2: Scalar = 0.99,
-    weight_decay: ScalarOrSchedule = 1e-3,
+    weight_decay: NonNegative[ScalarOrSchedule] = 1e-3,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""Lion: signs of an interpolated momentum, with decoupled weight decay.
@@ -139,13 +144,13 @@ class ScaleByRprop(Rule):
         return fx.mul(fx.sign(kept), sizes, reuse=True), {"prev": kept, "step_size": sizes}
 
 
+@checked(OptimError)
 def scale_by_rprop(
-    learning_rate: Scalar,
-    eta_minus: float = 0.5,
-    *,
-    eta_plus: float = 1.2,
-    min_step_size: float = 1e-6,
-    max_step_size: float = 50.0,
+    learning_rate: NonNegative[Scalar],
+    eta_minus: Fraction[float] = 0.5,
+    eta_plus: Positive[float] = 1.2,
+    min_step_size: NonNegative[float] = 1e-6,
+    max_step_size: NonNegative[float] = 50.0,
 ) -> GradientTransformation:
     """Rprop's direction, uphill; see `rprop`.
 
@@ -168,13 +173,13 @@ def scale_by_rprop(
     return ScaleByRprop(learning_rate, eta_minus, eta_plus, min_step_size, max_step_size)
 
 
+@checked(OptimError)
 def rprop(
-    learning_rate: Scalar,
-    eta_minus: float = 0.5,
-    *,
-    eta_plus: float = 1.2,
-    min_step_size: float = 1e-6,
-    max_step_size: float = 50.0,
+    learning_rate: NonNegative[Scalar],
+    eta_minus: Fraction[float] = 0.5,
+    eta_plus: Positive[float] = 1.2,
+    min_step_size: NonNegative[float] = 1e-6,
+    max_step_size: NonNegative[float] = 50.0,
 ) -> GradientTransformation:
     """Resilient backpropagation: each weight has its own step, which grows while the sign of its gradient stays the
     same.

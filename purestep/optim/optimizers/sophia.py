@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from purestep import random, tree
+from purestep.arguments import Count, Decay, NonNegative, Positive, Seed, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
@@ -86,15 +88,16 @@ class ScaleBySophia(GradientTransformation):
         return fx.lerp(diagonal, fx.cast(estimate, diagonal), 1 - self.b2)
 
 
+@checked(OptimError)
 def scale_by_sophia(
-    b1: Scalar = 0.965,
-    b2: Scalar = 0.99,
+    b1: Decay[Scalar] = 0.965,
+    b2: Decay[Scalar] = 0.99,
     *,
-    eps: float = 1e-8,
-    gamma: Scalar = 0.01,
-    clip_threshold: float = 1.0,
-    update_interval: int = 10,
-    seed: int = 0,
+    eps: NonNegative[float] = 1e-8,
+    gamma: NonNegative[Scalar] = 0.01,
+    clip_threshold: Positive[float] = 1.0,
+    update_interval: Count = 10,
+    seed: Seed = 0,
 ) -> GradientTransformation:
     """Sophia's direction, uphill; see `sophia`.
 
@@ -110,18 +113,19 @@ def scale_by_sophia(
     return ScaleBySophia(b1, b2, eps, gamma, clip_threshold, update_interval, seed)
 
 
+@checked(OptimError)
 def sophia(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.965,
-    *,
-    b2: Scalar = 0.99,
-    eps: float = 1e-8,
-    gamma: Scalar = 0.01,
-    clip_threshold: float = 1.0,
-    update_interval: int = 10,
-    weight_decay: ScalarOrSchedule = 1e-4,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.965,
+    b2: Decay[Scalar] = 0.99,
+    eps: NonNegative[float] = 1e-8,
+    weight_decay: NonNegative[ScalarOrSchedule] = 1e-4,
     mask: tree.Filter | None = None,
-    seed: int = 0,
+    gamma: NonNegative[Scalar] = 0.01,
+    clip_threshold: Positive[float] = 1.0,
+    update_interval: Count = 10,
+    *,
+    seed: Seed = 0,
 ) -> GradientTransformation:
     r"""Sophia-H: $u = -\eta \, \mathrm{clip}(\hat m / \max(\gamma h, \epsilon), \rho)$, with $h$ the average Hessian
     diagonal.

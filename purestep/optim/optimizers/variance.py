@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Decay, NonNegative, checked
+from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation
 from purestep.optim.chain import chain
@@ -41,8 +43,13 @@ class ScaleByAdan(Rule):
         return fx.div(us, denom, reuse=True), {"mu": mu, "delta": delta, "nu": nu, "grad": list(gs)}
 
 
+@checked(OptimError)
 def scale_by_adan(
-    b1: Scalar = 0.98, b2: Scalar = 0.92, *, b3: Scalar = 0.99, eps: Scalar = 1e-8, eps_root: Scalar = 1e-8
+    b1: Decay[Scalar] = 0.98,
+    b2: Decay[Scalar] = 0.92,
+    b3: Decay[Scalar] = 0.99,
+    eps: NonNegative[Scalar] = 1e-8,
+    eps_root: NonNegative[Scalar] = 1e-8,
 ) -> GradientTransformation:
     """Adan's direction, uphill; see `adan`.
 
@@ -57,15 +64,15 @@ def scale_by_adan(
     return ScaleByAdan(b1, b2, b3, eps, eps_root)
 
 
+@checked(OptimError)
 def adan(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.98,
-    *,
-    b2: Scalar = 0.92,
-    b3: Scalar = 0.99,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.98,
+    b2: Decay[Scalar] = 0.92,
+    b3: Decay[Scalar] = 0.99,
+    eps: NonNegative[Scalar] = 1e-8,
+    eps_root: NonNegative[Scalar] = 1e-8,
+    weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
     r"""Adan: Nesterov's momentum from the differences of gradients.
@@ -109,8 +116,12 @@ class ScaleByBelief(Rule):
         return fx.div(us, fx.add(root, self.eps, reuse=True), reuse=True), {"mu": mu, "nu": nu}
 
 
+@checked(OptimError)
 def scale_by_belief(
-    b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-16, eps_root: Scalar = 1e-16
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-16,
+    eps_root: NonNegative[Scalar] = 1e-16,
 ) -> GradientTransformation:
     """AdaBelief's direction, uphill; see `adabelief`.
 
@@ -125,13 +136,13 @@ def scale_by_belief(
     return ScaleByBelief(b1, b2, eps, eps_root)
 
 
+@checked(OptimError)
 def adabelief(
-    learning_rate: ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    *,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-16,
-    eps_root: Scalar = 1e-16,
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-16,
+    eps_root: NonNegative[Scalar] = 1e-16,
 ) -> GradientTransformation:
     r"""Adam that divides by its surprise: $v$ is the average of $(g - m)^2$.
 
@@ -174,8 +185,13 @@ class ScaleByYogi(Rule):
         return fx.div(us, fx.add(root, self.eps, reuse=True), reuse=True), {"mu": mu, "nu": nu}
 
 
+@checked(OptimError)
 def scale_by_yogi(
-    b1: Scalar = 0.9, b2: Scalar = 0.999, *, eps: Scalar = 1e-3, initial_accumulator_value: float = 1e-6
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-3,
+    *,
+    initial_accumulator_value: NonNegative[float] = 1e-6,
 ) -> GradientTransformation:
     """Yogi's direction, uphill; see `yogi`.
 
@@ -190,8 +206,12 @@ def scale_by_yogi(
     return ScaleByYogi(b1, b2, eps, initial_accumulator_value)
 
 
+@checked(OptimError)
 def yogi(
-    learning_rate: ScalarOrSchedule, b1: Scalar = 0.9, *, b2: Scalar = 0.999, eps: Scalar = 1e-3
+    learning_rate: NonNegative[ScalarOrSchedule],
+    b1: Decay[Scalar] = 0.9,
+    b2: Decay[Scalar] = 0.999,
+    eps: NonNegative[Scalar] = 1e-3,
 ) -> GradientTransformation:
     r"""Adam whose second moment changes by at most $(1 - \beta_2) g^2$, up or down.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from purestep.errors import OptimError, explain
-from purestep.optim.base import _arguments, _snake, wide
+from purestep.optim.base import _arguments, _snake, as_scalar, wide
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def evaluate(part: Callable[[Any], Any], t: Tensor) -> Tensor:
     """Return a schedule's value at float64 steps; any function of an int64 step tensor may stand in for a schedule."""
     if isinstance(part, ScheduleBase):
         return part.at(t)
-    return torch.as_tensor(part(t.to(torch.int64)), device=t.device).to(t.dtype)
+    return torch.as_tensor(as_scalar(part(t.to(torch.int64)), "schedule", part), device=t.device).to(t.dtype)
 
 
 def need(condition: bool, what: str, where: str, instead: str) -> None:

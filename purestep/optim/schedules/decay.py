@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from purestep.arguments import Count, Finite, NonNegative, Whole, checked
+from purestep.errors import OptimError
 from purestep.optim.schedules.base import ScheduleBase, need, schedule
 
 
@@ -22,7 +24,8 @@ class ConstantSchedule(ScheduleBase):
         return torch.zeros_like(t) + self.value
 
 
-def constant_schedule(value: float) -> ConstantSchedule:
+@checked(OptimError)
+def constant_schedule(value: Finite[float]) -> ConstantSchedule:
     """Always the same value.
 
     Example:
@@ -47,8 +50,13 @@ class PolynomialSchedule(ScheduleBase):
         return (self.init_value - self.end_value) * left**self.power + self.end_value
 
 
+@checked(OptimError)
 def polynomial_schedule(
-    init_value: float, end_value: float, *, power: float, transition_steps: int, transition_begin: int = 0
+    init_value: Finite[float],
+    end_value: Finite[float],
+    power: NonNegative[float],
+    transition_steps: int,
+    transition_begin: Whole = 0,
 ) -> PolynomialSchedule:
     r"""From one value to another along a power of the remaining fraction.
 
@@ -71,8 +79,9 @@ def polynomial_schedule(
     return PolynomialSchedule(init_value, end_value, power, transition_steps, transition_begin)
 
 
+@checked(OptimError)
 def linear_schedule(
-    init_value: float, end_value: float, *, transition_steps: int, transition_begin: int = 0
+    init_value: Finite[float], end_value: Finite[float], transition_steps: int, transition_begin: Whole = 0
 ) -> PolynomialSchedule:
     """From one value to another along a straight line; `polynomial_schedule` with power 1.
 
@@ -108,14 +117,14 @@ class ExponentialDecay(ScheduleBase):
         return value.clamp(min=self.end_value) if self.decay_rate < 1.0 else value.clamp(max=self.end_value)
 
 
+@checked(OptimError)
 def exponential_decay(
-    init_value: float,
+    init_value: Finite[float],
     transition_steps: int,
-    *,
-    decay_rate: float,
-    transition_begin: int = 0,
+    decay_rate: Finite[float],
+    transition_begin: Whole = 0,
     staircase: bool = False,
-    end_value: float | None = None,
+    end_value: Finite[float] | None = None,
 ) -> ExponentialDecay:
     r"""Multiply by `decay_rate` every `transition_steps`: $a \, r^{(t - B) / T}$.
 
@@ -149,8 +158,9 @@ class CosineDecaySchedule(ScheduleBase):
         return self.init_value * ((1.0 - self.alpha) * cosine**self.exponent + self.alpha)
 
 
+@checked(OptimError)
 def cosine_decay_schedule(
-    init_value: float, decay_steps: int, *, alpha: float = 0.0, exponent: float = 1.0
+    init_value: Finite[float], decay_steps: Count, alpha: Finite[float] = 0.0, exponent: NonNegative[float] = 1.0
 ) -> CosineDecaySchedule:
     r"""Half a cosine from `init_value` down to `alpha * init_value`.
 
@@ -189,8 +199,9 @@ class PiecewiseConstantSchedule(ScheduleBase):
         return value
 
 
+@checked(OptimError)
 def piecewise_constant_schedule(
-    init_value: float, boundaries_and_scales: Mapping[int, float] | None = None
+    init_value: Finite[float], boundaries_and_scales: Finite[Mapping[int, float]] | None = None
 ) -> PiecewiseConstantSchedule:
     """Multiply by a factor at each of some steps.
 
@@ -227,8 +238,9 @@ class PiecewiseInterpolateSchedule(ScheduleBase):
         return torch.where(t >= start, torch.zeros_like(t) + low, result)
 
 
+@checked(OptimError)
 def piecewise_interpolate_schedule(
-    interpolate_type: str, init_value: float, *, boundaries_and_scales: Mapping[int, float] | None = None
+    interpolate_type: str, init_value: Finite[float], boundaries_and_scales: Finite[Mapping[int, float]] | None = None
 ) -> PiecewiseInterpolateSchedule:
     """Like `piecewise_constant_schedule`, moving from one value to the next instead of jumping.
 

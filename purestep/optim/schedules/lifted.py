@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from purestep import transforms
+from purestep.arguments import Count, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim.schedules.base import ScheduleBase, schedule
 
@@ -42,14 +45,17 @@ def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) 
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def lift_scheduler(scheduler: Any, base_lr: float, *, total_steps: int, **arguments: Any) -> TableSchedule:
+@checked(OptimError)
+def lift_scheduler(
+    scheduler: Callable[..., Any], base_lr: NonNegative[float], *, total_steps: Count, **arguments: Any
+) -> TableSchedule:
     """Make any torch scheduler class a schedule.
 
     Args:
         scheduler: the class, `torch.optim.lr_scheduler.StepLR` or a third party's; or a function of an optimizer that
             returns a scheduler, for `SequentialLR` and `ChainedScheduler`.
-        base_lr: the learning rate that the scheduler starts from.
-        total_steps: how many steps to tabulate; after them the last value stays.
+        base_lr: the learning rate that the scheduler starts from; `CyclicLR` gets it as its argument, too.
+        total_steps: how many steps to tabulate, from 1 up; after them the last value stays. `OneCycleLR` gets it, too.
         **arguments: the other arguments of the class.
 
     Raises:
@@ -69,21 +75,28 @@ def lift_scheduler(scheduler: Any, base_lr: float, *, total_steps: int, **argume
         raise OptimError(
             explain(f"{name} is not a schedule", why=why, instead="optim.reduce_on_plateau(0.1, patience=10)")
         )
-    if total_steps < 1:
-        raise OptimError(explain("there is no step to tabulate", where=f"{total_steps=}", instead="total_steps=10_000"))
+    shown = "".join(f", {k}={v!r}" for k, v in arguments.items())
+    # CyclicLR has a base_lr of its own, OneCycleLR a number of steps: they mean the same as those given here.
+    own: dict[str, Any] = {k: v for k, v in {"base_lr": base_lr, "total_steps": total_steps}.items() if _takes(scheduler, k)}
     optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=base_lr)
     values = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            running = scheduler(optimizer, **arguments)
+            running: Any = scheduler(optimizer, **{**own, **arguments})
             for _ in range(total_steps):
                 values.append(float(optimizer.param_groups[0]["lr"]))
                 optimizer.step()
                 running.step()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         # A scheduler of a fixed length (OneCycleLR) ends with an error; its last value stays, as for all of them.
         if not values or "total steps" not in str(error):
-            raise OptimError(explain(f"{name} cannot be run", where=f"{arguments}", why=str(error))) from error
-    shown = "".join(f", {k}={v!r}" for k, v in arguments.items())
+            raise OptimError(explain(f"the scheduler {name} cannot be run", where=f"{arguments}", why=str(error))) from error
     return TableSchedule(tuple(values), f"lift_scheduler({name}, {base_lr!r}, total_steps={total_steps}{shown})")
+
+
+def _takes(scheduler: Callable[..., Any], parameter: str) -> bool:
+    try:
+        return parameter in inspect.signature(scheduler).parameters
+    except (TypeError, ValueError):
+        return False

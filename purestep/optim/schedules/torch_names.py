@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.arguments import Count, Finite, Fraction, NonNegative, Positive, Whole, checked
+from purestep.errors import OptimError
+from purestep.optim.base import as_scalar
 from purestep.optim.schedules.base import ScheduleBase, need, schedule
 
 
+@checked(OptimError)
 @schedule
 class LambdaLR(ScheduleBase):
     """`base_lr` times a function of the step tensor.
@@ -24,13 +28,14 @@ class LambdaLR(ScheduleBase):
         0.25
     """
 
-    base_lr: float
-    lr_lambda: Callable[[Any], Any]
+    base_lr: NonNegative[float]
+    lr_lambda: Finite[Callable[[Any], Any]]
 
     def at(self, t: Tensor) -> Tensor:
-        return self.base_lr * torch.as_tensor(self.lr_lambda(t))
+        return self.base_lr * torch.as_tensor(as_scalar(self.lr_lambda(t), "lr_lambda", self.lr_lambda))
 
 
+@checked(OptimError)
 @schedule
 class StepLR(ScheduleBase):
     """Multiply by `gamma` every `step_size` steps.
@@ -40,14 +45,15 @@ class StepLR(ScheduleBase):
         [1.0, 0.5, 0.25]
     """
 
-    base_lr: float
-    step_size: int
-    gamma: float = 0.1
+    base_lr: NonNegative[float]
+    step_size: Count
+    gamma: Finite[float] = 0.1
 
     def at(self, t: Tensor) -> Tensor:
         return self.base_lr * torch.pow(self.gamma, torch.floor(t / self.step_size))
 
 
+@checked(OptimError)
 @schedule
 class MultiStepLR(ScheduleBase):
     """Multiply by `gamma` at each milestone.
@@ -57,9 +63,9 @@ class MultiStepLR(ScheduleBase):
         [1.0, 0.5, 0.25]
     """
 
-    base_lr: float
+    base_lr: NonNegative[float]
     milestones: tuple[int, ...]
-    gamma: float = 0.1
+    gamma: Finite[float] = 0.1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(sorted(self.milestones)))
@@ -69,6 +75,7 @@ class MultiStepLR(ScheduleBase):
         return self.base_lr * torch.pow(self.gamma, passed)
 
 
+@checked(OptimError)
 @schedule
 class ConstantLR(ScheduleBase):
     """`factor` times the base until `total_iters`, then the base.
@@ -78,14 +85,15 @@ class ConstantLR(ScheduleBase):
         [0.5, 1.0]
     """
 
-    base_lr: float
-    factor: float = 1.0 / 3
-    total_iters: int = 5
+    base_lr: NonNegative[float]
+    factor: Finite[float] = 1.0 / 3
+    total_iters: Whole = 5
 
     def at(self, t: Tensor) -> Tensor:
         return self.base_lr * torch.where(t < self.total_iters, self.factor, 1.0).to(t.dtype)
 
 
+@checked(OptimError)
 @schedule
 class LinearLR(ScheduleBase):
     """From `start_factor` to `end_factor` times the base, along a line of `total_iters` steps.
@@ -95,16 +103,17 @@ class LinearLR(ScheduleBase):
         [0.5, 0.75, 1.0]
     """
 
-    base_lr: float
-    start_factor: float = 1.0 / 3
-    end_factor: float = 1.0
-    total_iters: int = 5
+    base_lr: NonNegative[float]
+    start_factor: Finite[float] = 1.0 / 3
+    end_factor: Finite[float] = 1.0
+    total_iters: Whole = 5
 
     def at(self, t: Tensor) -> Tensor:
         done = t.clamp(max=self.total_iters) / self.total_iters
         return self.base_lr * (self.start_factor + (self.end_factor - self.start_factor) * done)
 
 
+@checked(OptimError)
 @schedule
 class ExponentialLR(ScheduleBase):
     """Multiply by `gamma` every step.
@@ -114,13 +123,14 @@ class ExponentialLR(ScheduleBase):
         0.25
     """
 
-    base_lr: float
-    gamma: float
+    base_lr: NonNegative[float]
+    gamma: Finite[float]
 
     def at(self, t: Tensor) -> Tensor:
         return self.base_lr * torch.pow(self.gamma, t)
 
 
+@checked(OptimError)
 @schedule
 class PolynomialLR(ScheduleBase):
     """Down to 0 along a power of the remaining fraction of `total_iters`.
@@ -130,14 +140,15 @@ class PolynomialLR(ScheduleBase):
         0.25
     """
 
-    base_lr: float
-    total_iters: int = 5
-    power: float = 1.0
+    base_lr: NonNegative[float]
+    total_iters: Whole = 5
+    power: NonNegative[float] = 1.0
 
     def at(self, t: Tensor) -> Tensor:
         return self.base_lr * (1.0 - t.clamp(max=self.total_iters) / self.total_iters) ** self.power
 
 
+@checked(OptimError)
 @schedule
 class CosineAnnealingLR(ScheduleBase):
     """Half a cosine of `T_max` steps down to `eta_min`, and up again after it.
@@ -147,14 +158,15 @@ class CosineAnnealingLR(ScheduleBase):
         [1.0, 0.5, 0.0]
     """
 
-    base_lr: float
-    T_max: int
-    eta_min: float = 0.0
+    base_lr: NonNegative[float]
+    T_max: Count
+    eta_min: Finite[float] = 0.0
 
     def at(self, t: Tensor) -> Tensor:
         return self.eta_min + (self.base_lr - self.eta_min) * 0.5 * (1.0 + torch.cos(math.pi * t / self.T_max))
 
 
+@checked(OptimError)
 @schedule
 class CosineAnnealingWarmRestarts(ScheduleBase):
     """Half a cosine down to `eta_min`, again and again; each cycle `T_mult` times as long as the one before.
@@ -165,10 +177,10 @@ class CosineAnnealingWarmRestarts(ScheduleBase):
         [1.0, 0.5, 1.0, 0.853553, 0.5, 0.146447, 1.0]
     """
 
-    base_lr: float
-    T_0: int
-    T_mult: int = 1
-    eta_min: float = 0.0
+    base_lr: NonNegative[float]
+    T_0: Count
+    T_mult: Count = 1
+    eta_min: Finite[float] = 0.0
 
     def __post_init__(self) -> None:
         where = f"T_0={self.T_0}, T_mult={self.T_mult}"
@@ -188,6 +200,7 @@ class CosineAnnealingWarmRestarts(ScheduleBase):
         return self.T_0 * (torch.round(torch.pow(float(self.T_mult), cycle)) - 1) / (self.T_mult - 1)
 
 
+@checked(OptimError)
 @schedule
 class OneCycleLR(ScheduleBase):
     """One cycle: up to `max_lr`, and down to nearly nothing; after `total_steps` the last value stays.
@@ -197,12 +210,12 @@ class OneCycleLR(ScheduleBase):
         1.0
     """
 
-    max_lr: float
-    total_steps: int
-    pct_start: float = 0.3
+    max_lr: NonNegative[float]
+    total_steps: Count
+    pct_start: Fraction[float] = 0.3
     anneal_strategy: str = "cos"
-    div_factor: float = 25.0
-    final_div_factor: float = 1e4
+    div_factor: Positive[float] = 25.0
+    final_div_factor: Positive[float] = 1e4
     three_phase: bool = False
 
     def __post_init__(self) -> None:
@@ -231,6 +244,7 @@ class OneCycleLR(ScheduleBase):
         return end + (start - end) / 2.0 * (1.0 + torch.cos(math.pi * done))
 
 
+@checked(OptimError)
 @schedule
 class CyclicLR(ScheduleBase):
     """Up and down between two values, again and again.
@@ -241,12 +255,12 @@ class CyclicLR(ScheduleBase):
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
 
-    base_lr: float
-    max_lr: float
-    step_size_up: int = 2000
-    step_size_down: int | None = None
+    base_lr: NonNegative[float]
+    max_lr: NonNegative[float]
+    step_size_up: Count = 2000
+    step_size_down: Count | None = None
     mode: str = "triangular"
-    gamma: float = 1.0
+    gamma: Finite[float] = 1.0
 
     def __post_init__(self) -> None:
         known = self.mode in ("triangular", "triangular2", "exp_range")

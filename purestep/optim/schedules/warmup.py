@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.arguments import Count, Finite, Fraction, Positive, Whole, checked
+from purestep.errors import OptimError
 from purestep.optim.schedules.base import ScheduleBase, evaluate, need, schedule
 from purestep.optim.schedules.decay import (
     PiecewiseInterpolateSchedule,
@@ -35,6 +37,7 @@ class JoinSchedules(ScheduleBase):
         return value
 
 
+@checked(OptimError)
 def join_schedules(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequence[int]) -> JoinSchedules:
     """Follow one schedule after another; each counts from its own beginning.
 
@@ -59,7 +62,10 @@ def join_schedules(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequen
     return JoinSchedules(tuple(schedules), tuple(boundaries))
 
 
-def warmup_constant_schedule(init_value: float, peak_value: float, *, warmup_steps: int) -> PolynomialSchedule:
+@checked(OptimError)
+def warmup_constant_schedule(
+    init_value: Finite[float], peak_value: Finite[float], warmup_steps: Whole
+) -> PolynomialSchedule:
     """A straight line up to `peak_value`, which then stays.
 
     Example:
@@ -71,14 +77,14 @@ def warmup_constant_schedule(init_value: float, peak_value: float, *, warmup_ste
     return linear_schedule(init_value, peak_value, transition_steps=warmup_steps)
 
 
+@checked(OptimError)
 def warmup_cosine_decay_schedule(
-    init_value: float,
-    peak_value: float,
-    *,
-    warmup_steps: int,
-    decay_steps: int,
-    end_value: float = 0.0,
-    exponent: float = 1.0,
+    init_value: Finite[float],
+    peak_value: Finite[float],
+    warmup_steps: Whole,
+    decay_steps: Count,
+    end_value: Finite[float] = 0.0,
+    exponent: Finite[float] = 1.0,
 ) -> JoinSchedules:
     """A straight line up to `peak_value`, then half a cosine down to `end_value`.
 
@@ -109,16 +115,16 @@ def warmup_cosine_decay_schedule(
     )
 
 
+@checked(OptimError)
 def warmup_exponential_decay_schedule(
-    init_value: float,
-    peak_value: float,
-    *,
-    warmup_steps: int,
+    init_value: Finite[float],
+    peak_value: Finite[float],
+    warmup_steps: Whole,
     transition_steps: int,
-    decay_rate: float,
-    transition_begin: int = 0,
+    decay_rate: Finite[float],
+    transition_begin: Whole = 0,
     staircase: bool = False,
-    end_value: float | None = None,
+    end_value: Finite[float] | None = None,
 ) -> JoinSchedules:
     """A straight line up to `peak_value`, then an exponential decay; see `exponential_decay`.
 
@@ -142,6 +148,7 @@ def warmup_exponential_decay_schedule(
     )
 
 
+@checked(OptimError)
 def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> JoinSchedules:
     """Cosine decays with warm restarts, each cycle with its own arguments.
 
@@ -162,14 +169,14 @@ def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> JoinSchedules:
     return join_schedules([warmup_cosine_decay_schedule(**c) for c in cycles], ends[:-1])
 
 
+@checked(OptimError)
 def linear_onecycle_schedule(
     transition_steps: int,
-    peak_value: float,
-    *,
-    pct_start: float = 0.3,
-    pct_final: float = 0.85,
-    div_factor: float = 25.0,
-    final_div_factor: float = 1e4,
+    peak_value: Finite[float],
+    pct_start: Fraction[float] = 0.3,
+    pct_final: Fraction[float] = 0.85,
+    div_factor: Positive[float] = 25.0,
+    final_div_factor: Positive[float] = 1e4,
 ) -> PiecewiseInterpolateSchedule:
     """Three straight lines: up to the peak, down to where it began, and down to nearly nothing.
 
@@ -195,13 +202,13 @@ def linear_onecycle_schedule(
     return piecewise_interpolate_schedule("linear", peak_value / div_factor, boundaries_and_scales=scales)
 
 
+@checked(OptimError)
 def cosine_onecycle_schedule(
     transition_steps: int,
-    peak_value: float,
-    *,
-    pct_start: float = 0.3,
-    div_factor: float = 25.0,
-    final_div_factor: float = 1e4,
+    peak_value: Finite[float],
+    pct_start: Fraction[float] = 0.3,
+    div_factor: Positive[float] = 25.0,
+    final_div_factor: Positive[float] = 1e4,
 ) -> PiecewiseInterpolateSchedule:
     """Half a cosine up to the peak and half a cosine down to nearly nothing; arguments as in
     `linear_onecycle_schedule`.
