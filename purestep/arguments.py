@@ -23,6 +23,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -35,6 +36,14 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 # Says what is wrong with a value, as the end of a sentence that begins with the parameter's name; None if nothing is.
 Check = Callable[[Any], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """One kind of value: what it is called, and whether a value is one. Written into an annotation, it counts alone."""
+
+    wanted: str
+    fits: Callable[[Any], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +87,21 @@ Fraction = Annotated[T, Range(0, 1, "[]")]
 Count = Annotated[int, Range(1, 2**63, "[)")]  # what an int64 holds
 Whole = Annotated[int, Range(0, 2**63, "[)")]
 Seed = Annotated[int, Range(0, 2**64, "[)")]
+Name = Annotated[str, Judge("a string that is not empty", lambda value: isinstance(value, str) and value != "")]
+Location = Annotated[str | Path, Judge("a path that is not empty", lambda value: _is_path(value))]
+Device = Annotated[
+    torch.device | str | int,
+    Judge("a device such as 'cpu' or 'cuda:0' that torch knows", lambda value: _is_device(value)),
+]
 
 
-def checked(error: type[PurestepError]) -> Callable[[F], F]:
+def checked(error: type[PurestepError], *, failed: bool = False) -> Callable[[F], F]:
     """Make a public function, or the constructor of a dataclass, hold the annotations of its parameters.
 
     Args:
         error: the class of the error for an argument that is not what its annotation says.
+        failed: look at the arguments only when the call has failed: for functions that have an effect, which an error
+            afterwards would deny, and for those that are called in every step.
 
     Example:
         >>> from purestep.errors import ConfigError
@@ -103,17 +120,17 @@ def checked(error: type[PurestepError]) -> Callable[[F], F]:
 
     def decorate(function: Any) -> Any:
         if not isinstance(function, type):
-            return _holding(function, _Contract(function, function.__name__, error))
+            return _holding(function, _Contract(function, function.__name__, error), failed)
         initialise = function.__init__  # type: ignore[misc]
         function.__init__ = _holding(  # type: ignore[misc]
-            initialise, _Contract(initialise, function.__name__, error, skip=1)
+            initialise, _Contract(initialise, function.__name__, error, skip=1), failed
         )
         return function
 
     return decorate
 
 
-def _holding(function: Callable[..., Any], contract: _Contract) -> Callable[..., Any]:
+def _holding(function: Callable[..., Any], contract: _Contract, failed: bool) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -123,7 +140,7 @@ def _holding(function: Callable[..., Any], contract: _Contract) -> Callable[...,
             if refused is None or (isinstance(error, PurestepError) and _names(error, refused.name)):
                 raise  # the function names the argument itself, and knows more than an annotation does
             raise refused.error from error
-        refused = contract.refused(args, kwargs)
+        refused = None if failed else contract.refused(args, kwargs)
         if refused is not None:
             raise refused.error
         return result
@@ -165,8 +182,8 @@ class _Contract:
     def refused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Refused | None:
         """Return the first argument that is not what it is declared to be; the default always is."""
         for parameter, name, value in self._bound(args[self.skip :], kwargs):
-            wanted = self.checks[parameter.name](value)
-            if wanted is not None and value is not parameter.default:
+            wanted = None if value is parameter.default else self.checks[parameter.name](value)
+            if wanted is not None:
                 what = f"{self.owner}: {name} must be {wanted}"
                 instead = self._instead(parameter, name)
                 return _Refused(name, self.error(explain(what, where=f"{name}={_shown(value)}", instead=instead)))
@@ -229,6 +246,9 @@ def check_of(kind: Any, within: Range | None = None) -> Check:
     """
     if typing.get_origin(kind) is Annotated:
         inner, *notes = typing.get_args(kind)
+        for note in notes:
+            if isinstance(note, Judge):
+                return lambda value: None if note.fits(value) else note.wanted
         return check_of(inner, next((note for note in notes if isinstance(note, Range)), within))
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     judges = [_judge(option, within) for option in options]
@@ -239,14 +259,6 @@ def check_of(kind: Any, within: Range | None = None) -> Check:
     return lambda value: None if any(judge.fits(value) for judge in known) else wanted
 
 
-@dataclasses.dataclass(frozen=True)
-class _Judge:
-    """One alternative of a union: what it is called, and whether a value is one."""
-
-    wanted: str
-    fits: Callable[[Any], bool]
-
-
 def _listed(words: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
@@ -255,22 +267,22 @@ def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _judge(kind: Any, within: Range | None) -> _Judge | None:
+def _judge(kind: Any, within: Range | None) -> Judge | None:
     """Return the judge of one alternative; None where any value may be right."""
     if typing.get_origin(kind) is Annotated or _is_union(kind):
         check = check_of(kind, within)
-        return _Judge(check(object()) or "a value", lambda value: check(value) is None)
+        return Judge(check(object()) or "a value", lambda value: check(value) is None)
     if kind in _SIMPLE:
         return _SIMPLE[kind](within)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return _Judge(" or ".join(map(repr, inner)), lambda value: _is_choice(value, inner))
+        return Judge(" or ".join(map(repr, inner)), lambda value: _is_choice(value, inner))
     if origin is type:
-        return _Judge("a class", lambda value: isinstance(value, type))
+        return Judge("a class", lambda value: isinstance(value, type))
     if origin is collections.abc.Callable or kind is Callable:
         # A class may stand for a function that makes something, but neither for a schedule nor for a filter.
         plain = within is not None or inner[-1:] == (bool,)
-        return _Judge("a function", lambda value: callable(value) and not (plain and isinstance(value, type)))
+        return Judge("a function", lambda value: callable(value) and not (plain and isinstance(value, type)))
     if origin is collections.abc.Iterable:
         return _iterable(inner, within)
     if origin in (collections.abc.Sequence, tuple, list):
@@ -283,34 +295,32 @@ def _judge(kind: Any, within: Range | None) -> _Judge | None:
         and origin is None
         and kind not in (object, Any)
     ):
-        return _Judge(_class_name(kind), lambda value: isinstance(value, kind))
+        return Judge(_class_name(kind), lambda value: isinstance(value, kind))
     return None
 
 
-def _number(within: Range | None) -> _Judge:
+def _number(within: Range | None) -> Judge:
     wanted = "a number" if within is None else within.called("number")
-    return _Judge(wanted, lambda value: _is_real(value) and value == value and (within is None or value in within))
+    return Judge(wanted, lambda value: _is_real(value) and value == value and (within is None or value in within))
 
 
-def _integer(within: Range | None) -> _Judge:
+def _integer(within: Range | None) -> Judge:
     wanted = "a whole number" if within is None else within.called("whole number")
-    return _Judge(
-        wanted, lambda value: _is_integer(value) and (_is_short(value) if within is None else value in within)
-    )
+    return Judge(wanted, lambda value: _is_integer(value) and (_is_short(value) if within is None else value in within))
 
 
-def _tensor(within: Range | None) -> _Judge:
+def _tensor(within: Range | None) -> Judge:
     """A tensor; one that stands for a number is 0-d. It is not read: that would wait for the device."""
     if within is None:
-        return _Judge("a tensor", lambda value: isinstance(value, Tensor))
-    return _Judge("a 0-d tensor", lambda value: isinstance(value, Tensor) and value.dim() == 0 and _is_ordered(value))
+        return Judge("a tensor", lambda value: isinstance(value, Tensor))
+    return Judge("a 0-d tensor", lambda value: isinstance(value, Tensor) and value.dim() == 0 and _is_ordered(value))
 
 
-def _simple(wanted: str, kind: Any) -> Callable[[Range | None], _Judge]:
-    return lambda within: _Judge(wanted, lambda value: isinstance(value, kind))
+def _simple(wanted: str, kind: Any) -> Callable[[Range | None], Judge]:
+    return lambda within: Judge(wanted, lambda value: isinstance(value, kind))
 
 
-_SIMPLE: dict[Any, Callable[[Range | None], _Judge]] = {
+_SIMPLE: dict[Any, Callable[[Range | None], Judge]] = {
     float: _number,
     int: _integer,
     Tensor: _tensor,
@@ -337,6 +347,21 @@ def _is_short(value: Any) -> bool:
     return not isinstance(value, numbers.Integral) or -(2**63) <= operator.index(value) < 2**63
 
 
+def _is_path(value: Any) -> bool:
+    """Tell whether a value names a file or directory; an empty path would be the current directory."""
+    if not isinstance(value, (str, os.PathLike)):
+        return False
+    text = os.fspath(value)
+    return isinstance(text, str) and text.strip() != "" and "\0" not in text
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and torch.device(value) is not None
+    except (RuntimeError, TypeError):
+        return False
+
+
 def _is_ordered(value: Tensor) -> bool:
     return not value.is_complex() and value.dtype != torch.bool
 
@@ -346,7 +371,7 @@ def _is_choice(value: Any, choices: tuple[Any, ...]) -> bool:
     return any(type(value) is type(choice) and bool(value == choice) for choice in choices)
 
 
-def _sequence(inner: tuple[Any, ...], within: Range | None) -> _Judge:
+def _sequence(inner: tuple[Any, ...], within: Range | None) -> Judge:
     """A list or a tuple; one of a fixed length where the annotation counts its elements."""
     fixed = bool(inner) and inner[-1] is not Ellipsis and len(inner) > 1
     kinds = [check_of(kind, within) for kind in inner if kind is not Ellipsis]
@@ -359,10 +384,10 @@ def _sequence(inner: tuple[Any, ...], within: Range | None) -> _Judge:
             return len(value) == len(kinds) and all(c(x) is None for c, x in zip(kinds, value, strict=True))
         return not kinds or all(kinds[0](x) is None for x in value)
 
-    return _Judge(f"{len(kinds)} values, each {example}" if fixed else f"a sequence, each {example}", fits)
+    return Judge(f"{len(kinds)} values, each {example}" if fixed else f"a sequence, each {example}", fits)
 
 
-def _iterable(inner: tuple[Any, ...], within: Range | None) -> _Judge:
+def _iterable(inner: tuple[Any, ...], within: Range | None) -> Judge:
     """What can be gone through once; its elements are judged where that does not use them up."""
     elements = _sequence((*inner, ...), within)
 
@@ -371,10 +396,10 @@ def _iterable(inner: tuple[Any, ...], within: Range | None) -> _Judge:
             return elements.fits(value)
         return isinstance(value, collections.abc.Iterable) and not isinstance(value, (Tensor, np.ndarray))
 
-    return _Judge(elements.wanted, fits)
+    return Judge(elements.wanted, fits)
 
 
-def _mapping(inner: tuple[Any, ...], within: Range | None) -> _Judge:
+def _mapping(inner: tuple[Any, ...], within: Range | None) -> Judge:
     keys, values = (check_of(kind, within) for kind in (inner or (Any, Any)))
 
     def fits(value: Any) -> bool:
@@ -382,7 +407,7 @@ def _mapping(inner: tuple[Any, ...], within: Range | None) -> _Judge:
             keys(key) is None and values(item) is None for key, item in value.items()
         )
 
-    return _Judge("a mapping", fits)
+    return Judge("a mapping", fits)
 
 
 def _class_name(kind: type) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from purestep import transforms
+from purestep.arguments import checked
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
 from purestep.keyed.mode import Key
@@ -39,6 +40,7 @@ def _stack(name: str) -> list[Any]:
     return getattr(_local, name)
 
 
+@checked(StepError, failed=True)
 class bind:
     """Put tensors in the places of a module's parameters and buffers for the duration of a `with` block.
 
@@ -203,6 +205,7 @@ class bind:
         return repeated
 
 
+@checked(StepError, failed=True)
 def apply(
     module: nn.Module,
     params: Tensors,
@@ -280,6 +283,7 @@ class backward_scope:
             _local.scope = self.outer
 
 
+@checked(StepError, failed=True)
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a function without storing its activations; the backward pass recomputes them (activation checkpointing).
 

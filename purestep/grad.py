@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from purestep import transforms, tree
-from purestep.errors import StepError, explain
+from purestep.arguments import checked
+from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
 from purestep.metrics import sample_count
@@ -31,6 +32,7 @@ _engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
 _autograd_grad = undispatched(torch.autograd.grad)
 
 
+@checked(ConfigError)
 def grad_and_value(
     function: Callable[..., Any],
     *,

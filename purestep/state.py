@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from purestep import bits, given, random, transforms, tree
-from purestep.errors import StepError, explain
+from purestep.arguments import Device, Seed, checked
+from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.optim.blocks import advance, is_owned, worth_reusing
@@ -144,13 +145,14 @@ def _check_same(what: str, given: Any, field: str, own: Any) -> None:
             raise StepError(explain("a gradient does not have the shape of its parameter", where=where))
 
 
+@checked(ConfigError)
 def init(
     model: nn.Module | Callable[[], nn.Module],
     tx: GradientTransformation,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     frozen: Filter | None = None,
-    device: torch.device | str | None = None,
+    device: Device | None = None,
     plan: Plan | None = None,
     deferred: bool = False,
 ) -> TrainState:
@@ -207,7 +209,7 @@ def _first(
     tx: GradientTransformation,
     rng: Tensor,
     frozen: Filter | None,
-    device: torch.device | str | None,
+    device: Device | None,
 ) -> TrainState:
     found = slots(model)
     tensors = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
@@ -231,7 +233,7 @@ def _deferred(
     tx: GradientTransformation,
     rng: Tensor,
     frozen: Filter | None,
-    device: torch.device | str | None,
+    device: Device | None,
     plan: Plan | None,
 ) -> TrainState:
     from purestep.sharding.deferred import materialize
@@ -314,6 +316,7 @@ def _seeded(rng: Tensor) -> Iterator[None]:
         np.random.set_state(saved[1])
 
 
+@checked(ConfigError, failed=True)
 def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
     """Make an ordinary module from a state: to export, to publish, or to use without purestep.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from purestep import given, random, transforms, tree
 from purestep import metrics as metrics_
 from purestep.accumulate import Gradients, accumulate
+from purestep.arguments import NonNegative, checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
 from purestep.grad import Engine, grad_and_value, split_batch
@@ -43,7 +44,8 @@ class Weighted:
     weight: Tensor
 
 
-def weighted(loss: Tensor, weight: Tensor | float) -> Weighted:
+@checked(StepError)
+def weighted(loss: Tensor, weight: NonNegative[Tensor | float]) -> Weighted:
     """Return a loss together with what it is a mean over, when that is not the samples: tokens, pixels, edges.
 
     Microbatches and epochs are then weighted by it, so that the gradient is that of the mean over the whole batch.
@@ -179,6 +181,7 @@ class Step:
         return new, metrics
 
 
+@checked(StepError)
 def make_step(
     loss_fn: LossFn,
     tx: GradientTransformation,
@@ -365,6 +368,7 @@ class Eval:
             return read_loss(on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples)[2]
 
 
+@checked(StepError)
 def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan | None = None) -> Eval:
     """Make a pure evaluation step `(state, batch) -> metrics`.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from purestep import callbacks as callbacks_
+from purestep.arguments import Location, checked
+from purestep.errors import ConfigError
 from purestep.loggers import Logger
 from purestep.loop.cadence import Until
 from purestep.loop.events import Callback
@@ -25,6 +26,7 @@ def _with_defaults(callbacks: Sequence[Callback], until: Any) -> Sequence[Callba
     return (*callbacks, *added)
 
 
+@checked(ConfigError, failed=True)
 def run(step: StepFn, state: Any, train: Any, *, until: Until, **options: Any) -> Run:
     """Start a run and return it as an iterator of events; control stays with you. Takes what `fit` takes.
 
@@ -45,6 +47,7 @@ def run(step: StepFn, state: Any, train: Any, *, until: Until, **options: Any) -
     return Run(step, state, train, until=until, **options)
 
 
+@checked(ConfigError, failed=True)
 def fit(
     step: StepFn,
     state: Any,
@@ -53,7 +56,7 @@ def fit(
     until: Until,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] | None = None,
-    run_dir: str | Path | None = None,
+    run_dir: Location | None = None,
     resume: Resume = "auto",
     on_save_error: Literal["continue", "stop"] = "continue",
     strict: bool = False,

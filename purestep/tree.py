@@ -18,6 +18,7 @@ import optree
 import torch
 import torch.utils._pytree as torch_pytree
 
+from purestep.arguments import checked
 from purestep.bits import Difference as Difference
 from purestep.bits import Differences as Differences
 from purestep.bits import describe as describe
@@ -231,6 +232,7 @@ def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
     return optree.tree_flatten(tree)
 
 
+@checked(TreeError, failed=True)
 def unflatten(structure: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
     """Rebuild a tree from its structure and leaves: `unflatten(*reversed(flatten(x)))` equals `x`."""
     return optree.tree_unflatten(structure, leaves)
@@ -246,6 +248,7 @@ def structure(tree: Any) -> optree.PyTreeSpec:
     return optree.tree_structure(tree)
 
 
+@checked(TreeError, failed=True)
 def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Apply a function to each leaf of one or several trees of the same structure.
 
@@ -313,6 +316,7 @@ def parts(tree: Any) -> list[tuple[Any, ...]]:
     return [tuple(path) for path in optree.tree_paths(tree)]
 
 
+@checked(TreeError, failed=True)
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like `map`, but the function gets the dotted name of the leaf (see `names`) as its first argument."""
     values, treedef = flatten(tree)
@@ -320,6 +324,7 @@ def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return unflatten(treedef, [function(*args) for args in zip(names(tree), values, *others, strict=True)])
 
 
+@checked(TreeError, failed=True)
 def matches(filter: Filter, name: str) -> bool:
     """Tell whether a dotted name matches a filter: a glob, a sequence of globs, or a function of the name.
 
@@ -333,6 +338,7 @@ def matches(filter: Filter, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
+@checked(TreeError, failed=True)
 def select(condition: torch.Tensor, on_true: T, on_false: T) -> T:
     """Choose between two trees by a 0-d bool tensor, leaf by leaf, without reading it on the host."""
     return map(lambda a, b: a if a is b else torch.where(condition, a, b), on_true, on_false)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from purestep.arguments import Finite, Name, Whole, checked
 from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError, MetricError, explain
 from purestep.loop.events import EpochDone, Evaluated, Event, Resumed, Stop, View
@@ -92,16 +93,17 @@ class EarlyStopping(Reducer):
         return None
 
 
+@checked(ConfigError)
 def early_stopping(
-    monitor: str,
+    monitor: Name,
     *,
-    patience: int = 3,
-    min_delta: float = 0.0,
+    patience: Whole = 3,
+    min_delta: Finite[float] = 0.0,
     mode: Literal["min", "max"] = "min",
     check_finite: bool = True,
-    stopping_threshold: float | None = None,
-    divergence_threshold: float | None = None,
-    name: str = "early_stopping",
+    stopping_threshold: Finite[float] | None = None,
+    divergence_threshold: Finite[float] | None = None,
+    name: Name = "early_stopping",
 ) -> EarlyStopping:
     """End the run when a metric has not improved for some checks. Each argument means what it means in Lightning.
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from purestep import data, metrics
+from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
-from purestep.errors import DataError, explain
+from purestep.errors import ConfigError, DataError, explain
 from purestep.loop.cadence import Every, every
 from purestep.loop.events import Evaluate, Evaluated, Event, Horizon, Log, Started, View
 from purestep.loop.feed import device_of
@@ -127,6 +128,7 @@ class EvaluateCallback(Reducer):
         return step
 
 
+@checked(ConfigError)
 def evaluate(
     loss_fn: Callable[..., Any],
     data: Any,
@@ -134,7 +136,7 @@ def evaluate(
     every: Every = every.epoch(),  # noqa: B008
     at_start: bool = False,
     of: Callable[[Any], Any] | None = None,
-    name: str = "val",
+    name: Name = "val",
 ) -> EvaluateCallback:
     """Evaluate on a held-out set and log the exact weighted means as `<name>/<metric>`.
 
@@ -159,5 +161,8 @@ def evaluate(
         EvaluateCallback(every=EverySteps(n=100), at_start=False, of=None, name='test')
     """
     made = EvaluateCallback(loss_fn, data, every, at_start, of, name)
-    _ = made._step  # refuses a loss function of other arguments where it is written
+    _ = (
+        made._step,
+        made._source,
+    )  # refuse a loss function of other arguments, and what is no data, where they are written
     return made

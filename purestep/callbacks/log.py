@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from purestep import metrics
+from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
+from purestep.errors import ConfigError
 from purestep.loop.cadence import Every, every
 from purestep.loop.events import EpochDone, Event, Horizon, Log, StepsDone, View
 from purestep.optim.base import GradientTransformation
@@ -36,6 +38,7 @@ class LogCallback(Reducer):
         return self.every.horizon(view)
 
 
+@checked(ConfigError)
 def log(*, every: Every = every.steps(50), name: str = "log") -> LogCallback:  # noqa: B008
     """Log the training metrics: their weighted means since the last row as `train/<metric>`, and over each epoch as
     `train/<metric>_epoch`. Added by `fit` when absent.
@@ -65,11 +68,12 @@ class LearningRate(Reducer):
         return self.every.horizon(view)
 
 
+@checked(ConfigError)
 def learning_rate(
     tx: GradientTransformation,
     *,
     every: Every = every.steps(50),  # noqa: B008
-    name: str = "learning_rate",
+    name: Name = "learning_rate",
 ) -> LearningRate:
     """Log what the schedules of a transformation give at the present step: `learning_rate` and other hyperparameters.
 

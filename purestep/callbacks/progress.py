@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from purestep import metrics
+from purestep.arguments import Count, Name, NonNegative, checked
 from purestep.callbacks.base import Reducer
+from purestep.errors import ConfigError
 from purestep.loop.cadence import EverySeconds
 from purestep.loop.events import Event, Horizon, LoopState, StepsDone, Stopped, View
 from purestep.ui.progress import ProgressSink
@@ -73,7 +75,8 @@ class _Bar:
         self._sink.close()
 
 
-def progress(*, epochs: int | None = None, refresh: float = 0.25, name: str = "progress") -> Progress:
+@checked(ConfigError)
+def progress(*, epochs: Count | None = None, refresh: NonNegative[float] = 0.25, name: Name = "progress") -> Progress:
     """Show a live progress bar on a terminal. Added by `fit` when absent; quiet when the output is not a terminal.
 
     Args:

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any
 
 from purestep import snapshot
+from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
+from purestep.errors import ConfigError
 from purestep.loop.cadence import Every, every
 from purestep.loop.events import Event, Horizon, Save, View
 
@@ -29,11 +31,12 @@ class Snapshots(Reducer):
         return self.every.horizon(view)
 
 
+@checked(ConfigError)
 def snapshots(
     *,
     every: Every = every.epoch(),  # noqa: B008
     keep: snapshot.Keep | None = None,
-    name: str = "snapshots",
+    name: Name = "snapshots",
 ) -> Snapshots:
     """Take snapshots of the whole run into `run_dir/snapshots`, in the background.
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
+from purestep.errors import ConfigError
 from purestep.loop.cadence import Every
 from purestep.loop.events import Event, Horizon, LoopState, Transform, View
 
@@ -38,6 +40,7 @@ class _TapSink:
         """Nothing is held open."""
 
 
+@checked(ConfigError)
 def tap(function: Callable[[Event, LoopState], None], *, every: Every | None = None, name: str = "tap") -> Tap:
     """Call a function with every event and the loop state after it: to print, to plot, to collect.
 
@@ -66,7 +69,8 @@ class TransformCallback(Reducer):
         return self.every.horizon(view)
 
 
-def transform(function: Callable[[Any], Any], *, every: Every, name: str) -> TransformCallback:
+@checked(ConfigError)
+def transform(function: Callable[[Any], Any], *, every: Every, name: Name) -> TransformCallback:
     """Replace the train state by a pure function of it at certain moments: thaw a layer, reset an optimizer state.
 
     It is done before the evaluations of the same moment.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
+from purestep.errors import ConfigError
 from purestep.loop.events import Event, Resumed, StepsDone, Stop, View
 from purestep.metrics import Metric
 
@@ -39,7 +41,8 @@ def _finite(metric: Metric) -> bool:
     return math.isfinite(float(metric.compute()))
 
 
-def terminate_on_nan(metric: str = "loss", *, name: str = "terminate_on_nan") -> TerminateOnNan:
+@checked(ConfigError)
+def terminate_on_nan(metric: Name = "loss", *, name: Name = "terminate_on_nan") -> TerminateOnNan:
     """End the run when a training metric is NaN or infinite, and say at which batch.
 
     It looks whenever metrics are read anyway (see `log`), so it costs nothing in between. To skip such updates

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from purestep.arguments import checked
 from purestep.cpus import available_cpus
 from purestep.data import seeds
 from purestep.data.columns import Columns, as_columns
@@ -226,6 +227,7 @@ def _load_here(plan: Plan, loader: Loader, epoch: int, batch: int, pin: bool) ->
         yield loaded.pin_memory() if pin else loaded
 
 
+@checked(DataError)
 def batches(
     dataset: Any,
     batch_size: int,

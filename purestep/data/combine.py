@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.data.batches import Batches, limit
 from purestep.data.source import Source, as_source
 from purestep.errors import DataError, explain
@@ -78,6 +79,7 @@ class Zipped:
                     break
 
 
+@checked(DataError)
 def zip(parts: Any, *, mode: Mode = "shortest") -> Source:
     """Read several sources side by side: each batch is a tree of their batches.
 
@@ -147,6 +149,7 @@ class Concatenated:
                 yield item
 
 
+@checked(DataError)
 def concat(*parts: Any) -> Source:
     """Read several sources one after the other in each epoch.
 
@@ -196,6 +199,7 @@ class Taken:
         _close(self._source)
 
 
+@checked(DataError)
 def take(data: Any, n: int | float) -> Source:
     """Limit each epoch to its first `n` batches, or to a fraction of them. For `Batches` it is their `take`.
 
@@ -242,6 +246,7 @@ class Stream:
         _close(self._source)
 
 
+@checked(DataError)
 def stream(data: Any, n: int) -> Source:
     """Call every `n` batches of an endless source an epoch. Each epoch goes on where the one before ended.
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import Device, checked
 from purestep.data.source import Source, as_source
 from purestep.errors import DataError, explain
 
 
-def to_device(batch: Any, device: torch.device | str | int) -> Any:
+@checked(DataError)
+def to_device(batch: Any, device: Device) -> Any:
     """Move the tensors of a batch to a device, without waiting where the memory is pinned.
 
     Numpy arrays become tensors. Leaves with a `to` method of their own (batch objects of other libraries) are asked;
@@ -109,7 +111,8 @@ class Prefetched:
         return batch
 
 
-def prefetch(data: Any, device: torch.device | str | int, *, depth: int = 2) -> Source:
+@checked(DataError)
+def prefetch(data: Any, device: Device, *, depth: int = 2) -> Source:
     """Move batches to a device ahead of their use.
 
     On CUDA the copies run on a stream of their own; they overlap with computing when the batches are in pinned memory

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from purestep.arguments import Seed, checked
 from purestep.errors import DataError, explain
 
 
@@ -31,7 +32,8 @@ class Source(Protocol):
         """Return what `open` needs besides (epoch, batch), as of the last batch given: plain values, or None."""
 
 
-def as_source(data: Any, *, seed: int = 0) -> Source:
+@checked(DataError)
+def as_source(data: Any, *, seed: Seed = 0) -> Source:
     """Make a source of anything that gives batches.
 
     | data | after a resume inside an epoch |

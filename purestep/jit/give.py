@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from purestep import given, transforms, tree
+from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.jit import donation
 from purestep.jit.call import Jit
@@ -70,6 +71,7 @@ class Donating:
                 )
 
 
+@checked(ConfigError)
 def donate(step: Callable[..., Any]) -> Any:
     """Make a step consume the state it is given, without compiling it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 from purestep.jit import backends
 from purestep.jit.backends import Backend, Mode
@@ -13,6 +14,7 @@ from purestep.jit.pieces import JitStep
 from purestep.step import Step
 
 
+@checked(ConfigError)
 def jit(
     function: Callable[..., Any],
     *,

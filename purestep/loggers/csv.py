@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from purestep.arguments import Location, Name, checked
 from purestep.errors import ConfigError, explain
 from purestep.loggers.base import STEP, Logger, Sink, remove_partials, write_atomically
 
@@ -34,7 +35,8 @@ class Csv(Logger):
         return CsvSink(run_dir / self.name, resume_step=resume_step)
 
 
-def csv(*, name: str = "metrics.csv") -> Csv:
+@checked(ConfigError)
+def csv(*, name: Name = "metrics.csv") -> Csv:
     """Log to a CSV file in the run directory.
 
     The first column is `step`. Columns appear in the order in which their names were first logged; a name that appears
@@ -138,7 +140,8 @@ class CsvSink(Sink):
             self._file.close()
 
 
-def read_csv(path: str | Path) -> dict[str, list[Any]]:
+@checked(ConfigError)
+def read_csv(path: Location) -> dict[str, list[Any]]:
     """Read a `metrics.csv` into one list a column, in the order of the file.
 
     Args:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from purestep.errors import import_extra
+from purestep.arguments import Name, checked
+from purestep.errors import ConfigError, import_extra
 from purestep.loggers.base import Logger, Sink, remembered_id, write_atomically
 
 ID_FILE = "mlflow.json"
@@ -44,7 +45,8 @@ class MLflow(Logger):
         return MLflowSink(client, run_id, first_step=resume_step or 0)
 
 
-def mlflow(*, experiment: str = "purestep", name: str | None = None, tracking_uri: str | None = None) -> MLflow:
+@checked(ConfigError)
+def mlflow(*, experiment: Name = "purestep", name: Name | None = None, tracking_uri: str | None = None) -> MLflow:
     """Log to an MLflow tracking server, with `state.step` as the x-axis.
 
     A resumed run continues the tracked run of its run directory. Steps that are repeated after a crash are logged again
@@ -96,5 +98,5 @@ class MLflowSink(Sink):
         self._client.set_terminated(self._run_id, status="FINISHED")
 
 
-def _name(name: str) -> str:
+def _name(name: Name) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)

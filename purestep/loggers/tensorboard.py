@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from purestep.arguments import Name, checked
 from purestep.errors import ConfigError, explain, import_extra
 from purestep.loggers.base import Logger, Sink
 
@@ -34,7 +35,8 @@ class TensorBoard(Logger):
         return TensorBoardSink(writer, first_step=resume_step or 0)
 
 
-def tensorboard(*, name: str = "tensorboard", flush_seconds: float = 30.0) -> TensorBoard:
+@checked(ConfigError)
+def tensorboard(*, name: Name = "tensorboard", flush_seconds: float = 30.0) -> TensorBoard:
     """Log scalars for TensorBoard: `tensorboard --logdir runs`.
 
     The x-axis is `state.step`. Event files hold float32, so numbers are rounded; `metrics.csv` has them exactly.

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from purestep.errors import import_extra
+from purestep.arguments import Name, checked
+from purestep.errors import ConfigError, import_extra
 from purestep.loggers.base import STEP, Logger, Sink, remembered_id, write_atomically
 
 ID_FILE = "wandb.json"
@@ -50,10 +51,11 @@ class Wandb(Logger):
         return WandbSink(run, first_step=resume_step or 0)
 
 
+@checked(ConfigError)
 def wandb(
     *,
     project: str | None = None,
-    name: str | None = None,
+    name: Name | None = None,
     entity: str | None = None,
     group: str | None = None,
     tags: tuple[str, ...] | list[str] = (),

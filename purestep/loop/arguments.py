@@ -10,13 +10,13 @@ from purestep.errors import ConfigError, explain
 from purestep.loop.cadence import Until
 
 
-def check_arguments(step: Any, until: Any, on_save_error: str, grace: Any, run_dir: Any) -> None:
+def check_arguments(step: Any, until: Any, on_save_error: str, grace: Any, run_dir: Any, **flags: Any) -> None:
     """Refuse a step that cannot be called, an end that is none, other answers to a failed save, and what is no path.
 
     Raises:
         ConfigError: names the argument, and what to write instead.
     """
-    if not callable(step):
+    if not callable(step) or isinstance(step, type):
         raise ConfigError(explain("a step is a function (state, batch) -> (state, metrics)", where=f"step={step!r}"))
     if not isinstance(until, Until):
         raise ConfigError(
@@ -38,6 +38,9 @@ def check_arguments(step: Any, until: Any, on_save_error: str, grace: Any, run_d
         )
     if not isinstance(run_dir, (str, os.PathLike, type(None))):
         raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(explain(f"{name}= is True or False", where=f"{name}={flag!r}"))
     if run_dir is not None:
         _check_named(os.fspath(run_dir), run_dir)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, ClassVar
 
+from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 from purestep.loop.events import EpochDone, Event, Horizon, StepsDone, View
 
@@ -24,11 +26,19 @@ def _whole(value: int, call: str) -> None:
         raise ConfigError(explain("steps and epochs are counted in a whole number", where=call.format(repr(value))))
 
 
+def _same_kind(a: Any, b: Any, kind: type, instead: str) -> None:
+    if not isinstance(b, kind):
+        where = f"{a} with {b!r}"
+        raise ConfigError(explain("a cadence is combined with a cadence of its own kind", where=where, instead=instead))
+
+
 # --- every --------------------------------------------------------------------------------------------------------
 
 
 class Every:
     """A recurring moment of the run."""
+
+    argument_hint: ClassVar[str] = "ps.every.steps(100), ps.every.epoch() or ps.every.seconds(60)"
 
     def due(self, event: Event, view: View) -> bool:
         """Tell whether the moment is at this event."""
@@ -39,6 +49,7 @@ class Every:
         return Horizon()
 
     def __or__(self, other: Every) -> Every:
+        _same_kind(self, other, Every, "ps.every.steps(100) | ps.every.epoch()")
         return EitherEvery(self, other)
 
 
@@ -139,9 +150,11 @@ class Until:
         return None
 
     def __or__(self, other: Until) -> Until:
+        _same_kind(self, other, Until, "ps.epochs(2) | ps.steps(100)")
         return EitherUntil(self, other)
 
     def __and__(self, other: Until) -> Until:
+        _same_kind(self, other, Until, "ps.epochs(2) & ps.seconds(60)")
         return BothUntil(self, other)
 
 
@@ -223,6 +236,7 @@ class BothUntil(Until):
         return f"{self.a} and {self.b}"
 
 
+@checked(ConfigError)
 def steps(n: int) -> Until:
     """End after n batches.
 
@@ -234,12 +248,14 @@ def steps(n: int) -> Until:
     return UntilSteps(n)
 
 
+@checked(ConfigError)
 def epochs(n: int) -> Until:
     """End after n epochs."""
     _whole(n, "epochs({})")
     return UntilEpochs(n)
 
 
+@checked(ConfigError)
 def seconds(s: float) -> Until:
     """End at the first boundary after s seconds of training, over all processes that took part."""
     _positive(s, "seconds({})")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from purestep import snapshot
+from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
 from purestep.loop.machine import Machine
@@ -196,8 +197,9 @@ def _check_policy(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
+@checked(ConfigError)
 def restore(
-    run_dir: str | Path,
+    run_dir: Location,
     like: Any,
     *,
     step: int | None = None,

@@ -86,7 +86,7 @@ class Run:
         grace_seconds: float | None = None,
         donate: bool = False,
     ) -> None:
-        check_arguments(step, until, on_save_error, grace_seconds, run_dir)
+        check_arguments(step, until, on_save_error, grace_seconds, run_dir, strict=strict, donate=donate)
         check_loggers(loggers)
         resume_.check_resume_argument(resume)
         check_callbacks(callbacks)

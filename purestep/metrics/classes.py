@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import MetricError, explain
 from purestep.metrics.kinds import Mean, mean
 from purestep.tree import pytree
@@ -43,6 +44,7 @@ class Confusion:
         }
 
 
+@checked(MetricError, failed=True)
 def accuracy(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None, top_k: int = 1) -> Mean:
     """Share of predictions that hit: the largest logit (or one of the `top_k` largest) is at the label.
 
@@ -78,6 +80,7 @@ def accuracy(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None,
     return mean(hits, None if ignore_index is None else labels != ignore_index)
 
 
+@checked(MetricError, failed=True)
 def confusion(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None) -> Confusion:
     """Count (label, prediction) pairs.
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from purestep import transforms
+from purestep.arguments import checked
+from purestep.errors import MetricError
 from purestep.tree import pytree
 
 _WIDE = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
@@ -137,6 +139,7 @@ class Last(_Scalar):
         return other
 
 
+@checked(MetricError, failed=True)
 def mean(value: Tensor | float, weight: Tensor | float | None = None) -> Mean:
     """Make a Mean.
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from purestep import transforms, tree
+from purestep.arguments import checked
 from purestep.errors import MetricError, explain
 from purestep.metrics.kinds import Metric, mean
 
@@ -44,6 +45,7 @@ def sample_count(batch: Any) -> int:
     )
 
 
+@checked(MetricError, failed=True)
 def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
     """Read what a step or loss function returned as metrics: a plain number is a mean over the samples of the batch.
 
@@ -114,6 +116,7 @@ def are_plain(values: Any) -> bool:
     return not isinstance(values, Mapping) or any(not hasattr(v, "merge") for v in values.values())
 
 
+@checked(MetricError, failed=True)
 def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]:
     """Merge two dicts of metrics of the same names.
 
@@ -135,6 +138,7 @@ def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]
     return {key: a[key].merge(b[key]) for key in a}
 
 
+@checked(MetricError, failed=True)
 def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]:
     """Compute each metric to a float; one that computes to a dict gives a row entry for each part.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import PrecisionError, explain
 from purestep.optim import foreach as fx
 from purestep.tree import pytree, static
@@ -44,6 +45,7 @@ class LossScale:
         return self
 
 
+@checked(PrecisionError)
 @pytree(eq=True)
 class DynamicLossScale(LossScale):
     r"""A scale that falls when a gradient overflows and rises after a while without.
@@ -98,6 +100,7 @@ class DynamicLossScale(LossScale):
         return self.replace(value=value, counter=counter)  # type: ignore[attr-defined]
 
 
+@checked(PrecisionError)
 @pytree(eq=True)
 class StaticLossScale(LossScale):
     """A scale that stays. Steps with gradients that are not finite are skipped all the same.
@@ -140,6 +143,7 @@ class NoLossScale(LossScale):
         return grads
 
 
+@checked(PrecisionError, failed=True)
 def all_finite(values: Any) -> Tensor:
     """Tell, as a 0-d bool tensor, whether a tree of tensors holds no infinity and no NaN.
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from purestep.arguments import checked
 from purestep.errors import PrecisionError, explain
 from purestep.precision import convert
 from purestep.precision.float8 import RECIPES
@@ -20,6 +21,7 @@ from purestep.precision.rules import NORMS, DType, Rule, Where, dtype_of, rule, 
 S = TypeVar("S")
 
 
+@checked(PrecisionError)
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Which dtype is used where. Made by `policy`; `replace` and `where` give another one.
@@ -202,6 +204,7 @@ NAMES = tuple(_NAMED)
 _FIELDS = {"p": "param", "params": "param", "param": "param", "c": "compute", "o": "output", "r": "reduce"}
 
 
+@checked(PrecisionError)
 def policy(spec: str | int | Policy, **changes: Any) -> Policy:
     """Return a precision policy from its name, from words, or from another policy.
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import PrecisionError, explain
 
 DType = torch.dtype | str
@@ -61,6 +62,7 @@ def word(dtype: torch.dtype) -> str:
     return _SHORT[dtype]
 
 
+@checked(PrecisionError)
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What differs for the modules and tensors that a filter names, and for all inside of them.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.arguments import checked
 from purestep.errors import KeyShapeError, explain
 from purestep.random.block import DRAW, MASK, philox, philox_numpy
 from purestep.random.keys import check_key, is_host
@@ -49,6 +50,7 @@ def _words(key: Tensor, shape: Sequence[int], index: Tensor | None, per_element:
     return tuple(words[..., i] for i in range(per_element))
 
 
+@checked(KeyShapeError, failed=True)
 def bits(key: Tensor, shape: Sequence[int] = (), *, index: Tensor | None = None) -> Tensor:
     """Draw 32 uniform random bits an element.
 
@@ -69,6 +71,7 @@ def bits(key: Tensor, shape: Sequence[int] = (), *, index: Tensor | None = None)
     return _words(key, shape, index, 1)[0]
 
 
+@checked(KeyShapeError, failed=True)
 def uniform(
     key: Tensor,
     shape: Sequence[int] = (),
@@ -121,6 +124,7 @@ def _float_bits(dtype: torch.dtype) -> int:
     return _FLOAT_BITS[dtype]
 
 
+@checked(KeyShapeError, failed=True)
 def normal(
     key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32, index: Tensor | None = None
 ) -> Tensor:
@@ -139,6 +143,7 @@ def normal(
     return (radius * torch.cos(second.to(torch.float64) * (2.0 * math.pi * 2.0**-32))).to(dtype)
 
 
+@checked(KeyShapeError, failed=True)
 def bernoulli(
     key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None, *, index: Tensor | None = None
 ) -> Tensor:
@@ -171,6 +176,7 @@ def bernoulli(
     return bits(key, shape, index=index) < threshold
 
 
+@checked(KeyShapeError, failed=True)
 def randint(
     key: Tensor, shape: Sequence[int] = (), low: int = 0, high: int = 2**31, *, index: Tensor | None = None
 ) -> Tensor:
@@ -198,6 +204,7 @@ def randint(
     return ((first << 31) | (second >> 1)) % (high - low) + low
 
 
+@checked(KeyShapeError, failed=True)
 def permutation(key: Tensor, x: int | Tensor) -> Tensor:
     """Return a random permutation of `range(x)`, or of the rows of `x`.
 
@@ -211,6 +218,7 @@ def permutation(key: Tensor, x: int | Tensor) -> Tensor:
     return x[order.to(x.device)] if isinstance(x, Tensor) else order
 
 
+@checked(KeyShapeError, failed=True)
 def categorical(
     key: Tensor, logits: Tensor, *, dim: int = -1, shape: Sequence[int] | None = None, index: Tensor | None = None
 ) -> Tensor:
@@ -236,6 +244,7 @@ def categorical(
     return torch.argmax(logits - torch.log(-torch.log(unit)), dim=dim if dim < 0 else dim + len(full) - logits.ndim)
 
 
+@checked(KeyShapeError, failed=True)
 def dropout(key: Tensor, x: Tensor, rate: float, *, index: Tensor | None = None) -> Tensor:
     """Zero each element of `x` with probability `rate` and scale the others by 1 / (1 - rate).
 

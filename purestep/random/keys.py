@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from purestep.arguments import Device, checked
 from purestep.errors import KeyShapeError, explain
 from purestep.random.block import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
 
 _current_level, _dispatch_modes = torch._C._functorch.maybe_current_level, torch._C._len_torch_dispatch_stack
 
 
-def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
+@checked(KeyShapeError)
+def key(seed: int, *, device: Device | None = None) -> Tensor:
     """Make a key from a seed.
 
     Args:
@@ -75,6 +77,7 @@ def _text_words(part: str) -> tuple[int, int, int]:
 _text_words._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@checked(KeyShapeError, failed=True)
 def fold_in(key: Tensor, *data: int | str | Tensor) -> Tensor:
     """Derive a key from a key and data; other data give an independent key.
 
@@ -121,6 +124,7 @@ def fold_in(key: Tensor, *data: int | str | Tensor) -> Tensor:
     return torch.from_numpy(np.array(words, dtype=np.int64)) if host else torch.stack(words)
 
 
+@checked(KeyShapeError, failed=True)
 def split(key: Tensor, n: int = 2) -> Tensor:
     """Derive `n` independent keys. `split(key, n)[i]` does not depend on `n`.
 
@@ -132,6 +136,8 @@ def split(key: Tensor, n: int = 2) -> Tensor:
         torch.Size([3, 2])
     """
     check_key(key)
+    if n < 0:
+        raise KeyShapeError(explain("a key is split into n keys, from 0 up", where=f"{n=}", instead="split(key, 2)"))
     index = torch.arange(n, device=key.device)
     words = philox((index, 0, 0, SPLIT), (key[0], key[1]))
     return torch.stack(words[:2], dim=-1)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from purestep import tree
-from purestep.errors import StepError, explain
+from purestep.arguments import checked
+from purestep.errors import ConfigError, StepError, explain
 from purestep.tree import pytree, static
 
 T = TypeVar("T")
@@ -111,6 +112,7 @@ class LocalBatch:
         return type(self)(**values | changes)
 
 
+@checked(ConfigError, failed=True)
 def local_batch(batch: Any, plan: Shares, microbatches: int) -> LocalBatch:
     """Cut this rank's rows from a global batch.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 from purestep.sharding import world
 
@@ -32,6 +33,7 @@ def this_rank() -> int:
     return world.rank()
 
 
+@checked(ConfigError)
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """A grid of processes with named axes; made by `mesh`. The rank is the row-major coordinate.
@@ -132,6 +134,7 @@ class Mesh:
         return f"mesh({dict(zip(self.axes, self.sizes, strict=True))})"
 
 
+@checked(ConfigError)
 def mesh(sizes: Mapping[str, int]) -> Mesh:
     """Describe the processes of a job as a grid with named axes.
 

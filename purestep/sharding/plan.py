@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from purestep import tree
+from purestep.arguments import Whole, checked
 from purestep.errors import ConfigError, explain
 from purestep.sharding.follow import follow
 from purestep.sharding.mesh import Mesh
@@ -38,6 +39,7 @@ class Both:
         return tree.matches(self.first, name) and tree.matches(self.second, name)
 
 
+@checked(ConfigError)
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Where each tensor of a state lives, and who computes which microbatches.
@@ -74,7 +76,7 @@ class Plan:
     _: dataclasses.KW_ONLY
     batch: tuple[str, ...] = ("data", "fsdp")
     fallback: Fallback = "error"
-    min_size: int = 0
+    min_size: Whole = 0
     units: tuple[str, ...] | None = None
     reshard_after_forward: bool = True
     reduction: Reduction = "tree"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from purestep.arguments import Name, Whole, checked
+from purestep.errors import ConfigError
 from purestep.sharding.mesh import mesh
 from purestep.sharding.plan import Plan, Rules
 from purestep.sharding.spec import Spec
 from purestep.tree import Filter
 
 
+@checked(ConfigError)
 def ddp(size: int = -1, **settings: Any) -> Plan:
     """Data parallelism: every rank holds the whole state and computes its own microbatches.
 
@@ -25,7 +28,8 @@ def ddp(size: int = -1, **settings: Any) -> Plan:
     return Plan(mesh({"data": size}), (), **({"fallback": "replicate"} | settings))
 
 
-def fsdp(size: int = -1, *, min_size: int = 0, **settings: Any) -> Plan:
+@checked(ConfigError)
+def fsdp(size: int = -1, *, min_size: Whole = 0, **settings: Any) -> Plan:
     """Fully sharded data parallelism (ZeRO-3): params, gradients and optimizer state are split over all ranks.
 
     A tensor is split along its first dim that the number of ranks divides. One without such a dim is whole on every
@@ -44,7 +48,8 @@ def fsdp(size: int = -1, *, min_size: int = 0, **settings: Any) -> Plan:
     return Plan(mesh({"fsdp": size}), _EVERYWHERE, min_size=min_size, **({"fallback": "replicate"} | settings))
 
 
-def hsdp(*, fsdp: int, data: int = -1, min_size: int = 0, **settings: Any) -> Plan:
+@checked(ConfigError)
+def hsdp(*, fsdp: int, data: int = -1, min_size: Whole = 0, **settings: Any) -> Plan:
     """Hybrid sharding: the state is split over `fsdp` ranks, and that group is repeated over the axis `data`.
 
     Args:
@@ -61,7 +66,8 @@ def hsdp(*, fsdp: int, data: int = -1, min_size: int = 0, **settings: Any) -> Pl
     return Plan(mesh({"data": data, "fsdp": fsdp}), _EVERYWHERE, min_size=min_size, **settings)
 
 
-def tensor_parallel(rules: Rules | Mapping[Any, Spec], size: int, *, axis: str = "tensor", **settings: Any) -> Plan:
+@checked(ConfigError)
+def tensor_parallel(rules: Rules | Mapping[Any, Spec], size: int, *, axis: Name = "tensor", **settings: Any) -> Plan:
     """Tensor parallelism: matrices are split over `size` ranks, which compute every microbatch together.
 
     Args:

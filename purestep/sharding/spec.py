@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 
 Axes = str | Sequence[str] | None
@@ -36,6 +37,7 @@ def _shown(axes: tuple[str, ...]) -> Axes:
     return None if not axes else axes[0] if len(axes) == 1 else axes
 
 
+@checked(ConfigError)
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Spec:
     """Which mesh axes split each dim of a tensor: `Spec("fsdp", None)` splits dim 0 over the axis `fsdp`.

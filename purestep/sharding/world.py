@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from purestep.arguments import Positive, checked
 from purestep.errors import ConfigError, RankError, explain
 from purestep.sharding.join import join
 
@@ -70,7 +71,8 @@ def _launched() -> bool:
     return dist.is_available() and all(name in os.environ for name in _ENVIRONMENT)
 
 
-def initialize(*, backend: str | None = None, timeout: float | None = None) -> bool:
+@checked(ConfigError)
+def initialize(*, backend: str | None = None, timeout: Positive[float] | None = None) -> bool:
     """Join the processes that torchrun started. Plans and `fit` call it; call it first to choose its arguments.
 
     Nothing happens in a process that is alone, or whose process group there is already (the timeout is taken over for

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from purestep.arguments import Location, checked
+from purestep.errors import SnapshotError
 from purestep.snapshot.digest import Scope as Scope
 from purestep.snapshot.export import Only
 from purestep.snapshot.export import consolidate as _consolidate
@@ -26,7 +28,8 @@ from purestep.snapshot.store import Store as Store
 DIRECTORY = "snapshots"  # where a run keeps them, under its run directory
 
 
-def restore(run_dir: str | Path, like: Any = ..., *, step: int | None = None, verify: Verify = True) -> Any:
+@checked(SnapshotError)
+def restore(run_dir: Location, like: Any = ..., *, step: int | None = None, verify: Verify = True) -> Any:
     """Return the tree that a run has stored.
 
     Args:
@@ -51,12 +54,14 @@ def restore(run_dir: str | Path, like: Any = ..., *, step: int | None = None, ve
     return Store(_root(run_dir), verify=verify).restore(like, step=step).value
 
 
-def steps(run_dir: str | Path) -> list[int]:
+@checked(SnapshotError)
+def steps(run_dir: Location) -> list[int]:
     """Return the steps of the snapshots of a run, in order."""
     return Store(_root(run_dir)).steps()
 
 
-def manifest(run_dir: str | Path, step: int) -> Manifest:
+@checked(SnapshotError)
+def manifest(run_dir: Location, step: int) -> Manifest:
     """Return all that a snapshot of a run says about itself, without reading arrays.
 
     Raises:
@@ -66,7 +71,8 @@ def manifest(run_dir: str | Path, step: int) -> Manifest:
     return Store(_root(run_dir)).read_manifest(step)
 
 
-def consolidate(run_dir: str | Path, out: str | Path, *, step: int | None = None, only: Only = "params") -> Path:
+@checked(SnapshotError, failed=True)
+def consolidate(run_dir: Location, out: Location, *, step: int | None = None, only: Only = "params") -> Path:
     """Write a snapshot of any number of ranks to one file that other programs read.
 
     Names are dotted: those of the model's `state_dict` for "params" and "model", paths in the stored tree for "all". A

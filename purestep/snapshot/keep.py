@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from purestep.errors import ConfigError, explain
+from purestep.arguments import Name, checked
+from purestep.errors import ConfigError, SnapshotError, explain
 
 Record = tuple[int, Mapping[str, float]]
 Mode = Literal["min", "max"]
@@ -20,6 +21,8 @@ Mode = Literal["min", "max"]
 @dataclass(frozen=True)
 class Keep:
     """Base of the policies. `a | b` preserves what either preserves."""
+
+    argument_hint: ClassVar[str] = "ps.snapshot.latest(3), ps.snapshot.best('val/loss') or ps.snapshot.all_()"
 
     def select(self, records: Sequence[Record]) -> set[int]:
         """Return the steps to preserve.
@@ -139,6 +142,7 @@ def ranking(records: Sequence[Record], metric: str, mode: Mode) -> list[int]:
     return [step for _, step in sorted(candidates)]
 
 
+@checked(SnapshotError)
 def all_() -> Keep:
     """Preserve every snapshot.
 
@@ -149,6 +153,7 @@ def all_() -> Keep:
     return Everything()
 
 
+@checked(SnapshotError)
 def latest(n: int = 1) -> Keep:
     """Preserve the last `n` snapshots.
 
@@ -165,7 +170,8 @@ def latest(n: int = 1) -> Keep:
     return Latest(_checked_count("latest", n))
 
 
-def best(metric: str, n: int = 1, mode: Mode = "min") -> Keep:
+@checked(SnapshotError)
+def best(metric: Name, n: int = 1, mode: Mode = "min") -> Keep:
     """Preserve the `n` snapshots with the best value of a metric.
 
     A snapshot without that metric, or whose value is NaN, is never among them; of equal values the earlier is better.
@@ -188,6 +194,7 @@ def best(metric: str, n: int = 1, mode: Mode = "min") -> Keep:
     return Best(metric, _checked_count("best", n), _checked_mode(mode))
 
 
+@checked(SnapshotError)
 def every_steps(n: int) -> Keep:
     """Preserve the snapshots whose step is a multiple of `n`.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from purestep.arguments import Location, checked
 from purestep.errors import SaveFailed, SnapshotError, TreeError, explain
 from purestep.snapshot import arrays, disk, keep, reader, space, writer
 from purestep.snapshot.arguments import checked_metrics, checked_step, frozen_json
@@ -33,6 +34,7 @@ _LATEST = keep.latest(1)
 _EMPTY: Mapping[str, Any] = {}
 
 
+@checked(SnapshotError)
 class Store:
     """A directory of snapshots, written by one process or by all ranks of a job.
 
@@ -63,7 +65,7 @@ class Store:
     """
 
     def __init__(
-        self, root: str | Path, *, keep: keep.Keep = _LATEST, verify: reader.Verify = True, ranks: Ranks = _ALONE
+        self, root: Location, *, keep: keep.Keep = _LATEST, verify: reader.Verify = True, ranks: Ranks = _ALONE
     ) -> None:
         reader.check_verify(verify)
         self.root = Path(root).absolute()

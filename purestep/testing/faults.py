@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 from purestep.testing import injections
 from purestep.testing.lane import Job, Lane, Straight
@@ -105,6 +106,7 @@ class Report:
         return "\n".join([*lines, f"digest of the undisturbed run {self.digest}, {self.seconds:.0f} s"])
 
 
+@checked(ConfigError, failed=True)
 def check_faults(
     target: Callable[[Path], Any] | str | Path,
     *,

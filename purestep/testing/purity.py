@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from purestep import tree
+from purestep.arguments import checked
+from purestep.errors import ConfigError
 
 
+@checked(ConfigError, failed=True)
 def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
     """Prove that a step is pure, by calling it twice: contract 1.
 

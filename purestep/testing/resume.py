@@ -10,6 +10,8 @@ from typing import Any
 
 from purestep import callbacks as callbacks_
 from purestep import tree
+from purestep.arguments import Location, checked
+from purestep.errors import ConfigError
 from purestep.loop.cadence import every, steps
 from purestep.loop.events import LoopState
 from purestep.loop.run import Run
@@ -27,12 +29,13 @@ def comparable(loop: LoopState) -> dict[str, Any]:
     }
 
 
+@checked(ConfigError, failed=True)
 def check_resume(
     make: Callable[[], dict[str, Any]],
     *,
     batches: int,
     at: Sequence[int] | None = None,
-    run_dir: str | Path | None = None,
+    run_dir: Location | None = None,
 ) -> None:
     """Prove that a run stopped anywhere and resumed has the bits of the undisturbed run: contract 2.
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from purestep import tree
+from purestep.arguments import NonNegative, checked
+from purestep.errors import ConfigError
 
 
 def assert_trees_equal(actual: Any, expected: Any, root: str = "") -> None:
@@ -22,7 +24,10 @@ def assert_trees_equal(actual: Any, expected: Any, root: str = "") -> None:
         raise AssertionError(f"the trees differ at {len(found)} paths:\n{shown}{more}")
 
 
-def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 1e-8, root: str = "") -> None:
+@checked(ConfigError)
+def assert_trees_close(
+    actual: Any, expected: Any, *, rtol: NonNegative[float] = 1e-5, atol: NonNegative[float] = 1e-8, root: str = ""
+) -> None:
     """Raise AssertionError unless two trees have the same paths and values that are close.
 
     Example:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, explain, import_extra
 from purestep.loggers import read_csv
 
@@ -21,9 +22,10 @@ PANEL_INCHES = (4.6, 3.2)
 Points = list[tuple[float, float]]
 
 
+@checked(ConfigError, failed=True)
 def learning_curves(
-    source: str | Path | Mapping[str, Sequence[float | None]],
-    out_png: str | Path,
+    source: Location | Mapping[str, Sequence[float | None]],
+    out_png: Location,
     *,
     keys: Sequence[str] | None = None,
     title: str | None = None,
@@ -65,7 +67,7 @@ def learning_curves(
         axes = figure.add_subplot(down, across, index + 1)
         _draw_panel(axes, family, series, colours)
         axes.set_xlim(*limits)
-    if title:
+    if title is not None:
         figure.suptitle(title)
     path = Path(out_png)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from purestep import tree
-from purestep.errors import TreeError, explain
+from purestep.arguments import Count, checked
+from purestep.errors import ConfigError, TreeError, explain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Summary:
     __repr__ = __str__
 
 
-def summary(state_or_module: Any, *, depth: int = 1) -> Summary:
+@checked(ConfigError)
+def summary(state_or_module: Any, *, depth: Count = 1) -> Summary:
     """Count the parameters, bytes and dtypes of a model or of a state, by submodule.
 
     Tied weights are counted once, where they first appear. Frozen parameters live in the buffers of a `TrainState`;

@@ -77,13 +77,15 @@ def lift_scheduler(
         )
     shown = "".join(f", {k}={v!r}" for k, v in arguments.items())
     # CyclicLR has a base_lr of its own, OneCycleLR a number of steps: they mean the same as those given here.
-    own: dict[str, Any] = {k: v for k, v in {"base_lr": base_lr, "total_steps": total_steps}.items() if _takes(scheduler, k)}
+    own: dict[str, Any] = {
+        k: v for k, v in {"base_lr": base_lr, "total_steps": total_steps}.items() if _takes(scheduler, k)
+    }
     optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=base_lr)
     values = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            running: Any = scheduler(optimizer, **{**own, **arguments})
+            running: Any = scheduler(optimizer, **{**own, **arguments})  # type: ignore[call-arg]
             for _ in range(total_steps):
                 values.append(float(optimizer.param_groups[0]["lr"]))
                 optimizer.step()
@@ -91,7 +93,9 @@ def lift_scheduler(
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         # A scheduler of a fixed length (OneCycleLR) ends with an error; its last value stays, as for all of them.
         if not values or "total steps" not in str(error):
-            raise OptimError(explain(f"the scheduler {name} cannot be run", where=f"{arguments}", why=str(error))) from error
+            raise OptimError(
+                explain(f"the scheduler {name} cannot be run", where=f"{arguments}", why=str(error))
+            ) from error
     return TableSchedule(tuple(values), f"lift_scheduler({name}, {base_lr!r}, total_steps={total_steps}{shown})")
 
 
