@@ -358,7 +358,7 @@ def _is_path(value: Any) -> bool:
 def _is_device(value: Any) -> bool:
     try:
         return not isinstance(value, bool) and torch.device(value) is not None
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         return False
 
 

@@ -84,6 +84,10 @@ class bind:
         train: bool = True,
         around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
+        flags: tuple[Any, Any] = (train, around)
+        if not isinstance(flags[0], bool) or not (flags[1] is None or callable(flags[1])):
+            where = f"train={train!r}, around={around!r}"
+            raise StepError(explain("train= is True or False, around= a function that makes a context", where=where))
         self.module = module
         self.given = {**params, **(buffers or {})}
         self.buffer_names = list(buffers or {})

@@ -28,6 +28,7 @@ from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.casting import casting, wrapped
 from purestep.sharding import place, whole
+from purestep.sharding.local import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.sharding.unit_order import Orders
 from purestep.state import TrainState
@@ -233,10 +234,15 @@ def make_step(
         (0, 1, ['loss'])
     """
     if microbatches not in (None, "auto") and (
-        not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1
+        not isinstance(microbatches, int)
+        or isinstance(microbatches, bool)
+        or not 1 <= microbatches <= MOST_MICROBATCHES
     ):
         raise ConfigError(
-            explain("microbatches is a positive integer or 'auto'", where=f"microbatches={microbatches!r}")
+            explain(
+                f"microbatches is a positive integer or 'auto', at most {MOST_MICROBATCHES}",
+                where=f"microbatches={microbatches!r}",
+            )
         )
     check_plan(plan, "ps.make_step")
     if microbatches == "auto" and plan is not None:

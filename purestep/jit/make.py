@@ -79,6 +79,8 @@ def jit(
         )
     backends.check(backend, mode)
     names: Sequence[int | str] = (static,) if isinstance(static, (int, str)) else tuple(static)
+    if any(isinstance(name, int) and name < 0 for name in names):
+        raise ConfigError(explain("static= counts arguments from 0 up", where=f"{static=}", instead="static=0"))
     if isinstance(function, Step) and (function.microbatches not in (None, 1) or function.plan is not None):
         return JitStep(function, bool(donate), backend, mode)
     return Jit(function, bool(donate), backend, names, mode)

@@ -163,7 +163,10 @@ def read_csv(path: Location) -> dict[str, list[Any]]:
         {'step': [1, 2], 'loss': [0.5, nan], 'val/loss': [None, 0.75]}
     """
     path = Path(path)
-    columns, rows = _read(path / "metrics.csv" if path.is_dir() else path)
+    path = path / "metrics.csv" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(explain("there is no such file", where=f"path={str(path)!r}"))
+    columns, rows = _read(path)
     result: dict[str, list[Any]] = {STEP: [step for step, _ in rows]}
     return result | {name: [row.get(name) for _, row in rows] for name in columns}
 

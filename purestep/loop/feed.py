@@ -90,6 +90,8 @@ class Feed:
             return
         if fresh:
             self._look_ahead(self._iterator)
+            if self._ahead is _END and cursor.batch == 0:
+                raise _empty_epoch(self.source, cursor.epoch)
         for _ in range(n):
             batch = self._ahead
             if batch is _END:
@@ -123,6 +125,18 @@ class Feed:
         close = getattr(self.source, "close", None)
         if close is not None:
             close()
+
+
+def _empty_epoch(source: data.Source, epoch: int) -> DataError:
+    """The error for a source of unknown length that gives nothing: a run of so many steps would never end."""
+    return DataError(
+        explain(
+            f"epoch {epoch} of the training data has no batches",
+            where=f"data: {source!r}",
+            why="what it iterates is empty, or was used up by an epoch before",
+            instead="lambda epoch: iter(batches)   # a function that returns a new iterator for each epoch",
+        )
+    )
 
 
 def _without_workers(source: data.Source) -> data.Source:

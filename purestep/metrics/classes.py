@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,15 +63,7 @@ def accuracy(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None,
         >>> float(accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])))
         0.5
     """
-    if logits.shape[:-1] != labels.shape:
-        raise MetricError(
-            explain(
-                "accuracy needs one label for each row of logits",
-                where=f"logits: {tree.describe(logits)}, labels: {tree.describe(labels)}",
-                instead="logits of shape (..., classes) and labels of shape (...); "
-                "for (N, classes, ...) logits move the classes last: logits.movedim(1, -1)",
-            )
-        )
+    _check(logits, labels, ignore_index, "accuracy")
     if not 1 <= top_k <= logits.shape[-1]:
         where = f"top_k={top_k}, logits: {tree.describe(logits)}"
         raise MetricError(explain("top_k lies between 1 and the number of classes", where=where))
@@ -93,9 +87,24 @@ def confusion(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None
         >>> confusion(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, -1]), ignore_index=-1).counts.tolist()
         [[1, 0], [0, 0]]
     """
+    _check(logits, labels, ignore_index, "confusion")
     classes = logits.shape[-1]
     labels, predictions = labels.reshape(-1).to(torch.int64), logits.argmax(-1).reshape(-1)
     counted = torch.ones_like(labels) if ignore_index is None else (labels != ignore_index).to(torch.int64)
     pairs = torch.where(counted == 1, labels, 0) * classes + predictions
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=logits.device)
     return Confusion(counts.scatter_add(0, pairs, counted).reshape(classes, classes))
+
+
+def _check(logits: Tensor, labels: Tensor, ignore_index: Any, name: str) -> None:
+    if logits.shape[:-1] != labels.shape:
+        raise MetricError(
+            explain(
+                f"{name} needs one label for each row of logits",
+                where=f"logits: {tree.describe(logits)}, labels: {tree.describe(labels)}",
+                instead="logits of shape (..., classes) and labels of shape (...); "
+                "for (N, classes, ...) logits move the classes last: logits.movedim(1, -1)",
+            )
+        )
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        raise MetricError(explain(f"{name}: ignore_index is a label, an integer", where=f"{ignore_index=}"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation, Wrapper, new_count, scalar_like, transformation, value_at, wide
 
@@ -129,6 +130,7 @@ class _Injector:
         return tx
 
 
+@checked(OptimError)
 def inject_hyperparams(
     factory: Callable[..., GradientTransformation], static_args: tuple[str, ...] | list[str] = ()
 ) -> Callable[..., GradientTransformation]:

@@ -7,6 +7,7 @@ those asked for; the arithmetic is exact or in float64.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,8 @@ def uniform(
                     "uniform draws from [minval, maxval), which is empty", where=f"minval={minval}, maxval={maxval}"
                 )
             )
+    if isinstance(minval, complex) or isinstance(maxval, complex):
+        raise KeyShapeError(explain("uniform draws real numbers", where=f"minval={minval!r}, maxval={maxval!r}"))
     scaled = (unit * (maxval - minval) + minval).to(dtype)
     # Rounding can reach maxval. What it adds there is what it takes from minval, so it goes there.
     return torch.where(scaled < maxval, scaled, minval.to(dtype) if isinstance(minval, Tensor) else minval)
@@ -190,6 +193,8 @@ def randint(
         >>> randint(key(0), (3,), 0, 10)
         tensor([4, 4, 1])
     """
+    if not (isinstance(low, int) and isinstance(high, int)):
+        raise KeyShapeError(explain("randint draws integers between integers", where=f"low={low!r}, high={high!r}"))
     if not low < high:
         raise KeyShapeError(explain("randint draws from [low, high), which is empty", where=f"low={low}, high={high}"))
     if low < -(2**63) or high > 2**63 or high - low >= 2**63:
@@ -213,7 +218,7 @@ def permutation(key: Tensor, x: int | Tensor) -> Tensor:
         >>> permutation(key(0), 5)
         tensor([4, 3, 1, 0, 2])
     """
-    n = x.shape[0] if isinstance(x, Tensor) else int(x)
+    n = x.shape[0] if isinstance(x, Tensor) else operator.index(x)
     order = torch.argsort(randint(key, (n,), 0, 2**62), stable=True)
     return x[order.to(x.device)] if isinstance(x, Tensor) else order
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from purestep.sharding.plan import Plan
 
 
-def materialize(make: Callable[[], Any], rng: Tensor, *, plan: Plan | None, device: torch.device | str | int | None) -> Any:
+def materialize(
+    make: Callable[[], Any], rng: Tensor, *, plan: Plan | None, device: torch.device | str | int | None
+) -> Any:
     """Make a tree of tensors one leaf at a time, holding at most one whole split leaf.
 
     Args:

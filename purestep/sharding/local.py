@@ -21,6 +21,9 @@ from purestep.tree import pytree, static
 T = TypeVar("T")
 
 
+MOST_MICROBATCHES = 2**16  # each costs a call, the empty ones of a small batch too
+
+
 class Shares(Protocol):
     """What is asked of a plan here: which of V microbatches this rank computes."""
 
@@ -143,6 +146,9 @@ def local_batch(batch: Any, plan: Shares, microbatches: int) -> LocalBatch:
                 )
             )
         return batch
+    if not callable(getattr(plan, "microbatches", None)) or not 1 <= microbatches <= MOST_MICROBATCHES:
+        what = f"local_batch needs a plan, and from 1 to {MOST_MICROBATCHES} microbatches"
+        raise ConfigError(explain(what, where=f"plan={plan!r:.80}, microbatches={microbatches!r}"))
     samples = check_samples(batch, microbatches)
     indices = plan.microbatches(microbatches)
     if len(indices) == microbatches:

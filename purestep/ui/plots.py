@@ -54,6 +54,8 @@ def learning_curves(
         >>> learning_curves(columns, Path(tempfile.mkdtemp()) / "curves.png").name
         'curves.png'
     """
+    if title is not None and not isinstance(title, str):
+        raise ConfigError(explain("title= is a string, or None", where=f"{title=}"))
     columns = source if isinstance(source, Mapping) else read_csv(source)
     panels = families(columns, keys)
     figure_module = import_extra("matplotlib.figure", extra="plots", needed_by="ui.learning_curves")
