@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from purestep.data import seeds
+from purestep.data import loaders, seeds
 from purestep.data.portable import pack, unpack
 from purestep.errors import DataError, explain
 
@@ -32,6 +32,10 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"{type(self._data).__name__} of {len(self._data)} batches"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what it is a sequence of; a snapshot of a run records it."""
+        return {"class": type(self._data), "length": len(self._data)}
 
     def length(self) -> int:
         """Return the number of batches."""
@@ -67,6 +71,10 @@ class Foreign:
 
     def __repr__(self) -> str:
         return self._named
+
+    def identity(self) -> Any:
+        """Return what decides which batches it gives, as far as the loader tells; a snapshot of a run records it."""
+        return loaders.identity(self._data, self._seed)
 
     def length(self) -> int | None:
         """Return `len` of the loader, or None where it has none."""
