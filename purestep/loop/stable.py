@@ -265,7 +265,7 @@ def source_digest(function: types.FunctionType) -> str | None:
 def _lambda_text(function: types.FunctionType) -> str:
     """Return a lambda without the statement around it, which may name other settings of the run."""
     code = function.__code__
-    spots = [spot for spot in code.co_positions() if None not in spot and spot[2:] != (0, 0)]
+    spots: list[Any] = [spot for spot in code.co_positions() if None not in spot and spot[2:] != (0, 0)]
     if not spots:
         return inspect.getsource(code)
     first, start = min((line, column) for line, _, column, _ in spots)
