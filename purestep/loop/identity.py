@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import platform
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +57,7 @@ class Identity:
             "data": stable(self.data),
             "step": stable(inner),
             "callbacks": {name: found for name, found in callbacks.items() if found is not None},
-            "code": {"purestep": getattr(package, "__version__", None), "python": platform.python_version()},
+            "code": {"purestep": getattr(package, "__version__", None), "python": sys.version.split()[0]},
         }
 
 
@@ -155,9 +154,9 @@ def check_resumed(
     what, why = "this run was saved under other conditions, so its bits may differ from here on", []
     if changed:
         what = "the run that goes on here is not the one that was saved"
-        why.append("from here on it is another run than both of those would be that do not change")
+        why.append("what follows is computed with the new settings, so the result is that of neither run alone")
     if cursor.batch and any(line.startswith("data") for line in changed):
-        why.append(f"it goes on at batch {cursor.batch} of epoch {cursor.epoch}, among other batches than before")
+        why.append(f"at batch {cursor.batch} of epoch {cursor.epoch} it may miss samples, or read some a second time")
     if conditioned:
         why.append("the order of sums inside matmul, LayerNorm and the like depends on the conditions")
     another = ["what it was saved with, or another run_dir= for another run"] if changed else []
@@ -199,10 +198,10 @@ def _differences(path: str, was: JSON, now: JSON) -> Iterator[str]:
     if was == now:
         return
     if isinstance(was, dict) and isinstance(now, dict):
-        if was.get("class") != now.get("class") or was.get("function") != now.get("function"):
+        if any(was.get(name) != now.get(name) for name in ("class", "function", "tensor")):
             yield f"{path}: saved with {_shown(was)}, now {_shown(now)}"
             return
-        for name in dict.fromkeys([*was, *now]):
+        for name in [name for name in {**was, **now} if was.get(name) != now.get(name)]:
             yield from _field(path, name, was, now)
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         for index, (old, new) in enumerate(zip(was, now, strict=True)):
@@ -212,13 +211,16 @@ def _differences(path: str, was: JSON, now: JSON) -> Iterator[str]:
 
 
 def _field(path: str, name: str, was: Mapping[str, JSON], now: Mapping[str, JSON]) -> Iterator[str]:
-    if name not in was:
+    if name == "source" and "function" in now:
+        if None not in (was.get(name), now.get(name)):
+            yield f"{path}: the source of {_shown(now)} has changed"
+    elif name == "digest" and ("tensor" in now or "length" in now):
+        if name in was and name in now:
+            yield f"{path}: its content has changed ({_shown(now)})"
+    elif name not in was:
         yield f"{path}.{name}: new, {_shown(now[name])}"
     elif name not in now:
         yield f"{path}.{name}: saved with {_shown(was[name])}, now without"
-    elif name == "source" and "function" in was:
-        if was[name] != now[name] and None not in (was[name], now[name]):
-            yield f"{path}: the source of {_shown(now)} has changed"
     elif name in ("reads", "wraps") and "function" in was:
         yield from _differences(f"{path}, which {name}" if name == "wraps" else path, was[name], now[name])
     else:
