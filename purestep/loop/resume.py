@@ -82,11 +82,11 @@ def begin(
         restored = store.restore(like=like, step=wanted, fallback=wanted is None)
     except TemplateMismatch as error:
         raise TemplateMismatch(_other_run(error, store, steps[-1] if wanted is None else wanted, identity)) from error
-    manifest, cursor = store.read_manifest(restored.step), restored.value.cursor
-    check_resumed(manifest, identity, cursor, machine.length, strict=strict, silent=silent)
+    adopted, manifest = _adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
+    check_resumed(manifest, identity, adopted.cursor, machine.length, strict=strict, silent=silent)
     if wanted is not None:
         store.delete_after(wanted)
-    return _adopt(fresh, restored.value, machine), restored.step
+    return adopted, restored.step
 
 
 def _other_run(error: TemplateMismatch, store: snapshot.Store, at: int, identity: Identity) -> str:
