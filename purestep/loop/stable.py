@@ -40,7 +40,7 @@ _TEXT = 200  # characters
 _BYTES = 1 << 16  # of a tensor whose content is digested
 _SHOWN = 8  # elements of a tensor that is written out
 _BITS = 256  # of an integer
-_OURS = ("torch", "numpy", "purestep", "builtins")  # the version of a library says what its source would
+_VERSIONED = ("torch", "numpy", "purestep", "builtins")  # their version says what the source of a function would
 # How batches are fetched, which changes none of them.
 _HARMLESS = {"num_workers", "prefetch", "prefetch_factor", "persistent_workers", "pin_memory"}
 _CONSTANTS = (bool, int, float, complex, str, type(None), torch.dtype)
@@ -66,9 +66,9 @@ def stable(value: Any) -> JSON:
     | numbers, strings, lists, mappings, sets | themselves; long ones by length and digest |
     | tensors, arrays | dtype and shape, and the content of small ones on the CPU: values, or a digest |
     | what has a method `identity()` | its class, and what that returns |
-    | dataclasses | their class, and their fields, but for those with `compare=False` |
+    | dataclasses | their class, and their fields without those of `compare=False` |
     | functions | their qualified name, a digest of their source, and the constants that they read from outside |
-    | other objects | their class, and those constructor arguments that they keep under the same name |
+    | other objects | their class, their `__call__`, and constructor arguments that they keep under the same name |
 
     Example:
         >>> stable({"lr": 0.1, "betas": (0.9, 0.999), "weight": torch.ones(2)})
@@ -119,9 +119,10 @@ class _Describer:
             if isinstance(value, kinds):
                 return describe(self, value, depth)
         if hasattr(type(value), "__dataclass_fields__"):
-            return self._object(value, _dataclass_fields(value), depth)
-        wrapped = {"wraps": value.__wrapped__} if callable(value) and hasattr(value, "__wrapped__") else {}
-        return self._object(value, wrapped or _constructor_arguments(value), depth)
+            return self._object(value, _dataclass_fields(value) | _code(value, "__call__"), depth)
+        if callable(value) and hasattr(value, "__wrapped__"):
+            return self._object(value, {"wraps": value.__wrapped__}, depth)
+        return self._object(value, _constructor_arguments(value) | _code(value, "__call__"), depth)
 
     def _identified(self, value: Identified, depth: int) -> JSON:
         said = value.identity()
@@ -166,7 +167,7 @@ class _Describer:
 
     def _function(self, value: Any, depth: int) -> JSON:
         name = {"function": qualified(value)}
-        if str(value.__module__).partition(".")[0] in _OURS:
+        if _is_versioned(value):
             return name
         wrapped = getattr(value, "__wrapped__", None)
         around = {} if wrapped is None else {"wraps": self.of(wrapped, depth + 1)}
@@ -209,7 +210,7 @@ def _module(describer: _Describer, value: nn.Module, depth: int) -> JSON:
     """A loss module is what its arguments make it; a model is told by its parameters, which the state has."""
     if next(value.parameters(), None) is not None:
         return {"class": qualified(type(value))}
-    return describer._object(value, _constructor_arguments(value), depth)
+    return describer._object(value, _constructor_arguments(value) | _code(value, "forward"), depth)
 
 
 _KINDS: tuple[tuple[Any, Callable[[_Describer, Any, int], JSON]], ...] = (
@@ -234,6 +235,16 @@ def _dataclass_fields(value: Any) -> dict[str, Any]:
     return {
         field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init and field.compare
     }
+
+
+def _code(value: Any, name: str) -> dict[str, Any]:
+    """Return the method of an object that is what it does, where the script may have edited it."""
+    method = getattr(type(value), name, None)
+    return {name: method} if isinstance(method, types.FunctionType) and not _is_versioned(method) else {}
+
+
+def _is_versioned(function: types.FunctionType) -> bool:
+    return str(function.__module__).partition(".")[0] in _VERSIONED
 
 
 def _constructor_arguments(value: Any) -> dict[str, Any]:
