@@ -51,14 +51,12 @@ class Identity:
         """The identity as JSON. A run asks at its start: later a source file may have been edited."""
         # A function that wraps a step is described with what it wraps; what compiles a step is a condition.
         inner = self.step if hasattr(self.step, "__code__") else getattr(self.step, "__wrapped__", self.step)
-        callbacks = {callback.name: stable(callback) for callback in self.callbacks}
-        package = sys.modules[__name__.partition(".")[0]]
-        return {
-            "data": stable(self.data),
-            "step": stable(inner),
-            "callbacks": {name: found for name, found in callbacks.items() if found is not None},
-            "code": {"purestep": getattr(package, "__version__", None), "python": sys.version.split()[0]},
-        }
+        callbacks = {callback.name: callback for callback in self.callbacks}
+        found = stable({"step": inner, "callbacks": callbacks, "data": self.data})
+        watched = {name: said for name, said in found["callbacks"].items() if said is not None}
+        version = getattr(sys.modules[__name__.partition(".")[0]], "__version__", None)
+        code = {"purestep": version, "python": sys.version.split()[0]}
+        return {"data": found["data"], "step": found["step"], "callbacks": watched, "code": code}
 
 
 # --- conditions: what bits depend on besides the values of a run, and how to have it as it was ------------------------

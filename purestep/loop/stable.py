@@ -6,6 +6,7 @@ never raises, calls no `repr` of other people's classes, and visits a bounded nu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from purestep import tree
 from purestep.snapshot.codec import JSON
 
-_DEPTH = 8  # levels of values
+_DEPTH = 10  # levels of values
 _NODES = 4000  # values in all
 _ITEMS = 64  # of one sequence or mapping
 _PLAIN_ITEMS = 4096  # of a sequence of plain values, which is condensed
@@ -266,26 +267,32 @@ def source_digest(function: types.FunctionType) -> str | None:
     """Return a digest of the source of a function, without comments, blank lines and indentation; None where there is
     no source to be read."""
     try:
-        text = _lambda_text(function) if function.__name__ == "<lambda>" else inspect.getsource(function.__code__)
+        text = _source(function.__code__)
     except Exception:
         return None
     lines = (line.rstrip() for line in textwrap.dedent(text).splitlines())
     return _digest("\n".join(line for line in lines if line and not line.lstrip().startswith("#")))
 
 
-def _lambda_text(function: types.FunctionType) -> str:
-    """Return a lambda without the statement around it, which may name other settings of the run."""
-    code = function.__code__
-    spots: list[Any] = [spot for spot in code.co_positions() if None not in spot and spot[2:] != (0, 0)]
-    if not spots:
-        return inspect.getsource(code)
+def _source(code: types.CodeType) -> str:
+    """Return the lines of a function, and of a lambda its expression: the statement around it may name other settings.
+
+    The compiler has noted where everything is; to find the end of a function by tokens, as `inspect` does, takes some
+    ten times as long.
+    """
+    spots: list[Any] = [spot for part in _nested(code) for spot in part.co_positions() if spot[1] is not None]
+    lines = inspect.findsource(code)[0][: max(end for _, end, _, _ in spots)]
+    # The first instruction of all is at no column.
+    spots = [spot for spot in spots if None not in spot and spot[2:] != (0, 0)]
+    if code.co_name != "<lambda>" or not spots:
+        return "".join(lines[code.co_firstlineno - 1 :])
     first, start = min((line, column) for line, _, column, _ in spots)
     last, stop = max((line, column) for _, line, _, column in spots)
-    lines = [line.encode() for line in inspect.findsource(code)[0][first - 1 : last]]
-    lines[-1] = lines[-1][:stop]
-    lines[0] = lines[0][start:]
+    cut = [line.encode() for line in lines[first - 1 : last]]
+    cut[-1] = cut[-1][:stop]
+    cut[0] = cut[0][start:]
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return f"lambda {', '.join(names)}: {b''.join(lines).decode()}"
+    return f"lambda {', '.join(names)}: {b''.join(cut).decode()}"
 
 
 def _reads(function: types.FunctionType) -> dict[str, Any]:
@@ -294,21 +301,20 @@ def _reads(function: types.FunctionType) -> dict[str, Any]:
     They are its defaults, and what it finds in its closure and in its module, unless it assigns them itself. Functions
     in the closure count too, because decorators keep there what they decorate; those of the module do not.
     """
-    code = function.__code__
-    names = code.co_varnames[: code.co_argcount]
-    defaults = function.__defaults__ or ()
+    code, around = function.__code__, function.__globals__
+    names, defaults = code.co_varnames[: code.co_argcount], function.__defaults__ or ()
     found = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) | (function.__kwdefaults__ or {})
-    loaded, assigned = _names(code)
-    found |= {name: function.__globals__[name] for name in loaded if name in function.__globals__}
-    found = {name: value for name, value in found.items() if _is_constant(value)}
+    # Names of attributes are among them.
+    outside = {name: around[name] for part in _nested(code) for name in part.co_names if name in around}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            value = cell.cell_contents
-        except ValueError:  # it is not assigned yet
-            continue
-        if _is_constant(value) or isinstance(value, types.FunctionType):
-            found[name] = value
-    return {name: value for name, value in found.items() if name not in assigned}
+        with contextlib.suppress(ValueError):  # it is not assigned yet
+            outside[name] = cell.cell_contents
+    cells = set(code.co_freevars)
+    kept = [name for name, value in outside.items() if _is_constant(value) or (name in cells and _is_function(value))]
+    if kept:
+        loaded, assigned = _names(code)
+        found |= {name: outside[name] for name in kept if name in (loaded | cells) - assigned}
+    return {name: value for name, value in found.items() if _is_constant(value) or _is_function(value)}
 
 
 def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
@@ -328,6 +334,10 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _nested(constant)
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, types.FunctionType)
 
 
 def _is_constant(value: Any) -> bool:
