@@ -10,6 +10,8 @@ import json
 import math
 import pathlib
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -190,6 +192,20 @@ def test_a_function_without_source_has_no_digest():
     exec("def f(x): return x", scope)
     assert source_digest(scope["f"]) is None
     assert stable(scope["f"])["source"] is None
+
+
+def test_no_module_is_touched_to_find_a_source(monkeypatch):
+    """Modules that load what they are asked for would be loaded by a look at each of them."""
+    asked = []
+
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name):
+            asked.append(name)
+            raise AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "lazy_of_this_test", Lazy("lazy_of_this_test"))
+    assert stable(function)["source"] is not None
+    assert asked == []
 
 
 def test_long_values_are_bounded_and_still_told_apart():
