@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from purestep.data import loaders, seeds
+from purestep.data import seeds
 from purestep.data.portable import pack, unpack
 from purestep.errors import DataError, explain
 
@@ -74,6 +74,8 @@ class Foreign:
 
     def identity(self) -> Any:
         """Return what decides which batches it gives, as far as the loader tells; a snapshot of a run records it."""
+        from purestep.data import loaders
+
         return loaders.identity(self._data, self._seed)
 
     def length(self) -> int | None:
