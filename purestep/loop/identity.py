@@ -149,6 +149,14 @@ def check_resumed(
     conditioned = _changed_conditions(manifest, identity.step)
     if not changed and not conditioned:
         return
+    text = _words(changed, conditioned, cursor)
+    if strict:
+        raise SnapshotError(text)
+    if not silent:
+        warnings.warn(text, RunChangedWarning, stacklevel=2)
+
+
+def _words(changed: Sequence[str], conditioned: Sequence[tuple[str, str]], cursor: Cursor) -> str:
     what, why = "this run was saved under other conditions, so its bits may differ from here on", []
     if changed:
         what = "the run that goes on here is not the one that was saved"
@@ -158,16 +166,12 @@ def check_resumed(
     if conditioned:
         why.append("the order of sums inside matmul, LayerNorm and the like depends on the conditions")
     another = ["what it was saved with, or another run_dir= for another run"] if changed else []
-    text = explain(
+    return explain(
         what,
         where="\n".join([*changed, *(line for line, _ in conditioned)]),
         why="\n".join(why),
         instead="\n".join([*another, *(hint for _, hint in conditioned)]),
     )
-    if strict:
-        raise SnapshotError(text)
-    if not silent:
-        warnings.warn(text, RunChangedWarning, stacklevel=2)
 
 
 def differences(manifest: snapshot.Manifest, identity: Identity) -> list[str]:

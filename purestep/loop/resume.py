@@ -52,8 +52,7 @@ def begin(
     Raises:
         ConfigError: `resume` cannot be had.
         DataError: the position of the snapshot is no place in the data of this run.
-        SnapshotError: the snapshots cannot be read, do not fit the state that was given, or are of another run and
-            `strict` is True.
+        SnapshotError: the snapshots cannot be read or do not fit the state, or `strict`, and they are of another run.
     """
     fresh = machine.init(train)
     steps = [] if store is None else store.steps()
@@ -82,8 +81,8 @@ def begin(
         restored = store.restore(like=like, step=wanted, fallback=wanted is None)
     except TemplateMismatch as error:
         raise TemplateMismatch(_other_run(error, store, steps[-1] if wanted is None else wanted, identity)) from error
-    adopted, manifest = _adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
-    check_resumed(manifest, identity, adopted.cursor, machine.length, strict=strict, silent=silent)
+    adopted, saved = _adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
+    check_resumed(saved, identity, adopted.cursor, machine.length, strict=strict, silent=silent)
     if wanted is not None:
         store.delete_after(wanted)
     return adopted, restored.step
