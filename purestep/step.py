@@ -103,6 +103,10 @@ class Step:
     def _loss_fn(self) -> LossFn:
         return on_plan(self.plan, self.loss_fn)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what a snapshot of a run records of its step, beside microbatches and policy: not where it runs."""
+        return {"loss_fn": self.loss_fn, "tx": self.tx, "engine": self.engine}
+
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
         if self.plan is None:
@@ -356,6 +360,10 @@ class Eval:
     def orders(self) -> Orders:
         """What the ranks of the plan know of the order in which this evaluation gathers the units of a model."""
         return Orders()
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a snapshot of a run records of its evaluations: not where they run."""
+        return {"loss_fn": self.loss_fn, "policy": self.policy}
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""

@@ -77,7 +77,8 @@ def fit(
             and a number goes back to that snapshot and gives up the later ones.
         on_save_error: when a snapshot cannot be written (a full disk): "continue" warns and tries again at the next due
             moment, "stop" raises.
-        strict: refuse to resume, instead of warning, where bits may differ (another number of intra-op threads).
+        strict: refuse to resume, instead of warning, where the run is not the one that was saved (another seed, loss
+            function, learning rate, callback) or its bits may differ (another number of intra-op threads).
         grace_seconds: how long the scheduler waits between SIGTERM and SIGKILL. After a signal the run returns within
             this time, even if the disk is still writing its last snapshot; None waits until it is durable.
         donate: update states in place, which the run alone owns: `ps.donate(step)` for a step that is not compiled. The
@@ -90,6 +91,7 @@ def fit(
 
     Raises:
         ConfigError: arguments that do not fit together, or a run_dir in use by a living process.
+        DataError: the position of the snapshot is no place in `train`, which is not what the run was saved with.
         StepError: the step broke its contract.
         SnapshotError: the snapshots of `run_dir` cannot be read or do not fit `state`.
 

@@ -392,6 +392,18 @@ def _(place, patch):
     fit(run_dir=place, tx=sgd, state=ps.init(model, sgd), until=ps.steps(9))
 
 
+@case(10, SnapshotError, "the run that goes on here is not the one that was saved")
+def _(place, patch):
+    fit(run_dir=place)
+    fit(run_dir=place, tx=ps.optim.adamw(1e-2), until=ps.steps(9), strict=True)
+
+
+@case(10, DataError, "the position of the snapshot is no place in the data, which are not those it was saved with")
+def _(place, patch):
+    fit(run_dir=place, until=ps.steps(3))
+    fit(run_dir=place, data=[batch(), batch()], until=ps.steps(9))
+
+
 @call(10, ConfigError, "callbacks= is a list")
 def _():
     fit(callbacks=ps.callbacks.log())

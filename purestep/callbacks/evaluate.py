@@ -43,6 +43,11 @@ class EvaluateCallback(Reducer):
     def horizon(self, view: View) -> Horizon:
         return self.every.horizon(view)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what a snapshot of a run records of it: the data as the source it is read from."""
+        of = {"loss_fn": self.loss_fn, "data": self._source, "of": self.of}
+        return {**of, "every": self.every, "at_start": self.at_start}
+
     @functools.cached_property
     def _step(self) -> Callable[..., Any]:
         inner = getattr(self.loss_fn, "__wrapped__", self.loss_fn)

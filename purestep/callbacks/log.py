@@ -58,6 +58,10 @@ class LearningRate(Reducer):
     every: Every
     name: str
 
+    def identity(self) -> dict[str, Any]:
+        """Return what a snapshot of a run records of it: it has the transformation from the step."""
+        return {"every": self.every}
+
     def react(self, own: Any, event: Event, view: View) -> Reaction:
         if not self.every.due(event, view):
             return own, ()

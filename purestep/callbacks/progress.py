@@ -23,6 +23,9 @@ class Progress(Reducer):
     refresh: float
     name: str
 
+    def identity(self) -> None:
+        """Return None: it only shows the run."""
+
     def horizon(self, view: View) -> Horizon:
         return EverySeconds(self.refresh).horizon(view) if _visible() else Horizon()
 

@@ -21,6 +21,9 @@ class Snapshots(Reducer):
     keep: snapshot.Keep
     name: str
 
+    def identity(self) -> None:
+        """Return None: when a run is saved does not change it."""
+
     def watches(self) -> tuple[str, ...]:
         return self.keep.metrics()
 

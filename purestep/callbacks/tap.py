@@ -22,6 +22,9 @@ class Tap(Reducer):
     every: Every | None
     name: str
 
+    def identity(self) -> None:
+        """Return None: it cannot change the run."""
+
     def horizon(self, view: View) -> Horizon:
         return Horizon() if self.every is None else self.every.horizon(view)
 

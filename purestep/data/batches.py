@@ -123,6 +123,12 @@ class Batches:
         """Return None: (epoch, batch) says it all."""
         return
 
+    def identity(self) -> dict[str, Any]:
+        """Return what the batches are a function of, and not how they are loaded; a snapshot of a run records it."""
+        names = "batch_size seed shuffle drop_last limit collate transform on_bad_sample".split()
+        data = type(self.dataset) if self._columns is None else self._columns.table
+        return {"dataset": data, "samples": self._samples, **{name: getattr(self, name) for name in names}}
+
     def indices(self, epoch: int, batch: int) -> Tensor:
         """Return which samples of the data set make up a batch: int64[b].
 

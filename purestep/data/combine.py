@@ -54,6 +54,10 @@ class Zipped:
         states = [part.state() for part in self._parts]
         return None if all(s is None for s in states) else states
 
+    def identity(self) -> dict[str, Any]:
+        """Return the parts and how they are zipped; a snapshot of a run records it."""
+        return {"parts": dict(builtins.zip(self._paths, self._parts, strict=True)), "mode": self._mode}
+
     def close(self) -> None:
         """Close the parts."""
         for part in self._parts:
@@ -135,6 +139,10 @@ class Concatenated:
         own = self._parts[self._current].state()
         return None if own is None else {"part": self._current, "state": own}
 
+    def identity(self) -> dict[str, Any]:
+        """Return the parts; a snapshot of a run records it."""
+        return {"parts": self._parts}
+
     def close(self) -> None:
         """Close the parts."""
         for part in self._parts:
@@ -194,6 +202,10 @@ class Taken:
         """Return the state of the source."""
         return self._source.state()
 
+    def identity(self) -> dict[str, Any]:
+        """Return the source and the batches an epoch; a snapshot of a run records it."""
+        return {"source": self._source, "count": self._count}
+
     def close(self) -> None:
         """Close the source."""
         _close(self._source)
@@ -240,6 +252,10 @@ class Stream:
     def state(self) -> Any:
         """Return the state of the source."""
         return self._source.state()
+
+    def identity(self) -> dict[str, Any]:
+        """Return the source and the batches an epoch; a snapshot of a run records it."""
+        return {"source": self._source, "count": self._count}
 
     def close(self) -> None:
         """Close the source."""

@@ -73,6 +73,10 @@ class Prefetched:
         """Return the state of the source as of the last batch given, not as of the last one fetched."""
         return self._state
 
+    def identity(self) -> Source:
+        """Return the source: it gives the same batches."""
+        return self._source
+
     def close(self) -> None:
         """Close the source."""
         close = getattr(self._source, "close", None)

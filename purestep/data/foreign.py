@@ -33,6 +33,10 @@ class Sequence:
     def __repr__(self) -> str:
         return f"{type(self._data).__name__} of {len(self._data)} batches"
 
+    def identity(self) -> dict[str, Any]:
+        """Return what it is a sequence of; a snapshot of a run records it."""
+        return {"class": type(self._data), "length": len(self._data)}
+
     def length(self) -> int:
         """Return the number of batches."""
         return len(self._data)
@@ -67,6 +71,12 @@ class Foreign:
 
     def __repr__(self) -> str:
         return self._named
+
+    def identity(self) -> Any:
+        """Return what decides which batches it gives, as far as the loader tells; a snapshot of a run records it."""
+        from purestep.data import loaders
+
+        return loaders.identity(self._data, self._seed)
 
     def length(self) -> int | None:
         """Return `len` of the loader, or None where it has none."""

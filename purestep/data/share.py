@@ -44,6 +44,10 @@ class Cut:
         """Return the state of the source."""
         return self.source.state()
 
+    def identity(self) -> Source:
+        """Return the source: on how many ranks it is read does not make it another one."""
+        return self.source
+
     def close(self) -> None:
         """Close the source."""
         close = getattr(self.source, "close", None)

@@ -18,8 +18,8 @@ from purestep.data.share import Cut, share_rows
 from purestep.errors import RankError, explain
 from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
+from purestep.loop.identity import conditions
 from purestep.loop.machine import Machine
-from purestep.loop.resume import identity
 from purestep.loop.signals import Signals
 from purestep.parallel.inputs import SAME_DATA, SAME_STATE, compare_states, fingerprint
 from purestep.sharding import place, world
@@ -136,7 +136,7 @@ class Ranks:
         order = getattr(source, "plan", None)
         values = {
             "the snapshot they begin at": at,
-            **{f"the step's {name}": value for name, value in identity(step).items()},
+            **{f"the step's {name}": value for name, value in conditions(step).items()},
             "the loss function": getattr(getattr(inner, "loss_fn", inner), "__qualname__", type(inner).__name__),
             "tx": _plain(getattr(inner, "tx", None)),
             "the plan": self.plan,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from purestep import snapshot
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
+from purestep.loop.identity import Identity, check_resumed, differences
 from purestep.loop.machine import Machine
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
@@ -43,7 +44,7 @@ def begin(
     store: snapshot.Store | None,
     resume: Resume,
     *,
-    step: Any,
+    identity: Identity,
     strict: bool = False,
     silent: bool = False,
 ) -> tuple[LoopState, int | None]:
@@ -51,7 +52,8 @@ def begin(
 
     Raises:
         ConfigError: `resume` cannot be had.
-        SnapshotError: the snapshots cannot be read, or do not fit the state that was given.
+        DataError: the position of the snapshot is no place in the data of this run.
+        SnapshotError: the snapshots cannot be read or do not fit the state, or `strict`, and they are of another run.
     """
     fresh = machine.init(train)
     steps = [] if store is None else store.steps()
@@ -79,22 +81,26 @@ def begin(
     try:
         restored = store.restore(like=like, step=wanted, fallback=wanted is None)
     except TemplateMismatch as error:
-        raise TemplateMismatch(_other_run(error)) from error
-    _check_identity(store.read_manifest(restored.step), step, strict, silent)
+        raise TemplateMismatch(_other_run(error, store, steps[-1] if wanted is None else wanted, identity)) from error
+    adopted, saved = _adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
+    check_resumed(saved, identity, adopted.cursor, machine.length, strict=strict, silent=silent)
     if wanted is not None:
         store.delete_after(wanted)
-    return _adopt(fresh, restored.value, machine), restored.step
+    return adopted, restored.step
 
 
-def _other_run(error: TemplateMismatch) -> str:
+def _other_run(error: TemplateMismatch, store: snapshot.Store, at: int, identity: Identity) -> str:
     """The words of a snapshot that does not fit, for somebody who asked for no snapshot."""
+    changed: list[str] = []
+    with contextlib.suppress(SnapshotError):
+        changed = [line for line in differences(store.read_manifest(at), identity) if line.startswith("step")]
     found = str(error)
     where = found.partition("  where:   ")[2].partition("\n  instead: ")[0].replace("\n           ", "\n")
     where = where.replace("missing in the template", "not in the given one").replace(", template ", ", given ")
     place = found.partition("\n  snapshot: ")[2]
     return explain(
         "the run directory holds a run of another state",
-        where="\n".join(filter(None, [where, place])),
+        where="\n".join(filter(None, [*changed, where, place])),
         why="the model or the optimizer is not the one that the run began with",
         instead="another run_dir=, or the model and the tx of that run; resume='auto' continues what it finds",
     )
@@ -119,37 +125,6 @@ def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
     return stored.replace(callbacks=owns, status=stored.status.replace(due=wished))
 
 
-# What bits depend on besides the values of a run, and how to have it as it was.
-_ENVIRONMENT = {
-    "torch": "pip install torch=={}",
-    "threads": "torch.set_num_threads({})",
-    "cpu_capability": "a machine of the kind the run began on (CPU capability {})",
-    "deterministic": "torch.use_deterministic_algorithms({})",
-    "float32_matmul_precision": "torch.set_float32_matmul_precision({!r})",
-}
-
-_STEP = {
-    "microbatches": "ps.make_step(..., microbatches={})",
-    "compiled": "the step compiled as it was: {}",
-    "reduction": "a plan with reduction={!r}, or no plan for None",
-    "tensor_parallel": "tensor_parallel(rules, size={})",
-}
-
-
-def identity(step: Any) -> dict[str, Any]:
-    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, and
-    how a plan sums gradients and splits matrix products. On how many ranks they were computed is not among them."""
-    inner = getattr(step, "__wrapped__", step)
-    policy, plan = getattr(inner, "policy", None), getattr(inner, "plan", None)
-    return {
-        "microbatches": None if getattr(inner, "microbatches", None) == "auto" else getattr(inner, "parts", None),
-        "compiled": getattr(step, "backend", None),
-        "policy": None if policy is None else str(policy),
-        "reduction": None if plan is None else plan.reduction,
-        "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
-    }
-
-
 def settled(step: Any, manifest: snapshot.Manifest) -> Any:
     """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
     from purestep.loop import fitting
@@ -159,42 +134,6 @@ def settled(step: Any, manifest: snapshot.Manifest) -> Any:
     return (
         fitting.with_microbatches(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
     )
-
-
-def _check_identity(manifest: snapshot.Manifest, step: Any, strict: bool, silent: bool) -> None:
-    now, then = snapshot.environment(), manifest.environment
-    changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]
-    was, is_ = manifest.info.get("step"), identity(step)
-    if isinstance(was, Mapping):
-        _check_policy(was, is_)
-        # Without a number yet ("auto") the run goes on with those it has.
-        names = [name for name in _STEP if name in was and not (name == "microbatches" and is_[name] is None)]
-        changed += [(name, was[name], is_[name], _STEP[name]) for name in names]
-    changed = [entry for entry in changed if entry[1] != entry[2]]
-    if not changed:
-        return
-    text = explain(
-        "this run was saved under other conditions, so its bits may differ from here on",
-        where="; ".join(f"{name}: saved under {old}, now {new}" for name, old, new, _ in changed),
-        why="the order of sums inside matmul, LayerNorm and the like depends on them",
-        instead="\n".join(hint.format(old) for _, old, _, hint in changed),
-    )
-    if strict:
-        raise SnapshotError(text)
-    if not silent:
-        warnings.warn(text, stacklevel=2)
-
-
-def _check_policy(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if "policy" in was and was["policy"] != now["policy"]:
-        raise TemplateMismatch(
-            explain(
-                "this run was saved under another precision policy than that of the step",
-                where=f"saved under {was['policy']}, now {now['policy']}",
-                instead="state = ps.restore(run_dir, like=state, policy=policy)   # and go on in another run_dir\n"
-                "or ps.make_step(loss_fn, tx, policy=...) with the policy it was saved under",
-            )
-        )
 
 
 @checked(ConfigError)

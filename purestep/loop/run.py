@@ -47,6 +47,7 @@ from purestep.loop.events import (
 )
 from purestep.loop.feed import Feed, device_of
 from purestep.loop.guard import Guard
+from purestep.loop.identity import Identity
 from purestep.loop.machine import Machine
 from purestep.loop.outlets import Outlets
 from purestep.loop.precheck import check_callbacks, check_loggers, check_threads
@@ -134,19 +135,20 @@ class Run:
             self._saving.open(stack)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)
+            identity = Identity(self._feed.source, self._step, self.callbacks)
             self.loop, at = resume_.begin(
                 self.machine,
                 self._given,
                 store,
                 self._resume,
-                step=self._step,
+                identity=identity,
                 strict=self._strict,
                 silent=not self._ranks.first,
             )
             if at is not None and store is not None:
                 self._step = self._guard.step = resume_.settled(self._step, store.read_manifest(at))
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
-            self._saving.begin(self.loop, at)
+            self._saving.begin(self.loop, at, identity)
             if at is None and getattr(self._step, "donate", False):
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))

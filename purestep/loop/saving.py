@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from purestep import snapshot
 from purestep.errors import ConfigError, SaveFailed, SnapshotError, explain
 from purestep.loop import resume
 from purestep.loop.events import Callback, Event, LoopState, Saved, SaveLost
+from purestep.loop.identity import Identity, conditions
 from purestep.loop.lock import Lock, refuse_link
 from purestep.loop.ranks import Ranks
 from purestep.loop.signals import Signals
@@ -69,6 +70,7 @@ class Saving:
         self.store: snapshot.Store | None = None
         self._lock: Lock | None = None
         self._saved: Any = None
+        self._identity: Mapping[str, Any] = {}  # rank 0 writes it
         self._skipped = 0
         self._abandoned = self.unsaved = False
 
@@ -102,10 +104,11 @@ class Saving:
         elif self._lock is not None:
             self._lock.keep_while(self.store.busy)
 
-    def begin(self, loop: LoopState, at: int | None) -> None:
+    def begin(self, loop: LoopState, at: int | None, identity: Identity) -> None:
         """Check that snapshots of a run can be written here; it begins at the snapshot `at`, or at none."""
         if self.store is not None:
             self.store.check(loop)
+            self._identity = identity.plain if self._ranks.first else {}
         self._saved = None if at is None else _position(loop)
 
     # --- taking them --------------------------------------------------------------------------------------------------
@@ -131,7 +134,8 @@ class Saving:
             yield self._lost(SaveFailed(moved))
             return
         number = loop.cursor.batches
-        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": resume.identity(step)}
+        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": conditions(step)}
+        info["identity"] = self._identity
         flush()
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do

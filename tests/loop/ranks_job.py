@@ -156,7 +156,7 @@ def relay(directory):
     snapshots = ps.callbacks.snapshots(every=ps.every.steps(2), keep=ps.snapshot.latest(2))
     options = job(sharding.fsdp() if SIZE == 4 else ddp())
     options["callbacks"] = [*options["callbacks"], snapshots]
-    return summary(ps.fit(**options, until=ps.steps(steps), run_dir=run_dir))
+    return summary(ps.fit(**options, until=ps.steps(steps), run_dir=run_dir, strict=True))
 
 
 def foreign(directory):

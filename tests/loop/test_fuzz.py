@@ -32,6 +32,9 @@ from purestep.loggers.csv import read_csv
 from purestep.loop import Evaluated, Horizon, Save, StepsDone, Stopped, precheck
 from purestep.loop.run import Run
 
+# Callbacks are changed from one session to the next, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::purestep.loop.RunChangedWarning")
+
 EPOCH, END = 3, 15  # batches; the last one of an epoch is smaller
 SIZES = (3, 3, 1)
 _interrupt: list[bool] = []  # when it holds something, the next evaluation gets a SIGTERM
@@ -396,6 +399,7 @@ class TestHistories(Machine.TestCase):
     def _quiet(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.simplefilter("ignore", ps.loop.RunChangedWarning)
             yield
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import purestep as ps
+
 SCRIPT = Path(__file__).with_name("ranks_job.py")
 ALL = "straight fsdp hsdp few foreign collated own_loop level_two relay"
 MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory"
@@ -81,6 +83,15 @@ def test_a_run_goes_on_with_fewer_ranks(answers):
     assert (last["batches"], last["digest"], last["metrics"]) == (12, straight["digest"], straight["metrics"])
     log = answers["directory"] / "relay" / "metrics.csv"
     assert log.read_text() == (answers["directory"] / "of-1" / "straight" / "metrics.csv").read_text()
+
+
+def test_a_run_has_one_identity_on_any_number_of_ranks(answers):
+    """Rank 0 writes it; `relay` goes on with `strict=True`, under another plan too."""
+    runs = [answers["directory"] / f"of-{size}" / "straight" for size in (1, 2, 4)]
+    found = [ps.snapshot.manifest(run, 12).info["identity"] for run in runs]
+    assert all(identity == found[0] for identity in found)
+    assert found[0]["data"]["batch_size"] == 12
+    assert set(found[0]["callbacks"]) == {"val", "early_stopping", "log"}
 
 
 def test_the_result_of_every_rank_is_the_same_also_its_clock(answers):

@@ -135,6 +135,7 @@ def test_a_signal_ends_the_run_with_a_snapshot_and_the_next_call_goes_on(job, tm
     assert_trees_equal(comparable(resumed.loop), comparable(straight.loop))
 
 
+@pytest.mark.filterwarnings("ignore::purestep.loop.RunChangedWarning")  # of the loss function that is interrupted
 def test_a_signal_inside_an_evaluation_cuts_it_off_and_it_is_done_after_the_resume(job, tmp_path):
     seen = []
 
@@ -376,6 +377,7 @@ def test_resume_never_must_and_back_in_time(job, tmp_path):
         quiet(job, until=ps.steps(8), resume="yes")
 
 
+@pytest.mark.filterwarnings("ignore::purestep.loop.RunChangedWarning")
 def test_callbacks_may_come_and_go_between_two_processes(job, tmp_path):
     quiet(job, until=ps.steps(4), run_dir=tmp_path)
     evaluate = ps.callbacks.evaluate(job.loss_fn, job.val())
