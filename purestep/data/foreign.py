@@ -1,7 +1,7 @@
 """Loaders that are not ours, as sources: resumed from their own state where they have one, by skipping where not.
 
 Owns the adapters behind `as_source`. It knows protocols (`state_dict`, `get_state`, `set_epoch`), not packages, and
-imports none of them.
+imports none of them. What such a source saves is `saved`'s business.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from purestep.data import seeds
 from purestep.data.portable import pack, unpack
+from purestep.data.saved import Saved, fits
 from purestep.errors import DataError, explain
 
 
@@ -47,7 +48,11 @@ class Sequence:
 
 
 class Foreign:
-    """Any loader or iterable as a source; see `as_source` for what it does with which."""
+    """Any loader or iterable as a source; see `as_source` for what it does with which.
+
+    A loader may carry its state from one epoch into the next. So an epoch is left as a `for` statement leaves it, by
+    asking for the batch after the last, and a state of the end of an epoch is restored there, and left in the same way.
+    """
 
     def __init__(self, data: Any, *, seed: int = 0) -> None:
         self._data = data
@@ -57,6 +62,8 @@ class Foreign:
         self._ended = False
         self._warned = False
         self._initial: Any = None
+        self._looked: Saved | None = None
+        self._pending: Saved | None = None
         self._generators = _generators(data)
         self._bases = [_base_seed(data, g, seed) for g in self._generators]
         self._named = f"{type(data).__module__}.{type(data).__qualname__}"
@@ -83,34 +90,42 @@ class Foreign:
         Args:
             epoch: 0 or more.
             batch: batches of the epoch that were read before.
-            state: what `state()` returned there; None replays.
+            state: what `state()` returned there, or, where `batch` is 0, at the end of the epoch before; None replays.
 
         Raises:
             DataError: the state belongs to another kind of loader, or an iterator would have to begin again.
         """
-        if self._position == (epoch, batch) and not self._ended:
-            return self._read(self._iterator, epoch, batch)
-        own = self._unpacked(state)
-        self._announce(epoch)
-        if batch == 0:
-            self._iterator = self._fresh(epoch)
-        elif own is not None:
-            self._iterator = self._restored(epoch, batch, own)
-        else:
-            self._iterator = self._skipped(epoch, batch)
-        self._position, self._ended = (epoch, batch), False
+        if state is not None and not self._is_at(epoch, batch):
+            self._adopt(state, epoch, batch)
+        if not self._is_at(epoch, batch):
+            before = self._position is not None and self._position[0] == epoch and self._position[1] < batch
+            if not before or self._ended:
+                again = self._leave()
+                self._announce(epoch, again)
+                self._iterator = self._fresh(epoch) if batch == 0 else self._replayed(epoch, batch)
+            elif self._position is not None:
+                self._drop(epoch, self._position[1], batch)
+            self._position, self._ended = (epoch, batch), False
         return self._read(self._iterator, epoch, batch)
 
     def state(self) -> Any:
         """Return the loader's own state as of the last batch given, as a pytree of plain values and tensors."""
-        packed: dict[str, Any] = {"generators": list(self._bases)} if self._bases else {}
         if self._position is None:
-            return packed or None  # asked before its first epoch, torchdata would start an iteration to answer
-        if hasattr(self._data, "state_dict") and hasattr(self._data, "load_state_dict"):
-            packed["state_dict"] = pack(self._data.state_dict(), "the loader's state_dict()")
+            # Asked before its first epoch, torchdata would start an iteration to answer.
+            return Saved(generators=list(self._bases)).packed()
+        if self._pending is not None:
+            return self._pending.packed()
+        if self._ended and self._looked is not None:
+            # Some loaders take the state after the end for the next epoch, and a sampler that has ended for one that
+            # goes on. The state before the end is safe with all.
+            return self._looked.replace(stop="ahead").packed()
+        saved = Saved(self._position, "past" if self._ended else "", list(self._bases))
+        if _stateful(self._data):
+            saved = saved.replace(state_dict=pack(self._data.state_dict(), "the loader's state_dict()"))
         elif _keeps_state(self._iterator):
-            packed["get_state"] = pack(self._iterator.get_state(), "the iterator's get_state()")
-        return packed or None
+            saved = saved.replace(get_state=pack(self._iterator.get_state(), "the iterator's get_state()"))
+        self._looked = None if self._ended else saved
+        return saved.packed()
 
     def parts(self) -> list[Any]:
         """Return the loader, its sampler, batch sampler, that one's sampler, and the data set: each once."""
@@ -118,7 +133,59 @@ class Foreign:
 
     def close(self) -> None:
         """Forget the iterator, which ends the workers that only it keeps alive."""
-        self._iterator, self._position = None, None
+        self._iterator, self._position, self._looked, self._pending = None, None, None, None
+
+    # --- from one epoch to the next ----------------------------------------------------------------------------------
+
+    def _is_at(self, epoch: int, batch: int) -> bool:
+        return self._position == (epoch, batch) and not self._ended
+
+    def _adopt(self, state: Any, epoch: int, batch: int) -> None:
+        """Go where a state was taken, unless this is the place."""
+        saved = self._checked(state)
+        self._bases = saved.generators
+        if not saved.own or self._position == saved.place:
+            return
+        if saved.place is None:
+            if batch == 0:
+                self._warn_of_old(epoch)
+                return
+            saved = saved.replace(place=(epoch, batch))
+        place = saved.place or (epoch, batch)
+        self._announce(place[0])
+        self._looked, self._pending, self._ended = None, None, False
+        if saved.stop or place[1] == self.length():
+            self._iterator, self._pending = iter(()), saved
+        elif saved.worker_ended:
+            self._iterator = self._replayed(*place, why="one of its workers had ended, and would begin again")
+        else:
+            self._iterator = self._restored(place[0], saved)
+        self._position = place
+
+    def _leave(self) -> Saved | None:
+        """End the epoch that was read to its last batch, and return the state to load again, if there is one."""
+        saved, self._pending, self._looked = self._pending, None, None
+        if saved is None:
+            if not self._ended and self._position is not None and self._position[1] == self.length():
+                self._read_past_end()
+            return None
+        if saved.stop == "past" and saved.state_dict is not None:
+            return saved
+        epoch = saved.place[0] if saved.place else 0
+        self._iterator = self._restored(epoch, saved)
+        # A loader with a batch here has taken the end of its epoch for the start of the next one, and begins there when
+        # it is given the state again. One with workers begins at its data set, so that what is left is of no account.
+        rolls = self._read_past_end() and saved.state_dict is not None and not getattr(self._data, "num_workers", 0)
+        return saved if rolls else None
+
+    def _read_past_end(self) -> bool:
+        """Ask for the batch after the last, which is when loaders put themselves back; tell whether there was one."""
+        epoch, batch = self._position or (0, 0)
+        try:
+            self._seeded(lambda: next(self._iterator), epoch, batch)
+        except StopIteration:
+            return False
+        return True
 
     # --- private -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +201,7 @@ class Foreign:
                 error.add_note(f"while batch {number} of epoch {epoch} was read; data: {self._named}")
                 raise
             if iterator is self._iterator:
-                self._position = (epoch, number + 1)
+                self._position, self._looked = (epoch, number + 1), None
             yield item
 
     def _seeded(self, call: Callable[[], Any], epoch: int, batch: int) -> Any:
@@ -164,34 +231,36 @@ class Foreign:
             return self._data
         return self._data(epoch=epoch) if _takes_epoch(self._data) else self._data()
 
-    def _restored(self, epoch: int, batch: int, own: dict[str, Any]) -> Any:
-        if "state_dict" in own:
-            if self.length() == batch:
-                return iter(())  # torchdata takes the state of an ended epoch for the start of the next one
-            self._data.load_state_dict(own["state_dict"])
+    def _restored(self, epoch: int, saved: Saved) -> Any:
+        if saved.state_dict is not None:
+            self._data.load_state_dict(unpack(saved.state_dict))
             return self._seeded(lambda: iter(self._data), epoch, 0)
         iterator = self._data if self._one_shot else self._seeded(lambda: iter(self._call(epoch)), epoch, 0)
-        iterator.set_state(own["get_state"])
+        iterator.set_state(unpack(saved.get_state))
         return iterator
 
-    def _skipped(self, epoch: int, batch: int) -> Any:
-        iterator = self._fresh(epoch)
+    def _replayed(self, epoch: int, batch: int, why: str = "it keeps no state that could be saved") -> Any:
+        self._iterator = self._fresh(epoch)
         if not self._warned:
             self._warned = True
             warnings.warn(
                 explain(
                     f"resuming inside an epoch reads its first {batch} batches again and drops them",
                     where=f"data: {self._named}",
-                    why="it keeps no state that could be saved; should it give other batches this time, the run "
-                    "differs",
+                    why=f"{why}; should it give other batches this time, the run differs",
                     instead="ps.data.batches, or a loader with state_dict, such as torchdata's StatefulDataLoader",
                 ),
                 ReplayWarning,
                 stacklevel=4,
             )
-        for number in range(batch):
+        self._drop(epoch, 0, batch)
+        return self._iterator
+
+    def _drop(self, epoch: int, first: int, batch: int) -> None:
+        """Read from batch `first` up to `batch`."""
+        for number in range(first, batch):
             try:
-                self._seeded(lambda: next(iterator), epoch, number)
+                self._seeded(lambda: next(self._iterator), epoch, number)
             except StopIteration:
                 raise DataError(
                     explain(
@@ -201,16 +270,11 @@ class Foreign:
                         instead="ps.data.batches, or a loader with state_dict, such as torchdata's StatefulDataLoader",
                     )
                 ) from None
-        return iterator
 
-    def _unpacked(self, state: Any) -> dict[str, Any] | None:
-        """The loader's own part of a state, checked; None when there is none."""
-        if state is None:
-            return None
-        bases = state.get("generators", []) if isinstance(state, dict) else []
-        stateful = hasattr(self._data, "state_dict") and hasattr(self._data, "load_state_dict")
-        known = {"generators", "state_dict" if stateful else "get_state"}
-        if not isinstance(state, dict) or not set(state) <= known or len(bases) != len(self._generators):
+    def _checked(self, state: Any) -> Saved:
+        """What a state says, checked against this loader."""
+        own = "state_dict" if _stateful(self._data) else "get_state"
+        if not fits(state, own, len(self._generators)):
             raise DataError(
                 explain(
                     "the saved position is that of another kind of loader",
@@ -218,16 +282,33 @@ class Foreign:
                     instead="the loader that the run was started with, or resume from the end of an epoch",
                 )
             )
-        self._bases = [int(base) for base in bases]
-        own = {name: unpack(value) for name, value in state.items() if name != "generators"}
-        return own or None
+        return Saved.of(state)
 
-    def _announce(self, epoch: int) -> None:
-        """Tell the epoch to samplers and data sets that ask for it, and point the loader's generators at it."""
+    def _warn_of_old(self, epoch: int) -> None:
+        warnings.warn(
+            explain(
+                f"the loader begins epoch {epoch} without the state that it had after epoch {epoch - 1}",
+                where=f"data: {self._named}",
+                why="the snapshot is of an older version, which did not note where an epoch ended; if the loader "
+                "carries nothing from one epoch into the next, the run is the same",
+                instead="resume from a snapshot inside of an epoch, where there is one: resume=<its number>",
+            ),
+            ReplayWarning,
+            stacklevel=5,
+        )
+
+    def _announce(self, epoch: int, again: Saved | None = None) -> None:
+        """Tell the epoch to samplers and data sets that ask for it, and point the loader's generators at it.
+
+        Where a state is to be loaded again, that comes between the two: it may hold the epoch and the generators of the
+        epoch before.
+        """
         for part in _parts(self._data):
             set_epoch = getattr(part, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
+        if again is not None:
+            self._data.load_state_dict(unpack(again.state_dict))
         for generator, base in zip(self._generators, self._bases, strict=True):
             first, second = seeds.epoch_words(base % 2**64, "generator", epoch)
             generator.manual_seed(base if epoch == 0 else first | second << 32)
@@ -242,6 +323,10 @@ def _takes_epoch(function: Callable[..., Any]) -> bool:
 
 def _place(epoch: int, batch: int) -> str:
     return f"batch {batch} of epoch {epoch}"
+
+
+def _stateful(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def _keeps_state(iterator: Any) -> bool:
