@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from purestep import tree
 from purestep.data import seeds
 from purestep.data.portable import pack, unpack
 from purestep.data.saved import Saved, fits
@@ -64,6 +65,7 @@ class Foreign:
         self._initial: Any = None
         self._looked: Saved | None = None
         self._pending: Saved | None = None
+        self._rolled: Saved | None = None
         self._generators = _generators(data)
         self._bases = [_base_seed(data, g, seed) for g in self._generators]
         self._named = f"{type(data).__module__}.{type(data).__qualname__}"
@@ -98,14 +100,7 @@ class Foreign:
         if state is not None and not self._is_at(epoch, batch):
             self._adopt(state, epoch, batch)
         if not self._is_at(epoch, batch):
-            before = self._position is not None and self._position[0] == epoch and self._position[1] < batch
-            if not before or self._ended:
-                again = self._leave()
-                self._announce(epoch, again)
-                self._iterator = self._fresh(epoch) if batch == 0 else self._replayed(epoch, batch)
-            elif self._position is not None:
-                self._drop(epoch, self._position[1], batch)
-            self._position, self._ended = (epoch, batch), False
+            self._go_to(epoch, batch)
         return self._read(self._iterator, epoch, batch)
 
     def state(self) -> Any:
@@ -119,9 +114,11 @@ class Foreign:
             # Some loaders take the state after the end for the next epoch, and a sampler that has ended for one that
             # goes on. The state before the end is safe with all.
             return self._looked.replace(stop="ahead").packed()
-        saved = Saved(self._position, "past" if self._ended else "", list(self._bases))
+        saved = Saved(self._position, "past" if self._ended else "", generators=list(self._bases))
         if _stateful(self._data):
             saved = saved.replace(state_dict=pack(self._data.state_dict(), "the loader's state_dict()"))
+            if self._rolled is not None and tree.equal(saved.state_dict, self._rolled.state_dict):
+                saved = self._rolled.replace(then=self._position)
         elif _keeps_state(self._iterator):
             saved = saved.replace(get_state=pack(self._iterator.get_state(), "the iterator's get_state()"))
         self._looked = None if self._ended else saved
@@ -133,7 +130,8 @@ class Foreign:
 
     def close(self) -> None:
         """Forget the iterator, which ends the workers that only it keeps alive."""
-        self._iterator, self._position, self._looked, self._pending = None, None, None, None
+        self._iterator, self._position = None, None
+        self._looked, self._pending, self._rolled = None, None, None
 
     # --- from one epoch to the next ----------------------------------------------------------------------------------
 
@@ -144,7 +142,7 @@ class Foreign:
         """Go where a state was taken, unless this is the place."""
         saved = self._checked(state)
         self._bases = saved.generators
-        if not saved.own or self._position == saved.place:
+        if not saved.own or self._position == (saved.then or saved.place):
             return
         if saved.place is None:
             if batch == 0:
@@ -153,7 +151,7 @@ class Foreign:
             saved = saved.replace(place=(epoch, batch))
         place = saved.place or (epoch, batch)
         self._announce(place[0])
-        self._looked, self._pending, self._ended = None, None, False
+        self._looked, self._pending, self._rolled, self._ended = None, None, None, False
         if saved.stop or place[1] == self.length():
             self._iterator, self._pending = iter(()), saved
         elif saved.worker_ended:
@@ -161,6 +159,19 @@ class Foreign:
         else:
             self._iterator = self._restored(place[0], saved)
         self._position = place
+        if saved.then is not None:
+            self._go_to(*saved.then)
+
+    def _go_to(self, epoch: int, batch: int) -> None:
+        """Go on to a place without a state: in this epoch, or by way of its end to the start of another one."""
+        before = self._position is not None and self._position[0] == epoch and self._position[1] < batch
+        if before and not self._ended and self._position is not None:
+            self._drop(epoch, self._position[1], batch)
+        else:
+            self._rolled = self._leave()
+            self._announce(epoch, self._rolled)
+            self._iterator = self._fresh(epoch) if batch == 0 else self._replayed(epoch, batch)
+        self._position, self._ended = (epoch, batch), False
 
     def _leave(self) -> Saved | None:
         """End the epoch that was read to its last batch, and return the state to load again, if there is one."""

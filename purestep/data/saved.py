@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-_FIELDS = {"generators", "place", "stop"}
+_FIELDS = {"generators", "place", "stop", "then"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Saved:
         place: epoch and number of batches read of it; None in snapshots that are older than this field.
         stop: whether the epoch was over: "" no, or nobody has asked; "ahead" it was, and the state is the one before
             the loader said so; "past" the state is the one after.
+        then: where to go on to from there, by reading again; None: nowhere. It is for loaders whose state stands still.
         generators: first seeds of the loader's generators.
         state_dict: what `state_dict()` returned, packed; None where the loader has none.
         get_state: the same of the iterator's `get_state()`.
@@ -27,6 +28,7 @@ class Saved:
 
     place: tuple[int, int] | None = None
     stop: Literal["", "ahead", "past"] = ""
+    then: tuple[int, int] | None = None
     generators: list[int] = dataclasses.field(default_factory=list)
     state_dict: Any = None
     get_state: Any = None
@@ -54,6 +56,7 @@ class Saved:
         if self.own:
             packed["place"] = None if self.place is None else list(self.place)
             packed["stop"] = self.stop
+            packed["then"] = None if self.then is None else list(self.then)
             name = "get_state" if self.state_dict is None else "state_dict"
             packed[name] = getattr(self, name)
         return packed or None
@@ -62,9 +65,9 @@ class Saved:
     def of(cls, packed: dict[str, Any]) -> Saved:
         """Undo `packed`."""
         fields = dict(packed)
-        place = fields.pop("place", None)
+        places = {name: _place(fields.pop(name, None)) for name in ("place", "then")}
         bases = [int(base) for base in fields.pop("generators", [])]
-        return cls(None if place is None else (int(place[0]), int(place[1])), generators=bases, **fields)
+        return cls(**places, generators=bases, **fields)
 
 
 def fits(packed: Any, own: str, generators: int) -> bool:
@@ -75,6 +78,10 @@ def fits(packed: Any, own: str, generators: int) -> bool:
         and len(packed.get("generators", [])) == generators
         and packed.get("stop", "") in ("", "ahead", "past")
     )
+
+
+def _place(pair: Any) -> tuple[int, int] | None:
+    return None if pair is None else (int(pair[0]), int(pair[1]))
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
