@@ -7,23 +7,36 @@ imports none of them. What such a source saves is `saved`'s business.
 from __future__ import annotations
 
 import collections.abc
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from purestep import tree
 from purestep.data import seeds
+from purestep.data.hidden import Hidden
+from purestep.data.parts import (
+    base_seed,
+    generators_of,
+    is_stateful,
+    keeps_state,
+    keeps_workers,
+    named_parts,
+    parts_of,
+    saved_by_loader,
+    takes_epoch,
+)
 from purestep.data.portable import pack, unpack
-from purestep.data.saved import Saved, fits
+from purestep.data.saved import Place, Saved, fits
 from purestep.errors import DataError, explain
 
 
 class ReplayWarning(UserWarning):
     """A resume inside an epoch reads the first batches again and drops them, for lack of a state."""
+
+
+class UnsavedStateWarning(UserWarning):
+    """A loader keeps something that no snapshot holds, so that the resumed run may differ from the straight one."""
 
 
 class Sequence:
@@ -59,19 +72,23 @@ class Foreign:
         self._data = data
         self._seed = seed
         self._iterator: Any = None
-        self._position: tuple[int, int] | None = None
+        self._position: Place | None = None
         self._ended = False
+        self._begun = False
         self._warned = False
         self._initial: Any = None
         self._looked: Saved | None = None
         self._pending: Saved | None = None
         self._rolled: Saved | None = None
-        self._generators = _generators(data)
-        self._bases = [_base_seed(data, g, seed) for g in self._generators]
+        self._generators = generators_of(data)
+        self._bases = [base_seed(data, g, seed) for g in self._generators]
+        self._hidden = Hidden(named_parts(data), known=[*self._generators, *saved_by_loader(data)])
+        self._start: dict[str, Any] = {}
+        self._changed: list[str] = []
         self._named = f"{type(data).__module__}.{type(data).__qualname__}"
         self._function = isinstance(data, type) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))
         self._one_shot = isinstance(data, collections.abc.Iterator)
-        if self._one_shot and _keeps_state(data):
+        if self._one_shot and keeps_state(data):
             self._initial = data.get_state()
 
     def __repr__(self) -> str:
@@ -97,9 +114,11 @@ class Foreign:
         Raises:
             DataError: the state belongs to another kind of loader, or an iterator would have to begin again.
         """
-        if state is not None and not self._is_at(epoch, batch):
+        if epoch > 0 and self._position is None and keeps_workers(self._data):
+            self._warn_of("what the workers keep from one epoch to the next", "persistent_workers=False")
+        if state is not None and self._position != (epoch, batch):
             self._adopt(state, epoch, batch)
-        if not self._is_at(epoch, batch):
+        if self._position != (epoch, batch) or (batch == 0 and self._ended):
             self._go_to(epoch, batch)
         return self._read(self._iterator, epoch, batch)
 
@@ -110,23 +129,30 @@ class Foreign:
             return Saved(generators=list(self._bases)).packed()
         if self._pending is not None:
             return self._pending.packed()
-        if self._ended and self._looked is not None:
+        if self._ended and self._looked is not None and self._looked.own:
             # Some loaders take the state after the end for the next epoch, and a sampler that has ended for one that
             # goes on. The state before the end is safe with all.
             return self._looked.replace(stop="ahead").packed()
-        saved = Saved(self._position, "past" if self._ended else "", generators=list(self._bases))
-        if _stateful(self._data):
+        self._looked = self._look()
+        return self._looked.packed()
+
+    def _look(self) -> Saved:
+        saved = Saved(self._position, generators=list(self._bases))
+        if is_stateful(self._data):
             saved = saved.replace(state_dict=pack(self._data.state_dict(), "the loader's state_dict()"))
             if self._rolled is not None and tree.equal(saved.state_dict, self._rolled.state_dict):
-                saved = self._rolled.replace(then=self._position)
-        elif _keeps_state(self._iterator):
-            saved = saved.replace(get_state=pack(self._iterator.get_state(), "the iterator's get_state()"))
-        self._looked = None if self._ended else saved
-        return saved.packed()
+                return self._rolled.replace(then=self._position)
+        elif keeps_state(self._iterator):
+            return saved.replace(get_state=pack(self._iterator.get_state(), "the iterator's get_state()"))
+        elif self._start and not self._ended and self._at_length():
+            self._ended = not self._read_past_end()  # what is found in its parts is then that of the next epoch
+        changed = sorted({*self._changed, *self._hidden.changed()})
+        stop = "past" if self._ended else ""
+        return saved.replace(stop=stop, start=self._start, now=self._hidden.capture(), changed=changed)
 
     def parts(self) -> list[Any]:
         """Return the loader, its sampler, batch sampler, that one's sampler, and the data set: each once."""
-        return _parts(self._data)
+        return parts_of(self._data)
 
     def close(self) -> None:
         """Forget the iterator, which ends the workers that only it keeps alive."""
@@ -135,55 +161,71 @@ class Foreign:
 
     # --- from one epoch to the next ----------------------------------------------------------------------------------
 
-    def _is_at(self, epoch: int, batch: int) -> bool:
-        return self._position == (epoch, batch) and not self._ended
+    def _at_length(self) -> bool:
+        return self._position is not None and self._position[1] == self.length()
 
     def _adopt(self, state: Any, epoch: int, batch: int) -> None:
         """Go where a state was taken, unless this is the place."""
         saved = self._checked(state)
-        self._bases = saved.generators
-        if not saved.own or self._position == (saved.then or saved.place):
+        self._bases = list(saved.generators)
+        if self._position is not None and self._position == (saved.then or saved.place):
             return
-        if saved.place is None:
-            if batch == 0:
-                self._warn_of_old(epoch)
-                return
-            saved = saved.replace(place=(epoch, batch))
-        place = saved.place or (epoch, batch)
-        self._announce(place[0])
-        self._looked, self._pending, self._rolled, self._ended = None, None, None, False
-        if saved.stop or place[1] == self.length():
-            self._iterator, self._pending = iter(()), saved
-        elif saved.worker_ended:
-            self._iterator = self._replayed(*place, why="one of its workers had ended, and would begin again")
-        else:
-            self._iterator = self._restored(place[0], saved)
-        self._position = place
+        if saved.changed:
+            self._warn_of(", ".join(saved.changed), "a loader and a data set with state_dict for what they keep")
+            self._changed = list(saved.changed)
+        if saved.place is None and saved.own and batch == 0:
+            why = f"what it had at the end of epoch {epoch - 1}: this snapshot is of a version that did not note it"
+            self._warn_of(why, "resume=<the number of a snapshot inside of an epoch>")
+        elif saved.own:
+            self._restore(saved.replace(place=saved.place or (epoch, batch)))
+        elif saved.place is not None and saved.now:
+            self._restore_hidden(saved, saved.place, over=saved.stop != "" or saved.place[0] != epoch)
         if saved.then is not None:
             self._go_to(*saved.then)
 
+    def _restore(self, saved: Saved) -> None:
+        epoch, batch = saved.place or (0, 0)
+        self._announce(epoch)
+        self._looked, self._pending, self._rolled, self._ended = None, None, None, False
+        if saved.stop or batch == self.length():
+            self._iterator, self._pending = iter(()), saved
+        elif (why := saved.unfit) is not None:
+            self._hidden.put_back(saved.start)
+            self._start = saved.start
+            self._iterator = self._replayed(epoch, batch, why)
+        else:
+            self._iterator = self._restored(epoch, saved)
+        self._position = epoch, batch
+
+    def _restore_hidden(self, saved: Saved, place: Place, over: bool) -> None:
+        """Put back what the parts of a loader keep that saves nothing: at the place, or to read up to it again."""
+        self._announce(place[0])
+        self._hidden.put_back(saved.now if over else saved.start)
+        self._start = saved.start
+        self._iterator = iter(()) if over else self._replayed(*place)
+        self._looked, self._position, self._ended = None, place, over
+
     def _go_to(self, epoch: int, batch: int) -> None:
         """Go on to a place without a state: in this epoch, or by way of its end to the start of another one."""
-        before = self._position is not None and self._position[0] == epoch and self._position[1] < batch
-        if before and not self._ended and self._position is not None:
+        if not self._ended and self._position is not None and self._position[0] == epoch and self._position[1] < batch:
             self._drop(epoch, self._position[1], batch)
         else:
             self._rolled = self._leave()
             self._announce(epoch, self._rolled)
-            self._iterator = self._fresh(epoch) if batch == 0 else self._replayed(epoch, batch)
+            self._start = self._hidden.capture()
+            self._iterator = self._replayed(epoch, batch)
         self._position, self._ended = (epoch, batch), False
 
     def _leave(self) -> Saved | None:
         """End the epoch that was read to its last batch, and return the state to load again, if there is one."""
         saved, self._pending, self._looked = self._pending, None, None
         if saved is None:
-            if not self._ended and self._position is not None and self._position[1] == self.length():
+            if not self._ended and self._at_length():
                 self._read_past_end()
             return None
         if saved.stop == "past" and saved.state_dict is not None:
             return saved
-        epoch = saved.place[0] if saved.place else 0
-        self._iterator = self._restored(epoch, saved)
+        self._iterator = self._restored(saved.place[0] if saved.place else 0, saved)
         # A loader with a batch here has taken the end of its epoch for the start of the next one, and begins there when
         # it is given the state again. One with workers begins at its data set, so that what is left is of no account.
         rolls = self._read_past_end() and saved.state_dict is not None and not getattr(self._data, "num_workers", 0)
@@ -222,6 +264,12 @@ class Foreign:
 
     def _fresh(self, epoch: int) -> Any:
         if not self._one_shot:
+            if epoch > 0 and not self._begun and keeps_workers(self._data):
+                # It draws other numbers when it starts its workers than when it finds them, and so another order.
+                self._announce(0)
+                self._seeded(lambda: iter(self._data), 0, 0)
+                self._announce(epoch)
+            self._begun = True
             # Loaders draw seeds of their own when an iteration starts; those belong to the epoch as well.
             return self._seeded(lambda: iter(self._call(epoch)), epoch, 0)
         if self._initial is not None:
@@ -240,19 +288,23 @@ class Foreign:
     def _call(self, epoch: int) -> Any:
         if not self._function:
             return self._data
-        return self._data(epoch=epoch) if _takes_epoch(self._data) else self._data()
+        return self._data(epoch=epoch) if takes_epoch(self._data) else self._data()
 
     def _restored(self, epoch: int, saved: Saved) -> Any:
+        self._begun, self._start = True, saved.start
+        self._hidden.put_back(saved.start)
         if saved.state_dict is not None:
             self._data.load_state_dict(unpack(saved.state_dict))
-            return self._seeded(lambda: iter(self._data), epoch, 0)
-        iterator = self._data if self._one_shot else self._seeded(lambda: iter(self._call(epoch)), epoch, 0)
-        iterator.set_state(unpack(saved.get_state))
+            iterator = self._seeded(lambda: iter(self._data), epoch, 0)
+        else:
+            iterator = self._data if self._one_shot else self._seeded(lambda: iter(self._call(epoch)), epoch, 0)
+            iterator.set_state(unpack(saved.get_state))
+        self._hidden.put_back(saved.now)
         return iterator
 
     def _replayed(self, epoch: int, batch: int, why: str = "it keeps no state that could be saved") -> Any:
         self._iterator = self._fresh(epoch)
-        if not self._warned:
+        if batch and not self._warned:
             self._warned = True
             warnings.warn(
                 explain(
@@ -284,7 +336,7 @@ class Foreign:
 
     def _checked(self, state: Any) -> Saved:
         """What a state says, checked against this loader."""
-        own = "state_dict" if _stateful(self._data) else "get_state"
+        own = "state_dict" if is_stateful(self._data) else "get_state"
         if not fits(state, own, len(self._generators)):
             raise DataError(
                 explain(
@@ -295,16 +347,15 @@ class Foreign:
             )
         return Saved.of(state)
 
-    def _warn_of_old(self, epoch: int) -> None:
+    def _warn_of(self, what: str, instead: str) -> None:
         warnings.warn(
             explain(
-                f"the loader begins epoch {epoch} without the state that it had after epoch {epoch - 1}",
-                where=f"data: {self._named}",
-                why="the snapshot is of an older version, which did not note where an epoch ended; if the loader "
-                "carries nothing from one epoch into the next, the run is the same",
-                instead="resume from a snapshot inside of an epoch, where there is one: resume=<its number>",
+                "the loader goes on without a part of its state",
+                where=f"data: {self._named}, {what}",
+                why="no snapshot holds it; where batches depend on it, they are others than those of a straight run",
+                instead=instead,
             ),
-            ReplayWarning,
+            UnsavedStateWarning,
             stacklevel=5,
         )
 
@@ -314,7 +365,7 @@ class Foreign:
         Where a state is to be loaded again, that comes between the two: it may hold the epoch and the generators of the
         epoch before.
         """
-        for part in _parts(self._data):
+        for part in parts_of(self._data):
             set_epoch = getattr(part, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
@@ -325,48 +376,5 @@ class Foreign:
             generator.manual_seed(base if epoch == 0 else first | second << 32)
 
 
-def _takes_epoch(function: Callable[..., Any]) -> bool:
-    try:
-        return "epoch" in inspect.signature(function).parameters
-    except ValueError:  # some built-in functions have no signature
-        return False
-
-
 def _place(epoch: int, batch: int) -> str:
     return f"batch {batch} of epoch {epoch}"
-
-
-def _stateful(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-
-
-def _keeps_state(iterator: Any) -> bool:
-    return hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
-
-
-def _parts(loader: Any) -> list[Any]:
-    """The loader, its sampler, batch sampler, that one's sampler, and the data set: each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    candidates = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-        getattr(loader, "dataset", None),
-    )
-    unique = {id(part): part for part in candidates if part is not None}
-    return list(unique.values())
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    found = (getattr(part, "generator", None) for part in _parts(loader))
-    unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
-    return list(unique.values())
-
-
-def _base_seed(loader: Any, generator: torch.Generator, seed: int) -> int:
-    # Given no generator, torchdata's sampler makes one and seeds it from the global one; the seed of that is chance.
-    chance = getattr(loader, "generator", None) is None and type(
-        getattr(loader, "sampler", None)
-    ).__module__.startswith("torchdata")
-    return seed if chance else generator.initial_seed()

@@ -5,14 +5,13 @@ As a script it reads the kinds that start workers, which must not be forked from
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grain.python as grain
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -21,7 +20,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from purestep import data, tree
-from purestep.data.portable import pack
 from purestep.loop.events import Cursor
 from purestep.loop.feed import Feed
 
@@ -257,9 +255,12 @@ def stream(kind: type = Stream, batch_size: Any = 4, **options: Any) -> Stateful
 
 
 def grain_map() -> Any:
-    import grain.python as grain
-
     return grain.MapDataset.range(20).shuffle(seed=1).map(float).batch(4)
+
+
+def grain_iterable(endless: bool = False) -> Any:
+    made = grain_map().repeat() if endless else grain_map()
+    return made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
 
 
 def shuffled() -> data.Batches:
@@ -269,6 +270,68 @@ def shuffled() -> data.Batches:
 def distributed() -> StatefulDataLoader:
     sampler = StatefulDistributedSampler(range(20), num_replicas=1, rank=0, shuffle=True)
     return StatefulDataLoader(torch.arange(20), 4, sampler=sampler)
+
+
+class Keeps:
+    """A data set, or an iterable of batches, that keeps a generator and does not save it."""
+
+    def __init__(self, rng: Any, draw: Callable[[Any], float]) -> None:
+        self.rng, self.draw = rng, draw
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.tensor([i + self.draw(self.rng)])
+
+
+class KeepsNested(Keeps):
+    def __init__(self) -> None:
+        self.transforms = [None, Keeps(np.random.default_rng(4), np.random.Generator.random)]
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.transforms[1][i]
+
+
+class KeepsStream(IterableDataset):
+    def __init__(self) -> None:
+        self.rng = random.Random(8)
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(20):
+            yield torch.tensor([self.rng.random()])
+        self.rng.random()
+
+
+class KeepsStreamSized(KeepsStream):
+    def __len__(self) -> int:
+        return 20
+
+
+class KeepsBatches:
+    def __init__(self) -> None:
+        self.rng = random.Random(8)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (torch.tensor([self.rng.random()]) for _ in range(5))
+
+
+def closure() -> Callable[[], Any]:
+    rng = np.random.RandomState(9)
+    return lambda: (torch.tensor([rng.normal()]) for _ in range(5))
+
+
+def bound() -> Callable[[], Any]:
+    keeps = KeepsBatches()
+    return keeps.__iter__
+
+
+def keeping(kind: str) -> Keeps:
+    if kind == "python":
+        return Keeps(random.Random(3), random.Random.random)
+    if kind == "torch":
+        return Keeps(torch.Generator().manual_seed(3), lambda rng: torch.rand((), generator=rng).item())
+    return KeepsNested()
 
 
 KINDS: dict[str, Callable[[], Any]] = {
@@ -294,13 +357,27 @@ KINDS: dict[str, Callable[[], Any]] = {
     "own, rolls over, no length": RollingUnsized,
     "iterators with the loader's generator": SharedRng,
     "grain map": grain_map,
-    "grain iterable": lambda: grain_map().to_iter_dataset(),
-    "grain endless": lambda: data.stream(grain_map().repeat().to_iter_dataset(), 5),
+    "grain iterable": grain_iterable,
+    "grain endless": lambda: data.stream(grain_iterable(endless=True), 5),
     "list": lambda: [torch.tensor([float(i)]) for i in range(5)],
     "batches": shuffled,
     "loader": lambda: DataLoader(torch.arange(20), 4, shuffle=True),
     "loader, generator": lambda: DataLoader(torch.arange(20), 4, shuffle=True, generator=seeded()),
+    "loader, data set keeps python's": lambda: DataLoader(keeping("python"), 4, shuffle=True),
+    "loader, data set keeps torch's": lambda: DataLoader(keeping("torch"), 4, shuffle=True),
+    "loader, data set keeps numpy's": lambda: DataLoader(keeping("numpy"), 4, shuffle=True),
+    "loader, stream with state": lambda: DataLoader(Stream(), 4),
+    "loader, stream with state, length": lambda: DataLoader(Sized(), 6),
+    "loader, stream keeps": lambda: DataLoader(KeepsStream(), 4),
+    "loader, stream keeps, length": lambda: DataLoader(KeepsStreamSized(), 4),
+    "map, data set keeps": lambda: StatefulDataLoader(keeping("numpy"), 4, shuffle=True),
+    "stream keeps": lambda: stream(KeepsStream),
+    "iterable keeps": KeepsBatches,
     "function": lambda: generator_function,
+    "function keeps": closure,
+    "method keeps": bound,
+    "take of what keeps": lambda: data.take(DataLoader(KeepsStream(), 4), 3),
+    "prefetch of what keeps": lambda: data.prefetch(DataLoader(KeepsStream(), 4), "cpu"),
     "zip": lambda: data.zip((stream(Sized), shuffled())),
     "zip, no length": lambda: data.zip((stream(Endless), stream())),
     "zip, shortest second": lambda: data.zip((stream(lambda: Sized(28)), stream(Sized))),
@@ -321,9 +398,11 @@ FORK: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "fork"}
 WITH_WORKERS: dict[str, Callable[[], Any]] = {
     "map": lambda: StatefulDataLoader(torch.arange(20), 4, shuffle=True, **FORK),
     "map, sampler with state": lambda: StatefulDataLoader(torch.arange(20), 4, sampler=Sampler(), **FORK),
+    "map, workers stay": lambda: StatefulDataLoader(torch.arange(20), 4, shuffle=True, persistent_workers=True, **FORK),
     "shards": lambda: StatefulDataLoader(Shards(), 4, **FORK),
     "shards, uneven": lambda: StatefulDataLoader(Shards(uneven=8), 2, **FORK),
     "loader": lambda: DataLoader(torch.arange(20), 4, shuffle=True, **FORK),
+    "loader, workers stay": lambda: DataLoader(torch.arange(20), 4, shuffle=True, persistent_workers=True, **FORK),
 }
 
 
@@ -333,7 +412,8 @@ WITH_WORKERS: dict[str, Callable[[], Any]] = {
 def saved(state: Any) -> Any:
     """What a snapshot makes of a state: other tensors of the same content, and what JSON makes of the rest."""
     leaves, structure = tree.flatten(state)
-    back = [leaf.clone() if isinstance(leaf, torch.Tensor) else json.loads(json.dumps(leaf)) for leaf in leaves]
+    plain = json.loads(json.dumps([None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
+    back = [leaf.clone() if isinstance(leaf, torch.Tensor) else p for leaf, p in zip(leaves, plain, strict=True)]
     return tree.unflatten(structure, back)
 
 
@@ -383,10 +463,5 @@ def all_cuts(total: int) -> list[tuple[int, ...]]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    kinds = KINDS if sys.argv[1] == "here" else WITH_WORKERS
-    for name in sys.argv[2:] or kinds:
-        try:
-            print(name, "->", differing(kinds[name], 12, all_cuts(12)))
-        except Exception as e:
-            import traceback
-            print(name, "->", "ERROR", *traceback.format_exc().splitlines()[-4:], sep="\n   ")
+    for name, make in WITH_WORKERS.items():
+        print(f"{name}: {differing(make, 12, [(5,), (6,), (2, 5, 8), (10, 11)])}")
