@@ -92,7 +92,9 @@ class Zipped:
                 yield item
                 position += 1
                 if position == longest:
-                    break
+                    return
+            if position % length:
+                _refuse_short(part.source, position % length, length)
 
 
 def zip(parts: Any, *, mode: Mode = "shortest") -> Source:
@@ -294,6 +296,18 @@ def _known(source: Source, path: str, why: str, *, positive: bool) -> int:
             )
         )
     return length
+
+
+def _refuse_short(source: Source, given: int, length: int) -> None:
+    raise DataError(
+        explain(
+            "a source ended before its length",
+            where=f"data: {source!r}, after {given} of {length} batches",
+            why='mode="cycle" counts the batches of each pass by the length, to find its place again; a stream that was '
+            "left in the middle of a pass may give the rest of it only",
+            instead="ps.data.stream(source, n) of an endless source, or a source that begins anew each time",
+        )
+    )
 
 
 def _hold(parts: list[_Part], states: list[Any] | None) -> None:

@@ -100,11 +100,11 @@ class Orders(IterableDataset):
 class Augmented(Dataset):
     """Samples by index, with noise from a numpy generator of its own that it saves."""
 
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng(3)
+    def __init__(self, n: int = 20) -> None:
+        self.n, self.rng = n, np.random.default_rng(3)
 
     def __len__(self) -> int:
-        return 20
+        return self.n
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return torch.tensor([i + self.rng.random()])
@@ -382,7 +382,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "zip, no length": lambda: data.zip((stream(Endless), stream())),
     "zip, shortest second": lambda: data.zip((stream(lambda: Sized(28)), stream(Sized))),
     "zip, pad": lambda: data.zip((stream(lambda: Sized(8)), stream(Sized), shuffled()), mode="pad"),
-    "zip, cycle": lambda: data.zip((stream(lambda: Sized(8)), stream(Sized)), mode="cycle"),
+    "zip, cycle": lambda: data.zip((stream(lambda: Augmented(8)), DataLoader(keeping("numpy"), 4)), mode="cycle"),
+    "zip, cycle, whole passes": lambda: data.zip((stream(lambda: Sized(4)), stream(Sized)), mode="cycle"),
     "concat": lambda: data.concat(stream(lambda: Sized(8)), data.take(shuffled(), 2), stream(lambda: Stream(8))),
     "concat, length": lambda: data.concat(stream(lambda: Sized(8)), [torch.ones(1)], stream(lambda: Sized(8, 6))),
     "take": lambda: data.take(stream(Sized), 3),
