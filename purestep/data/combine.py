@@ -303,8 +303,8 @@ def _refuse_short(source: Source, given: int, length: int) -> None:
         explain(
             "a source ended before its length",
             where=f"data: {source!r}, after {given} of {length} batches",
-            why='mode="cycle" counts the batches of each pass by the length, to find its place again; a stream that was '
-            "left in the middle of a pass may give the rest of it only",
+            why='mode="cycle" finds its place by the length of each pass; a stream that was left in the middle of one '
+            "may give the rest of it only",
             instead="ps.data.stream(source, n) of an endless source, or a source that begins anew each time",
         )
     )

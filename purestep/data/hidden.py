@@ -84,7 +84,8 @@ class Hidden:
         if holder is not None:
             self._holders[path] = holder
             return
-        if not callable(getattr(value, "set_epoch", None)) and not type(value).__module__.startswith("torch"):
+        # What is told the epoch has it as a number. The type is asked, since objects may answer to any name.
+        if not hasattr(type(value), "set_epoch") and not type(value).__module__.startswith("torch"):
             self._owners[path] = value
         # What a function uses of its module may lead anywhere.
         depth = max(depth + 1, _DEPTH - 1) if isinstance(value, FunctionType) else depth + 1
@@ -93,7 +94,7 @@ class Hidden:
 
     def _read_numbers(self) -> Iterator[tuple[str, Any]]:
         for path, owner in self._owners.items():
-            for name, value in getattr(owner, "__dict__", {}).items():
+            for name, value in list(getattr(owner, "__dict__", {}).items()):
                 if type(value) in (int, float, str):
                     yield f"{path}.{name}", value
 
@@ -121,12 +122,15 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, FunctionType):
         yield from ((f".{name}", item) for name, item in _reached(value).items())
     else:
-        yield from ((f".{name}", item) for name, item in getattr(value, "__dict__", {}).items())
+        yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
 
 
 def _reached(function: FunctionType) -> dict[str, Any]:
     """The variables of its surroundings that a function uses."""
-    found = inspect.getclosurevars(function)
+    try:
+        found = inspect.getclosurevars(function)
+    except ValueError:  # a variable that has no value yet
+        return {}
     return {**found.globals, **found.nonlocals}
 
 
@@ -140,7 +144,7 @@ def _holder(value: Any, *, part: bool) -> Holder | None:
         return _numpy(lambda: value.get_state(legacy=False), value.set_state)
     if isinstance(value, torch.Generator):
         return Holder(value.get_state, value.set_state)
-    stateful = (part or isinstance(value, Dataset)) and is_stateful(value)
+    stateful = is_stateful(value if part else type(value)) and (part or isinstance(value, Dataset))
     return Holder(value.state_dict, value.load_state_dict) if stateful else None
 
 

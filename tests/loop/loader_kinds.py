@@ -97,6 +97,11 @@ class Orders(IterableDataset):
         self.order, self.i = state["order"], state["i"]
 
 
+class OrdersSized(Orders):
+    def __len__(self) -> int:
+        return 20
+
+
 class Augmented(Dataset):
     """Samples by index, with noise from a numpy generator of its own that it saves."""
 
@@ -386,6 +391,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "zip, cycle, whole passes": lambda: data.zip((stream(lambda: Sized(4)), stream(Sized)), mode="cycle"),
     "concat": lambda: data.concat(stream(lambda: Sized(8)), data.take(shuffled(), 2), stream(lambda: Stream(8))),
     "concat, length": lambda: data.concat(stream(lambda: Sized(8)), [torch.ones(1)], stream(lambda: Sized(8, 6))),
+    "concat, samplers that have ended": lambda: data.concat(distributed(), stream(OrdersSized)),
     "take": lambda: data.take(stream(Sized), 3),
     "take of all": lambda: data.take(stream(Sized), 9),
     "prefetch": lambda: data.prefetch(stream(), "cpu"),
@@ -428,14 +434,12 @@ def read(make: Callable[[], Any], cuts: tuple[int, ...], total: int, *, burst: i
     for end in (*cuts, total):
         feed = Feed(data.as_source(make()), torch.device("cpu"))
         feed.begin(cursor.loader)
-        empty = 0
         while cursor.batches < end:
             left = burst if feed.length is None else min(burst, feed.length - cursor.batch)
             n = min(left, end - cursor.batches)
             got = tree.map(torch.as_tensor, list(feed.take(cursor, n)))
             seen += got
-            empty = 0 if got else empty + 1
-            assert empty < 2, f"an epoch without batches after {cursor}"
+            assert got, f"an epoch without batches after {cursor}"
             cursor = cursor.replace(batch=cursor.batch + len(got), batches=cursor.batches + len(got))
             if feed.at_end(cursor.batch, len(got) < n):
                 feed.end_epoch()

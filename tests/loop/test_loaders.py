@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import signal
 import warnings
 from pathlib import Path
 
@@ -10,12 +12,19 @@ import pytest
 import torch
 
 import purestep as ps
-from purestep.data import ReplayWarning, UnsavedStateWarning
+from purestep.data import UnsavedStateWarning
 from purestep.errors import DataError
 
 SCRIPT = Path(__file__).with_name("loader_kinds.py")
 KINDS = runpy.run_path(str(SCRIPT))
-OF_SNAPSHOTS = ["stream", "stream, length", "map, sampler with state", "nodes", "loader, data set keeps numpy's", "zip, pad"]
+OF_SNAPSHOTS = [
+    "stream",
+    "stream, length",
+    "map, sampler with state",
+    "nodes",
+    "loader, data set keeps numpy's",
+    "zip, cycle",
+]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata calls it
@@ -28,6 +37,13 @@ def test_a_run_cut_anywhere_sees_the_batches_of_the_straight_one(kind):
     # The threads of grain take their time.
     cuts = [(5,), (7,), (3, 5, 8)] if "grain" in kind else KINDS["all_cuts"](12)
     assert KINDS["differing"](KINDS["KINDS"][kind], 12, cuts) == []
+
+
+@pytest.mark.parametrize("kind", ["stream", "stream, length", "nodes", "own", "loader, stream keeps, length"])
+def test_a_run_sees_the_batches_of_a_plain_loop(kind):
+    loader = KINDS["KINDS"][kind]()
+    plain = [batch for _ in range(3) for batch in loader]
+    assert ps.tree.equal(KINDS["read"](KINDS["KINDS"][kind], (5,), 15), plain)
 
 
 @pytest.mark.slow
@@ -65,20 +81,21 @@ def test_a_run_resumed_at_the_ends_of_its_epochs_has_the_digest_of_the_straight_
 
 
 def test_a_snapshot_that_is_taken_again_before_anything_was_read_keeps_the_state(tmp_path):
-    """An evaluation that was cut off is made up for after the resume, and the position saved with it."""
+    """An evaluation that was cut off is made up for after the resume, and the position is saved with its row."""
     make, val = KINDS["KINDS"]["stream"], [torch.ones(1)]
 
     def cut(net, batch):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss_fn(net, batch)
 
-    straight = run(make, None, 8)
-    for loss in (cut, loss_fn):
-        evaluate = ps.callbacks.evaluate(loss, val, name="val", every=ps.every.steps(4))
-        try:
-            run(make, tmp_path, 4, callbacks=[evaluate])
-        except KeyboardInterrupt:
-            run(make, tmp_path, 3)
-    assert ps.tree.digest(run(make, tmp_path, 8).loop.train) == ps.tree.digest(straight.loop.train)
+    def evaluate(loss):
+        return [ps.callbacks.evaluate(loss, val, name="val", every=ps.every.steps(4))]
+
+    straight = run(make, None, 9)
+    assert run(make, tmp_path, 7, callbacks=evaluate(cut)).reason == "SIGTERM"
+    assert run(make, tmp_path, 4, callbacks=evaluate(loss_fn)).metrics["val/loss"] > 0
+    resumed = run(make, tmp_path, 9, callbacks=evaluate(loss_fn))
+    assert ps.tree.digest(resumed.loop.train) == ps.tree.digest(straight.loop.train)
 
 
 def older(state):
