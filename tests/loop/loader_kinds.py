@@ -439,7 +439,7 @@ def read(make: Callable[[], Any], cuts: tuple[int, ...], total: int, *, burst: i
             n = min(left, end - cursor.batches)
             got = tree.map(torch.as_tensor, list(feed.take(cursor, n)))
             seen += got
-            assert got, f"an epoch without batches after {cursor}"
+            assert got or cursor.batch, f"an epoch without batches after {cursor}"
             cursor = cursor.replace(batch=cursor.batch + len(got), batches=cursor.batches + len(got))
             if feed.at_end(cursor.batch, len(got) < n):
                 feed.end_epoch()
