@@ -95,7 +95,7 @@ class Hidden:
     def _read_numbers(self) -> Iterator[tuple[str, Any]]:
         for path, owner in self._owners.items():
             for name, value in list(getattr(owner, "__dict__", {}).items()):
-                if type(value) in (int, float, str):
+                if type(value) in (int, float, str) and value == value:  # no NaN
                     yield f"{path}.{name}", value
 
 

@@ -20,6 +20,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from purestep import data, tree
+from purestep.data.order import Rows
+from purestep.data.share import share_rows
 from purestep.loop.events import Cursor
 from purestep.loop.feed import Feed
 
@@ -394,6 +396,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "concat, samplers that have ended": lambda: data.concat(distributed(), stream(OrdersSized)),
     "take": lambda: data.take(stream(Sized), 3),
     "take of all": lambda: data.take(stream(Sized), 9),
+    "a rank's rows": lambda: share_rows(data.as_source(stream()), Rows(2, (1,))),
+    "a rank's rows, length": lambda: share_rows(data.as_source(stream(Sized)), Rows(2, (1,))),
     "prefetch": lambda: data.prefetch(stream(), "cpu"),
     "prefetch, length": lambda: data.prefetch(stream(Sized), "cpu"),
     "take of prefetch": lambda: data.take(data.prefetch(stream(Sized), "cpu"), 4),
