@@ -145,7 +145,8 @@ class Foreign:
         elif keeps_state(self._iterator):
             return saved.replace(get_state=pack(self._iterator.get_state(), "the iterator's get_state()"))
         elif self._start and not self._ended and self._at_length():
-            self._ended = not self._read_past_end()  # what is found in its parts is then that of the next epoch
+            self._read_past_end()  # what is found in its parts is then that of the next epoch
+            self._ended = True
         changed = sorted({*self._changed, *self._hidden.changed()})
         stop = "past" if self._ended else ""
         return saved.replace(stop=stop, start=self._start, now=self._hidden.capture(), changed=changed)
@@ -170,7 +171,7 @@ class Foreign:
         self._bases = list(saved.generators)
         if self._position is not None and self._position == (saved.then or saved.place):
             return
-        if saved.changed:
+        if saved.changed and (saved.own or epoch > 0):  # the first epoch is read again from its start
             self._warn_of(", ".join(saved.changed), "a loader and a data set with state_dict for what they keep")
             self._changed = list(saved.changed)
         if saved.place is None and saved.own and batch == 0:
@@ -235,7 +236,7 @@ class Foreign:
         """Ask for the batch after the last, which is when loaders put themselves back; tell whether there was one."""
         epoch, batch = self._position or (0, 0)
         try:
-            self._seeded(lambda: next(self._iterator), epoch, batch)
+            self._next(self._iterator, epoch, batch)
         except StopIteration:
             return False
         return True
@@ -245,17 +246,23 @@ class Foreign:
     def _read(self, iterator: Any, epoch: int, batch: int) -> Iterator[Any]:
         for number in itertools.count(batch):
             try:
-                item = self._seeded(lambda: next(iterator), epoch, number)
+                item = self._next(iterator, epoch, number)
             except StopIteration:
                 if iterator is self._iterator:
                     self._ended = True
                 return
-            except Exception as error:
-                error.add_note(f"while batch {number} of epoch {epoch} was read; data: {self._named}")
-                raise
             if iterator is self._iterator:
                 self._position, self._looked = (epoch, number + 1), None
             yield item
+
+    def _next(self, iterator: Any, epoch: int, number: int) -> Any:
+        try:
+            return self._seeded(lambda: next(iterator), epoch, number)
+        except StopIteration:
+            raise
+        except Exception as error:
+            error.add_note(f"while batch {number} of epoch {epoch} was read; data: {self._named}")
+            raise
 
     def _seeded(self, call: Callable[[], Any], epoch: int, batch: int) -> Any:
         with seeds.preserved():
@@ -323,7 +330,7 @@ class Foreign:
         """Read from batch `first` up to `batch`."""
         for number in range(first, batch):
             try:
-                self._seeded(lambda: next(self._iterator), epoch, number)
+                self._next(self._iterator, epoch, number)
             except StopIteration:
                 raise DataError(
                     explain(

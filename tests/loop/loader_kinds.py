@@ -323,6 +323,11 @@ class KeepsBatches:
         return (torch.tensor([self.rng.random()]) for _ in range(5))
 
 
+class KeepsLonger(KeepsBatches):
+    def __len__(self) -> int:
+        return 4
+
+
 def closure() -> Callable[[], Any]:
     rng = np.random.RandomState(9)
     return lambda: (torch.tensor([rng.normal()]) for _ in range(5))
@@ -380,6 +385,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "map, data set keeps": lambda: StatefulDataLoader(keeping("numpy"), 4, shuffle=True),
     "stream keeps": lambda: stream(KeepsStream),
     "iterable keeps": KeepsBatches,
+    "iterable keeps, longer than its length": KeepsLonger,
     "function": lambda: generator_function,
     "function keeps": closure,
     "method keeps": bound,

@@ -141,6 +141,14 @@ def test_a_number_that_goes_on_from_epoch_to_epoch_is_told_of(tmp_path):
     assert "Counts, loader.calls" in str(caught[0].message)
 
 
+def test_in_the_first_epoch_it_is_read_up_to_again():
+    first = ps.data.as_source(Counts())
+    read = list(first.open(0, 0, None))
+    batches = (first := ps.data.as_source(Counts())).open(0, 0, None)
+    next(batches)
+    assert ps.tree.equal(list(ps.data.as_source(Counts()).open(0, 1, first.state())), read[1:])
+
+
 def test_it_is_told_of_again_by_the_next_resume():
     first = ps.data.as_source(Counts())
     list(first.open(0, 0, None))
