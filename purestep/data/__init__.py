@@ -10,6 +10,7 @@ from purestep.data.combine import zip as zip
 from purestep.data.device import prefetch as prefetch
 from purestep.data.device import to_device as to_device
 from purestep.data.foreign import ReplayWarning as ReplayWarning
+from purestep.data.foreign import UnsavedStateWarning as UnsavedStateWarning
 from purestep.data.samples import BadSampleWarning as BadSampleWarning
 from purestep.data.source import Source as Source
 from purestep.data.source import as_source as as_source

@@ -7,6 +7,7 @@ of its own.
 from __future__ import annotations
 
 import builtins
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,18 +20,37 @@ from purestep.errors import DataError, explain
 Mode = Literal["shortest", "cycle", "pad"]
 
 
+class _Part:
+    """A source within another one, with the state that it has to be opened with next; None once it was."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.held: Any = None
+
+    def open(self, epoch: int, batch: int) -> Iterator[Any]:
+        """Open it with the state that is held. Where the length is known, nothing is read past the last batch: how a
+        source leaves its epoch is its own affair."""
+        held, self.held = self.held, None
+        batches = self.source.open(epoch, batch, held)
+        length = self.source.length()
+        return batches if length is None else itertools.islice(batches, max(length - batch, 0))
+
+    def state(self) -> Any:
+        return self.source.state() if self.held is None else self.held
+
+
 class Zipped:
     """Sources side by side; see `zip`."""
 
     def __init__(self, parts: Any, mode: Mode) -> None:
         leaves, self._structure = tree.flatten(parts)
-        self._parts: list[Source] = [as_source(leaf) for leaf in leaves]
+        self._parts = [_Part(as_source(leaf)) for leaf in leaves]
         self._mode = mode
         self._paths = tree.paths(parts, "parts")
 
     def length(self) -> int | None:
         """Return the number of batches of an epoch."""
-        lengths = [part.length() for part in self._parts]
+        lengths = [part.source.length() for part in self._parts]
         known = [n for n in lengths if n is not None]
         if len(known) < len(lengths):
             return None
@@ -38,21 +58,19 @@ class Zipped:
 
     def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
         """Return an iterator over trees of batches."""
-        states = [None] * len(self._parts) if state is None else state
+        _hold(self._parts, state)
         if self._mode == "shortest":
-            opened = [p.open(epoch, batch, s) for p, s in builtins.zip(self._parts, states, strict=True)]
-            return _side_by_side(opened, self._structure)
-        lengths = [n for n in (part.length() for part in self._parts) if n is not None]
+            return _side_by_side([part.open(epoch, batch) for part in self._parts], self._structure)
+        lengths = [n for n in (part.source.length() for part in self._parts) if n is not None]
         columns = [
-            self._column(part, epoch, batch, s, length, max(lengths))
-            for part, s, length in builtins.zip(self._parts, states, lengths, strict=True)
+            self._column(part, epoch, batch, length, max(lengths))
+            for part, length in builtins.zip(self._parts, lengths, strict=True)
         ]
         return _side_by_side(columns, self._structure)
 
     def state(self) -> Any:
         """Return the states of the parts."""
-        states = [part.state() for part in self._parts]
-        return None if all(s is None for s in states) else states
+        return _states(self._parts)
 
     def identity(self) -> dict[str, Any]:
         """Return the parts and how they are zipped; a snapshot of a run records it."""
@@ -61,12 +79,12 @@ class Zipped:
     def close(self) -> None:
         """Close the parts."""
         for part in self._parts:
-            _close(part)
+            _close(part.source)
 
-    def _column(self, part: Source, epoch: int, batch: int, state: Any, length: int, longest: int) -> Iterator[Any]:
+    def _column(self, part: _Part, epoch: int, batch: int, length: int, longest: int) -> Iterator[Any]:
         if self._mode == "pad":
             if batch < length:
-                yield from part.open(epoch, batch, state)
+                yield from part.open(epoch, batch)
             for _ in range(max(batch, length), longest):
                 yield None
             return
@@ -75,12 +93,13 @@ class Zipped:
         position = batch
         while position < longest:
             turn, offset = divmod(position, length)
-            source = part.open(epoch * passes + turn, offset, state if position == batch and offset else None)
-            for item in source:
+            for item in part.open(epoch * passes + turn, offset):
                 yield item
                 position += 1
                 if position == longest:
-                    break
+                    return
+            if position % length:
+                _refuse_short(part.source, position % length, length)
 
 
 @checked(DataError)
@@ -110,7 +129,7 @@ def zip(parts: Any, *, mode: Mode = "shortest") -> Source:
         raise DataError(explain("there is nothing to zip", where=f"parts: {parts!r}"))
     for path, part in builtins.zip(zipped._paths, zipped._parts, strict=True):
         if mode != "shortest":
-            _known(part, path, f'mode="{mode}" repeats or pads the shorter sources', positive=True)
+            _known(part.source, path, f'mode="{mode}" repeats or pads the shorter sources', positive=True)
     return zipped
 
 
@@ -118,26 +137,26 @@ class Concatenated:
     """Sources one after the other; see `concat`."""
 
     def __init__(self, parts: list[Source]) -> None:
-        self._parts = parts
-        self._current = 0
+        self._parts = [_Part(part) for part in parts]
 
     def length(self) -> int | None:
         """Return the number of batches of all parts, or None where the last one's is not known."""
-        lengths = [part.length() for part in self._parts]
+        lengths = [part.source.length() for part in self._parts]
         return None if any(n is None for n in lengths) else sum(n for n in lengths if n is not None)
 
     def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
         """Return an iterator over the batches of all parts from number `batch` on."""
         first, offset = 0, batch
-        while first < len(self._parts) - 1 and offset >= (length := self._parts[first].length() or 0):
+        while first < len(self._parts) - 1 and offset >= (length := self._parts[first].source.length() or 0):
             first, offset = first + 1, offset - length
-        own = state["state"] if state is not None and state["part"] == first and offset else None
-        return self._run(epoch, first, offset, own)
+        if isinstance(state, dict):  # of an older version, which kept the state of one part only
+            state = [state["state"] if i == state["part"] and offset else None for i in range(len(self._parts))]
+        _hold(self._parts, state)
+        return self._run(epoch, first, offset)
 
     def state(self) -> Any:
-        """Return the state of the part that gave the last batch."""
-        own = self._parts[self._current].state()
-        return None if own is None else {"part": self._current, "state": own}
+        """Return the states of the parts."""
+        return _states(self._parts)
 
     def identity(self) -> dict[str, Any]:
         """Return the parts; a snapshot of a run records it."""
@@ -146,15 +165,12 @@ class Concatenated:
     def close(self) -> None:
         """Close the parts."""
         for part in self._parts:
-            _close(part)
+            _close(part.source)
 
-    def _run(self, epoch: int, first: int, offset: int, state: Any) -> Iterator[Any]:
-        for number in range(first, len(self._parts)):
-            beginning = number == first
-            iterator = self._parts[number].open(epoch, offset if beginning else 0, state if beginning else None)
-            for item in iterator:
-                self._current = number
-                yield item
+    def _run(self, epoch: int, first: int, offset: int) -> Iterator[Any]:
+        for part in self._parts[first:]:
+            yield from part.open(epoch, offset)
+            offset = 0
 
 
 @checked(DataError)
@@ -301,6 +317,28 @@ def _known(source: Source, path: str, why: str, *, positive: bool) -> int:
             )
         )
     return length
+
+
+def _refuse_short(source: Source, given: int, length: int) -> None:
+    raise DataError(
+        explain(
+            "a source ended before its length",
+            where=f"data: {source!r}, after {given} of {length} batches",
+            why='mode="cycle" finds its place by the length of each pass; a stream that was left in the middle of one '
+            "may give the rest of it only",
+            instead="ps.data.stream(source, n) of an endless source, or a source that begins anew each time",
+        )
+    )
+
+
+def _hold(parts: list[_Part], states: list[Any] | None) -> None:
+    for part, state in builtins.zip(parts, [None] * len(parts) if states is None else states, strict=True):
+        part.held = state
+
+
+def _states(parts: list[_Part]) -> list[Any] | None:
+    states = [part.state() for part in parts]
+    return None if all(state is None for state in states) else states
 
 
 def _close(source: Source) -> None:

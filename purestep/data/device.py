@@ -66,7 +66,7 @@ class Prefetched:
 
     def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
         """Return an iterator over batches on the device, from number `batch` on."""
-        self._state = state
+        self._state = self._source.state() if state is None else state
         return self._run(self._source.open(epoch, batch, state))
 
     def state(self) -> Any:
@@ -97,6 +97,9 @@ class Prefetched:
                 queue.append((moved, self._source.state()))
                 if len(queue) > self._depth:
                     yield self._hand_over(queue, side)
+            if queue:
+                # A source that was read to its end says so in its state, and is left in another way then.
+                queue[-1] = queue[-1][0], self._source.state()
             while queue:
                 yield self._hand_over(queue, side)
         finally:

@@ -29,8 +29,10 @@ def pack(value: Any, path: str = "state") -> Any:
         {1: b'a', 'x': (None, 2.5)}
     """
     kind = type(value)
-    if value is None or kind in (bool, int, float, str, torch.Tensor):
+    if value is None or kind in (bool, int, float, str):
         return value
+    if kind is torch.Tensor:
+        return value.detach().clone()  # the loader may go on to write into its own
     if kind is list:
         return [pack(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
@@ -61,6 +63,8 @@ def unpack(value: Any) -> Any:
     """Undo `pack`."""
     if isinstance(value, (list, tuple)):
         return [unpack(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.clone()  # the state may be needed again, and the loader may write into what it is given
     if not isinstance(value, dict):
         return value
     kind = value.get(_TAG)

@@ -19,7 +19,8 @@ class Source(Protocol):
     """Batches by epoch and position.
 
     `open(epoch, batch, state)` gives bitwise the same batches whether `batch` was reached by reading or by opening
-    there, in this process or another one, if `state` is what `state()` returned at that position.
+    there, in this process or another one, if `state` is what `state()` returned at that position. At the start of an
+    epoch that is what it returned at the end of the one before: the loop opens each epoch with it, resumed or not.
     """
 
     def length(self) -> int | None:
@@ -36,7 +37,7 @@ class Source(Protocol):
 def as_source(data: Any, *, seed: Seed = 0) -> Source:
     """Make a source of anything that gives batches.
 
-    | data | after a resume inside an epoch |
+    | data | after a resume |
     |---|---|
     | `Batches`, or any `Source` | exact, at once |
     | list, tuple or other sequence of batches | exact, at once |
@@ -49,6 +50,10 @@ def as_source(data: Any, *, seed: Seed = 0) -> Source:
     (seed, epoch, batch), and put back afterwards. So a `DataLoader(shuffle=True)` gives the same order again for the
     same epoch, and its reading disturbs nothing; its own generator, where it has one, is seeded from that one's first
     seed and the epoch. Samplers and data sets with `set_epoch` are told the epoch.
+
+    What a loader carries from one epoch into the next is restored at the end of an epoch as well. Where the loader has
+    no state, generators in the attributes of its data set, sampler or function are, and data sets with `state_dict`;
+    what is found and cannot be saved is an `UnsavedStateWarning` at a resume.
 
     Args:
         data: see above.

@@ -23,7 +23,8 @@ class Cursor:
         epoch: epochs completed.
         batch: batches consumed of the current epoch.
         batches: batches consumed in all.
-        loader: the state of a foreign loader that keeps its own; None otherwise.
+        loader: the state of a foreign loader that keeps its own; None otherwise. Where `batch` is 0 it is that of the
+            end of the epoch before.
     """
 
     epoch: int = 0

@@ -43,6 +43,8 @@ class Feed:
         self._skipped: list[int] = []
         self._ahead: Any = _END
         self._loader: Any = None
+        self._unsavable: DataError | None = None
+        self._given = False
         if self.length == 0:
             raise DataError(
                 explain(
@@ -53,11 +55,16 @@ class Feed:
                 )
             )
 
+    def begin(self, loader: Any) -> None:
+        """Note the state that a resumed run has to open the source with; None at its beginning."""
+        self._loader = loader
+
     def take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         """Yield up to n batches from the cursor on; fewer at the end of the epoch."""
         given = 0
         try:
             for batch in self._take(cursor, n):
+                self._given = True
                 yield batch
                 given += 1
         except DataError:
@@ -67,14 +74,14 @@ class Feed:
             if not self.alone:
                 # The other ranks do not know of the signal yet: this one keeps up with them without its workers.
                 self.source = _without_workers(self.source)
-                self._iterator = None
+                self._loader, self._iterator = self.loader_state(), None
                 place = cursor.replace(batch=cursor.batch + given)
                 yield from self._take(place, n - given)
 
     def _take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         fresh = self._iterator is None
         if self._iterator is None:
-            opened = self.source.open(cursor.epoch, cursor.batch, cursor.loader)
+            opened = self.source.open(cursor.epoch, cursor.batch, self._loader)
             # Its list, not the iterator: one that is kept would keep workers from the next.
             self._skipped = getattr(opened, "skipped", [])
             self._iterator = self._placed(opened)
@@ -104,7 +111,7 @@ class Feed:
 
     def _look_ahead(self, batches: Iterator[Any]) -> None:
         # The state that belongs to the cursor is the one before the batch that is only looked at.
-        self._loader = self.source.state()
+        self._loader, self._unsavable = self.source.state(), None
         self._ahead = next(batches, _END)
 
     def at_end(self, batch: int, short: bool) -> bool:
@@ -112,12 +119,22 @@ class Feed:
         return short or (self._ahead is _END if self.length is None else batch >= self.length)
 
     def end_epoch(self) -> None:
-        """Close the epoch; the next `take` opens the next one."""
-        self._iterator = None
+        """Close the epoch; the next `take` opens the next one, with the state that the source has now."""
+        self._iterator, self._given = None, False
+        self._loader, self._unsavable = None, None
+        try:
+            self._loader = self.source.state()
+        except DataError as error:
+            self._unsavable = error  # of a state that no snapshot can hold; a run without snapshots needs none
 
     def loader_state(self) -> Any:
         """Return what the source needs, besides the cursor, to be opened here again."""
-        return self.source.state() if self.length is not None or self._iterator is None else self._loader
+        if self._given and self.length is not None:
+            return self.source.state()
+        if self._unsavable is not None:
+            raise self._unsavable
+        # No batch was given since the source was, or is to be, opened with this; or one batch is looked at.
+        return self._loader
 
     def close(self) -> None:
         """Stop the workers of the source, if it has any."""

@@ -147,6 +147,7 @@ class Run:
             )
             if at is not None and store is not None:
                 self._step = self._guard.step = resume_.settled(self._step, store.read_manifest(at))
+            self._feed.begin(self.loop.cursor.loader)
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             self._saving.begin(self.loop, at, identity)
             if at is None and getattr(self._step, "donate", False):

@@ -157,3 +157,18 @@ def test_refusals() -> None:
         with pytest.raises(DataError) as caught:
             make()
         assert text in str(caught.value)
+
+
+def test_a_part_that_ends_before_its_length_ends_a_cycle() -> None:
+    with pytest.raises(DataError) as caught:
+        list(data.zip((long(), torch.utils.data.DataLoader(_Half(), 2)), mode="cycle").open(0, 0, None))
+    assert "a source ended before its length" in str(caught.value)
+    assert "after 1 of 3 batches" in str(caught.value)
+
+
+class _Half(torch.utils.data.IterableDataset[int]):
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Any:
+        return iter([1, 2])

@@ -212,6 +212,14 @@ def test_going_on_where_reading_stopped_replays_nothing() -> None:
     assert torch.cat(first + rest).tolist() == list(range(10))
 
 
+def test_going_on_further_ahead_reads_on() -> None:
+    source = data.as_source(DataLoader(torch.arange(10), 2))
+    next(source.open(0, 0, None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.cat(list(source.open(0, 3, None))).tolist() == [6, 7, 8, 9]
+
+
 def test_an_epoch_that_got_shorter() -> None:
     with (
         pytest.warns(ReplayWarning),

@@ -62,3 +62,13 @@ def test_what_needs_pickle_is_refused() -> None:
         pack({"outer": [{"path": Path("x")}]}, "state")
     assert "PosixPath, which no snapshot can hold" in str(caught.value)
     assert "state['outer'][0]['path']" in str(caught.value)
+
+
+def test_neither_side_shares_memory_with_the_loader() -> None:
+    own = {"buffer": torch.zeros(2)}
+    packed = pack(own)
+    own["buffer"][0] = 1
+    given = unpack(packed)
+    assert given["buffer"].tolist() == [0, 0]
+    given["buffer"][1] = 1
+    assert unpack(packed)["buffer"].tolist() == [0, 0]
