@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from purestep import transforms
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
-from purestep.keyed.mode import Key
+from purestep.keyed.mode import Handler, Key
 from purestep.slots import Definition as Definition
 from purestep.slots import Slots as Slots
 from purestep.slots import slots as slots
@@ -56,6 +56,8 @@ class bind:
             mode.
         around: makes a context that is entered in the block, and in every recomputation of it (hooks of a precision
             policy).
+        handlers: a table of functions of torch that run otherwise in the block (see `KeyedRandom`); those that draw by
+            default.
 
     Attributes:
         new_buffers: after the block, the buffers as the call left them, by name.
@@ -81,13 +83,14 @@ class bind:
         rng: Key = None,
         train: bool = True,
         around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+        handlers: Mapping[Any, Handler] | None = None,
     ) -> None:
         self.module = module
         self.given = {**params, **(buffers or {})}
         self.buffer_names = list(buffers or {})
         self.train = train
         self.around = around or contextlib.nullcontext
-        self.mode = KeyedRandom(rng)
+        self.mode = KeyedRandom(rng, handlers=handlers)
         self.first_call = 0
         self.exclusive = True
         self.new_buffers: dict[str, Tensor] = {}
@@ -182,7 +185,7 @@ class bind:
         repeated.__dict__.update(self.__dict__)
         repeated.new_buffers = {}
         repeated.first_call = calls
-        repeated.mode = KeyedRandom(self.mode.key)
+        repeated.mode = KeyedRandom(self.mode.key, handlers=self.mode.handlers)
         # It may run on a thread of the autograd engine, while the thread that waits for the gradient holds the lock.
         repeated.exclusive = False
         return repeated
@@ -195,7 +198,7 @@ class bind:
         """
         repeated = self.again(0)
         repeated.exclusive = True
-        repeated.mode = KeyedRandom(None, refusal=_RECOMPUTED)
+        repeated.mode = KeyedRandom(None, refusal=_RECOMPUTED, handlers=self.mode.handlers)
         same = [o.given for o in others if o.module is self.module and o is not self]
         if same:
             unclear = [n for n, t in self.given.items() if any(given.get(n) is not t for given in same)]

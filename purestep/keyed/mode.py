@@ -28,6 +28,11 @@ def register(handlers: Mapping[Any, Handler]) -> None:
     _handlers.update(handlers)
 
 
+def handlers() -> Mapping[Any, Handler]:
+    """Return the handlers of the functions that draw, for a table of more functions."""
+    return _handlers
+
+
 class KeyedRandom(TorchFunctionMode):
     """Redirect torch's random operations to a key for the duration of a `with` block.
 
@@ -39,6 +44,7 @@ class KeyedRandom(TorchFunctionMode):
             operation raises RandomnessError.
         calls: how many random operations came before; recomputation restarts from the number it was at.
         refusal: text of the error that any random operation raises, in place of a draw.
+        handlers: a table of more functions than those that draw; those alone by default.
 
     Example:
         >>> import torch.nn.functional as F
@@ -48,14 +54,22 @@ class KeyedRandom(TorchFunctionMode):
         True
     """
 
-    def __init__(self, key: Key, calls: int = 0, *, refusal: str | None = None) -> None:
+    def __init__(
+        self,
+        key: Key,
+        calls: int = 0,
+        *,
+        refusal: str | None = None,
+        handlers: Mapping[Any, Handler] | None = None,
+    ) -> None:
         super().__init__()
         self.key = key
         self.calls = calls
         self.refusal = refusal
+        self.handlers = _handlers if handlers is None else handlers
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _handlers.get(func)
+        handler = self.handlers.get(func)
         if handler is None:
             if type(func) in (OpOverload, OpOverloadPacket) and _is_seeded(func):
                 handler = refused
