@@ -19,6 +19,7 @@ from purestep import transforms
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
 from purestep.keyed.mode import Handler, Key
+from purestep.recompute import Contexts, Redirection
 from purestep.slots import Definition as Definition
 from purestep.slots import Slots as Slots
 from purestep.slots import slots as slots
@@ -26,8 +27,8 @@ from purestep.slots import slots as slots
 Tensors = Mapping[str, Tensor]
 _RECOMPUTED = explain(
     "random numbers were drawn in the backward pass",
-    why="torch.utils.checkpoint recomputes dropout without the keys of the forward pass",
-    instead="return ps.checkpoint(block, x)    # in place of torch.utils.checkpoint.checkpoint",
+    why="a checkpoint that is not torch's own recomputes dropout without the keys of the forward pass",
+    instead="return ps.checkpoint(block, x)    # or torch.utils.checkpoint.checkpoint",
 )
 
 _local = threading.local()
@@ -146,7 +147,7 @@ class bind:
             self._flags = [m for m in self.module.modules() if m.training != self.train]
         for m in self._flags:
             m.__dict__["training"] = self.train
-        _stack("active").append(self)
+        _push(self)
         self._around = self.around()
         self._around.__enter__()
         self.mode.calls = self.first_call
@@ -156,7 +157,7 @@ class bind:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.mode.__exit__(kind, error, trace)
         self._around.__exit__(kind, error, trace)
-        _stack("active").pop()
+        _pop()
         for name in self.buffer_names:
             if name in self.slots.buffers:
                 place, key = self.slots.buffers[name][0]
@@ -286,8 +287,9 @@ class backward_scope:
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a function without storing its activations; the backward pass recomputes them (activation checkpointing).
 
-    Like `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`, but dropout and other randomness inside is drawn
-    from the same keys again, and the module sees the same bound parameters.
+    It is `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. Inside a pure call that one, its reentrant form
+    and `checkpoint_sequential` recompute as this does: dropout and other randomness is drawn from the same keys again,
+    and the module sees the same bound parameters.
 
     Args:
         function: a module or function of tensors, called inside a pure call of a model.
@@ -312,28 +314,41 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+    return torch_checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _recomputation() -> Contexts | None:
+    """Return what makes the context in which what runs now can run again; None outside of pure calls."""
     active = list(_stack("active"))
     calls = [bound.mode.calls for bound in active]
-
-    def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-        again = contextlib.ExitStack()
-        return contextlib.nullcontext(), _Entering(again, [b.again(n) for b, n in zip(active, calls, strict=True)])
-
-    return torch_checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
-    )
+    return (lambda: _Entered([b.again(n) for b, n in zip(active, calls, strict=True)])) if active else None
 
 
-class _Entering:
-    """Enter several contexts when entered itself."""
+class _Entered(contextlib.ExitStack):
+    """Several contexts, which are entered together."""
 
-    def __init__(self, stack: contextlib.ExitStack, contexts: list[Any]) -> None:
-        self.stack = stack
+    def __init__(self, contexts: list[Any]) -> None:
+        super().__init__()
         self.contexts = contexts
 
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            self.stack.enter_context(context)
+    def __enter__(self) -> Any:
+        try:
+            for context in self.contexts:
+                self.enter_context(context)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.stack.close()
+
+_redirection = Redirection(_recomputation)
+
+
+def _push(bound: bind) -> None:
+    _stack("active").append(bound)
+    _redirection.enter()
+
+
+def _pop() -> None:
+    _stack("active").pop()
+    _redirection.leave()
