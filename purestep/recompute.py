@@ -24,6 +24,7 @@ Contexts = Callable[[], contextlib.AbstractContextManager[Any]]
 _reentrant = torch_checkpoint.CheckpointFunction
 _generator = torch_checkpoint._checkpoint_without_reentrant_generator
 _GENERATOR = "_checkpoint_without_reentrant_generator"
+_OWN = {"CheckpointFunction": _reentrant, _GENERATOR: _generator}
 # The second has the generator by name, for hooks that checkpoint a module.
 _MODULES = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
 
@@ -78,7 +79,7 @@ class Redirection:
         self.made: dict[str, Any] = {"CheckpointFunction": Reentrant, _GENERATOR: self._generate}
         self.lock = threading.Lock()
         self.entered = 0
-        self.replaced: list[tuple[Any, str, Any]] = []
+        self.replaced: dict[tuple[str, str], Any] = {}
 
     def _generate(self, function: Any, preserve_rng_state: bool = True, *args: Any, **kwargs: Any) -> Any:
         contexts = self.capture()
@@ -95,14 +96,22 @@ class Redirection:
             self.entered += 1
             if self.entered > 1:
                 return
-            for module in filter(None, map(sys.modules.get, _MODULES)):
-                for name in self.made.keys() & vars(module).keys():
-                    self.replaced.append((module, name, getattr(module, name)))
-                    setattr(module, name, self.made[name])
+            self.replaced = {(module, name): place[name] for module, place, name in self._places()}
+            for _, place, name in self._places():
+                place[name] = self.made[name]
 
     def leave(self) -> None:
         """Put back what was there, once no call is under way."""
         with self.lock:
             self.entered -= 1
-            while not self.entered and self.replaced:
-                setattr(*self.replaced.pop())
+            if self.entered:
+                return
+            for module, place, name in self._places():
+                # A module that was imported meanwhile took the function that it found.
+                if place[name] is self.made[name]:
+                    place[name] = self.replaced.get((module, name), _OWN[name])
+
+    def _places(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        for module in _MODULES:
+            place = vars(sys.modules[module]) if module in sys.modules else {}
+            yield from ((module, place, name) for name in self.made if name in place)
