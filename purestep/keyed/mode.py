@@ -5,6 +5,7 @@ Owns `KeyedRandom` and what all handlers share. It knows no operation itself: `l
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ Handler = Callable[..., Any]
 Key = Tensor | Callable[[], Tensor] | None
 _handlers: dict[Any, Handler] = {}
 _PURE = "a pure step never touches the global generators"
+_local = threading.local()
 
 
 def register(handlers: Mapping[Any, Handler]) -> None:
@@ -37,7 +39,8 @@ class KeyedRandom(TorchFunctionMode):
     """Redirect torch's random operations to a key for the duration of a `with` block.
 
     While it is active, every random operation of torch (dropout of all kinds, attention and RNN dropout, `rand*`,
-    `normal_`, ...) draws from `fold_in(key, n)`, n counting the calls. What has no keyed form is refused by name.
+    `normal_`, ...) draws from `fold_in(key, n)`, n counting the calls. What has no keyed form is refused by name. Of
+    several modes the innermost decides.
 
     Args:
         key: int64[2], or a function that makes it, which is called when it is first needed; or None: then a random
@@ -67,9 +70,26 @@ class KeyedRandom(TorchFunctionMode):
         self.calls = calls
         self.refusal = refusal
         self.handlers = _handlers if handlers is None else handlers
+        self.covered = 0
+
+    def __enter__(self) -> KeyedRandom:
+        entered = _entered()
+        if entered and entered[-1] is not self:
+            entered[-1].covered += 1
+        entered.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        entered = _entered()
+        entered.pop()
+        if entered and entered[-1] is not self:
+            entered[-1].covered -= 1
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = self.handlers.get(func)
+        # What a handler of the innermost mode calls is no call of the model: another mode would change it once more.
+        handler = None if self.covered else self.handlers.get(func)
         if handler is None:
             if type(func) in (OpOverload, OpOverloadPacket) and _is_seeded(func):
                 handler = refused
@@ -108,6 +128,13 @@ class KeyedRandom(TorchFunctionMode):
         """Return a tensor of 0 (with probability p) and 1 / (1 - p), of the dtype and device of `like`."""
         drop = random.bernoulli(self.next_key(name, like), p, shape)
         return torch.where(drop, 0.0, 0.0 if p == 1.0 else 1.0 / (1.0 - p)).to(like.dtype)
+
+
+def _entered() -> list[KeyedRandom]:
+    """Return the modes of this thread, the innermost last."""
+    if not hasattr(_local, "entered"):
+        _local.entered = []
+    return _local.entered
 
 
 def undispatched(func: Any, **names: Any) -> Any:
