@@ -1,9 +1,9 @@
 """Activation checkpoints of torch inside a pure call, so that third-party models may have them.
 
 Torch recomputes without the modes and bindings of the forward pass, its reentrant form not at all where gradients are
-asked for by name. Models hold `torch.utils.checkpoint.checkpoint` by any name; it looks up what it is made of in its own
-module, so that is where a pure call puts other functions, and takes them out again when it ends. On threads without a
-pure call they do what torch's do. `functional` enters it, and says what a recomputation runs in.
+asked for by name. Models hold `torch.utils.checkpoint.checkpoint` by any name; it looks up what it is made of in its
+own module, so that is where a pure call puts other functions, and takes them out again when it ends. On threads without
+a pure call they do what torch's do. `functional` enters it, and says what a recomputation runs in.
 """
 
 from __future__ import annotations
