@@ -113,7 +113,7 @@ def _autograd(
         raise StepError(
             explain(
                 "activations recomputed by a checkpoint differ from those of the forward pass",
-                why="it runs under the same keys, parameters and buffers again, so something else that it reads has changed",
+                why="it runs under the same keys, parameters and buffers again, so something else it reads has changed",
                 instead="self.register_buffer(...) for what a call changes, and ps.random for what it draws",
             )
         ) from error
