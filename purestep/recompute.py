@@ -25,8 +25,11 @@ _reentrant = torch_checkpoint.CheckpointFunction
 _generator = torch_checkpoint._checkpoint_without_reentrant_generator
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _OWN = {"CheckpointFunction": _reentrant, _GENERATOR: _generator}
-# The second has the generator by name, for hooks that checkpoint a module.
-_MODULES = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
+_PLACES = (
+    ("torch.utils.checkpoint", tuple(_OWN)),
+    # It has the generator by name, for hooks that checkpoint a module.
+    ("torch.distributed._composable.checkpoint_activation", (_GENERATOR,)),
+)
 
 _local = threading.local()
 
@@ -96,9 +99,13 @@ class Redirection:
             self.entered += 1
             if self.entered > 1:
                 return
-            self.replaced = {(module, name): place[name] for module, place, name in self._places()}
-            for _, place, name in self._places():
-                place[name] = self.made[name]
+            for module, names in _PLACES:
+                if module in sys.modules:
+                    place = sys.modules[module].__dict__
+                    for name in names:
+                        if name in place:
+                            self.replaced[module, name] = place[name]
+                            place[name] = self.made[name]
 
     def leave(self) -> None:
         """Put back what was there, once no call is under way."""
@@ -106,12 +113,11 @@ class Redirection:
             self.entered -= 1
             if self.entered:
                 return
-            for module, place, name in self._places():
-                # A module that was imported meanwhile took the function that it found.
-                if place[name] is self.made[name]:
-                    place[name] = self.replaced.get((module, name), _OWN[name])
-
-    def _places(self) -> Iterator[tuple[str, dict[str, Any], str]]:
-        for module in _MODULES:
-            place = vars(sys.modules[module]) if module in sys.modules else {}
-            yield from ((module, place, name) for name in self.made if name in place)
+            for module, names in _PLACES:
+                if module in sys.modules:
+                    place = sys.modules[module].__dict__
+                    for name in names:
+                        # A module that was imported meanwhile took the function that it found.
+                        if place.get(name) is self.made[name]:
+                            place[name] = self.replaced.get((module, name), _OWN[name])
+            self.replaced.clear()
