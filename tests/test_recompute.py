@@ -293,7 +293,8 @@ def test_evaluation_and_a_pure_call_with_a_backward_pass_of_its_own(form):
 
 def peak_bytes(call):
     """Return the most memory that was allocated during a call, beyond what was before."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
