@@ -19,7 +19,8 @@ from purestep import transforms
 from purestep.arguments import checked
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
-from purestep.keyed.mode import Key
+from purestep.keyed.mode import Handler, Key
+from purestep.recompute import Contexts, Redirection
 from purestep.slots import Definition as Definition
 from purestep.slots import Slots as Slots
 from purestep.slots import slots as slots
@@ -27,8 +28,8 @@ from purestep.slots import slots as slots
 Tensors = Mapping[str, Tensor]
 _RECOMPUTED = explain(
     "random numbers were drawn in the backward pass",
-    why="torch.utils.checkpoint recomputes dropout without the keys of the forward pass",
-    instead="return ps.checkpoint(block, x)    # in place of torch.utils.checkpoint.checkpoint",
+    why="a checkpoint that is not torch's own recomputes dropout without the keys of the forward pass",
+    instead="return ps.checkpoint(block, x)    # or torch.utils.checkpoint.checkpoint",
 )
 
 _local = threading.local()
@@ -58,6 +59,8 @@ class bind:
             mode.
         around: makes a context that is entered in the block, and in every recomputation of it (hooks of a precision
             policy).
+        handlers: a table of functions of torch that run otherwise in the block (see `KeyedRandom`); those that draw by
+            default.
 
     Attributes:
         new_buffers: after the block, the buffers as the call left them, by name.
@@ -83,6 +86,7 @@ class bind:
         rng: Key = None,
         train: bool = True,
         around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+        handlers: Mapping[Any, Handler] | None = None,
     ) -> None:
         flags: tuple[Any, Any] = (train, around)
         if not isinstance(flags[0], bool) or not (flags[1] is None or callable(flags[1])):
@@ -93,7 +97,7 @@ class bind:
         self.buffer_names = list(buffers or {})
         self.train = train
         self.around = around or contextlib.nullcontext
-        self.mode = KeyedRandom(rng)
+        self.mode = KeyedRandom(rng, handlers=handlers)
         self.first_call = 0
         self.exclusive = True
         self.new_buffers: dict[str, Tensor] = {}
@@ -149,7 +153,7 @@ class bind:
             self._flags = [m for m in self.module.modules() if m.training != self.train]
         for m in self._flags:
             m.__dict__["training"] = self.train
-        _stack("active").append(self)
+        _push(self)
         self._around = self.around()
         self._around.__enter__()
         self.mode.calls = self.first_call
@@ -159,7 +163,7 @@ class bind:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.mode.__exit__(kind, error, trace)
         self._around.__exit__(kind, error, trace)
-        _stack("active").pop()
+        _pop()
         for name in self.buffer_names:
             if name in self.slots.buffers:
                 place, key = self.slots.buffers[name][0]
@@ -188,7 +192,7 @@ class bind:
         repeated.__dict__.update(self.__dict__)
         repeated.new_buffers = {}
         repeated.first_call = calls
-        repeated.mode = KeyedRandom(self.mode.key)
+        repeated.mode = KeyedRandom(self.mode.key, handlers=self.mode.handlers)
         # It may run on a thread of the autograd engine, while the thread that waits for the gradient holds the lock.
         repeated.exclusive = False
         return repeated
@@ -201,7 +205,7 @@ class bind:
         """
         repeated = self.again(0)
         repeated.exclusive = True
-        repeated.mode = KeyedRandom(None, refusal=_RECOMPUTED)
+        repeated.mode = KeyedRandom(None, refusal=_RECOMPUTED, handlers=self.mode.handlers)
         same = [o.given for o in others if o.module is self.module and o is not self]
         if same:
             unclear = [n for n, t in self.given.items() if any(given.get(n) is not t for given in same)]
@@ -291,8 +295,9 @@ class backward_scope:
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a function without storing its activations; the backward pass recomputes them (activation checkpointing).
 
-    Like `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`, but dropout and other randomness inside is drawn
-    from the same keys again, and the module sees the same bound parameters.
+    It is `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. Inside a pure call that one, its reentrant form
+    and `checkpoint_sequential` recompute as this does: dropout and other randomness is drawn from the same keys again,
+    and the module sees the same bound parameters.
 
     Args:
         function: a module or function of tensors, called inside a pure call of a model.
@@ -317,28 +322,41 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+    return torch_checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _recomputation() -> Contexts | None:
+    """Return what makes the context in which what runs now can run again; None outside of pure calls."""
     active = list(_stack("active"))
     calls = [bound.mode.calls for bound in active]
-
-    def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-        again = contextlib.ExitStack()
-        return contextlib.nullcontext(), _Entering(again, [b.again(n) for b, n in zip(active, calls, strict=True)])
-
-    return torch_checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
-    )
+    return (lambda: _Entered([b.again(n) for b, n in zip(active, calls, strict=True)])) if active else None
 
 
-class _Entering:
-    """Enter several contexts when entered itself."""
+class _Entered(contextlib.ExitStack):
+    """Several contexts, which are entered together."""
 
-    def __init__(self, stack: contextlib.ExitStack, contexts: list[Any]) -> None:
-        self.stack = stack
+    def __init__(self, contexts: list[Any]) -> None:
+        super().__init__()
         self.contexts = contexts
 
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            self.stack.enter_context(context)
+    def __enter__(self) -> Any:
+        try:
+            for context in self.contexts:
+                self.enter_context(context)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.stack.close()
+
+_redirection = Redirection(_recomputation)
+
+
+def _push(bound: bind) -> None:
+    _stack("active").append(bound)
+    _redirection.enter()
+
+
+def _pop() -> None:
+    _stack("active").pop()
+    _redirection.leave()

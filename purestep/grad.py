@@ -114,9 +114,20 @@ def _autograd(
     except CheckpointError as error:
         raise StepError(
             explain(
-                "activations recomputed by torch.utils.checkpoint differ from those of the forward pass",
-                why="it has to run under the same keys, parameters and buffers again",
-                instead="return ps.checkpoint(block, x)    # in place of torch.utils.checkpoint.checkpoint",
+                "activations recomputed by a checkpoint differ from those of the forward pass",
+                why="it runs under the same keys, parameters and buffers again, so something else it reads has changed",
+                instead="self.register_buffer(...) for what a call changes, and ps.random for what it draws",
+            )
+        ) from error
+    except RuntimeError as error:
+        # What all copies of the reentrant form say, torch's own since 1.0 and those of other libraries.
+        if ".grad()" not in str(error):
+            raise
+        raise StepError(
+            explain(
+                "a checkpoint that is not torch's own calls backward() inside of the backward pass",
+                why="it fills the grad fields of parameters, and a pure step has none",
+                instead="return ps.checkpoint(block, x)    # or torch.utils.checkpoint.checkpoint",
             )
         ) from error
     if not collected and all(g is None for g in found):

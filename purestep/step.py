@@ -154,7 +154,7 @@ class Step:
             tensors, buffers, around = tracked, given, cast.around
             if turn is not None:
                 tensors, buffers, around = turn.bound(tracked, given, cast.around)
-            bound = bind(cast.module, tensors, buffers, rng=rng, around=around)
+            bound = bind(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(self._loss_fn, bound, cast.batch(microbatch), samples)
             new = bound.new_buffers if turn is None else turn.plain(bound.new_buffers, state.buffers)
@@ -378,7 +378,7 @@ class Eval:
                 from purestep.parallel.gathering import evaluated
 
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
-            bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around)
+            bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
             return read_loss(on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples)[2]
 
 

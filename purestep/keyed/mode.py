@@ -5,6 +5,7 @@ Owns `KeyedRandom` and what all handlers share. It knows no operation itself: `l
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ Handler = Callable[..., Any]
 Key = Tensor | Callable[[], Tensor] | None
 _handlers: dict[Any, Handler] = {}
 _PURE = "a pure step never touches the global generators"
+_local = threading.local()
 
 
 def register(handlers: Mapping[Any, Handler]) -> None:
@@ -28,17 +30,24 @@ def register(handlers: Mapping[Any, Handler]) -> None:
     _handlers.update(handlers)
 
 
+def handlers() -> Mapping[Any, Handler]:
+    """Return the handlers of the functions that draw, for a table of more functions."""
+    return _handlers
+
+
 class KeyedRandom(TorchFunctionMode):
     """Redirect torch's random operations to a key for the duration of a `with` block.
 
     While it is active, every random operation of torch (dropout of all kinds, attention and RNN dropout, `rand*`,
-    `normal_`, ...) draws from `fold_in(key, n)`, n counting the calls. What has no keyed form is refused by name.
+    `normal_`, ...) draws from `fold_in(key, n)`, n counting the calls. What has no keyed form is refused by name. Of
+    several modes the innermost decides.
 
     Args:
         key: int64[2], or a function that makes it, which is called when it is first needed; or None: then a random
             operation raises RandomnessError.
         calls: how many random operations came before; recomputation restarts from the number it was at.
         refusal: text of the error that any random operation raises, in place of a draw.
+        handlers: a table of more functions than those that draw; those alone by default.
 
     Example:
         >>> import torch.nn.functional as F
@@ -48,14 +57,39 @@ class KeyedRandom(TorchFunctionMode):
         True
     """
 
-    def __init__(self, key: Key, calls: int = 0, *, refusal: str | None = None) -> None:
+    def __init__(
+        self,
+        key: Key,
+        calls: int = 0,
+        *,
+        refusal: str | None = None,
+        handlers: Mapping[Any, Handler] | None = None,
+    ) -> None:
         super().__init__()
         self.key = key
         self.calls = calls
         self.refusal = refusal
+        self.handlers = _handlers if handlers is None else handlers
+        self.covered = 0
+
+    def __enter__(self) -> KeyedRandom:
+        entered = _entered()
+        if entered and entered[-1] is not self:
+            entered[-1].covered += 1
+        entered.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        entered = _entered()
+        entered.pop()
+        if entered and entered[-1] is not self:
+            entered[-1].covered -= 1
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = _handlers.get(func)
+        # What a handler of the innermost mode calls is no call of the model: another mode would change it once more.
+        handler = None if self.covered else self.handlers.get(func)
         if handler is None:
             if type(func) in (OpOverload, OpOverloadPacket) and _is_seeded(func):
                 handler = refused
@@ -94,6 +128,13 @@ class KeyedRandom(TorchFunctionMode):
         """Return a tensor of 0 (with probability p) and 1 / (1 - p), of the dtype and device of `like`."""
         drop = random.bernoulli(self.next_key(name, like), p, shape)
         return torch.where(drop, 0.0, 0.0 if p == 1.0 else 1.0 / (1.0 - p)).to(like.dtype)
+
+
+def _entered() -> list[KeyedRandom]:
+    """Return the modes of this thread, the innermost last."""
+    if not hasattr(_local, "entered"):
+        _local.entered = []
+    return _local.entered
 
 
 def undispatched(func: Any, **names: Any) -> Any:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.errors import PrecisionError, explain
+from purestep.keyed.mode import Handler
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation
-from purestep.precision import float8
+from purestep.precision import float8, functions
 from purestep.precision.convert import cast, rest_dtypes
 from purestep.precision.hooks import CastInputs, CastOutputs, Hooks, cast_floating
 from purestep.precision.loss_scale import NoLossScale, all_finite
@@ -33,6 +34,7 @@ class Uncast:
     """What a step does about precision without a policy: nothing."""
 
     around: Hooks | None = None
+    handlers: Mapping[Any, Handler] | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -91,6 +93,7 @@ class Casting(Uncast):
         self._module = weakref.ref(module)
         self._converted = None if policy.float8 is None else float8.converted(module, policy.float8, self.settings)
         self.around = self._hooks(self._converted or module)
+        self.handlers = None if policy.autocast else functions.of(policy)
         self._rest: dict[str, torch.dtype] = {}
         self._compute: dict[str, torch.dtype] = {}
 

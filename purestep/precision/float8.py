@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from purestep.errors import PrecisionError, explain, import_extra
 from purestep.precision.rules import Settings
@@ -46,11 +47,13 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
             )
         )
     torchao = import_extra("torchao.float8", extra="float8", needed_by='policy("float8")')
-    made = torchao.convert_to_float8_training(
-        copy.deepcopy(module),
-        config=torchao.Float8LinearConfig.from_recipe_name(recipe),
-        module_filter_fn=lambda m, path: path in chosen,
-    )
+    # The first call may be that of a trace, in which the initial values that torchao replaces would be recorded.
+    with _disable_current_modes():
+        made = torchao.convert_to_float8_training(
+            copy.deepcopy(module),
+            config=torchao.Float8LinearConfig.from_recipe_name(recipe),
+            module_filter_fn=lambda m, path: path in chosen,
+        )
     for path in chosen:
         made.get_submodule(path).register_forward_pre_hook(CheckRows(path))
     return made

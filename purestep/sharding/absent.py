@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from purestep.errors import ConfigError, explain
+from purestep.recompute import recomputing
 from purestep.sharding.plan import Plan
 
 _KNOWN = {"shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "is_cuda", "is_sparse"}
@@ -39,6 +40,8 @@ class Absent(Tensor):
         found = [x for y in given for x in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(x, Absent)]
         name = found[0].__dict__["parameter"] if found else "a parameter"
         unit = found[0].__dict__["unit"] if found else ""
+        if recomputing():
+            raise _inside(name, unit, getattr(func, "__name__", func))
         raise ConfigError(
             explain(
                 f"the parameter {name!r} was used while its unit {unit!r} was not running",
@@ -50,3 +53,16 @@ class Absent(Tensor):
                 "whole during the whole call of the model: fsdp(units=())",
             )
         )
+
+
+def _inside(name: str, unit: str, where: Any) -> ConfigError:
+    return ConfigError(
+        explain(
+            f"a checkpoint inside of the unit {unit!r} uses its parameter {name!r} in the backward pass",
+            where=f"in {where}",
+            why="what it recomputes runs outside of the unit, where this rank has a part of its parameters",
+            instead=f"a checkpoint around the call of the unit: ps.checkpoint(model.get_submodule({unit!r}), x)\n"
+            "or fsdp(units=...) with globs of the submodules that are called inside of the checkpoint\n"
+            "or fsdp(units=()), where all parameters are whole during the whole call of the model",
+        )
+    )

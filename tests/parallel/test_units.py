@@ -10,7 +10,7 @@ JOB = Path(__file__).with_name("units_job.py")
 MODELS = "linear, norm|norm, linear|conv, norm|only norm|encoder|tied|handed".split("|")
 ROUTED = """experts differ|experts in another order|experts not called|experts in layers|layers left out
 layers left out later|layers run again""".replace("\n", "|").split("|")
-OTHERS = "frozen norms, frozen linears, frozen block, skipped, adamw, jit".split(", ")
+OTHERS = "frozen norms, frozen linears, frozen block, skipped, adamw, jit, reentrant, not reentrant".split(", ")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,15 @@ def test_a_unit_that_is_called_in_another_order_later_is_named(answers):
         assert f"rank {rank}, forward pass: the order has no call of it here" in text
         assert "fsdp(units=...) with globs that leave 'layers.*' out" in text
     assert answers[2, 0]["one again"] != "nothing was raised"
+
+
+def test_a_checkpoint_inside_of_a_unit_is_refused_with_what_to_write(answers):
+    for text in [text for rank in (0, 1) for text in answers[2, rank]["inside"]]:
+        assert "ConfigError: a checkpoint inside of the unit 'layers.2' uses its parameter 'layers.2." in text
+        assert (
+            "instead: a checkpoint around the call of the unit: ps.checkpoint(model.get_submodule('layers.2'), x)"
+            in text
+        )
 
 
 def test_a_gradient_that_is_not_finite_is_named_on_every_rank(answers):

@@ -4,6 +4,7 @@ Arguments: a directory, the number of processes, this process's number.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import traceback
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, dropout, linear
+from torch.utils.checkpoint import checkpoint
 
 import purestep as ps
 from purestep import optim
@@ -176,6 +178,27 @@ class LayerDrop(nn.Module):
         return self.head(x)
 
 
+class Checkpointed(nn.Module):
+    """Layers with dropout under torch's checkpoints, around each layer or inside of it."""
+
+    def __init__(self, reentrant, inside=False):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(LinearNorm() for _ in range(3)), nn.Linear(8, 5)
+        self.reentrant = reentrant
+        if inside:
+            for layer in self.layers:
+                layer.forward = functools.partial(self.checkpointed, layer.forward)
+
+    def checkpointed(self, layer, x):
+        return checkpoint(lambda x: dropout(layer(x), 0.3), x, use_reentrant=self.reentrant)
+
+    def forward(self, batch):
+        x = batch["x"]
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer.forward, functools.partial) else self.checkpointed(layer, x)
+        return self.head(x)
+
+
 def as_chosen(chosen):
     """The order of the experts is that of their samples, so another one on each rank."""
     return sorted(chosen, key=lambda i: (i + len(chosen)) % 3)
@@ -264,6 +287,8 @@ def rows():
     yield "skipped", Row(mixed, "16-mixed", routes=[NONE] * 3)
     yield "adamw", Row(mixed, "bf16-mixed", tx=lambda: optim.adamw(1e-2), routes=[NONE] * 3)
     yield "jit", Row(mixed, "bf16-mixed", jit=True, routes=[NONE] * 2)
+    for label, reentrant in (("reentrant", True), ("not reentrant", False)):
+        yield label, Row(functools.partial(Checkpointed, reentrant), "bf16-mixed", routes=[NONE] * 2)
 
 
 def routed():
@@ -277,6 +302,15 @@ def again(routes):
     row = Row(lambda: LayerDrop(lambda i, e: 1 + (i == 1 and e > 0)), routes=[NONE, routes])
     try:
         row.run(fsdp())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def inside(reentrant):
+    """Run a checkpoint that is called inside of a unit."""
+    try:
+        Row(lambda: Checkpointed(reentrant, inside=True)).run(fsdp())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
@@ -322,6 +356,7 @@ def main(directory, size, number):
                 found[f"{name}|{label}"] = traceback.format_exc()
     if size > 1:
         found["refused"] = [refused(plan) for plan in (ddp(), fsdp(units=()))]
+        found["inside"] = [inside(reentrant) for reentrant in (True, False)]
         found["all again"] = again([1] * 8)
         # Of the last one only rank 1 has a second run, and it leaves: rank 0 must not go on with what it did not get.
         found["one again"] = again([0, 0, 1, 1, 0, 0, 1, 1])

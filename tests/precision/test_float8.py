@@ -112,3 +112,12 @@ def test_without_torchao_it_says_what_to_install(monkeypatch):
 def test_a_float8_policy_does_not_load_torchao():
     code = "import sys, purestep as ps; ps.precision.policy('float8'); sys.exit('torchao' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_a_step_may_be_compiled_before_it_ran():
+    """The conversion of the model is no part of the graph."""
+    model = nn.Linear(16, 16)
+    p = policy("float8")
+    state, batch = p.apply(ps.init(model, TX)), torch.randn(16, 16)
+    step = ps.make_step(lambda net, x: net(x).square().mean(), TX, policy=p)
+    assert not ps.diff(ps.jit(step, backend="eager")(state, batch), step(state, batch))
