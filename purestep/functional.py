@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from purestep import transforms
 from purestep.errors import StepError, explain
@@ -312,20 +313,24 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     active = list(_stack("active"))
     calls = [bound.mode.calls for bound in active]
 
-    def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-        again = contextlib.ExitStack()
-        return contextlib.nullcontext(), _Entering(again, [b.again(n) for b, n in zip(active, calls, strict=True)])
+    def contexts() -> tuple[_Entering, _Entering]:
+        return _Entering([]), _Entering([b.again(n) for b, n in zip(active, calls, strict=True)])
 
     return torch_checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
     )
 
 
-class _Entering:
-    """Enter several contexts when entered itself."""
+class _Entering(TorchDispatchMode):
+    """Enter several contexts when entered itself.
 
-    def __init__(self, stack: contextlib.ExitStack, contexts: list[Any]) -> None:
-        self.stack = stack
+    It is a dispatch mode by type alone, and never active as one: torch 2.11 accepts no other contexts of a
+    checkpoint while a graph is traced.
+    """
+
+    def __init__(self, contexts: list[Any]) -> None:
+        super().__init__()
+        self.stack = contextlib.ExitStack()
         self.contexts = contexts
 
     def __enter__(self) -> None:
