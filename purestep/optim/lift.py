@@ -133,7 +133,7 @@ class Lift(GradientTransformation):
             copy.grad = torch.zeros_like(copy)
         rate = None if self.learning_rate is None else value_at(self.learning_rate, 0)
         optimizer = self._made(copies, rate)
-        # Some fill their state where they are made, as Adagrad of torch 2.11 does; others on the first step.
+        # Some, as Adagrad, fill their state where they are made, and need not fill it in a step that finds it empty.
         made = {copy: _FirstValues(values) for copy, values in optimizer.state.items()}
         optimizer.state = defaultdict(_FirstValues, made)
         before = [{k: v for k, v in g.items() if _is_number(v)} for g in optimizer.param_groups]

@@ -38,7 +38,7 @@ class PythonState(torch.optim.Optimizer):
 
 
 class FilledWhenMade(torch.optim.Optimizer):
-    """A third party's optimizer that makes its state before the first step, as Adagrad of torch 2.11 does."""
+    """A third party's optimizer that makes its state before the first step, as Adagrad does, and not again."""
 
     def __init__(self, params: Any, lr: float = 0.1, start: float = 0.5) -> None:
         super().__init__(params, {"lr": lr})
