@@ -35,9 +35,8 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
 
     Raises:
         MissingExtra: torchao is not installed.
-        PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert. The copy raises it
-            when it is called: on a number of rows to train on that is no multiple of 16, or on a CPU where this torch
-            lacks the recipe.
+        PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert. Calls of the copy
+            raise it for a number of rows to train on that is no multiple of 16, and on a CPU if torch lacks the recipe.
     """
     chosen = [path for path, m in module.named_modules() if type(m) is nn.Linear and _taken(settings, path)]
     for path in chosen:
