@@ -2,7 +2,7 @@
 # Starts torchrun with the arguments given, and exits with 143 when SIGTERM stopped the job.
 # torchrun hands SIGTERM on to its processes, which save and exit with 143, and then exits with 1 itself: a scheduler
 # could not tell an interrupted job from a failed one. Its --shutdown-timeout is the time between SIGTERM and SIGKILL for
-# them, 30 s by default: name at least the grace_seconds of fit.
+# them, 30 s by default: name at least the grace_seconds of fit. It came with torch 2.12.
 #   TRAIN="bash examples/preemption/torchrun.sh --nproc-per-node=4 --shutdown-timeout=110 examples/gpt.py --plan fsdp"
 set -u
 told=

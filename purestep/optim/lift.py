@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,9 @@ class Lift(GradientTransformation):
             copy.grad = torch.zeros_like(copy)
         rate = None if self.learning_rate is None else value_at(self.learning_rate, 0)
         optimizer = self._made(copies, rate)
-        optimizer.state = defaultdict(_FirstValues)
+        # Some, as Adagrad, fill their state where they are made, and need not fill it in a step that finds it empty.
+        made = {copy: _FirstValues(values) for copy, values in optimizer.state.items()}
+        optimizer.state = defaultdict(_FirstValues, made)
         before = [{k: v for k, v in g.items() if _is_number(v)} for g in optimizer.param_groups]
         _step(optimizer)
         slots: Slots = {}
@@ -249,9 +251,11 @@ def lift(
 class _FirstValues(dict[str, Any]):
     """A parameter's state that remembers a copy of what was first stored under each key."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.first: dict[str, Any] = {}
+        for key, value in (values or {}).items():
+            self[key] = value
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self.first and value is not None:
@@ -262,7 +266,7 @@ class _FirstValues(dict[str, Any]):
 def _step(optimizer: torch.optim.Optimizer) -> None:
     try:
         optimizer.step()
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         name = type(optimizer).__name__
         raise OptimError(
             explain(f"the lifted {name} failed in its step", why=f"{type(error).__name__}: {error}")

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -20,6 +21,9 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 """torchao's recipes: one scale a tensor, one a row, and one a row with the gradient of the weight in high precision."""
 
 _MULTIPLE = 16
+
+# torch 2.11 multiplies with one scale a row on GPUs alone.
+_SCALES_ROWS_ON_CPU = torch.__version__ >= (2, 12)
 
 
 def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
@@ -32,7 +36,8 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
 
     Raises:
         MissingExtra: torchao is not installed.
-        PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert.
+        PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert. Calls of the copy
+            raise it for a number of rows to train on that is no multiple of 16, and on a CPU if torch lacks the recipe.
     """
     chosen = [path for path, m in module.named_modules() if type(m) is nn.Linear and _taken(settings, path)]
     for path in chosen:
@@ -55,7 +60,7 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
             module_filter_fn=lambda m, path: path in chosen,
         )
     for path in chosen:
-        made.get_submodule(path).register_forward_pre_hook(CheckRows(path))
+        made.get_submodule(path).register_forward_pre_hook(CheckInputs(path, recipe))
     return made
 
 
@@ -78,12 +83,26 @@ def _check_sizes(path: str, linear: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckRows:
-    """A forward pre-hook: the gradient of a weight sums over the rows of the input, so their number matters as well."""
+class CheckInputs:
+    """A forward pre-hook: what is seen of the input alone.
+
+    The gradient of a weight sums over the rows of the input, so their number matters as well; and not every torch
+    multiplies by every recipe on every device.
+    """
 
     path: str
+    recipe: str
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.recipe != "tensorwise" and args[0].device.type == "cpu" and not _SCALES_ROWS_ON_CPU:
+            raise PrecisionError(
+                explain(
+                    f"torch {torch.__version__} cannot multiply by the recipe {self.recipe!r} on CPUs",
+                    where=f"{_shown(self.path)}: input {tuple(args[0].shape)} on {args[0].device}",
+                    why="it has one scale a row, which torch takes on CPUs from 2.12 on",
+                    instead='policy("float8", float8="tensorwise"), or pip install "torch>=2.12"',
+                )
+            )
         rows = args[0].numel() // max(1, args[0].shape[-1])
         trains = args[0].requires_grad or module.weight.requires_grad
         if trains and rows % _MULTIPLE:

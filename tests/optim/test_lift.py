@@ -37,6 +37,25 @@ class PythonState(torch.optim.Optimizer):
                 p -= group["lr"] * min(1.0, group["warm"]) * state["buf"]
 
 
+class FilledWhenMade(torch.optim.Optimizer):
+    """A third party's optimizer that makes its state before the first step, as Adagrad does, and not again."""
+
+    def __init__(self, params: Any, lr: float = 0.1, start: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"n": 0, "sum": torch.full_like(p, start)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["n"] += 1
+                state["sum"].addcmul_(p.grad, p.grad)
+                p.addcdiv_(p.grad, state["sum"].sqrt(), value=-group["lr"] / state["n"])
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (T.SGD, {"lr": 0.1}),
     "SGD momentum": (T.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
@@ -54,6 +73,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adafactor": (T.Adafactor, {"lr": 0.01}),
     "Muon": (T.Muon, {"lr": 0.01}),
     "third party": (PythonState, {"lr": 0.01}),
+    "filled when made": (FilledWhenMade, {"lr": 0.01, "start": 0.25}),
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import MissingExtra, PrecisionError
-from purestep.precision import policy
+from purestep.precision import float8, policy
 from purestep.precision.casting import casting
 from purestep.precision.float8 import RECIPES
 
@@ -32,7 +32,10 @@ def make_model():
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+ROWS = pytest.mark.skipif(torch.__version__ < (2, 12), reason="before 2.12 torch has no scales of rows on CPUs")
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=() if r == "tensorwise" else ROWS) for r in RECIPES])
 def test_it_trains_near_bfloat16_and_leaves_the_model_alone(recipe, seed):
     model = make_model()
     p = policy("float8", float8=recipe).where("3", float8=False)
@@ -46,6 +49,16 @@ def test_it_trains_near_bfloat16_and_leaves_the_model_alone(recipe, seed):
             assert "Float8" not in type(m).__name__
     assert losses[p] == pytest.approx(losses[policy("bf16-mixed")], rel=0.05)
     assert losses[p] != losses[policy("bf16-mixed")]
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("wrap", [lambda step: step, ps.jit], ids=["eager", "jit"])
+def test_a_recipe_that_this_torch_has_not_on_cpus_is_refused(recipe, wrap, monkeypatch):
+    if torch.__version__ >= (2, 12):  # an older one has none of its own accord
+        monkeypatch.setattr(float8, "_SCALES_ROWS_ON_CPU", False)
+    step = wrap(ps.make_step(loss_fn, TX, policy=policy("float8", float8=recipe).where("3", float8=False)))
+    with pytest.raises(PrecisionError, match=rf"cannot multiply by the recipe '{recipe}' on CPUs(.|\n)*tensorwise"):
+        step(ps.init(make_model(), TX), make_batch())
 
 
 def test_the_layers_that_rules_exclude_are_not_converted():
