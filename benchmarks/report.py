@@ -78,12 +78,15 @@ def _training(results: Any) -> str:
     for found in results.values():
         rows = []
         for name, peer in found["peers"].items():
-            middle, low, high = ratio(found, name, "loop") if "loop" in found["peers"] else (float("nan"),) * 3
+            against = "-"  # the baseline was not run, or failed
+            if "loop" in found["peers"]:
+                middle, low, high = ratio(found, name, "loop")
+                against = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
             time = f"{_time(peer['us'])} [{_time(peer['us_min'])}, {_time(peer['us_max'])}]"
             rows.append(
                 [
                     PEERS[name].title,
-                    f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+                    against,
                     time,
                     _time(peer["cpu_us"]),
                     f"{peer['cores']:.2f}",
@@ -118,11 +121,11 @@ def _compile_time(results: Any) -> str:
 
 
 def _memory(results: Any) -> str:
-    base = results["peers"].get("loop-fused", {}).get("peak", float("nan"))
+    base = results["peers"].get("loop-fused", {}).get("peak")
     rows = [
         [
             PEERS[n].title,
-            f"{v['peak'] / base:.2f}",
+            "-" if base is None else f"{v['peak'] / base:.2f}",
             f"{v['peak']:.0f} MB",
             f"{v['loaded']:.0f} MB",
             f"{v['grown']:.0f} MB",

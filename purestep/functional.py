@@ -23,6 +23,7 @@ from purestep.keyed.mode import Handler, Key
 from purestep.recompute import Contexts, Redirection
 from purestep.slots import Definition as Definition
 from purestep.slots import Slots as Slots
+from purestep.slots import module_of
 from purestep.slots import slots as slots
 
 Tensors = Mapping[str, Tensor]
@@ -79,7 +80,7 @@ class bind:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Definition,
         params: Tensors,
         buffers: Tensors | None = None,
         *,
@@ -92,7 +93,7 @@ class bind:
         if not isinstance(flags[0], bool) or not (flags[1] is None or callable(flags[1])):
             where = f"train={train!r}, around={around!r}"
             raise StepError(explain("train= is True or False, around= a function that makes a context", where=where))
-        self.module = module
+        self.module = module if isinstance(module, nn.Module) else module_of(module)
         self.given = {**params, **(buffers or {})}
         self.buffer_names = list(buffers or {})
         self.train = train
@@ -101,10 +102,10 @@ class bind:
         self.first_call = 0
         self.exclusive = True
         self.new_buffers: dict[str, Tensor] = {}
-        self.slots = slots(module)
+        self.slots = slots(self.module)
         if not self._fits():
             # Parameters may have been tied, added or removed since.
-            self.slots = slots(module, fresh=True)
+            self.slots = slots(self.module, fresh=True)
             if not self._fits():
                 raise self._name_error()
 
@@ -215,7 +216,7 @@ class bind:
 
 @checked(StepError, failed=True)
 def apply(
-    module: nn.Module,
+    module: nn.Module | Definition,
     params: Tensors,
     buffers: Tensors | None = None,
     *args: Any,
@@ -226,7 +227,7 @@ def apply(
     """Call a module as a pure function of its parameters, buffers and inputs.
 
     Args:
-        module: any module; it is not changed.
+        module: any module, which is not changed; or the definition that a state carries, as `state.model`.
         params: tensors by parameter name.
         buffers: tensors by buffer name; they are not changed either.
         *args, **kwargs: what `module.forward` takes.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purestep.errors import StepError, explain
+
 
 class Slots:
     """Where the named parameters and buffers of a module live: found once, checked at every use.
@@ -54,6 +56,20 @@ def slots(module: nn.Module, *, fresh: bool = False) -> Slots:
     if found is None or fresh or found.stale():
         found = _slots[module] = Slots(module)
     return found
+
+
+def module_of(model: Any) -> nn.Module:
+    """Return the module of a model: itself, or that of a `Definition` or of a state which carries one.
+
+    Raises:
+        StepError: there is none.
+    """
+    inner = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    inner = inner.module if isinstance(inner, Definition) else inner
+    if not isinstance(inner, nn.Module):
+        what, kind = "this is no model", f"{type(model).__module__}.{type(model).__qualname__}"
+        raise StepError(explain(what, where=kind, instead="a module, state.model, or a state that ps.init made"))
+    return inner
 
 
 class Definition:

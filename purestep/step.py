@@ -125,7 +125,7 @@ class Step:
             return self._planned(self.plan, state, place.local(state), batch)
         if self.parts == 1:
             return self.grads(state, batch)
-        total = accumulate(state, sample_count(batch), self.parts)
+        total = accumulate(state, _samples(batch), self.parts)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
             total.add(self.grads(state, microbatch, index), index)
         return total.result()
@@ -144,7 +144,7 @@ class Step:
         """Do what `grads` says. A `turn` gathers parameters that the state holds parts of, and takes what is summed."""
         if turn is None:
             place.check_plain(state)
-        samples, cast = sample_count(microbatch), casting(self.policy, definition(state).module)
+        samples, cast = _samples(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(random.fold_in, state.rng, state.step, index)
         cast.check(state)
         given = cast.buffers(state.buffers)
@@ -168,7 +168,7 @@ class Step:
         return Gradients(cast.reduced(grads) if turn is None else turn.backward_done(grads), weight, new, metrics)
 
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
-        """Apply the gradients of a whole batch; a skipped update counts itself in the metric `skipped`."""
+        """Apply the gradients of a whole batch; an update that was refused counts itself in `skipped`."""
         metrics = gradients.metrics
         if given.offered(state):
             metrics = given.apart(metrics, state.own_memory())
@@ -177,12 +177,13 @@ class Step:
         new = state.apply_gradients(
             self.tx, grads, buffers=gradients.buffers, accept=finite, last_use=True, value=value
         )
-        applied = self.tx.applied(new.opt_state)
+        refused = self.tx.refused(new.opt_state)
         if finite is not None:
-            applied = finite if applied is None else applied & finite
+            # Of what was not finite nothing reached the transformation, whose state still tells of the update before.
+            refused = ~finite if refused is None else ~finite | refused
             new = new.replace(loss_scale=state.loss_scale.adjust(finite))
-        if applied is not None:
-            metrics = metrics | {"skipped": metrics_.Sum(1 - applied.to(torch.int64))}
+        if refused is not None:
+            metrics = metrics | {"skipped": metrics_.Sum(refused.to(torch.int64))}
         return new, metrics
 
 
@@ -307,6 +308,25 @@ def on_plan(plan: Plan | None, loss_fn: LossFn) -> LossFn:
     return loss_on(plan, loss_fn)
 
 
+def _samples(batch: Any) -> int:
+    """Return the number of samples of a batch, which is never 0: the mean over none of them is NaN."""
+    samples = sample_count(batch)
+    if samples == 0:
+        shown = [
+            f"{path}: {tree.describe(x)}"
+            for path, x in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
+        ]
+        raise StepError(
+            explain(
+                "the batch has no samples",
+                where=", ".join(shown[:5]),
+                why="the mean of a loss over none is 0 / 0, and would make every mean that it enters NaN",
+                instead="leave empty batches out where they are made: (b for b in batches if len(b) > 0)",
+            )
+        )
+    return samples
+
+
 def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[Tensor, Any, Metrics]:
     """Call a loss function on a bound model, and check and normalise what it returns.
 
@@ -367,7 +387,7 @@ class Eval:
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
-        samples, cast = sample_count(batch), casting(self.policy, definition(state).module)
+        samples, cast = _samples(batch), casting(self.policy, definition(state).module)
         if self.plan is None:
             place.check_plain(state)
         view = state if self.plan is None else place.local(state)

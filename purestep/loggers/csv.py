@@ -84,6 +84,7 @@ class CsvSink(Sink):
         # The row of the step to resume at may get more values; it is the last one, because later ones were cut.
         self._row = dict(rows[-1][1]) if rows else {}
         self._row_step = rows[-1][0] if rows else None
+        self._of_step = [dict(row) for step, row in rows if step == self._row_step]
         self._row_start = self._end - len(_line(columns, *rows[-1]).encode()) if rows else self._end
 
     def _open_file(self) -> None:
@@ -91,7 +92,10 @@ class CsvSink(Sink):
         self._end = self._file.seek(0, io.SEEK_END)
 
     def _write(self, step: int, row: dict[str, float]) -> None:
-        same = step == self._row_step
+        if step == self._row_step and any(_holds(known, row) for known in self._of_step):
+            return  # a resumed run says again what it had said before it stopped
+        # Two batches of one update (`optim.accumulate`) have the same step: each keeps its own line.
+        same = step == self._row_step and not _differs(self._row, row)
         merged = self._row | row if same else row
         new = [name for name in row if name not in self._columns]
         if new:
@@ -105,6 +109,8 @@ class CsvSink(Sink):
             with suppress(OSError):
                 self._put(start, _line(self._columns, step, self._row).encode() if same else b"")
             raise
+        earlier = self._of_step if step == self._row_step else []
+        self._of_step = [*(earlier[:-1] if same else earlier), merged]
         self._row, self._row_step, self._row_start, self._end = merged, step, start, start + len(content)
 
     def _put(self, start: int, content: bytes) -> None:
@@ -169,6 +175,14 @@ def read_csv(path: Location) -> dict[str, list[Any]]:
     columns, rows = _read(path)
     result: dict[str, list[Any]] = {STEP: [step for step, _ in rows]}
     return result | {name: [row.get(name) for _, row in rows] for name in columns}
+
+
+def _holds(known: dict[str, float], row: dict[str, float]) -> bool:
+    return all(name in known and repr(known[name]) == repr(value) for name, value in row.items())
+
+
+def _differs(known: dict[str, float], row: dict[str, float]) -> bool:
+    return any(name in known and repr(known[name]) != repr(value) for name, value in row.items())
 
 
 Rows = list[tuple[int, dict[str, float]]]

@@ -118,6 +118,10 @@ class Accumulate(Wrapper):
     def applied(self, state: Any) -> Tensor | None:
         return all_applied([state.last_applied, self.inner.applied(state.inner)])
 
+    def refused(self, state: Any) -> Tensor | None:
+        inner = self.inner.refused(state.inner)
+        return None if inner is None else inner & state.last_applied  # a call that only collects refuses nothing
+
     @property
     def separable(self) -> bool:
         return self.inner.separable

@@ -86,6 +86,13 @@ class GradientTransformation:
         """Tell whether the last update was applied, as a 0-d bool tensor; None means that it always is."""
         return None
 
+    def refused(self, state: Any) -> Tensor | None:
+        """Tell whether the last update was due and refused (it was not finite, or too large), as a 0-d bool tensor.
+
+        None means that none ever is. A call that only collects, as those of `accumulate` do, refuses nothing.
+        """
+        return None
+
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         """Return the current values of what a user may want to watch, by name: floats or 0-d tensors."""
         return {}
@@ -135,6 +142,9 @@ class Wrapper(GradientTransformation):
 
     def applied(self, state: Any) -> Tensor | None:
         return self.inner.applied(state.inner)
+
+    def refused(self, state: Any) -> Tensor | None:
+        return self.inner.refused(state.inner)
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return self.inner.hyperparams(state.inner, step)

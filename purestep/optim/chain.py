@@ -89,6 +89,9 @@ class Chain(GradientTransformation):
     def applied(self, state: Any) -> Tensor | None:
         return all_applied(t.applied(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
 
+    def refused(self, state: Any) -> Tensor | None:
+        return any_refused(t.refused(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
+
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return merged(
             (n, t.hyperparams(getattr(state, n), step)) for t, n in zip(self.transforms, self.names, strict=True)
@@ -181,6 +184,12 @@ def all_applied(flags: Any) -> Tensor | None:
     """Combine what parts say about their last update: applied when each says so, None when none of them ever skips."""
     said = [flag for flag in flags if flag is not None]
     return reduce(torch.logical_and, said) if said else None
+
+
+def any_refused(flags: Any) -> Tensor | None:
+    """Combine what parts say about their last update: refused when one says so, None when none of them ever refuses."""
+    said = [flag for flag in flags if flag is not None]
+    return reduce(torch.logical_or, said) if said else None
 
 
 def merged(named: Any) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class ConditionallyTransform(Wrapper):
         inner = self.inner.applied(state.inner)
         return None if inner is None else inner | ~state.acted
 
+    def refused(self, state: Any) -> Tensor | None:
+        inner = self.inner.refused(state.inner)
+        return None if inner is None else inner & state.acted
+
     @property
     def separable(self) -> bool:
         return self.inner.separable

@@ -17,7 +17,7 @@ from purestep.arguments import Limit, Whole, checked
 from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, Wrapper, new_count, transformation
-from purestep.optim.chain import all_applied
+from purestep.optim.chain import all_applied, any_refused
 
 
 @tree.pytree
@@ -57,6 +57,9 @@ class ApplyIfFinite(Wrapper):
 
     def applied(self, state: Any) -> Tensor | None:
         return all_applied([state.last_finite, self.inner.applied(state.inner)])
+
+    def refused(self, state: Any) -> Tensor | None:
+        return any_refused([~state.last_finite, self.inner.refused(state.inner)])
 
     def gave_up(self, state: Any) -> Tensor:
         """Tell, as a 0-d bool tensor, whether more than `max_consecutive_errors` updates in a row were refused."""
@@ -131,6 +134,9 @@ class SkipLargeUpdates(Wrapper):
 
     def applied(self, state: Any) -> Tensor | None:
         return all_applied([state.last_applied, self.inner.applied(state.inner)])
+
+    def refused(self, state: Any) -> Tensor | None:
+        return any_refused([~state.last_applied, self.inner.refused(state.inner)])
 
     @property
     def elementwise(self) -> bool:

@@ -18,7 +18,7 @@ from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation, Wrapper, transformation
-from purestep.optim.chain import all_applied, merged
+from purestep.optim.chain import all_applied, any_refused, merged
 from purestep.optim.decay import fixed_filter
 from purestep.optim.parts import parts, parts_class
 
@@ -182,6 +182,9 @@ class Partition(GradientTransformation):
 
     def applied(self, state: Any) -> Tensor | None:
         return all_applied(t.applied(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
+
+    def refused(self, state: Any) -> Tensor | None:
+        return any_refused(t.refused(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         pairs = zip(self.transforms, self.names, strict=True)

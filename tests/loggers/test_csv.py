@@ -60,27 +60,43 @@ def test_numbers_read_back_exactly(tmp_path_factory, values):
 @given(st.lists(st.tuples(st.integers(0, 6), st.dictionaries(st.sampled_from(NAMES), st.floats(allow_nan=False)))))
 def test_the_file_holds_the_merged_rows(tmp_path_factory, rows):
     rows = sorted(rows, key=lambda r: r[0])
-    merged: dict[int, dict[str, float]] = {}
+    lines: list[tuple[int, dict[str, float]]] = []
     for step, row in rows:
-        if row:
-            merged.setdefault(step, {}).update(row)
+        of_step = [line for at, line in lines if at == step]
+        if not row or any(all(repr(line.get(n)) == repr(v) for n, v in row.items()) for line in of_step):
+            continue
+        if of_step and all(repr(of_step[-1].get(n, v)) == repr(v) for n, v in row.items()):
+            of_step[-1].update(row)
+        else:
+            lines.append((step, dict(row)))
     path = tmp_path_factory.mktemp("csv")
     write(path, rows)
     columns = loggers.read_csv(path)
-    assert columns["step"] == list(merged)
-    for name in {n for row in merged.values() for n in row}:
-        assert columns[name] == [row.get(name) for row in merged.values()]
+    assert columns["step"] == [step for step, _ in lines]
+    for name in {n for _, line in lines for n in line}:
+        assert columns[name] == [line.get(name) for _, line in lines]
 
 
 def test_each_row_is_on_disk_when_log_returns(tmp_path):
     sink = loggers.csv().open(tmp_path)
     sink.log(1, {"loss": 0.12345678901234567})
     assert loggers.read_csv(tmp_path) == {"step": [1], "loss": [0.12345678901234567]}
-    sink.log(1, {"loss": 1.0})  # a shorter row in the same place
-    assert (tmp_path / "metrics.csv").read_text() == "step,loss\n1,1.0\n"
+    sink.log(1, {"accuracy": 1.0})
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss,accuracy\n1,0.12345678901234567,1.0\n"
     sink.log(2, {"new": 1.0})
-    assert (tmp_path / "metrics.csv").read_text() == "step,loss,new\n1,1.0,\n2,,1.0\n"
+    assert loggers.read_csv(tmp_path)["new"] == [None, 1.0]
     sink.close()
+
+
+def test_two_batches_of_one_update_keep_their_rows_and_a_resume_does_not_repeat_them(tmp_path):
+    """`optim.accumulate` logs several batches under one step."""
+    rows = [(0, {"loss": 3.0}), (0, {"loss": 2.0}), (0, {"val/loss": 9.0}), (1, {"loss": 1.0})]
+    straight = write(tmp_path / "straight", rows)
+    assert straight == "step,loss,val/loss\n0,3.0,\n0,2.0,9.0\n1,1.0,\n"
+    for stop in range(1, 4):
+        directory = tmp_path / f"stop{stop}"
+        write(directory, rows[:3])  # killed after a snapshot that was taken after `stop` rows
+        assert write(directory, rows[stop:], resume_step=0) == straight
 
 
 @pytest.mark.parametrize("round", range(12))
