@@ -101,14 +101,13 @@ $(BENCH_READY): pyproject.toml constraints.txt benchmarks/requirements.txt
 	@touch $@
 	@echo "[set-up] done"
 
-# Not compiled: of the 6 GB with CUDA that PyPI's torch may bring, the selection imports little.
 .venv-torch-%/.ready: pyproject.toml constraints.txt
 	$(call make_venv,.venv-torch-$*)
 	@echo "[set-up 2/3] installing torch==$*"
-	@.venv-torch-$*/bin/python $(INSTALL) --no-compile 'torch==$*'
+	@.venv-torch-$*/bin/python $(INSTALL) 'torch==$*'
 	@grep -vE '^(torch|setuptools)==' constraints.txt > .venv-torch-$*/constraints.txt
 	@echo "[set-up 3/3] installing purestep[$(EXTRAS)] and what it needs, at the versions of constraints.txt"
-	@.venv-torch-$*/bin/python $(INSTALL) --no-compile -c .venv-torch-$*/constraints.txt -e '.[$(EXTRAS)]'
+	@.venv-torch-$*/bin/python $(INSTALL) -c .venv-torch-$*/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "[set-up] done"
 
