@@ -79,7 +79,7 @@ def test_a_job_under_torchrun_exits_with_143_too(tmp_path):
         "PYTHONPATH": str(root),
         "OMP_NUM_THREADS": "1",
     }
-    patience = ["--shutdown-timeout=60"] if torch.__version__ >= (2, 12) else []  # torch 2.11 always takes 30 s
+    patience = ["--shutdown-timeout=60"] if torch.__version__ >= "2.12" else []  # torch 2.11 always takes 30 s
     options = ("--standalone", "--nproc-per-node=2", *patience, "--monitor-interval=0.1")
     command = ["bash", str(FOLDER / "torchrun.sh"), *options, str(tmp_path / "train.py"), str(tmp_path)]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)

@@ -23,7 +23,7 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 _MULTIPLE = 16
 
 # torch 2.11 multiplies with one scale a row on GPUs alone.
-_SCALES_ROWS_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+_SCALES_ROWS_ON_CPU = torch.__version__ >= "2.12"
 
 
 def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:

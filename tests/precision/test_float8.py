@@ -32,7 +32,7 @@ def make_model():
     )
 
 
-ROWS = pytest.mark.skipif(torch.__version__ < (2, 12), reason="before 2.12 torch has no scales of rows on CPUs")
+ROWS = pytest.mark.skipif(torch.__version__ < "2.12", reason="before 2.12 torch has no scales of rows on CPUs")
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(r, marks=() if r == "tensorwise" else ROWS) for r in RECIPES])
@@ -54,7 +54,7 @@ def test_it_trains_near_bfloat16_and_leaves_the_model_alone(recipe, seed):
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
 @pytest.mark.parametrize("wrap", [lambda step: step, ps.jit], ids=["eager", "jit"])
 def test_a_recipe_that_this_torch_has_not_on_cpus_is_refused(recipe, wrap, monkeypatch):
-    if torch.__version__ >= (2, 12):  # an older one has none of its own accord
+    if torch.__version__ >= "2.12":  # an older one has none of its own accord
         monkeypatch.setattr(float8, "_SCALES_ROWS_ON_CPU", False)
     step = wrap(ps.make_step(loss_fn, TX, policy=policy("float8", float8=recipe).where("3", float8=False)))
     with pytest.raises(PrecisionError, match=rf"cannot multiply by the recipe '{recipe}' on CPUs(.|\n)*tensorwise"):
