@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purestep.keyed.host import Habits
+
 
 class Slots:
     """Where the named parameters and buffers of a module live: found once, checked at every use.
@@ -28,6 +30,7 @@ class Slots:
         self.rnns = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
         # A bound module belongs to one thread; another one waits until it is put back.
         self.lock = threading.RLock()
+        self.habits = Habits()
 
     def stale(self) -> bool:
         """Tell whether a submodule was added, removed or replaced since the places were found."""
