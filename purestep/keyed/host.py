@@ -35,8 +35,9 @@ _NUMPY = os.path.dirname(os.path.abspath(np.__file__))
 _NOT_THE_USERS = (_PACKAGE, _TORCH, _NUMPY, python_random.__file__, contextlib.__file__, threading.__file__, "<frozen")
 _PURPOSE = "host generators"
 _INSTEAD = "x * ps.random.uniform(key, ())    # key = ps.random.fold_in(state.rng, state.step), passed with the batch"
+_GAUSS = python_random.Random.gauss.__code__
 _local = threading.local()
-_get_bits, _read = np.random.get_bit_generator, generators.read
+_get_bits, _read, _is_compiling = np.random.get_bit_generator, generators.read, torch.compiler.is_compiling
 
 
 @dataclasses.dataclass
@@ -65,38 +66,37 @@ class Guard:
         repeatable: whether the caller does the call again when `exit` says so.
     """
 
-    __slots__ = ("_before", "_caller", "_how", "_start", "_torch", "_trap", "habits", "mode", "repeatable")
+    __slots__ = ("_alone", "_before", "_caller", "_how", "_start", "_torch", "_trap", "habits", "mode", "repeatable")
 
     def __init__(self, habits: Habits, mode: KeyedRandom, repeatable: bool = False) -> None:
         self.habits, self.mode, self.repeatable = habits, mode, repeatable
-        self._how: Literal["watch", "trap", "seed", "replay", "off"] = "watch"
-        self._before: Any = None
-        self._caller: Any = None
-        self._start: Any = None
-        self._torch: Any = None
-        self._trap: Trap | None = None
+        self._how: Literal["off", "watch", "trap", "seed"] = "off"
+        self._start: tuple[Any, Any] | None = None  # the generators as they were seeded, or of a recomputation
+        self._caller: tuple[Any, Any] | None = None  # those of the caller, when the call is done again
 
     def enter(self) -> None:
         """Begin to watch."""
-        if torch.compiler.is_compiling() or getattr(_local, "refusing", 0):
+        habits = self.habits
+        if _is_compiling() or getattr(_local, "unguarded", 0):
             self._how = "off"
-        elif self._start is not None and self._how == "replay":
-            self._before, self._torch = _read(), torch.default_generator.get_state()
-            self._restore(self._start)
-        elif self.habits.tried and not self.habits.draws and not self.habits.suspect:
-            self._how = "watch"
+        elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
+            self._how, self._torch = "watch", None
             self._before = _read()
+            if not self.repeatable:
+                self._alone = _alone()
         else:
             self._enter_with_care()
 
     def _enter_with_care(self) -> None:
-        """Begin a first call, one of a model that draws, or one that has to show who draws."""
-        habits, keyed = self.habits, self.mode.key is not None
-        self._before, self._torch = _read(), torch.default_generator.get_state()
-        self._how = "watch" if self.repeatable and not habits.suspect and not habits.draws else "trap"
-        if habits.draws and self.mode.refusal is not None:
-            self._how = "watch"  # the backward pass of a model that draws in its forward pass
-        elif habits.draws and keyed and (words := self._words()) is not None:
+        """Begin a first call, one of a model that draws, one that shows who draws, or a recomputation."""
+        habits = self.habits
+        self._before, self._torch, self._alone = _read(), torch.default_generator.get_state(), _alone()
+        recomputed, backward = self._start is not None and not self._caller, self.mode.refusal is not None
+        self._how = "watch" if backward or (self.repeatable and not habits.suspect and not habits.draws) else "trap"
+        if recomputed:
+            self._how = "seed"
+            _restore(*self._start)
+        elif habits.draws and not backward and (words := self._words()) is not None:
             self._how = "seed"
             self._seed(words)
         habits.tried = True
@@ -116,85 +116,77 @@ class Guard:
         Raises:
             RandomnessError: it has, and cannot be done again.
         """
-        if self._how == "off":
+        how = self._how
+        if how == "off" or (
+            how == "watch" and _read() == self._before and (self._torch is None or self._torch_is_still())
+        ):
             return False
-        if self._how == "watch":
-            if _read() == self._before and (self._torch is None or self._torch_is_still()):
-                self._torch = None
-                return False
-            return self._moved(failed)
-        if self._how == "trap":
-            return self._close_trap(failed)
-        self._restore((self._before, self._torch))
-        self._torch = None
+        caller = self._caller or (self._before, self._torch)
+        if caller[1] is None and self._torch is not None:
+            caller = caller[0], self._torch  # torch's was not looked at when the others were seen to move
+        if how == "watch":
+            return self._moved(failed, caller)
+        self._caller = None
+        if how == "trap":
+            self._trap.close()
+            self.habits.suspect = False
+            if not self._trap.touched:
+                return self._moved_unseen(failed, caller)
+            self.habits.draws, self.habits.alarms = True, 0
+        _restore(*caller)
         return False
 
     def mark(self) -> Callable[[], Any]:
         """Return a function that gives the generators as they are now, for a recomputation of what comes next."""
-        if self._how == "seed" or (self._trap is not None and self._trap.touched):
+        if self._how == "seed" or (self._how == "trap" and self._trap.touched):
             now = _read(), torch.default_generator.get_state()
             return lambda: now
-        return lambda: self._start
+        return lambda: self._start  # a draw that comes later is the first one
 
     def replaying(self, mode: KeyedRandom, mark: Callable[[], Any]) -> Guard:
         """Return the guard of a recomputation: it draws what the call drew after a mark."""
         again = Guard(self.habits, mode)
         again._start = mark()
-        again._how = "replay" if again._start is not None else "watch"
         return again
 
     # --- private ------------------------------------------------------------------------------------------------------
 
-    def _moved(self, failed: bool) -> bool:
-        habits, torch_moved = self.habits, self._torch is not None and not self._torch_is_still()
-        alone = _alone()
-        if torch_moved and not alone and _read() == self._before:
-            return False
+    def _moved(self, failed: bool, caller: tuple[Any, Any]) -> bool:
+        """The generators moved while they were watched: was it the model?"""
+        habits, alone = self.habits, _alone()
         if failed:
             if alone:
-                self._restore((self._before, self._torch))
+                _restore(*caller)
             return False
         if not self.repeatable:
-            habits.suspect = not alone
-            if alone:
-                self._restore((self._before, self._torch))
+            habits.suspect = True
+            if alone and self._alone:
+                _restore(*caller)
                 raise self._refusal(None, None)
             return False
-        if torch_moved and alone:
-            return self._again_seeded()
+        if not self._torch_is_still() and _read() == self._before:
+            return alone and self._again_seeded(caller)  # no trap shows who it was
         habits.alarms += 1
         if habits.alarms & (habits.alarms - 1):
             return False  # another thread draws all the time: look again after twice as many calls
-        habits.suspect, self._caller = True, self._before
+        habits.suspect, self._caller = True, caller
         return True
 
-    def _close_trap(self, failed: bool) -> bool:
-        habits, trap = self.habits, self._trap
-        self._trap = None
-        if trap is None:
+    def _moved_unseen(self, failed: bool, caller: tuple[Any, Any]) -> bool:
+        """The trap was not touched. If they moved nevertheless, they did so where no trap sees it."""
+        if (_read() == self._before and self._torch_is_still()) or not (_alone() and self._alone):
             return False
-        trap.close()
-        habits.suspect = False
-        caller, self._caller = self._caller or self._before, None
-        if trap.touched:
-            habits.draws, habits.alarms = True, 0
-            self._restore((caller, self._torch))
-            return False
-        if not _alone() or (_read() == self._before and self._torch_is_still()):
-            return False
-        self._before = caller
         if failed or self.repeatable:
-            self._restore((caller, self._torch))
-            return not failed and self._again_seeded()
-        self._restore((caller, self._torch))
+            return not failed and self._again_seeded(caller)
+        _restore(*caller)
         raise self._refusal(None, None)
 
-    def _again_seeded(self) -> bool:
+    def _again_seeded(self, caller: tuple[Any, Any]) -> bool:
         """Have the call done again, seeded at once, for a draw that no trap sees."""
-        self._restore((self._before, self._torch))
-        if self.mode.key is None or self._words() is None:
+        _restore(*caller)
+        if self._words() is None:
             raise self._refusal(None, None)
-        self.habits.draws = True
+        self.habits.draws, self._caller = True, caller
         return True
 
     def _touched(self, which: str) -> None:
@@ -215,12 +207,6 @@ class Guard:
         if not isinstance(mode.key, torch.Tensor):
             mode.key = mode.key()
         return host_words(mode.key, _PURPOSE)
-
-    def _restore(self, state: tuple[Any, Any]) -> None:
-        host, torch_state = state
-        if torch_state is not None:
-            torch.default_generator.set_state(torch_state)
-        generators.write(host)
 
     def _torch_is_still(self) -> bool:
         return self._torch is None or torch.equal(torch.default_generator.get_state(), self._torch)
@@ -257,6 +243,12 @@ class Guard:
         )
 
 
+def _restore(host: Any, torch_state: Any) -> None:
+    if torch_state is not None:
+        torch.default_generator.set_state(torch_state)
+    generators.write(host)
+
+
 @contextlib.contextmanager
 def refused(error: Callable[[str | None, str | None], Exception], again: Callable[[], Any]) -> Iterator[None]:
     """Refuse host draws in a `with` block, whatever guards are in it, and leave the generators as they were.
@@ -280,28 +272,28 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
             if moved and alone:
                 generators.write(before)
         if moved:
-            trap, second = Trap(touched), _read()
+            trap, before = Trap(touched), _read()
             trap.open()
             try:
                 again()
             except Exception:  # that of `touched`, or one that the draws are not the reason of
                 pass
-            finally:
-                trap.close()
-                if alone:
-                    generators.write(second)
-            if trap.touched or alone:
-                raise found[0] if trap.touched else error(None, None)
+            trap.close()
+            if not found and alone and _read() != before:
+                generators.write(before)
+                found.append(error(None, None))
+            if found:
+                raise found[0]
 
 
 @contextlib.contextmanager
 def _unguarded() -> Iterator[None]:
     """Switch the guards of this thread off in a `with` block, because somebody outside of them watches."""
-    _local.refusing = getattr(_local, "refusing", 0) + 1
+    _local.unguarded = getattr(_local, "unguarded", 0) + 1
     try:
         yield
     finally:
-        _local.refusing -= 1
+        _local.unguarded -= 1
 
 
 class Trap:
@@ -324,9 +316,9 @@ class Trap:
     def open(self) -> None:
         """Set the trap."""
         self._thread, self._outer = threading.get_ident(), sys.getprofile()
-        self._bits, self._caller = _get_bits(), _read()
-        np.random.set_bit_generator(_Trapped(self._bits, self._numpy_draws))
-        generators.PYTHON.gauss_next = None  # a second normal number would be given without a draw; numpy's is gone too
+        self._bits = _get_bits()
+        with _real(self._bits).lock:
+            generators.swap(_Trapped(self._bits, self._numpy_draws))
         own = self._outer is None or isinstance(getattr(self._outer, "__self__", None), Trap)
         if own:  # a profiler of somebody else is left alone
             sys.setprofile(self._called)
@@ -339,8 +331,8 @@ class Trap:
         self._open = False
         if self._profiling and sys.getprofile() in (None, self._called):
             sys.setprofile(self._outer)
-        np.random.set_bit_generator(self._bits)
-        generators.write_gauss(self._caller)
+        with _real(self._bits).lock:
+            generators.swap(self._bits)
 
     def _touch(self, which: str) -> None:
         if self._open:
@@ -349,11 +341,13 @@ class Trap:
             self.react(which)
 
     def _called(self, frame: Any, event: str, argument: Any) -> None:
-        if (
-            event == "c_call"
-            and getattr(argument, "__self__", None) is generators.PYTHON
-            and argument.__name__ != "getstate"
-        ):
+        if event == "c_call":
+            draws = getattr(argument, "__self__", None) is generators.PYTHON and argument.__name__ != "getstate"
+        else:
+            # The second of two normal numbers is given without a draw.
+            gauss = event == "call" and frame.f_code is _GAUSS
+            draws = gauss and frame.f_locals.get("self") is generators.PYTHON
+        if draws:
             self._touch("Python's random")
 
     def _numpy_draws(self) -> None:
@@ -387,6 +381,12 @@ class _Trapped(np.random.MT19937):  # type: ignore[misc]
         self._real._legacy_seeding(seed)
 
 
+def _real(bits: Any) -> Any:
+    while isinstance(bits, _Trapped):
+        bits = bits._real
+    return bits
+
+
 class _Lock:
     """The lock that numpy takes for each draw."""
 
@@ -401,10 +401,15 @@ class _Lock:
         self._lock.release()
 
 
+_SILENT_THREADS = ("purestep-log", "purestep-lock", "purestep-lease", "purestep-watch")
+
+
 def _alone() -> bool:
-    """Whether no other thread of Python could have drawn; those of ours do not."""
+    """Whether no other thread of Python could draw."""
+    if threading.active_count() == 1:
+        return True
     current = threading.get_ident()
-    return all(t.ident == current or t.name.startswith("purestep") for t in threading.enumerate())
+    return all(t.ident == current or t.name.startswith(_SILENT_THREADS) for t in threading.enumerate())
 
 
 def calling_line() -> str | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import pickle
 import random as python_random
 from collections.abc import Iterator
@@ -77,29 +76,29 @@ def _gauss_offset() -> int | None:
     return offset
 
 
-class _Reader:
+class _Generators:
     """Reads and writes what the generators of Python and numpy keep in this process."""
 
     def __init__(self) -> None:
         python, gauss = _python_offset(), _gauss_offset()
         self.quick = python is not None and gauss is not None and _numpy_agrees()
-        if python is None or gauss is None:
-            return
-        self._python = _bytes_of(id(PYTHON) + python, 4 * _WORDS + 4)
-        self._gauss = _bytes_of(id(NUMPY) + gauss, 16)
-        self._bits: Any = None
+        self._bits: Any = None  # numpy's bit generator whose words `_numpy` are
         self._numpy: Any = None
+        self._numpy_bytes: Any = None
+        if python is not None and gauss is not None:
+            self._python = _bytes_of(id(PYTHON) + python, 4 * _WORDS + 4)
+            self._gauss = _bytes_of(id(NUMPY) + gauss, 16)
+            self._python_bytes, self._gauss_bytes = self._python.tobytes, self._gauss.tobytes
 
     def read(self) -> State:
-        """Return the state of both; states of equal generators are equal."""
+        """Return the state of the generators of Python and numpy, to compare it with `==` or put it back."""
         bits = _bit_generator()
-        if not self.quick or (bits is not self._bits and not self._attach(bits)):
+        if bits is not self._bits and not (self.quick and self._attach(bits)):
             return python_random.getstate(), None, bits, None, pickle.dumps(np.random.get_state(legacy=False))
-        numpy = self._numpy.tobytes()
-        return self._python.tobytes(), PYTHON.gauss_next, bits, numpy, self._gauss.tobytes()
+        return self._python_bytes(), PYTHON.gauss_next, bits, self._numpy_bytes(), self._gauss_bytes()
 
     def write(self, state: State) -> None:
-        """Put both back."""
+        """Put the generators of Python and numpy back to a state that `read` returned."""
         python, gauss_next, bits, numpy, gauss = state
         if _bit_generator() is not bits:
             np.random.set_bit_generator(bits)
@@ -114,40 +113,24 @@ class _Reader:
         self._numpy[:] = numpy
         self._gauss[:] = gauss
 
-    def write_gauss(self, state: State) -> None:
-        """Put back what both keep of the last normal number and, where that can be told apart, nothing else."""
-        if self.quick:
-            PYTHON.gauss_next = state[1]
-            self._gauss[:] = state[4]
-        else:
-            self.write(state)
+    def swap(self, bits: Any) -> None:
+        """Have numpy's functions use another bit generator, and keep the normal number that they remember."""
+        gauss = self._gauss_bytes() if self.quick else None
+        np.random.set_bit_generator(bits)
+        if gauss is not None:
+            self._gauss[:] = gauss
 
     def _attach(self, bits: Any) -> bool:
         """Find the words of another bit generator of numpy, if it is one whose words are known."""
         if not isinstance(bits, np.random.MT19937):
             return False
         self._bits, self._numpy = bits, _bytes_of(bits.ctypes.state_address, 4 * _WORDS + 4)
+        self._numpy_bytes = self._numpy.tobytes
         return True
 
 
-@functools.cache
-def _reader() -> _Reader:
-    return _Reader()
-
-
-def read() -> State:
-    """Return the state of the generators of Python and numpy, to compare it with `==` or put it back."""
-    return _reader().read()
-
-
-def write(state: State) -> None:
-    """Put the generators of Python and numpy back to a state that `read` returned."""
-    _reader().write(state)
-
-
-def write_gauss(state: State) -> None:
-    """Put back what Python and numpy keep of the last normal number, as it was when `read` returned a state."""
-    _reader().write_gauss(state)
+_generators = _Generators()
+read, write, swap = _generators.read, _generators.write, _generators.swap
 
 
 def seed(first: int, second: int) -> None:
@@ -156,7 +139,7 @@ def seed(first: int, second: int) -> None:
     Torch's CPU generator has 2**32 sequences: it uses the first word only.
     """
     python_random.seed(first | second << 32)
-    np.random.seed((first, second))
+    np.random.seed((first, second, 1))  # of the same words, both would draw the same numbers
     torch.default_generator.manual_seed(first | second << 32)
 
 
