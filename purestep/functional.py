@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from purestep import transforms
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
-from purestep.keyed.host import Guard, Habits
+from purestep.keyed.host import Guard
 from purestep.keyed.mode import Key
 from purestep.slots import Definition as Definition
 from purestep.slots import Slots as Slots
@@ -145,27 +145,28 @@ class bind:
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
         self._rnn_saved: list[tuple[Any, Any]] = []
         self._flags: list[nn.Module] = []
-        entered = []
+        reached = 0
         try:
             self.host.enter()
-            entered.append(self.host)
+            reached = 2  # what `_put` has not done yet, `_take_out` leaves alone
             self._put()
             self._around = self.around()
             self._around.__enter__()
-            entered.append(self._around)
+            reached = 3
             self.mode.calls = self.first_call
             self.mode.__enter__()
         except BaseException as error:
-            # An exit that fails, too, must not keep the others from being reached.
-            with contextlib.ExitStack() as stack:
-                stack.callback(self._release)
-                for context in entered:
-                    if context is self.host:
-                        stack.callback(self.host.exit, True)
-                        stack.callback(self._take_out)
-                    else:
-                        stack.push(context.__exit__)
-                raise error
+            failure = type(error), error, error.__traceback__
+            exits = (
+                self._release,
+                lambda: self.host.exit(True),
+                self._take_out,
+                lambda: self._around.__exit__(*failure),
+            )
+            with contextlib.ExitStack() as stack:  # one that fails keeps none of the others from being reached
+                for leave in exits[: reached + 1]:
+                    stack.callback(leave)
+            raise
         return self.module
 
     def _put(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from purestep import random
 from purestep.random.block import FOLD_INT, MASK, philox, philox_int
 from purestep.random.generators import preserved as preserved
-from purestep.random.generators import seed as seed_globals
+from purestep.random.generators import seed_globals as seed_globals
 
 Words = tuple[int, int]
 

@@ -1,9 +1,9 @@
 """Draws from the global generators of Python and numpy inside a pure call: from its key, or an error with the line.
 
 Torch's random operations show themselves to a function mode; Python's and numpy's do not. Reading their state costs
-less than a microsecond, so `Guard` compares it around each call. When it has moved, the call (which is pure) is done again
-under a `Trap`, which sees the first draw of its own thread before it happens: it seeds the generators from the key, and
-the caller's state is put back afterwards. From then on the model is known to draw, and is seeded at once.
+less than a microsecond, so `Guard` compares it around each call. When it has moved, the call (which is pure) is done
+again under a `Trap`, which sees the first draw of its own thread before it happens: it seeds the generators from the
+key, and the caller's state is put back afterwards. From then on the model is known to draw, and is seeded at once.
 
 `functional.bind` has a guard; `jit` sets a trap that refuses. Where the generators keep their state is known to
 `random.generators`.
@@ -18,6 +18,7 @@ import os
 import random as python_random
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ _PURPOSE = "host generators"
 _INSTEAD = "x * ps.random.uniform(key, ())    # key = ps.random.fold_in(state.rng, state.step), passed with the batch"
 _GAUSS = python_random.Random.gauss.__code__
 _local = threading.local()
-_get_bits, _read, _is_compiling = np.random.get_bit_generator, generators.read, torch.compiler.is_compiling
+_read, _is_compiling = generators.read, torch.compiler.is_compiling
 
 
 @dataclasses.dataclass
@@ -67,17 +68,22 @@ class Guard:
     """
 
     __slots__ = ("_alone", "_before", "_caller", "_how", "_start", "_torch", "_trap", "habits", "mode", "repeatable")
+    _before: Any  # the generators of Python and numpy when the call began, and torch's where it was looked at
+    _torch: Any
+    _alone: bool
+    _trap: Trap
+    _start: Any  # all of them as they were seeded, or where a recomputation begins
+    _caller: Any  # all of them as the caller left them, when the call is done again
 
     def __init__(self, habits: Habits, mode: KeyedRandom, repeatable: bool = False) -> None:
         self.habits, self.mode, self.repeatable = habits, mode, repeatable
         self._how: Literal["off", "watch", "trap", "seed"] = "off"
-        self._start: tuple[Any, Any] | None = None  # the generators as they were seeded, or of a recomputation
-        self._caller: tuple[Any, Any] | None = None  # those of the caller, when the call is done again
+        self._start = self._caller = None
 
     def enter(self) -> None:
         """Begin to watch."""
         habits = self.habits
-        if _is_compiling() or getattr(_local, "unguarded", 0):
+        if _is_compiling() or getattr(_local, "unguarded", False):
             self._how = "off"
         elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
             self._how, self._torch = "watch", None
@@ -117,9 +123,9 @@ class Guard:
             RandomnessError: it has, and cannot be done again.
         """
         how = self._how
-        if how == "off" or (
-            how == "watch" and _read() == self._before and (self._torch is None or self._torch_is_still())
-        ):
+        if how == "off":
+            return False
+        if how == "watch" and _read() == self._before and (self._torch is None or self._torch_is_still()):
             return False
         caller = self._caller or (self._before, self._torch)
         if caller[1] is None and self._torch is not None:
@@ -197,7 +203,7 @@ class Guard:
         self._seed(words)
 
     def _seed(self, words: tuple[int, int]) -> None:
-        generators.seed(*words)
+        generators.seed_globals(*words)
         self._start = _read(), torch.default_generator.get_state()
 
     def _words(self) -> tuple[int, int] | None:
@@ -274,10 +280,8 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
         if moved:
             trap, before = Trap(touched), _read()
             trap.open()
-            try:
+            with contextlib.suppress(Exception):  # that of `touched`, or one that the draws are not the reason of
                 again()
-            except Exception:  # that of `touched`, or one that the draws are not the reason of
-                pass
             trap.close()
             if not found and alone and _read() != before:
                 generators.write(before)
@@ -289,11 +293,12 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
 @contextlib.contextmanager
 def _unguarded() -> Iterator[None]:
     """Switch the guards of this thread off in a `with` block, because somebody outside of them watches."""
-    _local.unguarded = getattr(_local, "unguarded", 0) + 1
+    outer = getattr(_local, "unguarded", False)
+    _local.unguarded = True
     try:
         yield
     finally:
-        _local.unguarded -= 1
+        _local.unguarded = outer
 
 
 class Trap:
@@ -316,7 +321,7 @@ class Trap:
     def open(self) -> None:
         """Set the trap."""
         self._thread, self._outer = threading.get_ident(), sys.getprofile()
-        self._bits = _get_bits()
+        self._bits = generators.bit_generator()
         with _real(self._bits).lock:
             generators.swap(_Trapped(self._bits, self._numpy_draws))
         own = self._outer is None or isinstance(getattr(self._outer, "__self__", None), Trap)
@@ -355,7 +360,7 @@ class Trap:
             self._touch("numpy.random")
 
 
-class _Trapped(np.random.MT19937):  # type: ignore[misc]
+class _Trapped(np.random.MT19937):
     """A bit generator that is another one, and says when it is about to be used."""
 
     def __init__(self, bits: Any, used: Callable[[], None]) -> None:
@@ -414,9 +419,9 @@ def _alone() -> bool:
 
 def calling_line() -> str | None:
     """Return the innermost line of the user's own code that is being run."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if frame is None:
         return None
     name, line = frame.f_code.co_filename, frame.f_lineno

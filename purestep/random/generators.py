@@ -24,8 +24,9 @@ State = tuple[Any, ...]
 _WORDS = 624  # of a Mersenne Twister
 # The instances behind the functions of the modules `random` and `numpy.random`.
 PYTHON: Any = python_random.random.__self__  # type: ignore[attr-defined]
-NUMPY: Any = np.random.random_sample.__self__
-_bit_generator: Any = np.random.get_bit_generator
+NUMPY: Any = np.random.random_sample.__self__  # type: ignore[attr-defined]
+_bit_generator: Any = np.random.get_bit_generator  # type: ignore[attr-defined]
+_set_bit_generator: Any = np.random.set_bit_generator  # type: ignore[attr-defined]
 
 
 def _bytes_of(address: int, size: int) -> memoryview:
@@ -65,7 +66,7 @@ def _gauss_offset() -> int | None:
     probe, size, offset = np.random.RandomState(5), type(NUMPY).__basicsize__, None
     for cached in (1, 0, 1):
         probe.standard_normal()
-        flag, value = probe.get_state()[3:5]
+        flag, value = probe.get_state()[3:5]  # type: ignore[index]
         seen = ctypes.string_at(id(probe), size)
         if flag != cached or (cached and seen.count(np.float64(value).tobytes()) != 1):
             return None
@@ -101,7 +102,7 @@ class _Generators:
         """Put the generators of Python and numpy back to a state that `read` returned."""
         python, gauss_next, bits, numpy, gauss = state
         if _bit_generator() is not bits:
-            np.random.set_bit_generator(bits)
+            _set_bit_generator(bits)
         if not isinstance(python, bytes):
             python_random.setstate(python)
             np.random.set_state(pickle.loads(gauss))
@@ -116,7 +117,7 @@ class _Generators:
     def swap(self, bits: Any) -> None:
         """Have numpy's functions use another bit generator, and keep the normal number that they remember."""
         gauss = self._gauss_bytes() if self.quick else None
-        np.random.set_bit_generator(bits)
+        _set_bit_generator(bits)
         if gauss is not None:
             self._gauss[:] = gauss
 
@@ -130,10 +131,10 @@ class _Generators:
 
 
 _generators = _Generators()
-read, write, swap = _generators.read, _generators.write, _generators.swap
+bit_generator, read, write, swap = _bit_generator, _generators.read, _generators.write, _generators.swap
 
 
-def seed(first: int, second: int) -> None:
+def seed_globals(first: int, second: int) -> None:
     """Seed Python's, numpy's and torch's (CPU) global generators from two 32-bit words.
 
     Torch's CPU generator has 2**32 sequences: it uses the first word only.
