@@ -207,11 +207,12 @@ def models_of(function: Any, args: Sequence[Any]) -> Modules:
     found: Modules = {}
     known: set[int] = set()
     for root in (*_models(args), *_modules(function)):
+        label = "model" if not found else type(root).__name__
+        label = label if label not in found else f"{label} ({len(found)})"
         for path, module in root.named_modules():
             if id(module) not in known:
                 known.add(id(module))
-                name = f"model.{path}" if path else "model"
-                found[name if name not in found else f"{name} ({len(found)})"] = module
+                found[f"{label}.{path}" if path else label] = module
     return found
 
 

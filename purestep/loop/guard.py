@@ -186,7 +186,8 @@ class Remembered:
             now = hidden.Saved(self._modules)
             try:
                 second = self._step(state, batch)[0]
-                again = hidden.changed(first, hidden.attributes(self._modules))
+                if not hasattr(self._step, "backend"):  # a compiled call runs nothing of the model's Python
+                    again = hidden.changed(first, hidden.attributes(self._modules))
                 if not tree.equal(second, returned[0]):
                     self._saved.put_back()
                     # Not so where kernels add up in another order each time.

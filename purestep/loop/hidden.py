@@ -8,10 +8,12 @@ call compute other numbers, is not. `dry`, `run` and `testing.check_pure` ask.
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
+import functools
+import hashlib
 import random as python_random
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,11 @@ from purestep.errors import StepError, explain
 Modules = dict[str, nn.Module]
 _LARGE = 1 << 16  # elements of a tensor, or items of a container, of which only the size is compared
 _DEPTH = 4
+_BUDGET = 1 << 16  # items of an attribute that are looked at
 # What torch keeps in a module, and what `functional.bind` puts there and takes out again.
 _TORCHS = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs", "_forward_hooks_with_kwargs"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type, range, slice)
-_MUTABLE = (dict, list, set, collections.deque)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, python_random.Random)
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 
 
@@ -69,7 +72,7 @@ Attributes = dict[str, _Value]
 def attributes(modules: Mapping[str, nn.Module]) -> Attributes:
     """Return what modules hold besides parameters, buffers, submodules, flags and hooks, as values of this moment."""
     return {
-        f"{path}.{name}": _Value(_frozen(value, 0), _shown(value), type(module).__qualname__)
+        f"{path}.{name}": _Value(_Frozen().of(value), _shown(value), type(module).__qualname__)
         for path, module in modules.items()
         for name, value in vars(module).items()
         if name not in _TORCHS
@@ -86,48 +89,120 @@ def changed(before: Attributes, after: Attributes) -> tuple[Change, ...]:
 
 
 class Saved:
-    """The attributes of modules as they are now, to put them back: everything in a module, and what its containers hold."""
+    """The attributes of modules as they are now, with what is in them, to put them back.
+
+    What did not change meanwhile is not written: it may be used by others.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._saved = [
-            (m, dict(vars(m)), [(v, copy.copy(v)) for v in vars(m).values() if type(v) in _MUTABLE])
-            for m in modules.values()
-        ]
+        self._resets: list[Callable[[], Any]] = []
+        for module in modules.values():
+            self._budget = _BUDGET
+            self._resets.append(_resetting_dict(vars(module)))
+            for name, value in list(vars(module).items()):
+                self._keep(value, 0 if name not in _TORCHS else _DEPTH)
 
     def put_back(self) -> None:
         """Put them back."""
-        for module, own, containers in self._saved:
-            for name in vars(module).keys() - own.keys():
-                del vars(module)[name]
-            vars(module).update(own)
-            for container, content in containers:
-                container.clear()
-                (container.extend if isinstance(container, (list, collections.deque)) else container.update)(content)
+        for reset in self._resets:
+            reset()
+
+    def _keep(self, value: Any, depth: int) -> None:
+        """Remember what is in a value; of a container at the largest depth, which items it has."""
+        self._budget -= 1
+        if self._budget < 0 or isinstance(value, (*_PLAIN, Tensor)):
+            return
+        inner: Any = ()
+        if isinstance(value, _GENERATORS):
+            self._resets.append(_resetting_generator(value))
+        elif type(value) is dict:
+            inner = list(value.values())
+            self._resets.append(_resetting_dict(value))
+        elif type(value) is set:
+            self._resets.append(_resetting_set(value))
+        elif type(value) in (list, collections.deque):
+            inner = list(value)
+            self._resets.append(_resetting_sequence(value))
+        elif isinstance(value, tuple):
+            inner = value
+        elif _has_fields(value):
+            inner = [vars(value)]
+        if depth < _DEPTH:
+            for item in inner:
+                self._keep(item, depth + 1)
 
 
-def _frozen(value: Any, depth: int) -> Any:
-    """Return a value that later changes of the original do not reach, with what of it can be compared."""
-    if isinstance(value, _PLAIN):
-        return repr(value) if isinstance(value, float) else value  # NaN is not equal to itself
-    if isinstance(value, Tensor):
-        return _tensor(value)
-    if isinstance(value, np.ndarray):
-        return "array", value.shape, value.dtype.str, value.tobytes() if value.size <= _LARGE else None
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, python_random.Random)):
-        return type(value), _generator(value)
-    if depth >= _DEPTH:
-        return type(value)
-    if isinstance(value, (dict, *_CONTAINERS)) and len(value) > _LARGE:
-        return type(value), len(value)
-    if isinstance(value, dict):
-        return dict, [(_frozen(k, depth + 1), _frozen(v, depth + 1)) for k, v in value.items()]
-    if isinstance(value, (set, frozenset)):
-        return set, sorted(repr(x) for x in value if isinstance(x, _PLAIN)), len(value)
-    if isinstance(value, _CONTAINERS):
-        return type(value), [_frozen(x, depth + 1) for x in value]
-    if isinstance(value, nn.Module) or not hasattr(value, "__dict__") or callable(value):
-        return type(value)  # a module in a list is not part of the model; a closure may be made anew each time
-    return type(value), _frozen(dict(vars(value)), depth + 1)
+def _resetting_dict(value: dict[Any, Any]) -> Callable[[], Any]:
+    content = dict(value)
+
+    def reset() -> None:
+        for key in value.keys() - content.keys():
+            del value[key]
+        for key, item in content.items():
+            if key not in value or value[key] is not item:
+                value[key] = item
+
+    return reset
+
+
+def _resetting_set(value: set[Any]) -> Callable[[], Any]:
+    content = set(value)
+    return lambda: value == content or (value.clear(), value.update(content))
+
+
+def _resetting_sequence(value: Any) -> Callable[[], Any]:
+    content = list(value)
+
+    def reset() -> None:
+        if len(value) != len(content) or any(a is not b for a, b in zip(value, content, strict=True)):
+            value.clear()
+            value.extend(content)
+
+    return reset
+
+
+def _resetting_generator(generator: Any) -> Callable[[], Any]:
+    if isinstance(generator, np.random.Generator):
+        state = generator.bit_generator.state
+        return lambda: setattr(generator.bit_generator, "state", state)
+    if isinstance(generator, python_random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    return functools.partial(generator.set_state, generator.get_state())
+
+
+def _has_fields(value: Any) -> bool:
+    # A module in a list is not part of the model; a closure may be made anew each time.
+    without = (*_PLAIN, Tensor, nn.Module, types.ModuleType)
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, without)
+
+
+class _Frozen:
+    """Turns a value into one that later changes of it do not reach, with what of it can be compared."""
+
+    def __init__(self) -> None:
+        self._budget = _BUDGET
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        """Return the value; beyond some depth, and some number of items in all, its type."""
+        self._budget -= 1
+        if isinstance(value, _PLAIN):
+            return repr(value) if isinstance(value, float) else value  # NaN is not equal to itself
+        if isinstance(value, Tensor):
+            return _tensor(value)
+        if isinstance(value, np.ndarray):
+            return "array", value.shape, value.dtype.str, value.tobytes() if value.size <= _LARGE else None
+        if isinstance(value, _GENERATORS):
+            return type(value), _generator(value)
+        if depth >= _DEPTH or self._budget < 0:
+            return type(value)
+        inner = depth + 1
+        if isinstance(value, dict):
+            return dict, len(value), [(self.of(k, inner), self.of(v, inner)) for k, v in list(value.items())[:_LARGE]]
+        if isinstance(value, (set, frozenset)):
+            return set, len(value), sorted(repr(x) for x in value if isinstance(x, _PLAIN))
+        if isinstance(value, _CONTAINERS):
+            return type(value), len(value), [self.of(x, inner) for x in list(value)[:_LARGE]]
+        return (type(value), self.of(dict(vars(value)), inner)) if _has_fields(value) else type(value)
 
 
 def _tensor(value: Tensor) -> Any:
@@ -164,14 +239,22 @@ def _same_numbers(a: Tensor, b: Tensor) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = tree.describe(value) if isinstance(value, Tensor) else repr(value) if isinstance(value, _PLAIN) else ""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and type(value) is Tensor:
-        text = f"{text} {value.item():.6g}"
-    if isinstance(value, (dict, *_CONTAINERS)):
-        text = f"{type(value).__name__} of {len(value)}"
-        if len(value) <= 8 and all(isinstance(x, _PLAIN) for x in (value.values() if isinstance(value, dict) else value)):
-            text = repr(value)
-    text = text or type(value).__name__
+    text = type(value).__name__
+    if isinstance(value, Tensor):
+        text = tree.describe(value)
+        if value.numel() == 1 and not value.is_meta and type(value) is Tensor:
+            text = f"{text} {value.item():.6g}"
+    elif isinstance(value, _PLAIN):
+        text = repr(value)
+    elif isinstance(value, _GENERATORS):
+        text = f"{text} in state {hashlib.blake2b(repr(_generator(value)).encode(), digest_size=4).hexdigest()}"
+    elif isinstance(value, (dict, *_CONTAINERS)):
+        items = value.values() if isinstance(value, dict) else value
+        plain = len(value) <= 8 and all(isinstance(x, _PLAIN) for x in items)
+        text = repr(value) if plain else f"{text} of {len(value)}"
+    elif _has_fields(value):
+        fields = ", ".join(f"{k}={v!r}" for k, v in vars(value).items() if isinstance(v, _PLAIN))
+        text = f"{text}({fields})"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

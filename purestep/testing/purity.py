@@ -74,7 +74,9 @@ def _generators() -> dict[str, Any]:
     numpy_state = np.random.get_state(legacy=False)
     states = {
         "python": hash(python_random.getstate()),
-        "numpy": repr({**numpy_state, "state": [x.tolist() if hasattr(x, "tolist") else x for x in numpy_state["state"].values()]}),
+        "numpy": repr(
+            {**numpy_state, "state": [x.tolist() if hasattr(x, "tolist") else x for x in numpy_state["state"].values()]}
+        ),
         "torch": torch.random.get_rng_state().numpy().tobytes(),
     }
     if torch.cuda.is_initialized():
