@@ -93,7 +93,8 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
         function: called once; twice when it changes attributes of a model, to learn whether it does so again.
         *args: its arguments; tensors in them are replaced by fake ones, everything else is passed as it is.
     """
-    watch, result, failure, changes, peak = _Watch(), None, None, (), None
+    watch, result, failure, peak = _Watch(), None, None, None
+    changes: tuple[Change, ...] = ()
     with contextlib.ExitStack() as stack:
         modules = stack.enter_context(_undisturbed(function, args))
         fakes = tree.map(_fake, args)

@@ -1,8 +1,8 @@
 """What models remember in Python attributes, which no state holds and no snapshot saves.
 
 Owns the comparison of a model's attributes before and after calls, and the words for one that a step changes. A cache
-that is built once and stays is fine; an attribute that the same call changes again, or whose first change makes the same
-call compute other numbers, is not. `dry`, `run` and `testing.check_pure` ask.
+that is built once and stays is fine; an attribute that the same call changes again, or whose first change makes the
+same call compute other numbers, is not. `dry`, `run` and `testing.check_pure` ask.
 """
 
 from __future__ import annotations
@@ -147,7 +147,12 @@ def _resetting_dict(value: dict[Any, Any]) -> Callable[[], Any]:
 
 def _resetting_set(value: set[Any]) -> Callable[[], Any]:
     content = set(value)
-    return lambda: value == content or (value.clear(), value.update(content))
+
+    def reset() -> None:
+        value.intersection_update(content)
+        value.update(content)
+
+    return reset
 
 
 def _resetting_sequence(value: Any) -> Callable[[], Any]:
