@@ -72,7 +72,7 @@ def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
 
 
 def _generators() -> dict[str, Any]:
-    numpy_state = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
     states = {
         "python": hash(python_random.getstate()),
         "numpy": (numpy_state[1].tobytes(), *numpy_state[2:]),
