@@ -527,3 +527,39 @@ def test_the_trap_is_touched_by_draws_only_and_goes_with_the_first():
     python_random.random()
     trap.close()
     assert touched == ["numpy.random"]
+
+
+class Augmented:
+    """A data set that draws from the global generators, which `ps.data` seeds for each sample."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        noise = [np.random.randn(), python_random.gauss(0, 1), float(torch.rand(()))]
+        return torch.full((3,), float(index)) + torch.tensor(noise, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["nothing", "both"])
+def test_the_draws_of_a_data_set_and_of_the_model_do_not_meet(name):
+    draw = DRAWS.get(name, lambda: 0.5)
+    data = ps.data.batches(Augmented(), 4, seed=1)
+    expected = [batch.tolist() for batch in data.epoch(0)]
+    seen = []
+
+    def noting(net, batch):
+        if not batch.is_meta:
+            seen.append(batch.tolist())
+        return loss_fn(net, batch)
+
+    tx = ps.optim.sgd(0.001)
+    step = ps.make_step(noting, tx)
+    stir()
+    before = hosts()
+    result = ps.fit(step, ps.init(lambda: Drawing(draw), tx), data, until=ps.epochs(1))
+    assert hosts() == before
+    assert seen == expected
+    by_hand = ps.init(lambda: Drawing(draw), tx)
+    for batch in data.epoch(0):
+        by_hand, _ = step(by_hand, batch)
+    assert tree.digest(by_hand) == tree.digest(result.state)

@@ -11,6 +11,7 @@ key, and the caller's state is put back afterwards. From then on the model is kn
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import linecache
@@ -37,8 +38,8 @@ _NOT_THE_USERS = (_PACKAGE, _TORCH, _NUMPY, python_random.__file__, contextlib._
 _PURPOSE = "host generators"
 _INSTEAD = "x * ps.random.uniform(key, ())    # key = ps.random.fold_in(state.rng, state.step), passed with the batch"
 _GAUSS = python_random.Random.gauss.__code__
-_local = threading.local()
-_read, _is_compiling = generators.read, torch.compiler.is_compiling
+_unguarded: set[int] = set()  # threads whose guards are off
+_read, _is_compiling, _thread_count = generators.read, torch.compiler.is_compiling, _thread._count
 
 
 @dataclasses.dataclass
@@ -67,10 +68,10 @@ class Guard:
         repeatable: whether the caller does the call again when `exit` says so.
     """
 
-    __slots__ = ("_alone", "_before", "_caller", "_how", "_start", "_torch", "_trap", "habits", "mode", "repeatable")
+    __slots__ = ("_before", "_caller", "_how", "_start", "_threads", "_torch", "_trap", "habits", "mode", "repeatable")
     _before: Any  # the generators of Python and numpy when the call began, and torch's where it was looked at
     _torch: Any
-    _alone: bool
+    _threads: int
     _trap: Trap
     _start: Any  # all of them as they were seeded, or where a recomputation begins
     _caller: Any  # all of them as the caller left them, when the call is done again
@@ -83,20 +84,19 @@ class Guard:
     def enter(self) -> None:
         """Begin to watch."""
         habits = self.habits
-        if _is_compiling() or getattr(_local, "unguarded", False):
+        if (_unguarded and threading.get_ident() in _unguarded) or _is_compiling():
             self._how = "off"
         elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
             self._how, self._torch = "watch", None
             self._before = _read()
-            if not self.repeatable:
-                self._alone = _alone()
+            self._threads = _thread_count()
         else:
             self._enter_with_care()
 
     def _enter_with_care(self) -> None:
         """Begin a first call, one of a model that draws, one that shows who draws, or a recomputation."""
         habits = self.habits
-        self._before, self._torch, self._alone = _read(), torch.default_generator.get_state(), _alone()
+        self._before, self._torch, self._threads = _read(), torch.default_generator.get_state(), _thread_count()
         recomputed, backward = self._start is not None and not self._caller, self.mode.refusal is not None
         self._how = "watch" if backward or (self.repeatable and not habits.suspect and not habits.draws) else "trap"
         if recomputed:
@@ -125,8 +125,10 @@ class Guard:
         how = self._how
         if how == "off":
             return False
-        if how == "watch" and _read() == self._before and (self._torch is None or self._torch_is_still()):
-            return False
+        if how == "watch":
+            now = _read()
+            if (now is self._before or now == self._before) and (self._torch is None or self._torch_is_still()):
+                return False
         caller = self._caller or (self._before, self._torch)
         if caller[1] is None and self._torch is not None:
             caller = caller[0], self._torch  # torch's was not looked at when the others were seen to move
@@ -159,14 +161,14 @@ class Guard:
 
     def _moved(self, failed: bool, caller: tuple[Any, Any]) -> bool:
         """The generators moved while they were watched: was it the model?"""
-        habits, alone = self.habits, _alone()
+        habits, alone = self.habits, self._alone()
         if failed:
             if alone:
                 _restore(*caller)
             return False
         if not self.repeatable:
             habits.suspect = True
-            if alone and self._alone:
+            if alone:
                 _restore(*caller)
                 raise self._refusal(None, None)
             return False
@@ -180,7 +182,7 @@ class Guard:
 
     def _moved_unseen(self, failed: bool, caller: tuple[Any, Any]) -> bool:
         """The trap was not touched. If they moved nevertheless, they did so where no trap sees it."""
-        if (_read() == self._before and self._torch_is_still()) or not (_alone() and self._alone):
+        if (_read() == self._before and self._torch_is_still()) or not self._alone():
             return False
         if failed or self.repeatable:
             return not failed and self._again_seeded(caller)
@@ -213,6 +215,10 @@ class Guard:
         if not isinstance(mode.key, torch.Tensor):
             mode.key = mode.key()
         return host_words(mode.key, _PURPOSE)
+
+    def _alone(self) -> bool:
+        """Whether no other thread of Python could have drawn: none that might is there, and none has ended."""
+        return self._threads == _thread_count() and _alone()
 
     def _torch_is_still(self) -> bool:
         return self._torch is None or torch.equal(torch.default_generator.get_state(), self._torch)
@@ -269,12 +275,12 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
         raise found[0]
 
     found: list[Exception] = []
-    with _unguarded():
-        before = _read()
+    with _no_guards():
+        before, threads = _read(), _thread_count()
         try:
             yield
         finally:
-            moved, alone = _read() != before, _alone()
+            moved, alone = _read() != before, threads == _thread_count() and _alone()
             if moved and alone:
                 generators.write(before)
         if moved:
@@ -291,14 +297,16 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
 
 
 @contextlib.contextmanager
-def _unguarded() -> Iterator[None]:
+def _no_guards() -> Iterator[None]:
     """Switch the guards of this thread off in a `with` block, because somebody outside of them watches."""
-    outer = getattr(_local, "unguarded", False)
-    _local.unguarded = True
+    thread = threading.get_ident()
+    inner = thread in _unguarded
+    _unguarded.add(thread)
     try:
         yield
     finally:
-        _local.unguarded = outer
+        if not inner:
+            _unguarded.discard(thread)
 
 
 class Trap:
