@@ -89,8 +89,7 @@ class _Generators:
         self._bits: Any = None  # numpy's bit generator whose words `_numpy` are
         self._numpy: Any = None
         self._heads: tuple[memoryview, ...] = ()
-        self._seen = b""  # what was in them when `_state` was read
-        self._state: State = (None,) * 5
+        self._last: tuple[bytes, State] = b"", (None,) * 5  # what was in the heads, and the whole state
         if python is not None and gauss is not None:
             self._python = _bytes_of(id(PYTHON) + python, 4 * _WORDS + 4)
             self._gauss = _bytes_of(id(NUMPY) + gauss, 16)
@@ -104,10 +103,13 @@ class _Generators:
         if bits is not self._bits and not (self.quick and self._attach(bits)):
             return python_random.getstate(), None, bits, None, pickle.dumps(np.random.get_state(legacy=False))
         seen, gauss_next = b"".join(self._heads), PYTHON.gauss_next
-        if seen != self._seen or gauss_next is not self._state[1] or bits is not self._state[2]:
-            self._state = self._python.tobytes(), gauss_next, bits, self._numpy.tobytes(), self._gauss.tobytes()
-            self._seen = seen
-        return self._state
+        heads, state = self._last
+        if seen != heads or gauss_next is not state[1] or bits is not state[2]:
+            python, numpy, gauss = self._python.tobytes(), self._numpy.tobytes(), self._gauss.tobytes()
+            state = python, gauss_next, bits, numpy, gauss
+            # Another thread may have drawn since: the heads are those of the copy.
+            self._last = b"".join((python[:_HEAD], numpy[:_HEAD], numpy[4 * _WORDS :], gauss)), state
+        return state
 
     def write(self, state: State) -> None:
         """Put the generators of Python and numpy back to a state that `read` returned."""
