@@ -265,17 +265,14 @@ def _shown(value: Any) -> str:
 
 # --- the words --------------------------------------------------------------------------------------------------------
 
-_WHY = (
-    "a step is a function of state and batch: an attribute is in no snapshot, so that a resumed run, where the model "
-    "is new, differs from a straight one"
-)
+_WHY = "an attribute is in no snapshot: a resumed run, where the model is new, differs from a straight one"
 
 
 def _instead(changes: tuple[Change, ...]) -> str:
     name = changes[0].path.rpartition(".")[2]
     return (
         f'self.register_buffer("{name}", torch.zeros(()))   # in __init__: then it is in the state\n'
-        f"a field of the state, or of the batch, that the step reads: ps.TrainState can be extended\n"
+        f"a field of the state or of the batch that the step reads; TrainState can be extended\n"
         f"or leave the attribute as it is after its first call, as a cache does"
     )
 
