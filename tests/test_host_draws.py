@@ -416,6 +416,25 @@ def test_a_block_cannot_be_done_again():
     assert hosts() == before
 
 
+def test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused():
+    draws, plan = {"now": True}, ps.sharding.ddp()
+    step, state = training(lambda: np.random.rand() if draws["now"] else 0.0)
+    planned = ps.make_step(loss_fn, step.tx, plan=plan)
+    placed = plan.place(ps.init(lambda: Drawing(state.model.module.draw), step.tx, seed=3))
+    expected = tree.digest(step(state, X)[0])
+    assert [tree.digest(planned(placed, X)[0]) for _ in range(3)] == [expected] * 3
+    draws["now"] = False
+    placed = plan.place(ps.init(lambda: Drawing(state.model.module.draw), step.tx, seed=3))
+    planned(placed, X)
+    draws["now"] = True
+    stir()
+    before = hosts()
+    with pytest.raises(RandomnessError, match=r"cannot be done again(.|\n)*or let the model draw in its first call"):
+        planned(placed, X)
+    assert hosts() == before
+    assert tree.digest(planned(placed, X)[0]) == expected  # it is known now
+
+
 # --- other threads, other profilers -----------------------------------------------------------------------------------
 
 

@@ -249,8 +249,9 @@ class Guard:
             explain(
                 f"{drew}, after calls that did not",
                 where=line,
-                why="it was to be seeded from the key before, and this call cannot be done again",
-                instead=_INSTEAD,
+                why="they were to be seeded from the key before, and this call cannot be done again: it is a `with` block, "
+                "or other ranks wait in it",
+                instead=f"{_INSTEAD}\nor let the model draw in its first call, too",
             )
         )
 
