@@ -249,8 +249,8 @@ class Guard:
             explain(
                 f"{drew}, after calls that did not",
                 where=line,
-                why="they were to be seeded from the key before, and this call cannot be done again: other ranks wait in it, "
-                "or it is a `with` block",
+                why="they were to be seeded from the key before, and this call cannot be done again: "
+                "other ranks wait in it, or it is a `with` block",
                 instead=f"{_INSTEAD}\nor let the model draw in its first call, too",
             )
         )
