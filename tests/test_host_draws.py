@@ -285,11 +285,12 @@ def test_torchs_own_generator_past_the_function_mode_is_keyed_too():
             return scripted(self.lin(x))
 
     tx = ps.optim.sgd(0.01)
-    state, step = ps.init(Net, tx), ps.make_step(loss_fn, tx)
+    step = ps.make_step(loss_fn, tx)
     stir()
     before = hosts()
-    first, second = (tree.digest(step(state, X)[0]) for _ in range(2))
-    assert first == second
+    results = [ps.fit(step, ps.init(Net, tx), [X], until=ps.steps(1)).state for _ in range(2)]
+    results += [step(ps.init(Net, tx), X)[0] for _ in range(2)]
+    assert len({tree.digest(state) for state in results}) == 1
     assert hosts() == before
 
 
@@ -567,7 +568,7 @@ def test_the_draws_of_a_data_set_and_of_the_model_do_not_meet(name):
     seen = []
 
     def noting(net, batch):
-        if not batch.is_meta:
+        if not batch.is_meta and batch.tolist() not in seen[-1:]:  # the call that drew first was done again
             seen.append(batch.tolist())
         return loss_fn(net, batch)
 

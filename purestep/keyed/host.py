@@ -276,7 +276,7 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
         raise found[0]
 
     found: list[Exception] = []
-    with _no_guards():
+    with unguarded():
         before, threads = _read(), _thread_count()
         try:
             yield
@@ -298,8 +298,8 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
 
 
 @contextlib.contextmanager
-def _no_guards() -> Iterator[None]:
-    """Switch the guards of this thread off in a `with` block, because somebody outside of them watches."""
+def unguarded() -> Iterator[None]:
+    """Switch the guards of this thread off in a `with` block, for a caller who watches or puts back by itself."""
     thread = threading.get_ident()
     inner = thread in _unguarded
     _unguarded.add(thread)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from purestep import tree
 from purestep.data import seeds
 from purestep.functional import Definition
+from purestep.keyed.host import unguarded
 from purestep.loop.hidden import Change, Modules, Saved, attributes, changed
 from purestep.loop.standin import light_kernels
 
@@ -195,7 +196,8 @@ def _undisturbed(function: Any, args: Sequence[Any]) -> Iterator[Modules]:
     """Put back generators, and what models have remembered meanwhile: a cached table would be a fake tensor."""
     modules = models_of(function, args)
     saved = Saved(modules)
-    with seeds.preserved(), warnings.catch_warnings():
+    # What a guard learned of a model without memory would not hold for its real calls.
+    with seeds.preserved(), unguarded(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, from the real step
         try:
             yield modules
