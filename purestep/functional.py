@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from purestep import transforms
 from purestep.arguments import checked
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
+from purestep.keyed.host import Guard
 from purestep.keyed.mode import Handler, Key
 from purestep.recompute import Contexts, Redirection
 from purestep.slots import Definition as Definition
@@ -27,6 +28,7 @@ from purestep.slots import module_of
 from purestep.slots import slots as slots
 
 Tensors = Mapping[str, Tensor]
+T = TypeVar("T")
 _RECOMPUTED = explain(
     "random numbers were drawn in the backward pass",
     why="a checkpoint that is not torch's own recomputes dropout without the keys of the forward pass",
@@ -103,11 +105,27 @@ class bind:
         self.exclusive = True
         self.new_buffers: dict[str, Tensor] = {}
         self.slots = slots(self.module)
+        self.repeat = False
         if not self._fits():
             # Parameters may have been tied, added or removed since.
             self.slots = slots(self.module, fresh=True)
             if not self._fits():
                 raise self._name_error()
+        self.host = Guard(self.slots.habits, self.mode)
+
+    def run(self, body: Callable[[nn.Module], T]) -> T:
+        """Call a function with the bound model, and once more where the first call drew from generators of the host.
+
+        The first call to do so shows that a model has to be seeded from the key; later ones are seeded at once. A
+        `with` block, which cannot be run again, raises RandomnessError where the model has not drawn from its first
+        call on.
+        """
+        self.host.repeatable = True
+        while True:
+            with self as net:
+                out = body(net)
+            if not self.repeat:
+                return out
 
     def _fits(self) -> bool:
         known = len(self.slots.params) + len(self.slots.buffers)
@@ -135,9 +153,36 @@ class bind:
     def __enter__(self) -> nn.Module:
         if self.exclusive:
             self.slots.lock.acquire()
+        self._saved: list[tuple[dict[str, Any], str, Any]] = []
+        self._rnn_saved: list[tuple[Any, Any]] = []
+        self._flags: list[nn.Module] = []
+        reached = 0
+        try:
+            self.host.enter()
+            reached = 2  # what `_put` has not done yet, `_take_out` leaves alone
+            self._put()
+            self._around = self.around()
+            self._around.__enter__()
+            reached = 3
+            self.mode.calls = self.first_call
+            self.mode.__enter__()
+        except BaseException as error:
+            failure = type(error), error, error.__traceback__
+            exits = (
+                self._release,
+                lambda: self.host.exit(True),
+                self._take_out,
+                lambda: self._around.__exit__(*failure),
+            )
+            with contextlib.ExitStack() as stack:  # one that fails keeps none of the others from being reached
+                for leave in exits[: reached + 1]:
+                    stack.callback(leave)
+            raise
+        return self.module
+
+    def _put(self) -> None:
         # A buffer may be written in place by the module; a frozen parameter among the buffers is never written.
         given = self.given | {n: self.given[n].clone() for n in self.buffer_names if n in self.slots.buffers}
-        self._saved = []
         for group in (self.slots.params, self.slots.buffers):
             for name, places in group.items():
                 tensor = given[name]
@@ -149,51 +194,65 @@ class bind:
             # Not rnn._init_flat_weights(): with cuDNN it moves the memory of the tensors it is given.
             rnn._flat_weights = [getattr(rnn, n) if hasattr(rnn, n) else None for n in rnn._flat_weights_names]
         # In training mode the flags of submodules are respected, so a frozen BatchNorm stays frozen.
-        self._flags: list[nn.Module] = []
         if not self.train or not self.module.training:
             self._flags = [m for m in self.module.modules() if m.training != self.train]
         for m in self._flags:
             m.__dict__["training"] = self.train
         _push(self)
-        self._around = self.around()
-        self._around.__enter__()
-        self.mode.calls = self.first_call
-        self.mode.__enter__()
-        return self.module
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.mode.__exit__(kind, error, trace)
-        self._around.__exit__(kind, error, trace)
-        _pop()
+        try:
+            try:
+                self.mode.__exit__(kind, error, trace)
+            finally:
+                try:
+                    self._around.__exit__(kind, error, trace)
+                finally:
+                    self._keep_buffers()
+                    self._take_out()
+                    self.repeat = self.host.exit(error is not None)
+            scope = getattr(_local, "scope", None)
+            if scope is not None and not self.repeat:
+                scope.append(self)
+        finally:
+            self._release()
+
+    def _keep_buffers(self) -> None:
         for name in self.buffer_names:
             if name in self.slots.buffers:
                 place, key = self.slots.buffers[name][0]
                 self.new_buffers[name] = transforms.detached(place[key])
             else:
                 self.new_buffers[name] = self.given[name]
-        for place, key, tensor in self._saved:
+
+    def _take_out(self) -> None:
+        active = _stack("active")
+        if active and active[-1] is self:
+            _pop()
+        for place, key, tensor in reversed(self._saved):
             place[key] = tensor
         for m in self._flags:
             m.__dict__["training"] = not self.train
         for rnn, weights in self._rnn_saved:
             rnn._flat_weights = weights
-        scope = getattr(_local, "scope", None)
-        if scope is not None:
-            scope.append(self)
+
+    def _release(self) -> None:
         if self.exclusive:
             self.slots.lock.release()
 
-    def again(self, calls: int) -> bind:
+    def again(self, calls: int, mark: Callable[[], Any] = lambda: None) -> bind:
         """Return this binding for a recomputation in the backward pass: updates of buffers are thrown away.
 
         Args:
             calls: how many random operations came before what is recomputed.
+            mark: gives the generators of the host as they were then, see `Guard.mark`.
         """
         repeated = object.__new__(bind)
         repeated.__dict__.update(self.__dict__)
         repeated.new_buffers = {}
         repeated.first_call = calls
         repeated.mode = KeyedRandom(self.mode.key, handlers=self.mode.handlers)
+        repeated.host = self.host.replaying(repeated.mode, mark)
         # It may run on a thread of the autograd engine, while the thread that waits for the gradient holds the lock.
         repeated.exclusive = False
         return repeated
@@ -207,6 +266,7 @@ class bind:
         repeated = self.again(0)
         repeated.exclusive = True
         repeated.mode = KeyedRandom(None, refusal=_RECOMPUTED, handlers=self.mode.handlers)
+        repeated.host = Guard(self.slots.habits, repeated.mode)
         same = [o.given for o in others if o.module is self.module and o is not self]
         if same:
             unclear = [n for n, t in self.given.items() if any(given.get(n) is not t for given in same)]
@@ -248,8 +308,7 @@ def apply(
         (torch.Size([4, 2]), {})
     """
     bound = bind(module, params, buffers, rng=rng, train=train)
-    with bound as net:
-        out = net(*args, **kwargs)
+    out = bound.run(lambda net: net(*args, **kwargs))
     return out, bound.new_buffers
 
 
@@ -329,8 +388,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _recomputation() -> Contexts | None:
     """Return what makes the context in which what runs now can run again; None outside of pure calls."""
     active = list(_stack("active"))
-    calls = [bound.mode.calls for bound in active]
-    return (lambda: _Entered([b.again(n) for b, n in zip(active, calls, strict=True)])) if active else None
+    places = [(bound.mode.calls, bound.host.mark()) for bound in active]
+    return (lambda: _Entered([b.again(*at) for b, at in zip(active, places, strict=True)])) if active else None
 
 
 class _Entered(contextlib.ExitStack):

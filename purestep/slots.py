@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from purestep.errors import StepError, explain
+from purestep.keyed.host import Habits
 
 
 class Slots:
@@ -30,6 +31,7 @@ class Slots:
         self.rnns = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
         # A bound module belongs to one thread; another one waits until it is put back.
         self.lock = threading.RLock()
+        self.habits = Habits()
 
     def stale(self) -> bool:
         """Tell whether a submodule was added, removed or replaced since the places were found."""

@@ -21,6 +21,7 @@ from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.optim.blocks import advance, is_owned, worth_reusing
+from purestep.random import generators
 from purestep.tree import Filter, pytree, static
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def _check_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _seeded(rng: Tensor) -> Iterator[None]:
     """Seed the python, numpy and torch generators from a key, and put their states back afterwards."""
     low, high = rng.tolist()
-    saved = python_random.getstate(), np.random.get_state()
+    saved = generators.read()
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=cuda):
@@ -312,8 +313,7 @@ def _seeded(rng: Tensor) -> Iterator[None]:
             torch.manual_seed(low + ((high & 0x7FFFFFFF) << 32))
             yield
     finally:
-        python_random.setstate(saved[0])
-        np.random.set_state(saved[1])
+        generators.write(saved)
 
 
 @checked(ConfigError, failed=True)

@@ -156,7 +156,9 @@ class Step:
                 tensors, buffers, around = turn.bound(tracked, given, cast.around)
             bound = bind(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
-                loss, weight, metrics = read_loss(self._loss_fn, bound, cast.batch(microbatch), samples)
+                loss, weight, metrics = read_loss(
+                    self._loss_fn, bound, cast.batch(microbatch), samples, alone=self.plan is None
+                )
             new = bound.new_buffers if turn is None else turn.plain(bound.new_buffers, state.buffers)
             new = cast.kept(state.buffers, given, new)
             if turn is not None:
@@ -327,14 +329,24 @@ def _samples(batch: Any) -> int:
     return samples
 
 
-def read_loss(loss_fn: LossFn, bound: bind, batch: Any, samples: int) -> tuple[Tensor, Any, Metrics]:
+def read_loss(
+    loss_fn: LossFn, bound: bind, batch: Any, samples: int, *, alone: bool = True
+) -> tuple[Tensor, Any, Metrics]:
     """Call a loss function on a bound model, and check and normalise what it returns.
+
+    Args:
+        loss_fn, bound, batch: what is called on what.
+        samples: the weight of the loss, unless it brings its own.
+        alone: whether it may be called a second time: not where the model waits for other ranks.
 
     Returns:
         The loss to differentiate, its weight, and all metrics, `loss` first.
     """
-    with bound as net:
-        out = loss_fn(net, batch)
+    if alone:
+        out = bound.run(lambda net: loss_fn(net, batch))
+    else:
+        with bound as net:
+            out = loss_fn(net, batch)
     loss, extra = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
     weight: Any = samples
     if isinstance(loss, Weighted):
@@ -399,7 +411,9 @@ class Eval:
 
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
             bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
-            return read_loss(on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples)[2]
+            return read_loss(
+                on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples, alone=self.plan is None
+            )[2]
 
 
 @checked(StepError)

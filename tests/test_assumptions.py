@@ -137,6 +137,26 @@ losses("the loss does not depend on the parameters", lambda net, b: b["x"].mean(
 steps(1, StepError, "the step calls its state as if it were a model", lambda net, b: net(b["x"]).mean())
 
 
+class Counting(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.lin, self.weight, self.calls = nn.Linear(6, 3), weight, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.lin(x) * (1 + self.weight * self.calls)
+
+
+@call(1, StepError, "the model changes an attribute of itself, and computes other numbers because of it")
+def _():
+    fit(state=ps.init(lambda: Counting(0.1), ps.optim.adamw(1e-3)))
+
+
+@call(1, ps.loop.HiddenStateWarning, "the model changes an attribute of itself each time it is called")
+def _():
+    fit(state=ps.init(lambda: Counting(0.0), ps.optim.adamw(1e-3)))
+
+
 @call(1, StepError, "the state holds no model to bind the params to")
 def _():
     fit(state=model())

@@ -41,6 +41,15 @@ def test_sharding_page(capsys):
     assert "\n".join(table) in shown
 
 
+def test_purity_page(capsys):
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/purity.md"):
+        exec(compile(block, "docs/purity.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "the same bits: True\nthe caller's stream: True\n" in out
+    assert "calls: 3.0" in out
+
+
 @pytest.mark.slow
 def test_readme(tmp_path, monkeypatch, seed):
     """The first block trains for real; the hand-written step of the second takes its place in `fit`."""

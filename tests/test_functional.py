@@ -180,6 +180,54 @@ def test_after_an_exception_everything_is_back(where):
         apply(model, *tensors(model), torch.randn(3, 4))
 
 
+class Surroundings:
+    """A context that fails where it is told to."""
+
+    def __init__(self, fails):
+        self.fails, self.left = fails, None
+
+    def __enter__(self):
+        if self.fails == "enter":
+            raise RuntimeError("mine")
+
+    def __exit__(self, *error):
+        self.left = error
+        if self.fails == "exit":
+            raise RuntimeError("mine")
+
+
+@pytest.mark.parametrize("fails", ["make", "enter", "exit", "buffers", "mode in", "mode out", "generators"])
+def test_a_binding_that_cannot_be_entered_or_left_leaves_nothing_bound(fails, monkeypatch):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.LSTM(4, 4)).eval()
+    before, (params, buffers) = fingerprint(model), tensors(model)
+    around = Surroundings(fails)
+
+    def broken(*arguments):
+        raise RuntimeError("mine")
+
+    bound = bind(model, params, buffers, rng=random.key(0), around=broken if fails == "make" else lambda: around)
+    if fails == "buffers":
+        bound.given["0.running_mean"] = type("Bad", (), {"clone": broken})()
+    elif fails in ("mode in", "mode out"):
+        name = "__enter__" if fails == "mode in" else "__exit__"
+        monkeypatch.setattr(ps.keyed.KeyedRandom, name, broken)
+    elif fails == "generators":
+        monkeypatch.setattr(ps.keyed.host.Guard, "enter", broken)
+    with pytest.raises(RuntimeError, match="mine"), bound:
+        pass
+    monkeypatch.undo()
+    if fails == "mode out":
+        torch.overrides._pop_mode()  # what the broken exit left
+    assert fingerprint(model) == before
+    assert fails not in ("mode in", "mode out") or around.left is not None
+    done = threading.Thread(target=lambda: apply(model, params, buffers, torch.zeros(3, 4), rng=random.key(0)))
+    done.start()  # another thread gets the lock
+    done.join(20)
+    assert not done.is_alive()
+    with bind(model, params, buffers):  # and the next binding is the innermost one
+        assert len(ps.functional._stack("active")) == 1
+
+
 def test_flags_of_submodules_are_respected_in_training_mode():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     model[0].eval()

@@ -74,7 +74,10 @@ class Zipped:
 
     def identity(self) -> dict[str, Any]:
         """Return the parts and how they are zipped; a snapshot of a run records it."""
-        return {"parts": dict(builtins.zip(self._paths, self._parts, strict=True)), "mode": self._mode}
+        return {
+            "parts": dict(builtins.zip(self._paths, (part.source for part in self._parts), strict=True)),
+            "mode": self._mode,
+        }
 
     def close(self) -> None:
         """Close the parts."""
@@ -160,7 +163,7 @@ class Concatenated:
 
     def identity(self) -> dict[str, Any]:
         """Return the parts; a snapshot of a run records it."""
-        return {"parts": self._parts}
+        return {"parts": [part.source for part in self._parts]}
 
     def close(self) -> None:
         """Close the parts."""

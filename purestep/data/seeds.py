@@ -1,21 +1,19 @@
 """Randomness of samples: keys and seeds as a function of (seed, epoch, index), and the global generators put back.
 
-Owns the seeding of python's, numpy's and torch's global generators while somebody else's code (a data set, a collate
-function, a foreign loader) runs. Nothing else in purestep seeds them. `samples` and `foreign` call it.
+Owns the words that keys and seeds are made of while somebody else's code (a data set, a collate function, a foreign
+loader) runs. `samples` and `foreign` call it; how generators are seeded and put back is known to `random.generators`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import random as python_random
-from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from purestep import random
 from purestep.random.block import FOLD_INT, MASK, philox, philox_int
+from purestep.random.generators import preserved as preserved
+from purestep.random.generators import seed_globals as seed_globals
 
 Words = tuple[int, int]
 
@@ -49,28 +47,3 @@ def sample_words(key: Words, indices: np.ndarray) -> np.ndarray:
     """
     counter = (indices & MASK, (indices >> 32) & MASK, np.zeros_like(indices), FOLD_INT)
     return np.stack(np.broadcast_arrays(*philox(counter, key)), axis=-1)
-
-
-def seed_globals(first: int, second: int) -> None:
-    """Seed python's, numpy's and torch's (CPU) global generators from two 32-bit words.
-
-    Torch's CPU generator uses the first word only: it has 2**32 sequences.
-    """
-    seed = first | second << 32
-    python_random.seed(seed)
-    np.random.seed((first, second))
-    torch.default_generator.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def preserved() -> Iterator[None]:
-    """Put the global generators of python, numpy and torch (CPU) back as they were, whatever happens inside."""
-    python_state = python_random.getstate()
-    numpy_state = np.random.get_state()
-    torch_state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(torch_state)
-        np.random.set_state(numpy_state)
-        python_random.setstate(python_state)

@@ -219,6 +219,20 @@ def check_random(nodes: list[fx.Node]) -> None:
         )
 
 
+def host_draw(generator: str | None, line: str | None) -> TraceError:
+    """Return the error for a function that draws from a generator of Python or numpy while it is traced."""
+    return TraceError(
+        explain(
+            f"the function draws from {generator or 'a global generator of Python or numpy'}",
+            where=line,
+            why="jit runs the Python of the function once, so that each call would repeat the one number it drew",
+            instead="torch.rand(()), F.dropout(x, p)    # in a model: torch's own draws come from the key of the step\n"
+            "ps.random.uniform(ps.random.fold_in(state.rng, state.step), ())\n"
+            "or the step without ps.jit, which seeds Python's and numpy's generators from the key",
+        )
+    )
+
+
 # --- compilers --------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from purestep import tree
 from purestep.errors import PurestepError
 from purestep.jit import refusals
+from purestep.keyed import host
 
 
 @dataclasses.dataclass
@@ -59,15 +60,16 @@ def trace(
     """Trace a function of `(args, kwargs)` into one functional graph.
 
     Args:
-        function: called as `function(*args, **kwargs)` on fake tensors, exactly once.
+        function: called as `function(*args, **kwargs)` on fake tensors, once; again only for the words of an error.
         leaves: leaves of `(args, kwargs)`; those that are not tensors are constants of the graph.
         structure: structure of `(args, kwargs)`.
         paths: gives the printed path of each leaf, for errors.
         static: static values of the arguments, such as the model of a state; for errors, too.
 
     Raises:
-        TraceError: the function captures a tensor, branches on values, changes an input or draws from a global
-            generator.
+        TraceError: the function captures a tensor, branches on values, changes an input or draws from a generator of
+            Python or numpy.
+        RandomnessError: it draws from a global generator of torch.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -91,7 +93,7 @@ def trace(
         fakes = [_fake(leaves[i]) for i in takes]
     with _quiet():
         try:
-            with mode:
+            with host.refused(refusals.host_draw, lambda: _on_fakes(flat, fakes)), mode:
                 graph = make_fx(flat, decomposition_table=_TABLE)(*fakes)
         except PurestepError:
             raise
@@ -147,16 +149,19 @@ def _quiet() -> Iterator[None]:
 
 def _strictly(flat: Callable[..., Any], fakes: list[Tensor]) -> BaseException | None:
     """Run the function where a real tensor is an error, to learn which line of it uses one."""
+    try:
+        _on_fakes(flat, fakes, real=False)
+    except Exception as error:
+        return error
+    return None
+
+
+def _on_fakes(flat: Callable[..., Any], fakes: list[Tensor], *, real: bool = True) -> None:
+    """Run the function on fake tensors of its own, `real` ones besides them or not."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    strict = FakeTensorMode(allow_non_fake_inputs=False)
-    with strict:
-        own = [_fake(x) for x in fakes]
-        try:
-            flat(*own)
-        except Exception as error:
-            return error
-    return None
+    with FakeTensorMode(allow_non_fake_inputs=real):
+        flat(*[_fake(x) for x in fakes])
 
 
 def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:

@@ -29,6 +29,7 @@ from purestep.loop.events import Transformed as Transformed
 from purestep.loop.events import View as View
 from purestep.loop.fitting import choose_microbatches as choose_microbatches
 from purestep.loop.guard import BatchChangeWarning as BatchChangeWarning
+from purestep.loop.hidden import HiddenStateWarning as HiddenStateWarning
 from purestep.loop.identity import RunChangedWarning as RunChangedWarning
 from purestep.loop.machine import Machine as Machine
 from purestep.loop.memory import MemoryEstimateWarning as MemoryEstimateWarning

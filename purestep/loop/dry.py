@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from purestep import tree
 from purestep.data import seeds
 from purestep.functional import Definition
+from purestep.keyed.host import unguarded
+from purestep.loop.hidden import Change, Modules, Saved, attributes, changed
 from purestep.loop.standin import light_kernels
 
 _VERIFY_LIMIT = 1 << 28  # bytes: a failing call on larger tensors is believed without being tried on real ones
@@ -75,34 +77,43 @@ class Dry:
         error: what it raised.
         call: the call of torch that raised it.
         kept: most bytes that were kept for the backward pass at one time, besides the arguments.
+        changes: attributes of models that the function changes each time it is called.
     """
 
     result: Any
     error: Exception | None
     call: Call | None
     kept: int
+    changes: tuple[Change, ...] = ()
 
 
 def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
     """Run a function of pytrees on fake tensors.
 
     Args:
-        function: called once.
+        function: called once; twice when it changes attributes of a model, to learn whether it does so again.
         *args: its arguments; tensors in them are replaced by fake ones, everything else is passed as it is.
     """
-    watch, result, failure = _Watch(), None, None
+    watch, result, failure, peak = _Watch(), None, None, None
+    changes: tuple[Change, ...] = ()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_undisturbed(function, args))
+        modules = stack.enter_context(_undisturbed(function, args))
         fakes = tree.map(_fake, args)
         books = _Books(fakes)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(books.pack, _unpack))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
             with light_kernels(), watch, torch.device("meta"):  # what a step makes by itself is without memory as well
+                before = attributes(modules)
                 result = function(*fakes)
+                first, peak = attributes(modules), books.peak
+                if changed(before, first):
+                    with contextlib.suppress(Exception):
+                        function(*fakes)
+                        changes = changed(first, attributes(modules))
         except Exception as error:
             failure = error
-    return Dry(result, failure, watch.failed, books.peak)
+    return Dry(result, failure, watch.failed, books.peak if peak is None else peak, changes)
 
 
 def _fake(leaf: Any) -> Any:
@@ -181,22 +192,31 @@ def _unpack(kept: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _undisturbed(function: Any, args: Sequence[Any]) -> Iterator[None]:
+def _undisturbed(function: Any, args: Sequence[Any]) -> Iterator[Modules]:
     """Put back generators, and what models have remembered meanwhile: a cached table would be a fake tensor."""
-    modules = {id(m): m for root in (*_modules(function), *_models(args)) for m in root.modules()}
-    saved = [(m, dict(vars(m)), {k: dict(v) for k, v in vars(m).items() if type(v) is dict}) for m in modules.values()]
-    with seeds.preserved(), warnings.catch_warnings():
+    modules = models_of(function, args)
+    saved = Saved(modules)
+    # What a guard learned of a model without memory would not hold for its real calls.
+    with seeds.preserved(), unguarded(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, from the real step
         try:
-            yield
+            yield modules
         finally:
-            for module, attributes, inner in saved:
-                for name in vars(module).keys() - attributes.keys():
-                    del vars(module)[name]
-                vars(module).update(attributes)
-                for name, content in inner.items():
-                    vars(module)[name].clear()
-                    vars(module)[name].update(content)
+            saved.put_back()
+
+
+def models_of(function: Any, args: Sequence[Any]) -> Modules:
+    """Return the modules that a function and its arguments reach, each under its path in the model it is part of."""
+    found: Modules = {}
+    known: set[int] = set()
+    for root in (*_models(args), *_modules(function)):
+        label = "model" if not found else type(root).__name__
+        label = label if label not in found else f"{label} ({len(found)})"
+        for path, module in root.named_modules():
+            if id(module) not in known:
+                known.add(id(module))
+                found[f"{label}.{path}" if path else label] = module
+    return found
 
 
 def _models(args: Sequence[Any]) -> Iterator[nn.Module]:

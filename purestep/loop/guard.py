@@ -14,8 +14,8 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.errors import PurestepError, StepError, explain
-from purestep.loop import fitting, memory, precheck
-from purestep.loop.dry import dry_run
+from purestep.loop import fitting, hidden, memory, precheck
+from purestep.loop.dry import dry_run, models_of
 from purestep.loop.lone import lone
 from purestep.loop.misfit import describe_batch, misfit, module_path
 from purestep.sharding.local import LocalBatch
@@ -41,6 +41,7 @@ class Guard:
         self._dtypes: dict[str, torch.dtype] = {}
         self._free: int | None = None
         self._told = False
+        self._dry_changes: tuple[hidden.Change, ...] = ()
 
     def first(self, state: Any, batch: Any) -> str | None:
         """Check step, state and first batch, without a real step and without the other ranks.
@@ -56,6 +57,7 @@ class Guard:
             self.step = fitting.with_microbatches(self.step, fitting.choose_microbatches(self.step, state, batch))
         dry, short = precheck.check_step(self.step, state, batch), None
         if dry is not None:
+            self._dry_changes = dry.changes
             self.metrics = tuple(dry.result[1])
             device = next((x.device for x in tree.leaves(state) if isinstance(x, Tensor)), torch.device("cpu"))
             self._free = memory.own_share(memory.free_memory(device), device)
@@ -63,6 +65,10 @@ class Guard:
             if needed is not None:
                 short = memory.shortage(self.step, needed, batch, device, self._free)
         return short
+
+    def attributes(self, state: Any) -> Remembered:
+        """Return what the models of the step remember before its first real call, to compare it afterwards."""
+        return Remembered(self.step, state, self._dry_changes)
 
     # --- later batches ------------------------------------------------------------------------------------------------
 
@@ -142,6 +148,54 @@ class Guard:
             dry = dry_run(alone.step, alone.state, alone.batch)
             found = misfit(dry, alone.batch, what=f"{what}\n  changed: {where}")
         return found or StepError(explain(what, where=where, why=f"{type(error).__name__}: {str(error)[:300]}"))
+
+
+class Remembered:
+    """What models remember in attributes, from before the first real call of a step.
+
+    Args:
+        step: the step.
+        state: what it is about to be given.
+        dry: attributes that it was seen to change each time on fake tensors.
+    """
+
+    def __init__(self, step: Any, state: Any, dry: tuple[hidden.Change, ...]) -> None:
+        self._step, self._dry = step, dry
+        self._modules = models_of(step, (state,))
+        self._saved, self._before = hidden.Saved(self._modules), hidden.attributes(self._modules)
+
+    def check(self, state: Any, batch: Any, returned: Any, *, repeatable: bool) -> str | None:
+        """Refuse attributes that make the same call compute other numbers; called after the first call.
+
+        Only where attributes changed the step is called again, and what it remembers meanwhile is put back.
+
+        Args:
+            state, batch: what the step was given.
+            returned: what it returned.
+            repeatable: whether the step can be called again: not where it consumes its state, or waits for other ranks.
+
+        Returns:
+            What to warn of.
+
+        Raises:
+            StepError: the same call gave other bits the second time, and the first ones with the attributes put back.
+        """
+        first = hidden.attributes(self._modules)
+        once, again = hidden.changed(self._before, first), self._dry
+        if once and repeatable:
+            now = hidden.Saved(self._modules)
+            try:
+                second = self._step(state, batch)[0]
+                if not hasattr(self._step, "backend"):  # a compiled call runs nothing of the model's Python
+                    again = hidden.changed(first, hidden.attributes(self._modules))
+                if not tree.equal(second, returned[0]):
+                    self._saved.put_back()
+                    # Not so where kernels add up in another order each time.
+                    if tree.equal(self._step(state, batch)[0], returned[0]):
+                        raise hidden.error(again or once)
+            finally:
+                now.put_back()
+        return hidden.message(again) if again else None
 
 
 def _note(error: Exception, batch: Any, index: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from purestep import data, loggers, metrics, tree
 from purestep.jit import donate as donate_
-from purestep.loop import memory
+from purestep.loop import hidden, memory
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
 from purestep.loop.arguments import check_arguments
@@ -267,12 +268,17 @@ class Run:
     def _first_step(self, state: Any, batch: Any, index: int, record: metrics.Recorder) -> Any:
         """Check all that can be checked before and after the first real step, and return the state after it."""
         contract = self._check_first(state, batch)
+        remembered = self._guard.attributes(state)
         try:
             returned = self._step(state, batch)
         except Exception as error:
             self._explain(error, state, batch, index)
             raise
         contract.check(returned)
+        repeatable = self._ranks.alone and not getattr(self._step, "donate", False)
+        told = remembered.check(state, batch, returned, repeatable=repeatable)
+        if told and self._ranks.first:
+            warnings.warn(told, hidden.HiddenStateWarning, stacklevel=2)
         self._checked = True
         state, values = returned
         if metrics.are_plain(values):

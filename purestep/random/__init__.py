@@ -1,6 +1,6 @@
 """Randomness from keys: the same bits eager, compiled, under `vmap`, and for any slice of a larger draw.
 
-Re-exports only. Nothing here touches a global generator.
+Re-exports only, and nothing of it touches a global generator; `generators` reads and seeds them, for other rooms.
 """
 
 from purestep.random.draws import bernoulli as bernoulli

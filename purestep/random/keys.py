@@ -141,3 +141,21 @@ def split(key: Tensor, n: int = 2) -> Tensor:
     index = torch.arange(n, device=key.device)
     words = philox((index, 0, 0, SPLIT), (key[0], key[1]))
     return torch.stack(words[:2], dim=-1)
+
+
+def host_words(key: Tensor, purpose: str) -> tuple[int, int] | None:
+    """Return the two words of `fold_in(key, purpose)` as ints, wherever the key lies; None where it has no value.
+
+    A key without memory stands for any key: its words are 0.
+
+    Example:
+        >>> host_words(key(0), "dropout") == tuple(fold_in(key(0), "dropout").tolist())
+        True
+    """
+    if key.is_meta:
+        return 0, 0
+    try:
+        first, second = key.tolist()
+    except Exception:  # a tensor of a transform or of a trace
+        return None
+    return philox_int((*_text_words(purpose), FOLD_STR), (first, second))

@@ -13,6 +13,8 @@ import torch
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError
+from purestep.loop import hidden
+from purestep.loop.dry import models_of
 
 
 @checked(ConfigError, failed=True)
@@ -20,7 +22,8 @@ def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
     """Prove that a step is pure, by calling it twice: contract 1.
 
     It must leave its inputs bitwise unchanged and unaliased in place, the python, numpy and torch generators unmoved,
-    and give the same bits both times.
+    give the same bits both times, and change no attribute of a model the second time (a cache may be built in the
+    first).
 
     Args:
         step: any function of (state, batch): a training step, hand-written or made, or an evaluation step.
@@ -44,8 +47,10 @@ def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
             "  check the same step without donation: ps.testing.check_pure(ps.jit(step), state, batch)"
         )
     before = copy.deepcopy((tree.leaves(state), tree.leaves(batch)))
-    generators = _generators()
+    modules = models_of(step, (state,))
+    generators, attributes = _generators(), [hidden.attributes(modules)]
     first = step(state, batch)
+    attributes.append(hidden.attributes(modules))
     for name, now in _generators().items():
         if now != generators[name]:
             raise AssertionError(
@@ -58,16 +63,22 @@ def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
         if found:
             raise AssertionError(f"the step changed its input {name}:\n  {found[0]}")
     again = step(state, batch)
+    attributes.append(hidden.attributes(modules))
+    changes = hidden.changed(attributes[1], attributes[2])
+    if changes:
+        raise AssertionError(hidden.message(changes))
     found = tree.diff(first, again, "output")
     if found:
-        raise AssertionError(f"the step gave other bits the second time:\n  {found[0]}")
+        changes = hidden.changed(attributes[0], attributes[1])
+        told = "".join(f"\n  the first time it changed {change}" for change in changes[:4])
+        raise AssertionError(f"the step gave other bits the second time:\n  {found[0]}{told}")
 
 
 def _generators() -> dict[str, Any]:
-    numpy_state = np.random.get_state(legacy=False)
+    numpy_state: Any = np.random.get_state()
     states = {
         "python": hash(python_random.getstate()),
-        "numpy": (numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"]),
+        "numpy": (numpy_state[1].tobytes(), *numpy_state[2:]),
         "torch": torch.random.get_rng_state().numpy().tobytes(),
     }
     if torch.cuda.is_initialized():

@@ -6,6 +6,7 @@ Arguments: a directory, the sizes of the jobs to be part of one after the other,
 import dataclasses
 import gc
 import json
+import random
 import sys
 import traceback
 import weakref
@@ -85,6 +86,22 @@ class Routed(nn.Module):
         return self.head(x)
 
 
+class LayerDrop(nn.Module):
+    """Draws from the generators of the host: whether a block runs, and noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.blocks = nn.ModuleList([Block(16) for _ in range(3)])
+
+    def forward(self, x):
+        x = self.embed(x) + torch.from_numpy(np.random.randn(16).astype(np.float32))
+        for block in self.blocks:
+            if random.random() < 0.6:
+                x = block(x)
+        return self.head(x)
+
+
 def loss_fn(net, batch):
     logits = net(batch["x"])
     return cross_entropy(logits, batch["y"].flatten()), {
@@ -114,7 +131,7 @@ def batches(model, samples, steps):
     for i in range(steps):
         scale = torch.ones(samples)
         scale[samples // 2] = float("inf") if i == 1 else 1.0
-        if model in (Net, Routed):
+        if model in (Net, Routed, LayerDrop):
             yield {"x": torch.randn(samples, 8, generator=g), "y": torch.randint(0, 5, (samples,), generator=g)}
         else:
             x, y = torch.randint(0, 12, (2, samples, 4), generator=g)
@@ -187,10 +204,11 @@ CASES = {
     "muon": {"model": Tied, "samples": 8, "tx": lambda: optim.muon(1e-2), "steps": 2},
     "finite": {"model": Tied, "samples": 8, "loss": poisoned, "tx": lambda: optim.apply_if_finite(adamw())},
     "routed": {"model": Routed, "policy": "bf16-mixed", "v": 8, "samples": 24, "steps": 4},
+    "layerdrop": {"model": LayerDrop, "steps": 4},
     "fifty": {"policy": "bf16-mixed", "steps": 50},
     "large": {"model": Tied, "samples": 8, "tx": lambda: optim.skip_large_updates(optim.adamw(1e-2), 0.8), "steps": 2},
 }
-ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen", "routed")
+ALL, SOME = ("plain", "tied"), ("plain", "tied", "ragged", "skipped", "frozen", "routed", "layerdrop")
 
 
 def bits(size):

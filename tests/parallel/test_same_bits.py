@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 JOB = Path(__file__).with_name("bits_job.py")
-CASES = """plain ragged few single tied frozen routed bf16-mixed fifty skipped muon finite large six twelve
+CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed fifty skipped muon finite large six twelve
 evaluated""".split()
 
 
