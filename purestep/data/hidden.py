@@ -109,10 +109,11 @@ _GLOBALS = (python_random._inst, np.random.mtrand._rand, torch.default_generator
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """What an object holds, with what to add to its path."""
-    if isinstance(value, (list, tuple)):
+    # Of the plain types only: a subclass may read data when it is iterated.
+    if type(value) in (list, tuple):
         if len(value) <= _ITEMS:
             yield from ((f"[{i}]", item) for i, item in enumerate(value))
-    elif isinstance(value, dict):
+    elif type(value) is dict:
         if len(value) <= _ITEMS:
             yield from ((f"[{key!r}]", item) for key, item in value.items())
     elif isinstance(value, functools.partial):

@@ -94,6 +94,21 @@ def test_what_is_not_of_the_data_is_left_alone() -> None:
     assert Hidden({"dataset": box}, known=[known]).capture() == {}
 
 
+def test_nothing_is_iterated_or_called() -> None:
+    class Reads(list[int]):
+        def __iter__(self) -> Any:
+            raise AssertionError
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+    class Mapped(dict[str, int]):
+        items = keys = values = __iter__ = None  # type: ignore[assignment]
+
+    batches, mapped = Reads([1, 2]), Mapped(a=1)
+    assert Hidden({"loader": lambda: (batches, mapped), "dataset": Box(batches=batches, mapped=mapped)}).capture() == {}
+
+
 def test_large_data_sets_are_not_searched_through() -> None:
     chain: Any = python_random.Random(1)
     for _ in range(10):
