@@ -137,8 +137,8 @@ def _holding(function: Callable[..., Any], contract: _Contract, failed: bool) ->
             result = function(*args, **kwargs)
         except Exception as error:
             refused = contract.refused(args, kwargs)
-            if refused is None or (isinstance(error, PurestepError) and _names(error, refused.name)):
-                raise  # the function names the argument itself, and knows more than an annotation does
+            if refused is None or _knows_more(error, contract.owner, refused.name):
+                raise
             raise refused.error from error
         refused = None if failed else contract.refused(args, kwargs)
         if refused is not None:
@@ -148,8 +148,11 @@ def _holding(function: Callable[..., Any], contract: _Contract, failed: bool) ->
     return call
 
 
-def _names(error: PurestepError, parameter: str) -> bool:
-    return re.search(rf"\b{re.escape(parameter)}\b", str(error)) is not None
+def _knows_more(error: Exception, owner: str, parameter: str) -> bool:
+    """Tell whether an error is the function's own and names the argument: then it says more than an annotation can."""
+    by_annotation = "by_annotation" in getattr(error, "__dict__", {})  # of a function that this one calls
+    named = re.search(rf"\b({re.escape(parameter)}\b|{re.escape(owner)}\()", str(error)) is not None
+    return isinstance(error, PurestepError) and named and not by_annotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,9 @@ class _Contract:
             if wanted is not None:
                 what = f"{self.owner}: {name} must be {wanted}"
                 instead = self._instead(parameter, name)
-                return _Refused(name, self.error(explain(what, where=f"{name}={_shown(value)}", instead=instead)))
+                error = self.error(explain(what, where=f"{name}={_shown(value)}", instead=instead))
+                error.__dict__["by_annotation"] = True
+                return _Refused(name, error)
         return None
 
     def _instead(self, parameter: inspect.Parameter, name: str) -> str | None:

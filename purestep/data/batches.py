@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purestep.arguments import checked
+from purestep.arguments import Seed, checked
 from purestep.cpus import available_cpus
 from purestep.data import seeds
 from purestep.data.columns import Columns, as_columns
@@ -238,7 +238,7 @@ def batches(
     dataset: Any,
     batch_size: int,
     *,
-    seed: int = 0,
+    seed: Seed = 0,
     shuffle: bool = True,
     drop_last: bool = True,
     collate: Callable[[list[Any]], Any] | None = None,

@@ -21,7 +21,7 @@ from purestep.precision.rules import NORMS, DType, Rule, Where, dtype_of, rule, 
 S = TypeVar("S")
 
 
-@checked(PrecisionError)
+@checked(PrecisionError, failed=True)
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Which dtype is used where. Made by `policy`; `replace` and `where` give another one.

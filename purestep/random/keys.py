@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purestep.arguments import Device, checked
+from purestep.arguments import Device, Seed, checked
 from purestep.errors import KeyShapeError, explain
 from purestep.random.block import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
 
@@ -21,7 +21,7 @@ _current_level, _dispatch_modes = torch._C._functorch.maybe_current_level, torch
 
 
 @checked(KeyShapeError)
-def key(seed: int, *, device: Device | None = None) -> Tensor:
+def key(seed: Seed, *, device: Device | None = None) -> Tensor:
     """Make a key from a seed.
 
     Args:

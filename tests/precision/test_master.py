@@ -120,7 +120,7 @@ def test_what_was_asked_for_in_another_dtype_stays():
 
 def test_refusals():
     params = {"w": torch.ones(2)}
-    with pytest.raises(OptimError, match="not a gradient transformation"):
+    with pytest.raises(OptimError, match="inner must be a GradientTransformation"):
         master_weights(0.1)
     with pytest.raises(OptimError, match="holds no master weights"):
         master_weights(ps.optim.sgd(0.1)).update(params, ps.optim.sgd(0.1).init(params), params)
