@@ -22,8 +22,10 @@ from purestep import transforms
 Contexts = Callable[[], contextlib.AbstractContextManager[Any]]
 
 _reentrant = torch_checkpoint.CheckpointFunction
-_generator = torch_checkpoint._checkpoint_without_reentrant_generator
-_GENERATOR = "_checkpoint_without_reentrant_generator"
+# From torch 2.14 on it takes the function's arguments as a tuple and a dict, and the name below is a call of it.
+_PACKED = hasattr(torch_checkpoint, "_checkpoint_without_reentrant_generator_impl")
+_GENERATOR = "_checkpoint_without_reentrant_generator" + "_impl" * _PACKED
+_generator = getattr(torch_checkpoint, _GENERATOR)
 _OWN = {"CheckpointFunction": _reentrant, _GENERATOR: _generator}
 _PLACES = (
     ("torch.utils.checkpoint", tuple(_OWN)),
@@ -84,14 +86,16 @@ class Redirection:
         self.entered = 0
         self.replaced: dict[tuple[str, str], Any] = {}
 
-    def _generate(self, function: Any, preserve_rng_state: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         contexts = self.capture()
         if contexts is None:
-            return _generator(function, preserve_rng_state, *args, **kwargs)
+            return _generator(function, *args, **kwargs)
         if transforms.active():
             return _stored()
         # There is no state of generators to go back to: keys say what is drawn, and the contexts have them.
-        return _generator(_Recomputed(function, contexts), False, *args, **kwargs)
+        if _PACKED:
+            return _generator(_Recomputed(function, contexts), *args, **{**kwargs, "preserve_rng_state": False})
+        return _generator(_Recomputed(function, contexts), False, *args[1:], **kwargs)
 
     def enter(self) -> None:
         """Put the functions in place, unless a call has that is under way; it may be one of another thread."""

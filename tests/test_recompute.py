@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint as imported_by_name
 from torch.utils.checkpoint import checkpoint_sequential
 
 import purestep as ps
+from purestep import recompute
 from purestep.errors import StepError
 
 TX = ps.optim.adam(1e-2)
@@ -331,7 +332,7 @@ def own_functions():
 
     def present():
         module = torch.utils.checkpoint
-        generator = "_checkpoint_without_reentrant_generator"
+        generator = recompute._GENERATOR
         return module.CheckpointFunction, getattr(module, generator), getattr(checkpoint_activation, generator)
 
     before = present()
@@ -360,7 +361,7 @@ def test_a_module_that_is_imported_meanwhile_has_torchs_function_afterwards(monk
     name = "torch.distributed._composable.checkpoint_activation"
     module = sys.modules[name]
     # As `from torch.utils.checkpoint import ...` does for the first time inside of a step.
-    late = {"_checkpoint_without_reentrant_generator": None}
+    late = {recompute._GENERATOR: None}
 
     def importing(net, batch):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**late))
@@ -370,7 +371,7 @@ def test_a_module_that_is_imported_meanwhile_has_torchs_function_afterwards(monk
     monkeypatch.delitem(sys.modules, name)
     ps.make_step(importing, TX)(ps.init(Net, TX, seed=0), BATCH)
     (generator,) = vars(sys.modules[name]).values()
-    assert generator is own_functions()[1] is vars(module)["_checkpoint_without_reentrant_generator"]
+    assert generator is own_functions()[1] is vars(module)[recompute._GENERATOR]
 
 
 def test_another_thread_has_torchs_own_checkpoints_meanwhile(own_functions):

@@ -74,10 +74,10 @@ class Plan:
     mesh: Mesh
     rules: Rules = ()
     _: dataclasses.KW_ONLY
-    batch: tuple[str, ...] = ("data", "fsdp")
+    batch: str | tuple[str, ...] = ("data", "fsdp")
     fallback: Fallback = "error"
     min_size: Whole = 0
-    units: tuple[str, ...] | None = None
+    units: str | tuple[str, ...] | None = None
     reshard_after_forward: bool = True
     reduction: Reduction = "tree"
     sync_batchnorm: bool = False
