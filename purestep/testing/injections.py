@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from purestep.testing import disks, powercut
+from purestep.testing import disks, phases, powercut
 from purestep.testing.lane import Lane, Outcome, facts_of
 from purestep.testing.trial import Fault, Lanes, Trial, in_each_phase
 
 _KILLED, _INTERRUPTED, _TERMINATED = -9, 130, 143
 _KILLS_A_RUN = 25
+_IN_AN_EVALUATION = 2  # the first batch that is evaluated may be that of the check before the run
 _MOMENT = 0.02  # seconds: as long as the arrays of a snapshot are being written, which is not Python's doing
 
 
@@ -44,6 +45,33 @@ def _kill_in_saves(trial: Trial) -> None:
         return outcome
 
     in_each_phase(trial, trial.base.save_phases, ["before", "after"], strike, strikes=_KILLS_A_RUN)
+
+
+def _kill_while_saved_again(trial: Trial) -> None:
+    """Before or after operations of a save that replaces the snapshot of the same position.
+
+    A signal in an evaluation saves a position whose evaluation is still due. The next process makes up for it, and
+    saves the position again. A training that evaluates nothing saves no position twice; it is killed at random moments.
+    """
+
+    def interrupted() -> Lane:
+        lane = trial.lane()
+        signals = {"do": "signals", "on": "evaluate", "at": _IN_AN_EVALUATION, "signals": ["SIGTERM"]}
+        lane.go(signals, codes=(_TERMINATED, 0))
+        return lane
+
+    lane = interrupted()
+    traced = lane.go({"do": "trace", "run_dir": str(lane.run_dir)}, verify=True).values("os")
+    lane.end()
+    again = [name for name in dict.fromkeys(traced) if phases.in_save(name)]
+    if not again:
+        _kill_at_random(trial)
+    moments = [(name, side) for name in again for side in ("before", "after")]
+    for name, side in trial.draw.sample(moments, min(trial.times, len(moments))):
+        lane = interrupted()
+        kill = {"do": "kill", "on": side, "phase": name, "at": 1, "run_dir": str(lane.run_dir)}
+        lane.go(kill, codes=(_KILLED, 0), verify=True)
+        lane.end()
 
 
 def _power_cut(trial: Trial) -> None:
@@ -134,6 +162,7 @@ def _two_at_once(trial: Trial) -> None:
 ALL = (
     Fault("SIGKILL at a random moment", 110, _kill_at_random),
     Fault("SIGKILL in each phase of a save", 110, _kill_in_saves),
+    Fault("SIGKILL while a position is saved again", 24, _kill_while_saved_again),
     Fault("power cut, un-fsynced writes dropped", 30, _power_cut),
     Fault("SIGTERM", 5, _signalled(["SIGTERM"], (_TERMINATED,))),
     Fault("SIGINT", 3, _signalled(["SIGINT"], (_INTERRUPTED,))),

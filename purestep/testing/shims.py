@@ -2,8 +2,8 @@
 
 A trigger waits for the `at`-th time that something happens: an operation on the run directory ("os": before and after
 each; "phase": before or after one of a name, see `phases`), a batch ("batch"), a row of the log ("log"), reactions of
-callbacks ("react"); or it is there from the beginning ("start"). With `later` in the place of `at` it counts from the
-last fault. All of it is patched in one process that ends soon; nothing here is used by a run of a user's.
+callbacks ("react"), a batch that is evaluated ("evaluate"); or it is there from the beginning ("start"). With `later` in
+the place of `at` it counts from the last fault. All of it is patched in one process that ends soon; nothing here is used by a run of a user's.
 """
 
 from __future__ import annotations
@@ -201,8 +201,13 @@ def _count_batches(injector: Injector) -> None:
 def _count_calls(injector: Injector) -> None:
     from purestep.loggers.base import Sink
     from purestep.loop.machine import Machine
+    from purestep.step import Eval
 
-    log, ask = Sink.log, Machine._ask
+    log, ask, evaluate = Sink.log, Machine._ask, Eval.__call__
+
+    def evaluated(self: Eval, *args: Any, **kwargs: Any) -> Any:
+        injector.tick("evaluate")
+        return evaluate(self, *args, **kwargs)
 
     def logged(self: Sink, *args: Any, **kwargs: Any) -> None:
         injector.tick("log")
@@ -213,6 +218,7 @@ def _count_calls(injector: Injector) -> None:
         return ask(self, *args, **kwargs)
 
     Sink.log = logged  # type: ignore[method-assign]
+    Eval.__call__ = evaluated  # type: ignore[method-assign]
     Machine._ask = asked  # type: ignore[method-assign]
 
 
