@@ -2,8 +2,9 @@
 
 A trigger waits for the `at`-th time that something happens: an operation on the run directory ("os": before and after
 each; "phase": before or after one of a name, see `phases`), a batch ("batch"), a row of the log ("log"), reactions of
-callbacks ("react"), a batch that is evaluated ("evaluate"); or it is there from the beginning ("start"). With `later` in
-the place of `at` it counts from the last fault. All of it is patched in one process that ends soon; nothing here is used by a run of a user's.
+callbacks ("react"), a batch that is evaluated ("evaluate"); or it is there from the beginning ("start"). With `later`
+in the place of `at` it counts from the last fault. All of it is patched in one process that ends soon;
+nothing here is used by a run of a user's.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_each_row_is_on_disk_when_log_returns(tmp_path):
     sink.log(1, {"loss": 0.12345678901234567})
     assert loggers.read_csv(tmp_path) == {"step": [1], "loss": [0.12345678901234567]}
     sink.log(1, {"accuracy": 1.0})
-    assert (tmp_path / "metrics.csv").read_text() == "step,loss,accuracy\n1,0.12345678901234567,1.0\n"
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss,accuracy\n1,0.12345678901234566,1.0\n"
     sink.log(2, {"new": 1.0})
     assert loggers.read_csv(tmp_path)["new"] == [None, 1.0]
     sink.close()
