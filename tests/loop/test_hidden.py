@@ -186,6 +186,7 @@ def test_a_step_that_reads_values_is_checked_by_its_real_calls():
         fit(lambda: Net(reads, calls=0))
 
 
+@pytest.mark.filterwarnings("ignore::purestep.loop.RunChangedWarning")  # the data is longer
 def test_a_resumed_run_is_checked_as_well(tmp_path):
     switched = {"on": False}
 
