@@ -22,14 +22,14 @@ OLDEST := 2.11.0
 NEWEST := 2.14.1
 # What the ends are tested with: what leans on torch's internals, and whole trainings. `make test-newest ENDS=` runs everything.
 ENDS ?= -m "not slow" tests/jit tests/sharding tests/precision --ignore=tests/precision/test_conformance.py \
-	$(addprefix tests/,test_functional.py test_step.py test_grad.py test_keyed.py test_transforms.py test_preemption.py \
+	$(addprefix tests/,test_functional.py test_recompute.py test_step.py test_grad.py test_keyed.py test_transforms.py test_preemption.py \
 	optim/test_lift.py optim/test_foreach.py optim/test_blocks.py optim/test_second_order.py snapshot/test_codec.py \
 	snapshot/test_template.py parallel/test_same_bits.py loop/test_run.py loop/test_standin.py)
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults kills test test-oldest test-newest lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults kills test test-oldest test-newest setup-oldest setup-newest lint format bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -54,6 +54,10 @@ kills: $(READY)  ## kill processes at every file operation of every kind of save
 
 test: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+setup-oldest: .venv-torch-$(OLDEST)/.ready
+
+setup-newest: .venv-torch-$(NEWEST)/.ready
 
 test-oldest: .venv-torch-$(OLDEST)/.ready  ## a selection of the tests on the oldest torch of the range
 	.venv-torch-$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) $(ENDS)

@@ -17,6 +17,7 @@ from purestep.data import seeds
 from purestep.data.hidden import Hidden
 from purestep.data.parts import (
     base_seed,
+    called,
     generators_of,
     is_stateful,
     keeps_state,
@@ -24,7 +25,6 @@ from purestep.data.parts import (
     named_parts,
     parts_of,
     saved_by_loader,
-    takes_epoch,
 )
 from purestep.data.portable import pack, unpack
 from purestep.data.saved import Place, Saved, fits
@@ -303,9 +303,7 @@ class Foreign:
         return self._data
 
     def _call(self, epoch: int) -> Any:
-        if not self._function:
-            return self._data
-        return self._data(epoch=epoch) if takes_epoch(self._data) else self._data()
+        return called(self._data, epoch) if self._function else self._data
 
     def _restored(self, epoch: int, saved: Saved) -> Any:
         self._begun, self._start = True, saved.start

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from purestep.errors import DataError, explain
+
 _NAMES = ("sampler", "batch_sampler", "dataset", "collate_fn")
 
 
@@ -71,9 +73,36 @@ def keeps_workers(loader: Any) -> bool:
     return bool(getattr(loader, "persistent_workers", False) and getattr(loader, "num_workers", 0))
 
 
-def takes_epoch(function: Callable[..., Any]) -> bool:
-    """Tell whether a function has a parameter `epoch`."""
+def called(function: Callable[..., Any], epoch: int) -> Any:
+    """Return what a function gives for an epoch; it gets the number where it has a parameter `epoch`, or needs a value.
+
+    Raises:
+        DataError: what it returns cannot be iterated.
+    """
+    args, kwargs = _epoch_of(function, epoch)
+    made = function(*args, **kwargs)
+    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
+        raise DataError(
+            explain(
+                "the function that stands for the data returned nothing to iterate",
+                where=f"data: {function!r:.80} returned {type(made).__name__}",
+                why="it is called for each epoch, and returns an iterator of batches",
+                instead="lambda epoch: iter(batches)",
+            )
+        )
+    return made
+
+
+def _epoch_of(function: Callable[..., Any], epoch: int) -> tuple[tuple[int, ...], dict[str, int]]:
     try:
-        return "epoch" in inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
     except ValueError:  # some built-in functions have no signature
-        return False
+        return (), {}
+    if "epoch" in parameters:
+        return (), {"epoch": epoch}
+    needed = [
+        p
+        for p in parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return ((epoch,) if len(needed) == 1 else ()), {}

@@ -57,3 +57,17 @@ def test_lengths() -> None:
     assert data.as_source((1, 2, 3)).length() == 3
     assert data.as_source(lambda: iter([1])).length() is None
     assert data.as_source(iter([1])).length() is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda: [1, 2], lambda epoch: [1, 2], lambda e: [1, 2], lambda e, scale=1: iter([1, 2]), lambda *, epoch: (1, 2)],
+)
+def test_a_function_stands_for_data_whatever_it_calls_its_epoch(function):
+    source = data.as_source(function)
+    assert [list(source.open(epoch, 0, source.state())) for epoch in (0, 1)] == [[1, 2], [1, 2]]
+
+
+def test_a_function_that_returns_no_batches_is_told():
+    with pytest.raises(DataError, match=r"returned NoneType[\s\S]*lambda epoch: iter"):
+        list(data.as_source(lambda: None).open(0, 0, None))
