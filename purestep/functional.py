@@ -91,10 +91,11 @@ class bind:
         around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         handlers: Mapping[Any, Handler] | None = None,
     ) -> None:
-        flags: tuple[Any, Any] = (train, around)
-        if not isinstance(flags[0], bool) or not (flags[1] is None or callable(flags[1])):
-            where = f"train={train!r}, around={around!r}"
-            raise StepError(explain("train= is True or False, around= a function that makes a context", where=where))
+        flags: tuple[Any, Any, Any] = (train, around, handlers)
+        fine = isinstance(flags[0], bool) and (flags[1] is None or callable(flags[1]))
+        if not fine or not (flags[2] is None or isinstance(flags[2], Mapping)):
+            what = "train= is True or False, around= a function that makes a context, handlers= a table of functions"
+            raise StepError(explain(what, where=f"train={train!r}, around={around!r}, handlers={handlers!r:.80}"))
         self.module = module if isinstance(module, nn.Module) else module_of(module)
         self.given = {**params, **(buffers or {})}
         self.buffer_names = list(buffers or {})

@@ -235,6 +235,7 @@ LEFT_OUT: dict[str, str] = {
         "snapshot.Restored testing.Report ui.Summary".split(),
         NODE,
     ),
+    "data.concat": "parts by position, each of them what as_source takes",
     **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope ui.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
         "callbacks.Reducer data.Source loggers.Logger loggers.Sink metrics.Metric optim.GradientTransformation "

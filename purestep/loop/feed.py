@@ -13,6 +13,8 @@ from purestep.errors import DataError, explain
 from purestep.loop.events import Cursor
 
 _END = object()
+# A loader whose saved state is that of its end has one empty epoch when it goes on; a second one is the data's.
+_MOST_EMPTY = 2
 
 
 class Feed:
@@ -45,6 +47,7 @@ class Feed:
         self._loader: Any = None
         self._unsavable: DataError | None = None
         self._given = False
+        self._empty = 0  # epochs in a row that had no batches
         if self.length == 0:
             raise DataError(
                 explain(
@@ -97,7 +100,8 @@ class Feed:
             return
         if fresh:
             self._look_ahead(self._iterator)
-            if self._ahead is _END and cursor.batch == 0:
+            self._empty = self._empty + 1 if self._ahead is _END and cursor.batch == 0 else 0
+            if self._empty == _MOST_EMPTY:
                 raise _empty_epoch(self.source, cursor.epoch)
         for _ in range(n):
             batch = self._ahead

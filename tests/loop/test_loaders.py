@@ -80,6 +80,7 @@ def test_a_run_resumed_at_the_ends_of_its_epochs_has_the_digest_of_the_straight_
     assert ps.tree.digest(resumed.loop.train) == ps.tree.digest(straight.loop.train)
 
 
+@pytest.mark.filterwarnings("ignore::purestep.loop.RunChangedWarning")  # the evaluation that stops the run is another
 def test_a_snapshot_that_is_taken_again_before_anything_was_read_keeps_the_state(tmp_path):
     """An evaluation that was cut off is made up for after the resume, and the position is saved with its row."""
     make, val = KINDS["KINDS"]["stream"], [torch.ones(1)]

@@ -576,3 +576,13 @@ def test_interrupted_is_an_event(job):
             os.kill(os.getpid(), signal.SIGTERM)
     assert kinds.count(Interrupted) == 1
     assert kinds[-1] is Stopped
+
+
+def test_a_run_over_epochs_without_batches_ends_with_an_error():
+    """A run of so many steps would go on for ever."""
+    tx = ps.optim.sgd(0.1)
+    step = ps.make_step(lambda net, batch: net(batch).square().mean(), tx)
+    state = ps.init(lambda: torch.nn.Linear(2, 1), tx)
+    for data in (list, lambda epoch: iter([torch.ones(4, 2)] if epoch == 0 else [])):
+        with pytest.raises(ps.errors.DataError, match=r"epoch \d of the training data has no batches"):
+            ps.fit(step, state, data, until=ps.steps(9))

@@ -161,8 +161,8 @@ def test_averages_belong_to_nobody_else():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: optim.average_params(0.9), "not a gradient transformation"),
-        (lambda: optim.average_params(optim.sgd(0.1), 1.5), r"decay from 0 to 1[\s\S]*decay=1\.5"),
+        (lambda: optim.average_params(0.9), "inner must be a GradientTransformation"),
+        (lambda: optim.average_params(optim.sgd(0.1), 1.5), r"decay must be a number in \[0, 1\][\s\S]*decay=1\.5"),
         (lambda: optim.average_params(optim.sgd(0.1), every=0), "every=0"),
         (lambda: optim.averaged(trained(optim.sgd(0.1), [])[0]), r"keeps no averages[\s\S]*average_params\(tx"),
         (

@@ -272,7 +272,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: optim.sgdr_schedule([]), "there is no cycle to follow"),
     (
         lambda: optim.lift_scheduler(lr_scheduler.StepLR, 1.0, total_steps=0, step_size=3),
-        "there is no step to tabulate",
+        "total_steps must be a whole number >= 1",
     ),
     (lambda: optim.lift_scheduler(lr_scheduler.StepLR, 1.0, total_steps=5), "StepLR cannot be run"),
     (
