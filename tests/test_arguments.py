@@ -235,6 +235,12 @@ LEFT_OUT: dict[str, str] = {
         "snapshot.Restored testing.Report ui.Summary".split(),
         NODE,
     ),
+    **dict.fromkeys(
+        "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
+        "tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select tree.tensor_bytes "
+        "tree.unflatten".split(),
+        "for the rooms of purestep",
+    ),
     "data.concat": "parts by position, each of them what as_source takes",
     **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope ui.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
@@ -274,6 +280,11 @@ NAMED_OTHERWISE = {
     ("take", "n"): "limit",
     ("lars", "trust_mask"): "mask",
     ("lift", "lr"): "learning_rate",
+    ("partition", "transforms"): "transformation",
+    ("Plan", "rules"): "rule",
+    ("Spec", "auto"): "spec",
+    ("muon", "adam_learning_rate"): "learning_rate",
+    ("muon", "adam_weight_decay"): "weight_decay",
     ("fit", "train"): "data|batch",
     ("run", "train"): "data|batch",
     ("zip", "parts"): "data|parts|part",
@@ -334,7 +345,9 @@ accept("local_batch.microbatches Store.verify", ["True"], "True is 1, or what it
 accept(
     "every.steps.n every.epoch.n every.seconds.s steps.n epoch.n seconds.s fit.grace_seconds", ["10**30"], "never due"
 )
-accept("map.tree", EVERYTHING, TREE)
+accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
+accept("summary.state_or_module", ["matrix"], "a tree of one tensor")
+accept("Policy.loss_scale", ["None"], "no loss scale")
 accept("matches.filter", ["{}"], "no glob")
 accept("check_pure.batch", [], "the batch is the step's")
 

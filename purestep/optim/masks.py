@@ -232,6 +232,10 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
 
     Reference: `optax.partition` (`optax.multi_transform`).
     """
+    if isinstance(labels, type):
+        raise OptimError(
+            explain("labels is a function of name and leaf, filters, or a tree", where=f"labels={labels!r}")
+        )
     names = tuple(transforms)
     parts_class(names)
     for name, transform in transforms.items():

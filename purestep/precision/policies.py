@@ -7,11 +7,11 @@ A policy is compared, hashed and printed; it changes nothing by itself. `apply` 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 
-from purestep.arguments import checked
+from purestep.arguments import Judge, checked
 from purestep.errors import PrecisionError, explain
 from purestep.precision import convert
 from purestep.precision.float8 import RECIPES
@@ -21,7 +21,13 @@ from purestep.precision.rules import NORMS, DType, Rule, Where, dtype_of, rule, 
 S = TypeVar("S")
 
 
-@checked(PrecisionError, failed=True)
+Word = Annotated[
+    torch.dtype,
+    Judge("a dtype such as torch.float32, or a word for one", lambda value: isinstance(value, (torch.dtype, str))),
+]
+
+
+@checked(PrecisionError)
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Which dtype is used where. Made by `policy`; `replace` and `where` give another one.
@@ -40,11 +46,11 @@ class Policy:
         name: how it was asked for; no part of its value.
     """
 
-    param: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
-    output: torch.dtype = torch.float32
-    reduce: torch.dtype = torch.float32
-    master: torch.dtype | None = None
+    param: Word = torch.float32
+    compute: Word = torch.float32
+    output: Word = torch.float32
+    reduce: Word = torch.float32
+    master: Word | None = None
     loss_scale: LossScale = dataclasses.field(default_factory=NoLossScale)
     rules: tuple[Rule, ...] = ()
     autocast: bool = False

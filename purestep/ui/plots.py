@@ -24,7 +24,7 @@ Points = list[tuple[float, float]]
 
 @checked(ConfigError, failed=True)
 def learning_curves(
-    source: Location | Mapping[str, Sequence[float | None]],
+    source: Location | Mapping[str, Sequence[Any]],
     out_png: Location,
     *,
     keys: Sequence[str] | None = None,

@@ -40,6 +40,9 @@ class TableSchedule(ScheduleBase):
         return self.source or f"TableSchedule({len(self.values)} values)"
 
 
+_MOST_STEPS = 2**24
+
+
 @functools.lru_cache(maxsize=32)
 def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
@@ -75,6 +78,10 @@ def lift_scheduler(
         raise OptimError(
             explain(f"{name} is not a schedule", why=why, instead="optim.reduce_on_plateau(0.1, patience=10)")
         )
+    if isinstance(total_steps, int) and total_steps > _MOST_STEPS:
+        where = f"total_steps={total_steps!r}"
+        why = "each step is run once, and is a number in a table"
+        raise OptimError(explain(f"lift_scheduler tabulates {_MOST_STEPS} steps at most", where=where, why=why))
     shown = "".join(f", {k}={v!r}" for k, v in arguments.items())
     # CyclicLR has a base_lr of its own, OneCycleLR a number of steps: they mean the same as those given here.
     own: dict[str, Any] = {
