@@ -384,15 +384,17 @@ def test_another_thread_has_torchs_own_checkpoints_meanwhile(own_functions):
         gate.wait()
         return out
 
-    def steps():
+    # Made before: init seeds the generators of the host, and a step that sees them move is called once more.
+    states = [ps.init(lambda: Net("reentrant"), TX, seed=0) for _ in range(2)]
+
+    def steps(state):
         try:
-            state = ps.init(lambda: Net("reentrant"), TX, seed=0)
             seen.append(ps.make_step(waiting, TX)(state, BATCH))
         except BaseException as error:
             errors.append(error)
             gate.abort()
 
-    threads = [threading.Thread(target=steps) for _ in range(2)]
+    threads = [threading.Thread(target=steps, args=(state,)) for state in states]
     for thread in threads:
         thread.start()
     gate.wait()
@@ -413,6 +415,7 @@ def test_another_thread_has_torchs_own_checkpoints_meanwhile(own_functions):
     for thread in threads:
         thread.join(60)
     assert not errors
+    assert len(seen) == 2
     assert not ps.diff(*seen)
     assert not ps.diff(seen[0], ps.make_step(loss_fn, TX)(ps.init(Net, TX, seed=0), BATCH))
 
