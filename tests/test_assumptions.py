@@ -434,7 +434,7 @@ def _():
     fit(loggers=[ps.loggers.csv])
 
 
-callbacks("every= says when something recurs", ps.callbacks.log(every=100))
+callbacks("every= says when something recurs", dataclasses.replace(ps.callbacks.log(), every=100))
 
 
 @call(

@@ -281,7 +281,8 @@ def _take_permission(injector: Injector, shim: Shim) -> None:
 def give_permission(place: Path) -> None:
     """Make a tree of directories writable again."""
     for path, _, _ in os.walk(place):
-        os.chmod(path, 0o755)
+        with contextlib.suppress(FileNotFoundError):  # the run deletes what is half-written meanwhile
+            os.chmod(path, 0o755)
 
 
 def _raise(injector: Injector, shim: Shim) -> None:
