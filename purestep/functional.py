@@ -91,12 +91,8 @@ class bind:
         around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
         handlers: Mapping[Any, Handler] | None = None,
     ) -> None:
-        flags: tuple[Any, Any, Any] = (train, around, handlers)
-        fine = isinstance(flags[0], bool) and (flags[1] is None or callable(flags[1]))
-        if not fine or not (flags[2] is None or isinstance(flags[2], Mapping)):
-            what = "train= is True or False, around= a function that makes a context, handlers= a table of functions"
-            raise StepError(explain(what, where=f"train={train!r}, around={around!r}, handlers={handlers!r:.80}"))
-        self.module = module if isinstance(module, nn.Module) else module_of(module)
+        _check_options(train, around, handlers)
+        self.module = module_of(module)
         self.given = {**params, **(buffers or {})}
         self.buffer_names = list(buffers or {})
         self.train = train
@@ -273,6 +269,14 @@ class bind:
             unclear = [n for n, t in self.given.items() if any(given.get(n) is not t for given in same)]
             repeated.given = self.given | {n: torch.empty_like(self.given[n], device="meta") for n in unclear}
         return repeated
+
+
+def _check_options(train: Any, around: Any, handlers: Any) -> None:
+    """Refuse options of `bind` of another type: at every call, so by hand."""
+    fine = isinstance(train, bool) and (around is None or callable(around))
+    if not fine or not (handlers is None or isinstance(handlers, Mapping)):
+        what = "train= is True or False, around= a function that makes a context, handlers= a table of functions"
+        raise StepError(explain(what, where=f"train={train!r}, around={around!r}, handlers={handlers!r:.80}"))
 
 
 @checked(StepError, failed=True)

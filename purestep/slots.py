@@ -66,7 +66,9 @@ def module_of(model: Any) -> nn.Module:
     Raises:
         StepError: there is none.
     """
-    inner = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        return model
+    inner = getattr(model, "model", model)
     inner = inner.module if isinstance(inner, Definition) else inner
     if not isinstance(inner, nn.Module):
         what, kind = "this is no model", f"{type(model).__module__}.{type(model).__qualname__}"

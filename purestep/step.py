@@ -23,6 +23,7 @@ from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, bind
 from purestep.grad import Engine, grad_and_value, split_batch
 from purestep.metrics import Metric, as_metrics, sample_count
+from purestep.metrics.record import described
 from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
@@ -314,14 +315,10 @@ def _samples(batch: Any) -> int:
     """Return the number of samples of a batch, which is never 0: the mean over none of them is NaN."""
     samples = sample_count(batch)
     if samples == 0:
-        shown = [
-            f"{path}: {tree.describe(x)}"
-            for path, x in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
-        ]
         raise StepError(
             explain(
                 "the batch has no samples",
-                where=", ".join(shown[:5]),
+                where=described(batch),
                 why="the mean of a loss over none is 0 / 0, and would make every mean that it enters NaN",
                 instead="leave empty batches out where they are made: (b for b in batches if len(b) > 0)",
             )

@@ -42,7 +42,7 @@ def identity(loader: Any, seed: int) -> Any:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    with contextlib.suppress(Exception):  # a property of somebody else's class
+    with contextlib.suppress(Exception):  # a property of the loader's class may raise
         return getattr(owner, name, None)
     return None
 

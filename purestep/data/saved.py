@@ -19,8 +19,8 @@ class Saved:
 
     Attributes:
         place: epoch and number of batches read of it; None in snapshots that are older than this field.
-        stop: whether the epoch was over: "" no, or nobody has asked; "ahead" it was, and the state is the one before
-            the loader said so; "past" the state is the one after.
+        stop: whether the epoch was over: "" no, or it was not asked for more; "ahead" it was, and the state is the one
+            before the loader said so; "past" the state is the one after.
         then: where to go on to from there, by reading again; None: nowhere. It is for loaders whose state stands still.
         generators: first seeds of the loader's generators.
         state_dict: what `state_dict()` returned, packed; None where the loader has none.

@@ -1,6 +1,6 @@
 """Randomness of samples: keys and seeds as a function of (seed, epoch, index), and the global generators put back.
 
-Owns the words that keys and seeds are made of while somebody else's code (a data set, a collate function, a foreign
+Owns the words that keys and seeds are made of while third-party code (a data set, a collate function, a foreign
 loader) runs. `samples` and `foreign` call it; how generators are seeded and put back is known to `random.generators`.
 """
 

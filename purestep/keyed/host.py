@@ -50,7 +50,7 @@ class Habits:
         draws: it was seen to draw.
         tried: it was called before.
         suspect: the generators moved in its last call, and it is not known who did it.
-        alarms: how often they moved and somebody else had done it: another thread.
+        alarms: how often another thread moved them.
     """
 
     draws: bool = False
@@ -334,7 +334,7 @@ class Trap:
         with _real(self._bits).lock:
             generators.swap(_Trapped(self._bits, self._numpy_draws))
         own = self._outer is None or isinstance(getattr(self._outer, "__self__", None), Trap)
-        if own:  # a profiler of somebody else is left alone
+        if own:  # the caller's own profiler is left alone
             sys.setprofile(self._called)
         self._open, self._profiling = True, own
 

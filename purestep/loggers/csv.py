@@ -70,7 +70,7 @@ def csv(*, name: Name = "metrics.csv") -> Csv:
 
 
 class CsvSink(Sink):
-    """An open `metrics.csv`. Only the last row is held in memory."""
+    """An open `metrics.csv`. Only the rows of the last step are held in memory."""
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         super().__init__(first_step=resume_step or 0)
@@ -82,7 +82,6 @@ class CsvSink(Sink):
         self._columns = columns
         self._open_file()
         # The row of the step to resume at may get more values; it is the last one, because later ones were cut.
-        self._row = dict(rows[-1][1]) if rows else {}
         self._row_step = rows[-1][0] if rows else None
         self._of_step = [dict(row) for step, row in rows if step == self._row_step]
         self._row_start = self._end - len(_line(columns, *rows[-1]).encode()) if rows else self._end
@@ -92,11 +91,12 @@ class CsvSink(Sink):
         self._end = self._file.seek(0, io.SEEK_END)
 
     def _write(self, step: int, row: dict[str, float]) -> None:
-        if step == self._row_step and any(_holds(known, row) for known in self._of_step):
+        of_step = self._of_step if step == self._row_step else []
+        if any(_holds(known, row) for known in of_step):
             return  # a resumed run says again what it had said before it stopped
         # Two batches of one update (`optim.accumulate`) have the same step: each keeps its own line.
-        same = step == self._row_step and not _differs(self._row, row)
-        merged = self._row | row if same else row
+        same = bool(of_step) and not _differs(of_step[-1], row)
+        merged = of_step[-1] | row if same else row
         new = [name for name in row if name not in self._columns]
         if new:
             self._grow(new)
@@ -107,11 +107,10 @@ class CsvSink(Sink):
         except OSError:
             # A full disk: leave whole rows behind, so that the next attempt does not continue half of one.
             with suppress(OSError):
-                self._put(start, _line(self._columns, step, self._row).encode() if same else b"")
+                self._put(start, _line(self._columns, step, of_step[-1]).encode() if same else b"")
             raise
-        earlier = self._of_step if step == self._row_step else []
-        self._of_step = [*(earlier[:-1] if same else earlier), merged]
-        self._row, self._row_step, self._row_start, self._end = merged, step, start, start + len(content)
+        self._of_step = [*(of_step[:-1] if same else of_step), merged]
+        self._row_step, self._row_start, self._end = step, start, start + len(content)
 
     def _put(self, start: int, content: bytes) -> None:
         self._file.seek(start)

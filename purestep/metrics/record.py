@@ -35,14 +35,19 @@ def sample_count(batch: Any) -> int:
             return int(leaf.shape[0])
     if not leaves:
         return 1
-    shown = [f"{path}: {tree.describe(x)}" for path, x in zip(tree.paths(batch, "batch"), leaves, strict=True)]
     raise MetricError(
         explain(
             "the batch has no tensor with dims, so its number of samples is unknown",
-            where=", ".join(shown[:5]),
+            where=described(batch),
             instead="let the first dim of the tensors in a batch be the samples",
         )
     )
+
+
+def described(batch: Any) -> str:
+    """Return path, dtype and shape of the first leaves of a batch, for an error about it."""
+    leaves = zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
+    return ", ".join([f"{path}: {tree.describe(x)}" for path, x in leaves][:5])
 
 
 @checked(MetricError, failed=True)

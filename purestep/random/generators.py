@@ -97,7 +97,7 @@ class _Generators:
     def read(self) -> State:
         """Return the state of the generators of Python and numpy, to compare it with `==` or put it back.
 
-        As long as nobody draws it is the very same object.
+        As long as nothing is drawn it is the very same object.
         """
         bits = _bit_generator()
         if bits is not self._bits and not (self.quick and self._attach(bits)):
