@@ -131,7 +131,7 @@ def children(value: Any, path: str) -> tuple[dict[str, JSON] | None, list[tuple[
         return head, [(f"{path}[{i}]", item) for i, item in enumerate(value)]
     if is_namedtuple(cls):
         fields = list(cls._fields)
-        head = {"node": "namedtuple", "class": _qualified(cls), "fields": fields}
+        head = {"node": "namedtuple", "class": tree.stable_name(cls), "fields": fields}
         return head, [(f"{path}.{name}", item) for name, item in zip(fields, value, strict=True)]
     if (name := tree.node_name(cls)) is not None:
         data, fixed = tree.node_fields(cls)
@@ -174,7 +174,7 @@ def _static(value: Any) -> JSON:
         return {"tuple": [_static(v) for v in value]}
     if type(value) is dict and all(type(key) is str for key in value):
         return {"dict": {key: _static(v) for key, v in value.items()}}
-    return {"opaque": _qualified(type(value))}
+    return {"opaque": tree.stable_name(type(value))}
 
 
 # --- leaves ---------------------------------------------------------------------------------------------------------
