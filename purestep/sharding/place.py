@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,15 +16,12 @@ from torch import Tensor
 
 from purestep import bits, tree
 from purestep.errors import ConfigError, explain
-from purestep.sharding.mesh import check_world, this_rank
-from purestep.sharding.spec import Box, Spec, box, placements, spec_of
+from purestep.sharding.mesh import Mesh, check_world, this_rank
+from purestep.sharding.spec import Box, Layout, Spec, box, placements, spec_of
 from purestep.sharding.unmatched import check_matches
 
-if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
 
-
-def place(plan: Plan, value: Any) -> Any:
+def place(plan: Layout, value: Any) -> Any:
     """Return a state whose leaves live where a plan says.
 
     It needs no communication when every rank holds the same whole values, as after `init` under one seed. Leaves that
@@ -55,7 +52,7 @@ def place(plan: Plan, value: Any) -> Any:
     return tree.map(lambda leaf, spec: _placed(plan, leaf, spec), value, specs)
 
 
-def _placed(plan: Plan, leaf: Any, spec: Spec) -> Any:
+def _placed(plan: Layout, leaf: Any, spec: Spec) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if is_split(leaf):
@@ -67,7 +64,7 @@ def _placed(plan: Plan, leaf: Any, spec: Spec) -> Any:
     return wrap(plan, cut(plan, leaf, spec), spec, tuple(leaf.shape))
 
 
-def cut(plan: Plan, whole: Tensor, spec: Spec) -> Tensor:
+def cut(plan: Layout, whole: Tensor, spec: Spec) -> Tensor:
     """Return a copy of the part of a whole tensor that this rank holds under a resolved spec, contiguous."""
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     return (
@@ -84,7 +81,7 @@ def slice_of(whole: Tensor, part: Box) -> Tensor:
     return whole
 
 
-def wrap(plan: Plan, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tensor:
+def wrap(plan: Layout, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tensor:
     """Return the DTensor of a shape whose part on this rank is `shard`."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -173,7 +170,7 @@ def needs_plan(path: str, leaf: Tensor) -> str:
     )
 
 
-def check_placed(plan: Plan, params: Mapping[str, Tensor]) -> None:
+def check_placed(plan: Layout, params: Mapping[str, Tensor]) -> None:
     """Refuse parameters that do not live where the plan of a step says, on a job of several processes.
 
     Steps call it each time: a layout that was right before is only looked up.
@@ -190,7 +187,7 @@ def _layout(leaf: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _check_layout(plan: Plan, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, Any], ...]) -> None:
+def _check_layout(plan: Layout, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, Any], ...]) -> None:
     named = dict(zip(plan.mesh.axes, sizes, strict=True))
     for name, shape, held in layout:
         wanted = plan.spec(name, tuple(shape))
@@ -267,7 +264,8 @@ def full(leaf: Tensor) -> Tensor:
     return whole
 
 
-bits.gatherer = full
+# Digests, differences and `to_module` take the full tensor of a split leaf; only this file makes such leaves.
+bits.gather_split_with(full)
 
 
 def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int]]:
@@ -293,8 +291,6 @@ def _exchanged(leaf: Any, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]
 
 
 def _group(leaf: Any, spec: Spec) -> Any:
-    from purestep.sharding.mesh import Mesh
-
     sizes = _sizes(leaf)
     return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
+from purestep.sharding.mesh import Mesh
 
 Axes = str | Sequence[str] | None
 Fallback = Literal["replicate", "error", "pad"]
@@ -90,6 +92,46 @@ class Spec:
 
 
 REPLICATED = Spec()
+Rules = Sequence[tuple[tree.Filter, Spec]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """A filter of names that two filters let through; products of plans make it."""
+
+    first: tree.Filter
+    second: tree.Filter
+
+    def __call__(self, name: str) -> bool:
+        return tree.matches(self.first, name) and tree.matches(self.second, name)
+
+
+class Layout(Protocol):
+    """What those who place, describe or check tensors ask of a plan: where each tensor lives.
+
+    `Plan` is the one class that has it. Files that a plan itself calls take a `Layout`, so that none imports the plan.
+    """
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes."""
+
+    @property
+    def rules(self) -> Rules:
+        """Ordered `(filter, Spec)` pairs over dotted names of parameters."""
+
+    @property
+    def units(self) -> str | tuple[str, ...] | None:
+        """Globs of submodules whose parameters are gathered together."""
+
+    def spec(self, name: str, shape: Sequence[int]) -> Spec:
+        """Return where a parameter of a shape lives."""
+
+    def specs(self, value: object) -> Any:
+        """Return a tree like `value` with the Spec of each leaf."""
+
+    def unit(self, name: str) -> str:
+        """Return the submodule with which a parameter is gathered; "" is the root."""
 
 
 def resolve(
