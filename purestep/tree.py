@@ -16,8 +16,8 @@ from typing import Any, TypeVar, dataclass_transform, overload
 import numpy as np
 import optree
 import torch
-import torch.utils._pytree as torch_pytree
 
+from purestep._torch import pytree as torch_pytree
 from purestep.arguments import checked
 from purestep.bits import Difference as Difference
 from purestep.bits import Differences as Differences

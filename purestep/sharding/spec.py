@@ -112,6 +112,8 @@ class Layout(Protocol):
     `Plan` is the one class that has it. Files that a plan itself calls take a `Layout`, so that none imports the plan.
     """
 
+    def __hash__(self) -> int: ...
+
     @property
     def mesh(self) -> Mesh:
         """The processes."""
@@ -264,8 +266,7 @@ def box(spec: Spec, sizes: Mapping[str, int], shape: Sequence[int], coordinate: 
 
 def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Any, ...]:
     """Return torch's placement on each mesh axis, in the order of the mesh, of a resolved spec."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
+    from purestep.sharding._dtensor import Replicate, Shard, StridedShard
 
     order = list(sizes)
     found: dict[str, Any] = {}
@@ -273,7 +274,7 @@ def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Any, ...]:
         for i, axis in enumerate(axes):
             # torch splits in the order of the mesh; it calls an axis strided when later ones split before it.
             before = math.prod(sizes[a] for a in axes[:i] if order.index(a) > order.index(axis))
-            found[axis] = Shard(dim) if before == 1 else _StridedShard(dim, split_factor=before)
+            found[axis] = Shard(dim) if before == 1 else StridedShard(dim, split_factor=before)
     return tuple(found.get(axis, Replicate()) for axis in order)
 
 
