@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from purestep.data import _torch
 from purestep.data.order import Plan, Request
 from purestep.data.samples import Loaded, Loader
 from purestep.errors import DataError, explain
@@ -136,13 +137,13 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers; empty before the first batch and after `close`."""
-        return [w.pid for w in getattr(self._iterator, "_workers", ())]
+        return [w.pid for w in _torch.worker_processes(self._iterator) if w.pid is not None]
 
     def close(self) -> None:
         """End the workers. It may be called again."""
         iterator, self._iterator, self._loader, self._position = self._iterator, None, None, None
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+        if iterator is not None:
+            _torch.shut_down(iterator)
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         try:

@@ -8,7 +8,6 @@ are imported on first use only.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -121,13 +120,11 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
 
 
 def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Any:
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-    from torch._inductor.virtualized import V
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    options: dict[str, Any] = {**list_mode_options(mode or "default")}
+    from purestep.jit import _inductor as inductor
+
+    options: dict[str, Any] = {**inductor.list_mode_options(mode or "default")}
     # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
     options.pop("triton.cudagraphs", None)
     graph = _broken_up(traced)
@@ -136,26 +133,25 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Any:
     # Tracing goes without one, so that shapes which depend on values are errors; Inductor's disk cache asks for one.
     fake_mode.shape_env = ShapeEnv()
     with (
-        torch._inductor.config.patch({**options, **_CONFIG, **known}),
+        inductor.config.patch({**options, **_CONFIG, **known}),
         torch.no_grad(),
-        V.set_fake_mode(fake_mode),
-        torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
+        inductor.compiling(fake_mode),
     ):
-        graph = joint_graph_passes(graph, device)
+        graph = inductor.joint_graph_passes(graph, device)
         hoist_scalars(graph)
         end = graph.graph.output_node()
         end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
         with together(), _pools_by_torch(device):
-            return compile_fx_inner(graph, traced.fakes, is_inference=True)
+            return inductor.compile_fx_inner(graph, traced.fakes, is_inference=True)
 
 
 @contextlib.contextmanager
 def _pools_by_torch(device: torch.device | None) -> Iterator[None]:
     """Leave the gradient of max_pool2d to torch's kernel on CPUs: Inductor's own is a loop that is not vectorized."""
-    from torch._inductor import lowering
+    from purestep.jit._inductor import POOL_FALLBACK, lowerings
 
-    table: dict[Any, Any] = lowering.lowerings
-    own, theirs = table.get(_POOL_BACKWARD), getattr(lowering, "fallback_max_pool2d_with_indices_backward", None)
+    table, theirs = lowerings, POOL_FALLBACK
+    own = table.get(_POOL_BACKWARD)
     if own is None or theirs is None or device is None or device.type != "cpu":
         yield
         return
@@ -168,14 +164,13 @@ def _pools_by_torch(device: torch.device | None) -> Iterator[None]:
 
 def _broken_up(traced: Traced) -> fx.GraphModule:
     """Return the graph in the operators that Inductor knows."""
-    # The decomposition of max_pool2d uses it without importing it.
-    importlib.import_module("torch._inductor.lowering")
-    from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
+
+    from purestep.jit._inductor import decompositions
 
     traced.mode.shape_env = None
     with traced.mode, torch.no_grad():
-        table = dict(select_decomp_table())
+        table = dict(decompositions())
         if traced.fakes and traced.fakes[0].is_cpu:
             table.pop(_POOL_BACKWARD, None)
         return make_fx(traced.graph, decomposition_table=table)(*traced.fakes)

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from purestep import given, transforms, tree
+from purestep import _torch, given, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.jit import donation
@@ -40,7 +38,7 @@ class Donating:
         return f"donate({self.__wrapped__!r})"
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or a trace nothing is written in place.
             return self.__wrapped__(state, *args, **kwargs)
         own, places = _of_its_own(state)
@@ -115,19 +113,15 @@ def donate(step: Callable[..., Any]) -> Any:
 
 def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
     """Return a state whose tensors share memory with nothing else in it, and where what is written over lies."""
-    if not worth_reusing(_part(p) for found in _states(state) for p in found.params.values()):
+    if not worth_reusing(place.part_of(p) for found in _states(state) for p in found.params.values()):
         return state, frozenset()
     leaves, structure = tree.flatten(state)
-    parts = [_part(leaf) for leaf in leaves]
+    parts = [place.part_of(leaf) for leaf in leaves]
     apart = donation.unaliased(parts, len(parts))
     if any(a is not b for a, b in zip(parts, apart, strict=True)):
         state = place.rewrap(tree.unflatten(structure, apart), state)
-    own = [_part(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))]
+    own = [place.part_of(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))]
     return state, given.memory(filter(is_owned, own))
-
-
-def _part(leaf: Any) -> Any:
-    return leaf._local_tensor if place.is_split(leaf) else leaf
 
 
 def _states(value: Any) -> list[TrainState]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import transforms
+from purestep import _torch, transforms
 from purestep.accumulate import Gradients, accumulate
 from purestep.errors import ConfigError, explain
 from purestep.grad import split_batch
@@ -50,7 +50,7 @@ class JitStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             return self.__wrapped__(state, batch)
         if self.__wrapped__.plan is not None:
             return self._planned(self.__wrapped__.plan, state, batch)

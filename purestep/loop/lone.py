@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.sharding.local import local_batch
-from purestep.sharding.place import is_split
+from purestep.sharding.place import is_split, part_of
 from purestep.step import Eval, Step
 
 
@@ -62,7 +62,7 @@ def lone(step: Any, state: Any, batch: Any) -> Lone | None:
 def _is_plain(leaf: Any) -> bool:
     if not isinstance(leaf, Tensor):
         return True
-    return type(leaf._local_tensor if is_split(leaf) else leaf) in (Tensor, nn.Parameter)  # type: ignore[attr-defined]
+    return type(part_of(leaf)) in (Tensor, nn.Parameter)
 
 
 def _whole(leaf: Any) -> Any:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.snapshot.codec import JSON
 from purestep.tree import stable_name
 
@@ -245,7 +245,7 @@ def _constructor_arguments(value: Any) -> dict[str, Any]:
         return {}
     code, kept = init.__code__, dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
-        kept |= value._buffers
+        kept |= _torch.buffers_of(value)
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return {name: kept[name] for name in names if name in kept}
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purestep import _torch
 from purestep.accumulate import Accumulation, Gradients, Partial
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
@@ -138,7 +139,7 @@ class ShardedTurn:
     def forward_done(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
         """Take what is known before the backward pass."""
         self.session.end_forward()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._begin(*stop_gradient((weight, dict(buffers), dict(metrics))))
 
     def backward_done(self, grads: Mapping[str, Tensor]) -> Any:
@@ -192,12 +193,12 @@ class ShardedTurn:
 
     def take(self, unit: Unit, grads: list[Tensor | None]) -> None:
         """Take the gradients of a unit as its backward pass ends; those of the root are sent last."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._taken[unit.number] = self._rows(unit, grads)
 
     def reduce(self, unit: Unit) -> None:
         """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
                 self._sent[before] = self._arrived(*self._sent[before])
             rows = self._taken.pop(unit.number, None)
@@ -282,7 +283,7 @@ _units: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Units]]] = wea
 
 def units_of(plan: Plan, module: nn.Module, split: Any, parts: Any, trained: Any) -> Units:
     """Return the units of a model, made once for each plan and placement."""
-    specs = [x._spec for x in split.values()]
+    specs = [_torch.layout_of(x) for x in split.values()]
     key = plan, tuple(split), tuple(id(spec) for spec in specs), tuple(parts[n].dtype for n in split), tuple(trained)
     known = _units.setdefault(module, {})
     if key not in known:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding import collectives, norm, place
+from purestep.sharding._torch import foreach_norm
 from purestep.sharding.plan import Plan
 
 _local = threading.local()
@@ -63,7 +64,7 @@ class Whole:
 
     @functools.cached_property
     def _rest(self) -> dict[int, Any]:
-        return {id(x._local_tensor): x for x in tree.leaves(self._given[1]) if place.is_split(x)}
+        return {id(_torch.local_tensor(x)): x for x in tree.leaves(self._given[1]) if place.is_split(x)}
 
     def names(self, structure: Any) -> list[str]:
         """Return the dotted names of the leaves of a structure."""
@@ -85,7 +86,7 @@ class Whole:
             counts.append(leaf.numel() if leaf is not None and split else value.numel())
             mine.append(self._mine[name] if split else first)
         if self.plan.reduction == "fast":
-            sums = torch.stack(torch._foreach_norm(list(values), 2, dtype=None)).to(torch.float64).square()
+            sums = torch.stack(foreach_norm(list(values), 2, dtype=None)).to(torch.float64).square()
             own = torch.tensor(mine, dtype=torch.float64, device=sums.device)
             return self.reduce(torch.where(own > 0, sums, 0.0), "sum")
         return norm.squares(values, counts, mine, self.reduce)
@@ -111,7 +112,7 @@ class Whole:
         at_rest = self._rest.get(id(value))
         if at_rest is None and isinstance(value, Tensor):
             at_rest = self.params.get(name)
-            if at_rest is not None and not (place.is_split(at_rest) and at_rest._local_tensor.shape == value.shape):  # type: ignore[attr-defined]
+            if at_rest is not None and not (place.is_split(at_rest) and place.part_of(at_rest).shape == value.shape):
                 at_rest = None
         return at_rest if at_rest is not None and place.is_split(at_rest) else None
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import TreeError, explain
 from purestep.sharding import place
 
@@ -229,9 +229,9 @@ def _check_tensor(value: torch.Tensor, path: str) -> None:
     reason = instead = None
     split: Any = value
     if place.is_split(value):
-        if any(placement.is_partial() for placement in split._spec.placements):
+        if any(placement.is_partial() for placement in _torch.layout_of(split).placements):
             reason, instead = "a tensor whose sum is still outstanding cannot be stored", "x.redistribute(...) first"
-        value = split._local_tensor
+        value = _torch.local_tensor(split)
     if reason:
         pass
     elif type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -254,8 +254,9 @@ def _identity(value: Any) -> Any:
             return ("tensor", id(value))
         if place.is_split(value):
             part: Any = value
-            same = _identity(part._local_tensor) if part._local_tensor.numel() else id(value)
-            return ("split", same, value.shape, str(part._spec.placements), part._spec.mesh)
+            here, layout = _torch.local_tensor(part), _torch.layout_of(part)
+            same = _identity(here) if here.numel() else id(value)
+            return ("split", same, value.shape, str(layout.placements), layout.mesh)
         flags = (value.is_conj(), value.is_neg())
         return ("tensor", value.data_ptr(), value.device, value.dtype, value.shape, value.stride(), flags)
     if value.size == 0 or value.ndim == 0:

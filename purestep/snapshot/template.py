@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import TemplateMismatch, explain
 from purestep.snapshot.codec import JSON, Leaf, children, dtype_name, is_namedtuple, kind_of, show
 
@@ -216,8 +216,7 @@ def build(stored: JSON, template: Any, values: Values) -> Any:
 
 def device_of(template: Any) -> torch.device | None:
     """Return the device that a leaf of a template asks for, None for the CPU: fake and meta tensors mean it, too."""
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    if not isinstance(template, torch.Tensor) or (fake is not None and isinstance(template, fake.FakeTensor)):
+    if not isinstance(template, torch.Tensor) or _torch.is_fake(template):
         return None
     return None if template.device.type in ("cpu", "meta") else template.device
 
