@@ -146,7 +146,7 @@ class Wrapper(GradientTransformation):
         return self.inner.hyperparams(state.inner, step)
 
 
-class ElementWrapper(Combinator, Wrapper):
+class ElementWrapper(Combinator, Wrapper):  # type: ignore[override]  # its scope follows from what is in it
     """A wrapper that by itself acts element by element: its scope is that of what is in it."""
 
 

@@ -76,7 +76,7 @@ def advance(
         if scope_of(tx) == "element":
             done = None
             if reuse or not tx._in_place():
-                done = _sliced(tx, grads, state, params, accept, reuse, extra)
+                done = sliced(tx, grads, state, params, accept=accept, reuse=reuse, **extra)
             if done is not None:
                 return done
         elif isinstance(tx, Chain) and tx.transforms and scope_of(tx.transforms[-1]) == "element":
@@ -90,22 +90,29 @@ def advance(
     return new if accept is None else tree.select(accept, new, (params, state))
 
 
-def _sliced(
+def sliced(
     tx: GradientTransformation,
     grads: dict[str, Tensor],
     state: Any,
     params: dict[str, Tensor],
-    accept: Tensor | None,
-    reuse: bool,
-    extra: dict[str, Any],
+    *,
+    accept: Tensor | None = None,
+    reuse: bool = False,
+    limit: int | None = None,
+    **extra: Any,
 ) -> tuple[Any, Any] | None:
-    """Update block by block; None when the tensors are no ordinary ones, or the state cannot be cut like them."""
+    """Update slice by slice; None when the tensors are no ordinary ones, or the state cannot be sliced like them.
+
+    Args:
+        tx, grads, state, params, accept, reuse, **extra: as for `advance`; `tx` is of scope "element".
+        limit: elements above which a tensor is sliced; by default what its device takes.
+    """
     leaves, structure = tree.flatten(state)
     everything = (list(grads.values()), list(params.values()), leaves)
     if not all(isinstance(x, Tensor) for xs in everything for x in xs) or not fx.plain(*everything):
         return None
     shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
-    limits = tuple(_limit(p) for p in params.values())
+    limits = tuple(limit or _limit(p) for p in params.values())
     # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
     layout = _layout(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx._in_place())
     if layout is None:

@@ -38,7 +38,7 @@ def identity() -> GradientTransformation:
     return Identity()
 
 
-class Several(Combinator, GradientTransformation):
+class Several(Combinator, GradientTransformation):  # type: ignore[override]  # its scope follows from its members
     """What transformations made of named ones share: how they sum up what those say of the last update."""
 
     transforms: tuple[GradientTransformation, ...]

@@ -71,7 +71,7 @@ class ApplyIfFinite(Guard):
         return tree.unflatten(tree.structure(proposed), accepted), following
 
     def _accepted(self, state: Any) -> Tensor:
-        return state.last_finite  # type: ignore[no-any-return]
+        return state.last_finite
 
     def gave_up(self, state: Any) -> Tensor:
         """Tell, as a 0-d bool tensor, whether more than `max_consecutive_errors` updates in a row were refused."""
@@ -141,7 +141,7 @@ class SkipLargeUpdates(Guard):
         return tree.unflatten(treedef, accepted), following
 
     def _accepted(self, state: Any) -> Tensor:
-        return state.last_applied  # type: ignore[no-any-return]
+        return state.last_applied
 
 
 @checked(OptimError)

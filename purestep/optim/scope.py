@@ -64,7 +64,7 @@ def scope_of(tx: GradientTransformation) -> Scope:
 def check_scope(scope: Any, owner: Any) -> Scope:
     """Return a scope, or refuse what is none."""
     if isinstance(scope, str) and scope in SCOPES:
-        return scope  # type: ignore[return-value]
+        return scope
     name = owner.__name__ if isinstance(owner, type) else type(owner).__name__
     raise OptimError(
         explain(
