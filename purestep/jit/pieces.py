@@ -18,6 +18,7 @@ from purestep.errors import ConfigError, explain
 from purestep.grad import split_batch
 from purestep.jit import donation
 from purestep.jit.call import Jit
+from purestep.optim.scope import only_shards
 from purestep.sharding import place, whole
 from purestep.sharding.plan import Plan
 from purestep.state import TrainState
@@ -91,7 +92,7 @@ class JitStep:
         gradients = total.total(plan, step.parts, state, view, batch, compute, step.orders)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             # What needs whole tensors gathers them, which no graph can hold.
-            compiled = view is state or whole.only_parts(step.tx)
+            compiled = view is state or only_shards(step.tx)
             new, metrics = (self.update if compiled else step.update)(
                 view, _changed(view, gradients) if compiled else gradients
             )

@@ -176,14 +176,6 @@ class Lift(GradientTransformation):
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
 
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def shard_invariant(self) -> bool:
-        return False
-
     def __repr__(self) -> str:
         shown = [f"torch optimizer {self.optimizer.__name__}"]
         if self.learning_rate is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from purestep import transforms
 from purestep.accumulate import Accumulation, Gradients, accumulate
 from purestep.errors import ConfigError, explain
+from purestep.optim.scope import fused_on_shards
 from purestep.parallel.buckets import Buckets
 from purestep.parallel.gathering import Sharded, split_leaves
 from purestep.parallel.inputs import compare_first, compare_sizes, sizes_of
@@ -90,7 +91,7 @@ def check(plan: Plan, step: Any) -> None:
                 instead="make_step(loss_fn, tx)   # without a plan",
             )
         )
-    if plan.reduction == "tree" and plan.shard_axes and step.tx.on_shards and not step.tx.shard_invariant:
+    if plan.reduction == "tree" and plan.shard_axes and fused_on_shards(step.tx):
         raise ConfigError(
             explain(
                 "this optimizer gives a part of a tensor other bits than the whole",

@@ -7,11 +7,10 @@ to ask, and nothing of this is used.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from purestep.sharding import collectives, norm, place
 from purestep.sharding._torch import foreach_norm
 from purestep.sharding.plan import Plan
 
+T = TypeVar("T")
 _local = threading.local()
 
 
@@ -108,6 +108,12 @@ class Whole:
         whole = [x if y is None else place.full(place.rewrap(x, y)) for x, y in zip(leaves, likes, strict=True)]
         return tree.unflatten(structure, whole)
 
+    def in_full(self, call: Callable[..., T], *values: Any) -> T:
+        """Call a function of trees with full tensors in place of this rank's shards; every rank calls it."""
+        full = [self.gathered(value) for value in values]
+        with updating(_Alone(self)):
+            return call(*full)
+
     def _like(self, name: str, value: Any) -> Tensor | None:
         at_rest = self._rest.get(id(value))
         if at_rest is None and isinstance(value, Tensor):
@@ -142,28 +148,6 @@ def updating(whole: Whole | None) -> Iterator[None]:
         yield
     finally:
         _local.whole = before
-
-
-def on_whole_tensors(
-    update: Callable[..., Any], transform: Any, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]
-) -> Any:
-    """Run the update of a transformation that needs whole tensors, between a gather and a cut."""
-    whole = current()
-    if whole is None or not whole.split:
-        return update(transform, updates, state, params, **extra)
-    everything = whole.gathered(updates), whole.gathered(state), whole.gathered(params)
-    with updating(_Alone(whole)):
-        new, following = update(transform, *everything, **extra)
-    return whole.parted(new, updates), whole.parted(following, state)
-
-
-def only_parts(transform: Any) -> bool:
-    """Tell whether a transformation and all in it can do with this rank's parts of tensors."""
-    if not transform.on_shards:
-        return False
-    values = [getattr(transform, f.name) for f in dataclasses.fields(transform)] + [getattr(transform, "inner", None)]
-    inside = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
-    return all(only_parts(x) for x in inside if hasattr(x, "on_shards"))
 
 
 class _Alone(Whole):
