@@ -249,9 +249,12 @@ class Jit(AnyStep):
     ) -> Entry:
         names = functools.cache(lambda: self._paths(args, kwargs))
         signature.check_leaves(leaves, names)
-        self._explain_retrace(signature.Shape.of(names(), leaves, extra[1]))
+        # A dry run of a function that calls this one: what it costs to compile would be for nothing.
+        dry = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
+        if not dry:
+            self._explain_retrace(signature.Shape.of(names(), leaves, extra[1]))
         with progress(self.__name__) as note:
-            backend = "eager" if self._fell_back else self.backend
+            backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
             traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
             note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
