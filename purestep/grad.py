@@ -1,8 +1,8 @@
-"""Gradients: `grad_and_value`, and how a batch is cut into microbatches.
+"""Gradients: `grad_and_value`, and what keeps a value out of them.
 
 The engine is `torch.autograd.grad` over detached leaves; inside a torch.func transform it is
-`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. Batches are cut here, too; `accumulate` adds
-up what the microbatches contribute.
+`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. `accumulate` slices batches into
+microbatches, and adds up the gradients of those.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
-from purestep.metrics import sample_count
-from purestep.sharding.local import microbatch_sizes as microbatch_sizes
-from purestep.sharding.local import piece
-from purestep.treesum import TreeSum as TreeSum
 
 T = TypeVar("T")
 Engine = Literal["auto", "autograd", "func"]
@@ -187,47 +183,3 @@ def stop_gradient(value: T) -> T:
     if not any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(value)):
         return value
     return tree.map(lambda x: x.detach() if isinstance(x, Tensor) and x.requires_grad else x, value)
-
-
-# --- microbatches -----------------------------------------------------------------------------------------------------
-
-
-def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
-    """Cut a batch into microbatches along dim 0 of its tensors.
-
-    Args:
-        batch: pytree of tensors with the same size of dim 0. Leaves without dims go into every microbatch.
-        parts: number of microbatches, at least 1. Empty ones (a batch smaller than `parts`) are left out.
-
-    Returns:
-        `(microbatch, samples)` pairs.
-
-    Raises:
-        StepError: leaves differ in their number of samples.
-
-    Example:
-        >>> [(b["x"].tolist(), n) for b, n in split_batch({"x": torch.arange(5)}, 2)]
-        [([0, 1, 2], 3), ([3, 4], 2)]
-    """
-    samples = sample_count(batch)
-    if parts == 1:
-        return [(batch, samples)]
-    uneven = [
-        f"{path}: {tree.describe(leaf)}"
-        for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
-        if getattr(leaf, "ndim", 0) and leaf.shape[0] != samples
-    ]
-    if uneven:
-        raise StepError(
-            explain(
-                f"the leaves of a batch differ in their number of samples, so it cannot be cut into {parts} parts",
-                where=f"{', '.join(uneven)}; the first leaf has {samples}",
-                instead="give every tensor of the batch the samples as dim 0, or make shared values 0-d",
-            )
-        )
-    out, start = [], 0
-    for size in microbatch_sizes(samples, parts):
-        if size:
-            out.append((piece(batch, start, start + size), size))
-            start += size
-    return out

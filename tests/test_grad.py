@@ -11,8 +11,10 @@ from torch.nn.functional import cross_entropy
 
 import purestep as ps
 from purestep import tree
+from purestep.accumulate import split_batch
 from purestep.errors import MetricError, StepError
-from purestep.grad import grad_and_value, microbatch_sizes, split_batch
+from purestep.grad import grad_and_value
+from purestep.sharding.local import microbatch_sizes
 
 ENGINES = ["auto", "autograd", "func"]
 

@@ -20,12 +20,15 @@ import torch
 
 from purestep import _torch, transforms, tree
 from purestep.errors import explain
+from purestep.given import consume, leaves_apart, memory_of, unaliased
 from purestep.jit import backends, donation, refusals, signature
 from purestep.jit._torch import set_grad_enabled
-from purestep.jit.donation import Plan
+from purestep.jit.donation import Layout
 from purestep.jit.progress import progress
 from purestep.jit.static import Statics
 from purestep.jit.trace import Traced, trace
+from purestep.sharding.plan import Plan
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, name_of, resliced, signature_of
 
 log = logging.getLogger("purestep.jit")
 _MANY = 8
@@ -39,7 +42,7 @@ class Entry:
         run: the compiled graph.
         takes: picks the tensors among the leaves of a call; None where all are.
         pick: picks the leaves of the result among (outputs, leaves, constants).
-        plan: where they come from.
+        layout: where they come from.
         structure: structure of the result.
         code: the graph, as text.
         held: static objects that the signature knows by identity, so that they stay alive.
@@ -49,7 +52,7 @@ class Entry:
     run: backends.Run
     takes: Callable[[Sequence[Any]], Sequence[Any]] | None
     pick: Callable[[Sequence[Any]], Sequence[Any]]
-    plan: Plan
+    layout: Layout
     structure: Any
     code: str
     held: tuple[Any, ...]
@@ -66,7 +69,7 @@ class Entry:
         finally:
             if grad:
                 set_grad_enabled(True)
-        return self.pick((*outputs, *leaves, *self.plan.constants))
+        return self.pick((*outputs, *leaves, *self.layout.constants))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +85,11 @@ class _Last:
     owned: frozenset[int]
 
 
-class Jit:
+class Jit(AnyStep):
     """A compiled function. Made by `jit`; call it like the function.
 
     Attributes:
+        function: the function.
         donate: whether the first argument is consumed.
         backend: name of the backend.
         retraces: why each trace but the first was made, in order.
@@ -94,9 +98,10 @@ class Jit:
     def __init__(
         self, function: Callable[..., Any], donate: bool, backend: str, static: Sequence[int | str], mode: str | None
     ) -> None:
-        self.__wrapped__ = function
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.function = function
+        self.__name__ = name_of(function)
         self.__doc__ = function.__doc__
+        self.__signature__ = signature_of(function)
         self.donate, self.backend, self.mode = donate, backend, mode
         self._statics = Statics(function, static)
         self._lock = threading.RLock()
@@ -112,14 +117,34 @@ class Jit:
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
-        return f"jit({self.__wrapped__!r}, {options})"
+        return f"jit({self.function!r}, {options})"
+
+    # --- as a step ----------------------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> StepFacts:
+        """Those of the function, and how it is compiled."""
+        return dataclasses.replace(facts_of(self.function), donate=self.donate, backend=self.backend)
+
+    def bare(self, microbatches: int | None = None) -> StepFn:
+        return bare(self.function, microbatches)
+
+    def with_microbatches(self, count: int) -> Jit:
+        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode)
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
+    def identity(self) -> Callable[..., Any]:
+        """Return what a snapshot of a run records of it: the function. What compiled it is a condition of the run."""
+        return self.function
 
     # --- calling ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or another trace, a compiled function is the function it was made of.
-            return self.__wrapped__(*args, **kwargs)
+            return self.function(*args, **kwargs)
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         last = self._last
@@ -128,11 +153,11 @@ class Jit:
             if entry is not None:
                 if self.donate:
                     n = len(last.leaves)
-                    leaves[n:] = donation.apart(leaves[n:], last.owned)
+                    leaves[n:] = leaves_apart(leaves[n:], last.owned)
                 return self._run(entry, args, leaves, structure, extra, last)
         entry = self._find(args, kwargs, leaves, structure, extra)
         if self.donate:
-            leaves = donation.unaliased(leaves, entry.plan.state_leaves)
+            leaves = unaliased(leaves, entry.layout.state_leaves)
         return self._run(entry, args, leaves, structure, extra, None)
 
     def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any, tuple[Hashable, Any]]:
@@ -164,14 +189,14 @@ class Jit:
             try:
                 found = entry(leaves)
             except BaseException:
-                donation.consume(args[0], f"{self.__name__}, which failed while it wrote over it")
+                consume(args[0], f"{self.__name__}, which failed while it wrote over it")
                 raise
             result = tree.unflatten(entry.structure, found)
-            donation.consume(args[0], self.__name__)
-        n = entry.plan.state_leaves
+            consume(args[0], self.__name__)
+        n = entry.layout.state_leaves
         if n and entry.fixed:
             self._remember(
-                entry, result if entry.plan.alone else result[0], found[:n], leaves[n:], structure, extra, last
+                entry, result if entry.layout.alone else result[0], found[:n], leaves[n:], structure, extra, last
             )
         return result
 
@@ -193,7 +218,7 @@ class Jit:
             rest, owned = last.rest, last.owned
         else:
             rest = [signature.leaf_signature(leaf) for leaf in others]
-            owned = donation.storages(found) if self.donate else frozenset()
+            owned = memory_of(found) if self.donate else frozenset()
         self._last = _Last(reference, tuple(found), structure, rest, extra, entry, owned)
 
     def _forget(self, reference: weakref.ref[Any]) -> None:
@@ -225,29 +250,32 @@ class Jit:
     ) -> Entry:
         names = functools.cache(lambda: self._paths(args, kwargs))
         signature.check_leaves(leaves, names)
-        self._explain_retrace(signature.Shape.of(names(), leaves, extra[1]))
+        # A dry run of a function that calls this one: what it costs to compile would be for nothing.
+        dry = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
+        if not dry:
+            self._explain_retrace(signature.Shape.of(names(), leaves, extra[1]))
         with progress(self.__name__) as note:
-            backend = "eager" if self._fell_back else self.backend
+            backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
-            traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names)
+            traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
             note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
             try:
-                run = backends.compile(traced, backend, self.mode, donated=plan.state_leaves if self.donate else 0)
+                run = backends.compile(traced, backend, self.mode, donated=layout.state_leaves if self.donate else 0)
             except Exception as error:
                 if not refusals.no_compiler(error):
                     raise refusals.not_compiled(self.__name__, backend, error) from error
                 self._fell_back = True
                 warnings.warn(refusals.no_compiler_message(self.__name__, error), stacklevel=5)
-                traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names)
+                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not signature.static_values((args[1:], kwargs))
-        return Entry(run, takes, _picker(plan.picks), plan, traced.structure, code, tuple(objects), fixed)
+        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed)
 
     def _traced(
         self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, names: Any
-    ) -> tuple[Traced, Plan, str]:
-        function = self._statics.bound(self.__wrapped__, extra[1])
+    ) -> tuple[Traced, Layout, str]:
+        function = self._statics.bound(self.function, extra[1])
         traced = trace(
             function,
             leaves,
@@ -256,8 +284,8 @@ class Jit:
             static=signature.static_values((args, kwargs)),
         )
         first = args[0] if args else None
-        plan = donation.plan(traced, first, len(leaves), donate=self.donate, name=self.__name__)
-        return traced, plan, traced.graph.print_readable(print_output=False)
+        layout = donation.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
+        return traced, layout, traced.graph.print_readable(print_output=False)
 
     def _paths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         named = self._statics.names(len(args))

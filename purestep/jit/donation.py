@@ -1,13 +1,11 @@
-"""Donation: writing the new state over the memory of the old one, and keeping that safe.
+"""Donation in a graph: the epilogue that writes the new state over the memory of the old one.
 
-`plan` adds the `copy_` epilogue to a graph and says where each leaf of the result comes from; `unaliased` gives a
-donated state memory of its own where leaves share some; `consume` makes the old state unusable. Only `call` calls them.
+`epilogue` adds it, and says where each leaf of the result comes from. What donation needs at every call is in `given`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ _IDENTITIES = {torch.ops.aten.clone.default, torch.ops.aten.detach.default, torc
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Layout:
     """Where the leaves of a result are.
 
     Attributes:
@@ -40,7 +38,7 @@ class Plan:
     alone: bool
 
 
-def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str) -> Plan:
+def epilogue(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str) -> Layout:
     """Drop outputs that are inputs, add the epilogue of a donating function, and return where the results are.
 
     Args:
@@ -99,7 +97,7 @@ def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str
     count = len(outputs) + len(kept)
     offset = {"output": 0, "input": count, "constant": count + leaf_count}
     picks = tuple(offset[kind] + index for kind, index in sources)
-    return Plan(picks, tuple(constants), state_leaves, alone)
+    return Layout(picks, tuple(constants), state_leaves, alone)
 
 
 def _memory(node: fx.Node) -> int:
@@ -172,58 +170,3 @@ def _layout(leaf: Any) -> str:
     return (
         f"{text} of strides {tuple(leaf.stride())}" if isinstance(leaf, Tensor) and not leaf.is_contiguous() else text
     )
-
-
-# --- at every call ----------------------------------------------------------------------------------------------------
-
-
-def unaliased(leaves: list[Any], state_leaves: int) -> list[Any]:
-    """Return the leaves with copies in place of those that share memory with a leaf of the state, or with themselves.
-
-    A state may hold one tensor twice (an average that starts as the parameters); as a value that is no different from
-    two tensors, so a donated state gets two.
-    """
-    owned: set[int] = set()
-    result = list(leaves)
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or not leaf.numel():
-            continue
-        start = leaf.untyped_storage().data_ptr()
-        overlaps = i < state_leaves and _folded(leaf)
-        if start in owned or overlaps:
-            result[i] = leaf.detach().clone(
-                memory_format=torch.contiguous_format if overlaps else torch.preserve_format
-            )
-        elif i < state_leaves:
-            owned.add(start)
-    return result
-
-
-def _folded(leaf: Tensor) -> bool:
-    """Tell whether several elements sit in one place, as `expand` makes them."""
-    return any(step == 0 and size > 1 for size, step in zip(leaf.shape, leaf.stride(), strict=True))
-
-
-def storages(leaves: Sequence[Any]) -> frozenset[int]:
-    """Return the memory that a state owns."""
-    return frozenset(leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel())
-
-
-def apart(leaves: Sequence[Any], owned: frozenset[int]) -> list[Any]:
-    """Return leaves of a batch with copies in place of those that share memory with the state."""
-    return [
-        leaf.detach().clone() if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in owned else leaf
-        for leaf in leaves
-    ]
-
-
-def consume(value: Any, by: str) -> None:
-    """Make the nodes of a donated value unusable. Plain dicts, lists and tuples stay; what they hold is consumed."""
-    if tree.node_name(type(value)):
-        tree.consume(value, by)
-    elif isinstance(value, dict):
-        for child in value.values():
-            consume(child, by)
-    elif isinstance(value, (list, tuple)):
-        for child in value:
-            consume(child, by)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.errors import StepError, explain
+from purestep.step_protocol import StepFn, name_of
 
 
 class Contract:
@@ -18,14 +19,14 @@ class Contract:
         state: the state it is given.
     """
 
-    def __init__(self, step: Any, state: Any) -> None:
-        self.name = getattr(step, "__name__", type(step).__name__)
+    def __init__(self, step: StepFn, state: Any) -> None:
+        self.name = name_of(step)
         self.kind = type(state).__name__
         self.structure = tree.structure(state)
         self.paths = tree.paths(state, "state")
         self.leaves = [(tree.describe(leaf) if isinstance(leaf, Tensor) else None) for leaf in tree.leaves(state)]
 
-    def check(self, returned: Any) -> None:
+    def check(self, returned: object) -> None:
         """Refuse what the step returned unless it is a state like the one it was given, and a dict of metrics.
 
         Raises:

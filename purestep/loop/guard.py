@@ -19,6 +19,7 @@ from purestep.loop.dry import dry_run, models_of
 from purestep.loop.lone import lone
 from purestep.loop.misfit import describe_batch, misfit, module_path
 from purestep.sharding.local import LocalBatch
+from purestep.step_protocol import StepFn, facts_of, resliced
 
 
 class BatchChangeWarning(UserWarning):
@@ -33,7 +34,7 @@ class Guard:
         metrics: names of what it returns, as far as the check of the first batch told.
     """
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, step: StepFn) -> None:
         precheck.check_arity(step)
         self.step = step
         self.metrics: tuple[str, ...] | None = None
@@ -54,7 +55,7 @@ class Guard:
         """
         self._remember(batch)
         if fitting.is_auto(self.step):
-            self.step = fitting.with_microbatches(self.step, fitting.choose_microbatches(self.step, state, batch))
+            self.step = resliced(self.step, fitting.choose_microbatches(self.step, state, batch))
         dry, short = precheck.check_step(self.step, state, batch), None
         if dry is not None:
             self._dry_changes = dry.changes
@@ -159,7 +160,7 @@ class Remembered:
         dry: attributes that it was seen to change each time on fake tensors.
     """
 
-    def __init__(self, step: Any, state: Any, dry: tuple[hidden.Change, ...]) -> None:
+    def __init__(self, step: StepFn, state: Any, dry: tuple[hidden.Change, ...]) -> None:
         self._step, self._dry = step, dry
         self._modules = models_of(step, (state,))
         self._saved, self._before = hidden.Saved(self._modules), hidden.attributes(self._modules)
@@ -186,7 +187,7 @@ class Remembered:
             now = hidden.Saved(self._modules)
             try:
                 second = self._step(state, batch)[0]
-                if not hasattr(self._step, "backend"):  # a compiled call runs nothing of the model's Python
+                if facts_of(self._step).backend is None:  # a compiled call runs nothing of the model's Python
                     again = hidden.changed(first, hidden.attributes(self._modules))
                 if not tree.equal(second, returned[0]):
                     self._saved.put_back()

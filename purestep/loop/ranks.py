@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from purestep import data, metrics, snapshot, tree
 from purestep.data.order import Rows
 from purestep.data.share import Cut, share_rows
-from purestep.errors import RankError, explain
+from purestep.errors import ConfigError, RankError, explain
 from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
 from purestep.loop.identity import conditions
@@ -26,6 +26,7 @@ from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
 from purestep.sharding.place import is_split
 from purestep.sharding.plan import Plan
+from purestep.step_protocol import StepFn, facts_of
 
 T = TypeVar("T")
 
@@ -51,23 +52,22 @@ class Ranks:
         microbatches: of a global batch.
     """
 
-    def __init__(self, plan: Any, microbatches: int) -> None:
+    def __init__(self, plan: Plan | None, microbatches: int) -> None:
         self.plan, self.microbatches = plan, microbatches
         self.alone = plan is None or not world.initialize()
         self.first = self.alone or world.rank() == 0
         self._cut: Cut | None = None
-        if not self.alone:
+        if plan is not None and not self.alone:
             from purestep.sharding.mesh import check_world
 
             check_world(plan.mesh)
             plan.microbatches(microbatches)  # refuses a number that cannot be shared, before anything begins
 
     @classmethod
-    def of(cls, step: Any) -> Self:
+    def of(cls, step: StepFn) -> Self:
         """Return the ranks of a step's plan; joins the processes that torchrun started if there is one."""
-        inner = getattr(step, "__wrapped__", step)
-        plan = getattr(inner, "plan", None)
-        return cls(plan, 1 if plan is None else getattr(inner, "parts", plan.replicas))
+        facts = facts_of(step)
+        return cls(facts.plan, facts.microbatches if isinstance(facts.microbatches, int) else 1)
 
     def outside(self, signals: Signals) -> Alone:
         """Return signals and clock as all ranks see them."""
@@ -114,7 +114,8 @@ class Ranks:
         Raises:
             RankError: the ranks hold different values of a state that has to be cut, or only some have it cut already.
         """
-        if not isinstance(self.plan, Plan):
+        if self.plan is None:
+            _check_no_plan(train)
             return train
         if not self.alone:
             specs = tree.leaves(self.plan.specs(train))
@@ -124,7 +125,7 @@ class Ranks:
             world.agree_each({"the state": content}, what="the state", instead=SAME_STATE)
         return self.plan.place(train)
 
-    def compare(self, step: Any, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
+    def compare(self, step: StepFn, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
         """Check that all ranks are about to do the same: code, arguments, data, state.
 
         Raises:
@@ -132,13 +133,13 @@ class Ranks:
         """
         if self.alone:
             return
-        inner = getattr(step, "__wrapped__", step)
+        facts = facts_of(step)
         order = getattr(source, "plan", None)
         values = {
             "the snapshot they begin at": at,
             **{f"the step's {name}": value for name, value in conditions(step).items()},
-            "the loss function": getattr(getattr(inner, "loss_fn", inner), "__qualname__", type(inner).__name__),
-            "tx": _plain(getattr(inner, "tx", None)),
+            "the loss function": getattr(facts.loss_fn, "__qualname__", type(facts.loss_fn).__name__),
+            "tx": _plain(facts.tx),
             "the plan": self.plan,
             "callbacks": [_plain(c) for c in machine.callbacks if c.name != "progress"],
             "until": str(machine.until),
@@ -207,6 +208,20 @@ class Ranks:
         if world.is_lost(error):
             raise world.lost(error, "a step") from error
         world.failed(error)
+
+
+def _check_no_plan(train: Any) -> None:
+    """Refuse a state that ranks hold shards of, where the step names no plan: each rank would run by itself."""
+    if world.size() == 1 or not any(map(is_split, tree.leaves(train))):
+        return
+    raise ConfigError(
+        explain(
+            "the state is split over ranks, and the step is not known to have a plan",
+            where="a step of make_step without plan=, or a function around one with it, which is opaque",
+            why="ranks share data, clock, signals and snapshots of a run by the plan of its step",
+            instead="ps.wrap_step(step, function)   # function(step, state, batch), and the plan stays known",
+        )
+    )
 
 
 def _first_lines(error: Exception) -> str:

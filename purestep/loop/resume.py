@@ -17,6 +17,7 @@ from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.convert import any_policy, under_policy
 from purestep.state import TrainState
+from purestep.step_protocol import StepFn, resliced
 
 Resume = Literal["auto", "never", "must"] | int
 
@@ -124,15 +125,13 @@ def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
     return stored.replace(callbacks=owns, status=stored.status.replace(due=wished))
 
 
-def settled(step: Any, manifest: snapshot.Manifest) -> Any:
+def settled(step: StepFn, manifest: snapshot.Manifest) -> StepFn:
     """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
     from purestep.loop import fitting
 
     was = manifest.info.get("step")
     count = was.get("microbatches") if isinstance(was, Mapping) else None
-    return (
-        fitting.with_microbatches(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
-    )
+    return resliced(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
 
 
 @checked(ConfigError)

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ from purestep.loop.saving import OnSaveError, Saving
 from purestep.loop.signals import Signals
 from purestep.loop.skipped import Skipped
 from purestep.loop.watched import check_names
-
-StepFn = Callable[[Any, Any], tuple[Any, Any]]
+from purestep.step_protocol import StepFn as StepFn
+from purestep.step_protocol import facts_of
 
 
 class Run:
@@ -151,7 +151,7 @@ class Run:
             self._feed.begin(self.loop.cursor.loader)
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             self._saving.begin(self.loop, at, identity)
-            if at is None and getattr(self._step, "donate", False):
+            if at is None and facts_of(self._step).donate:
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
             self._given = None
@@ -275,7 +275,7 @@ class Run:
             self._explain(error, state, batch, index)
             raise
         contract.check(returned)
-        repeatable = self._ranks.alone and not getattr(self._step, "donate", False)
+        repeatable = self._ranks.alone and not facts_of(self._step).donate
         told = remembered.check(state, batch, returned, repeatable=repeatable)
         if told and self._ranks.first:
             warnings.warn(told, hidden.HiddenStateWarning, stacklevel=2)
