@@ -112,9 +112,9 @@ ROWS = {
 
 
 def train(tx, plan):
-    state = ps.init(lambda: nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5)), tx, seed=0, plan=plan)
+    state = ps.init(lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)), tx, seed=0, plan=plan)
     step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=plan, microbatches=2)
-    x = torch.linspace(-1, 1, 28).reshape(4, 7)
+    x = torch.linspace(-1, 1, 32).reshape(4, 8)
     for _ in range(3):
         state, _ = step(state, x)
     return tree.digest((state.params, state.opt_state))
