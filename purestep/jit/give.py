@@ -149,4 +149,6 @@ def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
 
 def _states(value: Any) -> list[TrainState]:
     """Return the train states in a value, which alone are written over."""
+    if isinstance(value, TrainState):  # nearly always: at every call
+        return [value]
     return [state for _, state in tree.find(value, TrainState)]
