@@ -316,6 +316,26 @@ def parts(tree: Any) -> list[tuple[Any, ...]]:
     return [tuple(path) for path in optree.tree_paths(tree)]
 
 
+def find(tree: Any, kind: type[T], root: str = "") -> list[tuple[str, T]]:
+    """Return the nodes and leaves of one kind with their printed paths, in order; none inside of another.
+
+    Args:
+        tree: any pytree; one that is itself of the kind is found at `root`.
+        kind: a class; instances of its subclasses are found, too.
+        root: what the paths begin with, as in `paths`.
+
+    Example:
+        >>> find({"b": [torch.Size([3])], "a": 1}, torch.Size, "shapes")
+        [("shapes['b'][0]", torch.Size([3]))]
+    """
+
+    def is_kind(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    accessors, nodes, _ = optree.tree_flatten_with_accessor(tree, is_leaf=is_kind)
+    return [(at.codify(root), node) for at, node in zip(accessors, nodes, strict=True) if is_kind(node)]
+
+
 @checked(TreeError, failed=True)
 def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like `map`, but the function gets the dotted name of the leaf (see `names`) as its first argument."""

@@ -19,9 +19,9 @@ from purestep.errors import OutOfMemory, explain
 from purestep.loop.dry import Dry, dry_run
 from purestep.loop.lone import lone
 from purestep.loop.misfit import describe_batch
-from purestep.loop.resume import _states
 from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
+from purestep.state import TrainState
 from purestep.step import Step
 
 _SMALLER = "a smaller batch or model, ps.checkpoint around its blocks, or a device with more memory"
@@ -101,7 +101,7 @@ def estimate(step: Any, state: Any, batch: Any, dry: Dry) -> Estimate | None:
     if plan is not None and plan.mesh.size(*plan.model_axes) > 1:
         return None
     here = place.local(state)
-    states = list(_states(here))
+    states = [state for _, state in tree.find(here, TrainState)]
     params = tree.nbytes([s.params for s in states]) if states else tree.nbytes(here)
     own = 1 if plan is None else len(plan.microbatches(inner.parts))
     sums = 1 if (getattr(inner, "microbatches", 1) == 1 if plan is None else own == 1) else 2

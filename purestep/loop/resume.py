@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from purestep import snapshot
+from purestep import snapshot, tree
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
@@ -187,20 +186,5 @@ def restore(
 
 def applied_steps(loop: LoopState) -> int:
     """Return the x-axis of the logs: `state.step`, or the batches consumed when the train state has no step."""
-    for node in _states(loop.train):
-        return int(node.step)
-    return loop.cursor.batches
-
-
-def _states(train: Any) -> Iterator[TrainState]:
-    if isinstance(train, TrainState):
-        yield train
-    elif isinstance(train, Mapping):
-        for value in train.values():
-            yield from _states(value)
-    elif isinstance(train, (tuple, list)):
-        for value in train:
-            yield from _states(value)
-    elif dataclasses.is_dataclass(train):
-        for field in dataclasses.fields(train):
-            yield from _states(getattr(train, field.name))
+    states = tree.find(loop.train, TrainState)
+    return int(states[0][1].step) if states else loop.cursor.batches
