@@ -136,7 +136,7 @@ class ShardedExchange:
 
     def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state holds them: of frozen parameters the shards."""
-        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}  # type: ignore[attr-defined]
+        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}
         return {n: old[n] if n in self.split else t for n, t in plain.items()}
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
