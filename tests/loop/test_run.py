@@ -274,16 +274,20 @@ def test_the_test_above_can_fail(job):
 
 
 def test_events_come_in_order_and_the_user_may_leave(job, tmp_path):
-    run = ps.run(**job(), until=ps.epochs(5), run_dir=tmp_path)
-    kinds = []
-    for event in run:
-        kinds.append(type(event))
-        if isinstance(event, Evaluated):
-            break
-    assert kinds[0] is Started
-    assert kinds[-1] is Evaluated
-    assert run.loop.cursor.batches == 3
-    assert run.result().reason == "not finished"
+    before, kinds = set(threading.enumerate()), []
+    with ps.run(**job(), until=ps.epochs(5), run_dir=tmp_path) as run:
+        for event in run:
+            kinds.append(type(event))
+            if isinstance(event, Evaluated):
+                break
+        assert kinds[0] is Started
+        assert kinds[-1] is Evaluated
+        assert run.loop.cursor.batches == 3
+        assert run.result().reason == "not finished"
+    assert set(threading.enumerate()) == before
+    again = ps.run(**job(), until=ps.epochs(1), run_dir=tmp_path)  # the directory is free
+    assert isinstance(list(again)[-1], Stopped)
+    again.close()
 
 
 def test_a_hand_written_step_with_plain_metrics(job):
