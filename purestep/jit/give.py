@@ -149,11 +149,11 @@ def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
     return state, memory_of(filter(is_owned, written))
 
 
-def _local(leaf: Any) -> Any:
-    return leaf._local_tensor if place.is_split(leaf) else leaf
+def _local(leaf: object) -> object:
+    return leaf._local_tensor if place.is_split(leaf) else leaf  # type: ignore[attr-defined]
 
 
-def _states(value: Any) -> list[TrainState]:
+def _states(value: object) -> list[TrainState]:
     """Return the train states in a value, which alone are written over."""
     if isinstance(value, TrainState):  # nearly always: at every call
         return [value]
