@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from purestep import transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import backward_scope, gradient_scope
@@ -27,7 +27,7 @@ Argnums = int | tuple[int, ...]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 # What torch.autograd.grad comes to for one number: the rest of it takes as long as the backward pass of a small model.
-_engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_engine = _torch.run_backward
 _autograd_grad = undispatched(torch.autograd.grad)
 
 

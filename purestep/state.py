@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import bits, random, transforms, tree
+from purestep import _torch, bits, random, transforms, tree
 from purestep.arguments import Device, Seed, checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
@@ -368,7 +368,7 @@ def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
             for place, key in places:
                 place[key] = copied
         for m in slots(module).rnns:
-            m._init_flat_weights()
+            _torch.init_flat_weights(m)
         return module.eval()
     found = slots(module, fresh=True)
     own = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}

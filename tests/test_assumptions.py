@@ -346,7 +346,7 @@ def _():
     ps.data.batches([], 4)
 
 
-@call(9, DataError, "there is no full batch, and drop_last=True leaves out any other")
+@call(9, DataError, "the data set has fewer samples than one batch, and drop_last=True leaves out a smaller batch")
 def _():
     ps.data.batches(Pictures(), 8)
 
@@ -366,7 +366,7 @@ def _():
     list(ps.data.batches(Pictures(3), 2, shuffle=False))
 
 
-@call(9, DataError, "every sample of a batch is bad, so there is no batch to give")
+@call(9, DataError, "no sample of a batch could be loaded, so the batch is empty")
 def _():
     list(ps.data.batches(Pictures(2, 3), 2, shuffle=False, on_bad_sample="skip"))
 

@@ -64,13 +64,13 @@ class EvaluateCallback(Reducer):
             The names of its metrics, None where they are not known.
         """
         from purestep.data.batches import Batches
-        from purestep.data.foreign import Sequence
+        from purestep.data.foreign import BatchSequence
         from purestep.loop.precheck import check_eval
 
         source = self._source
         if isinstance(source, Batches):
             source = source.replace(num_workers=0)
-        elif not isinstance(source, Sequence):
+        elif not isinstance(source, BatchSequence):
             return None
         for batch in source.open(0, 0, None):
             return check_eval(self.name, self._step, train, batch, of=self.of)

@@ -8,7 +8,6 @@ are imported on first use only.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -122,13 +121,11 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
 
 
 def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callable[..., Any]:
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-    from torch._inductor.virtualized import V
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    options: dict[str, Any] = {**list_mode_options(mode or "default")}
+    from purestep.jit import _inductor as inductor
+
+    options: dict[str, Any] = {**inductor.list_mode_options(mode or "default")}
     # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
     options.pop("triton.cudagraphs", None)
     fake_mode = traced.mode
@@ -138,17 +135,16 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callab
         # Tracing goes without one, so that shapes which depend on values are errors; Inductor's disk cache asks for it.
         fake_mode.shape_env = ShapeEnv()
         with (
-            torch._inductor.config.patch({**options, **_CONFIG, **known}),
+            inductor.config.patch({**options, **_CONFIG, **known}),
             torch.no_grad(),
-            V.set_fake_mode(fake_mode),
-            torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
+            inductor.compiling(fake_mode),
         ):
-            graph = joint_graph_passes(graph, device)
+            graph = inductor.joint_graph_passes(graph, device)
             hoist_scalars(graph)
             end = graph.graph.output_node()
             end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
             with together():
-                return compile_fx_inner(graph, traced.fakes, is_inference=True)
+                return inductor.compile_fx_inner(graph, traced.fakes, is_inference=True)
 
 
 def _broken_up(traced: Traced, decompositions: Mapping[OpOverload, Callable[..., object]]) -> fx.GraphModule:
@@ -166,11 +162,10 @@ def _decompositions(device: torch.device | None) -> Iterator[dict[OpOverload, Ca
 
     Inductor would decompose it, or lower it to a loop that is not vectorized; so neither of its tables may have it.
     """
-    lowering = importlib.import_module("torch._inductor.lowering")  # before the table, which needs it
-    from torch._inductor.decomposition import select_decomp_table
+    from purestep.jit import _inductor as inductor
 
-    known, lowered = dict(select_decomp_table()), lowering.lowerings
-    by_torch = getattr(lowering, "fallback_max_pool2d_with_indices_backward", None)
+    known, lowered = dict(inductor.decompositions()), inductor.lowerings
+    by_torch = inductor.POOL_FALLBACK
     if device is None or device.type != "cpu":
         yield known
         return

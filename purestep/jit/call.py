@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from purestep import transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.errors import explain
 from purestep.given import consume, leaves_apart, memory_of, unaliased
 from purestep.jit import backends, donation, refusals, signature
+from purestep.jit._torch import set_grad_enabled
 from purestep.jit.donation import Layout
 from purestep.jit.progress import progress
 from purestep.jit.static import Statics
@@ -68,12 +69,12 @@ class Entry:
         tensors = leaves if self.takes is None else self.takes(leaves)
         grad = torch.is_grad_enabled()
         if grad:
-            torch._C._set_grad_enabled(False)
+            set_grad_enabled(False)
         try:
             outputs = self.run([*tensors])
         finally:
             if grad:
-                torch._C._set_grad_enabled(True)
+                set_grad_enabled(True)
         return self.pick((*outputs, *leaves, *self.layout.constants))
 
 
@@ -147,7 +148,7 @@ class Jit(AnyStep):
     # --- calling ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or another trace, a compiled function is the function it was made of.
             return self.function(*args, **kwargs)
         args, kwargs, extra = self._split(args, kwargs)

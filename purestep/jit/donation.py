@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import StepError, explain
 from purestep.jit.trace import Traced
 
@@ -106,7 +106,7 @@ def epilogue(traced: Traced, first: object, leaf_count: int, *, donate: bool, na
 
 
 def _memory(node: fx.Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata
+    return _torch.storage_id(node.meta["val"].untyped_storage())
 
 
 def _root(node: fx.Node) -> fx.Node:

@@ -10,9 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from purestep import transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.given import consume, donating, lies_in, memory_of, nodes, unaliased
@@ -61,7 +59,7 @@ class Donating(AnyStep):
         return self.step
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or a trace nothing is written in place.
             return self.step(state, *args, **kwargs)
         own, memory = _of_its_own(state)
@@ -138,19 +136,15 @@ def donate(step: Callable[..., Any]) -> Any:
 
 def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
     """Return a state whose tensors share memory with nothing else in it, and the memory that an update writes over."""
-    if not worth_reusing(_local(p) for found in _states(state) for p in found.params.values()):
+    if not worth_reusing(place.part_of(p) for found in _states(state) for p in found.params.values()):
         return state, frozenset()
     leaves, structure = tree.flatten(state)
-    local = [_local(leaf) for leaf in leaves]
+    local = [place.part_of(leaf) for leaf in leaves]
     apart = unaliased(local, len(local))
     if any(a is not b for a, b in zip(local, apart, strict=True)):
         state = place.rewrap(tree.unflatten(structure, apart), state)
-    written = [_local(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))]
+    written = [place.part_of(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))]
     return state, memory_of(filter(is_owned, written))
-
-
-def _local(leaf: object) -> object:
-    return leaf._local_tensor if place.is_split(leaf) else leaf  # type: ignore[attr-defined]
 
 
 def _states(value: object) -> list[TrainState]:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import transforms
+from purestep import _torch, transforms
 from purestep.accumulate import Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.errors import ConfigError, explain
 from purestep.given import consume
 from purestep.jit.call import Jit
+from purestep.optim.scope import only_shards
 from purestep.sharding import place, whole
 from purestep.sharding.plan import Plan
 from purestep.state import TrainState
@@ -52,7 +53,7 @@ class JitStep(AnyStep):
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             return self.step(state, batch)
         if self.step.plan is not None:
             return self._planned(self.step.plan, state, batch)
@@ -93,7 +94,7 @@ class JitStep(AnyStep):
         gradients = total.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             # What needs whole tensors gathers them, which no graph can hold.
-            compiled = view is state or whole.only_parts(step.tx)
+            compiled = view is state or only_shards(step.tx)
             new, metrics = (self.update if compiled else step.update)(
                 view, _changed(view, gradients) if compiled else gradients
             )

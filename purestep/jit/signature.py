@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import ConfigError, TraceError, explain
 from purestep.functional import Definition
 from purestep.sharding.place import is_split, needs_plan
@@ -80,7 +80,7 @@ def _hashable(value: object) -> bool:
 def ambient() -> Hashable:
     """Return the settings of the process that change what is traced."""
     mixed = None
-    if torch._C._is_any_autocast_enabled():
+    if _torch.autocast_enabled():
         devices = ("cpu", "cuda")
         mixed = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
     return torch.get_default_dtype(), mixed
@@ -148,7 +148,7 @@ def _module_fingerprint(module: nn.Module) -> Hashable:
                 settings.append((key, _setting(value)))
         shapes = [
             (key, None if t is None else (t.dtype, tuple(t.shape), t.requires_grad))
-            for kind in (child._parameters, child._buffers)
+            for kind in (_torch.parameters_of(child), _torch.buffers_of(child))
             for key, t in kind.items()
         ]
         parts.append((name, type(child), tuple(settings), tuple(shapes)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.data import seeds
 from purestep.functional import Definition
 from purestep.keyed.host import unguarded
@@ -50,7 +50,7 @@ class Call:
         """Do it on real tensors of these shapes, unless they are large; it may raise."""
         if sum(t.numel() * t.element_size() for t in self.tensors()) <= _VERIFY_LIMIT:
             args, kwargs = tree.map(_real, (self.args, self.kwargs))
-            with torch.enable_grad(), torch._C.DisableTorchFunction():
+            with torch.enable_grad(), _torch.no_torch_function():
                 self.function(*args, **kwargs)
 
     def fails_for_real(self) -> bool:
@@ -147,7 +147,7 @@ class _Watch(TorchFunctionMode):
 
 def autocasting() -> bool:
     """Tell whether an autocast chooses dtypes, on whatever device."""
-    return bool(torch._C._is_any_autocast_enabled())
+    return _torch.autocast_enabled()
 
 
 # --- bytes kept for the backward pass ---------------------------------------------------------------------------------
@@ -157,15 +157,15 @@ class _Books:
     """Counts the storages that autograd holds on to, each once, as long as it does."""
 
     def __init__(self, given: object) -> None:
-        self.given = {x.untyped_storage()._cdata for x in tree.leaves(given) if isinstance(x, Tensor)}
+        self.given = {_torch.storage_id(x.untyped_storage()) for x in tree.leaves(given) if isinstance(x, Tensor)}
         self.held: dict[int, int] = {}
         self.live = self.peak = 0
 
     def pack(self, tensor: Tensor) -> Tensor | _Held:
         storage = tensor.untyped_storage()
-        if storage._cdata in self.given:
+        if _torch.storage_id(storage) in self.given:
             return tensor
-        return _Held(self, tensor, storage._cdata, storage.nbytes())
+        return _Held(self, tensor, _torch.storage_id(storage), storage.nbytes())
 
 
 class _Held:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.sharding.local import local_batch
-from purestep.sharding.place import is_split
+from purestep.sharding.place import is_split, part_of
 from purestep.step_protocol import StepFn, bare, facts_of
 
 
@@ -56,7 +56,7 @@ def lone(step: StepFn, state: object, batch: object) -> Lone | None:
 def _is_plain(leaf: object) -> bool:
     if not isinstance(leaf, Tensor):
         return True
-    return type(leaf._local_tensor if is_split(leaf) else leaf) in (Tensor, nn.Parameter)  # type: ignore[attr-defined]
+    return type(part_of(leaf)) in (Tensor, nn.Parameter)
 
 
 def _whole(leaf: object) -> object:

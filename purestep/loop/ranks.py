@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from purestep import data, metrics, snapshot, tree
-from purestep.data.order import Rows
-from purestep.data.share import Cut, share_rows
+from purestep.data.order import SampleShard
+from purestep.data.share import ShardedSource, shard_samples
 from purestep.errors import RankError, explain
 from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
@@ -56,7 +56,7 @@ class Ranks:
         self.plan, self.microbatches = plan, microbatches
         self.alone = plan is None or not world.initialize()
         self.first = self.alone or world.rank() == 0
-        self._cut: Cut | None = None
+        self._cut: ShardedSource | None = None
         if plan is not None and not self.alone:
             from purestep.sharding.mesh import check_world
 
@@ -79,8 +79,8 @@ class Ranks:
         """Return a source of the rows that this rank computes; the source itself where those are all."""
         if self.plan is None or self.plan.replicas == 1:
             return source
-        shared = share_rows(source, Rows(self.microbatches, self.plan.microbatches(self.microbatches)))
-        self._cut = shared if isinstance(shared, Cut) else None
+        shared = shard_samples(source, SampleShard(self.microbatches, self.plan.microbatches(self.microbatches)))
+        self._cut = shared if isinstance(shared, ShardedSource) else None
         return shared
 
     def seen(self) -> str | None:
@@ -133,7 +133,7 @@ class Ranks:
         if self.alone:
             return
         facts = facts_of(step)
-        order = getattr(source, "plan", None)
+        order = source.order if isinstance(source, data.Batches) else None
         values = {
             "the snapshot they begin at": at,
             **{f"the step's {name}": value for name, value in conditions(step).items()},
@@ -220,4 +220,4 @@ def _plain(value: Any) -> str:
 
 
 def _order(order: Any) -> str:
-    return "" if order is None else repr(dataclasses.replace(order, share=None))
+    return "" if order is None else repr(dataclasses.replace(order, shard=None))

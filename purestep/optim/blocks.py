@@ -1,7 +1,7 @@
 """One update of all parameters; long ones go slice by slice, so that what lies between stays in the processor's cache.
 
-Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations that say they are
-`separable` are cut. Memory that was given away is written over; nothing else is written into.
+Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations of scope "element"
+are sliced. Memory that was donated is written over; nothing else is written into.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from purestep import tree
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation
 from purestep.optim.chain import Chain
+from purestep.optim.scope import scope_of
 
 # Elements from which a tensor is long, and the part of them that is a slice: a few of those, of gradient, parameter,
 # moments and what lies between, fill a core's own cache.
@@ -72,13 +73,13 @@ def advance(
         **extra: what `tx.update` takes.
     """
     if type(params) is dict and any(map(is_long, params.values())):
-        if tx.separable:
+        if scope_of(tx) == "element":
             done = None
-            if reuse or not tx.in_place:
-                done = _sliced(tx, grads, state, params, accept, reuse, extra)
+            if reuse or not tx._in_place():
+                done = sliced(tx, grads, state, params, accept=accept, reuse=reuse, **extra)
             if done is not None:
                 return done
-        elif isinstance(tx, Chain) and tx.transforms and tx.transforms[-1].separable:
+        elif isinstance(tx, Chain) and tx.transforms and scope_of(tx.transforms[-1]) == "element":
             (first, before), (end, held) = tx.divided(state)
             proposed, following = first.update(grads, before, params, **extra)
             if accept is not None:
@@ -89,24 +90,31 @@ def advance(
     return new if accept is None else tree.select(accept, new, (params, state))
 
 
-def _sliced(
+def sliced(
     tx: GradientTransformation,
     grads: dict[str, Tensor],
     state: Any,
     params: dict[str, Tensor],
-    accept: Tensor | None,
-    reuse: bool,
-    extra: dict[str, Any],
+    *,
+    accept: Tensor | None = None,
+    reuse: bool = False,
+    limit: int | None = None,
+    **extra: Any,
 ) -> tuple[Any, Any] | None:
-    """Update block by block; None when the tensors are no ordinary ones, or the state cannot be cut like them."""
+    """Update slice by slice; None when the tensors are no ordinary ones, or the state cannot be sliced like them.
+
+    Args:
+        tx, grads, state, params, accept, reuse, **extra: as for `advance`; `tx` is of scope "element".
+        limit: elements above which a tensor is sliced; by default what its device takes.
+    """
     leaves, structure = tree.flatten(state)
     everything = (list(grads.values()), list(params.values()), leaves)
     if not all(isinstance(x, Tensor) for xs in everything for x in xs) or not fx.plain(*everything):
         return None
     shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
-    limits = tuple(_limit(p) for p in params.values())
+    limits = tuple(limit or _limit(p) for p in params.values())
     # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
-    layout = _layout(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx.in_place)
+    layout = _layout(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx._in_place())
     if layout is None:
         return None
     result = _Result(params, leaves, accept, reuse)
@@ -207,7 +215,7 @@ def _layout(
 
 
 class _Uncuttable(Exception):
-    """The state has something by name of parameter that has not their shapes, or a node of unknown kind."""
+    """The state holds tensors of parameters otherwise than in dicts by name and shape, or a node of unknown kind."""
 
 
 class _Cutter:
@@ -223,14 +231,16 @@ class _Cutter:
         return _Block(names, rows, structure, tuple((i, i in self.own) for i in numbers))
 
     def _cut(self, node: Any, names: frozenset[str]) -> Any:
+        if type(node) is int and self.leaf_shapes[node] and self.leaf_shapes[node] in self.shapes.values():
+            raise _Uncuttable  # a tensor like a parameter that is under no name: whose it is nobody can tell
         if node is None or type(node) is int:
             return node
         if type(node) is dict:
             if node and node.keys() <= self.shapes.keys():
                 return self._cut_column(node, names)
             return {key: self._cut(value, names) for key, value in node.items()}
-        if type(node) in (list, tuple):
-            return type(node)(self._cut(value, names) for value in node)
+        if type(node) in (list, tuple) and node:
+            raise _Uncuttable  # what is kept by position, say one tensor a parameter, would meet other parameters
         if tree.node_name(type(node)) is None:
             raise _Uncuttable
         data, _ = tree.node_fields(type(node))

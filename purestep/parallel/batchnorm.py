@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 
+from purestep import _torch
 from purestep.accumulate import Context
 from purestep.parallel.shares import Shares
 from purestep.sharding import collectives
@@ -125,7 +126,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hat, weight, scale, count = ctx.saved_tensors
         grad, synced = grads[0].to(hat.dtype), ctx.synced
-        with torch._C.DisableTorchFunction():
+        with _torch.no_torch_function():
             sums = torch.cat([grad.sum(ctx.dims), (grad * hat).sum(ctx.dims)])
             # Losses of microbatches are weighted after their backward pass, so what comes from others is here.
             factor = synced.weigh() if synced.counts else 1.0

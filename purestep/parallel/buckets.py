@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.accumulate import Accumulation, Context, Gradients, Partial, Tensors, Weight, merge
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
@@ -113,7 +113,7 @@ class BucketExchange:
         return new
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._begin(*stop_gradient((weight, dict(buffers), dict(metrics))))
 
     def backward_done(self, cast: Uncast, grads: Any) -> Any:
@@ -166,7 +166,7 @@ class BucketExchange:
 
     def _arrived(self, i: int, grad: Tensor) -> None:
         # What happens here is no operation of the model: no mode of it has to look.
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._fill(i, grad)
 
     def _fill(self, i: int, grad: Tensor) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from purestep import _torch
 from purestep.accumulate import Accumulation, Context, Gradients, Partial, Tensors, Weight
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
@@ -137,12 +138,12 @@ class ShardedExchange:
 
     def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state holds them: of frozen parameters the shards."""
-        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}  # type: ignore[attr-defined]
+        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}
         return {n: old[n] if n in self.split else t for n, t in plain.items()}
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.session.end_forward()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._begin(*stop_gradient((weight, dict(buffers), dict(metrics))))
 
     def backward_done(self, cast: Uncast, grads: Tensors) -> Tensors:
@@ -195,12 +196,12 @@ class ShardedExchange:
 
     def take(self, unit: Unit, grads: list[Tensor | None]) -> None:
         """Take the gradients of a unit as its backward pass ends; those of the root are sent last."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._taken[unit.number] = self._rows(unit, grads)
 
     def reduce(self, unit: Unit) -> None:
         """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             # One reduction is under way at a time: waiting for the one before bounds the memory of packed gradients.
             for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
                 self._sent[before] = self._arrived(*self._sent[before])
@@ -286,7 +287,7 @@ _units: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, Units]
 
 def units_of(plan: Plan, module: nn.Module, split: Tensors, parts: Tensors, trained: Collection[str]) -> Units:
     """Return the units of a model, made once for each plan and placement."""
-    specs = [x._spec for x in split.values()]  # type: ignore[attr-defined]
+    specs = [_torch.layout_of(x) for x in split.values()]
     key = plan, tuple(split), tuple(id(spec) for spec in specs), tuple(parts[n].dtype for n in split), tuple(trained)
     known = _units.setdefault(module, {})
     if key not in known:

@@ -19,7 +19,7 @@ from purestep.bits import leaf_bytes
 from purestep.errors import RankError, TreeError, explain
 from purestep.sharding import world
 from purestep.sharding.local import LocalBatch
-from purestep.sharding.place import is_split, shard_of
+from purestep.sharding.place import is_split, part_of, shard_of
 from purestep.sharding.plan import Plan
 
 SAME_STATE = "state = ps.init(model, tx, seed=0, plan=plan)   # the same seed and code on every rank"
@@ -137,7 +137,7 @@ def compare_states(state: object) -> None:
     hashes = []
     for path, leaf in zip(tree.paths(state, "state"), tree.leaves(state), strict=True):
         split = is_split(leaf)
-        kind, content = leaf_bytes(path, leaf._local_tensor if split else leaf)
+        kind, content = leaf_bytes(path, part_of(leaf))
         target = parts if split else whole
         target.update(f"{path} {kind} ".encode())
         target.update(content)

@@ -13,6 +13,7 @@ from purestep import transforms
 from purestep.accumulate import NO_EXCHANGE, Accumulation, Gradients, MicrobatchExchange, accumulate
 from purestep.errors import ConfigError, explain
 from purestep.optim.base import GradientTransformation
+from purestep.optim.scope import fused_on_shards
 from purestep.parallel.buckets import Buckets
 from purestep.parallel.gathering import Sharded, split_leaves
 from purestep.parallel.inputs import compare_first, compare_sizes, sizes_of
@@ -116,7 +117,7 @@ def check(plan: Plan, step: Checked) -> None:
                 instead="make_step(loss_fn, tx)   # without a plan",
             )
         )
-    if plan.reduction == "tree" and plan.shard_axes and step.tx.on_shards and not step.tx.shard_invariant:
+    if plan.reduction == "tree" and plan.shard_axes and fused_on_shards(step.tx):
         raise ConfigError(
             explain(
                 "this optimizer gives a part of a tensor other bits than the whole",

@@ -174,7 +174,7 @@ def test_ranks_that_differ_are_told_at_the_start(answers):
 def test_what_cannot_be_shared_is_refused(answers):
     for found in (a["refusals"] for a in answers[4]):
         assert "6 microbatches cannot be shared equally by 4 ranks" in found["count"]
-        assert "does not work where several ranks share a batch" in found["skip"]
+        assert "does not work where several ranks read shards of one batch" in found["skip"]
         assert "Subset" in found["skip"]
 
 

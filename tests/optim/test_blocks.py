@@ -59,15 +59,13 @@ class _First:
 class _TowardsTheFirst(optim.GradientTransformation):
     """Remembers the first parameters, and hands its state on as the very tensors it is given."""
 
+    scope = "element"
+
     def init(self, params: Any) -> _First:
         return _First(tree.map(torch.clone, params))
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return tree.map(lambda p, f: 0.1 * (f - p) - 1.0, params, state.params), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 adamw, sgd = optim.adamw(1e-2, weight_decay=0.1), optim.sgd(0.1, momentum=0.9)
@@ -82,13 +80,13 @@ COMPOSED = {
     "averaged equally": (optim.average_params(sgd, decay=None, start=1, every=2), True),
     "injected": (optim.inject_hyperparams(optim.adamw)(learning_rate=1e-2, weight_decay=0.1), True),
     "masked": (optim.masked(adamw, "*weight"), True),
-    "masked by a tree": (optim.masked(adamw, TREE), False),
+    "masked by a tree": (optim.masked(adamw, TREE), True),
     "frozen": (optim.chain(adamw, optim.freeze("body.*")), True),
     "partition": (optim.partition({"slow": sgd, "fast": adamw}, {"slow": "*bias", "fast": "*"}), True),
     "partition by function": (optim.partition({"slow": sgd, "fast": adamw}, _labelled), True),
     "partition by a tree": (
         optim.partition({"slow": sgd, "fast": adamw}, {n: "slow" if n == "odd" else "fast" for n in SHAPES}),
-        False,
+        True,
     ),
     "master": (precision.master_weights(adamw), True),
     "accumulated": (optim.accumulate(adamw, every=2), True),
@@ -109,7 +107,7 @@ COMPOSED = {
 @pytest.mark.parametrize("name", COMPOSED)
 def test_slices_and_memory_given_away_change_no_bit(name: str, limit: int) -> None:
     tx, separable = COMPOSED[name]
-    assert tx.separable is separable
+    assert (tx.scope == "element") is separable
     expected = bare(tx, draw(1))
     params = draw(1)
     assert not (found := tree.diff(advanced(tx, params), expected)), f"\n{found}"
@@ -230,17 +228,15 @@ class _Odd:
 
 @optim.transformation
 class _PerParameter(optim.GradientTransformation):
-    """Says it is separable, and keeps one number a parameter by its name, which cannot be cut."""
+    """Claims "element" falsely: it keeps one number a parameter by its name, which cannot be sliced."""
+
+    scope = "element"
 
     def init(self, params: Any) -> _Odd:
         return _Odd({name: torch.zeros(()) for name in params})
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return updates, _Odd({name: state.seen[name] + updates[name].abs().max() for name in updates})
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 def test_a_state_that_cannot_be_cut_is_updated_as_a_whole(limit: int) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.optim import _torch
+
 
 def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[int]]:
     """Positions of tensors by device, dtype and a number of each: a fused kernel takes one kind at a time."""
@@ -58,7 +60,7 @@ def fused_sgd(
 ) -> None:
     """Take a step of momentum SGD; `params` and `trace` are overwritten."""
     for at in _groups(grads):
-        torch._fused_sgd_(
+        _torch.fused_sgd(
             [params[i] for i in at],
             [grads[i] for i in at],
             [trace[i] for i in at] if trace is not None else [],
@@ -89,7 +91,7 @@ def fused_adam(
     """Take the `count`-th step of Adam, each parameter with its decoupled decay; all but `grads` are overwritten."""
     for at in _groups(grads, decays):
         steps = count.to(grads[at[0]].device, torch.float32)
-        torch._fused_adamw_(
+        _torch.fused_adamw(
             [params[i] for i in at],
             [grads[i] for i in at],
             [mu[i] for i in at],

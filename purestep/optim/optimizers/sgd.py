@@ -29,6 +29,7 @@ from purestep.optim.base import (
 )
 from purestep.optim.optimizers.fused import fitted, fused_sgd
 from purestep.optim.scale import checked_rate
+from purestep.optim.scope import Kernel
 
 
 @tree.pytree
@@ -40,7 +41,8 @@ class SgdState:
 
 
 @transformation
-class Sgd(GradientTransformation):
+class Sgd(Kernel, GradientTransformation):
+    scope = "element"
     learning_rate: ScalarOrSchedule
     momentum: Scalar = 0.0
     nesterov: bool = False
@@ -73,6 +75,8 @@ class Sgd(GradientTransformation):
         self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         """Let the kernel write parameters, too: the bits of `torch.optim`'s fused SGD."""
+        if not self.fused:
+            return super().advance(updates, state, params, reuse=reuse, step=step, **extra)
         gs, treedef = tree.flatten(updates)
         trace, ps = self._trace(state, treedef, updates), same_leaves(params, treedef, updates, "params")
         ready = self._ready(gs if trace is None else fx.cast(gs, trace), trace, ps)
@@ -110,22 +114,6 @@ class Sgd(GradientTransformation):
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"learning_rate": value_at(self.learning_rate, step)}
 
-    @property
-    def shard_invariant(self) -> bool:
-        return not self.fused
-
-    @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def one_pass(self) -> bool:
-        return self.fused
-
-    @property
-    def in_place(self) -> bool:
-        return self.fused
-
 
 @checked(OptimError)
 def sgd(
@@ -146,8 +134,8 @@ def sgd(
         momentum: $\mu$; 0 keeps no state.
         nesterov: look ahead along the momentum.
         dampening: $d$; the first gradient enters undamped.
-        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same
-            bits for a shard as for the whole (`shard_invariant` is False).
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and a shard does
+            not get the bits of the full tensor.
 
     Returns:
         A transformation with the state `SgdState(count, momentum)`, or an empty one without momentum.
