@@ -33,12 +33,12 @@ Weight = int | Tensor
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
-    """Cut a batch into microbatches along dim 0 of its tensors.
+def split_batch(batch: T, count: int) -> list[tuple[T, int]]:
+    """Slice a batch into microbatches along dim 0 of its tensors.
 
     Args:
         batch: pytree of tensors with the same size of dim 0. Leaves without dims go into every microbatch.
-        parts: number of microbatches, at least 1. Empty ones (a batch smaller than `parts`) are left out.
+        count: number of microbatches, at least 1. Empty ones (of a batch with fewer samples) are left out.
 
     Returns:
         `(microbatch, samples)` pairs.
@@ -51,7 +51,7 @@ def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
         [([0, 1, 2], 3), ([3, 4], 2)]
     """
     samples = sample_count(batch)
-    if parts == 1:
+    if count == 1:
         return [(batch, samples)]
     uneven = [
         f"{path}: {tree.describe(leaf)}"
@@ -61,13 +61,13 @@ def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
     if uneven:
         raise StepError(
             explain(
-                f"the leaves of a batch differ in their number of samples, so it cannot be cut into {parts} parts",
+                f"the leaves of a batch differ in their number of samples, so it cannot be cut into {count} parts",
                 where=f"{', '.join(uneven)}; the first leaf has {samples}",
                 instead="give every tensor of the batch the samples as dim 0, or make shared values 0-d",
             )
         )
     out, start = [], 0
-    for size in microbatch_sizes(samples, parts):
+    for size in microbatch_sizes(samples, count):
         if size:
             out.append((piece(batch, start, start + size), size))
             start += size

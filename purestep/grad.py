@@ -8,7 +8,7 @@ microbatches, and adds up the gradients of those.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +23,9 @@ from purestep.keyed.mode import undispatched
 
 T = TypeVar("T")
 Engine = Literal["auto", "autograd", "func"]
+Argnums = int | tuple[int, ...]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 # What torch.autograd.grad comes to for one number: the rest of it takes as long as the backward pass of a small model.
 _engine = _torch.run_backward
 _autograd_grad = undispatched(torch.autograd.grad)
@@ -70,7 +73,13 @@ def grad_and_value(
     return wrapped
 
 
-def _func(function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, kwargs: Any) -> Any:
+def _func(
+    function: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    args: Args,
+    kwargs: Kwargs,
+) -> Any:
     # torch.func takes only tensors out of a transform; what else is in aux goes around it.
     around: list[Any] = []
 
@@ -89,7 +98,12 @@ def _func(function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, 
 
 
 def _autograd(
-    function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, kwargs: Any, collected: bool
+    function: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    args: Args,
+    kwargs: Kwargs,
+    collected: bool,
 ) -> Any:
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     leaves, structure = tree.flatten(tuple(args[n] for n in numbers))
@@ -145,7 +159,7 @@ def _independent(value: Tensor) -> StepError:
     )
 
 
-def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Any:
+def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
     """Run the backward pass, with the modes of the backward scope active inside."""
     if torch.compiler.is_compiling():  # Dynamo knows the function by its identity
         return torch.autograd.grad(value, inputs, one, allow_unused=True)
@@ -154,7 +168,7 @@ def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Any:
     return _engine((value,), (one,), False, False, tuple(inputs), True, accumulate_grad=False)
 
 
-def _track(leaf: Any, index: int, structure: Any) -> Tensor:
+def _track(leaf: object, index: int, structure: tree.Structure) -> Tensor:
     if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
         path = tree.paths(tree.unflatten(structure, range(structure.num_leaves)))[index]
         raise StepError(
@@ -167,7 +181,7 @@ def _track(leaf: Any, index: int, structure: Any) -> Tensor:
     return leaf.detach().requires_grad_()
 
 
-def _check_value(value: Any, name: str) -> None:
+def _check_value(value: object, name: str) -> None:
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
         raise StepError(
             explain(

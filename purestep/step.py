@@ -226,7 +226,7 @@ def make_step(
             the batch, or `ps.weighted(mean, weight)` for a mean over something else. Metrics are a dict; see
             `metrics.as_metrics`.
         tx: gradient transformation, the one the state was made with.
-        microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
+        microbatches: slice each batch into so many equal ones, run one after the other through the model, and sum their
             gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding. By
             default 1; with a plan one for each rank that computes others, so name it where the number of ranks may
             change: the bits depend on it. "auto" lets `fit` take the smallest number that fits in memory; a resumed

@@ -29,6 +29,7 @@ from purestep.bits import tensor_bytes as tensor_bytes
 from purestep.errors import DonatedStateError, TreeError, explain
 
 T = TypeVar("T")
+Structure = optree.PyTreeSpec
 Filter = str | Sequence[str] | Callable[[str], bool]
 _NAMESPACE = optree.registry.__GLOBAL_NAMESPACE
 _NODES: dict[str, type] = {}

@@ -29,9 +29,15 @@ from purestep.jit.static import Statics
 from purestep.jit.trace import Traced, trace
 from purestep.sharding.plan import Plan
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, name_of, resliced, signature_of
+from purestep.tree import Structure
 
 log = logging.getLogger("purestep.jit")
 _MANY = 8
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Names = Callable[[], list[str]]
+# What a call is known by besides its leaves: settings of torch, and static arguments.
+Extra = tuple[Hashable, tuple[tuple[str, type, Any], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Entry:
     takes: Callable[[Sequence[Any]], Sequence[Any]] | None
     pick: Callable[[Sequence[Any]], Sequence[Any]]
     layout: Layout
-    structure: Any
+    structure: Structure
     code: str
     held: tuple[Any, ...]
     fixed: bool
@@ -76,11 +82,11 @@ class Entry:
 class _Last:
     """The state that the last call returned: if it comes back untouched, its signature is known."""
 
-    state: weakref.ref[Any]
+    state: weakref.ref[object]
     leaves: tuple[Any, ...]
-    structure: Any
+    structure: Structure
     rest: list[Hashable]
-    extra: Any
+    extra: Extra
     entry: Entry
     owned: frozenset[int]
 
@@ -160,14 +166,14 @@ class Jit(AnyStep):
             leaves = unaliased(leaves, entry.layout.state_leaves)
         return self._run(entry, args, leaves, structure, extra, None)
 
-    def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any, tuple[Hashable, Any]]:
+    def _split(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Extra]:
         """Return the traced arguments, and what else a call is known by: settings of torch and static arguments."""
         if not self._statics:
             return args, kwargs, (signature.ambient(), ())
         args, kwargs, given = self._statics.split(args, kwargs)
         return args, kwargs, (signature.ambient(), given)
 
-    def _again(self, last: _Last, leaves: list[Any], structure: Any, extra: Any) -> Entry | None:
+    def _again(self, last: _Last, leaves: list[Any], structure: Structure, extra: Extra) -> Entry | None:
         """Return the entry of the last call if this one differs from it in the contents of the batch only."""
         n = len(last.leaves)
         if (
@@ -180,7 +186,13 @@ class Jit(AnyStep):
         return None
 
     def _run(
-        self, entry: Entry, args: tuple[Any, ...], leaves: list[Any], structure: Any, extra: Any, last: _Last | None
+        self,
+        entry: Entry,
+        args: Args,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        last: _Last | None,
     ) -> Any:
         if not self.donate:
             found = entry(leaves)
@@ -203,11 +215,11 @@ class Jit(AnyStep):
     def _remember(
         self,
         entry: Entry,
-        state: Any,
+        state: object,
         found: Sequence[Any],
         others: list[Any],
-        structure: Any,
-        extra: Any,
+        structure: Structure,
+        extra: Extra,
         last: _Last | None,
     ) -> None:
         try:
@@ -221,14 +233,14 @@ class Jit(AnyStep):
             owned = memory_of(found) if self.donate else frozenset()
         self._last = _Last(reference, tuple(found), structure, rest, extra, entry, owned)
 
-    def _forget(self, reference: weakref.ref[Any]) -> None:
+    def _forget(self, reference: weakref.ref[object]) -> None:
         last = self._last
         if last is not None and last.state is reference:
             self._last = None
 
     # --- looking up and compiling -------------------------------------------------------------------------------------
 
-    def _find(self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any) -> Entry:
+    def _find(self, args: Args, kwargs: Kwargs, leaves: list[Any], structure: Structure, extra: Extra) -> Entry:
         signature.check_whole(leaves, lambda: self._paths(args, kwargs))
         objects = signature.static_values((args, kwargs))
         signatures = tuple([signature.leaf_signature(leaf) for leaf in leaves])
@@ -246,7 +258,13 @@ class Jit(AnyStep):
         return entry
 
     def _build(
-        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, objects: list[Any]
+        self,
+        args: Args,
+        kwargs: Kwargs,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        objects: list[Any],
     ) -> Entry:
         names = functools.cache(lambda: self._paths(args, kwargs))
         signature.check_leaves(leaves, names)
@@ -273,7 +291,13 @@ class Jit(AnyStep):
         return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed)
 
     def _traced(
-        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, names: Any
+        self,
+        args: Args,
+        kwargs: Kwargs,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        names: Callable[[], list[str]],
     ) -> tuple[Traced, Layout, str]:
         function = self._statics.bound(self.function, extra[1])
         traced = trace(
@@ -287,7 +311,7 @@ class Jit(AnyStep):
         layout = donation.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
         return traced, layout, traced.graph.print_readable(print_output=False)
 
-    def _paths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _paths(self, args: Args, kwargs: Kwargs) -> list[str]:
         named = self._statics.names(len(args))
         roots = [*zip(named, args, strict=True), *((k, kwargs[k]) for k in sorted(kwargs))]
         return [path for name, value in roots for path in tree.paths(value, name)]
@@ -326,7 +350,7 @@ class Jit(AnyStep):
         """Return the traced graph of a call as code, the epilogue of a donation included."""
         return self._entry_for(args, kwargs).code
 
-    def _entry_for(self, args: Any, kwargs: Any) -> Entry:
+    def _entry_for(self, args: Args, kwargs: Kwargs) -> Entry:
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         return self._find(args, kwargs, leaves, structure, extra)

@@ -38,7 +38,7 @@ class Layout:
     alone: bool
 
 
-def epilogue(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str) -> Layout:
+def epilogue(traced: Traced, first: object, leaf_count: int, *, donate: bool, name: str) -> Layout:
     """Drop outputs that are inputs, add the epilogue of a donating function, and return where the results are.
 
     Args:
@@ -72,11 +72,15 @@ def epilogue(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name:
         root = _root(node)
         if donate and position < state_leaves:
             own = inputs[slot_of[position]]
+            # A leaf that the function passed on is in its place already.
             if root is not own:
                 if _memory(node) in donated:
+                    # It is another leaf of the state, or a view of one: another copy of the epilogue may write over
+                    # it before this one reads it, so it is read first.
                     node = _cloned(traced, end, node)
                     kept.append(node)
                 copies.append((own, node))
+            # Whatever was copied there, the caller finds it in the memory of the leaf that it donated.
             sources.append(("input", position))
         elif root.op == "placeholder" and _memory(root) not in donated:
             sources.append(("input", traced.takes[inputs.index(root)]))
@@ -84,6 +88,7 @@ def epilogue(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name:
             sources.append(("output", len(outputs)))
             outputs.append(node)
     if donate:
+        # Metrics may show a parameter of before or after the update; both memories hold the new state at the end.
         written = {_memory(node) for _, node in copies} | donated
         outputs = [_cloned(traced, end, node) if _memory(node) in written else node for node in outputs]
     with traced.graph.graph.inserting_before(end):
@@ -125,11 +130,11 @@ def _cloned(traced: Traced, end: fx.Node, node: fx.Node) -> fx.Node:
 # --- is it a state? ---------------------------------------------------------------------------------------------------
 
 
-def _candidates(result: Any) -> list[tuple[Any, bool]]:
+def _candidates(result: object) -> list[tuple[Any, bool]]:
     return ([(result[0], False)] if isinstance(result, tuple) and result else []) + [(result, True)]
 
 
-def _state_like(traced: Traced, first: Any) -> tuple[int, bool]:
+def _state_like(traced: Traced, first: object) -> tuple[int, bool]:
     """Return the number of leaves of a returned state that fits the first argument, and whether it stands alone."""
     leaves, structure = tree.flatten(first)
     for value, alone in _candidates(traced.result):
@@ -139,7 +144,7 @@ def _state_like(traced: Traced, first: Any) -> tuple[int, bool]:
     return 0, False
 
 
-def _fits(old: Any, new: Any) -> bool:
+def _fits(old: object, new: object) -> bool:
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return type(old) is type(new) and bool(old == new)
     same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
@@ -148,7 +153,7 @@ def _fits(old: Any, new: Any) -> bool:
     )
 
 
-def _not_a_state(traced: Traced, first: Any, name: str) -> str:
+def _not_a_state(traced: Traced, first: object, name: str) -> str:
     value = _candidates(traced.result)[0][0]
     before = dict(zip(tree.paths(first, "state"), tree.leaves(first), strict=True))
     after = dict(zip(tree.paths(value, "state"), tree.leaves(value), strict=True))
@@ -165,7 +170,7 @@ def _not_a_state(traced: Traced, first: Any, name: str) -> str:
     )
 
 
-def _layout(leaf: Any) -> str:
+def _layout(leaf: object) -> str:
     text = tree.describe(leaf)
     return (
         f"{text} of strides {tuple(leaf.stride())}" if isinstance(leaf, Tensor) and not leaf.is_contiguous() else text

@@ -147,7 +147,7 @@ def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
     return state, memory_of(filter(is_owned, written))
 
 
-def _states(value: Any) -> list[TrainState]:
+def _states(value: object) -> list[TrainState]:
     """Return the train states in a value, which alone are written over."""
     if isinstance(value, TrainState):  # nearly always: at every call
         return [value]

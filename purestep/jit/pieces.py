@@ -83,6 +83,7 @@ class JitStep(AnyStep):
                     instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
                 )
             )
+        # DTensors do not go into a graph: where any leaf is split, the pieces compute with the local shards.
         view = place.local(state) if total.split_leaves(state) else state
         indices = self._indices(step.microbatch_count, state.rng.device)
 
@@ -100,6 +101,7 @@ class JitStep(AnyStep):
         if view is state:
             return new, metrics
         new = place.rewrap(new, state)
+        # The compiled update consumed the view, whose memory is that of the state; the state itself is left to consume.
         if self.donate and compiled:
             consume(state, self.__name__)
         return new, metrics

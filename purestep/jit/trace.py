@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,9 @@ from purestep.errors import PurestepError
 from purestep.jit import refusals
 from purestep.jit._torch import batch_norm_legit, fake_tensor_mode, set_mkldnn_enabled, tracing_context
 from purestep.keyed import host
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @dataclasses.dataclass
@@ -40,9 +43,9 @@ class Traced:
     fakes: list[Tensor]
     takes: list[int]
     leaves: list[Any]
-    structure: Any
+    structure: tree.Structure
     result: Any
-    mode: Any
+    mode: FakeTensorMode
 
     def nodes(self) -> tuple[list[fx.Node], fx.Node, list[fx.Node]]:
         """Return the inputs, the output node, and the nodes that are returned."""
@@ -53,7 +56,7 @@ class Traced:
 def trace(
     function: Callable[..., Any],
     leaves: Sequence[Any],
-    structure: Any,
+    structure: tree.Structure,
     *,
     paths: Callable[[], list[str]],
     static: Sequence[Any] = (),
@@ -121,7 +124,7 @@ def _batch_norm(
     return legit.default(x, weight, bias, mean, var, training, momentum, eps)
 
 
-# Operators that write into arguments which their schema calls unchanged: nobody would see the write.
+# Operators that write into arguments which their schema calls unchanged: no check of the graph would see the write.
 _TABLE: dict[Any, Any] = {torch.ops.aten.native_batch_norm.default: _batch_norm}
 
 

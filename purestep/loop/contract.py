@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from purestep import tree
@@ -19,7 +17,7 @@ class Contract:
         state: the state it is given.
     """
 
-    def __init__(self, step: StepFn, state: Any) -> None:
+    def __init__(self, step: StepFn, state: object) -> None:
         self.name = name_of(step)
         self.kind = type(state).__name__
         self.structure = tree.structure(state)
@@ -61,7 +59,7 @@ class Contract:
                     )
                 )
 
-    def _difference(self, new: Any) -> str:
+    def _difference(self, new: object) -> str:
         after = tree.paths(new, "state")
         gone, added = [p for p in self.paths if p not in after], [p for p in after if p not in self.paths]
         if gone or added:

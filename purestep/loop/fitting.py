@@ -6,7 +6,6 @@ It is settled once, with the first batch, by the estimates of `memory`; a resume
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ def is_auto(step: StepFn) -> bool:
     return facts_of(step).microbatches == "auto"
 
 
-def choose_microbatches(step: StepFn, state: Any, batch: Any, *, free: int | None = None) -> int:
+def choose_microbatches(step: StepFn, state: object, batch: object, *, free: int | None = None) -> int:
     """Return the smallest number of microbatches with which a step fits in memory.
 
     It goes by the estimate of dry runs. On an accelerator the step is then tried for real (a pure step changes
@@ -52,7 +51,7 @@ def choose_microbatches(step: StepFn, state: Any, batch: Any, *, free: int | Non
             explain(
                 "microbatches='auto' and a plan do not go together",
                 where="ps.loop.choose_microbatches, for a step with a plan",
-                why="all ranks have to cut a batch alike, and each knows only its own memory",
+                why="all ranks have to slice a batch alike, and each knows only its own memory",
                 instead="microbatches=8   # a number that all of them can share",
             )
         )
@@ -67,7 +66,7 @@ def choose_microbatches(step: StepFn, state: Any, batch: Any, *, free: int | Non
     return count
 
 
-def _smallest(step: StepFn, state: Any, batch: Any, room: int, samples: int) -> int:
+def _smallest(step: StepFn, state: object, batch: object, room: int, samples: int) -> int:
     donated = facts_of(step).donate
 
     def needed(count: int) -> memory.Estimate:
@@ -97,7 +96,7 @@ def _nothing_fits(samples: int, needed: memory.Estimate | None) -> ConfigError:
     )
 
 
-def _runs(step: StepFn, state: Any, batch: Any, count: int) -> bool:
+def _runs(step: StepFn, state: object, batch: object, count: int) -> bool:
     try:
         bare(step, count)(state, batch)
     except Exception as error:

@@ -7,7 +7,6 @@ So every rank of a plan can check its part of a step without the others. `preche
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +28,11 @@ class Lone:
     """
 
     step: StepFn
-    state: Any
-    batch: Any
+    state: object
+    batch: object
 
 
-def lone(step: StepFn, state: Any, batch: Any) -> Lone | None:
+def lone(step: StepFn, state: object, batch: object) -> Lone | None:
     """Return what to run on fake tensors; None where they would say nothing about the step.
 
     Args:

@@ -58,6 +58,7 @@ class Estimate:
     @property
     def beyond(self) -> int:
         """What is needed besides the state and the batch, which are there already."""
+        # Activations are freed by the backward pass before the update makes the new state: the larger one counts.
         new = 0 if self.donated else self.state
         return self.gradients + max(self.gathered + self.activations, new)
 
@@ -91,7 +92,7 @@ def show(nbytes: float) -> str:
     return ""
 
 
-def estimate(step: StepFn, state: Any, batch: Any, dry: Dry) -> Estimate | None:
+def estimate(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate | None:
     """Return what a step needs of this process, from a dry run of it.
 
     None under tensor parallelism: what each rank keeps of a layer that several compute is not known.
@@ -102,7 +103,7 @@ def estimate(step: StepFn, state: Any, batch: Any, dry: Dry) -> Estimate | None:
     return estimate_alone(step, state, batch, dry)
 
 
-def estimate_alone(step: StepFn, state: Any, batch: Any, dry: Dry) -> Estimate:
+def estimate_alone(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate:
     """Return what `estimate` does, for a step whose ranks compute each layer alone."""
     facts = facts_of(step)
     plan, count = facts.plan, facts.microbatches
@@ -187,7 +188,7 @@ def own_share(free: int | None, device: torch.device) -> int | None:
     return free if free is None or device.type != "cpu" else free // world.neighbours()
 
 
-def shortage(step: StepFn, needed: Estimate, batch: Any, device: torch.device, free: int | None) -> str | None:
+def shortage(step: StepFn, needed: Estimate, batch: object, device: torch.device, free: int | None) -> str | None:
     """Return what to say when a step needs more than is free, with the numbers and what would fit; else None."""
     if free is None or needed.beyond <= free:
         return None
@@ -212,7 +213,7 @@ def warn(shortages: Sequence[str | None]) -> None:
     warnings.warn(text, MemoryEstimateWarning, stacklevel=2)
 
 
-def _advice(step: StepFn, needed: Estimate, batch: Any, free: int | None) -> str:
+def _advice(step: StepFn, needed: Estimate, batch: object, free: int | None) -> str:
     facts = facts_of(step)
     plan = facts.plan
     lines = []
@@ -243,7 +244,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(
-    step: StepFn, state: Any, batch: Any, error: BaseException, *, index: int, free: int | None
+    step: StepFn, state: object, batch: object, error: BaseException, *, index: int, free: int | None
 ) -> OutOfMemory:
     """Return the error to raise where a step ran out of memory: batch, estimate, and what would fit."""
     alone = lone(step, state, batch)

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from purestep import data, metrics, snapshot, tree
 from purestep.data.order import SampleShard
 from purestep.data.share import ShardedSource, shard_samples
-from purestep.errors import ConfigError, RankError, explain
+from purestep.errors import RankError, explain
 from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
 from purestep.loop.identity import conditions
@@ -115,7 +115,6 @@ class Ranks:
             RankError: the ranks hold different values of a state that has to be cut, or only some have it cut already.
         """
         if self.plan is None:
-            _check_no_plan(train)
             return train
         if not self.alone:
             specs = tree.leaves(self.plan.specs(train))
@@ -208,20 +207,6 @@ class Ranks:
         if world.is_lost(error):
             raise world.lost(error, "a step") from error
         world.failed(error)
-
-
-def _check_no_plan(train: Any) -> None:
-    """Refuse a state that ranks hold shards of, where the step names no plan: each rank would run by itself."""
-    if world.size() == 1 or not any(map(is_split, tree.leaves(train))):
-        return
-    raise ConfigError(
-        explain(
-            "the state is split over ranks, and the step is not known to have a plan",
-            where="a step of make_step without plan=, or a function around one with it, which is opaque",
-            why="ranks share data, clock, signals and snapshots of a run by the plan of its step",
-            instead="ps.wrap_step(step, function)   # function(step, state, batch), and the plan stays known",
-        )
-    )
 
 
 def _first_lines(error: Exception) -> str:

@@ -100,7 +100,9 @@ class _BatchNorm(torch.autograd.Function):
     """Batch norm by mean and variance over all ranks. Returns the output, mean, variance (biased) and count."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, synced: Synced, eps: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, synced: Synced, eps: float
+    ) -> tuple[Tensor, ...]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.ndim)]
         channels = x.shape[1]

@@ -180,6 +180,7 @@ class BucketExchange:
         while self.next < len(layout.groups) and not self.missing[self.next]:
             group = layout.groups[self.next]
             self._add(first + self.next, packed(self.reduced([self.grads[i] for i in group])))
+            # The bucket holds a copy: without this their memory would stay until the backward pass ends.
             for i in group:
                 self.grads[i] = _GONE
             self.next += 1

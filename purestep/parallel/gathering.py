@@ -119,6 +119,8 @@ class ShardedExchange:
     def tracked(self, cast: Uncast, params: Tensors) -> Tensors:
         """Return what is differentiated: the parameters that are not split, and what stands for all others."""
         self.cast, self.params = cast, params
+        # Split parameters are gathered inside of the forward pass, so they cannot be what is differentiated. Their
+        # gradients come to the session on the way to the anchor, of which every gather is made to depend.
         anchor = torch.zeros((), device=next(iter(params.values())).device)
         return {n: params[n] for n in self.sharded.whole} | {_ANCHOR: anchor}
 
@@ -200,6 +202,7 @@ class ShardedExchange:
     def reduce(self, unit: Unit) -> None:
         """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
         with _torch.no_torch_function(), torch.no_grad():
+            # One reduction is under way at a time: waiting for the one before bounds the memory of packed gradients.
             for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
                 self._sent[before] = self._arrived(*self._sent[before])
             rows = self._taken.pop(unit.number, None)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from purestep import transforms
 from purestep.accumulate import NO_EXCHANGE, Accumulation, Gradients, MicrobatchExchange, accumulate
-from purestep.errors import ConfigError, TraceError, explain
+from purestep.errors import ConfigError, explain
 from purestep.optim.base import GradientTransformation
 from purestep.optim.scope import fused_on_shards
 from purestep.parallel.buckets import Buckets
@@ -46,11 +46,14 @@ def total(
     local = local_batch(batch, plan, count)
     if world_size() > 1:
         if view.rng.is_meta:
-            raise TraceError(
+            # Only the dry run of an opaque function comes here: of every other step it runs the `bare` one.
+            raise ConfigError(
                 explain(
-                    "a step with a plan was called on tensors without memory",
-                    why="it exchanges values with other ranks, which a dry run cannot",
-                    instead="ps.wrap_step(step, function)   # where a function around the step hides its plan",
+                    "a function around a step hides its plan from the run",
+                    where=f"{plan!r}, on {world_size()} processes",
+                    why="ranks share the data, the clock, signals and snapshots of a run by the plan of its step; "
+                    "without it each of them would run by itself",
+                    instead="ps.wrap_step(step, function)   # function(step, state, batch), and the plan stays known",
                 )
             )
         place.check_placed(plan, at_rest.params)
@@ -58,6 +61,8 @@ def total(
     sums = accumulate(view, local.samples, count)
     sums.told = sizes_of(batch, local.samples)
     who = shares(plan, count, len(sums.sizes))
+    # Every rank enters every exchange in one order, so a rank whose microbatches are empty computes on spare samples,
+    # and its contribution does not count.
     pieces = {index: data for index, data, _ in local.pieces(who.mine)}
     spare = local.spare(who.mine) if len(pieces) < len(who.mine) else None
     split = split_leaves(at_rest)

@@ -397,6 +397,26 @@ def test_states_inside_a_node_of_ones_own(cases, batches, trained):
         _ = state.maker
 
 
+def test_an_empty_tensor_lies_in_no_memory():
+    """Its address is 0, like that of every other one: a parameter without elements is no reason to refuse them."""
+    tx = ps.optim.sgd(0.1)
+
+    def model():
+        net = nn.Linear(6, 6)
+        net.register_parameter("empty", nn.Parameter(torch.ones(0, 3)))
+        return net
+
+    def step(state, batch):
+        grads = {name: torch.ones_like(p) for name, p in state.params.items()}
+        return state.apply_gradients(tx, grads, last_use=True), {"nothing": torch.ones(0), "one": torch.ones(())}
+
+    state = ps.init(model, tx)
+    first = long_ones(state)
+    new, others = ps.donate(step)(state, None)
+    assert long_ones(new) == first
+    assert others["nothing"].shape == (0,)
+
+
 # --- what can be donated ----------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ Its answers go to `<directory>/<rank>.json`, a dict by check.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -129,6 +130,32 @@ def fsdp(directory):
 def hsdp(directory):
     plan = sharding.hsdp(fsdp=min(SIZE, 2))
     return summary(ps.fit(**job(plan), until=ps.steps(12)))
+
+
+def wrapped(directory):
+    """A function around the step: the run knows the plan, reads shares of the data, and checks its first batch."""
+    calls = []
+
+    def around(step, state, batch):
+        calls.append((state.step.is_meta, None if step.plan is None else step.plan.replicas))
+        return step(state, batch)
+
+    train = Samples(59, 0)
+    options = job(sharding.fsdp(), train=ps.data.batches(train, 12, seed=3, drop_last=False, transform=jitter))
+    step = ps.wrap_step(options["step"], around)
+    result = ps.fit(**{**options, "step": step}, until=ps.steps(12))
+    return summary(result) | {"read": train.read, "calls": sorted(set(calls), key=str)}
+
+
+def opaque(directory):
+    """The same without `wrap_step`, under both kinds of plans."""
+    found = {}
+    for plan in (ddp(), sharding.fsdp()):
+        options = job(plan)
+        step = options["step"]
+        call = functools.partial(ps.fit, **{**options, "step": lambda state, batch, step=step: step(state, batch)})
+        found[str(bool(plan.shard_axes))] = error_of(lambda call=call: call(until=ps.steps(2)))
+    return found
 
 
 def few(directory):

@@ -11,7 +11,7 @@ import purestep as ps
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
 ALL = "straight fsdp hsdp few foreign collated own_loop level_two relay"
-MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory"
+MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory wrapped opaque"
 
 
 def free_port():
@@ -71,6 +71,24 @@ def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
         assert (run["batches"], run["reason"], run["metrics"]) == tuple(
             runs[0][name] for name in ("batches", "reason", "metrics")
         )
+
+
+def test_a_function_around_a_step_keeps_its_plan(answers):
+    straight = answers[1][0]["straight"]
+    for rank in range(4):
+        answer = answers[4][rank]["wrapped"]
+        assert (answer["digest"], answer["metrics"]) == (straight["digest"], straight["metrics"])
+        # Called with the step of the plan, and once on fake tensors with one that has none.
+        assert answer["calls"] == [[False, 4], [True, None]]
+    assert sum(answers[4][rank]["wrapped"]["read"] for rank in range(4)) == straight["read"]
+
+
+def test_a_function_that_hides_a_plan_is_refused_on_every_rank(answers):
+    for rank in range(4):
+        for text in answers[4][rank]["opaque"].values():
+            assert text.startswith("ConfigError: a function around a step hides its plan from the run")
+            assert "on 4 processes" in text
+            assert "ps.wrap_step(step, function)" in text
 
 
 def test_a_run_has_the_same_bits_under_any_plan(answers):
