@@ -31,6 +31,8 @@ from purestep.optim.optimizers.fused import fitted, fused_sgd
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 @tree.pytree
 class SgdState:
@@ -95,7 +97,11 @@ class Sgd(Kernel, GradientTransformation):
     def _ready(self, gs: list[Tensor], *lists: list[Tensor] | None) -> list[Tensor] | None:
         """Return the gradients as the kernel takes them; None where there is none to take them."""
         given = [xs for xs in lists if xs is not None]
-        return fitted(gs, *given) if self.fused and fx.plain(gs, *given) else None
+        # The CPU kernel of torch 2.13 skips most elements of half precision, and reads their momentum as float32
+        # (pytorch issue 191763).
+        if not self.fused or not fx.plain(gs, *given) or any(g.is_cpu and g.dtype in _HALF for g in gs):
+            return None
+        return fitted(gs, *given)
 
     def _fused(
         self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Any, *, reuse: bool
