@@ -82,7 +82,7 @@ def test_a_buffer_that_nobody_touched_is_passed_on_and_not_copied():
     assert all(new.buffers[name] is state.buffers[name] for name in new.buffers)
 
 
-# --- slicing a batch ---------------------------------------------------------------------------------------------------
+# --- slicing a batch -----------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 300), st.integers(1, 40))
