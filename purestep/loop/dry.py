@@ -24,7 +24,7 @@ from purestep.data import seeds
 from purestep.functional import Definition
 from purestep.keyed.host import unguarded
 from purestep.loop.hidden import Change, Modules, Saved, attributes, changed
-from purestep.loop.standin import light_kernels
+from purestep.loop.small_kernels import small_kernels
 
 _VERIFY_LIMIT = 1 << 28  # bytes: a failing call on larger tensors is believed without being tried on real ones
 
@@ -94,8 +94,14 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
         function: called once; twice when it changes attributes of a model, to learn whether it does so again.
         *args: its arguments; tensors in them are replaced by fake ones, everything else is passed as it is.
     """
-    watch, result, failure, peak = _Watch(), None, None, None
+    watch, kernels, result, failure, peak = _Watch(), small_kernels(), None, None, None
     changes: tuple[Change, ...] = ()
+
+    def run(*inputs: Any) -> Any:
+        # What a step makes by itself is without memory as well.
+        with kernels, watch, torch.device("meta"):
+            return function(*inputs)
+
     with contextlib.ExitStack() as stack:
         # Inside of what puts models back as they were: they may cache a table in the dry run, a fake tensor.
         modules = stack.enter_context(_undisturbed(function, args))
@@ -105,14 +111,13 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
         # The hooks of saved tensors count in one thread, this one.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
-            with light_kernels(), watch, torch.device("meta"):  # what a step makes by itself is without memory as well
-                before = attributes(modules)
-                result = function(*fakes)
-                first, peak = attributes(modules), books.peak
-                if changed(before, first):
-                    with contextlib.suppress(Exception):
-                        function(*fakes)
-                        changes = changed(first, attributes(modules))
+            before = attributes(modules)
+            result = run(*fakes)
+            first, peak = attributes(modules), books.peak
+            if changed(before, first):
+                with contextlib.suppress(Exception):
+                    run(*fakes)
+                    changes = changed(first, attributes(modules))
         except Exception as error:
             failure = error
     return Dry(result, failure, watch.failed, books.peak if peak is None else peak, changes)

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Run:
         self._checked = False
         self.loop = self.machine.init(state)
         self.reason: str | None = None
-        self._events: Iterator[Event] | None = None
+        self._events: Generator[Event, None, None] | None = None
 
     # --- iterating ------------------------------------------------------------------------------------------------
 
@@ -124,12 +124,26 @@ class Run:
     def __next__(self) -> Event:
         return next(iter(self))
 
+    def close(self) -> None:
+        """End a run that is left before its end: its directory is free then, and its threads and workers end.
+
+        The run does this itself at its end. A `with` block calls it: `with ps.run(...) as events:`.
+        """
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def result(self) -> Result:
         """Return what the run has come to; complete once the iteration is over."""
         reason = self.reason or "not finished"
         return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._saving.unsaved)
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event, None, None]:
         with contextlib.ExitStack() as stack:
             stack.callback(self._feed.close)
             stack.enter_context(self._ranks)

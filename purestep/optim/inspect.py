@@ -44,8 +44,7 @@ def set(opt_state: Any, changes: Mapping[str, Any] | None = None, /, **named: An
         opt_state: what `tx.init` or `tx.update` returned.
         changes: `{name: value}`, for names with dots; see `get`.
         **named: the same for plain names. A number becomes a tensor of the old value's dtype, shape and device; a
-        tensor or
-            a tree must fit the old one.
+            tensor or a tree must fit the old one.
 
     Raises:
         OptimError: a name is unknown or ambiguous, or a value does not fit.

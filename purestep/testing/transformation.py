@@ -167,7 +167,7 @@ def _straight(
     done = []
     for number in range(1, steps + 1):
         grads = _gradients(params, 1000 * seed + number, value_fn)
-        extra = {"step": torch.tensor(number - 1), "value": torch.tensor(1.0 / number)}
+        extra: dict[str, Any] = {"step": torch.tensor(number - 1), "value": torch.tensor(1.0 / number)}
         if value_fn is not None:
             extra["value_fn"] = value_fn
         step = _protocol(tx, number, grads, state, params, extra)
@@ -387,7 +387,7 @@ class _Exchange:
         self.barrier = threading.Barrier(size, timeout=120)
 
     def __call__(self, rank: int, what: str, value: Any = None) -> list[Any]:
-        self.sent[rank] = what, value  # type: ignore[call-overload]
+        self.sent[rank] = what, value
         self.barrier.wait()
         sent = list(self.sent)
         self.barrier.wait()
@@ -408,7 +408,8 @@ class _Rank(whole.Whole):
 
     def reduce(self, values: Tensor, op: str) -> Tensor:
         stacked = torch.stack(self.exchange(self.rank, f"a {op}", values))
-        return {"sum": stacked.sum, "max": stacked.amax, "min": stacked.amin}[op](0)
+        along: dict[str, Callable[[int], Tensor]] = {"sum": stacked.sum, "max": stacked.amax, "min": stacked.amin}
+        return along[op](0)
 
     def squares(self, values: Sequence[Tensor], structure: Any) -> Tensor:
         counts, mine = [], []

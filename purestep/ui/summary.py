@@ -89,8 +89,7 @@ def summary(state_or_module: Any, *, depth: Count = 1) -> Summary:
 
     Args:
         state_or_module: a `TrainState` (or anything with `params`, and maybe `buffers` and `opt_state`), a module, or
-        any
-            pytree of tensors, which counts as trained.
+            any pytree of tensors, which counts as trained.
         depth: how many parts of a dotted name make a group.
 
     Returns:

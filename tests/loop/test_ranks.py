@@ -41,20 +41,25 @@ def start(zygote, directory, size, names, timeout=60):
         with child:
             _, errors = child.communicate(120)
             ends.append((child.returncode, errors))
-    answers = [directory / f"{size}-{r}.json" for r in range(size)]
-    return [json.loads(a.read_text()) if a.exists() else None for a in answers], ends
+    return said(directory, size), ends
+
+
+def said(directory, size):
+    answers = [directory / f"{size}-{rank}.json" for rank in range(size)]
+    return [json.loads(a.read_text()) if a.exists() else None for a in answers]
 
 
 @pytest.fixture(scope="session")
-def answers(zygote, tmp_path_factory):
+def answers(zygote, once):
     """By number of processes, the answers of each rank."""
-    directory = tmp_path_factory.mktemp("ranks")
-    found = {}
-    for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, f"{ALL} memory")):
-        found[size], ends = start(zygote, directory, size, names)
-        assert ends == [(0, "")] * size, ends
-    found["directory"] = directory
-    return found
+
+    def ask(directory):
+        for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, f"{ALL} memory")):
+            _, ends = start(zygote, directory, size, names)
+            assert ends == [(0, "")] * size, ends
+
+    directory = once("ranks", ask)
+    return {size: said(directory, size) for size in (4, 2, 1)} | {"directory": directory}
 
 
 @pytest.mark.parametrize("check", ["straight", "fsdp", "hsdp", "few", "foreign", "collated"])
@@ -268,6 +273,7 @@ def test_a_rank_that_raises_is_named_by_the_others(zygote, tmp_path):
         assert found[rank]["raises"]["seconds"] < 20
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_after_the_timeout(zygote, tmp_path):
     found, ends = start(zygote, tmp_path, 3, "hangs", timeout=2)
     assert ends[1][0] == 3
@@ -296,6 +302,7 @@ elastic_launch(config, work)(*sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(zygote, tmp_path):
     """torchrun's agent, whose workers are forked here instead of started anew."""
     done = zygote.run(

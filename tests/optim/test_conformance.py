@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -376,7 +377,7 @@ def flat_update(row: Row, treedef: Any) -> Callable[..., list[Tensor]]:
     return update
 
 
-@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize("mode", slow_but(["fake", "real"], "fake"))  # `jit` traces over fake tensors
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_one_trace_serves_every_step(row: Row, mode: str) -> None:
     """Traced once at the first step, the graph gives the bits of eager at the first four."""
