@@ -209,7 +209,7 @@ def replaced(node: T, **changes: Any) -> T:
 
 
 class Consumed:
-    """What a node becomes when its tensors were given away: it prints; any other use raises DonatedStateError."""
+    """What a node becomes when its tensors were donated: it prints; any other use raises DonatedStateError."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__class__":

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
+from purestep import _torch
 from purestep.errors import ConfigError, explain
 from purestep.jit import refusals, shelf
 from purestep.jit.hoist import hoist_scalars
@@ -147,7 +147,7 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callab
                 return inductor.compile_fx_inner(graph, traced.fakes, is_inference=True)
 
 
-def _broken_up(traced: Traced, decompositions: Mapping[OpOverload, Callable[..., object]]) -> fx.GraphModule:
+def _broken_up(traced: Traced, decompositions: Mapping[_torch.OpOverload, Callable[..., object]]) -> fx.GraphModule:
     """Return the graph in the operators that Inductor knows."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -157,7 +157,7 @@ def _broken_up(traced: Traced, decompositions: Mapping[OpOverload, Callable[...,
 
 
 @contextlib.contextmanager
-def _decompositions(device: torch.device | None) -> Iterator[dict[OpOverload, Callable[..., object]]]:
+def _decompositions(device: torch.device | None) -> Iterator[dict[_torch.OpOverload, Callable[..., object]]]:
     """Yield Inductor's decompositions, and leave the gradient of max_pool2d on CPUs to torch's kernel meanwhile.
 
     Inductor would decompose it, or lower it to a loop that is not vectorized; so neither of its tables may have it.

@@ -22,7 +22,7 @@ from purestep.jit._torch import batch_norm_legit, fake_tensor_mode, set_mkldnn_e
 from purestep.keyed import host
 
 if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from purestep.jit._torch import FakeTensorMode
 
 
 @dataclasses.dataclass

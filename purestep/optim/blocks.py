@@ -36,7 +36,7 @@ def is_long(x: Tensor) -> bool:
 
 
 def is_owned(x: Any) -> bool:
-    """Tell whether a leaf of parameters or optimizer state is written over where it was given away."""
+    """Tell whether a leaf of parameters or optimizer state is written over where it is donated."""
     return type(x) in _ORDINARY and x.dim() > 0 and not x.is_meta
 
 
@@ -67,7 +67,7 @@ def advance(
         state: of the transformation.
         params: the parameters.
         accept: 0-d bool: whether the update counts; otherwise parameters and state stay what they are. None: it does.
-        reuse: whether the tensors of `params` and `state` were given away: then the result takes their memory where it
+        reuse: whether the tensors of `params` and `state` are donated: then the result takes their memory where it
             can, and an error on the way leaves them half written.
         **extra: what `tx.update` takes.
     """

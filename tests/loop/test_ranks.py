@@ -171,7 +171,7 @@ def test_ranks_that_differ_are_told_at_the_start(answers):
         assert "ranks 0, 1: " in found["seed"]
         assert "the same seed and code on every rank" in found["seed"]
         assert "the ranks differ in the data" in found["data"]
-        assert "rank 3: ('Batches', 5, 'Plan(samples=60" in found["data"]
+        assert "rank 3: ('Batches', 5, 'BatchOrder(samples=60" in found["data"]
         assert "ranks 0, 1, 2: '2 steps'; rank 3: '3 steps'" in found["until"]
         assert "the ranks differ in callbacks" in found["callbacks"]
 

@@ -1,7 +1,7 @@
 """torch's fused optimizer kernels: the update of parameters and moments in one pass over the memory.
 
 Used by sgd, adam, adamw and amsgrad with `fused=True`, in plain eager mode only. The kernels write into all lists that
-they are given but the gradients, so those must be copies, or given away. An update without its parameters is what the
+they are given but the gradients, so those must be copies, or donated. An update without its parameters is what the
 kernels make of zeros.
 """
 
