@@ -34,7 +34,7 @@ def start(zygote, directory, size, names, timeout=60):
             str(timeout),
             *names.split(),
             env=base | (several | {"RANK": str(r)} if size > 1 else {}),
-            preload="xxhash torch.distributed.tensor orbax.checkpoint",
+            preload=zygote.RANKS,
         )
         for r in range(size)
     ]

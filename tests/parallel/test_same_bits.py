@@ -36,8 +36,7 @@ def _ask(zygote, directory, sizes, cases):
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     arguments = str(directory), sizes
     children = [
-        zygote.popen(JOB, *arguments, str(rank), ",".join(cases), env=quiet, preload="torch.distributed.tensor")
-        for rank in range(4)
+        zygote.popen(JOB, *arguments, str(rank), ",".join(cases), env=quiet, preload=zygote.RANKS) for rank in range(4)
     ]
     for child in children:
         with child:
