@@ -52,10 +52,16 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
+class OurZygotes(Zygotes):
+    """Zygotes with the list of modules that every job of several ranks preloads, so that one zygote serves them all."""
+
+    RANKS = "xxhash torch.distributed.tensor orbax.checkpoint"
+
+
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygotes]:
+def zygote() -> Iterator[OurZygotes]:
     """Forks processes that have torch already: `zygote.run(script, *arguments)`, `zygote.popen(...)`; see its file."""
-    with Zygotes(("-W", "error")) as zygotes:
+    with OurZygotes(("-W", "error")) as zygotes:
         yield zygotes
 
 

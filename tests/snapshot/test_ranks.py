@@ -19,7 +19,6 @@ from purestep.snapshot.pack import Piece
 from purestep.snapshot.shards import count, lay, overlap, whole
 
 JOB = Path(__file__).with_name("ranks_of_a_job.py")
-NEEDS = "torch.distributed.tensor orbax.checkpoint xxhash"
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +32,9 @@ def _start(zygote, root):
     environment = dict(os.environ) | {"WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         started = [
-            stack.enter_context(zygote.popen(JOB, str(root), env=environment | {"RANK": str(rank)}, preload=NEEDS))
+            stack.enter_context(
+                zygote.popen(JOB, str(root), env=environment | {"RANK": str(rank)}, preload=zygote.RANKS)
+            )
             for rank in range(4)
         ]
         ended = [child.communicate(timeout=240) for child in started]
