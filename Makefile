@@ -32,7 +32,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults kills test test-oldest test-newest setup-oldest setup-newest lint format docs bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest lint format docs bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -55,7 +55,13 @@ faults: $(READY)  ## break a small training in more than twenty ways, hundreds o
 kills: $(READY)  ## kill processes at every file operation of every kind of save; KILLS=10000 takes hours
 	$(PY) -m tests.snapshot.strikes $(KILLS)
 
-test: $(READY)  ## run the whole test suite
+test: $(READY)  ## run the quick tests: every contract has some; four minutes on two cores
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-slow: $(READY)  ## run the slow ones: whole compilations, every moment of a save, examples
+	$(PY) -m pytest $(PYTEST_ARGS) -m slow
+
+test-all: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 setup-oldest: .venv-torch-$(OLDEST)/.ready

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,15 +42,36 @@ def _integer_text(value: int) -> str:
     return repr(value) if value.bit_length() < _DECIMAL_BITS else hex(value)
 
 
-# How to gather a tensor that is split over processes; `sharding.place` sets it.
-gatherer: Callable[[Any], torch.Tensor] | None = None
+class Gatherer(Protocol):
+    """Returns the full tensor of a split one (a DTensor), on every process of its mesh; each of them calls it."""
+
+    def __call__(self, split: torch.Tensor, /) -> torch.Tensor: ...
+
+
+def gather_split_with(gatherer: Gatherer) -> None:
+    """Register what `whole` gathers split tensors with, for whoever makes such tensors.
+
+    Digests stand on the ground floor and know no meshes, so the room that splits tensors says how they come together,
+    like a node that registers how it is flattened. Before that there are none but a caller's own DTensors, which
+    `whole` gathers the way torch does.
+
+    Raises:
+        TreeError: another gatherer is registered already: digests would depend on which came first.
+    """
+    global _gatherer
+    if _gatherer not in (None, gatherer):
+        raise TreeError(explain("split tensors have one gatherer", where=f"{_gatherer!r}, and now {gatherer!r}"))
+    _gatherer = gatherer
+
+
+_gatherer: Gatherer | None = None
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, gathered if it is split over processes (a DTensor): then each of them calls this."""
     if type(tensor) is torch.Tensor or not hasattr(tensor, "full_tensor"):
         return tensor
-    return tensor.full_tensor() if gatherer is None else gatherer(tensor)
+    return tensor.full_tensor() if _gatherer is None else _gatherer(tensor)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:

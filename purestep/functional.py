@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from purestep import transforms
+from purestep import _torch, transforms
 from purestep.arguments import checked
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
@@ -186,10 +186,9 @@ class bind:
                 for place, key in places:
                     self._saved.append((place, key, place[key]))
                     place[key] = tensor
-        self._rnn_saved = [(m, m._flat_weights) for m in self.slots.rnns]
+        self._rnn_saved = [(m, _torch.flat_weights(m)) for m in self.slots.rnns]
         for rnn in self.slots.rnns:
-            # Not rnn._init_flat_weights(): with cuDNN it moves the memory of the tensors it is given.
-            rnn._flat_weights = [getattr(rnn, n) if hasattr(rnn, n) else None for n in rnn._flat_weights_names]
+            _torch.link_flat_weights(rnn)
         # In training mode the flags of submodules are respected, so a frozen BatchNorm stays frozen.
         if not self.train or not self.module.training:
             self._flags = [m for m in self.module.modules() if m.training != self.train]
@@ -231,7 +230,7 @@ class bind:
         for m in self._flags:
             m.__dict__["training"] = not self.train
         for rnn, weights in self._rnn_saved:
-            rnn._flat_weights = weights
+            _torch.put_flat_weights(rnn, weights)
 
     def _release(self) -> None:
         if self.exclusive:

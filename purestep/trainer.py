@@ -30,6 +30,8 @@ def _with_defaults(callbacks: Sequence[Callback], until: Any) -> Sequence[Callba
 def run(step: StepFn, state: Any, train: Any, *, until: Until, **options: Any) -> Run:
     """Start a run and return it as an iterator of events; control stays with you. Takes what `fit` takes.
 
+    A run that is left before its end keeps its directory and its threads until `close()`, or the end of a `with` block.
+
     Example:
         >>> import torch
         >>> import purestep as ps

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import numpy as np
 import optree
 import torch
-import torch.utils._pytree as torch_pytree
 
+from purestep._torch import pytree as torch_pytree
 from purestep.arguments import checked
 from purestep.bits import Difference as Difference
 from purestep.bits import Differences as Differences
@@ -28,9 +29,11 @@ from purestep.bits import tensor_bytes as tensor_bytes
 from purestep.errors import DonatedStateError, TreeError, explain
 
 T = TypeVar("T")
+Structure = optree.PyTreeSpec
 Filter = str | Sequence[str] | Callable[[str], bool]
 _NAMESPACE = optree.registry.__GLOBAL_NAMESPACE
 _NODES: dict[str, type] = {}
+_OWN = __name__.partition(".")[0]
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def _register(cls: Any) -> None:
         given = dict(zip(aux[0], children, strict=True))
         return unflatten(aux[1], [given.get(n) for n in data])
 
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = stable_name(cls)
     optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=_NAMESPACE)
     torch_pytree.register_pytree_node(
         cls,
@@ -141,14 +144,38 @@ def _register(cls: Any) -> None:
 
 
 def node_name(cls: type) -> str | None:
-    """Return the registered name of a `pytree` class, or None when it is not one."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    """Return the registered name of a `pytree` class (its `stable_name`), or None when it is not one."""
+    name = stable_name(cls)
     return name if _NODES.get(name) is cls else None
 
 
 def node_class(name: str) -> type | None:
     """Return the `pytree` class registered under a name, or None. It never imports anything."""
-    return _NODES.get(name)
+    return _NODES.get(name) or _NODES.get(_without_module(name))
+
+
+def stable_name(kind: type | Callable[..., Any]) -> str:
+    """Return the name under which snapshots and the identity of a run know a class or a function.
+
+    It is the qualified name. What purestep itself defines goes without its module, so that a file of purestep can be
+    moved or renamed and old snapshots still know what they hold.
+
+    Example:
+        >>> import collections
+        >>> stable_name(collections.Counter), stable_name(Differences)
+        ('collections.Counter', 'purestep.Differences')
+    """
+    module = getattr(kind, "__module__", None)
+    name = getattr(kind, "__qualname__", None) or getattr(kind, "__name__", None) or type(kind).__qualname__
+    if not isinstance(module, str):
+        return str(name)
+    return f"{_OWN if module.startswith(f'{_OWN}.') else module}.{name}"
+
+
+def _without_module(name: str) -> str:
+    """Return the stable name of a class from one that a snapshot of an earlier version has, with its module."""
+    own, *parts = name.split(".")
+    return ".".join([own, *itertools.dropwhile(str.islower, parts)]) if own == _OWN else name
 
 
 def node_fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -182,7 +209,7 @@ def replaced(node: T, **changes: Any) -> T:
 
 
 class Consumed:
-    """What a node becomes when its tensors were given away: it prints; any other use raises DonatedStateError."""
+    """What a node becomes when its tensors were donated: it prints; any other use raises DonatedStateError."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__class__":
@@ -314,6 +341,26 @@ def parts(tree: Any) -> list[tuple[Any, ...]]:
         [('0.weight',), ('layers', 0), ('layers', 1)]
     """
     return [tuple(path) for path in optree.tree_paths(tree)]
+
+
+def find(tree: Any, kind: type[T], root: str = "") -> list[tuple[str, T]]:
+    """Return the nodes and leaves of one kind with their printed paths, in order; none inside of another.
+
+    Args:
+        tree: any pytree; one that is itself of the kind is found at `root`.
+        kind: a class; instances of its subclasses are found, too.
+        root: what the paths begin with, as in `paths`.
+
+    Example:
+        >>> find({"b": [torch.Size([3])], "a": 1}, torch.Size, "shapes")
+        [("shapes['b'][0]", torch.Size([3]))]
+    """
+
+    def is_kind(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    accessors, nodes, _ = optree.tree_flatten_with_accessor(tree, is_leaf=is_kind)
+    return [(at.codify(root), node) for at, node in zip(accessors, nodes, strict=True) if is_kind(node)]
 
 
 @checked(TreeError, failed=True)

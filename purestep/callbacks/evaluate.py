@@ -16,7 +16,8 @@ from purestep.loop.events import Evaluate, Evaluated, Event, Horizon, Log, Start
 from purestep.loop.feed import device_of
 from purestep.loop.ranks import Peers
 from purestep.loop.shared import Shared
-from purestep.step import Eval, make_eval
+from purestep.step import make_eval
+from purestep.step_protocol import AnyStep, facts_of
 
 Sums = Mapping[str, metrics.Metric]
 _READ_EVERY = 100  # batches whose metrics wait on the device before they are read
@@ -50,8 +51,7 @@ class EvaluateCallback(Reducer):
 
     @functools.cached_property
     def _step(self) -> Callable[..., Any]:
-        inner = getattr(self.loss_fn, "__wrapped__", self.loss_fn)
-        return self.loss_fn if isinstance(inner, Eval) else make_eval(self.loss_fn)
+        return self.loss_fn if facts_of(self.loss_fn).evaluates else make_eval(self.loss_fn)
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -64,13 +64,13 @@ class EvaluateCallback(Reducer):
             The names of its metrics, None where they are not known.
         """
         from purestep.data.batches import Batches
-        from purestep.data.foreign import Sequence
+        from purestep.data.foreign import BatchSequence
         from purestep.loop.precheck import check_eval
 
         source = self._source
         if isinstance(source, Batches):
             source = source.replace(num_workers=0)
-        elif not isinstance(source, Sequence):
+        elif not isinstance(source, BatchSequence):
             return None
         for batch in source.open(0, 0, None):
             return check_eval(self.name, self._step, train, batch, of=self.of)
@@ -128,9 +128,7 @@ class EvaluateCallback(Reducer):
     def _step_under(self, plan: Any) -> Callable[..., Any]:
         """The evaluation step, told of the plan unless it has one or was compiled without."""
         step = self._step
-        if isinstance(step, Eval) and step.plan is None:
-            return dataclasses.replace(step, plan=plan)
-        return step
+        return step.under(plan) if isinstance(step, AnyStep) else step
 
 
 @checked(ConfigError)

@@ -1,15 +1,15 @@
-"""The fast path: a pytree of whole tensors or arrays, one column a leaf, indexed a batch at a time.
+"""The fast path: a pytree of tensors or arrays, one column a leaf, indexed a batch at a time.
 
 Owns the reading of columns. It runs no Python per sample and copies nothing but the batch, so memory-mapped arrays stay
-on disk. `batches` decides by `as_columns` what is a table of columns and what is a data set of samples.
+on disk. `as_columns` tells a table of columns from a data set of samples; `batches` calls it.
 """
 
 from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import DataError, explain
 
-# What index_select does not take on the CPU goes through numpy.
+# index_select refuses these dtypes on the CPU; numpy indexes them.
 _VIA_NUMPY = (torch.uint16, torch.uint32, torch.uint64)
+Array = Tensor | np.ndarray
 
 
 class Columns:
-    """Columns of equal length, of which batches of rows are taken.
+    """Columns of equal length, which batches index along dim 0.
 
     Args:
         table: pytree of tensors or arrays, shape [n, ...] each.
@@ -32,8 +33,8 @@ class Columns:
         DataError: there is no leaf, a leaf has no leading dim or an impossible dtype, or the leading dims differ.
 
     Example:
-        >>> rows = Columns({"x": torch.arange(6.0).reshape(3, 2), "y": np.array([7, 8, 9])})
-        >>> len(rows), rows.take(torch.tensor([2, 0]))
+        >>> columns = Columns({"x": torch.arange(6.0).reshape(3, 2), "y": np.array([7, 8, 9])})
+        >>> len(columns), columns.take(torch.tensor([2, 0]))
         (3, {'x': tensor([[4., 5.],
                 [0., 1.]]), 'y': tensor([9, 7])})
     """
@@ -43,39 +44,37 @@ class Columns:
         leaves, self._structure = tree.flatten(table)
         self.length = _common_length(table, leaves)
         self._readers = [_reader(leaf, path) for leaf, path in zip(leaves, tree.paths(table, "dataset"), strict=True)]
-        self._on_cpu = all(not isinstance(leaf, Tensor) or leaf.device.type == "cpu" for leaf in leaves)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Any:
-        rows = self.take(torch.tensor([index]))
-        return tree.map(lambda column: column[0], rows)
+        return tree.map(lambda column: column[0], self.take(torch.tensor([index])))
 
     def take(self, indices: Tensor) -> Any:
-        """Return the rows at some indices, int64[b], as a tree of new tensors of shape [b, ...]."""
+        """Return the samples at some indices, int64[b], as a tree of new tensors of shape [b, ...]."""
         return tree.unflatten(self._structure, [read(indices) for read in self._readers])
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[Any], Columns], tuple[Any]]:
         leaves, structure = tree.flatten(self.table)
-        packed = tree.unflatten(structure, [_Mapped.pack(leaf) for leaf in leaves])
+        packed = tree.unflatten(structure, [_MappedFile.pack(leaf) for leaf in leaves])
         return _unpickle, (packed,)
 
 
-class _Mapped:
-    """A memory-mapped array as its file: what a worker process is sent instead of a copy of the data."""
+class _MappedFile:
+    """A memory-mapped array as its file: pickled for a worker process instead of a copy of the data."""
 
     def __init__(self, array: np.memmap) -> None:
         order = "C" if array.flags.c_contiguous else "F"
         self.arguments: tuple[Any, ...] = (array.filename, array.dtype, array.offset, array.shape, order)
 
     @staticmethod
-    def pack(leaf: Any) -> Any:
-        # A view of a map keeps the offset and file of the whole, so only a whole map can be opened again by name.
+    def pack(leaf: Array) -> Array | _MappedFile:
+        # A view of a map has the file and the offset of the full map, not its own, so it cannot be opened by name.
         if not isinstance(leaf, np.memmap) or leaf.filename is None:
             return leaf
-        base: Any = leaf.base
-        return _Mapped(leaf) if isinstance(base, mmap.mmap) else leaf
+        base: object = leaf.base
+        return _MappedFile(leaf) if isinstance(base, mmap.mmap) else leaf
 
     def open(self) -> np.memmap:
         filename, dtype, offset, shape, order = self.arguments
@@ -83,23 +82,21 @@ class _Mapped:
 
 
 def _unpickle(packed: Any) -> Columns:
-    return Columns(tree.map(lambda leaf: leaf.open() if isinstance(leaf, _Mapped) else leaf, packed))
+    return Columns(tree.map(lambda leaf: leaf.open() if isinstance(leaf, _MappedFile) else leaf, packed))
 
 
-def _common_length(table: Any, leaves: list[Any]) -> int:
-    described = [
-        f"{path}: {tree.describe(leaf)}" for path, leaf in zip(tree.paths(table, "dataset"), leaves, strict=True)
-    ]
+def _common_length(table: object, leaves: list[Array]) -> int:
     if not leaves:
         raise DataError(explain("the data set holds no tensor or array", where=f"dataset: {table!r}"))
-    flat = [text for text, leaf in zip(described, leaves, strict=True) if leaf.ndim == 0]
-    if flat:
+    described = _described(table, leaves)
+    scalars = [text for text, leaf in zip(described, leaves, strict=True) if leaf.ndim == 0]
+    if scalars:
         raise DataError(
             explain(
                 "a column of a data set has no leading dim",
-                where="\n".join(flat),
+                where="\n".join(scalars),
                 why="dim 0 of every tensor or array counts the samples",
-                instead="expand it to one value a sample, or hand it to the loss function otherwise",
+                instead="expand it to one value a sample, or pass it to the loss function by another way",
             )
         )
     if len({leaf.shape[0] for leaf in leaves}) > 1:
@@ -114,7 +111,14 @@ def _common_length(table: Any, leaves: list[Any]) -> int:
     return int(leaves[0].shape[0])
 
 
-def _reader(leaf: Any, path: str) -> Callable[[Tensor], Tensor]:
+def _described(dataset: object, leaves: Sequence[object]) -> list[str]:
+    """Each leaf of a data set, as errors show it: path, dtype and shape."""
+    paths = tree.paths(dataset, "dataset")
+    return [f"{path}: {tree.describe(leaf)}" for path, leaf in zip(paths, leaves, strict=True)]
+
+
+def _reader(leaf: Array, path: str) -> Callable[[Tensor], Tensor]:
+    """The function from indices, int64[b], to the samples of a column: a new tensor of shape [b, ...]."""
     if isinstance(leaf, Tensor):
         column = leaf.detach()
         if column.device.type != "cpu":
@@ -144,7 +148,7 @@ def _reader(leaf: Any, path: str) -> Callable[[Tensor], Tensor]:
     return lambda indices: column.index_select(0, indices)
 
 
-def as_columns(dataset: Any) -> Columns | None:
+def as_columns(dataset: object) -> Columns | None:
     """Return the columns of a data set, or None when it is a data set of samples.
 
     Tensors, arrays, and dicts, tuples and registered nodes of them are columns; so is torch's `TensorDataset`, whose
@@ -152,7 +156,7 @@ def as_columns(dataset: Any) -> Columns | None:
     elements are arrays of one leading dim and different dtype or rank, which no samples of one data set are.
 
     Raises:
-        DataError: it looks like columns, but they do not fit together.
+        DataError: its leaves are tensors or arrays in part only, or of different length.
 
     Example:
         >>> len(as_columns({"x": torch.zeros(5, 2)})), as_columns([1, 2, 3])
@@ -163,10 +167,10 @@ def as_columns(dataset: Any) -> Columns | None:
     if type(dataset) is TensorDataset:
         return Columns(list(dataset.tensors))
     if isinstance(dataset, list):
-        arrays = all(_is_array(x) and x.ndim for x in dataset)
-        kinds = {(x.dtype, x.ndim) for x in dataset} if arrays else set()
-        same = arrays and len({x.shape[0] for x in dataset}) == 1
-        return Columns(dataset) if same and len(kinds) > 1 else None
+        arrays = all(_is_array(item) and item.ndim for item in dataset)
+        kinds = {(item.dtype, item.ndim) for item in dataset} if arrays else set()
+        same_length = arrays and len({item.shape[0] for item in dataset}) == 1
+        return Columns(dataset) if same_length and len(kinds) > 1 else None
     leaves = tree.leaves(dataset)
     if len(leaves) == 1 and leaves[0] is dataset and not _is_array(dataset):
         return None
@@ -177,21 +181,18 @@ def as_columns(dataset: Any) -> Columns | None:
     return None
 
 
-def _refuse_mixed(dataset: Any, leaves: list[Any]) -> None:
-    odd = [
-        f"{path}: {tree.describe(leaf)}"[:120]
-        for path, leaf in zip(tree.paths(dataset, "dataset"), leaves, strict=True)
-        if not _is_array(leaf)
-    ]
+def _refuse_mixed(dataset: object, leaves: list[object]) -> None:
+    described = zip(_described(dataset, leaves), leaves, strict=True)
+    others = [text[:120] for text, leaf in described if not _is_array(leaf)]
     raise DataError(
         explain(
-            f"a {type(dataset).__name__} is read as columns, but holds something that is not a tensor or array",
-            where="\n".join(odd[:5]) or f"dataset: {dataset!r}",
+            f"a {type(dataset).__name__} is read as columns, but has a leaf that is not a tensor or array",
+            where="\n".join(others[:5]) or f"dataset: {dataset!r}",
             why="each leaf is a column whose dim 0 counts the samples",
             instead="tensors or arrays as leaves, or a list (or a torch Dataset) of samples",
         )
     )
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> TypeGuard[Array]:
     return isinstance(leaf, (Tensor, np.ndarray))

@@ -1,13 +1,13 @@
-"""Batches on their way to the device: moving them, and moving them ahead of their use.
+"""Moving batches to the device: `to_device` one batch, `prefetch` the next ones while a step computes.
 
-Owns `to_device` and `prefetch`. The loop calls the first on every batch.
+The loop calls `to_device` on every batch.
 """
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,20 +15,30 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.arguments import Device, checked
-from purestep.data.source import Source, as_source
+from purestep.data.source import Source, as_source, close
 from purestep.errors import DataError, explain
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A leaf that moves itself, as the batch objects of other libraries do."""
+
+    def to(self, device: torch.device, /) -> Any: ...
 
 
 @checked(DataError)
 def to_device(batch: Any, device: Device) -> Any:
     """Move the tensors of a batch to a device, without waiting where the memory is pinned.
 
-    Numpy arrays become tensors. Leaves with a `to` method of their own (batch objects of other libraries) are asked;
-    all others, such as strings, stay as they are.
+    Numpy arrays of numbers become tensors of the same dtype. A leaf with a `to` method (the batch object of another
+    library) moves itself; all others, such as strings, stay as they are.
 
     Args:
         batch: any pytree.
-        device: where to.
+        device: the device to move to.
+
+    Returns:
+        A pytree of the same structure.
 
     Example:
         >>> to_device({"x": np.ones(2, np.float32), "name": "a"}, "cpu")
@@ -38,97 +48,95 @@ def to_device(batch: Any, device: Device) -> Any:
     return tree.map(lambda leaf: _move(leaf, target), batch)
 
 
-def _move(leaf: Any, device: torch.device) -> Any:
+def _move(leaf: object, device: torch.device) -> object:
     if isinstance(leaf, Tensor):
         return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
     if isinstance(leaf, (np.ndarray, np.generic)):
         if leaf.dtype.kind not in "biufc":
             return leaf
         array = np.asarray(leaf)
-        # Read-only and reversed arrays cannot be shared with a tensor; an explicit copy says so without a warning.
+        # A tensor cannot share the memory of a read-only or reversed array: torch would warn or raise, so copy first.
         if not array.flags.writeable or any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return torch.from_numpy(array).to(device, non_blocking=True)
-    move = getattr(leaf, "to", None)
-    return leaf if move is None or isinstance(leaf, type) else move(device)
+    return leaf.to(device) if isinstance(leaf, Movable) and not isinstance(leaf, type) else leaf
 
 
 class Prefetched:
-    """A source whose batches are moved to the device ahead of their use; see `prefetch`."""
+    """A source whose batches are moved to the device before they are needed; see `prefetch`."""
 
     def __init__(self, source: Source, device: torch.device, depth: int) -> None:
         self._source, self._device, self._depth = source, device, depth
-        self._state: Any = None
+        self._state: object = None
 
     def length(self) -> int | None:
         """Return the number of batches of an epoch."""
         return self._source.length()
 
-    def open(self, epoch: int, batch: int, state: Any = None) -> Iterator[Any]:
+    def open(self, epoch: int, batch: int, state: object = None) -> Iterator[Any]:
         """Return an iterator over batches on the device, from number `batch` on."""
         self._state = self._source.state() if state is None else state
         return self._run(self._source.open(epoch, batch, state))
 
-    def state(self) -> Any:
-        """Return the state of the source as of the last batch given, not as of the last one fetched."""
+    def state(self) -> object:
+        """Return the state of the source at the last batch that the caller got, not at the last one prefetched."""
         return self._state
 
     def identity(self) -> Source:
-        """Return the source: it gives the same batches."""
+        """Return the source: its batches are the same without prefetching."""
         return self._source
 
     def close(self) -> None:
         """Close the source."""
-        close = getattr(self._source, "close", None)
-        if close is not None:
-            close()
+        close(self._source)
 
     def _run(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        # Copies on a stream of their own overlap with the computing; the computing waits for its batch only.
-        side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        queue: collections.deque[tuple[Any, Any]] = collections.deque()
+        # Copies on a CUDA stream of their own overlap with the computation, which waits for its own batch only.
+        copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        queue: collections.deque[tuple[Any, object]] = collections.deque()
         try:
             for batch in iterator:
-                if side is None:
+                if copies is None:
                     moved = to_device(batch, self._device)
                 else:
-                    with torch.cuda.stream(side):
+                    with torch.cuda.stream(copies):
                         moved = to_device(batch, self._device)
+                # The state is read now, because after the next `next` it is that of a later batch.
                 queue.append((moved, self._source.state()))
                 if len(queue) > self._depth:
-                    yield self._hand_over(queue, side)
+                    yield self._pop(queue, copies)
             if queue:
-                # A source that was read to its end says so in its state, and is left in another way then.
+                # Only now, after its StopIteration, does the state of the source say that the epoch has ended.
                 queue[-1] = queue[-1][0], self._source.state()
             while queue:
-                yield self._hand_over(queue, side)
+                yield self._pop(queue, copies)
         finally:
-            close = getattr(iterator, "close", None)
-            if close is not None:
-                close()
+            close(iterator)
 
-    def _hand_over(self, queue: collections.deque[tuple[Any, Any]], side: Any) -> Any:
+    def _pop(self, queue: collections.deque[tuple[Any, object]], copies: torch.cuda.Stream | None) -> Any:
         batch, self._state = queue.popleft()
-        if side is not None:
+        if copies is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_stream(side)
+            current.wait_stream(copies)
             for leaf in tree.leaves(batch):
                 if isinstance(leaf, Tensor) and leaf.is_cuda:
+                    # The allocator owns this memory on the stream of the copies: without this it would reuse it there
+                    # while the computation still reads the batch.
                     leaf.record_stream(current)
         return batch
 
 
 @checked(DataError)
 def prefetch(data: Any, device: Device, *, depth: int = 2) -> Source:
-    """Move batches to a device ahead of their use.
+    """Move batches to a device while the step computes on earlier ones.
 
-    On CUDA the copies run on a stream of their own; they overlap with computing when the batches are in pinned memory
-    (`batches(..., pin_memory=True)`).
+    On CUDA the copies run on a stream of their own; they overlap with the computation when the batches are in pinned
+    memory (`batches(..., pin_memory=True)`).
 
     Args:
         data: a source, or anything `as_source` takes.
-        device: where to.
-        depth: batches on the device besides the one in use.
+        device: the device to move to.
+        depth: number of batches on the device besides the one in use, 1 or more.
 
     Raises:
         DataError: the depth is not a whole number, 1 or more.

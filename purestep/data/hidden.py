@@ -1,7 +1,7 @@
-"""State that the parts of a loader keep and the loader does not save: random generators, data sets with a state.
+"""State that the components of a loader keep and the loader does not save: random generators, stateful data sets.
 
-Owns the search through the attributes of a data set, a sampler or a function, and the capture of what is found. Plain
-numbers that change are told of, since nothing says whether they matter. It sees this process only, not the workers.
+Owns the search through the attributes of a data set, a sampler or a function, and the capture of the states in them.
+Plain numbers that change are reported only: they may be a position, or a mere count. It sees this process, no workers.
 """
 
 from __future__ import annotations
@@ -23,73 +23,74 @@ from purestep.data.parts import is_stateful
 from purestep.data.portable import pack, unpack
 from purestep.errors import DataError
 
-# Data sets are small trees of wrappers around one large thing. The search ends before it goes through the latter.
+# Data sets are small trees of wrappers around one large container. These limits end the search before it walks that.
 _DEPTH, _OBJECTS, _ITEMS = 5, 500, 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Holder:
-    """Something with a state: how to read it, as plain values, and how to set it."""
+class StateAccess:
+    """How to read the state of one object, as plain values, and how to set it."""
 
     get: Callable[[], Any]
-    set: Callable[[Any], Any]
+    set: Callable[[Any], object]
 
 
-class Hidden:
-    """What is hidden in the parts of a loader.
+class HiddenState:
+    """The states in the components of a loader.
 
     Args:
-        parts: by the name that messages give them.
-        known: what is taken care of elsewhere: it is left alone, with all that it holds.
+        components: by the names that messages use.
+        known: objects whose state the caller saves itself: the search does not enter them.
     """
 
-    def __init__(self, parts: dict[str, Any], known: Iterable[Any] = ()) -> None:
-        self._holders: dict[str, Holder] = {}
-        self._owners: dict[str, Any] = {}
+    def __init__(self, components: dict[str, object], known: Iterable[object] = ()) -> None:
+        self._states: dict[str, StateAccess] = {}
+        self._owners: dict[str, object] = {}
         self._unsaved: list[str] = []
-        self._left = _OBJECTS
-        self._seen = {id(part) for part in (*known, *_GLOBALS)}
-        for name, part in parts.items():
-            self._search(name, part, 0)
-        del self._seen
+        self._remaining = _OBJECTS
+        self._seen = {id(component) for component in (*known, *_GLOBALS)}
+        for name, component in components.items():
+            self._search(name, component, 0)
+        del self._seen  # ids mean nothing once objects are collected
         self._numbers = dict(self._read_numbers())
 
     def capture(self) -> dict[str, Any]:
-        """Return the states of all that was found, by path, as plain values and tensors."""
+        """Return all states that were found, by path, as plain values and tensors."""
         captured = {}
-        for path, holder in list(self._holders.items()):
+        for path, state in list(self._states.items()):
             try:
-                captured[path] = pack(holder.get(), path)
-            except DataError:  # of a kind that no snapshot can hold
-                del self._holders[path]
+                captured[path] = pack(state.get(), path)
+            except DataError:  # the state contains a value of a type that a snapshot cannot hold
+                del self._states[path]
                 self._unsaved.append(path)
         return captured
 
-    def put_back(self, captured: dict[str, Any]) -> None:
-        """Set the states as they were captured; what is not here any more is left out."""
-        for path in captured.keys() & self._holders.keys():
-            self._holders[path].set(unpack(captured[path]))
+    def restore(self, captured: dict[str, Any]) -> None:
+        """Set the states as they were captured; paths that no longer exist are ignored."""
+        for path in captured.keys() & self._states.keys():
+            self._states[path].set(unpack(captured[path]))
 
     def changed(self) -> list[str]:
-        """Return the paths of what cannot be captured: states of other kinds, and numbers and strings that are not what
-        they were when the search was made."""
+        """Return the paths of what cannot be captured: states of other types, and attributes that are numbers or
+        strings and have changed since the search."""
         return [*self._unsaved, *(p for p, value in self._read_numbers() if self._numbers.get(p, value) != value)]
 
-    def _search(self, path: str, value: Any, depth: int) -> None:
-        if id(value) in self._seen or depth > _DEPTH or self._left == 0 or isinstance(value, _OPAQUE):
+    def _search(self, path: str, value: object, depth: int) -> None:
+        if id(value) in self._seen or depth > _DEPTH or self._remaining == 0 or isinstance(value, _OPAQUE):
             return
         self._seen.add(id(value))
-        self._left -= 1
-        holder = _holder(value, part=depth == 0)
-        if holder is not None:
-            self._holders[path] = holder
+        self._remaining -= 1
+        state = _state_of(value, is_component=depth == 0)
+        if state is not None:
+            self._states[path] = state
             return
-        # What is told the epoch has it as a number. The type is asked, since objects may answer to any name.
+        # An object with `set_epoch` keeps the epoch as a number, which the adapter sets itself. The type is asked,
+        # because the `__getattr__` of an object may answer to any name.
         if not hasattr(type(value), "set_epoch") and not type(value).__module__.startswith("torch"):
             self._owners[path] = value
-        # What a function uses of its module may lead anywhere.
+        # The globals that a function uses may lead through its whole module, so only one level below it is searched.
         depth = max(depth + 1, _DEPTH - 1) if isinstance(value, FunctionType) else depth + 1
-        for name, inner in _inside(value):
+        for name, inner in _attributes(value):
             self._search(f"{path}{name}", inner, depth)
 
     def _read_numbers(self) -> Iterator[tuple[str, Any]]:
@@ -103,12 +104,12 @@ _OPAQUE = (
     *(int, float, complex, str, bytes, type(None), type, ModuleType),
     *(torch.Tensor, torch.nn.Module, np.ndarray, np.generic, DataLoader),
 )
-# These are seeded while a loader works.
+# The global generators: the adapter seeds them before each batch, so their state is never needed.
 _GLOBALS = (python_random._inst, np.random.mtrand._rand, torch.default_generator)
 
 
-def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, with what to add to its path."""
+def _attributes(value: Any) -> Iterator[tuple[str, object]]:
+    """What an object refers to, with the suffix of its path."""
     # Of the plain types only: a subclass may read data when it is iterated.
     if type(value) in (list, tuple):
         if len(value) <= _ITEMS:
@@ -121,21 +122,22 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, MethodType):
         yield ".__self__", value.__self__
     elif isinstance(value, FunctionType):
-        yield from ((f".{name}", item) for name, item in _reached(value).items())
+        yield from ((f".{name}", item) for name, item in _free_variables(value).items())
     else:
         yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
 
 
-def _reached(function: FunctionType) -> dict[str, Any]:
-    """The variables of its surroundings that a function uses."""
+def _free_variables(function: FunctionType) -> dict[str, object]:
+    """The globals and closure variables that a function uses."""
     try:
-        found = inspect.getclosurevars(function)
-    except ValueError:  # a variable that has no value yet
+        variables = inspect.getclosurevars(function)
+    except ValueError:  # a closure variable without a value yet
         return {}
-    return {**found.globals, **found.nonlocals}
+    return {**variables.globals, **variables.nonlocals}
 
 
-def _holder(value: Any, *, part: bool) -> Holder | None:
+def _state_of(value: object, *, is_component: bool) -> StateAccess | None:
+    """The access to the state of an object, None if it has no state of its own."""
     if isinstance(value, python_random.Random):
         return None if isinstance(value, python_random.SystemRandom) else _python(value)
     if isinstance(value, np.random.Generator):
@@ -144,24 +146,29 @@ def _holder(value: Any, *, part: bool) -> Holder | None:
     if isinstance(value, np.random.RandomState):
         return _numpy(lambda: value.get_state(legacy=False), value.set_state)
     if isinstance(value, torch.Generator):
-        return Holder(value.get_state, value.set_state)
-    stateful = is_stateful(value if part else type(value)) and (part or isinstance(value, Dataset))
-    return Holder(value.state_dict, value.load_state_dict) if stateful else None
+        return StateAccess(value.get_state, value.set_state)
+    if is_component:
+        return StateAccess(value.state_dict, value.load_state_dict) if is_stateful(value) else None
+    # Below the components only data sets: models and optimizers have a `state_dict` too. Again the type is asked.
+    if isinstance(value, Dataset) and is_stateful(type(value)) and is_stateful(value):
+        return StateAccess(value.state_dict, value.load_state_dict)
+    return None
 
 
-def _python(generator: python_random.Random) -> Holder:
-    def get() -> Any:
-        version, words, rest = generator.getstate()
-        return version, np.array(words, np.uint32), rest
+def _python(generator: python_random.Random) -> StateAccess:
+    def get() -> tuple[int, np.ndarray, float | None]:
+        version, words, next_gauss = generator.getstate()
+        return version, np.array(words, np.uint32), next_gauss
 
-    def set_(state: Any) -> None:
-        generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
+    def set_(state: tuple[int, np.ndarray, float | None]) -> None:
+        version, words, next_gauss = state
+        generator.setstate((version, tuple(words.tolist()), next_gauss))
 
-    return Holder(get, set_)
+    return StateAccess(get, set_)
 
 
-def _numpy(get: Callable[[], Any], set_: Callable[[Any], Any]) -> Holder:
-    # As text, because some of the numbers have 128 bits.
-    return Holder(
+def _numpy(get: Callable[[], Any], set_: Callable[[Any], object]) -> StateAccess:
+    # As JSON text, because some of the integers have 128 bits, which no tensor holds.
+    return StateAccess(
         lambda: json.dumps(get(), default=lambda array: array.tolist()), lambda state: set_(json.loads(state))
     )

@@ -1,7 +1,7 @@
 """Loader states as plain pytrees, and back: what a snapshot can hold without pickle.
 
 Owns `pack` and `unpack`. Tuples, bytes, numpy values and dict keys that are not strings are written as tagged dicts, so
-that nothing is lost. `foreign` calls it.
+that nothing is lost. `foreign` and `hidden` call it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from purestep.errors import DataError, explain
 
 _TAG = "__kind__"
+# What `pack` writes: these types, and dicts (of string keys) and lists of them.
+Packed = None | bool | int | float | str | Tensor | list["Packed"] | dict[str, "Packed"]
 
 
-def pack(value: Any, path: str = "state") -> Any:
+def pack(value: Any, path: str = "state") -> Packed:
     """Write a value with dicts (of string keys), lists, strings, numbers, booleans, None and tensors only.
 
+    Args:
+        value: anything made of Python's containers, plain values, tensors and numpy values of numbers.
+        path: of the value, for messages.
+
     Raises:
-        DataError: something in it is of no kind that can be written; the message names its path.
+        DataError: it contains a value of another type; the message names its path.
 
     Example:
         >>> pack({"position": (1, 2)})
@@ -31,14 +38,16 @@ def pack(value: Any, path: str = "state") -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if kind is torch.Tensor:
-        return value.detach().clone()  # the loader may go on to write into its own
+    if kind is Tensor:
+        return value.detach().clone()  # the loader may write into its own tensor later
     if kind is list:
         return [pack(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
         if all(type(key) is str for key in value) and _TAG not in value:
             return {key: pack(item, f"{path}[{key!r}]") for key, item in value.items()}
-        pairs = [[pack(key, f"{path}[{key!r}]"), pack(item, f"{path}[{key!r}]")] for key, item in value.items()]
+        pairs: list[Packed] = [
+            [pack(key, f"{path}[{key!r}]"), pack(item, f"{path}[{key!r}]")] for key, item in value.items()
+        ]
         return {_TAG: "dict", "items": pairs}
     if kind is tuple:
         return {_TAG: "tuple", "items": [pack(item, f"{path}[{i}]") for i, item in enumerate(value)]}
@@ -51,7 +60,7 @@ def pack(value: Any, path: str = "state") -> Any:
         return {_TAG: name, "dtype": array.dtype.str, "shape": list(np.shape(value)), "bytes": raw}
     raise DataError(
         explain(
-            f"a loader's state holds a {kind.__module__}.{kind.__qualname__}, which no snapshot can hold",
+            f"a loader's state holds a {kind.__module__}.{kind.__qualname__}, which a snapshot cannot hold",
             where=path,
             why="states are saved without pickle, so that loading one never runs code",
             instead="plain values, tensors and arrays in the state of the data set or loader",
@@ -64,7 +73,7 @@ def unpack(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [unpack(item) for item in value]
     if isinstance(value, torch.Tensor):
-        return value.clone()  # the state may be needed again, and the loader may write into what it is given
+        return value.clone()  # the state may be loaded again, and the loader may write into this tensor
     if not isinstance(value, dict):
         return value
     kind = value.get(_TAG)

@@ -1,6 +1,6 @@
 """Loading a batch sample by sample: seed, fetch, augment, collate, and the naming of a sample that fails.
 
-Owns what happens to one request, in whatever process it happens: the result is a function of (seed, epoch, indices)
+Owns the loading of one request, in this process or in a worker: the result is a function of (seed, epoch, indices)
 alone. It starts no process; `workers` calls it in worker processes, `batches` in this one.
 """
 
@@ -10,22 +10,24 @@ import dataclasses
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from purestep.data import seeds
+from purestep.data import _torch, seeds
 from purestep.data.columns import Columns
-from purestep.data.order import Request, Rows
+from purestep.data.order import Request, SampleShard
+from purestep.data.source import close
 from purestep.errors import DataError, explain
 from purestep.sharding.local import LocalBatch, local_batch
 
-# In a data set that is bad all over, `Epoch.skipped` counts on while the warnings stop.
+# In a data set with many bad samples, `Epoch.skipped` keeps counting after the last of these warnings.
 _WARNINGS = 10
-_LISTS = ("samples", "imgs", "paths", "files", "filenames", "file_paths", "image_paths")  # of torchvision's and others
+# Attributes in which the data sets of torchvision and others list the files of their samples. There is no protocol.
+_LISTS = ("samples", "imgs", "paths", "files", "filenames", "file_paths", "image_paths")
 Transform = Callable[[Any, Tensor], Any]
 
 
@@ -35,9 +37,9 @@ class BadSampleWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a sample (or a whole batch, where `index` is None) could not be loaded: plain text, so that it travels.
+    """Why a sample (or the batch as a whole, where `index` is None) could not be loaded.
 
-    `path` is that of its file, where the data set says so.
+    Plain text, so that a worker can send it. `path` is that of the sample's file, where the data set lists it.
     """
 
     index: int | None
@@ -48,7 +50,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A batch and the samples left out of it; or, where `failure` is set, no batch."""
+    """A loaded batch and the samples left out of it; where `failure` is set, there is no batch."""
 
     request: Request
     batch: Any = None
@@ -57,19 +59,17 @@ class Loaded:
 
     def pin_memory(self) -> Loaded:
         """Return the same with the tensors of the batch in page-locked memory (torch's loader calls this)."""
-        from torch.utils.data._utils.pin_memory import pin_memory
-
-        return dataclasses.replace(self, batch=pin_memory(self.batch))
+        return dataclasses.replace(self, batch=_torch.pin_memory(self.batch))
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Turns a request into a batch. It is picklable where its data set and functions are.
+    """Loads the batch of a request. It is picklable where its data set and functions are.
 
     Args:
         dataset: the data set of samples, or its columns.
         seed: of augmentation and of the global generators.
-        collate: samples to batch; torch's `default_collate` when None.
+        collate: list of samples to batch; None is torch's `default_collate`.
         transform: pure augmentation of a sample, `transform(sample, key)`.
         skip: whether a sample that fails is left out.
     """
@@ -81,20 +81,20 @@ class Loader:
     skip: bool = False
 
     @property
-    def whole(self) -> bool:
-        """Whether batches are cut from columns as they are, with no Python per sample and no randomness."""
+    def indexes_columns(self) -> bool:
+        """Whether a batch is a selection of columns, which runs no Python per sample and draws no random numbers."""
         return isinstance(self.dataset, Columns) and self.transform is None and self.collate is None
 
     def load(self, request: Request) -> Loaded:
         """Load one batch, leaving the global generators in an unspecified state."""
-        if self.whole:
+        if self.indexes_columns:
             return Loaded(request, self.dataset.take(torch.from_numpy(request.indices)))
         words = seeds.sample_words(seeds.epoch_words(self.seed, "augment", request.epoch), request.indices)
         samples: list[Any] = []
         skipped: list[Failure] = []
-        for index, row in zip(request.indices.tolist(), words.tolist(), strict=True):
+        for index, sample_words in zip(request.indices.tolist(), words.tolist(), strict=True):
             try:
-                samples.append(self._sample(index, row))
+                samples.append(self._sample(index, sample_words))
             except Exception as error:
                 failure = Failure(index, _brief(error), traceback.format_exc(), path_of(self.dataset, index))
                 if not self.skip:
@@ -102,6 +102,7 @@ class Loader:
                 skipped.append(failure)
         if not samples:
             return Loaded(request, skipped=tuple(skipped), failure=skipped[0])
+        # A collate function that draws (mixup, say) gets draws of its own: not those left over by the last sample.
         seeds.seed_globals(*seeds.fold_words(seeds.epoch_words(self.seed, "collate", request.epoch), request.batch))
         try:
             batch = self._collate(samples)
@@ -122,8 +123,8 @@ class Loader:
         return default_collate(samples)
 
 
-def path_of(dataset: Any, index: int) -> str | None:
-    """Return the path of a sample's file, where a data set lists them: one a sample, or a tuple that begins with it.
+def path_of(dataset: object, index: int) -> str | None:
+    """Return the path of a sample's file, where a data set lists one a sample, or tuples that begin with it.
 
     Example:
         >>> class Pictures:
@@ -138,7 +139,7 @@ def path_of(dataset: Any, index: int) -> str | None:
         return path_of(inner, int(indices[index]))  # torch's Subset
     for name in _LISTS:
         listed = getattr(dataset, name, None)
-        if isinstance(listed, (list, tuple)) and index < len(listed) == len(dataset):
+        if isinstance(listed, (list, tuple)) and isinstance(dataset, Sized) and index < len(listed) == len(dataset):
             entry = listed[index]
             entry = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
             if isinstance(entry, (str, os.PathLike)):
@@ -153,9 +154,9 @@ class Epoch(Iterator[Any]):
         skipped: indices of the samples left out so far, in order.
     """
 
-    def __init__(self, loads: Iterator[Loaded], dataset: str, rows: Rows | None = None) -> None:
+    def __init__(self, loads: Iterator[Loaded], dataset: str, shard: SampleShard | None = None) -> None:
         self._loads = loads
-        self._rows = rows
+        self._shard = shard
         self._dataset = dataset
         self.skipped: list[int] = []
 
@@ -171,17 +172,15 @@ class Epoch(Iterator[Any]):
                 text = f"left out {_counted([f.index for f in loaded.skipped])} of {self._dataset}{file}: {first.error}"
                 warnings.warn(text, BadSampleWarning, stacklevel=2)
             self.skipped.extend(f.index for f in loaded.skipped if f.index is not None)
-        if self._rows is None:
+        if self._shard is None:
             return loaded.batch
-        if len(loaded.request.indices) < loaded.request.samples:
-            return LocalBatch(loaded.batch, loaded.request.samples, self._rows.total)
-        return local_batch(loaded.batch, self._rows, self._rows.total)
+        if len(loaded.request.indices) < loaded.request.samples:  # the loader read the shard only
+            return LocalBatch(loaded.batch, loaded.request.samples, self._shard.total)
+        return local_batch(loaded.batch, self._shard, self._shard.total)
 
     def close(self) -> None:
         """End the iteration; worker processes become free for the next one."""
-        close = getattr(self._loads, "close", None)
-        if close is not None:
-            close()
+        close(self._loads)
 
 
 def _brief(error: BaseException) -> str:
@@ -190,19 +189,19 @@ def _brief(error: BaseException) -> str:
 
 def _error(loaded: Loaded, failure: Failure, dataset: str) -> DataError:
     epoch, batch, indices, _ = loaded.request
-    place = f"epoch {epoch}, batch {batch}"
+    position = f"epoch {epoch}, batch {batch}"
     if failure.index is None:
-        listed = f"samples {_listed(indices)} of {dataset} ({place})"
+        where = f"samples {_listed(indices)} of {dataset} ({position})"
         what, instead = "the samples of a batch cannot be collated", "samples of one structure and shape, or `collate=`"
     elif loaded.skipped:
-        listed = f"samples {_listed(indices)} of {dataset} ({place})"
-        what, instead = "every sample of a batch is bad, so there is no batch to give", "mend the data set"
+        where = f"samples {_listed(indices)} of {dataset} ({position})"
+        what, instead = "no sample of a batch could be loaded, so the batch is empty", "repair the data set"
     else:
         file = "" if failure.path is None else f": {failure.path}"
-        listed = f"sample {failure.index} of {dataset} ({place}){file}"
+        where = f"sample {failure.index} of {dataset} ({position}){file}"
         what = "a sample cannot be loaded"
-        instead = f'mend it: dataset[{failure.index}]; or leave such samples out: on_bad_sample="skip"'
-    text = explain(what, where=listed, why=failure.error, instead=instead)
+        instead = f'repair it: dataset[{failure.index}]; or leave such samples out: on_bad_sample="skip"'
+    text = explain(what, where=where, why=failure.error, instead=instead)
     return DataError(f"{text}\n\n{failure.trace.rstrip()}")
 
 

@@ -1,16 +1,19 @@
-"""What is saved of a loader that is not ours: its own state, and the place in the data that this state is of.
+"""The saved state of a third-party loader: the loader's own state, and the position in the data where it was taken.
 
-Owns the form of that record, which lies in the cursor of a run. `foreign` makes it and follows it.
+Owns the form of that record, which is in the cursor of a run. `foreign` makes and restores it. Its field names are in
+snapshots on disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
-Place = tuple[int, int]
-_OWN = {"state_dict", "get_state"}
+from purestep.data.portable import Packed
+
+Position = tuple[int, int]
+_LOADER_STATES = {"state_dict", "get_state"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +21,22 @@ class Saved:
     """The state of a loader.
 
     Attributes:
-        place: epoch and number of batches read of it; None in snapshots that are older than this field.
-        stop: whether the epoch was over: "" no, or it was not asked for more; "ahead" it was, and the state is the one
-            before the loader said so; "past" the state is the one after.
-        then: where to go on to from there, by reading again; None: nowhere. It is for loaders whose state stands still.
-        generators: first seeds of the loader's generators.
+        place: position: epoch, and number of its batches read; None in snapshots older than this field.
+        stop: whether the epoch had ended: "" no, or no batch after the last was asked for; "ahead" yes, and the state
+            was taken before the loader raised StopIteration; "past" yes, and the state was taken after it.
+        then: position to read on to after the state is restored, None for none: for loaders whose state does not change
+            from batch to batch.
+        generators: initial seeds of the loader's generators.
         state_dict: what `state_dict()` returned, packed; None where the loader has none.
-        get_state: the same of the iterator's `get_state()`.
-        start: what `hidden` found in the loader's parts, as it was when the epoch began.
-        now: the same, at the place.
-        changed: paths of what it found and could not capture.
+        get_state: what the iterator's `get_state()` returned, packed.
+        start: the states that `hidden` found in the loader's components, at the start of the epoch; by path.
+        now: the same, at the position.
+        changed: paths of the states that `hidden` found and could not capture.
     """
 
-    place: Place | None = None
+    place: Position | None = None
     stop: Literal["", "ahead", "past"] = ""
-    then: Place | None = None
+    then: Position | None = None
     generators: list[int] = dataclasses.field(default_factory=list)
     state_dict: Any = None
     get_state: Any = None
@@ -44,20 +48,20 @@ class Saved:
         return dataclasses.replace(self, **changes)
 
     @property
-    def own(self) -> bool:
-        """Whether the loader, or its iterator, has a state of its own."""
+    def has_loader_state(self) -> bool:
+        """Whether the loader, or its iterator, saves its own state."""
         return self.state_dict is not None or self.get_state is not None
 
     @property
     def unfit(self) -> str | None:
-        """Why a state of torchdata's loader does not lead back inside of an epoch; None where it does, as all others.
+        """Why a state of torchdata's loader cannot be restored inside of an epoch; None if it can.
 
-        A worker that has read its share to the end begins it again. Where nothing has a state the loader reads up to
-        the place itself, and counts these batches twice in the next state.
+        A worker that has read its shard to the end would begin it again. If no component has a state, the loader itself
+        reads up to the position, and counts these batches twice in its next state.
         """
-        workers = (value for key, value in _items(self.state_dict) if key == "_worker_snapshots")
-        of_workers = [state for found in workers for state in found.values()]
-        for state in (self.state_dict, *of_workers):
+        snapshots = (value for key, value in _items(self.state_dict) if key == "_worker_snapshots")
+        worker_states = [state for snapshot in snapshots for state in snapshot.values()]
+        for state in (self.state_dict, *worker_states):
             fetcher = state.get("fetcher_state") if isinstance(state, dict) else None
             if not isinstance(fetcher, dict) or "dataset_iter_state" not in fetcher:
                 continue
@@ -67,14 +71,15 @@ class Saved:
                 return "one of its workers had ended, and would begin again"
         return None
 
-    def packed(self) -> Any:
-        """Return it as a pytree of plain values, or None where it says nothing."""
-        if not (self.own or self.now or self.changed):
+    def packed(self) -> dict[str, Packed] | None:
+        """Return it as a pytree of plain values, or None where there is nothing to save."""
+        if not (self.has_loader_state or self.now or self.changed):
             return {"generators": list(self.generators)} if self.generators else None
-        packed: dict[str, Any] = {}
+        packed: dict[str, Packed] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and (field.name in _OWN or value):
+            # The state of a loader may be empty, and says even so that there is one; other empty fields are defaults.
+            if value is not None and (field.name in _LOADER_STATES or value):
                 packed[field.name] = list(value) if isinstance(value, tuple) else value
         return packed
 
@@ -87,18 +92,19 @@ class Saved:
         return cls(**fields)
 
 
-def fits(packed: Any, own: str, generators: int) -> bool:
-    """Tell whether something is the record of a loader whose state is called `own` and that has so many generators."""
-    other = _OWN - {own}
+def fits(packed: object, method: str, generators: int) -> TypeGuard[dict[str, Any]]:
+    """Tell whether a value is the record of a loader that saves its state by `method`, with so many generators."""
+    other_methods = _LOADER_STATES - {method}
     return (
         isinstance(packed, dict)
-        and set(packed) <= {field.name for field in dataclasses.fields(Saved)} - other
+        and set(packed) <= {field.name for field in dataclasses.fields(Saved)} - other_methods
         and len(packed.get("generators", [])) == generators
         and packed.get("stop", "") in ("", "ahead", "past")
     )
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
+def _items(value: object) -> Iterator[tuple[str, Any]]:
+    """Every key and value of nested dicts."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield str(key), item

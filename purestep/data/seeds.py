@@ -1,7 +1,7 @@
-"""Randomness of samples: keys and seeds as a function of (seed, epoch, index), and the global generators put back.
+"""Randomness of samples: keys and seeds as a function of (seed, epoch, index), and the global generators restored.
 
-Owns the words that keys and seeds are made of while third-party code (a data set, a collate function, a foreign
-loader) runs. `samples` and `foreign` call it; how generators are seeded and put back is known to `random.generators`.
+Owns the 32-bit words of the keys and seeds under which third-party code (a data set, a collate function, a loader)
+runs. `samples` and `foreign` call it; `random.generators` seeds and restores the generators.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sample_words(key: Words, indices: np.ndarray) -> np.ndarray:
 
     Returns:
         int64[b, 4]. Words 0 and 1 are those of `fold_in(key, index)`; words 2 and 3, the other half of the same Philox
-        block, are what the global generators are seeded with.
+        block, seed the global generators.
 
     Example:
         >>> sample_words((0, 0), np.array([7]))[0, :2].tolist() == random.fold_in(random.key(0), 7).tolist()

@@ -1,13 +1,13 @@
 """What a run reads from: the `Source` protocol, and `as_source`, which makes one of anything that gives batches.
 
 Owns the contract between the loop and all data. The loop keeps (epoch, batch, state) in its cursor and opens sources
-with it; sources keep no position that matters.
+with it; a position that a source keeps itself never decides which batches it gives.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from purestep.arguments import Seed, checked
@@ -30,7 +30,20 @@ class Source(Protocol):
         """Return an iterator over the batches of an epoch, positioned after the first `batch` of them."""
 
     def state(self) -> Any:
-        """Return what `open` needs besides (epoch, batch), as of the last batch given: plain values, or None."""
+        """Return what `open` needs besides (epoch, batch), as of the last batch read: plain values, or None."""
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A source or an iterator that holds worker processes, files or an unfinished generator."""
+
+    def close(self) -> None: ...
+
+
+def close(value: object) -> None:
+    """Close a source or an iterator of one, if it can be closed."""
+    if isinstance(value, Closable):
+        value.close()
 
 
 @checked(DataError)
@@ -46,18 +59,18 @@ def as_source(data: Any, *, seed: Seed = 0) -> Source:
     | torch `DataLoader`, other iterables, functions `f()` or `f(epoch)` to one | reads and drops the first batches |
     | an iterator | reads and drops the first batches; it has one epoch only |
 
-    While a loader that is not ours gives a batch, python's, numpy's and torch's global generators are seeded from
-    (seed, epoch, batch), and put back afterwards. So a `DataLoader(shuffle=True)` gives the same order again for the
-    same epoch, and its reading disturbs nothing; its own generator, where it has one, is seeded from that one's first
-    seed and the epoch. Samplers and data sets with `set_epoch` are told the epoch.
+    While a third-party loader loads a batch, python's, numpy's and torch's global generators are seeded from
+    (seed, epoch, batch), and restored afterwards. So a `DataLoader(shuffle=True)` gives the same order again for the
+    same epoch, and loading changes no other random draw; the generator of the loader, if it has one, is seeded from
+    its initial seed and the epoch. `set_epoch` of samplers and data sets is called with the epoch.
 
-    What a loader carries from one epoch into the next is restored at the end of an epoch as well. Where the loader has
-    no state, generators in the attributes of its data set, sampler or function are, and data sets with `state_dict`;
-    what is found and cannot be saved is an `UnsavedStateWarning` at a resume.
+    State that a loader carries from one epoch into the next is restored at the end of an epoch as well. For a loader
+    without `state_dict`, the random generators in the attributes of its data set, sampler or function are saved, and
+    data sets with `state_dict`; other state that is found is an `UnsavedStateWarning` at a resume.
 
     Args:
-        data: see above.
-        seed: of the global generators while a foreign loader works.
+        data: one of the kinds in the table.
+        seed: of the global generators while a third-party loader works; in [0, 2**64).
 
     Raises:
         DataError: it gives samples and not batches, or cannot be iterated.
@@ -74,15 +87,15 @@ def as_source(data: Any, *, seed: Seed = 0) -> Source:
     from purestep.data import foreign
 
     if isinstance(data, (list, tuple)):
-        return foreign.Sequence(data)
-    return foreign.Foreign(data, seed=seed)
+        return foreign.BatchSequence(data)
+    return foreign.ThirdPartyLoader(data, seed=seed)
 
 
-def refuse_path(data: Any) -> None:
-    """Refuse a path in the place of what lies there.
+def refuse_path(data: object) -> None:
+    """Refuse a path where a data set is wanted.
 
     Raises:
-        DataError: with whether there is anything.
+        DataError: says whether a file or directory exists at the path.
     """
     if not isinstance(data, (str, bytes, os.PathLike)):
         return
@@ -90,15 +103,15 @@ def refuse_path(data: Any) -> None:
     raise DataError(
         explain(
             "a path is no data set",
-            where=f"{path!r}: there is {'something' if os.path.exists(path) else 'nothing'} at this path",
-            why="nothing says how to read what is there",
+            where=f"{path!r}, which {'exists' if os.path.exists(path) else 'does not exist'}",
+            why="a path does not say in which format its samples are stored",
             instead="np.load(path, mmap_mode='r') for an array, or a data set that reads it: "
             "torchvision.datasets.ImageFolder(path)",
         )
     )
 
 
-def _refuse_samples(data: Any) -> None:
+def _refuse_samples(data: object) -> None:
     from torch import Tensor
     from torch.utils.data import Dataset, IterableDataset
 
@@ -107,7 +120,7 @@ def _refuse_samples(data: Any) -> None:
         instead = "torch.utils.data.DataLoader(dataset, batch_size=32)"
     elif isinstance(data, (Dataset, Tensor, dict)) or type(data).__module__ == "numpy":
         instead = "ps.data.batches(dataset, batch_size=32)"
-    elif not (hasattr(data, "__iter__") or hasattr(data, "__getitem__") or callable(data)):
+    elif not (isinstance(data, Iterable) or hasattr(data, "__getitem__") or callable(data)):
         raise DataError(
             explain(
                 "this cannot be iterated",
@@ -122,7 +135,7 @@ def _refuse_samples(data: Any) -> None:
         explain(
             "a data set gives samples, and a run reads batches",
             where=kind,
-            why="nothing says how many make a batch",
+            why="a data set does not say how many samples make a batch",
             instead=instead,
         )
     )

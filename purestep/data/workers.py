@@ -1,18 +1,19 @@
 """Worker processes: one torch `DataLoader` over a stream of requests, kept alive from epoch to epoch.
 
-Owns starting, reusing and ending workers, and saying why they died. What is computed for a request is the business of
-`samples`, so the result does not depend on how many workers there are. `Batches` calls `Shelf.serve`.
+Owns starting, reusing and ending workers, and the errors that say why they died. `samples` computes the batch of a
+request, so the result does not depend on the number of workers. `Batches` calls `PoolCache.serve`.
 
-A pool is one `DataLoader` with persistent workers whose sampler is a stream of requests. When shuffled, the stream runs
-on into the next epoch, so workers fetch ahead across the boundary; when the next request is for another place, the same
-workers are pointed there. A pool serves one iterator at a time and is put back on its shelf when that ends; each
-`Batches` has one shelf, which holds one idle pool at most, until it is closed or collected.
+A pool is one `DataLoader` with persistent workers whose sampler is a stream of requests. When shuffled, the stream
+continues into the next epoch, so workers prefetch across the boundary; when the next request is for another position,
+the stream of the same workers restarts there. A pool serves one iterator at a time and returns to its cache when that
+ends; each `Batches` has one cache, which holds one idle pool at most, until it is closed or collected.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import io
 import multiprocessing
 import multiprocessing.forkserver
@@ -25,21 +26,41 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from purestep.data.order import Plan, Request
+from purestep.data import _torch
+from purestep.data.order import BatchOrder, Request
 from purestep.data.samples import Loaded, Loader
 from purestep.errors import DataError, explain
 
+T = TypeVar("T")
 _GUARD = 'if __name__ == "__main__":\n    main()'
 
 
-class _Requested:
-    """The data set the workers see: indexing it with a request gives the loaded batch."""
+@dataclasses.dataclass(frozen=True)
+class PoolOptions:
+    """How a pool loads its batches, which does not change them.
+
+    Attributes:
+        workers: number of processes, 1 or more.
+        prefetch: batches that each worker loads ahead.
+        start: how the processes start.
+        pin: whether batches are put into page-locked memory.
+    """
+
+    workers: int
+    prefetch: int = 2
+    start: Literal["forkserver", "spawn"] = "forkserver"
+    pin: bool = False
+
+
+class _RequestedBatches:
+    """The data set of the workers: indexing it with a request loads that batch."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -48,59 +69,57 @@ class _Requested:
         return self.loader.load(request)
 
 
-class _Stream:
-    """The sampler: requests from wherever it was last pointed at."""
+class _RequestStream:
+    """The sampler of the workers: the requests from position `start` on."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, order: BatchOrder) -> None:
+        self.order = order
         self.start = (0, 0)
 
     def __iter__(self) -> Iterator[Request]:
         epoch, batch = self.start
-        yield from self.plan.requests(epoch, batch)
-        # Evaluations read one epoch at a time, in order; only training, which shuffles, is worth running on for.
-        while self.plan.shuffle and self.plan.length():
+        yield from self.order.requests(epoch, batch)
+        # Training, which shuffles, reads epoch after epoch, so workers load ahead into the next one. An evaluation
+        # reads one epoch at a time, perhaps minutes apart: batches loaded ahead would only hold memory.
+        while self.order.shuffle and self.order.length():
             epoch += 1
-            yield from self.plan.requests(epoch)
+            yield from self.order.requests(epoch)
 
 
 class Pool:
-    """Worker processes for one plan and loader.
+    """Worker processes for one order and loader.
 
     Args:
-        plan: which samples make up which batch.
-        loader: what turns them into a batch; it is sent to the workers once.
-        workers: number of processes, 1 or more.
-        ahead: batches fetched ahead by each worker.
-        start: "forkserver" or "spawn".
-        pin: whether batches are put into page-locked memory.
+        order: which samples make up which batch.
+        loader: loads a batch of samples; it is sent to the workers once.
+        options: how many workers, how they start, and how far ahead they load.
     """
 
-    def __init__(self, plan: Plan, loader: Loader, *, workers: int, ahead: int, start: str, pin: bool) -> None:
+    def __init__(self, order: BatchOrder, loader: Loader, options: PoolOptions) -> None:
         from torch.utils.data import DataLoader
 
         _refuse_in_bootstrap()
         _check_picklable(loader)
-        self.plan = plan
-        self._stream = _Stream(plan)
-        with _crowd_allowed():
+        self.order = order
+        self._stream = _RequestStream(order)
+        with _more_workers_than_cpus():
             self._loader: Any = DataLoader(
-                _Requested(loader),  # type: ignore[arg-type]
+                _RequestedBatches(loader),  # type: ignore[arg-type]
                 sampler=self._stream,
-                batch_size=None,
+                batch_size=None,  # each request is a batch already
                 collate_fn=_unchanged,  # type: ignore[arg-type]
-                num_workers=workers,
-                worker_init_fn=_settle,
+                num_workers=options.workers,
+                worker_init_fn=_initialize_worker,
                 persistent_workers=True,
-                prefetch_factor=ahead,
-                pin_memory=pin,
-                multiprocessing_context=_context(start),
-                # The loader draws a base seed when it starts; from here, not from the global generator.
+                prefetch_factor=options.prefetch,
+                pin_memory=options.pin,
+                multiprocessing_context=_context(options.start),
+                # The loader draws a base seed when it starts: from this generator, not from the global one.
                 generator=torch.Generator(),
             )
         self._iterator: Any = None
         self._position: tuple[int, int] | None = None
-        self._proven = False
+        self._has_loaded = False
 
     def epoch(self, epoch: int, batch: int) -> Iterator[Loaded]:
         """Yield the batches of an epoch from number `batch` on.
@@ -108,25 +127,28 @@ class Pool:
         Raises:
             DataError: the workers could not be started, or died.
         """
-        numbers = self.plan.numbers(batch)
+        numbers = self.order.numbers(batch)
         if not numbers:
             return
         if self._iterator is None or self._position != (epoch, batch):
+            # `iter` of a loader with persistent workers keeps the processes, drops what they have loaded ahead, and
+            # reads the sampler anew: from this position.
             self._stream.start = (epoch, batch)
             self._position = None
-            with _crowd_allowed():
+            with _more_workers_than_cpus():
                 self._iterator = self._guarded(lambda: iter(self._loader))
         for number in numbers:
             loaded = self._guarded(lambda: next(self._iterator))
-            self._proven = True
+            self._has_loaded = True
+            # Set before the yield: the caller may never ask for another batch, and the next epoch still begins here.
             self._position = self._after(epoch, number)
             yield loaded
 
     def _after(self, epoch: int, number: int) -> tuple[int, int] | None:
-        """Where the stream goes on after a batch; None when it has ended."""
-        if number + 1 < self.plan.length():
+        """The position of the stream after a batch; None when the stream has ended."""
+        if number + 1 < self.order.length():
             return epoch, number + 1
-        return (epoch + 1, 0) if self.plan.shuffle else None
+        return (epoch + 1, 0) if self.order.shuffle else None
 
     @property
     def alive(self) -> bool:
@@ -136,52 +158,55 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers; empty before the first batch and after `close`."""
-        return [w.pid for w in getattr(self._iterator, "_workers", ())]
+        return [worker.pid for worker in _torch.worker_processes(self._iterator) if worker.pid is not None]
 
     def close(self) -> None:
         """End the workers. It may be called again."""
         iterator, self._iterator, self._loader, self._position = self._iterator, None, None, None
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+        # torch's iterator ends its workers when it is collected, which a reference in a traceback may delay.
+        if iterator is not None:
+            _torch.shut_down(iterator)
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    def _guarded(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except (RuntimeError, OSError, EOFError, pickle.PickleError, AttributeError, TypeError) as error:
-            started = self._proven
-            if str(error).startswith("Caught "):  # raised in a worker that lives; torch brings its traceback along
-                self.close()
-                raise
+            # An error inside of a worker arrives with its traceback, under this prefix of torch's. Any other error is
+            # that of a queue whose process has gone, and says nothing of the reason.
             self.close()
-            raise _died(error, started) from error
+            if str(error).startswith("Caught "):
+                raise
+            raise _died(error, self._has_loaded) from error
         except BaseException:
             # An interrupt in the middle of a queue read leaves the loader in a state that cannot be relied on.
             self.close()
             raise
 
 
-class Shelf:
-    """Where the pool of one `Batches` waits between two epochs. Dropping the shelf ends the workers on it."""
+class PoolCache:
+    """Keeps the pool of one `Batches` alive between two epochs. Collecting the cache ends the workers in it."""
 
     def __init__(self) -> None:
         self._idle: Pool | None = None
-        _SHELVES.add(self)
+        _CACHES.add(self)
 
     def serve(
-        self, plan: Plan, loader: Loader, epoch: int, batch: int, options: Callable[[], dict[str, Any]]
+        self, order: BatchOrder, loader: Loader, epoch: int, batch: int, options: Callable[[], PoolOptions]
     ) -> Iterator[Loaded]:
         """Yield loaded batches from the idle pool, or from a new one, which is the idle pool afterwards.
 
         Args:
-            plan, loader: as for `Pool`; always the same for one shelf.
-            epoch, batch: where to begin.
-            options: gives the keyword arguments of a new `Pool`.
+            order, loader: as for `Pool`; always the same for one cache.
+            epoch, batch: position of the first batch.
+            options: returns those of a new `Pool`; called only when one is made, since it counts the CPUs.
         """
-        if not plan.numbers(batch):
+        if not order.numbers(batch):
             return
+        # A pool serves one iterator at a time: while this one reads, a second iterator finds no idle pool and makes
+        # its own. Of two that end, the first returns to the cache.
         pool, self._idle = self._idle, None
         if pool is None:
-            pool = Pool(plan, loader, **options())
+            pool = Pool(order, loader, options())
         try:
             yield from pool.epoch(epoch, batch)
         finally:
@@ -197,28 +222,30 @@ class Shelf:
             pool.close()
 
 
-_SHELVES: weakref.WeakSet[Shelf] = weakref.WeakSet()
+_CACHES: weakref.WeakSet[PoolCache] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    for shelf in list(_SHELVES):
-        shelf.close()
+    # Runs before torch's own exit handler, after which torch's iterators no longer end their workers.
+    for cache in list(_CACHES):
+        cache.close()
 
 
 @contextlib.contextmanager
-def _crowd_allowed() -> Iterator[None]:
+def _more_workers_than_cpus() -> Iterator[None]:
     """More workers than CPUs is the user's choice, and right where they wait for a disk: torch need not warn of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         yield
 
 
-def _settle(worker: int) -> None:
-    """Prepare a worker process: it stops when the main process wants it to, or is gone."""
+def _initialize_worker(worker: int) -> None:
+    """Make a worker process end when the main process ends it or dies, and at no other time."""
     # Ctrl-C reaches the whole process group; the main process decides when to stop, and needs batches until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Torch's own watch is for the death of the parent, which is the fork server; that lives as long as its workers do.
+    # torch's watchdog watches the parent, which here is the fork server; that lives as long as its workers do. So this
+    # thread watches the main process.
     threading.Thread(target=_end_with_main, name="purestep-watch", daemon=True).start()
 
 
@@ -233,13 +260,13 @@ def _unchanged(loaded: Loaded) -> Loaded:
     return loaded
 
 
-# --- starting, and what can go wrong with it ------------------------------------------------------------------------
+# --- starting, and the errors of a start ----------------------------------------------------------------------------
 
 
-def _context(start: str) -> Any:
+def _context(start: str) -> BaseContext:
     context = multiprocessing.get_context(start)
     if start == "forkserver":
-        # Imported once in the server, torch costs each worker nothing. A preload list of the user's own is left alone.
+        # Imported once in the fork server, torch costs a worker no import. A preload list that the user has set stays.
         server = multiprocessing.forkserver._forkserver
         if getattr(server, "_preload_modules", None) == ["__main__"]:
             context.set_forkserver_preload(["__main__", __name__])
@@ -258,14 +285,15 @@ def _refuse_in_bootstrap() -> None:
         )
 
 
-class _Probe(ForkingPickler):
-    """Pickles everything but the arrays, to see whether a worker could be sent it, and what of it is in `__main__`."""
+class _PickleCheck(ForkingPickler):
+    """Pickles everything but the arrays, to find what cannot be sent to a worker, and what is defined in `__main__`."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO())
         self.in_main: list[str] = []
 
-    def persistent_id(self, value: Any) -> str | None:
+    def persistent_id(self, value: object) -> str | None:
+        # Arrays always pickle; leaving them out makes the check cost nothing however large the data set is.
         if isinstance(value, (torch.Tensor, np.ndarray)):
             return "array"
         if isinstance(value, (type, types.FunctionType)) and value.__module__ == "__main__":
@@ -274,46 +302,46 @@ class _Probe(ForkingPickler):
 
 
 def _check_picklable(loader: Loader) -> None:
-    probe, part = _Probe(), ""
+    check, field = _PickleCheck(), ""
     try:
-        for part in ("dataset", "transform", "collate"):
-            probe.dump(getattr(loader, part))
+        for field in ("dataset", "transform", "collate"):
+            check.dump(getattr(loader, field))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        value = getattr(loader, part)
+        value = getattr(loader, field)
         named = value if hasattr(value, "__qualname__") else type(value)
         raise DataError(
             explain(
-                f"the {part} of a loader cannot be sent to worker processes",
-                where=f"{part}: {named.__module__}.{named.__qualname__}",
+                f"the {field} of a loader cannot be sent to worker processes",
+                where=f"{field}: {named.__module__}.{named.__qualname__}",
                 why=f"{type(error).__name__}: {error}",
                 instead="functions and classes at the top level of a module, files opened in __getitem__; "
                 "or num_workers=0",
             )
         ) from error
     except RuntimeError:
-        # Locks, queues and shared values refuse to be pickled anywhere but in a process being started; there they work.
+        # Locks, queues and shared values can be pickled only while a process starts; this check is made before that.
         return
-    if probe.in_main and not hasattr(sys.modules.get("__main__"), "__file__"):
+    if check.in_main and not hasattr(sys.modules.get("__main__"), "__file__"):
         raise DataError(
             explain(
                 "worker processes cannot import what a notebook or an interactive session defines",
-                where=f"__main__.{probe.in_main[0]}",
-                why="a worker is a new process, and there is no file from which it could import it",
+                where=f"__main__.{check.in_main[0]}",
+                why="a worker is a new process, and no file holds the definition that it would have to import",
                 instead="define it in a .py file and import it from there, or num_workers=0",
             )
         )
 
 
-def _died(error: BaseException, started: bool) -> DataError:
-    if started:
+def _died(error: BaseException, has_loaded: bool) -> DataError:
+    if has_loaded:
         what = "a worker process ended in the middle of an epoch"
         why = "it was killed (often by the kernel, for memory) or crashed in native code"
         instead = "fewer workers, a smaller `prefetch`, or num_workers=0 to see the error in this process"
     else:
-        what = "the worker processes ended before they gave a batch"
+        what = "the worker processes ended before they loaded a batch"
         why = (
             "their own traceback is on stderr; often the main script runs its training when it is imported, or the "
-            "data set is defined where they cannot import it"
+            "data set is defined in a module that a worker cannot import"
         )
         instead = f"{_GUARD}\nor num_workers=0 to see the error in this process"
     return DataError(explain(what, where=f"{type(error).__name__} {error}".strip(), why=why, instead=instead))

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from purestep import random
+from purestep._torch import OpOverload, OpOverloadPacket
 from purestep.errors import RandomnessError, explain
 
 Handler = Callable[..., Any]

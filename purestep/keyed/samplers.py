@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from purestep import random
 from purestep.errors import RandomnessError, explain
+from purestep.keyed import _torch
 from purestep.keyed.mode import KeyedRandom, refused
 
 
@@ -223,8 +224,8 @@ _REFUSED = (
     torch.poisson,
     torch.binomial,
     torch.miopen_rnn,
-    torch._standard_gamma,
-    torch._sample_dirichlet,
+    _torch.standard_gamma,
+    _torch.sample_dirichlet,
     torch.rrelu_,
     torch.alpha_dropout_,
     torch.feature_alpha_dropout_,

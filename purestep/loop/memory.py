@@ -19,10 +19,10 @@ from purestep.errors import OutOfMemory, explain
 from purestep.loop.dry import Dry, dry_run
 from purestep.loop.lone import lone
 from purestep.loop.misfit import describe_batch
-from purestep.loop.resume import _states
 from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
-from purestep.step import Step
+from purestep.state import TrainState
+from purestep.step_protocol import StepFacts, StepFn, facts_of
 
 _SMALLER = "a smaller batch or model, ps.checkpoint around its blocks, or a device with more memory"
 USABLE = 0.9  # of the free memory: the rest is for workspaces and fragmentation
@@ -58,6 +58,7 @@ class Estimate:
     @property
     def beyond(self) -> int:
         """What is needed besides the state and the batch, which are there already."""
+        # Activations are freed by the backward pass before the update makes the new state: the larger one counts.
         new = 0 if self.donated else self.state
         return self.gradients + max(self.gathered + self.activations, new)
 
@@ -91,21 +92,28 @@ def show(nbytes: float) -> str:
     return ""
 
 
-def estimate(step: Any, state: Any, batch: Any, dry: Dry) -> Estimate | None:
+def estimate(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate | None:
     """Return what a step needs of this process, from a dry run of it.
 
     None under tensor parallelism: what each rank keeps of a layer that several compute is not known.
     """
-    inner = getattr(step, "__wrapped__", step)
-    plan = getattr(inner, "plan", None)
+    plan = facts_of(step).plan
     if plan is not None and plan.mesh.size(*plan.model_axes) > 1:
         return None
+    return estimate_alone(step, state, batch, dry)
+
+
+def estimate_alone(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate:
+    """Return what `estimate` does, for a step whose ranks compute each layer alone."""
+    facts = facts_of(step)
+    plan, count = facts.plan, facts.microbatches
     here = place.local(state)
-    states = list(_states(here))
+    states = [state for _, state in tree.find(here, TrainState)]
     params = tree.nbytes([s.params for s in states]) if states else tree.nbytes(here)
-    own = 1 if plan is None else len(plan.microbatches(inner.parts))
-    sums = 1 if (getattr(inner, "microbatches", 1) == 1 if plan is None else own == 1) else 2
-    gathered, cast = (0, 0) if plan is None else _gathered(inner, state)
+    own = count if plan is None or not isinstance(count, int) else len(plan.microbatches(count))
+    # Several microbatches hold a sum beside the gradients that are added to it.
+    sums = 1 if own in (None, 1) else 2
+    gathered, cast = _gathered(facts, state)
     return Estimate(
         params,
         tree.nbytes([s.opt_state for s in states]),
@@ -113,26 +121,28 @@ def estimate(step: Any, state: Any, batch: Any, dry: Dry) -> Estimate | None:
         params * sums,
         max(dry.kept - cast, 0),
         tree.nbytes(batch),
-        bool(getattr(step, "donate", False)),
+        facts.donate,
         gathered,
     )
 
 
-def _gathered(inner: Step, state: Any) -> tuple[int, int]:
+def _gathered(facts: StepFacts, state: Any) -> tuple[int, int]:
     """Return the bytes of gathered parameters at one time, and those of all split ones as they are computed with.
 
     A dry run keeps the latter for its backward pass where they are cast; a real one gathers them again.
     """
-    compute = None if inner.policy is None else inner.policy.copied
-    split = [x for x in tree.leaves(state.params) if place.is_split(x)]
-    if inner.plan is None or not split:
+    if facts.plan is None or not isinstance(facts.microbatches, int):
         return 0, 0
-    found = inner.plan.dry_run(state, microbatches=inner.parts, compute_dtype=compute).memory.get("gathered", 0)
+    compute = None if facts.policy is None else facts.policy.copied
+    split = [x for x in tree.leaves(state.params) if place.is_split(x)]
+    if not split:
+        return 0, 0
+    found = facts.plan.dry_run(state, microbatches=facts.microbatches, compute_dtype=compute).memory.get("gathered", 0)
     return found, sum(x.numel() * compute.itemsize for x in split if compute is not None and x.dtype != compute)
 
 
 def free_memory(device: torch.device, *, root: str | Path = "/") -> int | None:
-    """Return how many bytes can be allocated on a device; None where nobody says.
+    """Return how many bytes can be allocated on a device; None where the system does not say.
 
     On the CPU it is what the system calls available, within the limit of this process's cgroup.
 
@@ -178,7 +188,7 @@ def own_share(free: int | None, device: torch.device) -> int | None:
     return free if free is None or device.type != "cpu" else free // world.neighbours()
 
 
-def shortage(step: Any, needed: Estimate, batch: Any, device: torch.device, free: int | None) -> str | None:
+def shortage(step: StepFn, needed: Estimate, batch: object, device: torch.device, free: int | None) -> str | None:
     """Return what to say when a step needs more than is free, with the numbers and what would fit; else None."""
     if free is None or needed.beyond <= free:
         return None
@@ -203,13 +213,13 @@ def warn(shortages: Sequence[str | None]) -> None:
     warnings.warn(text, MemoryEstimateWarning, stacklevel=2)
 
 
-def _advice(step: Any, needed: Estimate, batch: Any, free: int | None) -> str:
-    inner = getattr(step, "__wrapped__", step)
-    plan = getattr(inner, "plan", None)
+def _advice(step: StepFn, needed: Estimate, batch: object, free: int | None) -> str:
+    facts = facts_of(step)
+    plan = facts.plan
     lines = []
-    if isinstance(inner, Step):
+    if facts.microbatches is not None:
         samples = metrics.sample_count(batch.data if isinstance(batch, LocalBatch) else batch)
-        count = inner.parts if inner.microbatches != "auto" else 1
+        count = facts.microbatches if isinstance(facts.microbatches, int) else 1
         own = count if plan is None else len(plan.microbatches(count))
         gradients = 2 * needed.params
         for parts in (2**i for i in range(1, max(samples // own, 1).bit_length())):
@@ -234,7 +244,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(
-    step: Any, state: Any, batch: Any, error: BaseException, *, index: int, free: int | None
+    step: StepFn, state: object, batch: object, error: BaseException, *, index: int, free: int | None
 ) -> OutOfMemory:
     """Return the error to raise where a step ran out of memory: batch, estimate, and what would fit."""
     alone = lone(step, state, batch)

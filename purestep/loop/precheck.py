@@ -7,7 +7,6 @@ batch.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +36,7 @@ from purestep.loop.misfit import misfit
 from purestep.loop.watched import check_sets
 from purestep.sharding import world
 from purestep.state import TrainState
+from purestep.step_protocol import StepFn, facts_of, name_of, signature_of
 
 
 class ThreadsWarning(UserWarning):
@@ -48,34 +48,32 @@ _OWN_CALLBACK = "ps.callbacks.tap(function), or a frozen dataclass that subclass
 _UNSURE = (TreeError, TraceError, CompileError, DonatedStateError)
 
 
-def check_arity(step: Any) -> None:
+def check_arity(step: StepFn) -> None:
     """Refuse a step that cannot be called with a state and a batch.
 
     Raises:
         StepError: it takes other arguments.
     """
-    try:
-        signature = inspect.signature(step)
-    except (TypeError, ValueError):
+    signature = signature_of(step)
+    if signature is None:
         return
     try:
         signature.bind(None, None)
     except TypeError as error:
-        name = getattr(step, "__name__", type(step).__name__)
         raise StepError(
             explain(
                 "a step takes a state and a batch",
-                where=f"{name}{signature}",
+                where=f"{name_of(step)}{signature}",
                 instead="def train_step(state, batch): ...\n    return state, {'loss': loss}",
             )
         ) from error
 
 
-def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
+def check_step(step: StepFn, state: Any, batch: Any) -> Dry | None:
     """Run a step on fake tensors, and refuse what it could not return or run on.
 
     Args:
-        step: any step; a compiled one is checked uncompiled.
+        step: any step; a compiled one is checked as the function it was compiled of.
         state, batch: what it is about to be given.
 
     Returns:
@@ -101,7 +99,7 @@ def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
         raise StepError(
             explain(
                 "the step calls its state as if it were a model",
-                where=f"{getattr(step, '__name__', type(step).__name__)}(state, batch)",
+                where=f"{name_of(step)}(state, batch)",
                 why="a loss function takes the model and the batch, a step the state and the batch",
                 instead="step = ps.make_step(loss_fn, tx)",
             )
@@ -113,7 +111,7 @@ def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
 
 
 def check_eval(
-    name: str, step: Any, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None
+    name: str, step: StepFn, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None
 ) -> tuple[str, ...] | None:
     """Run an evaluation step on fake tensors, for its first batch.
 
@@ -148,13 +146,13 @@ def check_eval(
 # --- surroundings, states and callbacks that do not fit ---------------------------------------------------------------
 
 
-def check_optimizer_state(step: Any, state: Any) -> None:
+def check_optimizer_state(step: StepFn, state: Any) -> None:
     """Refuse a state whose optimizer state was made by another transformation than that of the step.
 
     Raises:
         StepError: with the paths that differ.
     """
-    tx = getattr(step, "tx", None)
+    tx = facts_of(step).tx
     if tx is None or not isinstance(state, TrainState):
         return
     dry = dry_run(lambda params: tx.init(params), state.params)

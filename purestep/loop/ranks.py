@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from purestep import data, metrics, snapshot, tree
-from purestep.data.order import Rows
-from purestep.data.share import Cut, share_rows
+from purestep.data.order import SampleShard
+from purestep.data.share import ShardedSource, shard_samples
 from purestep.errors import RankError, explain
 from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
@@ -26,6 +26,7 @@ from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
 from purestep.sharding.place import is_split
 from purestep.sharding.plan import Plan
+from purestep.step_protocol import StepFn, facts_of
 
 T = TypeVar("T")
 
@@ -51,23 +52,22 @@ class Ranks:
         microbatches: of a global batch.
     """
 
-    def __init__(self, plan: Any, microbatches: int) -> None:
+    def __init__(self, plan: Plan | None, microbatches: int) -> None:
         self.plan, self.microbatches = plan, microbatches
         self.alone = plan is None or not world.initialize()
         self.first = self.alone or world.rank() == 0
-        self._cut: Cut | None = None
-        if not self.alone:
+        self._cut: ShardedSource | None = None
+        if plan is not None and not self.alone:
             from purestep.sharding.mesh import check_world
 
             check_world(plan.mesh)
             plan.microbatches(microbatches)  # refuses a number that cannot be shared, before anything begins
 
     @classmethod
-    def of(cls, step: Any) -> Self:
+    def of(cls, step: StepFn) -> Self:
         """Return the ranks of a step's plan; joins the processes that torchrun started if there is one."""
-        inner = getattr(step, "__wrapped__", step)
-        plan = getattr(inner, "plan", None)
-        return cls(plan, 1 if plan is None else getattr(inner, "parts", plan.replicas))
+        facts = facts_of(step)
+        return cls(facts.plan, facts.microbatches if isinstance(facts.microbatches, int) else 1)
 
     def outside(self, signals: Signals) -> Alone:
         """Return signals and clock as all ranks see them."""
@@ -79,8 +79,8 @@ class Ranks:
         """Return a source of the rows that this rank computes; the source itself where those are all."""
         if self.plan is None or self.plan.replicas == 1:
             return source
-        shared = share_rows(source, Rows(self.microbatches, self.plan.microbatches(self.microbatches)))
-        self._cut = shared if isinstance(shared, Cut) else None
+        shared = shard_samples(source, SampleShard(self.microbatches, self.plan.microbatches(self.microbatches)))
+        self._cut = shared if isinstance(shared, ShardedSource) else None
         return shared
 
     def seen(self) -> str | None:
@@ -114,7 +114,7 @@ class Ranks:
         Raises:
             RankError: the ranks hold different values of a state that has to be cut, or only some have it cut already.
         """
-        if not isinstance(self.plan, Plan):
+        if self.plan is None:
             return train
         if not self.alone:
             specs = tree.leaves(self.plan.specs(train))
@@ -124,7 +124,7 @@ class Ranks:
             world.agree_each({"the state": content}, what="the state", instead=SAME_STATE)
         return self.plan.place(train)
 
-    def compare(self, step: Any, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
+    def compare(self, step: StepFn, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
         """Check that all ranks are about to do the same: code, arguments, data, state.
 
         Raises:
@@ -132,13 +132,13 @@ class Ranks:
         """
         if self.alone:
             return
-        inner = getattr(step, "__wrapped__", step)
-        order = getattr(source, "plan", None)
+        facts = facts_of(step)
+        order = source.order if isinstance(source, data.Batches) else None
         values = {
             "the snapshot they begin at": at,
             **{f"the step's {name}": value for name, value in conditions(step).items()},
-            "the loss function": getattr(getattr(inner, "loss_fn", inner), "__qualname__", type(inner).__name__),
-            "tx": _plain(getattr(inner, "tx", None)),
+            "the loss function": getattr(facts.loss_fn, "__qualname__", type(facts.loss_fn).__name__),
+            "tx": _plain(facts.tx),
             "the plan": self.plan,
             "callbacks": [_plain(c) for c in machine.callbacks if c.name != "progress"],
             "until": str(machine.until),
@@ -220,4 +220,4 @@ def _plain(value: Any) -> str:
 
 
 def _order(order: Any) -> str:
-    return "" if order is None else repr(dataclasses.replace(order, share=None))
+    return "" if order is None else repr(dataclasses.replace(order, shard=None))

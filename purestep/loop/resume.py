@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from purestep import snapshot
+from purestep import snapshot, tree
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
@@ -18,6 +17,7 @@ from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.convert import any_policy, under_policy
 from purestep.state import TrainState
+from purestep.step_protocol import StepFn, resliced
 
 Resume = Literal["auto", "never", "must"] | int
 
@@ -125,15 +125,13 @@ def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
     return stored.replace(callbacks=owns, status=stored.status.replace(due=wished))
 
 
-def settled(step: Any, manifest: snapshot.Manifest) -> Any:
+def settled(step: StepFn, manifest: snapshot.Manifest) -> StepFn:
     """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
     from purestep.loop import fitting
 
     was = manifest.info.get("step")
     count = was.get("microbatches") if isinstance(was, Mapping) else None
-    return (
-        fitting.with_microbatches(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
-    )
+    return resliced(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
 
 
 @checked(ConfigError)
@@ -187,20 +185,5 @@ def restore(
 
 def applied_steps(loop: LoopState) -> int:
     """Return the x-axis of the logs: `state.step`, or the batches consumed when the train state has no step."""
-    for node in _states(loop.train):
-        return int(node.step)
-    return loop.cursor.batches
-
-
-def _states(train: Any) -> Iterator[TrainState]:
-    if isinstance(train, TrainState):
-        yield train
-    elif isinstance(train, Mapping):
-        for value in train.values():
-            yield from _states(value)
-    elif isinstance(train, (tuple, list)):
-        for value in train:
-            yield from _states(value)
-    elif dataclasses.is_dataclass(train):
-        for field in dataclasses.fields(train):
-            yield from _states(getattr(train, field.name))
+    states = tree.find(loop.train, TrainState)
+    return int(states[0][1].step) if states else loop.cursor.batches

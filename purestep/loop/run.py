@@ -10,7 +10,7 @@ import collections
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ from purestep.loop.saving import OnSaveError, Saving
 from purestep.loop.signals import Signals
 from purestep.loop.skipped import Skipped
 from purestep.loop.watched import check_names
-
-StepFn = Callable[[Any, Any], tuple[Any, Any]]
+from purestep.step_protocol import StepFn as StepFn
+from purestep.step_protocol import facts_of
 
 
 class Run:
@@ -112,7 +112,7 @@ class Run:
         self._checked = False
         self.loop = self.machine.init(state)
         self.reason: str | None = None
-        self._events: Iterator[Event] | None = None
+        self._events: Generator[Event, None, None] | None = None
 
     # --- iterating ------------------------------------------------------------------------------------------------
 
@@ -124,12 +124,26 @@ class Run:
     def __next__(self) -> Event:
         return next(iter(self))
 
+    def close(self) -> None:
+        """End a run that is left before its end: its directory is free then, and its threads and workers end.
+
+        The run does this itself at its end. A `with` block calls it: `with ps.run(...) as events:`.
+        """
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def result(self) -> Result:
         """Return what the run has come to; complete once the iteration is over."""
         reason = self.reason or "not finished"
         return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._saving.unsaved)
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event, None, None]:
         with contextlib.ExitStack() as stack:
             stack.callback(self._feed.close)
             stack.enter_context(self._ranks)
@@ -151,7 +165,7 @@ class Run:
             self._feed.begin(self.loop.cursor.loader)
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             self._saving.begin(self.loop, at, identity)
-            if at is None and getattr(self._step, "donate", False):
+            if at is None and facts_of(self._step).donate:
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
             self._given = None
@@ -275,7 +289,7 @@ class Run:
             self._explain(error, state, batch, index)
             raise
         contract.check(returned)
-        repeatable = self._ranks.alone and not getattr(self._step, "donate", False)
+        repeatable = self._ranks.alone and not facts_of(self._step).donate
         told = remembered.check(state, batch, returned, repeatable=repeatable)
         if told and self._ranks.first:
             warnings.warn(told, hidden.HiddenStateWarning, stacklevel=2)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from purestep import data, metrics, tree
-from purestep.data.order import Turns
-from purestep.data.share import rounds, share_turns
+from purestep.data.order import BatchShard
+from purestep.data.share import rounds, shard_batches
 from purestep.loop.feed import device_of
 from purestep.sharding.place import is_split
 
@@ -31,8 +31,8 @@ class Shared:
 
     def __init__(self, step: Callable[[Any, Any], Any], source: data.Source, plan: Any) -> None:
         self._step = step
-        self._turns = Turns(plan.index, plan.replicas)
-        self._whole, self._source = source, share_turns(source, self._turns)
+        self._shard = BatchShard(plan.index, plan.replicas)
+        self._whole, self._source = source, shard_batches(source, self._shard)
 
     def run(self, train: Any, meet: Callable[[Any], list[Any]]) -> Iterator[Sequence[Mapping[str, metrics.Metric]]]:
         """Evaluate all rounds; yield the metrics of all ranks' batches as they are exchanged, in order.
@@ -46,7 +46,7 @@ class Shared:
         spare: Any = None
         waiting: list[Any] = []
         count, goal, met = 0, 1, time.monotonic()
-        for batch in rounds(self._source, self._turns):
+        for batch in rounds(self._source, self._shard):
             count += 1
             if batch is not None or collective:
                 # A gather of parameters takes all ranks: one that has no batch left runs the model for the others.
@@ -77,7 +77,7 @@ class Shared:
         self, meet: Callable[[Any], list[Any]], waiting: list[Any], goal: int
     ) -> tuple[list[Mapping[str, metrics.Metric]], int]:
         """Return the metrics of all ranks, round by round, and when to exchange next (as rank 0 says)."""
-        mine = (self._turns.index, list(metrics.to_host(waiting)), goal)
+        mine = (self._shard.index, list(metrics.to_host(waiting)), goal)
         entries = meet(mine)
         # Ranks that compute a batch together (tensor parallelism) have the same index; the first speaks for them.
         columns: dict[int, list[Any]] = {}

@@ -16,9 +16,9 @@ from purestep.arguments import Count, Fraction, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
+    ElementWrapper,
     GradientTransformation,
     ScalarOrSchedule,
-    Wrapper,
     need_params,
     new_count,
     same_leaves,
@@ -38,7 +38,7 @@ class AverageState:
 
 
 @transformation
-class AverageParams(Wrapper):
+class AverageParams(ElementWrapper):
     inner: GradientTransformation
     decay: ScalarOrSchedule | None = 0.999
     start: int = 0
@@ -78,13 +78,8 @@ class AverageParams(Wrapper):
     def apply(self, params: Any, updates: Any, state: Any) -> Any:
         return self.inner.apply(params, updates, state.inner)
 
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
-
-    @property
-    def one_pass(self) -> bool:
-        return self.inner.one_pass
+    def _one_pass(self) -> bool:
+        return self.inner._one_pass()
 
 
 @checked(OptimError)

@@ -7,7 +7,6 @@ asking for parameters, refusing a tree of another structure. It never loops over
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
@@ -18,7 +17,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import ConfigError, OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.sharding import whole
+from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scope, check_scope
 
 Scalar = float | Tensor
 Schedule = Callable[[Any], Any]
@@ -36,14 +35,37 @@ class GradientTransformation:
 
     Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
     they return is a `@pytree` class with named fields, so that its paths read well. They change nothing they are given.
+
+    Attributes:
+        scope: what `update` must see at once to be right, of gradients, parameters and state alike.
+            "element": any slice of any tensor by itself; an element's update depends on that element only, to the bit.
+            "tensor": each tensor by itself, but in full: norms of a layer, matrix products.
+            "tree", the default: all tensors at once, in full: a global norm, a line search, or nobody looked.
+            Steps slice long tensors, and plans hand out shards, only where this says that they may: "tree" is always
+            right. `ps.testing.check_transformation` proves a narrower claim. A wrapper speaks of itself: a wrapper of
+            scope "element" around a transformation of scope "tree" is of scope "tree".
+
+    Example:
+        >>> @transformation
+        ... class Halve(GradientTransformation):
+        ...     scope = "element"
+        ...
+        ...     def update(self, updates, state, params=None, **extra):
+        ...         return tree.map(lambda u: u / 2, updates), state
+        >>> Halve().update({"w": torch.ones(2)}, Halve().init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([0.5000, 0.5000])}
     """
 
+    scope: ClassVar[Scope] = "tree"
     argument_hint: ClassVar[str] = "ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.AdamW, lr=3e-4) for torch's own"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "update" in cls.__dict__:
-            cls.update = _on_shards_or_whole(cls.__dict__["update"])  # type: ignore[method-assign]
+        if isinstance(declared := cls.__dict__.get("scope"), str):
+            check_scope(declared, cls)
+        for name, in_full in IN_FULL.items():
+            if name in cls.__dict__:
+                setattr(cls, name, in_full(cls.__dict__[name]))
 
     @property
     def name(self) -> str:
@@ -73,11 +95,11 @@ class GradientTransformation:
     def advance(self, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any) -> tuple[Any, Any]:
         """Return the parameters and the state after an update: `update`, then `apply`.
 
-        Transformations that can do both in one pass over the memory override it, and `one_pass`.
+        Kernels that can do both in one pass over the memory override it.
 
         Args:
             updates, state, params, **extra: as for `update`.
-            reuse: whether `params` and `state` were given away: then their memory may become that of the result.
+            reuse: whether `params` and `state` were donated: then their memory may become that of the result.
         """
         proposed, following = self.update(updates, state, params, **extra)
         return self.apply(params, proposed, following), following
@@ -97,39 +119,13 @@ class GradientTransformation:
         """Return the current values of what a user may want to watch, by name: floats or 0-d tensors."""
         return {}
 
-    @property
-    def elementwise(self) -> bool:
-        """Whether the update of an element depends on that element's own gradient, parameter and state only."""
-        return True
+    def _one_pass(self) -> bool:
+        """Whether `advance` ends in a kernel of its own; `update` and then `apply` give the same, more slowly."""
+        return isinstance(self, Kernel)
 
-    @property
-    def on_shards(self) -> bool:
-        """Whether `update` may be handed this rank's parts of tensors: it is elementwise, asks for what it needs of the
-        whole, or leaves that to the transformations in it. Any other is handed gathered tensors.
-        """
-        return self.elementwise
-
-    @property
-    def shard_invariant(self) -> bool:
-        """Whether updating a slice of a parameter gives the bits of that slice of the whole update."""
-        return True
-
-    @property
-    def separable(self) -> bool:
-        """Whether some parameters, or slices of them along dim 0, can be updated without the others: names and shapes
-        that are not there are not asked for. Long parameters are then updated slice by slice, see `blocks`.
-        """
-        return False
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether `advance` goes another way than `update` and then `apply`."""
-        return False
-
-    @property
-    def in_place(self) -> bool:
-        """Whether `advance` needs no memory but that of the state, where that was given away: it is never cut then."""
-        return False
+    def _in_place(self) -> bool:
+        """Whether `advance` is one run of a fused kernel and nothing else: slices would save no memory."""
+        return isinstance(self, Kernel) and self.fused
 
     def __repr__(self) -> str:
         return f"{self.name}({_arguments(self)})"
@@ -149,17 +145,9 @@ class Wrapper(GradientTransformation):
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return self.inner.hyperparams(state.inner, step)
 
-    @property
-    def elementwise(self) -> bool:
-        return self.inner.elementwise
 
-    @property
-    def on_shards(self) -> bool:
-        return True
-
-    @property
-    def shard_invariant(self) -> bool:
-        return self.inner.shard_invariant
+class ElementWrapper(Combinator, Wrapper):  # type: ignore[override]  # its scope follows from what is in it
+    """A wrapper that by itself acts element by element: its scope is that of what is in it."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -287,18 +275,6 @@ def scalar_like(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(like)
     return torch.tensor(value, dtype=like.dtype, device=like.device)
-
-
-def _on_shards_or_whole(update: Callable[..., Any]) -> Callable[..., Any]:
-    """Let an update that needs whole tensors get them, where a step hands out parts."""
-
-    @functools.wraps(update)
-    def either(self: Any, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        if whole.current() is None or self.on_shards:
-            return update(self, updates, state, params, **extra)
-        return whole.on_whole_tensors(update, self, updates, state, params, extra)
-
-    return either
 
 
 def _snake(name: str) -> str:

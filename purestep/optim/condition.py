@@ -15,9 +15,9 @@ from purestep.arguments import Count, Finite, Fraction, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
+    ElementWrapper,
     GradientTransformation,
     Scalar,
-    Wrapper,
     as_scalar,
     need_params,
     need_step,
@@ -40,7 +40,7 @@ class ConditionalState:
 
 
 @transformation
-class ConditionallyTransform(Wrapper):
+class ConditionallyTransform(ElementWrapper):
     inner: GradientTransformation
     condition: Condition
     otherwise_zero: bool = False
@@ -70,10 +70,6 @@ class ConditionallyTransform(Wrapper):
     def refused(self, state: Any) -> Tensor | None:
         inner = self.inner.refused(state.inner)
         return None if inner is None else inner & state.acted
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)
@@ -125,7 +121,7 @@ class LookaheadState:
 
 
 @transformation
-class Lookahead(Wrapper):
+class Lookahead(ElementWrapper):
     inner: GradientTransformation
     sync_period: int = 6
     slow_step_size: Scalar = 0.5
@@ -150,10 +146,6 @@ class Lookahead(Wrapper):
             inner,
         )
         return tree.unflatten(treedef, fx.select(due, fx.sub(moved, ps), us)), following
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)

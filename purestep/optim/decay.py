@@ -27,6 +27,7 @@ from purestep.optim.base import (
 
 @transformation
 class AddDecayedWeights(GradientTransformation):
+    scope = "element"
     weight_decay: ScalarOrSchedule
     mask: tree.Filter | None = None
 
@@ -39,10 +40,6 @@ class AddDecayedWeights(GradientTransformation):
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
         decay = value_at(self.weight_decay, step, "weight_decay")
         return tree.unflatten(treedef, add_decay(us, ps, decay, mask=self.mask, like=updates)), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)

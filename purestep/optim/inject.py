@@ -13,7 +13,15 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, Wrapper, new_count, scalar_like, transformation, value_at, wide
+from purestep.optim.base import (
+    ElementWrapper,
+    GradientTransformation,
+    new_count,
+    scalar_like,
+    transformation,
+    value_at,
+    wide,
+)
 
 
 @tree.pytree
@@ -28,7 +36,7 @@ class InjectHyperparamsState:
 
 
 @transformation
-class InjectHyperparams(Wrapper):
+class InjectHyperparams(ElementWrapper):
     factory: Callable[..., GradientTransformation]
     fixed: tuple[tuple[str, Any], ...]
     numbers: tuple[tuple[str, Any], ...]
@@ -78,21 +86,15 @@ class InjectHyperparams(Wrapper):
         now = {name: value_at(s, step, name) for name, s in self.schedules} if step is not None else state.scheduled
         return {**state.hyperparams, **now}
 
+    def _one_pass(self) -> bool:
+        return self.inner._one_pass()
+
+    def _in_place(self) -> bool:
+        return self.inner._in_place()
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{n}={v!r}" for n, v in (*self.fixed, *self.numbers, *self.schedules))
         return f"inject_hyperparams({self.name})({shown})"
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
-
-    @property
-    def one_pass(self) -> bool:
-        return self.inner.one_pass
-
-    @property
-    def in_place(self) -> bool:
-        return self.inner.in_place
 
 
 @dataclasses.dataclass(frozen=True)

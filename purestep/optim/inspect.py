@@ -157,10 +157,6 @@ class Monitor(GradientTransformation):
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {name: value for name, value in state.measurements.items() if isinstance(value, torch.Tensor)}
 
-    @property
-    def elementwise(self) -> bool:
-        return False
-
 
 @checked(OptimError)
 def monitor(measures: Mapping[str, Callable[[Any], Any]]) -> GradientTransformation:

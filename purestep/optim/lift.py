@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.arguments import NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
@@ -84,7 +84,7 @@ class Lift(GradientTransformation):
         return tree.unflatten(treedef, us), following
 
     def _check_context(self, gs: list[Tensor], ps: list[Tensor]) -> None:
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             raise OptimError(
                 explain(
                     "a lifted torch optimizer cannot be traced or mapped",
@@ -175,14 +175,6 @@ class Lift(GradientTransformation):
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def shard_invariant(self) -> bool:
-        return False
 
     def __repr__(self) -> str:
         shown = [f"torch optimizer {self.optimizer.__name__}"]

@@ -29,6 +29,7 @@ class ReduceOnPlateauState:
 
 @transformation
 class ReduceOnPlateau(GradientTransformation):
+    scope = "element"
     factor: float = 0.1
     patience: int = 10
     rtol: float = 1e-4
@@ -83,10 +84,6 @@ class ReduceOnPlateau(GradientTransformation):
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"plateau_scale": state.scale}
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)

@@ -21,6 +21,7 @@ from purestep.optim.base import (
     transformation,
     wide,
 )
+from purestep.optim.scope import ShardAware
 
 
 @tree.pytree
@@ -32,6 +33,7 @@ class AddNoiseState:
 
 @transformation
 class AddNoise(GradientTransformation):
+    scope = "tensor"
     eta: Scalar
     gamma: Scalar
     seed: int = 0
@@ -50,10 +52,6 @@ class AddNoise(GradientTransformation):
         keys = [random.fold_in(rng, name) for name in tree.names(updates)]
         noise = [_normal(key, u) for key, u in zip(keys, us, strict=True)]
         return tree.unflatten(treedef, fx.add(us, fx.mul(noise, scale, reuse=True))), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)
@@ -86,12 +84,10 @@ def add_noise(eta: NonNegative[Scalar], gamma: NonNegative[Scalar], *, seed: See
 
 @transformation
 class Centralize(GradientTransformation):
+    scope = "tensor"
+
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return tree.map(_centered, updates), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)
@@ -112,14 +108,12 @@ def centralize() -> GradientTransformation:
 
 @transformation
 class KeepParamsNonnegative(GradientTransformation):
+    scope = "element"
+
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         us, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
         return tree.unflatten(treedef, [torch.where(p + u < 0, -p, u) for u, p in zip(us, ps, strict=True)]), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -137,7 +131,7 @@ def keep_params_nonnegative() -> GradientTransformation:
 
 
 @transformation
-class NormalizeByUpdateNorm(GradientTransformation):
+class NormalizeByUpdateNorm(ShardAware, GradientTransformation):
     scale_factor: Scalar = 1.0
     eps: float = 1e-6
 
@@ -146,14 +140,6 @@ class NormalizeByUpdateNorm(GradientTransformation):
         if not us:
             return updates, state
         return tree.unflatten(treedef, fx.mul(us, self.scale_factor / (fx.global_norm(us, treedef) + self.eps))), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def on_shards(self) -> bool:
-        return True
 
 
 @checked(OptimError)

@@ -19,15 +19,12 @@ from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule
 
 @transformation
 class Scale(GradientTransformation):
+    scope = "element"
     step_size: Scalar
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, self.step_size)), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -45,6 +42,7 @@ def scale(step_size: Finite[Scalar]) -> GradientTransformation:
 
 @transformation
 class ScaleBySchedule(GradientTransformation):
+    scope = "element"
     schedule: ScalarOrSchedule
 
     def update(
@@ -52,10 +50,6 @@ class ScaleBySchedule(GradientTransformation):
     ) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, value_at(self.schedule, step, "schedule"))), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -75,6 +69,7 @@ def scale_by_schedule(schedule: Finite[ScalarOrSchedule]) -> GradientTransformat
 
 @transformation
 class ScaleByLearningRate(GradientTransformation):
+    scope = "element"
     learning_rate: ScalarOrSchedule
 
     def update(
@@ -85,10 +80,6 @@ class ScaleByLearningRate(GradientTransformation):
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)

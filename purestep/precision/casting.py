@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import PrecisionError, explain
 from purestep.keyed.mode import Handler
 from purestep.optim import foreach as fx
@@ -194,7 +194,7 @@ class Casting(Uncast):
 def _owns_tensors(module: nn.Module) -> bool:
     # A parametrized weight is a property of the module, and belongs to a submodule of it.
     parametrized = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
-    return parametrized or any(t is not None and t.is_floating_point() for t in module._parameters.values())
+    return parametrized or any(t is not None and t.is_floating_point() for t in _torch.parameters_of(module).values())
 
 
 def _kept(old: Tensor, given: Tensor, new: Tensor) -> Tensor:

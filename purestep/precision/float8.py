@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from purestep import _torch
 from purestep.errors import PrecisionError, explain, import_extra
 from purestep.precision.rules import Settings
 
@@ -53,7 +53,7 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
         )
     torchao = import_extra("torchao.float8", extra="float8", needed_by='policy("float8")')
     # The first call may be that of a trace, in which the initial values that torchao replaces would be recorded.
-    with _disable_current_modes():
+    with _torch.disable_current_modes():
         made = torchao.convert_to_float8_training(
             copy.deepcopy(module),
             config=torchao.Float8LinearConfig.from_recipe_name(recipe),

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from purestep.sharding import _torch
+
 
 @dataclasses.dataclass
 class Pending:
@@ -124,6 +126,4 @@ def all_reduce(values: Tensor, op: str, group: Any) -> Tensor:
     """Return the "sum", "max" or "min" of a small tensor over a group; it may stand in a compiled graph."""
     if group is None:
         return values
-    ops = torch.ops._c10d_functional
-    reduced: Tensor = ops.wait_tensor(ops.all_reduce(values, op, group.group_name))
-    return reduced
+    return _torch.all_reduce(values, op, group.group_name)

@@ -7,7 +7,7 @@ plan and freed. Which bits come out is a function of the seed and the names alon
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +15,13 @@ from torch import Tensor
 from purestep import tree
 from purestep.sharding.follow import follow
 from purestep.sharding.place import cut, wrap
-from purestep.sharding.spec import REPLICATED
+from purestep.sharding.spec import REPLICATED, Layout
 from purestep.sharding.tape import recording
 from purestep.sharding.unmatched import check_matches
 
-if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
-
 
 def materialize(
-    make: Callable[[], Any], rng: Tensor, *, plan: Plan | None, device: torch.device | str | int | None
+    make: Callable[[], Any], rng: Tensor, *, plan: Layout | None, device: torch.device | str | int | None
 ) -> Any:
     """Make a tree of tensors one leaf at a time, holding at most one whole split leaf.
 

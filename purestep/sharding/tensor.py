@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import StepError, explain
 from purestep.sharding import place
 from purestep.sharding.plan import Plan
@@ -49,7 +49,7 @@ class Wrapped:
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         """Return a parameter or a buffer as a DTensor; its gradient comes back placed like it."""
-        from torch.distributed.tensor import DTensor
+        from purestep.sharding._dtensor import DTensor
 
         return DTensor.from_local(value, self.mesh, self.placed.get(name, self.whole), run_check=False)
 
@@ -60,8 +60,9 @@ def loss_on(plan: Plan, loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, An
     whole = placements(Spec(), sizes)
 
     def wrapped(net: Any, batch: Any) -> Any:
-        from torch.distributed.tensor import DTensor
         from torch.distributed.tensor.experimental import implicit_replication
+
+        from purestep.sharding._dtensor import DTensor
 
         def spread(x: Any) -> Any:
             return DTensor.from_local(x, mesh, whole, run_check=False) if isinstance(x, Tensor) else x
@@ -93,9 +94,11 @@ class LocalAttention(TorchFunctionMode):
         if func is not scaled_dot_product_attention or not place.is_split(args[0] if args else kwargs["query"]):
             return func(*args, **kwargs)
         query = args[0] if args else kwargs["query"]
-        layout = query._spec
+        from purestep.sharding._dtensor import DTensor, Shard
+
+        layout = _torch.layout_of(query)
         for p in layout.placements:
-            if p.is_partial() or (p.is_shard() and p.dim not in (0, 1)):
+            if p.is_partial() or (isinstance(p, Shard) and p.dim not in (0, 1)):
                 raise StepError(
                     explain(
                         "attention is split along a dim that its heads share",
@@ -111,6 +114,4 @@ class LocalAttention(TorchFunctionMode):
 
         parts = [local(x) for x in args[:3]] + list(args[3:])
         named = {k: local(x) if k in ("query", "key", "value") else x for k, x in kwargs.items()}
-        from torch.distributed.tensor import DTensor
-
         return DTensor.from_local(func(*parts, **named), layout.mesh, layout.placements, run_check=False)

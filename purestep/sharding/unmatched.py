@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from purestep import tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding.follow import Leaf, follow
-
-if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
+from purestep.sharding.spec import Both, Layout
 
 
-def check_matches(plan: Plan, state: Any) -> None:
+def check_matches(plan: Layout, state: Any) -> None:
     """Refuse a rule that matches no parameter of a state, and an entry of `units` that matches no submodule.
 
     A bare tree of tensors passes: it may be a part of what the rules are for.
@@ -51,8 +49,6 @@ def _in_state(leaf: Leaf) -> bool:
 
 def _factors(filter: Any) -> Iterator[Any]:
     """The filters as they were written: products of plans pair them, and a pair may rightly match nothing."""
-    from purestep.sharding.plan import Both
-
     if isinstance(filter, Both):
         yield from _factors(filter.first)
         yield from _factors(filter.second)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from purestep.arguments import Positive, checked
 from purestep.errors import ConfigError, RankError, explain
+from purestep.sharding import _torch
 from purestep.sharding.join import join
 
 _SLOT = 1024  # bytes a rank sends at once; what is longer follows in a second exchange
@@ -348,7 +349,7 @@ def _words() -> dict[int, str]:
 
 
 def _board() -> Any:
-    return dist.PrefixStore("purestep", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore("purestep", _torch.default_store())
 
 
 def _ranks(numbers: list[int]) -> str:

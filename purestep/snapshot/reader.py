@@ -232,7 +232,7 @@ class _Values:
         leaf = self.leaves[index]
         if leaf.text is not None:
             return from_text(leaf.kind, leaf.text)
-        first, part = self._first(index), like._local_tensor if place.is_split(like) else like
+        first, part = self._first(index), place.part_of(like)
         box, device = wanted(leaf, like), template.device_of(part)
         key = (first, box, device, place.is_split(like) and id(like))
         if key not in self.made:

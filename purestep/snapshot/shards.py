@@ -62,7 +62,7 @@ def owned(encoded: Encoded, ranks: Ranks) -> list[Owned]:
                 )
             )
         if place.is_owner(value) and (count(box) or not count(whole(leaf))):
-            found.append(Owned(index, leaf, box, value._local_tensor))
+            found.append(Owned(index, leaf, box, place.part_of(value)))
     return found
 
 

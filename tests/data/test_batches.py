@@ -126,9 +126,9 @@ def test_take_and_overfit() -> None:
     assert torch.cat(list(over.epoch(0))).tolist() == torch.cat(list(over.epoch(7))).tolist() == list(range(20))
     assert source.limit is None
     for wrong in (-1, -0.5, 1.5, True, "all", None, float("nan")):
-        with pytest.raises(DataError, match="a limit is a number of batches or a share"):
+        with pytest.raises(DataError, match="a limit is a number of batches or a fraction"):
             source.take(wrong)
-    with pytest.raises(DataError, match="a share comes to no batch"):
+    with pytest.raises(DataError, match="a fraction of an epoch is less than one batch"):
         source.take(0.01)
 
 
@@ -168,7 +168,10 @@ def test_it_is_frozen() -> None:
         ({"on_bad_sample": "ignore"}, '"raise" or "skip"'),
         ({"collate": 3}, "collate=3"),
         ({"transform": "flip"}, "transform='flip'"),
-        ({"batch_size": 11}, "there is no full batch, and drop_last=True leaves out any other"),
+        (
+            {"batch_size": 11},
+            "the data set has fewer samples than one batch, and drop_last=True leaves out a smaller batch",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: dict, text: str) -> None:
@@ -187,8 +190,12 @@ def test_datasets_that_cannot_be_read() -> None:
     for empty in ([], torch.zeros(0, 3), {"x": np.zeros((0, 2))}):
         with pytest.raises(DataError, match="the data set is empty"):
             data.batches(empty, 2)
-    for path, there in (("/no/such/place", "nothing"), (Path(__file__), "something"), (b"/no/such", "nothing")):
-        with pytest.raises(DataError, match=f"a path is no data set(.|\n)*there is {there} at this path"):
+    for path, state in (
+        ("/no/such/place", "does not exist"),
+        (Path(__file__), "exists"),
+        (b"/no/such", "does not exist"),
+    ):
+        with pytest.raises(DataError, match=f"a path is no data set(.|\n)*which {state}"):
             data.batches(path, 2)
     with pytest.raises(DataError, match="needs __len__ and __getitem__"):
         data.batches(iter([1]), 2)
@@ -203,7 +210,7 @@ def test_datasets_that_cannot_be_read() -> None:
 
 @pytest.mark.parametrize(("epoch", "batch"), [(-1, 0), (0, -1), (0, 6)])
 def test_places_that_do_not_exist(epoch: int, batch: int) -> None:
-    with pytest.raises(DataError, match="there is no such place in the data"):
+    with pytest.raises(DataError, match="the data has no such position"):
         data.batches(torch.arange(10), 2).open(epoch, batch)
 
 
@@ -214,7 +221,7 @@ def test_a_batch_larger_than_the_data_without_dropping() -> None:
 def test_the_fast_path_adds_little_to_indexing() -> None:
     table = {"x": torch.randn(20_000, 16), "y": torch.zeros(20_000, dtype=torch.int64)}
     source = data.batches(table, 64)
-    indices = [r.indices for r in source.plan.requests(0)]
+    indices = [r.indices for r in source.order.requests(0)]
 
     def ours() -> float:
         start = time.perf_counter()

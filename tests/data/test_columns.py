@@ -112,7 +112,7 @@ def test_columns_that_do_not_fit_together() -> None:
     assert "dataset['label']: int64[4]" in text
     assert "dataset['scale']: float32[]" in message({"x": torch.zeros(5), "scale": torch.tensor(2.0)})
     text = message({"x": torch.zeros(5), "names": ["a", "b"]})
-    assert "holds something that is not a tensor or array" in text
+    assert "has a leaf that is not a tensor or array" in text
     assert "dataset['names'][0]: str 'a'" in text
     assert "dtype <U1 cannot become a tensor" in message({"x": np.array(["a", "b"])})
     assert "dataset: {}" in message({})

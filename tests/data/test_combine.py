@@ -144,11 +144,17 @@ def test_refusals() -> None:
     cases = [
         (lambda: data.zip({}), "there is nothing to zip"),
         (lambda: data.zip((long(),), mode="longest"), "zip has no such mode"),
-        (lambda: data.zip({"a": long(), "b": unknown}, mode="cycle"), "a source of unknown length does not fit here"),
-        (lambda: data.zip((long(), long().take(0)), mode="cycle"), "a source of no batches does not fit here"),
+        (
+            lambda: data.zip({"a": long(), "b": unknown}, mode="cycle"),
+            "a source of unknown length cannot be combined with others",
+        ),
+        (
+            lambda: data.zip((long(), long().take(0)), mode="cycle"),
+            "a source of no batches cannot be combined with others",
+        ),
         (lambda: data.concat(), "there is nothing to concatenate"),
-        (lambda: data.concat(unknown, long()), "parts[0]"),
-        (lambda: data.take(unknown, 0.5), "0.5 is a share of the length"),
+        (lambda: data.concat(unknown, long()), "sources[0]"),
+        (lambda: data.take(unknown, 0.5), "0.5 is a fraction of the length"),
         (lambda: data.take([1], -1), "a limit is a number of batches"),
         (lambda: data.stream(unknown, 0), "an epoch of a stream has 1 or more batches"),
         (lambda: data.prefetch([1], "cpu", depth=0), "a depth is a number of batches"),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from purestep import tree
-from purestep.data.hidden import Hidden
+from purestep.data.hidden import HiddenState
 
 GENERATORS: dict[str, tuple[Any, Any]] = {
     "python": (lambda: python_random.Random(3), lambda g: g.gauss(0, 1)),
@@ -45,11 +45,11 @@ def test_generators_go_on_where_they_were(kind: str) -> None:
     make, draw = GENERATORS[kind]
     generator = make()
     draw(generator)
-    captured = plain(Hidden({"dataset": Box(rng=generator)}).capture())
+    captured = plain(HiddenState({"dataset": Box(rng=generator)}).capture())
     assert list(captured) == ["dataset.rng"]
     expected = [draw(generator) for _ in range(3)]
     other = make()
-    Hidden({"dataset": Box(rng=other)}).put_back(captured)
+    HiddenState({"dataset": Box(rng=other)}).restore(captured)
     assert [draw(other) for _ in range(3)] == expected
 
 
@@ -67,7 +67,7 @@ def test_they_are_found_in_wrappers_transforms_and_functions() -> None:
         "sampler": Box(rng=inner),
         "collate_fn": functools.partial(collate, power=rng()),
     }
-    assert sorted(Hidden(parts).capture()) == [
+    assert sorted(HiddenState(parts).capture()) == [
         "collate_fn.func.of_function",
         "collate_fn.keywords['power']",
         "dataset.dataset.transform[1]['flip'].rng",
@@ -91,7 +91,7 @@ def test_what_is_not_of_the_data_is_left_alone() -> None:
         large=[python_random.Random(1)] * 1000,
     )
     box.itself = box
-    assert Hidden({"dataset": box}, known=[known]).capture() == {}
+    assert HiddenState({"dataset": box}, known=[known]).capture() == {}
 
 
 def test_nothing_is_iterated_or_called() -> None:
@@ -106,7 +106,10 @@ def test_nothing_is_iterated_or_called() -> None:
         items = keys = values = __iter__ = None  # type: ignore[assignment]
 
     batches, mapped = Reads([1, 2]), Mapped(a=1)
-    assert Hidden({"loader": lambda: (batches, mapped), "dataset": Box(batches=batches, mapped=mapped)}).capture() == {}
+    assert (
+        HiddenState({"loader": lambda: (batches, mapped), "dataset": Box(batches=batches, mapped=mapped)}).capture()
+        == {}
+    )
 
 
 def test_large_data_sets_are_not_searched_through() -> None:
@@ -114,7 +117,7 @@ def test_large_data_sets_are_not_searched_through() -> None:
     for _ in range(10):
         chain = Box(inner=chain)
     wide = Box(**{f"a{i}": Box(**{f"b{j}": Box(x=1.5) for j in range(15)}) for i in range(60)})
-    hidden = Hidden({"deep": chain, "wide": wide})
+    hidden = HiddenState({"deep": chain, "wide": wide})
     assert hidden.capture() == {}
     assert len(hidden._owners) <= 500
 
@@ -137,13 +140,13 @@ def test_data_sets_with_a_state_are_captured_and_other_things_with_one_are_not()
         state_dict, load_state_dict = Stateful.state_dict, Stateful.load_state_dict
 
     data = Stateful(i=3)
-    hidden = Hidden(
+    hidden = HiddenState(
         {"dataset": TensorDataset(torch.ones(2)), "sampler": data, "collate_fn": Box(a=Unsavable(i=1), b=Meter())}
     )
     captured = hidden.capture()
     assert list(captured) == ["sampler"]
     data.i = 5
-    hidden.put_back(captured)
+    hidden.restore(captured)
     assert data.i == 3
     assert hidden.changed() == ["collate_fn.a"]
 
@@ -154,7 +157,7 @@ def test_numbers_that_change_are_told_of() -> None:
             self.epoch = epoch
 
     told, data = Told(epoch=0), Box(calls=0, name="a", cache=None, share=0.5, flag=True)
-    hidden = Hidden({"sampler": told, "dataset": data})
+    hidden = HiddenState({"sampler": told, "dataset": data})
     assert hidden.changed() == []
     told.set_epoch(3)
     data.calls, data.name, data.cache, data.flag = 4, "b", 7, False

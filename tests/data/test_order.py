@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from purestep import random
-from purestep.data.order import Plan, permutation
+from purestep.data.order import BatchOrder, permutation
 
 
 def orders(n: int, count: int, start: int = 0) -> np.ndarray:
@@ -72,8 +72,8 @@ def test_neighbours_do_not_stay_neighbours() -> None:
 
 def test_epochs_and_seeds_are_uncorrelated() -> None:
     n = 20_000
-    plan = Plan(n, 1, 0, True, True)
-    found = [plan.indices(e, 0, n) for e in range(4)] + [Plan(n, 1, 1, True, True).indices(0, 0, n)]
+    order = BatchOrder(n, 1, 0, True, True)
+    found = [order.indices(e, 0, n) for e in range(4)] + [BatchOrder(n, 1, 1, True, True).indices(0, 0, n)]
     for a, b in itertools.combinations(found, 2):
         assert abs(stats.spearmanr(a, b).statistic) < 4.5 / math.sqrt(n)
         assert (a == b).sum() < 10  # 1 expected
@@ -91,12 +91,12 @@ def test_epochs_and_seeds_are_uncorrelated() -> None:
 def test_requests_from_any_batch_are_the_tail_of_the_epoch(
     samples: int, size: int, seed: int, shuffle: bool, drop: bool, limit: int | None, epoch: int
 ) -> None:
-    plan = Plan(samples, size, seed, shuffle, drop, limit)
-    whole = list(plan.requests(epoch))
-    assert len(whole) == plan.length()
-    assert [r.batch for r in whole] == list(range(plan.length()))
-    for batch in range(0, plan.length() + 1, 3):
-        tail = list(plan.requests(epoch, batch))
+    order = BatchOrder(samples, size, seed, shuffle, drop, limit)
+    whole = list(order.requests(epoch))
+    assert len(whole) == order.length()
+    assert [r.batch for r in whole] == list(range(order.length()))
+    for batch in range(0, order.length() + 1, 3):
+        tail = list(order.requests(epoch, batch))
         assert [r.indices.tolist() for r in tail] == [r.indices.tolist() for r in whole[batch:]]
     seen = [i for r in whole for i in r.indices.tolist()]
     assert len(set(seen)) == len(seen)
@@ -107,24 +107,24 @@ def test_requests_from_any_batch_are_the_tail_of_the_epoch(
 
 
 def test_batches_larger_than_a_chunk_of_indices() -> None:
-    plan = Plan(20_000, 9_000, 0, True, False)
-    assert [len(r.indices) for r in plan.requests(0)] == [9_000, 9_000, 2_000]
+    order = BatchOrder(20_000, 9_000, 0, True, False)
+    assert [len(r.indices) for r in order.requests(0)] == [9_000, 9_000, 2_000]
 
 
 def test_epochs_of_many_chunks_from_anywhere() -> None:
-    plan = Plan(20_011, 7, 1, True, False)
-    whole = [r.indices.tolist() for r in plan.requests(2)]
+    order = BatchOrder(20_011, 7, 1, True, False)
+    whole = [r.indices.tolist() for r in order.requests(2)]
     assert sorted(i for batch in whole for i in batch) == list(range(20_011))
     for batch in (1, 584, 585, 586, 1171, len(whole) - 1):
-        assert [r.indices.tolist() for r in plan.requests(2, batch)] == whole[batch:]
+        assert [r.indices.tolist() for r in order.requests(2, batch)] == whole[batch:]
         start = batch * 7
-        assert plan.indices(2, start, min(start + 7, 20_011)).tolist() == whole[batch]
+        assert order.indices(2, start, min(start + 7, 20_011)).tolist() == whole[batch]
 
 
 def test_the_last_batch_of_a_huge_epoch_costs_what_the_first_does() -> None:
-    plan = Plan(10**9, 128, 0, True, True)
-    next(plan.requests(0))
+    order = BatchOrder(10**9, 128, 0, True, True)
+    next(order.requests(0))
     start = time.perf_counter()
-    request = next(plan.requests(5, plan.length() - 1))
+    request = next(order.requests(5, order.length() - 1))
     assert time.perf_counter() - start < 0.5
     assert len(request.indices) == 128

@@ -60,7 +60,7 @@ def test_packed_leaves_can_be_digested() -> None:
 def test_what_needs_pickle_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         pack({"outer": [{"path": Path("x")}]}, "state")
-    assert "PosixPath, which no snapshot can hold" in str(caught.value)
+    assert "PosixPath, which a snapshot cannot hold" in str(caught.value)
     assert "state['outer'][0]['path']" in str(caught.value)
 
 

@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from purestep.data import as_source
-from purestep.data.order import Rows, Turns
-from purestep.data.share import share_rows, share_turns
+from purestep.data.order import BatchShard, SampleShard
+from purestep.data.share import shard_batches, shard_samples
 from purestep.errors import DataError
 
 DATA = torch.arange(16.0)
@@ -46,7 +46,7 @@ INSTEAD = ("batch_size=8, shuffle=True", "batch_size=8, shuffle=True", "batch_si
 @pytest.mark.parametrize(("name", "instead"), list(zip(LOADERS, INSTEAD, strict=True)))
 def test_a_sampler_that_cuts_by_rank_is_refused_with_the_loader_to_write(name, instead):
     source = as_source(LOADERS[name])
-    for share in (lambda: share_rows(source, Rows(2, (0,))), lambda: share_turns(source, Turns(0, 2))):
+    for share in (lambda: shard_samples(source, SampleShard(2, (0,))), lambda: shard_batches(source, BatchShard(0, 2))):
         with pytest.raises(DataError, match=name) as error:
             share()
         assert f"ps.data.batches(dataset, {instead}, seed=0)" in str(error.value)
@@ -55,6 +55,6 @@ def test_a_sampler_that_cuts_by_rank_is_refused_with_the_loader_to_write(name, i
 def test_others_pass(recwarn):
     whole = DistributedSampler(DATA, num_replicas=1, rank=0, shuffle=False)
     for loader in (DataLoader(DATA, 4), DataLoader(DATA, 4, shuffle=True), DataLoader(DATA, 4, sampler=whole)):
-        assert next(share_rows(as_source(loader), Rows(2, (1,))).open(0, 0)).samples == 4
+        assert next(shard_samples(as_source(loader), SampleShard(2, (1,))).open(0, 0)).samples == 4
     alone = as_source(LOADERS["Repeated over 4 ranks"])
-    assert share_turns(alone, Turns(0, 1)) is alone
+    assert shard_batches(alone, BatchShard(0, 1)) is alone

@@ -67,7 +67,7 @@ def test_a_batch_of_bad_samples_only_is_an_error(sets) -> None:
     source = data.batches(sets.Broken(6, bad=(2, 3)), 2, shuffle=False, on_bad_sample="skip")
     with pytest.raises(DataError) as caught:
         list(source)
-    assert "every sample of a batch is bad" in str(caught.value)
+    assert "no sample of a batch could be loaded" in str(caught.value)
     assert "samples [2, 3] of Broken (epoch 0, batch 1)" in str(caught.value)
 
 

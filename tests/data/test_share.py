@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from purestep.data import as_source, batches
-from purestep.data.order import Rows, Turns
-from purestep.data.share import Cut, rounds, share_rows, share_turns
+from purestep.data.order import BatchShard, SampleShard
+from purestep.data.share import ShardedSource, rounds, shard_batches, shard_samples
 from purestep.errors import DataError
 from purestep.sharding.local import LocalBatch, local_batch
 
@@ -26,7 +26,7 @@ def noisy(sample, key):
     return {**sample, "key": key}
 
 
-CUTS = [Rows(4, (0, 1)), Rows(4, (2, 3)), Rows(4, (1, 3)), Rows(6, (5,))]
+CUTS = [SampleShard(4, (0, 1)), SampleShard(4, (2, 3)), SampleShard(4, (1, 3)), SampleShard(6, (5,))]
 
 
 def same(a, b):
@@ -41,7 +41,7 @@ def same(a, b):
 def test_rows_are_those_of_the_whole_batch_wherever_reading_begins(cut, kind, seed):
     data = Samples(23) if kind == "samples" else {"x": torch.randn(23, 3), "y": torch.arange(23)}
     source = batches(data, 5, seed=seed, drop_last=False, transform=noisy if kind == "samples" else None)
-    shared = share_rows(source, cut)
+    shared = shard_samples(source, cut)
     for batch in (0, 3):
         whole = [local_batch(b, cut, cut.total) for b in source.open(2, batch)]
         found = list(shared.open(2, batch))
@@ -52,20 +52,20 @@ def test_rows_are_those_of_the_whole_batch_wherever_reading_begins(cut, kind, se
 
 def test_no_other_rows_are_read():
     data = Samples(24)
-    list(share_rows(batches(data, 8, seed=1), Rows(4, (1,))).open(0, 0, None))
+    list(shard_samples(batches(data, 8, seed=1), SampleShard(4, (1,))).open(0, 0, None))
     assert len(data.read) == 6
 
 
 @pytest.mark.slow
 def test_workers_load_the_same_rows():
-    cut = Rows(4, (1, 3))
+    cut = SampleShard(4, (1, 3))
     source = batches({"x": torch.randn(20, 3)}, 6, seed=0, drop_last=False, collate=None, num_workers=1)
-    shared = share_rows(source, cut)
+    shared = shard_samples(source, cut)
     try:
         for a, b in zip(shared.open(1, 1), source.replace(num_workers=0).open(1, 1), strict=True):
             same(a, local_batch(b, cut, 4))
-        turns = share_turns(source.replace(shuffle=False), Turns(1, 3))
-        assert [b is None for b in rounds(turns, Turns(1, 3))] == [False, True]
+        turns = shard_batches(source.replace(shuffle=False), BatchShard(1, 3))
+        assert [b is None for b in rounds(turns, BatchShard(1, 3))] == [False, True]
         turns.close()
     finally:
         shared.close()
@@ -77,10 +77,10 @@ def test_turns_cover_every_batch_once_in_equal_rounds(count, length):
     whole = list(batches(torch.arange(23), 5, shuffle=False, drop_last=False))
     found = []
     for index in range(count):
-        turns = Turns(index, count)
+        turns = BatchShard(index, count)
         made = batches(torch.arange(23), 5, shuffle=False, drop_last=False)
         source = made if length == "known" else as_source(lambda made=made: iter(made))
-        found.append(list(rounds(share_turns(source, turns), turns)))
+        found.append(list(rounds(shard_batches(source, turns), turns)))
     assert {len(f) for f in found} == {-(-5 // count)}
     ordered = [batch for column in zip(*found, strict=True) for batch in column]
     assert all(batch is None for batch in ordered[5:])
@@ -88,16 +88,16 @@ def test_turns_cover_every_batch_once_in_equal_rounds(count, length):
 
 
 def test_other_sources_are_cut_and_keep_their_state():
-    source = share_rows(as_source([torch.arange(6), torch.arange(6, 12)]), Rows(3, (2,)))
-    assert isinstance(source, Cut)
+    source = shard_samples(as_source([torch.arange(6), torch.arange(6, 12)]), SampleShard(3, (2,)))
+    assert isinstance(source, ShardedSource)
     assert (source.length(), source.state()) == (2, None)
     assert [b.data.tolist() for b in source.open(0, 1, None)] == [[10, 11]]
 
 
 def test_skipping_is_refused_where_a_batch_is_shared():
     source = batches(Samples(8), 4, on_bad_sample="skip")
-    assert share_rows(source, Rows(2, (0, 1))).length() == 2
-    with pytest.raises(DataError, match="does not work where several ranks share a batch") as error:
-        share_rows(source, Rows(2, (0,)))
-    assert "microbatches 0 of 2 are read here" in str(error.value)
+    assert shard_samples(source, SampleShard(2, (0, 1))).length() == 2
+    with pytest.raises(DataError, match="does not work where several ranks read shards of one batch") as error:
+        shard_samples(source, SampleShard(2, (0,)))
+    assert "this rank reads microbatches 0 of 2" in str(error.value)
     assert "Subset(dataset, good)" in str(error.value)

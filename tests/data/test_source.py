@@ -39,7 +39,7 @@ def test_sources_stay_what_they_are() -> None:
         (np.zeros(3), "a data set gives samples", "ps.data.batches(dataset, batch_size=32)"),
         ({"x": torch.zeros(3)}, "a data set gives samples", "ps.data.batches(dataset, batch_size=32)"),
         (Endless(), "a data set gives samples", "torch.utils.data.DataLoader(dataset, batch_size=32)"),
-        ("train.csv", "there is nothing at this path", "np.load(path"),
+        ("train.csv", "which does not exist", "np.load(path"),
         (None, "this cannot be iterated", "ps.data.batches(dataset, batch_size=32)"),
         (7, "this cannot be iterated", "ps.data.batches(dataset, batch_size=32)"),
     ],

@@ -19,7 +19,7 @@ from purestep.errors import DataError
 
 
 def pids(source: data.Batches) -> list[int]:
-    return source._shelf._idle.pids
+    return source._pools._idle.pids
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -187,7 +187,7 @@ def test_a_script_without_a_guard_is_told_so(zygote, tmp_path: Path) -> None:
     done = zygote.run(path, "spawn")
     assert done.returncode == 1
     assert "the script starts its training again while a worker process imports it" in done.stderr
-    assert "the worker processes ended before they gave a batch" in done.stderr
+    assert "the worker processes ended before they loaded a batch" in done.stderr
     assert 'instead: if __name__ == "__main__":' in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shared_marks import slow_but
 
 import purestep as ps
 from purestep.errors import ConfigError, DonatedStateError
@@ -43,7 +44,7 @@ def made(request, job):
     return make
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", slow_but([1, 2], 2))
 def test_donated_or_not_a_run_has_the_same_bits(made, microbatches, tmp_path):
     plain = ps.fit(**made(microbatches=microbatches), until=ps.epochs(3), run_dir=tmp_path / "plain")
     options = made(microbatches=microbatches, donate=True)

@@ -388,7 +388,7 @@ class Machine(RuleBasedStateMachine):
 class TestHistories(Machine.TestCase):
     # A history is short enough to read as it is, and shrinking takes minutes.
     settings = settings(
-        max_examples=20,
+        max_examples=6,
         stateful_step_count=14,
         deadline=None,
         phases=(Phase.reuse, Phase.generate),
@@ -401,6 +401,11 @@ class TestHistories(Machine.TestCase):
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", ps.loop.RunChangedWarning)
             yield
+
+
+@pytest.mark.slow
+class TestMoreHistories(TestHistories):
+    settings = settings(TestHistories.settings, max_examples=20)
 
 
 def test_what_was_evaluated_after_the_last_snapshot_stays_in_the_log():

@@ -115,7 +115,7 @@ def test_snapshots_of_older_versions_resume_inside_of_an_epoch_and_warn_at_its_e
         next(batches)
     again = ps.data.as_source(make())
     assert ps.tree.equal(list(again.open(0, 3, older(first.state()))), read[3:])
-    with pytest.warns(UnsavedStateWarning, match=r"(?s)at the end of epoch 0: .* version that did not note it"):
+    with pytest.warns(UnsavedStateWarning, match=r"(?s)at the end of epoch 0: an older version wrote this snapshot"):
         assert len(list(ps.data.as_source(make()).open(1, 0, older(source.state())))) == len(read)
 
 
@@ -138,7 +138,7 @@ def test_a_number_that_goes_on_from_epoch_to_epoch_is_told_of(tmp_path):
     with pytest.warns(UnsavedStateWarning) as caught:
         run(Counts, tmp_path, 5, 6)
     assert len(caught) == 1
-    assert "the loader goes on without a part of its state" in str(caught[0].message)
+    assert "the loader continues without a part of its state" in str(caught[0].message)
     assert "Counts, loader.calls" in str(caught[0].message)
 
 
@@ -173,7 +173,7 @@ def test_workers_that_stay_are_told_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnsavedStateWarning)
         assert len(list(ps.data.as_source(Resident()).open(0, 1, None))) == 2
-    with pytest.warns(UnsavedStateWarning, match="what the workers keep from one epoch to the next"):
+    with pytest.warns(UnsavedStateWarning, match="the state that its workers keep from one epoch to the next"):
         ps.data.as_source(Resident()).open(1, 0, None)
 
 
@@ -192,5 +192,5 @@ class Unsavable(Counts):
 
 def test_a_state_that_cannot_be_saved_is_an_error_where_it_would_be_saved(tmp_path):
     assert run(Unsavable, None, 12).loop.cursor.epoch == 2
-    with pytest.raises(DataError, match="which no snapshot can hold"):
+    with pytest.raises(DataError, match="which a snapshot cannot hold"):
         run(Unsavable, tmp_path, 5)

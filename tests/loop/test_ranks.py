@@ -11,7 +11,7 @@ import purestep as ps
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
 ALL = "straight fsdp hsdp few foreign collated own_loop level_two relay"
-MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory"
+MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory wrapped opaque"
 
 
 def free_port():
@@ -41,20 +41,25 @@ def start(zygote, directory, size, names, timeout=60):
         with child:
             _, errors = child.communicate(120)
             ends.append((child.returncode, errors))
-    answers = [directory / f"{size}-{r}.json" for r in range(size)]
-    return [json.loads(a.read_text()) if a.exists() else None for a in answers], ends
+    return said(directory, size), ends
+
+
+def said(directory, size):
+    answers = [directory / f"{size}-{rank}.json" for rank in range(size)]
+    return [json.loads(a.read_text()) if a.exists() else None for a in answers]
 
 
 @pytest.fixture(scope="session")
-def answers(zygote, tmp_path_factory):
+def answers(zygote, once):
     """By number of processes, the answers of each rank."""
-    directory = tmp_path_factory.mktemp("ranks")
-    found = {}
-    for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, f"{ALL} memory")):
-        found[size], ends = start(zygote, directory, size, names)
-        assert ends == [(0, "")] * size, ends
-    found["directory"] = directory
-    return found
+
+    def ask(directory):
+        for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, f"{ALL} memory")):
+            _, ends = start(zygote, directory, size, names)
+            assert ends == [(0, "")] * size, ends
+
+    directory = once("ranks", ask)
+    return {size: said(directory, size) for size in (4, 2, 1)} | {"directory": directory}
 
 
 @pytest.mark.parametrize("check", ["straight", "fsdp", "hsdp", "few", "foreign", "collated"])
@@ -66,6 +71,24 @@ def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
         assert (run["batches"], run["reason"], run["metrics"]) == tuple(
             runs[0][name] for name in ("batches", "reason", "metrics")
         )
+
+
+def test_a_function_around_a_step_keeps_its_plan(answers):
+    straight = answers[1][0]["straight"]
+    for rank in range(4):
+        answer = answers[4][rank]["wrapped"]
+        assert (answer["digest"], answer["metrics"]) == (straight["digest"], straight["metrics"])
+        # Called with the step of the plan, and once on fake tensors with one that has none.
+        assert answer["calls"] == [[False, 4], [True, None]]
+    assert sum(answers[4][rank]["wrapped"]["read"] for rank in range(4)) == straight["read"]
+
+
+def test_a_function_that_hides_a_plan_is_refused_on_every_rank(answers):
+    for rank in range(4):
+        for text in answers[4][rank]["opaque"].values():
+            assert text.startswith("ConfigError: a function around a step hides its plan from the run")
+            assert "on 4 processes" in text
+            assert "ps.wrap_step(step, function)" in text
 
 
 def test_a_run_has_the_same_bits_under_any_plan(answers):
@@ -148,7 +171,7 @@ def test_ranks_that_differ_are_told_at_the_start(answers):
         assert "ranks 0, 1: " in found["seed"]
         assert "the same seed and code on every rank" in found["seed"]
         assert "the ranks differ in the data" in found["data"]
-        assert "rank 3: ('Batches', 5, 'Plan(samples=60" in found["data"]
+        assert "rank 3: ('Batches', 5, 'BatchOrder(samples=60" in found["data"]
         assert "ranks 0, 1, 2: '2 steps'; rank 3: '3 steps'" in found["until"]
         assert "the ranks differ in callbacks" in found["callbacks"]
 
@@ -156,7 +179,7 @@ def test_ranks_that_differ_are_told_at_the_start(answers):
 def test_what_cannot_be_shared_is_refused(answers):
     for found in (a["refusals"] for a in answers[4]):
         assert "6 microbatches cannot be shared equally by 4 ranks" in found["count"]
-        assert "does not work where several ranks share a batch" in found["skip"]
+        assert "does not work where several ranks read shards of one batch" in found["skip"]
         assert "Subset" in found["skip"]
 
 
@@ -250,6 +273,7 @@ def test_a_rank_that_raises_is_named_by_the_others(zygote, tmp_path):
         assert found[rank]["raises"]["seconds"] < 20
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_after_the_timeout(zygote, tmp_path):
     found, ends = start(zygote, tmp_path, 3, "hangs", timeout=2)
     assert ends[1][0] == 3
@@ -278,6 +302,7 @@ elastic_launch(config, work)(*sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(zygote, tmp_path):
     """torchrun's agent, whose workers are forked here instead of started anew."""
     done = zygote.run(

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from shared_marks import slow_but
 
 import purestep as ps
 from purestep.errors import ConfigError, DataError, StepError, TemplateMismatch
@@ -25,9 +26,17 @@ def quiet(make, **extra):
 # --- contract 2: resume -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_run_stopped_after_any_batch_resumes_with_the_same_bits(job, microbatches):
-    check_resume(lambda: job(microbatches=microbatches), batches=12)
+@pytest.mark.parametrize(
+    ("microbatches", "at"),
+    [
+        (1, [1, 3, 5, 8]),  # in an epoch, where an evaluation is due, at the end of an epoch, in a later one
+        (2, [4, 10]),
+        pytest.param(1, None, marks=pytest.mark.slow),
+        pytest.param(2, None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_stopped_after_any_batch_resumes_with_the_same_bits(job, microbatches, at):
+    check_resume(lambda: job(microbatches=microbatches), batches=12, at=at)
 
 
 def test_it_resumes_where_updates_were_skipped(job):
@@ -274,16 +283,20 @@ def test_the_test_above_can_fail(job):
 
 
 def test_events_come_in_order_and_the_user_may_leave(job, tmp_path):
-    run = ps.run(**job(), until=ps.epochs(5), run_dir=tmp_path)
-    kinds = []
-    for event in run:
-        kinds.append(type(event))
-        if isinstance(event, Evaluated):
-            break
-    assert kinds[0] is Started
-    assert kinds[-1] is Evaluated
-    assert run.loop.cursor.batches == 3
-    assert run.result().reason == "not finished"
+    before, kinds = set(threading.enumerate()), []
+    with ps.run(**job(), until=ps.epochs(5), run_dir=tmp_path) as run:
+        for event in run:
+            kinds.append(type(event))
+            if isinstance(event, Evaluated):
+                break
+        assert kinds[0] is Started
+        assert kinds[-1] is Evaluated
+        assert run.loop.cursor.batches == 3
+        assert run.result().reason == "not finished"
+    assert set(threading.enumerate()) == before
+    again = ps.run(**job(), until=ps.epochs(1), run_dir=tmp_path)  # the directory is free
+    assert isinstance(list(again)[-1], Stopped)
+    again.close()
 
 
 def test_a_hand_written_step_with_plain_metrics(job):
@@ -329,7 +342,7 @@ def test_two_states_in_one_dict_train_together(job):
     check_resume(make, batches=6, at=[4])
 
 
-@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("donate", slow_but([False, True], True))
 def test_a_jitted_step_trains_and_resumes_and_the_given_state_stays_ours(job, tmp_path, donate):
     step = ps.jit(job()["step"], donate=donate, backend="eager")  # traced once: the runs differ in what they are given
 

@@ -23,9 +23,13 @@ NEEDS = "torch.distributed.tensor orbax.checkpoint xxhash"
 
 
 @pytest.fixture(scope="session")
-def job(zygote, tmp_path_factory):
-    """What the ranks have seen, the root of their stores, and how they ended."""
-    root = tmp_path_factory.mktemp("job")
+def job(zygote, once):
+    """What the ranks have seen, and the root of their stores."""
+    root = once("job", lambda root: _start(zygote, root))
+    return json.loads((root / "seen.json").read_text()), root
+
+
+def _start(zygote, root):
     environment = dict(os.environ) | {"WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         started = [
@@ -34,7 +38,7 @@ def job(zygote, tmp_path_factory):
         ]
         ended = [child.communicate(timeout=240) for child in started]
         assert [child.returncode for child in started] == [0, 0, 0, -signal.SIGKILL], "".join(t for _, t in ended)
-    return [json.loads(out) for out, _ in ended[:3]], root
+    (root / "seen.json").write_text(json.dumps([json.loads(out) for out, _ in ended[:3]]))
 
 
 def seen_by_all(job, name):

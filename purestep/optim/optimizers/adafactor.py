@@ -42,6 +42,7 @@ class AdafactorState:
 
 @transformation
 class Adafactor(GradientTransformation):
+    scope = "tensor"
     learning_rate: ScalarOrSchedule = 1e-2
     beta2_decay: float = -0.8
     eps: tuple[float | None, float] = (None, 1e-3)
@@ -97,10 +98,6 @@ class Adafactor(GradientTransformation):
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)

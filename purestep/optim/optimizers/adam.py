@@ -33,6 +33,7 @@ from purestep.optim.base import (
 from purestep.optim.decay import add_decay, fixed_filter
 from purestep.optim.optimizers.fused import fitted, fused_adam
 from purestep.optim.scale import checked_rate
+from purestep.optim.scope import Kernel
 
 
 @tree.pytree
@@ -67,7 +68,8 @@ class _Leaves:
 
 
 @transformation
-class Adam(GradientTransformation):
+class Adam(Kernel, GradientTransformation):
+    scope = "element"
     learning_rate: ScalarOrSchedule | None = None
     b1: Scalar = 0.9
     b2: Scalar = 0.999
@@ -193,22 +195,6 @@ class Adam(GradientTransformation):
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
 
-    @property
-    def shard_invariant(self) -> bool:
-        return not self.fused
-
-    @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def one_pass(self) -> bool:
-        return True
-
-    @property
-    def in_place(self) -> bool:
-        return self.fused
-
     def __repr__(self) -> str:
         return super().__repr__().replace(f", label={self.label!r}", "").replace(f"label={self.label!r}", "")
 
@@ -239,8 +225,8 @@ def adam(
         eps_root: added under the root, to the uncorrected second moment; for differentiating through the update.
         nesterov: use Nesterov's form of the first moment (`optax.nadam`).
         mu_dtype: dtype of the first moment; by default that of each parameter.
-        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same
-            bits for a shard as for the whole (`shard_invariant` is False).
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and a shard does
+            not get the bits of the full tensor.
 
     Returns:
         A transformation with the state `AdamState(count, mu, nu)`.

@@ -1,7 +1,7 @@
 """torch's fused optimizer kernels: the update of parameters and moments in one pass over the memory.
 
 Used by sgd, adam, adamw and amsgrad with `fused=True`, in plain eager mode only. The kernels write into all lists that
-they are given but the gradients, so those must be copies, or given away. An update without its parameters is what the
+they are given but the gradients, so those must be copies, or donated. An update without its parameters is what the
 kernels make of zeros.
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from purestep.optim import _torch
 
 
 def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[int]]:
@@ -58,7 +60,7 @@ def fused_sgd(
 ) -> None:
     """Take a step of momentum SGD; `params` and `trace` are overwritten."""
     for at in _groups(grads):
-        torch._fused_sgd_(
+        _torch.fused_sgd(
             [params[i] for i in at],
             [grads[i] for i in at],
             [trace[i] for i in at] if trace is not None else [],
@@ -89,7 +91,7 @@ def fused_adam(
     """Take the `count`-th step of Adam, each parameter with its decoupled decay; all but `grads` are overwritten."""
     for at in _groups(grads, decays):
         steps = count.to(grads[at[0]].device, torch.float32)
-        torch._fused_adamw_(
+        _torch.fused_adamw(
             [params[i] for i in at],
             [grads[i] for i in at],
             [mu[i] for i in at],

@@ -129,10 +129,6 @@ class Lbfgs(GradientTransformation):
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"step_length": state.step_length}
 
-    @property
-    def elementwise(self) -> bool:
-        return False
-
 
 @checked(OptimError)
 def lbfgs(

@@ -12,10 +12,10 @@ from purestep.arguments import Decay, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
+    ElementWrapper,
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
-    Wrapper,
     need_params,
     new_count,
     same_leaves,
@@ -44,7 +44,7 @@ class ScheduleFreeState:
 
 
 @transformation
-class ScheduleFree(Wrapper):
+class ScheduleFree(ElementWrapper):
     inner: GradientTransformation
     learning_rate: ScalarOrSchedule
     b1: float = 0.9
@@ -75,10 +75,6 @@ class ScheduleFree(Wrapper):
         target = fx.add(fx.mul(average, self.b1), fx.mul(after, 1.0 - self.b1), reuse=True)
         following = ScheduleFreeState(state.b1, total, highest, tree.unflatten(treedef, after), inner)
         return tree.unflatten(treedef, fx.sub(target, ys, reuse=True)), following
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)

@@ -29,6 +29,9 @@ from purestep.optim.base import (
 )
 from purestep.optim.optimizers.fused import fitted, fused_sgd
 from purestep.optim.scale import checked_rate
+from purestep.optim.scope import Kernel
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @tree.pytree
@@ -40,7 +43,8 @@ class SgdState:
 
 
 @transformation
-class Sgd(GradientTransformation):
+class Sgd(Kernel, GradientTransformation):
+    scope = "element"
     learning_rate: ScalarOrSchedule
     momentum: Scalar = 0.0
     nesterov: bool = False
@@ -73,6 +77,8 @@ class Sgd(GradientTransformation):
         self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
         """Let the kernel write parameters, too: the bits of `torch.optim`'s fused SGD."""
+        if not self.fused:
+            return super().advance(updates, state, params, reuse=reuse, step=step, **extra)
         gs, treedef = tree.flatten(updates)
         trace, ps = self._trace(state, treedef, updates), same_leaves(params, treedef, updates, "params")
         ready = self._ready(gs if trace is None else fx.cast(gs, trace), trace, ps)
@@ -91,7 +97,11 @@ class Sgd(GradientTransformation):
     def _ready(self, gs: list[Tensor], *lists: list[Tensor] | None) -> list[Tensor] | None:
         """Return the gradients as the kernel takes them; None where there is none to take them."""
         given = [xs for xs in lists if xs is not None]
-        return fitted(gs, *given) if self.fused and fx.plain(gs, *given) else None
+        # The CPU kernel of torch 2.13 skips most elements of half precision, and reads their momentum as float32
+        # (pytorch issue 191763).
+        if not self.fused or not fx.plain(gs, *given) or any(g.is_cpu and g.dtype in _HALF for g in gs):
+            return None
+        return fitted(gs, *given)
 
     def _fused(
         self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Any, *, reuse: bool
@@ -109,22 +119,6 @@ class Sgd(GradientTransformation):
 
     def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
         return {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def shard_invariant(self) -> bool:
-        return not self.fused
-
-    @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def one_pass(self) -> bool:
-        return self.fused
-
-    @property
-    def in_place(self) -> bool:
-        return self.fused
 
 
 @checked(OptimError)
@@ -146,8 +140,8 @@ def sgd(
         momentum: $\mu$; 0 keeps no state.
         nesterov: look ahead along the momentum.
         dampening: $d$; the first gradient enters undamped.
-        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same
-            bits for a shard as for the whole (`shard_invariant` is False).
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and a shard does
+            not get the bits of the full tensor.
 
     Returns:
         A transformation with the state `SgdState(count, momentum)`, or an empty one without momentum.
