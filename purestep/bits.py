@@ -42,6 +42,22 @@ def _integer_text(value: int) -> str:
     return repr(value) if value.bit_length() < _DECIMAL_BITS else hex(value)
 
 
+def human_bytes(count: float) -> str:
+    """Return a number of bytes as people read it.
+
+    Example:
+        >>> human_bytes(999), human_bytes(1536), human_bytes(3 * 2**30)
+        ('999 B', '1.5 KiB', '3.0 GiB')
+    """
+    if count < 1024:
+        return f"{count:.0f} B"
+    value, units = float(count), iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
+    unit = ""
+    while value >= 1024 and (following := next(units, None)):
+        value, unit = value / 1024, following
+    return f"{value:.1f} {unit}"
+
+
 class Gatherer(Protocol):
     """Returns the full tensor of a split one (a DTensor), on every process of its mesh; each of them calls it."""
 
