@@ -133,7 +133,7 @@ class ShardedTurn:
 
     def plain(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state keeps them: frozen parameters as parts."""
-        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}  # type: ignore[attr-defined]
+        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}
         return {n: old[n] if n in self.split else t for n, t in plain.items()}
 
     def forward_done(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
