@@ -166,7 +166,8 @@ class Ranks:
         """
         if self.alone:
             return [check()]
-        refused, value = None, None
+        refused: Exception | None = None
+        value: Any = None
         try:
             value = check()
         except Exception as error:

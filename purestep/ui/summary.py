@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.arguments import Count, checked
+from purestep.bits import human_bytes
 from purestep.errors import ConfigError, TreeError, explain
 
 
@@ -169,22 +170,6 @@ def _identity(tensor: Tensor) -> Any:
 
 def _unique(leaves: Iterable[Any]) -> Iterable[Tensor]:
     return {_identity(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()
-
-
-def human_bytes(count: int) -> str:
-    """Return a number of bytes as people read it.
-
-    Example:
-        >>> human_bytes(999), human_bytes(1536), human_bytes(3 * 2**30)
-        ('999 B', '1.5 KiB', '3.0 GiB')
-    """
-    if count < 1024:
-        return f"{count} B"
-    value, units = float(count), iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
-    unit = ""
-    while value >= 1024 and (following := next(units, None)):
-        value, unit = value / 1024, following
-    return f"{value:.1f} {unit}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
