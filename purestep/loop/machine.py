@@ -39,6 +39,7 @@ from purestep.loop.events import (
     Transformed,
     View,
 )
+from purestep.loop.roles import Transformer
 
 # A burst without any boundary is cut here, so that metrics waiting to be read stay few. Cuts change no bit.
 LONGEST_BURST = 1000
@@ -158,7 +159,7 @@ class Machine:
         return loop, (*out, *([Save()] if save else []), self._train(loop))
 
     def _wish(self, due: Iterable[str]) -> tuple[Effect, ...]:
-        transforms = {c.name for c in self.callbacks if hasattr(c, "transform")}
+        transforms = {c.name for c in self.callbacks if isinstance(c, Transformer)}
         wishes: list[Effect] = [Transform(n) if n in transforms else Evaluate(n) for n in due]
         return tuple(sorted(wishes, key=lambda w: isinstance(w, Evaluate)))
 

@@ -27,17 +27,6 @@ def store_root(run_dir: str | Path) -> Path:
     return Path(run_dir) / "snapshots"
 
 
-def check_resume_argument(resume: Resume) -> None:
-    if resume not in ("auto", "never", "must") and (isinstance(resume, bool) or not isinstance(resume, int)):
-        raise ConfigError(
-            explain(
-                "resume= is 'auto', 'never', 'must', or the number of a snapshot",
-                where=f"resume={resume!r}",
-                instead="resume='auto'   # continue if there is a snapshot, start otherwise",
-            )
-        )
-
-
 def begin(
     machine: Machine,
     train: Any,
