@@ -253,11 +253,11 @@ def test_the_highest_whole_revision_of_a_step_is_read(tmp_path):
 
 def test_nothing_is_deleted_when_nothing_whole_would_be_left(tmp_path):
     store = fill(tmp_path, 3, 4)
-    with pytest.raises(SnapshotError, match=r"no snapshot of step 2 or before is whole"):
+    with pytest.raises(SnapshotError, match=r"no snapshot of step 2 or before is intact"):
         store.delete_after(2)
     (array,) = (path for path in (tmp_path / "3" / "parts").rglob("*") if path.is_file() and path.stat().st_size > 4000)
     array.write_bytes(array.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(SnapshotError, match=r"no snapshot of step 3 or before is whole"):
+    with pytest.raises(SnapshotError, match=r"no snapshot of step 3 or before is intact"):
         store.delete_after(3)
     assert store.steps() == [3, 4]
     store.delete_after(4)
@@ -286,7 +286,7 @@ def test_a_failed_save_is_told_once_and_the_next_one_is_saved(tmp_path):
     store.wait()
     assert store.poll() == []
     store.save(2, value(2))
-    store._background.settle()
+    store._background.join()
     root.unlink()
     with pytest.raises(SaveFailed, match="the save of step 2 failed"):
         store.save(3, value(3))  # tells of step 2, and saves step 3
@@ -317,7 +317,7 @@ def test_poll_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
     )
     store = Store(tmp_path)
     store.save(1, value(1))
-    store._background.settle()
+    store._background.join()
     with pytest.raises(SaveFailed, match="No space left on device"):
         store.poll()
     assert store.poll() == []
