@@ -187,8 +187,8 @@ class Run:
                 queue.extend(kept)
                 yield from self._tell(Interrupted(outside.read()), queue)
                 continue
-            wished = queue.popleft()
-            effect = wished if isinstance(wished, Log) else outside.wish(wished)
+            asked = queue.popleft()
+            effect = asked if isinstance(asked, Log) else outside.agreed(asked)
             if effect is None:
                 continue
             if isinstance(effect, Stop):

@@ -76,9 +76,10 @@ def test_one_process_reads_every_layout_without_torch_distributed(job, zygote):
     script = """
 import sys
 from pathlib import Path
+import purestep as ps
 from purestep import snapshot, tree
 for path in sorted((Path(sys.argv[1]) / "all").iterdir()):
-    value = snapshot.restore(path)
+    value = ps.restore(path)
     assert value["tied"] is value["weight"]
     print(tree.digest(value) == snapshot.manifest(path, 3).digest, tree.digest(value)[:8])
 print("torch.distributed.tensor" in sys.modules)
