@@ -39,7 +39,7 @@ def test_jobs_call_targets_of_the_makefile_and_nothing_else():
     called = list(commands(WORKFLOW))
     assert len(called) > 3
     assert [problem for problem in map(wrong, called) if problem] == []
-    assert {"lint", "docs", "test", "test-oldest", "test-newest"} <= {command.split()[1] for command in called}
+    assert {"lint", "docs", "test", "test-slow", "test-oldest", "test-newest"} <= {command.split()[1] for command in called}
 
 
 @pytest.mark.parametrize("command", ["pytest tests", "make nothing", "make test TYPO=1", "make lint\npip install x"])
