@@ -139,6 +139,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "labels": lambda name: "a",
         "lift.optimizer": torch.optim.SGD,
         "lift.lr": 0.1,
+        "kind": torch.Tensor,
         "scheduler": torch.optim.lr_scheduler.StepLR,
         "lift_scheduler.step_size": 3,
         "StepLR.step_size": 3,
