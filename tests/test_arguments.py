@@ -350,6 +350,8 @@ accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("summary.state_or_module", ["matrix"], "a tree of one tensor")
 accept("Policy.loss_scale", ["None"], "no loss scale")
 accept("matches.filter", ["{}"], "no glob")
+accept("find.tree", EVERYTHING, TREE)
+accept("find.kind", ["class"], "any class")
 accept("check_pure.batch", [], "the batch is the step's")
 
 
