@@ -139,7 +139,6 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "labels": lambda name: "a",
         "lift.optimizer": torch.optim.SGD,
         "lift.lr": 0.1,
-        "kind": torch.Tensor,
         "scheduler": torch.optim.lr_scheduler.StepLR,
         "lift_scheduler.step_size": 3,
         "StepLR.step_size": 3,
@@ -238,7 +237,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(
         "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
-        "tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select tree.tensor_bytes "
+        "tree.find tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select tree.tensor_bytes "
         "tree.unflatten".split(),
         "for the rooms of purestep",
     ),
@@ -350,8 +349,6 @@ accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("summary.state_or_module", ["matrix"], "a tree of one tensor")
 accept("Policy.loss_scale", ["None"], "no loss scale")
 accept("matches.filter", ["{}"], "no glob")
-accept("find.tree", EVERYTHING, TREE)
-accept("find.kind", ["class"], "any class")
 accept("check_pure.batch", [], "the batch is the step's")
 
 
