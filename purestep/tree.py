@@ -355,6 +355,7 @@ def parts(tree: object) -> list[tuple[Any, ...]]:
     return [tuple(path) for path in _paths(tree)]
 
 
+@checked(TreeError, failed=True)
 def find(tree: object, kind: type[T], root: str = "") -> list[tuple[str, T]]:
     """Return the nodes and leaves of one kind with their printed paths, in order; none inside of another.
 

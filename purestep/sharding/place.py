@@ -21,7 +21,7 @@ from purestep.sharding.spec import Box, Layout, Spec, box, placements, spec_of
 from purestep.sharding.unmatched import check_matches
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+    from purestep.sharding._dtensor import DTensorSpec
 
 T = TypeVar("T")
 
