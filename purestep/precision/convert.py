@@ -7,7 +7,7 @@ and the loss scale. It imports no train state, and uses its fields only; users c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +15,28 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import PrecisionError, TemplateMismatch, explain
 from purestep.optim import foreach as fx
-from purestep.precision.loss_scale import NoLossScale
+from purestep.precision.loss_scale import LossScale, NoLossScale
 from purestep.precision.master import MasterWeightsState, masters
-from purestep.precision.rules import Settings, check_rules
-
-if TYPE_CHECKING:
-    from purestep.precision.policies import Policy
+from purestep.precision.rules import Rule, Settings, check_rules
 
 Tensors = Mapping[str, Tensor]
 
 
-def apply(policy: Policy, state: Any) -> Any:
+class PolicyFields(Protocol):
+    """What is read here of a `Policy`, which imports this file for its methods."""
+
+    @property
+    def param(self) -> torch.dtype: ...
+    @property
+    def master(self) -> torch.dtype | None: ...
+    @property
+    def rules(self) -> tuple[Rule, ...]: ...
+    @property
+    def loss_scale(self) -> LossScale: ...
+    def apply(self, state: Any) -> Any: ...
+
+
+def apply(policy: PolicyFields, state: Any) -> Any:
     """Return the state under a policy. A leaf that has the right dtype already is the same tensor."""
     if not all(hasattr(state, field) for field in ("params", "buffers", "opt_state", "loss_scale", "replace")):
         raise PrecisionError(
@@ -60,7 +71,7 @@ def any_policy(like: Any) -> Any:
     return like.replace(params=..., buffers=..., opt_state=..., loss_scale=...)
 
 
-def under_policy(policy: Policy, restored: Any, like: Any) -> Any:
+def under_policy(policy: PolicyFields, restored: Any, like: Any) -> Any:
     """Return a state that was restored with such a template under a policy, checked against the template `like`.
 
     Raises:
@@ -85,7 +96,7 @@ def under_policy(policy: Policy, restored: Any, like: Any) -> Any:
     )
 
 
-def cast_tree(policy: Policy, values: Any, field: str) -> Any:
+def cast_tree(policy: PolicyFields, values: Any, field: str) -> Any:
     """Return a tree with its floating-point leaves in the dtype that a policy and its rules by name have in a field."""
     settings = Settings(policy.rules, None)
 
@@ -107,7 +118,7 @@ def cast(tensors: Tensors, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tenso
     return dict(zip(tensors, fx.convert(list(tensors.values()), [dtypes[n] for n in tensors]), strict=True))
 
 
-def rest_dtypes(policy: Policy, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
+def rest_dtypes(policy: PolicyFields, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
     """Return the dtype of each parameter or buffer in the state; one that is not floating-point keeps its dtype."""
     return {
         name: settings.of_tensor(name, "param", policy.param) if tensor.is_floating_point() else tensor.dtype
@@ -141,7 +152,7 @@ def _cast_optimizer(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.
     return tree.map_with_name(change, opt_state)
 
 
-def _loss_scale(policy: Policy, current: Any, device: torch.device | None) -> Any:
+def _loss_scale(policy: PolicyFields, current: Any, device: torch.device | None) -> Any:
     """Return the initial loss scale of the policy, or the current one if it has the same class and settings."""
     wanted = policy.loss_scale
     if isinstance(wanted, NoLossScale):
