@@ -39,7 +39,7 @@ def test_jobs_call_targets_of_the_makefile_and_nothing_else():
     called = list(commands(WORKFLOW))
     assert len(called) > 3
     assert [problem for problem in map(wrong, called) if problem] == []
-    assert {"lint", "docs", "test", "test-oldest", "test-newest"} <= {command.split()[1] for command in called}
+    assert set("lint docs test test-slow test-oldest test-newest".split()) <= {c.split()[1] for c in called}
 
 
 @pytest.mark.parametrize("command", ["pytest tests", "make nothing", "make test TYPO=1", "make lint\npip install x"])
@@ -68,3 +68,10 @@ def test_the_local_run_calls_make_only():
     called = [line.strip() for line in lines if line.startswith("make ")]
     assert {"make lint", "make docs"} <= set(called)
     assert [problem for problem in map(wrong, called) if problem] == []
+
+
+def test_the_selection_for_the_ends_of_the_range_names_tests_that_exist():
+    text = re.search(r"^ENDS \?= (.*?[^\\])\n", MAKEFILE, re.MULTILINE | re.DOTALL)[1]
+    named = re.findall(r"(?:[a-z_]+/)*test_[a-z_]+\.py", text.replace("tests/", ""))
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "tests" / name).exists()] == []

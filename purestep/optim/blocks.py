@@ -6,9 +6,7 @@ are sliced. Memory that was donated is written over; nothing else is written int
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +16,12 @@ from purestep import tree
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation
 from purestep.optim.chain import Chain
+from purestep.optim.columns import Block, rows_of
 from purestep.optim.scope import scope_of
 
-# Elements from which a tensor is long, and the part of them that is a slice: a few of those, of gradient, parameter,
-# moments and what lies between, fill a core's own cache.
-_ON_CPU, _PART = 1 << 19, 4
+# Elements from which a tensor is long. A slice is a quarter of them (`columns.PART`): a few of those, of gradient,
+# parameter, moments and what lies between, fill a core's own cache.
+_ON_CPU = 1 << 19
 # A device has no such cache, and a start of a kernel costs more than its slice: there it is about memory only.
 _ON_DEVICE = 1 << 26
 # Elements of the largest parameter from which it saves time to look after whose memory is written over.
@@ -114,7 +113,7 @@ def sliced(
     shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
     limits = tuple(limit or _limit(p) for p in params.values())
     # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
-    layout = _layout(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx._in_place())
+    layout = rows_of(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx._in_place())
     if layout is None:
         return None
     result = _Result(params, leaves, accept, reuse)
@@ -131,7 +130,7 @@ class _Result:
         self.params: dict[str, Tensor] = {}
         self.leaves: list[Any] = [_NOTHING] * len(leaves)
 
-    def take(self, block: _Block, tx: GradientTransformation, grads: dict[str, Tensor], extra: dict[str, Any]) -> None:
+    def take(self, block: Block, tx: GradientTransformation, grads: dict[str, Tensor], extra: dict[str, Any]) -> None:
         """Update one block."""
         rows = block.rows
         gs = {name: grads[name] if rows is None else grads[name][rows] for name in block.names}
@@ -164,91 +163,3 @@ class _Result:
     def _write(self, target: Tensor, rows: slice, new: Tensor, old: Tensor) -> None:
         if new is not old or not self.reuse:
             target[rows].copy_(self._chosen(new, old))
-
-
-# --- how a state is cut -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some parameters, or some rows of one, and what of the state belongs to them.
-
-    Attributes:
-        names: of the parameters.
-        rows: of the one parameter; None for whole ones.
-        structure: of the state without the other parameters.
-        leaves: for each leaf of that structure, its number among all, and whether it is a parameter's own.
-    """
-
-    names: tuple[str, ...]
-    rows: slice | None
-    structure: Any
-    leaves: tuple[tuple[int, bool], ...]
-
-
-@functools.lru_cache(maxsize=32)
-def _layout(
-    structure: Any, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], limits: tuple[int, ...], whole: bool
-) -> list[_Block] | None:
-    """Cut long parameters along dim 0, unless `whole`, and gather short ones; None when the state cannot be cut so."""
-    cutter = _Cutter(tree.unflatten(structure, range(structure.num_leaves)), dict(shapes), leaf_shapes)
-    blocks: list[_Block] = []
-    short: list[str] = []
-    gathered = 0
-    try:
-        for (name, shape), limit in zip(shapes, limits, strict=True):
-            count = torch.Size(shape).numel()
-            if count > limit and shape and shape[0] > 1:
-                step = shape[0] if whole else max(1, limit * shape[0] // (_PART * count))
-                blocks += [cutter.block((name,), slice(at, at + step)) for at in range(0, shape[0], step)]
-                continue
-            short.append(name)
-            gathered += count
-            if _PART * gathered >= limit:
-                blocks.append(cutter.block(tuple(short)))
-                short, gathered = [], 0
-        if short:
-            blocks.append(cutter.block(tuple(short)))
-    except _Uncuttable:
-        return None
-    return blocks
-
-
-class _Uncuttable(Exception):
-    """The state holds tensors of parameters otherwise than in dicts by name and shape, or a node of unknown kind."""
-
-
-class _Cutter:
-    """Cuts a state, given as a tree of the numbers of its leaves."""
-
-    def __init__(self, numbered: Any, shapes: dict[str, Any], leaf_shapes: tuple[Any, ...]) -> None:
-        self.numbered, self.shapes, self.leaf_shapes = numbered, shapes, leaf_shapes
-        self.own: set[int] = set()
-
-    def block(self, names: tuple[str, ...], rows: slice | None = None) -> _Block:
-        """Return the block of some parameters."""
-        numbers, structure = tree.flatten(self._cut(self.numbered, frozenset(names)))
-        return _Block(names, rows, structure, tuple((i, i in self.own) for i in numbers))
-
-    def _cut(self, node: Any, names: frozenset[str]) -> Any:
-        if type(node) is int and self.leaf_shapes[node] and self.leaf_shapes[node] in self.shapes.values():
-            raise _Uncuttable  # a tensor like a parameter that is under no name: whose it is nobody can tell
-        if node is None or type(node) is int:
-            return node
-        if type(node) is dict:
-            if node and node.keys() <= self.shapes.keys():
-                return self._cut_column(node, names)
-            return {key: self._cut(value, names) for key, value in node.items()}
-        if type(node) in (list, tuple) and node:
-            raise _Uncuttable  # what is kept by position, say one tensor a parameter, would meet other parameters
-        if tree.node_name(type(node)) is None:
-            raise _Uncuttable
-        data, _ = tree.node_fields(type(node))
-        return tree.replaced(node, **{field: self._cut(getattr(node, field), names) for field in data})
-
-    def _cut_column(self, column: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-        for name, number in column.items():
-            if type(number) is not int or self.leaf_shapes[number] != self.shapes[name]:
-                raise _Uncuttable
-            self.own.add(number)
-        return {name: number for name, number in column.items() if name in names}

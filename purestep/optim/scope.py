@@ -10,7 +10,11 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from torch import Tensor
+
+from purestep import tree
 from purestep.errors import OptimError, explain
+from purestep.optim.columns import tensors_of
 from purestep.sharding import whole
 
 if TYPE_CHECKING:
@@ -124,10 +128,42 @@ def full_update(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[A
         behind = _gathers(self)
         if behind is None:
             return method(self, updates, state, params, **extra)
-        new, following = behind.in_full(functools.partial(method, self, **extra), updates, state, params)
+        call = functools.partial(method, self, **extra)
+        if scope_of(self) == "tensor" and (done := _one_by_one(behind, call, updates, state, params)) is not None:
+            return done
+        new, following = behind.in_full(call, updates, state, params)
         return behind.parted(new, updates), behind.parted(following, state)
 
     return update
+
+
+def _one_by_one(
+    behind: whole.Whole, call: Callable[..., Any], updates: Any, state: Any, params: Any
+) -> tuple[Any, Any] | None:
+    """Gather, update and shard one tensor after another, so that only one is ever in full.
+
+    None where the trees are not flat, or the state does not say by name what belongs to which tensor.
+    """
+    if type(updates) is not dict or not (params is None or (type(params) is dict and params.keys() == updates.keys())):
+        return None
+    leaves, structure = tree.flatten(state)
+    if not updates or not all(isinstance(x, Tensor) for x in (*updates.values(), *leaves)):
+        return None
+    shapes = tuple((name, tuple(u.shape)) for name, u in updates.items())
+    blocks = tensors_of(structure, shapes, tuple(tuple(x.shape) for x in leaves))
+    if blocks is None:
+        return None
+    result: dict[str, Tensor] = {}
+    following = list(leaves)
+    for block in blocks:
+        (name,) = block.names
+        given = {name: updates[name]}
+        own = tree.unflatten(block.structure, [leaves[at] for at, _ in block.leaves])
+        new, held = behind.in_full(call, given, own, None if params is None else {name: params[name]})
+        result |= behind.parted(new, given)
+        for (at, _), leaf in zip(block.leaves, tree.leaves(behind.parted(held, own)), strict=True):
+            following[at] = leaf  # what all tensors share, as a count, is the same in each block
+    return result, tree.unflatten(structure, following)
 
 
 def full_apply(method: Callable[..., T]) -> Callable[..., T]:

@@ -383,7 +383,7 @@ class _Exchange:
     """The messages of simulated ranks, one thread each: all send one and get all, at the same moment."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.sent = size, [("", None)] * size
+        self.sent: list[tuple[str, Any]] = [("", None)] * size
         self.barrier = threading.Barrier(size, timeout=120)
 
     def __call__(self, rank: int, what: str, value: Any = None) -> list[Any]:
@@ -408,8 +408,7 @@ class _Rank(whole.Whole):
 
     def reduce(self, values: Tensor, op: str) -> Tensor:
         stacked = torch.stack(self.exchange(self.rank, f"a {op}", values))
-        along: dict[str, Callable[[int], Tensor]] = {"sum": stacked.sum, "max": stacked.amax, "min": stacked.amin}
-        return along[op](0)
+        return stacked.sum(0) if op == "sum" else stacked.amax(0) if op == "max" else stacked.amin(0)
 
     def squares(self, values: Sequence[Tensor], structure: Any) -> Tensor:
         counts, mine = [], []

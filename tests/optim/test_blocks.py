@@ -188,6 +188,23 @@ def test_fused_updates_have_the_bits_of_torch(name: str, reuse: bool, limit: int
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fused_sgd_of_half_precision_on_a_cpu_is_that_without_the_kernel(momentum: float, dtype: torch.dtype) -> None:
+    """The kernel of torch 2.13 skips all full vectors of such tensors, and reads their momentum as float32."""
+    params = {"w": torch.randn(9, 64).to(dtype), "b": torch.randn(3)}
+    ends = []
+    for fused in (True, False):
+        tx, ps = optim.sgd(0.1, momentum, fused=fused), params
+        state = tx.init(ps)
+        for step in range(3):
+            grads = {n: torch.full_like(p, 0.5 + step) for n, p in ps.items()}
+            ps, state = blocks.advance(tx, grads, state, ps)
+        ends.append((ps, state))
+    assert not (found := tree.diff(*ends)), f"\n{found}"
+    assert not torch.equal(ends[0][0]["w"], params["w"])
+
+
 @pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_updates_do_not_mind_how_gradients_lie_in_memory(name: str, chained: bool) -> None:

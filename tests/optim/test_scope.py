@@ -17,6 +17,7 @@ from purestep.errors import OptimError
 from purestep.optim import blocks
 from purestep.optim.base import Wrapper
 from purestep.optim.scope import fused_on_shards, inside, only_shards, scope_of
+from purestep.testing import transformation
 
 JOB = Path(__file__).with_name("own_job.py")
 
@@ -133,6 +134,53 @@ def test_a_state_by_position_is_not_sliced(keep: Any, monkeypatch: Any) -> None:
     updates, following = tx.update(grads, state, params)
     found = blocks.advance(tx, grads, state, params)
     assert tree.equal(found, (optim.apply_updates(params, updates), following))
+
+
+# --- full tensors, as many as the scope needs -------------------------------------------------------------------------
+
+SHAPES = {"a": (8, 6), "b": (9,), "c": (4, 2, 3)}
+
+
+def seen_on_ranks(scope: str, keep: Any) -> tuple[list[Any], Any]:
+    """Return what the update of a rule that keeps a state is given on two simulated ranks, and that state."""
+    seen: list[Any] = []
+
+    @optim.transformation
+    class Norms(optim.GradientTransformation):
+        def init(self, params: Any) -> Any:
+            return Held(keep(params))
+
+        def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+            seen.append({name: tuple(u.shape) for name, u in updates.items()})
+            return tree.map(lambda u: u / u.norm(), updates), Held(tree.map(lambda x: x + 1, state.held))
+
+    tx = optim.transformation(type("Norms", (Norms,), {"scope": scope}))()
+    grads = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    params = tree.map(torch.zeros_like, grads)
+    step = transformation._Step(1, grads, tx.init(params), params, {}, None, None)
+    one, other = transformation._on_ranks(tx, step, 2, 0)
+    expected = tx.update(grads, tx.init(params), params)
+    shards = transformation._Shards(step, 2, 0)
+    for rank, result in enumerate((one, other)):
+        full = shards.of((*expected, params), rank)
+        assert not (found := tree.diff(result[:2], full[:2])), f"\n{found}"
+    return seen[:-1], expected[1]
+
+
+def per_row(params: Any) -> Any:
+    return {"count": torch.zeros(()), "rows": {name: torch.zeros(p.shape[0]) for name, p in params.items()}}
+
+
+def test_an_update_of_scope_tensor_gathers_one_tensor_at_a_time() -> None:
+    for keep in (per_row, lambda params: torch.zeros(2), lambda params: tree.map(torch.zeros_like, params)):
+        seen, _ = seen_on_ranks("tensor", keep)
+        assert sorted(map(str, seen)) == sorted(str({name: shape}) for name, shape in SHAPES.items() for _ in (0, 1))
+        assert seen_on_ranks("tree", keep)[0] == [SHAPES, SHAPES]
+
+
+def test_a_state_that_is_not_kept_by_name_is_gathered_with_all_tensors() -> None:
+    for keep in (lambda params: [torch.zeros(()) for _ in params], lambda params: {"a": torch.zeros(3)}):
+        assert seen_on_ranks("tensor", keep)[0] == [SHAPES, SHAPES]
 
 
 # --- what a scope means -----------------------------------------------------------------------------------------------
