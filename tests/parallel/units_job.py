@@ -325,7 +325,8 @@ def refused(plan):
     policy, tx = ps.precision.policy("16-mixed", loss_scale=ps.precision.StaticLossScale(1.0)), optim.sgd(0.1)
     state = policy.apply(ps.init(MODELS["linear, norm"], tx, seed=1))
     step = ps.make_step(infinite, tx, microbatches=4, policy=policy, plan=plan)
-    return not_finite(step, state if plan is None else plan.place(state), next(batches([NONE])))
+    placed = state if plan is None else plan.place(state)
+    return not_finite(step.gradients(placed, next(batches([NONE]))), placed)
 
 
 def plans(model):
