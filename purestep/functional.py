@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -196,7 +197,9 @@ class bind:
             m.__dict__["training"] = self.train
         _push(self)
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             try:
                 self.mode.__exit__(kind, error, trace)
@@ -270,7 +273,7 @@ class bind:
         return repeated
 
 
-def _check_options(train: Any, around: Any, handlers: Any) -> None:
+def _check_options(train: object, around: object, handlers: object) -> None:
     """Refuse options of `bind` of another type: at every call, so by hand."""
     fine = isinstance(train, bool) and (around is None or callable(around))
     if not fine or not (handlers is None or isinstance(handlers, Mapping)):
@@ -283,10 +286,10 @@ def apply(
     module: nn.Module | Definition,
     params: Tensors,
     buffers: Tensors | None = None,
-    *args: Any,
+    *args: object,
     rng: Tensor | None = None,
     train: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Call a module as a pure function of its parameters, buffers and inputs.
 
@@ -356,7 +359,7 @@ class backward_scope:
 
 
 @checked(StepError, failed=True)
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpoint(function: Callable[..., Any], *args: object, **kwargs: Any) -> Any:
     """Run a function without storing its activations; the backward pass recomputes them (activation checkpointing).
 
     It is `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. Inside a pure call that one, its reentrant form

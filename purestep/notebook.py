@@ -1,7 +1,7 @@
-"""States and differences as HTML that folds open, for notebooks.
+"""States and differences as collapsible HTML, for notebooks.
 
-Owns the markup: plain `<details>`, no script, everything escaped. It reads values only of small tensors, and never
-changes what it shows. `TrainState._repr_html_` and people in notebooks call it.
+Owns the markup: plain `<details>`, no script, everything escaped. It reads the values of small tensors only, and
+changes none. `TrainState._repr_html_` and users in notebooks call it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import html
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from purestep import tree
 
-STATS_ELEMENTS = 100_000  # the most elements of a tensor that are read for its statistics
-MAX_LEAVES = 2_000  # the most leaves in one view; a notebook with more becomes slow
-OPEN_LEVELS = 2  # how many levels of nodes start unfolded, when they have few children
-FEW = 24
+STATS_ELEMENTS = 100_000  # statistics are computed of tensors with at most so many elements
+MAX_LEAVES = 2_000  # leaves in one output; a notebook with more becomes slow
+OPEN_LEVELS = 2  # levels of nodes that start open, if they have few children
+FEW = 24  # children
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """What `show` returns: HTML in a notebook, one line a leaf elsewhere."""
+class Shown:
+    """The result of `show`: HTML in a notebook, one line a leaf elsewhere."""
 
     value: Any
     root: str = "tree"
@@ -48,16 +48,16 @@ class View:
         return "\n".join(lines[: self.max_leaves] + ([f"... and {hidden} more"] if hidden > 0 else []))
 
 
-def show(value: Any, *, root: str = "tree", max_leaves: int = MAX_LEAVES) -> View:
-    """Show a state, or the result of `tree.diff`, so that it folds open in a notebook.
+def show(value: Any, *, root: str = "tree", max_leaves: int = MAX_LEAVES) -> Shown:
+    """Show a state, or the result of `tree.diff`, as a collapsible tree in a notebook.
 
-    Leaves show path, dtype, shape and bytes; tensors of up to 100,000 elements also mean, standard deviation, smallest
-    and largest value, and how many elements are not finite.
+    A leaf shows path, dtype, shape and bytes; a tensor of up to 100,000 elements also mean, standard deviation,
+    smallest and largest value, and the number of elements that are not finite.
 
     Args:
         value: any pytree, or `tree.Differences`.
-        root: what paths start with.
-        max_leaves: how many leaves are shown at most.
+        root: the first part of each path.
+        max_leaves: the most leaves that are shown.
 
     Returns:
         A value that a notebook displays as HTML and a terminal prints as text.
@@ -67,14 +67,14 @@ def show(value: Any, *, root: str = "tree", max_leaves: int = MAX_LEAVES) -> Vie
         state['step']: int 7
         state['w']: float32[2, 3]
     """
-    return View(value, root, max_leaves)
+    return Shown(value, root, max_leaves)
 
 
 # --- walking ----------------------------------------------------------------------------------------------------------
 
 
 def _children(value: Any) -> Iterable[tuple[str, Any]] | None:
-    """The children of a node, each with the piece of path that reads it; None for a leaf."""
+    """The children of a node, each with the suffix of its path; None for a leaf."""
     if tree.node_name(type(value)) is not None:
         return [(f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value) if _is_data(f)]
     if isinstance(value, Mapping):
@@ -98,14 +98,14 @@ def _sorted_items(value: Mapping[Any, Any]) -> Sequence[tuple[Any, Any]]:
 
 
 def _static(value: Any) -> str:
-    """The static fields of a node, in short: they belong to the structure, but a reader wants to know them."""
+    """The static fields of a node, abbreviated: they are no leaves, so no other line shows them."""
     if tree.node_name(type(value)) is None:
         return ""
     fields = [f for f in dataclasses.fields(value) if not _is_data(f)]
     return ", ".join(f"{f.name}={_short(getattr(value, f.name))}" for f in fields)
 
 
-def _short(value: Any, limit: int = 60) -> str:
+def _short(value: object, limit: int = 60) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -116,19 +116,19 @@ def _lines(path: str, value: Any) -> Iterator[tuple[str, str]]:
         if value is not None:
             yield path, tree.describe(value) if not isinstance(value, str) else f"str {_short(value)}"
         return
-    for piece, child in children:
-        yield from _lines(path + piece, child)
+    for suffix, child in children:
+        yield from _lines(path + suffix, child)
 
 
 # --- markup -----------------------------------------------------------------------------------------------------------
 
 
 class _Budget:
-    """How many more leaves may be shown."""
+    """The number of leaves that may still be shown, and whether the output says that some are not."""
 
     def __init__(self, leaves: int) -> None:
         self.leaves = leaves
-        self.told = False
+        self.reported = False
 
 
 def _node(label: str, path: str, value: Any, level: int, budget: _Budget) -> Iterator[str]:
@@ -139,16 +139,16 @@ def _node(label: str, path: str, value: Any, level: int, budget: _Budget) -> Ite
     items = list(children)
     unfolded = " open" if level < OPEN_LEVELS and len(items) <= FEW else ""
     notes = [type(value).__name__, _size(value), _static(value)]
-    note = html.escape(" · ".join(part for part in notes if part))
+    note = html.escape(" · ".join(item for item in notes if item))
     yield f'<details{unfolded} style="margin-left:{1.2 if level else 0}em"><summary title="{html.escape(path)}">'
     yield f'<b>{html.escape(label)}</b> <span style="opacity:.65">{note}</span></summary>'
-    for piece, child in items:
+    for suffix, child in items:
         if budget.leaves <= 0:
-            if not budget.told:
-                budget.told = True
+            if not budget.reported:  # once, and not again for each node around this one
+                budget.reported = True
                 yield '<div style="margin-left:1.2em;opacity:.65">… more leaves than are shown</div>'
             break
-        yield from _node(piece.removeprefix("."), path + piece, child, level + 1, budget)
+        yield from _node(suffix.removeprefix("."), path + suffix, child, level + 1, budget)
     yield "</details>"
 
 
@@ -161,30 +161,30 @@ def _leaf(label: str, path: str, value: Any, budget: _Budget) -> Iterator[str]:
         if _has_shape(value)
         else f"{type(value).__name__} {_short(value)}"
     )
-    notes = " · ".join(part for part in (_placement(value), _statistics(value)) if part)
+    notes = " · ".join(item for item in (_placement(value), _statistics(value)) if item)
     yield f'<div style="margin-left:1.2em" title="{html.escape(path)}"><b>{html.escape(label)}</b> {html.escape(text)}'
     yield f' <span style="opacity:.65">{html.escape(notes)}</span></div>'
 
 
-def _has_shape(value: Any) -> bool:
+def _has_shape(value: object) -> TypeGuard[Tensor | np.ndarray | np.generic]:
     return isinstance(value, (Tensor, np.ndarray, np.generic))
 
 
-def _size(value: Any) -> str:
+def _size(value: object) -> str:
     leaves = tree.leaves(value)
-    held = sum(leaf.nbytes for leaf in leaves if _has_shape(leaf))
-    return f"{len(leaves):,} {'leaf' if len(leaves) == 1 else 'leaves'}, {held:,} bytes"
+    nbytes = sum(leaf.nbytes for leaf in leaves if _has_shape(leaf))
+    return f"{len(leaves):,} {'leaf' if len(leaves) == 1 else 'leaves'}, {nbytes:,} bytes"
 
 
-def _placement(value: Any) -> str:
+def _placement(value: object) -> str:
     if not _has_shape(value):
         return ""
     device = f", {value.device}" if isinstance(value, Tensor) and value.device.type != "cpu" else ""
     return f"{value.nbytes:,} bytes{device}"
 
 
-def _statistics(value: Any) -> str:
-    """Mean, deviation and range of a small tensor; its value when it has one element; nothing when it has no memory."""
+def _statistics(value: object) -> str:
+    """Mean, deviation and range of a small tensor; its value if it has one element; "" for one without storage."""
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind not in "biufc":
             return ""
@@ -193,7 +193,7 @@ def _statistics(value: Any) -> str:
         return ""
     try:
         return _numbers(value.detach())
-    except (RuntimeError, TypeError):  # meta, fake, traced or sharded: there is nothing to read
+    except (RuntimeError, TypeError):  # a meta, fake, traced or sharded tensor has no values in this process
         return ""
 
 
@@ -206,34 +206,35 @@ def _numbers(value: Tensor) -> str:
         return f"{int(value.sum()):,} true"
     wide = value.cpu().to(torch.float64)
     finite = wide[wide.isfinite()]
-    parts = [f"{len(wide.flatten()) - len(finite):,} not finite"] if len(finite) < wide.numel() else []
+    texts = [f"{len(wide.flatten()) - len(finite):,} not finite"] if len(finite) < wide.numel() else []
     if len(finite):
         deviation = math.sqrt(float(finite.var(correction=0)))
-        parts.append(
+        texts.append(
             f"{float(finite.mean()):.3g} ± {deviation:.3g}, in [{float(finite.min()):.3g}, {float(finite.max()):.3g}]"
         )
-    return ", ".join(parts)
+    return ", ".join(texts)
 
 
-def _differences(found: tree.Differences) -> str:
-    if not found:
+def _differences(differences: tree.Differences) -> str:
+    if not differences:
         return "equal"
     head = "".join(f'<th style="text-align:left">{name}</th>' for name in _COLUMNS)
-    rows = "".join(f"<tr>{''.join(_cell(text) for text in _row(d))}</tr>" for d in found[:MAX_LEAVES])
-    more = f"<div>… and {len(found) - MAX_LEAVES:,} more</div>" if len(found) > MAX_LEAVES else ""
-    count = f"{len(found):,} {'path differs' if len(found) == 1 else 'paths differ'}"
+    rows = "".join(f"<tr>{''.join(_cell(text) for text in _row(d))}</tr>" for d in differences[:MAX_LEAVES])
+    more = f"<div>… and {len(differences) - MAX_LEAVES:,} more</div>" if len(differences) > MAX_LEAVES else ""
+    count = f"{len(differences):,} {'path differs' if len(differences) == 1 else 'paths differ'}"
     return f"<details open><summary>{count}</summary><table><tr>{head}</tr>{rows}</table>{more}</details>"
 
 
 _COLUMNS = ("path", "left", "right", "elements", "max abs", "max ulp")
 
 
-def _row(d: tree.Difference) -> tuple[str, ...]:
-    numbers = (d.elements, d.max_abs if d.max_abs is None else f"{d.max_abs:.3g}", d.max_ulp)
+def _row(difference: tree.Difference) -> tuple[str, ...]:
+    max_abs = None if difference.max_abs is None else f"{difference.max_abs:.3g}"
+    numbers = (difference.elements, max_abs, difference.max_ulp)
     return (
-        d.path or "the root",
-        d.left,
-        d.right,
+        difference.path or "the root",
+        difference.left,
+        difference.right,
         *("" if n is None else f"{n:,}" if isinstance(n, int) else n for n in numbers),
     )
 

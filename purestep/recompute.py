@@ -40,7 +40,7 @@ class _Recomputed:
     function: Callable[..., Any]
     contexts: Contexts
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         _local.depth = getattr(_local, "depth", 0) + 1
         try:
             with self.contexts():
@@ -67,7 +67,7 @@ class Redirection:
             """In place of the form that calls `backward` inside of the backward pass, and so fills `grad` fields."""
 
             @classmethod
-            def apply(cls, function: Any, preserve: bool, *args: Any) -> Any:
+            def apply(cls, function: Callable[..., Any], preserve: bool, *args: object) -> object:
                 if capture() is None:
                     return _reentrant.apply(function, preserve, *args)
                 return torch_checkpoint.checkpoint(function, *args, use_reentrant=False)
@@ -78,7 +78,7 @@ class Redirection:
         self.entered = 0
         self.replaced: dict[tuple[str, str], Any] = {}
 
-    def _generate(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, function: Callable[..., Any], *args: object, **kwargs: object) -> Iterator[None]:
         contexts = self.capture()
         if contexts is None:
             return _generator(function, *args, **kwargs)

@@ -65,7 +65,7 @@ def slots(module: nn.Module, *, fresh: bool = False) -> Slots:
     return found
 
 
-def module_of(model: Any) -> nn.Module:
+def module_of(model: object) -> nn.Module:
     """Return the module of a model: itself, or that of a `Definition` or of a state which carries one.
 
     Raises:
@@ -124,7 +124,7 @@ class Definition:
         return f"<{type(self.module).__qualname__}>"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Reduce an attribute to what two modules of one architecture share: numbers and texts, functions by their name."""
     if isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, type(None))):
         return value

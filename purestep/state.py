@@ -51,7 +51,7 @@ class TrainState:
     loss_scale: Any = None
     model: Definition | None = static(default=None)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """Return the state with some fields changed."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
@@ -67,7 +67,7 @@ class TrainState:
     def apply_gradients(
         self,
         tx: GradientTransformation,
-        grads: Any,
+        grads: object,
         *,
         buffers: Mapping[str, Tensor] | None = None,
         accept: Tensor | None = None,
@@ -120,7 +120,7 @@ class TrainState:
         return notebook.show(self)._repr_html_()
 
 
-def _check_same(what: str, given: Any, field: str, own: Any) -> None:
+def _check_same(what: str, given: Any, field: str, own: Mapping[str, Tensor]) -> None:
     flat = type(given) is dict and type(own) is dict and given.keys() == own.keys()
     if flat and all(isinstance(x, Tensor) and x.shape == own[name].shape for name, x in given.items()):
         return
@@ -248,7 +248,7 @@ def _first(
 
 
 def _deferred(
-    model: Any,
+    model: nn.Module | Callable[[], nn.Module],
     tx: GradientTransformation,
     rng: Tensor,
     frozen: Filter | None,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import multiprocessing
 import os
 import random
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,19 +22,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from shared_interpreter import Interpreter
 
 from purestep.testing.zygote import Zygotes
-
-
-def _shared(name: str) -> Any:
-    """Import a module of this directory by its path: `tests` may be the name of somebody else's package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_shared("shared_models"), _shared("shared_marks")
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -52,17 +40,23 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
+class OurZygotes(Zygotes):
+    """Zygotes with the list of modules that every job of several ranks preloads, so that one zygote serves them all."""
+
+    RANKS = "xxhash torch.distributed.tensor orbax.checkpoint"
+
+
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygotes]:
+def zygote() -> Iterator[OurZygotes]:
     """Forks processes that have torch already: `zygote.run(script, *arguments)`, `zygote.popen(...)`; see its file."""
-    with Zygotes(("-W", "error")) as zygotes:
+    with OurZygotes(("-W", "error")) as zygotes:
         yield zygotes
 
 
 @pytest.fixture(scope="session")
 def bare() -> Iterator[Any]:
     """Runs code in an interpreter that has imported nothing but numpy and torch: `bare.run(code, *arguments)`."""
-    interpreter = _shared("shared_interpreter").Interpreter()
+    interpreter = Interpreter()
     yield interpreter
     interpreter.close()
 

@@ -234,7 +234,7 @@ def _(place, patch):
     fit(run_dir=place)
 
 
-@case(5, RuntimeWarning, "there is room for 2 of the next 3 snapshots")
+@case(5, RuntimeWarning, "only 2 of the next 3 snapshots fit on the disk")
 def _(place, patch):
     room(patch, 2.5)
     fit(run_dir=place, callbacks=[ps.callbacks.snapshots(keep=ps.snapshot.latest(2))])

@@ -117,6 +117,21 @@ def stir():
     np.random.randn(), python_random.gauss(0, 1)
 
 
+def _settled():
+    """The times of the other threads, once all of them wait: a worker still runs when its result is there."""
+    before, after, end = {}, host._other_threads(), time.monotonic() + 5
+    while before != after and time.monotonic() < end:
+        time.sleep(0.01)
+        before, after = after, host._other_threads()
+    return after
+
+
+@pytest.fixture(autouse=True)
+def settled():
+    """What earlier tests of this process left behind may still be ending; a thread that has run may have drawn."""
+    _settled()
+
+
 # --- the draws are those of the key -----------------------------------------------------------------------------------
 
 
@@ -545,15 +560,6 @@ def test_a_thread_that_has_run_may_have_drawn():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
         assert not host._all_idle(before)  # one has begun
-
-
-def _settled():
-    """The times of the other threads, once all of them wait: a worker still runs when its result is there."""
-    before, after = None, host._other_threads()
-    while before != after:
-        time.sleep(0.01)
-        before, after = after, host._other_threads()
-    return after
 
 
 def test_a_profiler_of_the_caller_stays():

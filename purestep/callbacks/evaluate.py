@@ -12,9 +12,10 @@ from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError, DataError, explain
 from purestep.loop.cadence import Every, every
-from purestep.loop.events import Evaluate, Evaluated, Event, Horizon, Log, Started, View
+from purestep.loop.events import Evaluate, Evaluated, Event, Log, Started, View
 from purestep.loop.feed import device_of
 from purestep.loop.ranks import Peers
+from purestep.loop.roles import Evaluator, Recurring
 from purestep.loop.shared import Shared
 from purestep.step import make_eval
 from purestep.step_protocol import AnyStep, facts_of
@@ -24,7 +25,7 @@ _READ_EVERY = 100  # batches whose metrics wait on the device before they are re
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateCallback(Reducer):
+class EvaluateCallback(Recurring, Reducer, Evaluator):
     """See `evaluate`."""
 
     loss_fn: Callable[..., Any] = dataclasses.field(repr=False)
@@ -40,9 +41,6 @@ class EvaluateCallback(Reducer):
         if self.every.due(event, view) or (self.at_start and isinstance(event, Started)):
             return own, (Evaluate(self.name),)
         return own, ()
-
-    def horizon(self, view: View) -> Horizon:
-        return self.every.horizon(view)
 
     def identity(self) -> dict[str, Any]:
         """Return what a snapshot of a run records of it: the data as the source it is read from."""

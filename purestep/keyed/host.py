@@ -265,7 +265,7 @@ class Guard:
         )
 
 
-def _restore(host: Any, torch_state: Any) -> None:
+def _restore(host: generators.State, torch_state: torch.Tensor | None) -> None:
     if torch_state is not None:
         torch.default_generator.set_state(torch_state)
     generators.write(host)
@@ -364,7 +364,7 @@ class Trap:
             self.close()
             self.react(which)
 
-    def _called(self, frame: Any, event: str, argument: Any) -> None:
+    def _called(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "c_call":
             draws = getattr(argument, "__self__", None) is generators.PYTHON and argument.__name__ != "getstate"
         else:
@@ -400,7 +400,7 @@ class _Trapped(np.random.MT19937):
         self._used()
         self._real.state = value
 
-    def _legacy_seeding(self, seed: Any) -> None:
+    def _legacy_seeding(self, seed: object) -> None:
         self._used()
         self._real._legacy_seeding(seed)
 
@@ -421,7 +421,7 @@ class _Lock:
         self._used()
         self._lock.acquire()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
 
 

@@ -1,8 +1,7 @@
-"""`metrics.csv`: one row a step, in the run directory; always there, read by plots and people.
+"""`metrics.csv`: one row a step, in the run directory; always written, and read by plots and people.
 
 Owns the file's format and its repair after a kill. A row is one `write` to the operating system, so a killed process
-loses nothing but, at the worst, the row it was writing; a resumed run leaves the same file as one that was never
-disturbed.
+loses at most the row that it was writing; a resumed run leaves the same file as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -39,15 +38,18 @@ class Csv(Logger):
 def csv(*, name: Name = "metrics.csv") -> Csv:
     """Log to a CSV file in the run directory.
 
-    The first column is `step`. Columns appear in the order in which their names were first logged; a name that appears
-    late leaves the earlier rows' cells empty. Numbers are written so that they read back exactly; `nan` and `inf` are
-    kept.
+    The first column is `step`. Columns are in the order in which their names were first logged; a name that appears
+    late has empty cells in earlier rows. Numbers are written with all digits of a float64; `nan` and `inf` are written
+    as such.
 
     Args:
         name: of the file in the run directory.
 
     Returns:
-        A logger: a frozen value. `open(run_dir)` gives its sink.
+        A logger: a frozen value. `open(run_dir)` returns its sink.
+
+    Raises:
+        ConfigError: the name is empty or is a path.
 
     Example:
         >>> import tempfile
@@ -81,9 +83,9 @@ class CsvSink(Sink):
         write_atomically(path, "".join(_lines(columns, rows)))
         self._columns = columns
         self._open_file()
-        # The row of the step to resume at may get more values; it is the last one, because later ones were cut.
+        # The row of the step to resume at may get more values; it is the last one, because later ones were removed.
         self._row_step = rows[-1][0] if rows else None
-        self._of_step = [dict(row) for step, row in rows if step == self._row_step]
+        self._rows_of_step = [dict(row) for step, row in rows if step == self._row_step]
         self._row_start = self._end - len(_line(columns, *rows[-1]).encode()) if rows else self._end
 
     def _open_file(self) -> None:
@@ -91,37 +93,38 @@ class CsvSink(Sink):
         self._end = self._file.seek(0, io.SEEK_END)
 
     def _write(self, step: int, row: dict[str, float]) -> None:
-        of_step = self._of_step if step == self._row_step else []
-        if any(_holds(known, row) for known in of_step):
-            return  # a resumed run says again what it had said before it stopped
-        # Two batches of one update (`optim.accumulate`) have the same step: each keeps its own line.
-        same = bool(of_step) and not _differs(of_step[-1], row)
-        merged = of_step[-1] | row if same else row
+        earlier = self._rows_of_step if step == self._row_step else []
+        if any(_contains(other, row) for other in earlier):
+            return  # a resumed run logs again what it had logged before it stopped
+        # Two batches of one update (`optim.accumulate`) have the same step, and each keeps its own line.
+        extends = bool(earlier) and not _differs(earlier[-1], row)
+        merged = earlier[-1] | row if extends else row
         new = [name for name in row if name not in self._columns]
         if new:
-            self._grow(new)
-        start = self._row_start if same else self._end
+            self._add_columns(new)
+        start = self._row_start if extends else self._end
         content = _line(self._columns, step, merged).encode()
         try:
-            self._put(start, content)
+            self._write_at(start, content)
         except OSError:
-            # A full disk: leave whole rows behind, so that the next attempt does not continue half of one.
+            # A full disk: restore the line that was there, so that the next attempt does not append to half a line.
             with suppress(OSError):
-                self._put(start, _line(self._columns, step, of_step[-1]).encode() if same else b"")
+                self._write_at(start, _line(self._columns, step, earlier[-1]).encode() if extends else b"")
             raise
-        self._of_step = [*(of_step[:-1] if same else of_step), merged]
+        self._rows_of_step = [*(earlier[:-1] if extends else earlier), merged]
         self._row_step, self._row_start, self._end = step, start, start + len(content)
 
-    def _put(self, start: int, content: bytes) -> None:
+    def _write_at(self, start: int, content: bytes) -> None:
         self._file.seek(start)
         written = 0
         while written < len(content):
             written += self._file.write(content[written:])
         self._file.truncate(start + len(content))
 
-    def _grow(self, new: list[str]) -> None:
+    def _add_columns(self, new: list[str]) -> None:
         """Add columns: every line gets empty cells at its end, in a new file that replaces the old one."""
         columns = [*self._columns, *new]
+        # The rows are read by the path and written by the open file; of two different files one would be lost.
         if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
             raise OSError(f"{self._path} is another file now: it was replaced, or the run directory was moved")
         _, _, body = self._path.read_text(encoding="utf-8").partition("\n")
@@ -153,8 +156,8 @@ def read_csv(path: Location) -> dict[str, list[Any]]:
         path: the file, or the run directory that holds a `metrics.csv`.
 
     Returns:
-        `step` is a list of int; every other column a list of `float | None`, None where nothing was logged. A last line
-        that a killed process left half written is left out.
+        `step` is a list of int; every other column a list of `float | None`, None where nothing was logged. An
+        incomplete last line, of a process that was killed, is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -176,36 +179,37 @@ def read_csv(path: Location) -> dict[str, list[Any]]:
     return result | {name: [row.get(name) for _, row in rows] for name in columns}
 
 
-def _holds(known: dict[str, float], row: dict[str, float]) -> bool:
-    return all(name in known and repr(known[name]) == repr(value) for name, value in row.items())
+def _contains(logged: dict[str, float], row: dict[str, float]) -> bool:
+    # Compared as text, because a NaN is unequal to itself, and -0.0 is equal to 0.0.
+    return all(name in logged and repr(logged[name]) == repr(value) for name, value in row.items())
 
 
-def _differs(known: dict[str, float], row: dict[str, float]) -> bool:
-    return any(name in known and repr(known[name]) != repr(value) for name, value in row.items())
+def _differs(logged: dict[str, float], row: dict[str, float]) -> bool:
+    return any(name in logged and repr(logged[name]) != repr(value) for name, value in row.items())
 
 
-Rows = list[tuple[int, dict[str, float]]]
+Logged = list[tuple[int, dict[str, float]]]  # (step, values by name), a line each
 
 
-def _surviving_rows(path: Path, resume_step: int | None) -> tuple[list[str], Rows]:
-    """What a new process keeps of the file: nothing for a fresh start, else the rows up to the step it resumes at."""
+def _surviving_rows(path: Path, resume_step: int | None) -> tuple[list[str], Logged]:
+    """The columns and rows that a new process keeps: none for a fresh start, else those up to the resumed step."""
     if not path.exists():
         return [], []
     columns, rows = _read(path)  # also refuses to overwrite a file that is not ours
     if resume_step is None:
         return [], []
     rows = [(step, row) for step, row in rows if step <= resume_step]
-    # A column that only the cut rows had would not be there yet, had the run not been disturbed.
+    # In an uninterrupted run, a column that only later rows have would not exist yet.
     used = {name for _, row in rows for name in row}
     return [name for name in columns if name in used], rows
 
 
-def _read(path: Path) -> tuple[list[str], Rows]:
-    whole = path.read_bytes().decode("utf-8", errors="replace")
-    whole = whole[: whole.rfind("\n") + 1]  # what follows the last newline was torn off by a kill
-    if not whole:
+def _read(path: Path) -> tuple[list[str], Logged]:
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = text[: text.rfind("\n") + 1]  # a line without a newline is incomplete: its process was killed
+    if not text:
         return [], []
-    header, *body = table.reader(io.StringIO(whole, newline=""))
+    header, *body = table.reader(io.StringIO(text, newline=""))
     if header[:1] != [STEP]:
         what, where = "the file is not a log of metrics", f"{path}: its first column is {''.join(header[:1])!r}"
         raise ConfigError(
@@ -216,13 +220,13 @@ def _read(path: Path) -> tuple[list[str], Rows]:
 
 def _parse(columns: list[str], body: Iterable[list[str]]) -> Iterator[tuple[int, dict[str, float]]]:
     for cells in body:
-        # A line that a crash of the machine damaged is worth less than an error that would keep the run from resuming.
+        # A line that a crash of the machine has damaged is dropped: an error would keep the run from resuming.
         with suppress(ValueError):
             values = {name: float(cell) for name, cell in zip(columns, cells[1:], strict=True) if cell}
             yield int(cells[0]), values
 
 
-def _cells(cells: Iterable[Any]) -> str:
+def _cells(cells: Iterable[str | int]) -> str:
     text = io.StringIO()
     table.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue()
@@ -236,7 +240,7 @@ def _line(columns: list[str], step: int, row: dict[str, float]) -> str:
     return _cells([step, *(repr(row[name]) if name in row else "" for name in columns)])
 
 
-def _lines(columns: list[str], rows: Rows) -> Iterator[str]:
+def _lines(columns: list[str], rows: Logged) -> Iterator[str]:
     if columns:
         yield _header(columns)
         yield from (_line(columns, step, row) for step, row in rows)

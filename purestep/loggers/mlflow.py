@@ -18,8 +18,8 @@ from purestep.errors import ConfigError, import_extra
 from purestep.loggers.base import Logger, Sink, remembered_id, write_atomically
 
 ID_FILE = "mlflow.json"
-BATCH = 100  # a tracking server takes at most so many parameters in one request
-VALUE = 500  # the shortest limit that any server has for the value of a parameter, in characters
+BATCH = 100  # the most parameters that a tracking server accepts in one request
+VALUE = 500  # characters: the shortest limit of any server for the value of a parameter
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class MLflow(Logger):
         client = tracking.MlflowClient(tracking_uri=self.tracking_uri)
         run_id = remembered_id(run_dir / ID_FILE, resume=resume_step is not None)
         if run_id is None:
-            found = client.get_experiment_by_name(self.experiment)
-            experiment_id = client.create_experiment(self.experiment) if found is None else found.experiment_id
+            existing = client.get_experiment_by_name(self.experiment)
+            experiment_id = client.create_experiment(self.experiment) if existing is None else existing.experiment_id
             run_id = client.create_run(experiment_id, run_name=self.name or run_dir.name).info.run_id
             write_atomically(run_dir / ID_FILE, json.dumps({"id": run_id}) + "\n")
         else:
@@ -51,15 +51,15 @@ def mlflow(*, experiment: Name = "purestep", name: Name | None = None, tracking_
 
     A resumed run continues the tracked run of its run directory. Steps that are repeated after a crash are logged again
     at the same x. MLflow never changes a parameter: a hyperparameter that differs after a resume becomes the tag
-    `name at step n`. Characters that MLflow has no place for in names become underscores.
+    `name at step n`. Characters that MLflow does not allow in names become underscores.
 
     Args:
         experiment: name of the experiment; made when it is missing.
         name: of the run; by default the name of the run directory.
-        tracking_uri: of the server or store; by default what the environment says.
+        tracking_uri: of the server or store; by default that of the environment (`MLFLOW_TRACKING_URI`).
 
     Returns:
-        A logger: a frozen value. `open(run_dir)` gives its sink.
+        A logger: a frozen value. `open(run_dir)` returns its sink.
 
     Raises:
         MissingExtra: when it is opened and `mlflow` is not installed (`pip install "purestep[mlflow]"`).

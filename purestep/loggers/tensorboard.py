@@ -26,8 +26,7 @@ class TensorBoard(Logger):
     def open(self, run_dir: Path, *, resume_step: int | None = None) -> Sink:
         import_extra("tensorboard", extra="tensorboard", needed_by="loggers.tensorboard")
         module = import_extra("torch.utils.tensorboard", extra="tensorboard", needed_by="loggers.tensorboard")
-        # A purge tells readers to forget what earlier files hold at this step and later. A fresh start forgets all of
-        # it.
+        # Readers drop the events of earlier files from the purge step on: those after the resumed step, or all of them.
         purge = 0 if resume_step is None else resume_step + 1
         folder = run_dir / self.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,12 +43,13 @@ def tensorboard(*, name: Name = "tensorboard", flush_seconds: float = 30.0) -> T
 
     Args:
         name: of the directory of event files inside the run directory.
-        flush_seconds: how long an event may wait before it reaches the disk.
+        flush_seconds: seconds after which an event is written to the disk, above 0.
 
     Returns:
-        A logger: a frozen value. `open(run_dir)` gives its sink.
+        A logger: a frozen value. `open(run_dir)` returns its sink.
 
     Raises:
+        ConfigError: `flush_seconds` is not positive.
         MissingExtra: when it is opened and `tensorboard` is not installed (`pip install "purestep[tensorboard]"`).
 
     Example:
@@ -76,7 +76,7 @@ class TensorBoardSink(Sink):
     def _write_hparams(self, values: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        # SummaryWriter.add_hparams would open a second run; the three records of the plugin belong to this one.
+        # SummaryWriter.add_hparams would write them into a second run: write the records of the plugin into this one.
         for record in hparams({k: str(v) if v is None else v for k, v in values.items()}, {}):
             self._writer.file_writer.add_summary(record)
 

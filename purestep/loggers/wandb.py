@@ -32,7 +32,7 @@ class Wandb(Logger):
     def open(self, run_dir: Path, *, resume_step: int | None = None) -> Sink:
         module = import_extra("wandb", extra="wandb", needed_by="loggers.wandb")
         run_dir.mkdir(parents=True, exist_ok=True)
-        known = remembered_id(run_dir / ID_FILE, resume=resume_step is not None)
+        run_id = remembered_id(run_dir / ID_FILE, resume=resume_step is not None)
         run = module.init(
             project=self.project,
             name=self.name,
@@ -41,11 +41,11 @@ class Wandb(Logger):
             tags=list(self.tags) or None,
             mode=self.mode,
             dir=str(run_dir),
-            id=known,
-            resume="allow" if known else None,
+            id=run_id,
+            resume="allow" if run_id else None,
         )
         write_atomically(run_dir / ID_FILE, json.dumps({"id": run.id}) + "\n")
-        # wandb's own step counts calls of log and refuses to go back; state.step is a column like the others.
+        # wandb's own step counts calls of log and cannot go back: state.step is a metric, and the x-axis of the others.
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         return WandbSink(run, first_step=resume_step or 0)
@@ -63,15 +63,15 @@ def wandb(
 ) -> Wandb:
     """Log to Weights & Biases, with `state.step` as the x-axis.
 
-    A resumed run continues the tracked run of its run directory. Steps that are repeated after a crash are drawn again
-    on top of the points that are there already.
+    A resumed run continues the tracked run of its run directory. Steps that are repeated after a crash are logged again
+    at the same x.
 
     Args:
         project, name, entity, group, tags: as in `wandb.init`.
-        mode: "online", "offline" or "disabled"; by default what the environment says.
+        mode: "online", "offline" or "disabled"; by default that of the environment (`WANDB_MODE`).
 
     Returns:
-        A logger: a frozen value. `open(run_dir)` gives its sink.
+        A logger: a frozen value. `open(run_dir)` returns its sink.
 
     Raises:
         MissingExtra: when it is opened and `wandb` is not installed (`pip install "purestep[wandb]"`).

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from purestep import metrics, tree
+from purestep.bits import human_bytes
+from purestep.cpus import available_memory
 from purestep.errors import OutOfMemory, explain
 from purestep.loop.dry import Dry, dry_run
 from purestep.loop.lone import lone
@@ -75,21 +77,7 @@ class Estimate:
             *([("gathered", self.gathered)] if self.gathered else []),
             ("activations", self.activations),
         )
-        return f"{show(self.total)} in all: " + ", ".join(f"{name} {show(size)}" for name, size in parts)
-
-
-def show(nbytes: float) -> str:
-    """Return a number of bytes as people read it.
-
-    Example:
-        >>> show(512), show(3.2e9)
-        ('512 B', '3.2 GB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return ""
+        return f"{human_bytes(self.total)} in all: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in parts)
 
 
 def estimate(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate | None:
@@ -159,28 +147,7 @@ def free_memory(device: torch.device, *, root: str | Path = "/") -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return _host_memory(Path(root)) if device.type == "cpu" else None
-
-
-def _host_memory(root: Path) -> int | None:
-    found = []
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    group = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    inner = Path(group.lstrip("/"))
-    for folder in (inner, *inner.parents):
-        limit, used = (_read(root / "sys/fs/cgroup" / folder / f"memory.{n}").strip() for n in ("max", "current"))
-        if limit.isdigit() and used.isdigit():
-            found.append(max(0, int(limit) - int(used)))
-    return min(found, default=None)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    return available_memory(root=root) if device.type == "cpu" else None
 
 
 def own_share(free: int | None, device: torch.device) -> int | None:
@@ -194,7 +161,7 @@ def shortage(step: StepFn, needed: Estimate, batch: object, device: torch.device
         return None
     return explain(
         "the step may not fit in the memory of the device",
-        where=f"{device}: {show(needed.beyond)} more are needed, {show(free)} are free",
+        where=f"{device}: {human_bytes(needed.beyond)} more are needed, {human_bytes(free)} are free",
         why=f"{needed}\nbatch: {describe_batch(batch)}",
         instead=_advice(step, needed, batch, free),
     )
@@ -227,7 +194,7 @@ def _advice(step: StepFn, needed: Estimate, batch: object, free: int | None) -> 
             smaller = dataclasses.replace(needed, gradients=gradients, activations=activations)
             if free is None or smaller.beyond <= USABLE * free:
                 auto = "; or microbatches='auto'" if plan is None else ""
-                lines.append(f"microbatches={count * parts}   # about {show(smaller.total)}{auto}")
+                lines.append(f"microbatches={count * parts}   # about {human_bytes(smaller.total)}{auto}")
                 break
         if plan is not None and plan.replicas > 1 and not needed.gathered:
             lines.append("plan=ps.sharding.fsdp()   # params and optimizer state split over the ranks")
@@ -252,8 +219,8 @@ def out_of_memory(
     needed = None if dry is None or dry.error is not None else estimate(step, state, batch, dry)
     lines = str(error).strip().splitlines()
     first = lines[0][:300] if lines else ""
-    room = "" if free is None else f"; {show(free)} were free at the start"
-    known = f"estimate: {needed}" if needed else f"the state takes {show(tree.nbytes(place.local(state)))}"
+    room = "" if free is None else f"; {human_bytes(free)} were free at the start"
+    known = f"estimate: {needed}" if needed else f"the state takes {human_bytes(tree.nbytes(place.local(state)))}"
     return OutOfMemory(
         explain(
             "the step ran out of memory",

@@ -1,4 +1,4 @@
-"""What is checked before the first real step: step, batch, model and callbacks, on fake tensors.
+"""What is checked before the first real step: step, batch and model, on fake tensors.
 
 A step that cannot run on fake tensors (it reads values, or calls code of its own) is let through: what it really
 returns is checked instead. Under a plan each rank checks its own part. Nothing here is called again after the first
@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from purestep import metrics, tree
 from purestep.cpus import available_cpus
 from purestep.errors import (
     CompileError,
-    ConfigError,
     DonatedStateError,
     PurestepError,
     StepError,
@@ -26,14 +25,10 @@ from purestep.errors import (
     TreeError,
     explain,
 )
-from purestep.loggers.base import Logger
-from purestep.loop.cadence import Every
 from purestep.loop.contract import Contract
 from purestep.loop.dry import Dry, dry_run
-from purestep.loop.events import Callback
 from purestep.loop.lone import lone
 from purestep.loop.misfit import misfit
-from purestep.loop.watched import check_sets
 from purestep.sharding import world
 from purestep.state import TrainState
 from purestep.step_protocol import StepFn, facts_of, name_of, signature_of
@@ -43,7 +38,6 @@ class ThreadsWarning(UserWarning):
     """Torch computes with more threads than there are CPUs for this process."""
 
 
-_OWN_CALLBACK = "ps.callbacks.tap(function), or a frozen dataclass that subclasses ps.callbacks.Reducer"
 # Errors that fake tensors, rather than the user's code, may be the reason of.
 _UNSURE = (TreeError, TraceError, CompileError, DonatedStateError)
 
@@ -143,7 +137,7 @@ def check_eval(
     return tuple(dry.result) if dry.error is None and isinstance(dry.result, Mapping) else None
 
 
-# --- surroundings, states and callbacks that do not fit ---------------------------------------------------------------
+# --- surroundings and states that do not fit --------------------------------------------------------------------------
 
 
 def check_optimizer_state(step: StepFn, state: Any) -> None:
@@ -199,70 +193,3 @@ def check_threads(device: torch.device) -> None:
         ThreadsWarning,
         stacklevel=2,
     )
-
-
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Refuse callbacks that are none, and those that cannot work together.
-
-    Raises:
-        ConfigError: with the names of those concerned.
-    """
-    _check_list("callbacks", callbacks, "[ps.callbacks.log(every=ps.every.steps(50))]")
-    for callback in callbacks:
-        if not isinstance(callback, Callback) or isinstance(callback, type) or not isinstance(callback.name, str):
-            called = getattr(callback, "__name__", "") if callable(callback) else ""
-            raise ConfigError(
-                explain(
-                    "this is not a callback",
-                    where=f"callbacks: {called or repr(callback)}",
-                    why="a callback is a value with name, init, react and horizon",
-                    instead=f"{called}(...)   # called" if called else _OWN_CALLBACK,
-                )
-            )
-        cadence = getattr(callback, "every", None)
-        if cadence is not None and not isinstance(cadence, Every):
-            raise ConfigError(
-                explain(
-                    "every= says when something recurs",
-                    where=f"{callback.name!r}: every={cadence!r}",
-                    instead="ps.every.steps(100), ps.every.epoch(), ps.every.seconds(60), or two of them: a | b",
-                )
-            )
-    if any(hasattr(c, "evaluate") and c.name == "train" for c in callbacks):
-        raise ConfigError(
-            explain(
-                "an evaluation clashes with the metrics of training",
-                where="evaluate(..., name='train')",
-                why="both would be logged as train/<metric>",
-                instead="ps.callbacks.evaluate(loss_fn, data, name='train_set')",
-            )
-        )
-    check_sets(callbacks)
-
-
-def check_loggers(loggers: Any) -> None:
-    """Refuse loggers that are none.
-
-    Raises:
-        ConfigError: with the first one.
-    """
-    if loggers is None:
-        return
-    _check_list("loggers", loggers, "[ps.loggers.csv()]")
-    for logger in loggers:
-        if not isinstance(logger, Logger):
-            called = getattr(logger, "__name__", "") if callable(logger) else ""
-            raise ConfigError(
-                explain(
-                    "this is not a logger",
-                    where=f"loggers: {called or repr(logger)}",
-                    why="a logger is a value that says where rows go",
-                    instead=f"{called}(...)   # called" if called else "ps.loggers.csv(), ps.loggers.tensorboard()",
-                )
-            )
-
-
-def _check_list(name: str, given: Any, instead: str) -> None:
-    if isinstance(given, (list, tuple)):
-        return
-    raise ConfigError(explain(f"{name}= is a list", where=f"{name}={given!r}", instead=f"{name}={instead}"))

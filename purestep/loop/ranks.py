@@ -88,7 +88,7 @@ class Ranks:
         return None if self._cut is None or self._cut.last is None else fingerprint(self._cut.last)
 
     def compare_batch(self) -> None:
-        """Check that all ranks have read the same first batch; later ones are compared where a burst ends.
+        """Check that all ranks have read the same first batch; later ones are compared where a chunk of steps ends.
 
         Raises:
             RankError: on every rank, with shapes and content by rank.
@@ -166,7 +166,8 @@ class Ranks:
         """
         if self.alone:
             return [check()]
-        refused, value = None, None
+        refused: Exception | None = None
+        value: Any = None
         try:
             value = check()
         except Exception as error:

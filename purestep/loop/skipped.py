@@ -1,4 +1,4 @@
-"""A loss scale that refuses every update: seen in the metrics of a burst, told with the gradient that is not finite.
+"""A loss scale that refuses every update: seen in the metrics of steps, told with the gradient that is not finite.
 
 Once in a streak the gradients of the last batch are computed again, outside of any update. Nothing happens in a step.
 """
@@ -27,7 +27,7 @@ class SkippedUpdatesWarning(UserWarning):
 
 
 class Skipped:
-    """Counts the updates that were refused in a row, over the bursts of a run.
+    """Counts the updates that were refused in a row, over the chunks of a run.
 
     Args:
         first: whether this process warns; every rank counts, and computes gradients with the others.
@@ -37,13 +37,13 @@ class Skipped:
         self._first, self._row, self._told = first, 0, False
 
     def look(self, step: StepFn, state: Any, batch: Any, steps: Series) -> None:
-        """Look at the steps of a burst, and warn, once in a streak, when nothing has been accepted for long.
+        """Look at the steps of a chunk, and warn, once in a streak, when nothing has been accepted for long.
 
         Args:
             step: the step of the run.
-            state: after the burst.
-            batch: the last one of the burst.
-            steps: metrics of the burst.
+            state: after the chunk.
+            batch: the last one of the chunk.
+            steps: metrics of the chunk.
         """
         column = steps.columns.get("skipped")
         if column is None or not isinstance(state, TrainState) or state.loss_scale is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,7 @@ class Confusion:
     def compute(self) -> dict[str, float]:
         counts = self.counts.to(torch.float64)
         hits, labels, predictions = counts.diagonal(), counts.sum(1), counts.sum(0)
-        seen = labels + predictions > 0  # as scikit-learn has it: a class that occurs on neither side does not count
+        seen = labels + predictions > 0  # as in scikit-learn: a class that is neither label nor prediction is left out
         recall, precision = hits / labels.clamp(min=1), hits / predictions.clamp(min=1)
         f1 = 2 * hits / (labels + predictions).clamp(min=1)
         return {
@@ -48,16 +46,19 @@ class Confusion:
 
 @checked(MetricError, failed=True)
 def accuracy(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None, top_k: int = 1) -> Mean:
-    """Share of predictions that hit: the largest logit (or one of the `top_k` largest) is at the label.
+    """Fraction of correct predictions: the largest logit (or one of the `top_k` largest) is that of the label.
 
     Args:
-        logits: floating [..., classes].
+        logits: floating point [..., classes].
         labels: integer [...], class indices.
-        ignore_index: labels of this value do not count.
-        top_k: how many of the largest logits may hit.
+        ignore_index: samples with this label have weight 0.
+        top_k: a prediction is correct if the label is among so many largest logits.
+
+    Returns:
+        `Mean` over the samples, as 0-d tensors on the device of the logits.
 
     Raises:
-        MetricError: the shapes do not fit, or there are fewer than `top_k` classes.
+        MetricError: the shapes do not match, or there are fewer than `top_k` classes.
 
     Example:
         >>> float(accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])))
@@ -79,9 +80,15 @@ def confusion(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None
     """Count (label, prediction) pairs.
 
     Args:
-        logits: floating [..., classes].
+        logits: floating point [..., classes].
         labels: integer [...], class indices.
-        ignore_index: labels of this value do not count.
+        ignore_index: samples with this label are left out.
+
+    Returns:
+        `Confusion`, with counts int64[classes, classes].
+
+    Raises:
+        MetricError: the shapes do not match.
 
     Example:
         >>> confusion(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, -1]), ignore_index=-1).counts.tolist()
@@ -91,12 +98,13 @@ def confusion(logits: Tensor, labels: Tensor, *, ignore_index: int | None = None
     classes = logits.shape[-1]
     labels, predictions = labels.reshape(-1).to(torch.int64), logits.argmax(-1).reshape(-1)
     counted = torch.ones_like(labels) if ignore_index is None else (labels != ignore_index).to(torch.int64)
+    # One histogram of label * classes + prediction, without a data-dependent shape: samples left out add zero.
     pairs = torch.where(counted == 1, labels, 0) * classes + predictions
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=logits.device)
     return Confusion(counts.scatter_add(0, pairs, counted).reshape(classes, classes))
 
 
-def _check(logits: Tensor, labels: Tensor, ignore_index: Any, name: str) -> None:
+def _check(logits: Tensor, labels: Tensor, ignore_index: object, name: str) -> None:
     if logits.shape[:-1] != labels.shape:
         raise MetricError(
             explain(

@@ -1,12 +1,13 @@
-"""The metrics themselves: monoids of one number, and `mean`, which makes the most common one.
+"""The metrics: monoids of one number, and `mean`, which makes the most common one.
 
-A metric is a pytree of sums, never a mean of means, so merging batches of different sizes in order is exact to
+A metric is a pytree of sums, never a mean of means, so merging batches of different sizes in order is exact up to
 rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -18,15 +19,26 @@ from purestep.errors import MetricError
 from purestep.tree import pytree
 
 _WIDE = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
-Number = Any  # a 0-d tensor while on a device, a Python number once read by the loop
+Number = Any  # a 0-d tensor in a step, a Python number after the loop has read it; arithmetic is the same for both
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """What a metric is: a pytree whose values of several batches merge, associatively, into that of all of them.
+    """A metric: a pytree whose values of several batches merge, associatively, into the value of all of them.
 
     Define one with `@ps.pytree`; its leaves are tensors of a fixed shape. `compute` returns a number, or a dict of
     numbers.
+
+    Example:
+        >>> @pytree
+        ... class AnyTrue:
+        ...     value: Tensor  # bool []
+        ...     def merge(self, other):
+        ...         return AnyTrue(self.value | other.value)
+        ...     def compute(self):
+        ...         return self.value
+        >>> isinstance(AnyTrue(torch.tensor(True)), Metric)
+        True
     """
 
     def merge(self, other: Self) -> Self: ...
@@ -35,10 +47,12 @@ class Metric(Protocol):
 
 
 class _Scalar:
-    """What metrics of one number share: they print, and convert to `float`, as the number they stand for."""
+    """Base of the metrics of one number: they print, and convert to `float`, as that number."""
 
-    def compute(self) -> Any:
-        return self.value  # type: ignore[attr-defined]
+    value: Number
+
+    def compute(self) -> Number:
+        return self.value
 
     def __float__(self) -> float:
         return float(self.compute())
@@ -67,7 +81,8 @@ class Mean(_Scalar):
     def merge(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.weight + other.weight)
 
-    def compute(self) -> Any:
+    def compute(self) -> Number:
+        # Python raises where a tensor gives NaN: for a mean over no samples.
         if isinstance(self.weight, (int, float)):
             return self.total / self.weight if self.weight else math.nan
         return self.total / self.weight
@@ -100,7 +115,7 @@ class Min(_Scalar):
     value: Number
 
     def merge(self, other: Min) -> Min:
-        return Min(_pick(self.value, other.value, torch.minimum, min))
+        return Min(_extreme(self.value, other.value, torch.minimum, min))
 
 
 @pytree
@@ -115,13 +130,16 @@ class Max(_Scalar):
     value: Number
 
     def merge(self, other: Max) -> Max:
-        return Max(_pick(self.value, other.value, torch.maximum, max))
+        return Max(_extreme(self.value, other.value, torch.maximum, max))
 
 
-def _pick(a: Any, b: Any, tensors: Any, numbers: Any) -> Any:
+def _extreme(
+    a: Number, b: Number, of_tensors: Callable[[Tensor, Tensor], Tensor], of_numbers: Callable[[float, float], float]
+) -> Number:
     if isinstance(a, Tensor):
-        return tensors(a, b)
-    return math.nan if a != a or b != b else numbers(a, b)
+        return of_tensors(a, b)
+    # Python's min and max drop a NaN or keep it depending on the order; torch's always keep it.
+    return math.nan if a != a or b != b else of_numbers(a, b)
 
 
 @pytree
@@ -141,15 +159,15 @@ class Last(_Scalar):
 
 @checked(MetricError, failed=True)
 def mean(value: Tensor | float, weight: Tensor | float | None = None) -> Mean:
-    """Make a Mean.
+    """Make a `Mean`.
 
     Args:
         value: a mean over `weight` samples, 0-d; or one value a sample, of any shape.
-        weight: how much it counts: samples, tokens. By default the number of elements of `value`. For a value with
-            dims, a tensor of the same shape (a mask, say) weights each element. A NaN of weight 0 does not count.
+        weight: the number of samples or tokens, by default the number of elements of `value`. For a value with dims, a
+            tensor of the same shape (a mask, say) is the weight of each element. A NaN of weight 0 is ignored.
 
     Returns:
-        Mean, with sums of at least float32.
+        `Mean`, with 0-d sums of at least float32, on the device of `value`, detached.
 
     Example:
         >>> float(mean(torch.tensor([1.0, 2.0, 6.0])))
@@ -165,10 +183,10 @@ def mean(value: Tensor | float, weight: Tensor | float | None = None) -> Mean:
         weight = transforms.detached(weight).to(value.device, value.dtype)
     else:
         number = 1.0 if weight is None else weight
-        # Filled on the device: copying a number there from the host would wait for it.
+        # Filled on the device: a copy of a number from the host would synchronize with it.
         weight = torch.full((), number, dtype=value.dtype, device=value.device)
     total = value * weight
     if not number:
-        # What has weight 0 may be NaN (a mean over padding only); it must not count.
+        # A value of weight 0 may be NaN (a mean over padding only), and NaN * 0 is NaN.
         total = torch.where(weight == 0, 0.0, total)
     return Mean(total, weight) if value.ndim == 0 else Mean(total.sum(), weight.expand_as(value).sum())

@@ -1,6 +1,6 @@
-"""Dicts of metrics: read from what a loss function returned, merged over batches, computed to a row.
+"""Dicts of metrics: made from the result of a loss function, merged over batches, computed to a row of the log.
 
-Steps call `as_metrics`, the loop the others. Only `compute` reads values.
+Steps call `as_metrics`, the loop the others. Only `compute` reads values, which synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from purestep import transforms, tree
 from purestep.arguments import checked
 from purestep.errors import MetricError, explain
-from purestep.metrics.kinds import Metric, mean
+from purestep.metrics.kinds import Metric, Number, mean
 
 
 def sample_count(batch: Any) -> int:
@@ -52,7 +52,7 @@ def described(batch: Any) -> str:
 
 @checked(MetricError, failed=True)
 def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
-    """Read what a step or loss function returned as metrics: a plain number is a mean over the samples of the batch.
+    """Convert the dict that a step or loss function returns to metrics: a number is a mean over the batch.
 
     Args:
         values: dict of str to a metric, a 0-d tensor, a number, or a tensor of one value a sample.
@@ -81,7 +81,7 @@ def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
     return {_name(key): _metric(key, value, samples) for key, value in values.items()}
 
 
-def _name(key: Any) -> str:
+def _name(key: object) -> str:
     if not isinstance(key, str) or not key:
         raise MetricError(
             explain(
@@ -95,7 +95,8 @@ def _name(key: Any) -> str:
 
 
 def _metric(key: str, value: Any, samples: int) -> Metric:
-    if not isinstance(value, Tensor) and isinstance(value, Metric):  # asking a protocol takes longer than a mean
+    # The usual value is a tensor, and isinstance of a protocol takes longer than the mean of it.
+    if not isinstance(value, Tensor) and isinstance(value, Metric):
         return tree.map(lambda x: transforms.detached(x) if isinstance(x, Tensor) else x, value)
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] != samples:
         raise MetricError(
@@ -116,9 +117,14 @@ def _metric(key: str, value: Any, samples: int) -> Metric:
     )
 
 
-def are_plain(values: Any) -> bool:
-    """Tell whether a dict of metrics holds plain numbers, which need the number of samples to become metrics."""
-    return not isinstance(values, Mapping) or any(not hasattr(v, "merge") for v in values.values())
+def are_plain(values: object) -> bool:
+    """Tell whether a dict of metrics has plain numbers, which need the number of samples to become metrics.
+
+    Example:
+        >>> are_plain({"loss": 0.5}), are_plain({"loss": mean(0.5)})
+        (True, False)
+    """
+    return not isinstance(values, Mapping) or any(not hasattr(value, "merge") for value in values.values())
 
 
 @checked(MetricError, failed=True)
@@ -127,6 +133,10 @@ def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]
 
     Raises:
         MetricError: a name is in one of them only.
+
+    Example:
+        >>> float(merge({"loss": mean(1.0)}, {"loss": mean(3.0)})["loss"])
+        2.0
     """
     if a.keys() != b.keys():
         new, gone = sorted(b.keys() - a.keys()), sorted(a.keys() - b.keys())
@@ -137,7 +147,7 @@ def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]
                     f"{word}: {', '.join(keys)}" for word, keys in (("new", new), ("missing", gone)) if keys
                 ),
                 why="a mean over an epoch needs the metric of every batch",
-                instead="return the same names every time; a metric that does not count for a batch has weight 0",
+                instead="return the same names every time, with weight 0 for a batch without a value",
             )
         )
     return {key: a[key].merge(b[key]) for key in a}
@@ -145,7 +155,14 @@ def merge(a: Mapping[str, Metric], b: Mapping[str, Metric]) -> dict[str, Metric]
 
 @checked(MetricError, failed=True)
 def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]:
-    """Compute each metric to a float; one that computes to a dict gives a row entry for each part.
+    """Compute each metric to a float; one that computes to a dict becomes several entries, `name/key`.
+
+    Args:
+        metrics: by name.
+        prefix: of the names in the row.
+
+    Raises:
+        MetricError: a metric computes to a tensor of several elements.
 
     Example:
         >>> import torch
@@ -155,10 +172,10 @@ def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]
     row: dict[str, float] = {}
     for name, metric in metrics.items():
         value = metric.compute()
-        parts: Iterable[tuple[str, Any]] = (
-            ((f"{name}/{part}", v) for part, v in value.items()) if isinstance(value, Mapping) else ((name, value),)
+        entries: Iterable[tuple[str, Number]] = (
+            ((f"{name}/{key}", v) for key, v in value.items()) if isinstance(value, Mapping) else ((name, value),)
         )
-        for part, number in parts:
+        for entry, number in entries:
             if isinstance(number, Tensor) and number.numel() != 1:
                 raise MetricError(
                     explain(
@@ -167,5 +184,5 @@ def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]
                         instead="let compute() return a number, or a dict of numbers",
                     )
                 )
-            row[prefix + part] = float(number)
+            row[prefix + entry] = float(number)
     return row

@@ -19,6 +19,7 @@ from purestep.optim.base import (
     ElementWrapper,
     GradientTransformation,
     ScalarOrSchedule,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -57,7 +58,7 @@ class AverageParams(ElementWrapper):
         after, inner = self.inner.advance(updates, state.inner, params, reuse=reuse, **extra)
         return after, self._following(state, after, inner, extra.get("step"))
 
-    def _following(self, state: Any, params: Any, inner: Any, step: Any) -> AverageState:
+    def _following(self, state: Any, params: Any, inner: Any, step: StepNumber | None) -> AverageState:
         values, treedef = tree.flatten(params)
         old = same_leaves(state.average, treedef, params, "averaged parameters")
         new, applied = fx.cast(values, old), self.inner.applied(inner)
@@ -70,7 +71,7 @@ class AverageParams(ElementWrapper):
             count, average = torch.where(applied, count, state.count), fx.select(applied, average, old)
         return AverageState(count, tree.unflatten(treedef, average), inner)
 
-    def _towards(self, old: list[Tensor], new: list[Tensor], since: Tensor, step: Any) -> list[Tensor]:
+    def _towards(self, old: list[Tensor], new: list[Tensor], since: Tensor, step: StepNumber | None) -> list[Tensor]:
         if self.decay is None:
             return fx.lerp(old, new, 1 / (torch.div(since, self.every, rounding_mode="floor") + 1))
         return fx.lerp(old, new, 1 - value_at(self.decay, step, "decay"))

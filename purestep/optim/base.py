@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
@@ -20,6 +21,7 @@ from purestep.optim import foreach as fx
 from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scope, check_scope
 
 Scalar = float | Tensor
+StepNumber = int | Tensor  # updates applied so far: 0-d int64 in a train state
 Schedule = Callable[[Any], Any]
 ScalarOrSchedule = Scalar | Schedule
 T = TypeVar("T")
@@ -115,7 +117,7 @@ class GradientTransformation:
         """
         return None
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         """Return the current values of what a user may want to watch, by name: floats or 0-d tensors."""
         return {}
 
@@ -142,7 +144,7 @@ class Wrapper(GradientTransformation):
     def refused(self, state: Any) -> Tensor | None:
         return self.inner.refused(state.inner)
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return self.inner.hyperparams(state.inner, step)
 
 
@@ -177,7 +179,7 @@ def apply_updates(params: T, updates: Any) -> T:
 # --- helpers of the transformations -----------------------------------------------------------------------------------
 
 
-def same_leaves(other: Any, treedef: Any, like: Any, what: str) -> list[Tensor]:
+def same_leaves(other: Any, treedef: PyTreeSpec, like: Any, what: str) -> list[Tensor]:
     """Return the leaves of a tree that must match another one leaf by leaf, or say how it does not."""
     values = tree.leaves(other)
     if len(values) != treedef.num_leaves:
@@ -206,7 +208,7 @@ def need_params(params: Any, name: str, why: str = "its update depends on the pa
     return params
 
 
-def need_step(step: Any, name: str) -> Any:
+def need_step(step: StepNumber | None, name: str) -> Any:
     """Return the number of applied updates, or raise the error that says how to pass it."""
     if step is None:
         raise OptimError(
@@ -219,7 +221,7 @@ def need_step(step: Any, name: str) -> Any:
     return step
 
 
-def value_at(value: ScalarOrSchedule, step: Any, name: str = "learning_rate") -> Scalar:
+def value_at(value: ScalarOrSchedule, step: StepNumber | None, name: str = "learning_rate") -> Scalar:
     """Return a hyperparameter at a step: numbers and tensors are themselves, a schedule is called with the step."""
     if not callable(value):
         return value

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, transformation
+from purestep.optim.base import GradientTransformation, Scalar, StepNumber, transformation
 from purestep.optim.parts import parts, parts_class, unique
 from purestep.optim.scope import Combinator, scope_of
 
@@ -55,7 +55,7 @@ class Several(Combinator, GradientTransformation):  # type: ignore[override]  # 
     def refused(self, state: Any) -> Tensor | None:
         return any_refused(t.refused(own) for _, t, own in self._members(state))
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         """Return those of all members; a name that comes twice is written `member.name` from the second on."""
         result: dict[str, Any] = {}
         for member, transform, own in self._members(state):

@@ -18,6 +18,7 @@ from purestep.optim.base import (
     ElementWrapper,
     GradientTransformation,
     Scalar,
+    StepNumber,
     as_scalar,
     need_params,
     need_step,
@@ -53,7 +54,7 @@ class ConditionallyTransform(ElementWrapper):
         return ConditionalState(torch.zeros_like(new_count(params), dtype=torch.bool), self.inner.init(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         now = as_scalar(self.condition(need_step(step, self.name)), "condition", self.condition)
         now = torch.as_tensor(now, device=state.acted.device)

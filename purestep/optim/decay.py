@@ -16,7 +16,9 @@ from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
+    Scalar,
     ScalarOrSchedule,
+    StepNumber,
     is_zero,
     need_params,
     same_leaves,
@@ -32,7 +34,7 @@ class AddDecayedWeights(GradientTransformation):
     mask: tree.Filter | None = None
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         if is_zero(self.weight_decay):
             return updates, state
@@ -69,7 +71,7 @@ def add_decayed_weights(
 
 
 def add_decay(
-    us: list[Tensor], ps: list[Tensor], decay: Any, *, mask: tree.Filter | None, like: Any, reuse: bool = False
+    us: list[Tensor], ps: list[Tensor], decay: Scalar, *, mask: tree.Filter | None, like: Any, reuse: bool = False
 ) -> list[Tensor]:
     """Return `u + decay * p` where the mask says so, and `u` elsewhere. `like` is the tree the leaves come from."""
     if mask is None:

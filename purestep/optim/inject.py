@@ -16,6 +16,8 @@ from purestep.errors import OptimError, explain
 from purestep.optim.base import (
     ElementWrapper,
     GradientTransformation,
+    Scalar,
+    StepNumber,
     new_count,
     scalar_like,
     transformation,
@@ -61,20 +63,27 @@ class InjectHyperparams(ElementWrapper):
         return InjectHyperparamsState(values, scheduled, self._made(values | scheduled).init(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         tx, scheduled = self._now(state, step)
         proposed, inner = tx.update(updates, state.inner, params, step=step, **extra)
         return proposed, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
 
     def advance(
-        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+        self,
+        updates: Any,
+        state: Any,
+        params: Any,
+        *,
+        reuse: bool = False,
+        step: StepNumber | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         tx, scheduled = self._now(state, step)
         params, inner = tx.advance(updates, state.inner, params, reuse=reuse, step=step, **extra)
         return params, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
 
-    def _now(self, state: Any, step: Any) -> tuple[GradientTransformation, dict[str, Tensor]]:
+    def _now(self, state: Any, step: StepNumber | None) -> tuple[GradientTransformation, dict[str, Tensor]]:
         """Return the transformation at a step, and what its schedules give there."""
         scheduled = {
             name: scalar_like(value_at(schedule, step, name), state.scheduled[name])
@@ -82,7 +91,7 @@ class InjectHyperparams(ElementWrapper):
         }
         return self._made(state.hyperparams | scheduled), scheduled
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         now = {name: value_at(s, step, name) for name, s in self.schedules} if step is not None else state.scheduled
         return {**state.hyperparams, **now}
 

@@ -11,7 +11,7 @@ import torch
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, scalar_like, transformation
+from purestep.optim.base import GradientTransformation, Scalar, StepNumber, scalar_like, transformation
 
 Path = tuple[str, ...]
 
@@ -154,7 +154,7 @@ class Monitor(GradientTransformation):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return updates, MonitorState({name: measure(updates) for name, measure in self.measures})
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {name: value for name, value in state.measurements.items() if isinstance(value, torch.Tensor)}
 
 

@@ -22,7 +22,9 @@ from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
+    Scalar,
     ScalarOrSchedule,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -67,7 +69,7 @@ class Lift(GradientTransformation):
         return LiftedState(new_count(params), initial, group_values, numbers, differs)
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, repr(self)), treedef, updates, "params")
@@ -173,7 +175,7 @@ class Lift(GradientTransformation):
             )
         return not tree.equal(fresh, continued)
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
+    StepNumber,
     need_params,
     need_step,
     new_count,
@@ -42,7 +43,7 @@ class AddNoise(GradientTransformation):
         return AddNoiseState(random.key(self.seed, device=new_count(params).device))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         t = torch.as_tensor(need_step(step, self.name))
         scale = torch.sqrt(self.eta / (1 + wide(t)) ** self.gamma)

@@ -14,7 +14,7 @@ from purestep import tree
 from purestep.arguments import Finite, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation, value_at
+from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, StepNumber, transformation, value_at
 
 
 @transformation
@@ -46,7 +46,7 @@ class ScaleBySchedule(GradientTransformation):
     schedule: ScalarOrSchedule
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, value_at(self.schedule, step, "schedule"))), state
@@ -73,12 +73,12 @@ class ScaleByLearningRate(GradientTransformation):
     learning_rate: ScalarOrSchedule
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, -value_at(self.learning_rate, step))), state
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"learning_rate": value_at(self.learning_rate, step)}
 
 

@@ -1,7 +1,7 @@
-"""A policy resolved for one model: what a step casts, and the hooks that cast at the borders of modules.
+"""A policy resolved for one model: the casts of a step, and the hooks that cast the inputs and outputs of modules.
 
-`casting` gives the step one object of the same shape with a policy and without. The hooks are on a module only inside a
-`with` block; no tensor, flag or mode outside of it is touched.
+`casting` returns an object with one interface, with a policy and without. The hooks are on a module only inside a
+`with` block; no tensor, flag or mode outside of it is changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Uncast:
-    """What a step does about precision without a policy: nothing."""
+    """The casts of a step without a policy: none. `Casting` has the same methods."""
 
     around: Hooks | None = None
     handlers: Mapping[Any, Handler] | None = None
@@ -40,56 +40,65 @@ class Uncast:
         self.module = module
 
     def check(self, state: Any) -> None:
-        """Refuse a state that is under a policy, which the step would leave out."""
-        has = "a loss scale" if getattr(state, "loss_scale", None) is not None else None
-        has = "master weights" if isinstance(getattr(state, "opt_state", None), MasterWeightsState) else has
-        if has:
+        """Refuse a state that is under a policy: the step would ignore its loss scale and master weights."""
+        field = "a loss scale" if getattr(state, "loss_scale", None) is not None else None
+        field = "master weights" if isinstance(getattr(state, "opt_state", None), MasterWeightsState) else field
+        if field:
             instead = "ps.make_step(loss_fn, tx, policy=policy)\nstate = ps.precision.policy('32').apply(state)"
-            raise PrecisionError(explain(f"the state has {has}, and the step has no policy", instead=instead))
+            raise PrecisionError(explain(f"the state has {field}, and the step has no policy", instead=instead))
 
     def params(self, params: Any) -> Any:
-        """Return the parameters as the model sees them; gradients are those of these."""
+        """Return the parameters that the model computes with; gradients are taken with respect to them."""
         return params
 
     def buffers(self, buffers: Any) -> Any:
-        """Return the buffers as the model sees them."""
+        """Return the buffers that the model computes with."""
         return buffers
 
     def batch(self, batch: Any) -> Any:
-        """Return the batch as the loss function sees it."""
+        """Return the batch that the loss function gets."""
         return batch
 
-    def scope(self, params: Any) -> contextlib.AbstractContextManager[Any]:
-        """Return what the loss function runs in."""
+    def scope(self, params: Tensors) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which the loss function runs."""
         return contextlib.nullcontext()
 
     def scaled(self, loss: Tensor, state: Any) -> Tensor:
         """Return the loss that is differentiated."""
         return loss
 
-    def kept(self, old: Tensors, given: Tensors, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the buffers after a call as the state keeps them."""
+    def kept(self, old: Tensors, passed: Tensors, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the buffers of the next state.
+
+        Args:
+            old: those of the state.
+            passed: those that the model got: the result of `buffers`.
+            new: what the model left.
+        """
         return new
 
     def reduced(self, grads: Any) -> Any:
-        """Return the gradients of a microbatch as they are summed."""
+        """Return the gradients of a microbatch in the dtype in which microbatches are summed."""
         return grads
 
     def settled(self, state: Any, grads: Any) -> tuple[Any, Tensor | None]:
-        """Return the summed gradients as the optimizer sees them, and whether they are finite, if anybody asks."""
+        """Return the summed gradients in the dtype of the optimizer, unscaled.
+
+        With a loss scale also whether all of them are finite, bool []; None without one.
+        """
         return grads, None
 
 
 class Casting(Uncast):
-    """A policy resolved for one model. See `Uncast` for what each method is for."""
+    """A policy resolved for one model. `Uncast` documents the methods."""
 
     def __init__(self, policy: Policy, module: nn.Module) -> None:
         self.policy = policy
         self.settings = Settings(policy.rules, module)
-        names = [n for n, _ in module.named_parameters(remove_duplicate=False)]
-        self._written = {n for n, _ in module.named_buffers(remove_duplicate=False)}
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        self._written = {name for name, _ in module.named_buffers(remove_duplicate=False)}
         check_rules(self.settings, [*names, *self._written])
-        # The cache that holds this object must not keep the model alive.
+        # Weak, because the cache that holds this object has the model as its weak key, and would keep it alive.
         self._module = weakref.ref(module)
         self._converted = None if policy.float8 is None else float8.converted(module, policy.float8, self.settings)
         self.around = self._hooks(self._converted or module)
@@ -102,32 +111,38 @@ class Casting(Uncast):
         return self._converted or self._module()  # type: ignore[return-value]
 
     def _hooks(self, module: nn.Module) -> Hooks:
-        found: list[tuple[nn.Module, CastInputs | None, CastOutputs | None]] = []
-        for path, m in module.named_modules():
-            own = self.settings.of_module(path, "compute", self.policy.compute)
+        casts: list[tuple[nn.Module, CastInputs | None, CastOutputs | None]] = []
+        for path, submodule in module.named_modules():
+            inner = self.settings.of_module(path, "compute", self.policy.compute)
             parent = path.rpartition(".")[0]
             outer = self.settings.of_module(parent, "compute", self.policy.compute) if path else None
-            output: torch.dtype = self.settings.said_of(path, "output") or outer or self.policy.output
-            before = CastInputs(own) if own != outer or _owns_tensors(m) else None
-            after = CastOutputs(output) if output != own or own != outer else None
-            if self.policy.autocast:
+            output: torch.dtype = self.settings.of_module_itself(path, "output") or outer or self.policy.output
+            # Inputs are cast where the dtype changes from the parent's, and where a module has tensors to combine with
+            # them: the caller may pass another dtype there. Containers between the two cast nothing.
+            before = CastInputs(inner) if inner != outer or _has_tensors(submodule) else None
+            # Outputs return to the dtype of the parent, so that a rule changes the module that it names and no other.
+            after = CastOutputs(output) if output != inner or inner != outer else None
+            if self.policy.autocast:  # casts in each operator; only the output of the model is cast here
                 before, after = None, None if path else CastOutputs(self.policy.output)
             if before or after:
-                found.append((m, before, after))
-        return Hooks(found)
+                casts.append((submodule, before, after))
+        return Hooks(casts)
 
     def check(self, state: Any) -> None:
         """Refuse a state that this policy was not applied to."""
         rest = self._rest_of(state.params)
-        odd = next((n for n, t in state.params.items() if t.dtype != rest[n]), None)
-        problem = "" if odd is None else f"params[{odd!r}]: {tree.describe(state.params[odd])}, asked {word(rest[odd])}"
+        wrong = next((name for name, tensor in state.params.items() if tensor.dtype != rest[name]), None)
+        problem = ""
+        if wrong is not None:
+            problem = f"params[{wrong!r}]: {tree.describe(state.params[wrong])}, policy {word(rest[wrong])}"
         opt_state = getattr(state, "opt_state", None)
         if isinstance(opt_state, MasterWeightsState) != (self.policy.master is not None):
-            problem = f"master weights: {word(self.policy.master) if self.policy.master else 'none asked, some there'}"
-        wants = not isinstance(self.policy.loss_scale, NoLossScale)
+            master = "in the state only" if self.policy.master is None else f"policy {word(self.policy.master)}"
+            problem = f"master weights: {master}"
+        has_scale = not isinstance(self.policy.loss_scale, NoLossScale)
         current = getattr(state, "loss_scale", None)
-        if wants != (current is not None) or (wants and type(current) is not type(self.policy.loss_scale)):
-            problem = f"loss_scale: {type(current).__name__}, asked {type(self.policy.loss_scale).__name__}"
+        if has_scale != (current is not None) or (has_scale and type(current) is not type(self.policy.loss_scale)):
+            problem = f"loss_scale: {type(current).__name__}, policy {type(self.policy.loss_scale).__name__}"
         if problem:
             raise PrecisionError(
                 explain(
@@ -145,25 +160,25 @@ class Casting(Uncast):
     def _cast(self, tensors: Tensors) -> dict[str, Tensor]:
         if self.policy.autocast:
             return dict(tensors)
-        for n, t in tensors.items():
-            if n not in self._compute:
-                own = self.settings.of_tensor(n, "compute", self.policy.compute)
-                self._compute[n] = own if t.is_floating_point() else t.dtype
+        for name, tensor in tensors.items():
+            if name not in self._compute:  # resolving the rules costs more than the cast, so it is done once
+                dtype = self.settings.of_tensor(name, "compute", self.policy.compute)
+                self._compute[name] = dtype if tensor.is_floating_point() else tensor.dtype
         return cast(tensors, self._compute)
 
-    def params(self, params: Any) -> Any:
+    def params(self, params: Tensors) -> dict[str, Tensor]:
         return self._cast(params)
 
-    def buffers(self, buffers: Any) -> Any:
+    def buffers(self, buffers: Tensors) -> dict[str, Tensor]:
         return self._cast(buffers)
 
     def batch(self, batch: Any) -> Any:
-        """Widen narrower floats, so that `64` has targets in float64; modules cast their inputs themselves."""
+        """Return the batch, with targets in float64 under `64`: only modules cast their inputs, and losses do not."""
         if self.policy.compute != torch.float64:
             return batch
         return cast_floating(batch, torch.float64)
 
-    def scope(self, params: Any) -> contextlib.AbstractContextManager[Any]:
+    def scope(self, params: Tensors) -> contextlib.AbstractContextManager[object]:
         if not self.policy.autocast:
             return contextlib.nullcontext()
         device = next(iter(params.values())).device.type
@@ -172,49 +187,51 @@ class Casting(Uncast):
     def scaled(self, loss: Tensor, state: Any) -> Tensor:
         return loss if state.loss_scale is None else state.loss_scale.scale(loss)
 
-    def kept(self, old: Tensors, given: Tensors, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Parameters that are frozen are among the buffers, and nobody writes to them.
-        return {n: _kept(old[n], given[n], new[n]) if n in self._written else old[n] for n in new}
+    def kept(self, old: Tensors, passed: Tensors, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        # The buffers of a state include frozen parameters, which a model does not write to.
+        return {n: _at_rest(old[n], passed[n], new[n]) if n in self._written else old[n] for n in new}
 
     def reduced(self, grads: Any) -> Any:
         leaves, structure = tree.flatten(grads)
-        wanted = [self.policy.reduce if g.is_floating_point() else g.dtype for g in leaves]
-        return tree.unflatten(structure, fx.convert(leaves, wanted))
+        dtypes = [self.policy.reduce if grad.is_floating_point() else grad.dtype for grad in leaves]
+        return tree.unflatten(structure, fx.convert(leaves, dtypes))
 
-    def settled(self, state: Any, grads: Any) -> tuple[Any, Tensor | None]:
+    def settled(self, state: Any, grads: Tensors) -> tuple[dict[str, Tensor], Tensor | None]:
         finite = None
         if state.loss_scale is not None:
+            # Unscaled before the cast: float16 would lose the small gradients again that the scale has saved.
             grads = state.loss_scale.unscale(grads)
             finite = all_finite(grads).to(state.step.device)
         rest = self._rest_of(state.params)
-        wanted = dict.fromkeys(rest, self.policy.master) if self.policy.master is not None else rest
-        return cast(grads, {n: wanted[n] if g.is_floating_point() else g.dtype for n, g in grads.items()}), finite
+        dtypes = dict.fromkeys(rest, self.policy.master) if self.policy.master is not None else rest
+        return cast(grads, {n: dtypes[n] if g.is_floating_point() else g.dtype for n, g in grads.items()}), finite
 
 
-def _owns_tensors(module: nn.Module) -> bool:
-    # A parametrized weight is a property of the module, and belongs to a submodule of it.
+def _has_tensors(module: nn.Module) -> bool:
+    # A parametrized weight is a property of the module, and a parameter of a submodule.
     parametrized = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
     return parametrized or any(t is not None and t.is_floating_point() for t in _torch.parameters_of(module).values())
 
 
-def _kept(old: Tensor, given: Tensor, new: Tensor) -> Tensor:
-    if given is old or new.shape != given.shape:
+def _at_rest(old: Tensor, passed: Tensor, new: Tensor) -> Tensor:
+    """A buffer after a call, in its dtype at rest."""
+    if passed is old or new.shape != passed.shape:
         return new.to(old.dtype)
-    # What the model left alone keeps the digits that the cast dropped.
-    return torch.where(new == given, old, new.to(old.dtype))
+    # An element that the model did not change keeps the precision that the cast has dropped.
+    return torch.where(new == passed, old, new.to(old.dtype))
 
 
 _castings: weakref.WeakKeyDictionary[nn.Module, dict[Policy, Casting]] = weakref.WeakKeyDictionary()
 
 
 def casting(policy: Policy | None, module: nn.Module) -> Uncast:
-    """Return what a step does about precision, resolved once for each policy and model."""
+    """Return the casts of a step, resolved once for each policy and model."""
     if policy is None:
         return Uncast(module)
-    known = _castings.setdefault(module, {})
-    if policy not in known:
-        known[policy] = Casting(policy, module)
-    return known[policy]
+    by_policy = _castings.setdefault(module, {})
+    if policy not in by_policy:
+        by_policy[policy] = Casting(policy, module)
+    return by_policy[policy]
 
 
 def wrapped(policy: Policy | None, tx: GradientTransformation) -> GradientTransformation:

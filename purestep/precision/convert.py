@@ -1,13 +1,13 @@
 """`apply`: a train state under another policy, as a pure transform.
 
-It casts parameters, buffers and what the optimizer keeps like parameters, and adds or removes master weights and the
-loss scale. It knows the train state only by its fields; `Policy.apply` is how users call it.
+It casts parameters, buffers and the optimizer state in the dtype of the parameters, and adds or removes master weights
+and the loss scale. It imports no train state, and uses its fields only; users call it by `Policy.apply`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ from purestep.precision.loss_scale import NoLossScale
 from purestep.precision.master import MasterWeightsState, masters
 from purestep.precision.rules import Settings, check_rules
 
+if TYPE_CHECKING:
+    from purestep.precision.policies import Policy
+
 Tensors = Mapping[str, Tensor]
 
 
-def apply(policy: Any, state: Any) -> Any:
-    """Return the state under a policy. Leaves whose dtype is right already are passed on."""
+def apply(policy: Policy, state: Any) -> Any:
+    """Return the state under a policy. A leaf that has the right dtype already is the same tensor."""
     if not all(hasattr(state, field) for field in ("params", "buffers", "opt_state", "loss_scale", "replace")):
         raise PrecisionError(
             explain(
@@ -37,13 +40,13 @@ def apply(policy: Any, state: Any) -> Any:
     check_rules(settings, [*state.params, *state.buffers])
     params, inner = _unwrapped(state)
     at_rest = rest_dtypes(policy, settings, params)
-    kept_in = dict.fromkeys(at_rest, policy.master) if policy.master is not None else at_rest
-    inner = _cast_kept(inner, params, kept_in)
+    optimizer_dtypes = dict.fromkeys(at_rest, policy.master) if policy.master is not None else at_rest
+    inner = _cast_optimizer(inner, params, optimizer_dtypes)
     opt_state = inner
     if policy.master is not None:
-        master = {n: fitted(t, policy.master) for n, t in masters(params, policy.master).items()}
+        master = {name: to_dtype(tensor, policy.master) for name, tensor in masters(params, policy.master).items()}
         opt_state = MasterWeightsState(master, inner)
-    device = next((t.device for t in params.values()), None)
+    device = next((tensor.device for tensor in params.values()), None)
     return state.replace(
         params=cast(params, at_rest),
         buffers=cast(state.buffers, rest_dtypes(policy, settings, state.buffers)),
@@ -53,45 +56,49 @@ def apply(policy: Any, state: Any) -> Any:
 
 
 def any_policy(like: Any) -> Any:
-    """Return a template that a snapshot fits under whatever policy it was saved."""
+    """Return the template of a state under any policy: every field that a policy changes is taken as it is stored."""
     return like.replace(params=..., buffers=..., opt_state=..., loss_scale=...)
 
 
-def under_policy(policy: Any, found: Any, like: Any) -> Any:
-    """Return a state that was read with such a template under a policy, held against the state it shall be like.
+def under_policy(policy: Policy, restored: Any, like: Any) -> Any:
+    """Return a state that was restored with such a template under a policy, checked against the template `like`.
 
     Raises:
-        TemplateMismatch: it differs in more than what a policy decides; each path is listed.
+        TemplateMismatch: it differs in more than a policy changes; each path is listed.
     """
-    made, wanted = policy.apply(found), policy.apply(like)
+    state, wanted = policy.apply(restored), policy.apply(like)
     left, right = (
-        {p: tree.describe(x) for p, x in zip(tree.paths(s), tree.leaves(s), strict=True)} for s in (made, wanted)
+        {p: tree.describe(x) for p, x in zip(tree.paths(s), tree.leaves(s), strict=True)} for s in (state, wanted)
     )
-    odd = [p for p in (*left, *right) if left.get(p) != right.get(p)]
-    if odd:
+    different = [path for path in (*left, *right) if left.get(path) != right.get(path)]
+    if different:
         lines = [
-            f"state{p}: stored {left.get(p, 'nothing')}, like= {right.get(p, 'nothing')}" for p in dict.fromkeys(odd)
+            f"state{path}: stored {left.get(path, 'nothing')}, like= {right.get(path, 'nothing')}"
+            for path in dict.fromkeys(different)
         ]
-        raise TemplateMismatch(explain("the snapshot does not fit what was asked for", where="\n".join(lines[:40])))
-    return made.replace(
-        params={n: made.params[n] for n in wanted.params}, buffers={n: made.buffers[n] for n in wanted.buffers}
+        what = "the snapshot does not have the structure of the template"
+        raise TemplateMismatch(explain(what, where="\n".join(lines[:40])))
+    # In the order of `like`, because a step is traced for a structure whose dicts have that order.
+    return state.replace(
+        params={name: state.params[name] for name in wanted.params},
+        buffers={name: state.buffers[name] for name in wanted.buffers},
     )
 
 
-def cast_tree(policy: Any, values: Any, field: str) -> Any:
-    """Return a tree with its floating leaves in the dtype that a policy and its rules by name have in a field."""
+def cast_tree(policy: Policy, values: Any, field: str) -> Any:
+    """Return a tree with its floating-point leaves in the dtype that a policy and its rules by name have in a field."""
     settings = Settings(policy.rules, None)
 
-    def change(name: str, leaf: Any) -> Any:
-        return (
-            fitted(leaf, settings.of_tensor(name, field, getattr(policy, field))) if isinstance(leaf, Tensor) else leaf
-        )
+    def change(name: str, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return to_dtype(leaf, settings.of_tensor(name, field, getattr(policy, field)))
 
     return tree.map_with_name(change, values)
 
 
-def fitted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a dtype, itself when it has it or is not floating."""
+def to_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a floating-point tensor in a dtype; itself if it has that dtype, or is not floating-point."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != dtype else tensor
 
 
@@ -100,42 +107,42 @@ def cast(tensors: Tensors, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tenso
     return dict(zip(tensors, fx.convert(list(tensors.values()), [dtypes[n] for n in tensors]), strict=True))
 
 
-def rest_dtypes(policy: Any, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
-    """Return the dtype of each parameter or buffer in the state; those that are not floating keep theirs."""
+def rest_dtypes(policy: Policy, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter or buffer in the state; one that is not floating-point keeps its dtype."""
     return {
-        n: settings.of_tensor(n, "param", policy.param) if t.is_floating_point() else t.dtype
-        for n, t in tensors.items()
+        name: settings.of_tensor(name, "param", policy.param) if tensor.is_floating_point() else tensor.dtype
+        for name, tensor in tensors.items()
     }
 
 
 def _unwrapped(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """Return the parameters with all the digits there are, and the optimizer state that belongs to them."""
+    """Return the parameters in their highest precision (master weights, if any), and the optimizer state for them."""
     if isinstance(state.opt_state, MasterWeightsState):
         return {n: state.opt_state.master[n] for n in state.params}, state.opt_state.inner
     return dict(state.params), state.opt_state
 
 
-def _cast_kept(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """Cast what an optimizer keeps for each parameter in its dtype: moments, whole or factored, averages, copies.
+def _cast_optimizer(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """Cast the optimizer state of each parameter that has its dtype: moments, full or factored, averages, copies.
 
-    Such a leaf has the parameter's name at the end of its own and its dtype. Counts, norms and what was asked for in
-    another dtype (`mu_dtype=`) stay.
+    The name of such a leaf ends with that of the parameter. Counts and norms stay as they are, and so does state in
+    another dtype than the parameter's, because the user has chosen that (`mu_dtype=`).
     """
 
-    def change(name: str, leaf: Any) -> Any:
-        parts = name.split(".")
-        owner = next((o for i in range(len(parts)) if (o := ".".join(parts[i:])) in params), None)
+    def change(name: str, leaf: object) -> object:
+        words = name.split(".")
+        owner = next((o for i in range(len(words)) if (o := ".".join(words[i:])) in params), None)
         if owner is None or not isinstance(leaf, Tensor):
             return leaf
-        own = params[owner]
-        alike = leaf.dtype == own.dtype and (leaf.shape == own.shape or leaf.ndim > 0)
-        return fitted(leaf, dtypes[owner]) if alike else leaf
+        param = params[owner]
+        follows = leaf.dtype == param.dtype and (leaf.shape == param.shape or leaf.ndim > 0)
+        return to_dtype(leaf, dtypes[owner]) if follows else leaf
 
     return tree.map_with_name(change, opt_state)
 
 
-def _loss_scale(policy: Any, current: Any, device: torch.device | None) -> Any:
-    """Return the scale of the policy at its beginning, or the current one if it is of the same kind and settings."""
+def _loss_scale(policy: Policy, current: Any, device: torch.device | None) -> Any:
+    """Return the initial loss scale of the policy, or the current one if it has the same class and settings."""
     wanted = policy.loss_scale
     if isinstance(wanted, NoLossScale):
         return None

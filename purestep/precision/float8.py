@@ -1,7 +1,7 @@
 """Linear layers in float8, by torchao's training conversion (the extra `float8`).
 
-Owns which layers are converted, the refusal of sizes that GPUs cannot multiply, and the converted copy of a model. The
-user's module is never changed, and torchao is loaded only when a policy asks for float8.
+Owns the choice of layers, the refusal of sizes that GPUs cannot multiply, and the converted copy of a model. The user's
+module is never changed, and torchao is imported only for a policy with float8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
 _MULTIPLE = 16
 
-# torch 2.11 multiplies with one scale a row on GPUs alone.
+# torch 2.11 multiplies with one scale a row on GPUs only.
 _SCALES_ROWS_ON_CPU = torch.__version__ >= "2.12"
 
 
@@ -52,16 +52,16 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
             )
         )
     torchao = import_extra("torchao.float8", extra="float8", needed_by='policy("float8")')
-    # The first call may be that of a trace, in which the initial values that torchao replaces would be recorded.
+    # The first call may be inside of a trace, which would record the initialization of the layers that torchao makes.
     with _torch.disable_current_modes():
-        made = torchao.convert_to_float8_training(
+        copied = torchao.convert_to_float8_training(
             copy.deepcopy(module),
             config=torchao.Float8LinearConfig.from_recipe_name(recipe),
             module_filter_fn=lambda m, path: path in chosen,
         )
     for path in chosen:
-        made.get_submodule(path).register_forward_pre_hook(CheckInputs(path, recipe))
-    return made
+        copied.get_submodule(path).register_forward_pre_hook(CheckInputs(path, recipe))
+    return copied
 
 
 def _taken(settings: Settings, path: str) -> bool:
@@ -84,10 +84,10 @@ def _check_sizes(path: str, linear: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CheckInputs:
-    """A forward pre-hook: what is seen of the input alone.
+    """A forward pre-hook that checks the input of a layer.
 
-    The gradient of a weight sums over the rows of the input, so their number matters as well; and not every torch
-    multiplies by every recipe on every device.
+    The gradient of a weight is a product over the rows of the input, so their number must be a multiple of 16, too; and
+    not every version of torch multiplies by every recipe on every device.
     """
 
     path: str

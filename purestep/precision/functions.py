@@ -1,14 +1,14 @@
 """Functions of torch that compute in float32 inside a model that was cast to a half precision.
 
-Owns the lists of autocast as tables of handlers for the mode that guards randomness: it sees every function call of a
-pure call anyway. `casting` says which table a policy has; without one nothing is looked up here.
+Owns the lists of autocast as tables of handlers for `KeyedRandom`, the function mode that guards randomness and sees
+every function call of a pure call anyway. `casting` selects the table of a policy; without one no call is looked up.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,18 @@ from torch import Tensor
 from purestep.keyed import KeyedRandom
 from purestep.keyed.mode import Handler, handlers, undispatched
 
+if TYPE_CHECKING:
+    from purestep.precision.policies import Policy
+
+Function = Callable[..., Any]
+Arguments = tuple[object, ...]
+Keywords = dict[str, object]
 HALVES = frozenset({torch.float16, torch.bfloat16})
 _WIDE = torch.float32
 
-# The names of CUDA's autocast list (AT_FORALL_FP32 in ATen/autocast_mode.h) and of torch's functions made of those. The
-# list of CPUs lacks most of them, because kernels there compute in float32 and round; and it has padding and pooling,
-# which have nothing to round. A policy means the same on every device.
+# The names of CUDA's autocast list (AT_FORALL_FP32 in ATen/autocast_mode.h) and of torch's functions composed of them.
+# The list for CPUs lacks most of them, because kernels there compute in float32 and round; and it has padding and
+# pooling, which do not round. With one list a policy computes the same on every device.
 _LOSSES = """binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy ctc_loss
     gaussian_nll_loss hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss mse_loss multi_margin_loss
     multilabel_margin_loss multilabel_soft_margin_loss nll_loss nll_loss2d poisson_nll_loss smooth_l1_loss
@@ -43,35 +49,36 @@ _WRITTEN = """__setitem__ addcdiv_ addcmul_ index_add_ index_copy_ index_put_ le
     scatter_add_"""
 
 
-def _widened(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a function of the float32 list. Where it writes to an `out=`, that says the dtype."""
+def _widened(mode: KeyedRandom, func: Function, /, *args: object, **kwargs: object) -> object:
+    """Call a function of the float32 list. With `out=` the dtype of that tensor counts."""
     if kwargs.get("out") is not None:
         return _keyed(mode, func, args, kwargs)
     return _keyed(mode, func, *_cast(args, kwargs, HALVES, _WIDE))
 
 
-def _accumulated(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a function that takes the dtype to accumulate in; what the caller asks for is left.
+def _accumulated(mode: KeyedRandom, func: Function, /, *args: object, **kwargs: object) -> object:
+    """Call a function that has an argument for the dtype to accumulate in; a dtype that the caller passes stays.
 
     The kernel widens each element as it reads it, so that there is no copy in float32.
     """
-    asked = [kwargs.get("dtype"), kwargs.get("out"), *(a for a in args if isinstance(a, torch.dtype))]
+    passed = [kwargs.get("dtype"), kwargs.get("out"), *(a for a in args if isinstance(a, torch.dtype))]
     first = args[0] if args else kwargs.get("input")
-    if all(a is None for a in asked) and isinstance(first, Tensor) and first.dtype in HALVES:
+    if all(value is None for value in passed) and isinstance(first, Tensor) and first.dtype in HALVES:
         kwargs["dtype"] = _WIDE
     return func(*args, **kwargs)
 
 
-def _resized(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Interpolate. An area is a mean, of which autocast has none in its list."""
+def _resized(mode: KeyedRandom, func: Function, /, *args: object, **kwargs: object) -> object:
+    """Interpolate. The mode "area" computes a mean, and no mean is in the list of autocast."""
     if "area" in (kwargs.get("mode"), *args[3:4]):
         return func(*args, **kwargs)
     return _widened(mode, func, *args, **kwargs)
 
 
-def _multiplied(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Multiply in the half precision where operands differ; torch takes no two dtypes, and float32 alone stays."""
+def _multiplied(mode: KeyedRandom, func: Function, /, *args: object, **kwargs: object) -> object:
+    """Multiply in the half precision if the operands differ in dtype, which torch refuses; else as they are."""
     dtypes = {a.dtype for a in args if isinstance(a, Tensor)}
+    # The usual call, positional tensors of one dtype, is not searched for tensors in lists and keywords.
     if kwargs or len(dtypes) != 1:
         dtypes = _dtypes(args, kwargs)
         half = next(iter(dtypes & HALVES), None)
@@ -80,13 +87,13 @@ def _multiplied(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> A
     return _keyed(mode, func, args, kwargs)
 
 
-def _promoted(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a function that takes one dtype in the widest of its operands."""
+def _promoted(mode: KeyedRandom, func: Function, /, *args: object, **kwargs: object) -> object:
+    """Call a function whose operands must have one dtype in float32, if one of them is float32."""
     return _widened(mode, func, *args, **kwargs) if _WIDE in _dtypes(args, kwargs) else func(*args, **kwargs)
 
 
-def _written(mode: KeyedRandom, func: Any, target: Tensor, /, *args: Any, **kwargs: Any) -> Any:
-    """Write to a tensor in its dtype, as torch does where it takes two."""
+def _written(mode: KeyedRandom, func: Function, target: Tensor, /, *args: object, **kwargs: object) -> object:
+    """Write to a tensor in its dtype: cast the other operands to it, as torch does where it accepts two dtypes."""
     if target.dtype in HALVES:
         args, kwargs = _cast(args, kwargs, frozenset({_WIDE}), target.dtype)
     elif target.dtype == _WIDE:
@@ -94,29 +101,31 @@ def _written(mode: KeyedRandom, func: Any, target: Tensor, /, *args: Any, **kwar
     return func(target, *args, **kwargs)
 
 
-def _within(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Run the body of a function of torch under the mode: it has products of one list and softmax of the other."""
+def _within(mode: KeyedRandom, func: Function, /, *args: object, **kwargs: object) -> object:
+    """Run the body of a function of torch under the mode, because it calls functions of several of these lists."""
     with mode:
-        return (
-            _keyed(mode, func, args, kwargs) if func in handlers() else undispatched(func, **_VARIADIC)(*args, **kwargs)
-        )
+        if func in handlers():
+            return _keyed(mode, func, args, kwargs)
+        return undispatched(func, **_VARIADIC)(*args, **kwargs)
 
 
-def _keyed(mode: KeyedRandom, func: Any, args: Any, kwargs: Any) -> Any:
+def _keyed(mode: KeyedRandom, func: Function, args: Arguments, kwargs: Keywords) -> object:
     handler = handlers().get(func)
     return func(*args, **kwargs) if handler is None else handler(mode, func, *args, **kwargs)
 
 
-def _cast(args: Any, kwargs: Any, those: frozenset[torch.dtype], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _cast(
+    args: Arguments, kwargs: Keywords, those: frozenset[torch.dtype], dtype: torch.dtype
+) -> tuple[Arguments, Keywords]:
     def cast(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(dtype) if value.dtype in those else value
         return type(value)([cast(v) for v in value]) if type(value) in (list, tuple) else value
 
-    return [cast(a) for a in args], {name: cast(a) for name, a in kwargs.items()}
+    return tuple([cast(a) for a in args]), {name: cast(a) for name, a in kwargs.items()}
 
 
-def _dtypes(args: Any, kwargs: Any) -> set[torch.dtype]:
+def _dtypes(args: Arguments, kwargs: Keywords) -> set[torch.dtype]:
     def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
         for value in values:
             if isinstance(value, Tensor):
@@ -128,28 +137,28 @@ def _dtypes(args: Any, kwargs: Any) -> set[torch.dtype]:
 
 
 _VARIADIC = {"has_torch_function_variadic": lambda *tensors: False}
-_PLACES = (torch, torch.Tensor, F, torch.special, torch.linalg)
+_NAMESPACES = (torch, torch.Tensor, F, torch.special, torch.linalg)
 
 
-def _found(names: str) -> set[Any]:
-    """Return the functions and methods of these names, wherever torch has them."""
-    return {getattr(place, name) for name in names.split() for place in _PLACES if hasattr(place, name)}
+def _functions(names: str) -> set[Any]:
+    """Return the functions and methods of these names in all namespaces of torch that have them."""
+    return {getattr(namespace, name) for name in names.split() for namespace in _NAMESPACES if hasattr(namespace, name)}
 
 
 @functools.cache
 def losses() -> Mapping[Any, Handler]:
-    """Return the handlers of a policy whose models compute in the half precision, all but their losses."""
-    return {**handlers(), **dict.fromkeys(_found(_LOSSES), _widened), **_fused()}
+    """Return the handlers of a policy under which only losses compute in float32, all else in the half precision."""
+    return {**handlers(), **dict.fromkeys(_functions(_LOSSES), _widened), **_fused()}
 
 
 @functools.cache
 def autocast_list() -> Mapping[Any, Handler]:
-    """Return the handlers of a policy under which a model was cast: as autocast chooses by function.
+    """Return the handlers of a mixed policy: each function computes in the dtype that autocast would choose for it.
 
-    Functions of the float32 list widen their half operands and return float32. Products of two dtypes are made in the
-    half precision, what takes one dtype is promoted, and a tensor that is written to keeps its own.
+    Functions of the float32 list cast half operands to float32 and return float32. Products of two dtypes are computed
+    in the half precision, functions of one dtype in float32, and writes in the dtype of the tensor written to.
     """
-    made: dict[Any, Handler] = dict(handlers())
+    table: dict[Any, Handler] = dict(handlers())
     for names, handler in (
         (" ".join([_LOSSES, _POINTWISE, _NORMS, _REDUCTIONS]), _widened),
         (_WITH_DTYPE, _accumulated),
@@ -158,13 +167,13 @@ def autocast_list() -> Mapping[Any, Handler]:
         (_PROMOTED, _promoted),
         (_WRITTEN, _written),
     ):
-        made.update(dict.fromkeys(_found(names), handler))
-    return {**made, **_fused(), F.multi_head_attention_forward: _within}
+        table.update(dict.fromkeys(_functions(names), handler))
+    return {**table, **_fused(), F.multi_head_attention_forward: _within}
 
 
-def of(policy: Any) -> Mapping[Any, Handler] | None:
-    """Return the handlers of a policy: None where it computes in no half precision."""
-    computed = {policy.compute, *(r.compute for r in policy.rules)}
+def of(policy: Policy) -> Mapping[Any, Handler] | None:
+    """Return the handlers of a policy: None if it computes nothing in a half precision."""
+    computed = {policy.compute, *(rule.compute for rule in policy.rules)}
     if not computed & HALVES:
         return None
     if (policy.master or policy.param) not in HALVES:
@@ -173,4 +182,4 @@ def of(policy: Any) -> Mapping[Any, Handler] | None:
 
 
 def _fused() -> dict[Any, Handler]:
-    return dict.fromkeys(_found("linear_cross_entropy"), _within)
+    return dict.fromkeys(_functions("linear_cross_entropy"), _within)

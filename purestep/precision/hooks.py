@@ -1,6 +1,6 @@
-"""Hooks that cast what goes into a module and what comes out of it, for the duration of a `with` block.
+"""Hooks that cast the inputs and outputs of modules, for the duration of a `with` block.
 
-Owns the casting of nested values and the hooks; which module gets which dtype is for `casting` to say.
+Owns the casting of nested values and the hooks; `casting` decides which module gets which dtype.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from purestep import _torch, tree
 
 
 def cast_floating(value: Any, dtype: torch.dtype) -> Any:
-    """Return a value with every floating tensor inside cast; all else is passed on.
+    """Return a value with every floating-point tensor in it cast; everything else stays as it is.
 
-    It looks into trees, and into the mappings and dataclasses that models of other libraries return.
+    It looks into pytrees, and into the mappings and dataclasses that models of other libraries return.
     """
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
@@ -33,10 +33,11 @@ def _cast_leaf(leaf: Any, dtype: torch.dtype) -> Any:
     if isinstance(leaf, Tensor):
         return cast_floating(leaf, dtype)
     if isinstance(leaf, MutableMapping):
-        made = copy.copy(leaf)
+        # A copy, and not a new mapping: such outputs (transformers' ModelOutput) are classes with attributes as well.
+        copied = copy.copy(leaf)
         for key, value in leaf.items():
-            made[key] = cast_floating(value, dtype)
-        return made
+            copied[key] = cast_floating(value, dtype)
+        return copied
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         named = {f.name: cast_floating(getattr(leaf, f.name), dtype) for f in dataclasses.fields(leaf) if f.init}
         return dataclasses.replace(leaf, **named)
@@ -49,8 +50,11 @@ class CastInputs:
 
     dtype: torch.dtype
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         dtype = self.dtype
+        # The usual call, one tensor of the right dtype, costs no walk through its arguments: this runs at every layer.
         if not kwargs and len(args) == 1 and type(args[0]) is Tensor and args[0].dtype == dtype:
             return None
         return tuple([cast_floating(a, dtype) for a in args]), {k: cast_floating(v, dtype) for k, v in kwargs.items()}
@@ -62,44 +66,45 @@ class CastOutputs:
 
     dtype: torch.dtype
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return cast_floating(output, self.dtype)
 
 
 class Hooks:
-    """The hooks of one model: `with hooks(): ...` puts them on, and takes off exactly those again.
+    """The hooks of one model: `with hooks(): ...` registers them and removes exactly those again.
 
-    They go straight into the dicts of the modules, because this happens at every step: torch's own registration makes a
-    handle for each, and took a third of the time of a small model's step.
+    They are written into the dicts of the modules, because this happens at every step: torch's own registration makes a
+    handle for each hook, and took a third of the time of a small model's step.
     """
 
-    def __init__(self, found: Sequence[tuple[nn.Module, CastInputs | None, CastOutputs | None]]) -> None:
+    def __init__(self, casts: Sequence[tuple[nn.Module, CastInputs | None, CastOutputs | None]]) -> None:
+        # (dict of hooks, the hook, whether it runs before the other hooks in that dict)
         self._places: list[tuple[dict[Any, Any], Any, bool]] = []
-        for module, before, after in found:
+        for module, before, after in casts:
             if before is not None:
                 self._places.append((_torch.kwargs_pre_hooks_of(module), True, False))
                 self._places.append((_torch.pre_hooks_of(module), before, True))
             if after is not None:
                 self._places.append((_torch.hooks_of(module), after, False))
 
-    def __call__(self) -> _Hooked:
-        return _Hooked(self._places)
+    def __call__(self) -> _Registered:
+        return _Registered(self._places)
 
 
-class _Hooked:
+class _Registered:
     def __init__(self, places: list[tuple[dict[Any, Any], Any, bool]]) -> None:
         self._places = places
 
     def __enter__(self) -> None:
-        # No hook of torch has such a key. First before the call and last after it: the user's own hooks see what the
-        # module computes in.
-        for place, hook, first in self._places:
-            place[self] = hook
+        # The key is this object, so that nested blocks of one model have hooks of their own; torch's keys are integers.
+        # Casts of inputs run first and those of outputs last: the user's hooks get the dtype of the computation.
+        for hooks, hook, first in self._places:
+            hooks[self] = hook
             if first:
-                place.move_to_end(self, last=False)  # type: ignore[attr-defined]
+                hooks.move_to_end(self, last=False)  # type: ignore[attr-defined]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for place, _, _ in self._places:
-            place.pop(self, None)
+        for hooks, _, _ in self._places:
+            hooks.pop(self, None)

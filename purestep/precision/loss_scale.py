@@ -1,7 +1,8 @@
 """Loss scales: values that keep small gradients of half precision away from zero.
 
 Owns `DynamicLossScale`, `StaticLossScale`, `NoLossScale` and `all_finite`. A scale is a pytree in the train state;
-nothing here is global and nothing asks the host. The step scales the loss, unscales the gradients and adjusts.
+nothing here is global, and no function synchronizes with the device. The step scales the loss, unscales the gradients
+and adjusts.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from purestep.tree import pytree, static
 
 
 class LossScale:
-    """What the three have in common: `scale`, `unscale`, `adjust`, and `on`, which makes tensors of its numbers."""
+    """Base of the three: `scale`, `unscale`, `adjust`, and `on`, which turns the numbers into tensors."""
+
+    value: Any
 
     def scale(self, values: Any) -> Any:
         """Return a loss, or a tree of tensors, multiplied by the scale."""
-        return tree.map(lambda x: x * self.value, values)  # type: ignore[attr-defined]
+        return tree.map(lambda x: x * self.value, values)
 
     def unscale(self, grads: Any) -> Any:
-        """Return a tree of gradients divided by the scale, in float32 or wider: float16 would lose them again."""
+        """Return a tree of gradients divided by the scale, in float32 or wider, because float16 may underflow again."""
         leaves, structure = tree.flatten(grads)
         wide = [torch.promote_types(x.dtype, torch.float32) for x in leaves]
-        inverse = 1.0 / self.value  # type: ignore[attr-defined]
+        inverse = 1.0 / self.value
         return tree.unflatten(structure, fx.mul(fx.convert(leaves, wide), inverse))
 
     def adjust(self, finite: Tensor) -> Self:
@@ -41,14 +44,14 @@ class LossScale:
         return self
 
     def on(self, device: torch.device | str | None = None) -> Self:
-        """Return the scale with its numbers as tensors on a device: what a state holds."""
+        """Return the scale with its numbers as 0-d tensors on a device, as a state holds it."""
         return self
 
 
 @checked(PrecisionError)
 @pytree(eq=True)
 class DynamicLossScale(LossScale):
-    r"""A scale that falls when a gradient overflows and rises after a while without.
+    r"""A scale that falls when a gradient overflows and rises after a number of steps without overflow.
 
     $$ s_{t+1} = \begin{cases} \max(s_t / f, s_\min) & \text{if a gradient is not finite} \\\\
        s_t f & \text{after } p \text{ finite steps in a row, if that is finite} \\\\ s_t & \text{else} \end{cases} $$
@@ -103,7 +106,7 @@ class DynamicLossScale(LossScale):
 @checked(PrecisionError)
 @pytree(eq=True)
 class StaticLossScale(LossScale):
-    """A scale that stays. Steps with gradients that are not finite are skipped all the same.
+    """A constant scale. Steps with gradients that are not finite are skipped as under the dynamic one.
 
     Attributes:
         value: the scale; a number in a policy, float32 [] in a state.
@@ -127,7 +130,7 @@ class StaticLossScale(LossScale):
 
 @pytree(eq=True)
 class NoLossScale(LossScale):
-    """No scale: for float32, float64 and bfloat16, whose exponents reach far enough. No step is checked or skipped.
+    """No scale: for float32, float64 and bfloat16, whose exponent range is that of float32. No step is skipped.
 
     Example:
         >>> NoLossScale().scale(torch.tensor(3.0))
@@ -157,7 +160,7 @@ def all_finite(values: Any) -> Tensor:
 
 
 def _number(value: Any, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    # Always a tensor of its own: two states that share one could not both be donated.
+    # Always a new tensor: of two states that share one, only one could be donated.
     if isinstance(value, Tensor):
         return value.detach().clone().to(device=device or value.device, dtype=dtype)
     return torch.tensor(value, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
-"""Master weights: full-precision parameters kept in the optimizer state, for parameters of few digits.
+"""Master weights: full-precision parameters in the optimizer state, of which low-precision parameters are copies.
 
 Owns `master_weights`, a wrapper of the algebra. `Policy.apply` puts its state into a train state, and a step under such
-a policy wraps its transformation with it; a step written by hand does the same.
+a policy wraps its transformation with it; a hand-written step does the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from purestep.optim.base import (
 
 @tree.pytree
 class MasterWeightsState:
-    """`master`: the parameters with all their digits; `inner`: the state of the transformation that updates them."""
+    """`master`: the parameters in full precision; `inner`: the state of the transformation that updates them."""
 
     master: Any
     inner: Any
@@ -61,11 +61,11 @@ class MasterWeights(ElementWrapper):
         return tree.unflatten(treedef, change), MasterWeightsState(master, inner)
 
     def apply(self, params: Any, updates: Any, state: Any) -> Any:
-        """Return the rounded master weights: to the bit, where adding updates would round twice."""
+        """Return the rounded master weights, bitwise; adding the updates to the parameters would round twice."""
         values, treedef = tree.flatten(params)
         master = tree.leaves(state.master)
         rounded = fx.convert(master, [p.dtype for p in values])
-        # A parameter that has all the digits must not be the master weight itself: a donated state owns each once.
+        # A parameter in full precision must not be the master weight itself: a donated state holds each tensor once.
         return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
 
 
@@ -73,15 +73,16 @@ class MasterWeights(ElementWrapper):
 def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.float32) -> GradientTransformation:
     """Let a transformation update full-precision master weights, of which the parameters are rounded copies.
 
-    A bfloat16 parameter swallows each update below about 1/256 of itself; the master weights add them up.
+    A bfloat16 parameter rounds away each update below about 1/256 of its value; master weights accumulate them.
 
     Args:
         inner: the transformation; it sees gradients and parameters in `dtype`.
         dtype: of the master weights.
 
     Returns:
-        A transformation with the state `MasterWeightsState(master, inner)`. Outermost in `state.apply_gradients`, the
-        parameters are the rounded master weights to the bit; inside of another transformation, to rounding.
+        A transformation with the state `MasterWeightsState(master, inner)`. If it is outermost in
+        `state.apply_gradients`, the parameters are bitwise the rounded master weights; inside of another
+        transformation, up to rounding.
 
     Example:
         >>> from purestep.optim import sgd
@@ -100,5 +101,5 @@ def master_weights(inner: GradientTransformation, dtype: torch.dtype = torch.flo
 
 
 def masters(params: Any, dtype: torch.dtype) -> Any:
-    """Return master weights of parameters: always tensors of their own, so that a state can be donated."""
+    """Return master weights of parameters: always new tensors, so that a state holds each once and can be donated."""
     return tree.map(lambda p: p.detach().clone() if p.dtype == dtype else p.detach().to(dtype), params)

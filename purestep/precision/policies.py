@@ -1,7 +1,7 @@
 """`Policy`: numerical precision as a value, and `policy`, which makes one from a name or from words.
 
-A policy is compared, hashed and printed; it changes nothing by itself. `apply` is a pure transform of a state, and
-`make_step(..., policy=)` and `make_eval(..., policy=)` read it.
+A policy can be compared, hashed and printed, and has no effect by itself. `apply` is a pure transform of a state, and
+`make_step(..., policy=)` and `make_eval(..., policy=)` cast as it says.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ Word = Annotated[
 @checked(PrecisionError)
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Which dtype is used where. Made by `policy`; `replace` and `where` give another one.
+    """The dtypes of a step. Made by `policy`; `replace` and `where` return a changed one.
 
     Attributes:
-        param: dtype of parameters and floating buffers at rest, in the state.
-        compute: dtype in which modules see parameters, buffers and inputs.
-        output: dtype of what the model returns, so that of the loss.
+        param: dtype of parameters and floating-point buffers at rest, in the state.
+        compute: dtype of the parameters, buffers and inputs that modules compute with.
+        output: dtype of the output of the model, and so of the loss.
         reduce: dtype in which gradients of microbatches are summed.
-        master: dtype of master weights in the optimizer state; None keeps none.
+        master: dtype of master weights in the optimizer state; None for none.
         loss_scale: a loss scale with plain numbers.
-        rules: what differs by path or by class of module, later ones first.
+        rules: other settings by path or by class of module; of two that apply, the later one counts.
         autocast: run the loss function under `torch.autocast` to `compute`, which chooses by operator, instead of
             casting parameters and inputs by module.
         float8: recipe of torchao for linear layers, or None.
-        name: how it was asked for; no part of its value.
+        name: the name that it was made from; ignored in comparisons.
     """
 
     param: Word = torch.float32
@@ -82,7 +82,15 @@ class Policy:
         return None if self.autocast else self.compute
 
     def replace(self, **changes: Any) -> Policy:
-        """Return the policy with some fields changed; words are welcome for dtypes."""
+        """Return the policy with some fields changed; dtypes may be words.
+
+        Raises:
+            PrecisionError: there is no such field, or its value is no dtype, loss scale or recipe.
+
+        Example:
+            >>> print(policy("bf16-mixed").replace(reduce="bf16", rules=()))
+            params=f32,compute=bf16,output=f32,reduce=bf16
+        """
         fields = [f.name for f in dataclasses.fields(self)]
         if odd := sorted(changes.keys() - set(fields)):
             raise PrecisionError(
@@ -101,38 +109,41 @@ class Policy:
         output: DType | None = None,
         float8: bool | None = None,
     ) -> Policy:
-        """Return the policy with a rule more: other settings for a part of the model, which win over earlier rules.
+        """Return the policy with one rule more: other settings for some modules, which override earlier rules.
 
         Args:
             filter: globs of dotted names of modules, parameters or buffers, a function of the name, or module classes
-                (`ps.precision.NORMS` are torch's normalisation layers). It takes in all that is inside of what it
-                finds.
+                (`ps.precision.NORMS` are torch's normalisation layers). The rule applies to everything inside of the
+                modules that it matches.
             param: dtype at rest.
-            compute: dtype of the computation. What the module returns is cast to the dtype around it.
-            output: dtype of what the module itself returns, in place of the one around it.
-            float8: False keeps linear layers out of float8.
+            compute: dtype of the computation. The output of the module is cast to the dtype of the module around it.
+            output: dtype of the output of the matched module, instead of that.
+            float8: False excludes linear layers from float8.
 
         Raises:
-            PrecisionError: the rule changes nothing. One that finds nothing in a model is refused when it meets it.
+            PrecisionError: the rule changes nothing. A rule that matches nothing is refused by `apply` and by the step.
 
         Example:
             >>> policy("bf16-true").where("head", compute="f32", output="f32").rules[0].where
             'head'
         """
-        found = rule(filter, param=param, compute=compute, output=output, float8=float8)
-        return self.replace(rules=(*self.rules, found))
+        added = rule(filter, param=param, compute=compute, output=output, float8=float8)
+        return self.replace(rules=(*self.rules, added))
 
     def apply(self, state: S) -> S:
         """Return a train state with the dtypes, master weights and loss scale of this policy; see `convert.apply`.
 
-        Whatever policy the state was under, it is under this one afterwards. A widening cast is exact, so `bf16-true`
-        -> `32` keeps every value, and master weights become the parameters when a policy has none.
+        The state may be under any other policy. A widening cast is exact, so `bf16-true` -> `32` keeps every value, and
+        under a policy without master weights those of the state become its parameters.
 
         Args:
             state: a `TrainState`, of `ps.init` or of any step of a run. It is not changed.
 
+        Returns:
+            A state of the same structure, but for master weights and the loss scale.
+
         Raises:
-            PrecisionError: a rule finds nothing.
+            PrecisionError: a rule matches nothing.
 
         Example:
             >>> import purestep as ps
@@ -147,11 +158,18 @@ class Policy:
         return convert.apply(self, state)
 
     def cast_to_param(self, values: S) -> S:
-        """Return a tree with its floating leaves in the dtype at rest; rules by name hold for names of leaves."""
+        """Return a tree with its floating-point leaves in the dtype at rest; rules by name apply to names of leaves.
+
+        Example:
+            >>> policy("bf16-true").cast_to_param({"w": torch.ones(2)})
+            {'w': tensor([1., 1.], dtype=torch.bfloat16)}
+
+        Reference: `jmp.Policy.cast_to_param`.
+        """
         return convert.cast_tree(self, values, "param")
 
     def cast_to_compute(self, values: S) -> S:
-        """Return a tree with its floating leaves in the dtype of the computation: for a step written by hand.
+        """Return a tree with its floating-point leaves in the dtype of the computation, for a hand-written step.
 
         Example:
             >>> policy("bf16-mixed").cast_to_compute({"x": torch.ones(2), "label": torch.ones(2, dtype=torch.int64)})
@@ -162,26 +180,34 @@ class Policy:
         return convert.cast_tree(self, values, "compute")
 
     def cast_to_output(self, values: S) -> S:
-        """Return a tree with its floating leaves in the dtype of outputs."""
+        """Return a tree with its floating-point leaves in the dtype of outputs.
+
+        Example:
+            >>> policy("bf16-mixed").cast_to_output({"logits": torch.ones(2, dtype=torch.bfloat16)})
+            {'logits': tensor([1., 1.])}
+
+        Reference: `jmp.Policy.cast_to_output`.
+        """
         return convert.cast_tree(self, values, "output")
 
     def __str__(self) -> str:
-        parts = [f"params={word(self.param)}", f"compute={word(self.compute)}", f"output={word(self.output)}"]
-        parts += [f"reduce={word(self.reduce)}"]
-        parts += [f"master={word(self.master)}"] if self.master is not None else []
-        parts += ["autocast"] if self.autocast else []
-        parts += [f"float8={self.float8}"] if self.float8 else []
-        parts += [] if isinstance(self.loss_scale, NoLossScale) else [f"loss_scale={self.loss_scale!r}"]
-        return ",".join([*parts, *(f"[{r}]" for r in self.rules)])
+        words = [f"params={word(self.param)}", f"compute={word(self.compute)}", f"output={word(self.output)}"]
+        words += [f"reduce={word(self.reduce)}"]
+        words += [f"master={word(self.master)}"] if self.master is not None else []
+        words += ["autocast"] if self.autocast else []
+        words += [f"float8={self.float8}"] if self.float8 else []
+        words += [] if isinstance(self.loss_scale, NoLossScale) else [f"loss_scale={self.loss_scale!r}"]
+        return ",".join([*words, *(f"[{rule}]" for rule in self.rules)])
 
 
-def _check_autocast(p: Policy) -> None:
-    changing = [r for r in p.rules if r.required and (r.compute or r.output)]
-    if p.float8 or changing or p.compute not in (torch.float16, torch.bfloat16):
-        where = "float8" if p.float8 else f"where({changing[0].where!r})" if changing else f"compute={word(p.compute)}"
+def _check_autocast(chosen: Policy) -> None:
+    changing = [rule for rule in chosen.rules if rule.required and (rule.compute or rule.output)]
+    if chosen.float8 or changing or chosen.compute not in (torch.float16, torch.bfloat16):
+        where = f"where({changing[0].where!r})" if changing else f"compute={word(chosen.compute)}"
+        where = "float8" if chosen.float8 else where
         raise PrecisionError(
             explain(
-                "autocast goes with compute=f16 or bf16 and with no other choice of how to compute",
+                "autocast needs compute=f16 or bf16, and no rule or float8 that chooses another dtype to compute in",
                 where=where,
                 why="it chooses the dtype of each operator itself",
                 instead="rules with param= only, or autocast=False",
@@ -219,7 +245,7 @@ def policy(spec: str | int | Policy, **changes: Any) -> Policy:
 
             - `32`, `64`: everything in that precision;
             - `bf16-mixed`, `16-mixed`: float32 parameters, the model computes in the half precision, normalisation
-              layers and the loss in float32. `16-mixed` has a dynamic loss scale, and means float16 on a CPU too;
+              layers and the loss in float32. `16-mixed` has a dynamic loss scale, and is float16 on a CPU too;
             - `bf16-true`, `16-true`: everything but the loss in the half precision, optimizer state included;
             - `bf16-master`: bfloat16 parameters, float32 master weights in the optimizer state, normalisation layers
               float32;
@@ -246,9 +272,9 @@ def policy(spec: str | int | Policy, **changes: Any) -> Policy:
     text = str(spec).strip() if isinstance(spec, (str, int)) and not isinstance(spec, bool) else ""
     name = _ALIASES.get(text, text)
     if name in _NAMED:
-        found = dataclasses.replace(_NAMED[name], name=name)
+        chosen = dataclasses.replace(_NAMED[name], name=name)
     elif "=" in text:
-        found = _from_words(text)
+        chosen = _from_words(text)
     else:
         hint = {"16": "16-mixed or 16-true", "bf16": "bf16-mixed or bf16-true", "fp8": "float8"}.get(text)
         raise PrecisionError(
@@ -258,7 +284,7 @@ def policy(spec: str | int | Policy, **changes: Any) -> Policy:
                 instead=hint or f"one of {', '.join(NAMES)}\nor 'params=f32,compute=bf16,output=f32'",
             )
         )
-    return found.replace(**changes) if changes else found
+    return chosen.replace(**changes) if changes else chosen
 
 
 def _from_words(text: str) -> Policy:
@@ -269,7 +295,7 @@ def _from_words(text: str) -> Policy:
         if field not in ("param", "compute", "output", "reduce", "master") or field in values:
             raise PrecisionError(
                 explain(
-                    f"a policy in words has no {key!r}" if field not in values else f"{key!r} is said twice",
+                    f"a policy in words has no {key!r}" if field not in values else f"{key!r} occurs twice",
                     where=f"policy({text!r})",
                     instead="params=f32,compute=bf16,output=f32,reduce=f32,master=f32",
                 )

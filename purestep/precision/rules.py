@@ -1,4 +1,4 @@
-"""Rules: which parts of a model differ from the policy, and the settings of each module and tensor that follow.
+"""Rules: the modules and tensors of a model that differ from the policy, and the settings of each one.
 
 Owns `Rule`, dtype words and the resolution of rules along a model. It casts nothing; `casting` and `convert` do.
 """
@@ -26,8 +26,8 @@ NORMS: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
-"""The normalisation layers of torch: their statistics need the digits of float32, and their cost is memory, not
-maths."""
+"""The normalisation layers of torch: their statistics need the precision of float32, and they are bound by memory, so
+that float32 arithmetic costs them little."""
 
 _WORDS = {
     "f64": torch.float64,
@@ -45,16 +45,16 @@ def dtype_of(value: DType, *, where: str = "dtype") -> torch.dtype:
         >>> dtype_of("bf16"), dtype_of("float64"), dtype_of(torch.float16)
         (torch.bfloat16, torch.float64, torch.float16)
     """
-    found = value if isinstance(value, torch.dtype) else _WORDS.get(value)
-    if found is None and isinstance(value, str):
-        found = next((d for d in _SHORT if str(d) == f"torch.{value}"), None)
-    if found not in _SHORT:
+    dtype = value if isinstance(value, torch.dtype) else _WORDS.get(value)
+    if dtype is None and isinstance(value, str):
+        dtype = next((d for d in _SHORT if str(d) == f"torch.{value}"), None)
+    if dtype not in _SHORT:
         raise PrecisionError(
             explain(
-                "this is not a dtype to compute in", where=f"{where}={value!r}", instead=f"one of {', '.join(_WORDS)}"
+                "this is no floating-point dtype", where=f"{where}={value!r}", instead=f"one of {', '.join(_WORDS)}"
             )
         )
-    return found
+    return dtype
 
 
 def word(dtype: torch.dtype) -> str:
@@ -65,13 +65,13 @@ def word(dtype: torch.dtype) -> str:
 @checked(PrecisionError)
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What differs for the modules and tensors that a filter names, and for all inside of them.
+    """Other settings for the modules and tensors that a filter matches, and for everything inside of these modules.
 
     Attributes:
         where: globs of dotted names (of modules, parameters or buffers), a function of the name, or module classes.
-        param, compute, output: dtypes, or None to leave them as they are.
-        float8: False keeps linear layers out of float8, True takes them in; None leaves it.
-        required: whether a model in which it finds nothing is refused.
+        param, compute, output: dtypes, or None to keep those of the policy.
+        float8: False excludes linear layers from float8, True includes them; None keeps the setting of the policy.
+        required: whether a model in which it matches nothing is refused.
     """
 
     where: Where
@@ -83,17 +83,17 @@ class Rule:
 
     @property
     def classes(self) -> tuple[type[nn.Module], ...]:
-        given = self.where if isinstance(self.where, tuple) else (self.where,)
-        return tuple(c for c in given if isinstance(c, type))
+        filters = self.where if isinstance(self.where, tuple) else (self.where,)
+        return tuple(filter_ for filter_ in filters if isinstance(filter_, type))
 
     def names(self, name: str) -> bool:
-        """Tell whether the filter names this module or tensor itself."""
+        """Tell whether the filter matches the name of this module or tensor itself."""
         if self.classes:
             return False
         return tree.matches(self.where, name)  # type: ignore[arg-type]
 
     def module(self, name: str, module: nn.Module) -> bool:
-        """Tell whether the filter finds this module itself."""
+        """Tell whether the filter matches this module itself, by its class or its name."""
         return isinstance(module, self.classes) if self.classes else self.names(name)
 
     def __str__(self) -> str:
@@ -111,11 +111,11 @@ class Rule:
 
 def rule(where: Any, **changes: Any) -> Rule:
     """Make a rule from what a user writes: lists become tuples, words become dtypes."""
-    kept = tuple(where) if isinstance(where, list) else where
-    members = kept if isinstance(kept, tuple) else (kept,)
+    filters = tuple(where) if isinstance(where, list) else where
+    members = filters if isinstance(filters, tuple) else (filters,)
     kinds = {"glob" if isinstance(m, str) else "class" if isinstance(m, type) else "function" for m in members}
     bad_class = any(isinstance(m, type) and not issubclass(m, nn.Module) for m in members)
-    if len(kinds) != 1 or bad_class or not (isinstance(members[0], (str, type)) or (callable(kept))):
+    if len(kinds) != 1 or bad_class or not (isinstance(members[0], (str, type)) or (callable(filters))):
         raise PrecisionError(
             explain(
                 "a rule goes by globs, by module classes or by a function of the name",
@@ -124,75 +124,78 @@ def rule(where: Any, **changes: Any) -> Rule:
             )
         )
     dtypes: dict[str, Any] = {n: changes.pop(n, None) for n in ("param", "compute", "output")}
-    made: dict[str, Any] = {n: None if d is None else dtype_of(d, where=n) for n, d in dtypes.items()}
-    if all(d is None for d in made.values()) and changes.get("float8") is None:
+    resolved: dict[str, Any] = {n: None if d is None else dtype_of(d, where=n) for n, d in dtypes.items()}
+    if all(d is None for d in resolved.values()) and changes.get("float8") is None:
         raise PrecisionError(explain("the rule changes nothing", where=f"where({where!r})", instead='compute="f32"'))
-    return Rule(kept, **made, **changes)
+    return Rule(filters, **resolved, **changes)
 
 
 class Settings:
     """The rules of a policy resolved along a model, or along names alone when there is no model.
 
-    A rule holds for what its filter finds and for all inside of that; where several say something, the last one counts.
+    A rule applies to what its filter matches and to everything inside of that. Where several rules have a value for a
+    setting, the last one counts.
     """
 
     def __init__(self, rules: Iterable[Rule], module: nn.Module | None) -> None:
         self.rules = tuple(rules)
-        self._found: dict[str, frozenset[int]] = {}
+        self._matching: dict[str, frozenset[int]] = {}
         self.direct: dict[str, frozenset[int]] = {}
-        for path, m in [] if module is None else module.named_modules():
-            own = frozenset(i for i, r in enumerate(self.rules) if r.module(path, m))
-            self.direct[path] = own
-            self._found[path] = own | self._inherited(path)
+        for path, submodule in [] if module is None else module.named_modules():
+            matching = frozenset(i for i, r in enumerate(self.rules) if r.module(path, submodule))
+            self.direct[path] = matching
+            self._matching[path] = matching | self._inherited(path)
 
     def _inherited(self, path: str) -> frozenset[int]:
         if not path:
             return frozenset()
         parent = path.rpartition(".")[0]
-        if parent not in self._found:
+        if parent not in self._matching:
             named = frozenset(i for i, r in enumerate(self.rules) if r.names(parent))
-            self._found[parent] = named | self._inherited(parent)
-        return self._found[parent]
+            self._matching[parent] = named | self._inherited(parent)
+        return self._matching[parent]
 
     def of_module(self, path: str, field: str, default: Any) -> Any:
-        """Return what counts for a module: the last rule that says something, or the policy."""
-        return self._last(self._found[path], field, default)
+        """Return the setting of a module: of the last rule that applies and has a value for it, else the default."""
+        return self._last(self._matching[path], field, default)
 
     def of_tensor(self, name: str, field: str, default: Any) -> Any:
-        """Return what counts for a parameter or a buffer."""
+        """Return the setting of a parameter or a buffer, in the same way."""
         named = frozenset(i for i, r in enumerate(self.rules) if r.names(name))
         return self._last(named | self._inherited(name), field, default)
 
-    def said_of(self, path: str, field: str) -> Any:
-        """Return what the rules that find this very module say, None when they say nothing."""
+    def of_module_itself(self, path: str, field: str) -> Any:
+        """Return the setting of the rules that match this module itself, not one around it; None without any."""
         return self._last(self.direct[path], field, None)
 
     def _last(self, numbers: frozenset[int], field: str, default: Any) -> Any:
-        said = [getattr(self.rules[i], field) for i in sorted(numbers)]
-        said = [value for value in said if value is not None]
-        return said[-1] if said else default
+        values = [getattr(self.rules[i], field) for i in sorted(numbers)]
+        values = [value for value in values if value is not None]
+        return values[-1] if values else default
 
-    def idle(self, names: Iterable[str]) -> Iterator[Rule]:
-        """Yield the rules that find nothing: no module, and none of these tensors."""
-        everything = list(names)
-        busy = frozenset().union(*self._found.values()) if self._found else frozenset()
-        for i, r in enumerate(self.rules):
-            if (i not in busy and not r.classes and not any(r.names(n) for n in everything)) or (
-                i not in busy and r.classes and self.direct
-            ):
-                yield r
+    def unused(self, names: Iterable[str]) -> Iterator[Rule]:
+        """Yield the rules that match nothing: no module, and none of these tensors."""
+        tensors = list(names)
+        used = frozenset().union(*self._matching.values()) if self._matching else frozenset()
+        for number, rule in enumerate(self.rules):
+            if number in used:
+                continue
+            # Without a model there are no modules that a rule by class could match, so it is not unused.
+            if self.direct if rule.classes else not any(rule.names(name) for name in tensors):
+                yield rule
 
 
 def check_rules(settings: Settings, names: Iterable[str]) -> None:
-    """Refuse a rule that finds nothing: it is a misspelt path more often than not."""
-    shown = list(names)
-    for r in settings.idle(shown):
-        if r.required:
+    """Refuse a required rule that matches nothing: most often its path is misspelt."""
+    tensors = list(names)
+    for unused in settings.unused(tensors):
+        if unused.required:
             modules = [path for path in settings.direct if path]
+            listed = f"modules: {', '.join(modules[:8])}; tensors: {', '.join(tensors[:8])}"
             raise PrecisionError(
                 explain(
-                    "a rule of the precision policy finds nothing in the model",
-                    where=f"where({r.where!r}); modules: {', '.join(modules[:8])}; tensors: {', '.join(shown[:8])}",
+                    "a rule of the precision policy matches nothing in the model",
+                    where=f"where({unused.where!r}); {listed}",
                     instead="the dotted name of a module or a tensor, with * for the rest",
                 )
             )

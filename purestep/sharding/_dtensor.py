@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor as DTensor
 from torch.distributed.tensor import Placement as Placement
 from torch.distributed.tensor import Replicate as Replicate
 from torch.distributed.tensor import Shard as Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._dtensor_spec import DTensorSpec as DTensorSpec
+from torch.distributed.tensor._dtensor_spec import TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
 __all__ = ["StridedShard"]

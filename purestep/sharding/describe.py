@@ -79,7 +79,7 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([*texts, number]).rstrip()
 
 
-def describe(plan: Layout, value: Any, *, rank: int = 0) -> Description:
+def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:
     """Return where each leaf of a state lives under a plan; see `Plan.describe`."""
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     coordinate = plan.mesh.coordinate(rank)

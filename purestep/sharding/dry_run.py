@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from purestep.bits import human_bytes
 from purestep.sharding.describe import Description, Row, describe
 from purestep.sharding.spec import Layout
 
@@ -58,22 +59,13 @@ class DryRun:
 
     def __str__(self) -> str:
         def table(values: dict[str, int]) -> list[str]:
-            return [f"  {name:<10} {size(n):>10}" for name, n in (values | {"all": sum(values.values())}).items()]
+            return [
+                f"  {name:<10} {human_bytes(n):>10}" for name, n in (values | {"all": sum(values.values())}).items()
+            ]
 
         return "\n".join(
             [repr(self.description.mesh), "memory of a rank", *table(self.memory), "sent in a step", *table(self.sent)]
         )
-
-
-def size(nbytes: int) -> str:
-    """Return a number of bytes as text.
-
-    Example:
-        >>> size(1536), size(3 * 2**30)
-        ('1.5 KiB', '3.0 GiB')
-    """
-    power = min(5, max(0, (max(nbytes, 1).bit_length() - 1) // 10))
-    return f"{nbytes} B" if power == 0 else f"{nbytes / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
 
 
 def dry_run(

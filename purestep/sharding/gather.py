@@ -23,6 +23,9 @@ from purestep.sharding.rows import Row, Rows
 from purestep.sharding.unit_order import Exchanges, Op, UnitOrder
 from purestep.slots import Slots, slots
 
+# What is saved in place of a gathered parameter: its unit, and offset, shape, strides and dtype of the window on it.
+Saved = tuple["Live", int | torch.SymInt, torch.Size, tuple[int, ...], torch.dtype]
+
 
 @dataclasses.dataclass
 class Unit:
@@ -94,17 +97,25 @@ class Units:
         return home if not homes and home in self.modules else ""
 
 
+class _Context(Protocol):
+    """What autograd hands from the forward to the backward pass of a gather."""
+
+    live: Live
+
+    def set_materialize_grads(self, value: bool, /) -> None: ...
+
+
 class _Gather(torch.autograd.Function):
     """Whole tensors; backward hands the gradients of all of them to the session at once."""
 
     @staticmethod
-    def forward(ctx: Any, live: Live, anchor: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Context, live: Live, anchor: Tensor) -> tuple[Tensor, ...]:
         ctx.live = live
         ctx.set_materialize_grads(False)
         return tuple(live.whole(name) for name in live.unit.trained)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: _Context, *grads: Tensor | None) -> tuple[None, None]:
         # What happens here is no operation of the model: no mode of it has to look.
         with _torch.no_torch_function():
             ctx.live.release()
@@ -350,7 +361,7 @@ class Session:
 
     # --- what autograd saves ---
 
-    def _pack(self, saved: Tensor) -> Any:
+    def _pack(self, saved: Tensor) -> Tensor | Saved:
         if type(saved) is not Tensor:
             return saved
         # Not only the unit that was entered last: a submodule is several units where its parameters have several
@@ -360,7 +371,7 @@ class Session:
             return saved
         return live, saved.storage_offset(), saved.shape, saved.stride(), saved.dtype
 
-    def _unpack(self, packed: Any) -> Tensor:
+    def _unpack(self, packed: Tensor | Saved) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         live, offset, shape, strides, dtype = packed
@@ -399,7 +410,7 @@ class _Around:
             before.move_to_end(key, last=False)
             after[key] = functools.partial(_leave, session, unit.number)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         while len(self.session.stack) > self.depth:
             self.session.leave(self.session.stack[-1][0])
         for unit, module in self.session.units.inner:
@@ -407,12 +418,12 @@ class _Around:
             _torch.hooks_of(module).pop((self, unit.number), None)
 
 
-def _enter(session: Session, index: int, module: nn.Module, args: Any) -> None:
+def _enter(session: Session, index: int, module: nn.Module, args: object) -> None:
     # What happens here is no operation of the model: no mode of it has to look.
     with _torch.no_torch_function():
         session.enter(session.live(index))
 
 
-def _leave(session: Session, index: int, module: nn.Module, args: Any, output: Any) -> None:
+def _leave(session: Session, index: int, module: nn.Module, args: object, output: object) -> None:
     with _torch.no_torch_function():
         session.leave(session.live(index))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,13 @@ from purestep.sharding.mesh import Mesh, check_world, this_rank
 from purestep.sharding.spec import Box, Layout, Spec, box, placements, spec_of
 from purestep.sharding.unmatched import check_matches
 
+if TYPE_CHECKING:
+    from purestep.sharding._dtensor import DTensorSpec
+
 T = TypeVar("T")
 
 
-def place(plan: Layout, value: Any) -> Any:
+def place(plan: Layout, value: T) -> T:
     """Return a state whose leaves live where a plan says.
 
     It needs no communication when every rank holds the same whole values, as after `init` under one seed. Leaves that
@@ -54,7 +57,7 @@ def place(plan: Layout, value: Any) -> Any:
     return tree.map(lambda leaf, spec: _placed(plan, leaf, spec), value, specs)
 
 
-def _placed(plan: Layout, leaf: Any, spec: Spec) -> Any:
+def _placed(plan: Layout, leaf: object, spec: Spec) -> object:
     if not isinstance(leaf, Tensor):
         return leaf
     if is_split(leaf):
@@ -117,16 +120,16 @@ def local(value: T) -> T:
     return tree.map(part_of, value)
 
 
-def rewrap(values: Any, like: Any) -> Any:
+def rewrap(values: T, like: object) -> T:
     """Return a tree of local tensors with each leaf split again as the leaf of `like` is; `local` undone.
 
     Raises:
         ConfigError: a local tensor does not have the shape of the part it stands for.
     """
-    return tree.map(_rewrapped, values, like)
+    return cast(T, tree.map(_rewrapped, values, like))
 
 
-def _rewrapped(part: Any, like: Any) -> Any:
+def _rewrapped(part: Tensor, like: object) -> Tensor:
     if not is_split(like):
         return part
     here = _torch.local_tensor(like)
@@ -144,7 +147,7 @@ def _rewrapped(part: Any, like: Any) -> Any:
 # --- is it where it should be? ----------------------------------------------------------------------------------------
 
 
-def check_plain(state: Any) -> None:
+def check_plain(state: object) -> None:
     """Refuse a state with split parameters, where a step or an evaluation has no plan to gather them with.
 
     Raises:
@@ -181,12 +184,14 @@ def check_placed(plan: Layout, params: Mapping[str, Tensor]) -> None:
     _check_layout(plan, plan.mesh.shape, layout)
 
 
-def _layout(leaf: Any) -> Any:
+def _layout(leaf: Tensor) -> DTensorSpec | None:
     return _torch.layout_of(leaf) if is_split(leaf) else None
 
 
 @functools.lru_cache(maxsize=64)
-def _check_layout(plan: Layout, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, Any], ...]) -> None:
+def _check_layout(
+    plan: Layout, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, DTensorSpec | None], ...]
+) -> None:
     named = dict(zip(plan.mesh.axes, sizes, strict=True))
     for name, shape, held in layout:
         wanted = plan.spec(name, tuple(shape))
@@ -211,18 +216,18 @@ def _check_layout(plan: Layout, sizes: tuple[int, ...], layout: tuple[tuple[str,
 # --- what is where ----------------------------------------------------------------------------------------------------
 
 
-def _sizes(leaf: Any) -> dict[str, int]:
+def _sizes(leaf: Tensor) -> dict[str, int]:
     mesh = _torch.layout_of(leaf).mesh
     names = mesh.mesh_dim_names or tuple(str(i) for i in range(mesh.ndim))
     return dict(zip(names, mesh.shape, strict=True))
 
 
-def spec_of_leaf(leaf: Any) -> Spec:
+def spec_of_leaf(leaf: Tensor) -> Spec:
     """Return the resolved spec of a split leaf."""
     return spec_of(_torch.layout_of(leaf).placements, _sizes(leaf))
 
 
-def _coordinate(leaf: Any) -> Mapping[str, int]:
+def _coordinate(leaf: Tensor) -> Mapping[str, int]:
     return dict(zip(_sizes(leaf), _torch.layout_of(leaf).mesh.get_coordinate() or (), strict=True))
 
 
@@ -246,19 +251,18 @@ def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
     return all(here[a] == 0 for a in here if a not in split and (among is None or a in among))
 
 
-def gather(value: Any) -> Any:
+def gather(value: T) -> T:
     """Return a tree of whole plain tensors; every rank calls it when leaves are split."""
     return tree.map(lambda x: full(x) if is_split(x) else x, value)
 
 
 def full(leaf: Tensor) -> Tensor:
     """Return the whole of a split tensor, on every rank of its mesh; every rank calls it."""
-    split: Any = leaf
-    sizes, spec = _sizes(split), spec_of_leaf(split)
-    shard = _torch.local_tensor(split)
+    sizes, spec = _sizes(leaf), spec_of_leaf(leaf)
+    shard = _torch.local_tensor(leaf)
     boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
     whole = shard.new_empty(leaf.shape)
-    for part, (offset, shape) in zip(_exchanged(split, spec, sizes, boxes), boxes, strict=True):
+    for part, (offset, shape) in zip(_exchanged(leaf, spec, sizes, boxes), boxes, strict=True):
         slice_of(whole, (offset, shape)).copy_(part)
     return whole
 
@@ -276,7 +280,7 @@ def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int
     return grid
 
 
-def _exchanged(leaf: Any, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]) -> list[Tensor]:
+def _exchanged(leaf: Tensor, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]) -> list[Tensor]:
     """Return every part of a tensor, in the order of the grid, as bytes went over the wire: any dtype can be sent."""
     shard = _torch.local_tensor(leaf).detach().contiguous()
     width = shard.element_size()
@@ -289,11 +293,11 @@ def _exchanged(leaf: Any, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]
     return [r[:n].view(shard.dtype).view(shape) for r, n, (_, shape) in zip(received, lengths, boxes, strict=True)]
 
 
-def _group(leaf: Any, spec: Spec) -> Any:
+def _group(leaf: Tensor, spec: Spec) -> dist.ProcessGroup | None:
     sizes = _sizes(leaf)
     return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
 
 
-def part_like(whole: Tensor, leaf: Any) -> Tensor:
+def part_like(whole: Tensor, leaf: Tensor) -> Tensor:
     """Return a copy of the part of a whole tensor that this rank holds of a split leaf."""
     return slice_of(whole, shard_of(leaf)).clone(memory_format=torch.contiguous_format)

@@ -248,7 +248,7 @@ class Plan:
         return _product(self, other)
 
 
-def check_plan(plan: Any, where: str) -> None:
+def check_plan(plan: object, where: str) -> None:
     """Refuse what is given as a plan and is none; None is no plan and passes.
 
     Args:
@@ -278,15 +278,15 @@ def check_plan(plan: Any, where: str) -> None:
     )
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _is_rule(rule: Any) -> bool:
+def _is_rule(rule: object) -> bool:
     return isinstance(rule, tuple) and len(rule) == 2
 
 
-def _frozen(filter: Any) -> Any:
+def _frozen(filter: tree.Filter) -> tree.Filter:
     return tuple(filter) if isinstance(filter, list) else filter
 
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 from purestep.sharding.mesh import Mesh
 
+if TYPE_CHECKING:
+    from purestep.sharding._dtensor import Placement
+
 Axes = str | Sequence[str] | None
 Fallback = Literal["replicate", "error", "pad"]
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _as_axes(entry: Any) -> tuple[str, ...]:
+def _as_axes(entry: object) -> tuple[str, ...]:
     axes = (
         (entry,) if isinstance(entry, str) or not isinstance(entry, (tuple, list, type(None))) else tuple(entry or ())
     )
@@ -264,7 +267,7 @@ def box(spec: Spec, sizes: Mapping[str, int], shape: Sequence[int], coordinate: 
 # --- torch's placements -----------------------------------------------------------------------------------------------
 
 
-def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Placement, ...]:
     """Return torch's placement on each mesh axis, in the order of the mesh, of a resolved spec."""
     from purestep.sharding._dtensor import Replicate, Shard, StridedShard
 
@@ -278,7 +281,7 @@ def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Any, ...]:
     return tuple(found.get(axis, Replicate()) for axis in order)
 
 
-def spec_of(placements: Sequence[Any], sizes: Mapping[str, int]) -> Spec:
+def spec_of(placements: Sequence[Placement], sizes: Mapping[str, int]) -> Spec:
     """Return the spec of torch's placements; what `placements` made.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from purestep import _torch, random, tree
 from purestep.errors import StepError, explain
 
+Function = Callable[..., Any]
 # Operations after which the former content of what they write does not matter.
 _FILLS = {"uniform_", "normal_", "zero_", "fill_", "random_", "exponential_", "copy_", "_no_grad_trunc_normal_"}
 
@@ -70,7 +71,7 @@ class Tape:
 
     # --- recording ---
 
-    def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def run(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """Run an operation without memory and write it down; for real, where no tensor without memory is involved."""
         given = [x for x in tree.leaves((args, kwargs)) if isinstance(x, Tensor)]
         makes = not given and any(a.name == "device" for a in _torch.schema_of(function).arguments)
@@ -95,17 +96,24 @@ class Tape:
             _refuse(function, "it writes values that are not known yet into a tensor that was made elsewhere")
         made = [t for t in tree.leaves(out) if isinstance(t, Tensor) and not self.knows(t)]
         if made or written:
-            drawn = torch.Tag.nondeterministic_seeded in function.tags
+            drawn = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
             self.note(function, args, kwargs, written=written, made=made, is_random=drawn)
         return out
 
-    def _run_for_real(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _run_for_real(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """Run an operation whose result depends on values (`item`, `nonzero`): those are computed now."""
         args, kwargs = tree.map(lambda x: self.value(x) if isinstance(x, Tensor) else x, (args, kwargs))
         return function(*args, **(kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {})))
 
     def note(
-        self, function: Any, args: Any, kwargs: Any, *, written: list[Tensor], made: list[Tensor], is_random: bool
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        written: list[Tensor],
+        made: list[Tensor],
+        is_random: bool,
     ) -> None:
         """Write an operation down."""
         held: Any = tree.map(lambda x: self._argument(x) if isinstance(x, Tensor) else x, (args, kwargs))
@@ -221,11 +229,11 @@ def _seed(rng: Tensor) -> int:
     return int(low + ((high & 0x7FFFFFFF) << 32))
 
 
-def _name(function: Any) -> str:
+def _name(function: Function) -> str:
     return str(function.__name__).split(".")[0]
 
 
-def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _written(function: Function, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     found: list[Tensor] = []
     for position, argument in enumerate(_torch.schema_of(function).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -234,7 +242,7 @@ def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return found
 
 
-def _refuse(function: Any, why: str, error: Exception | None = None) -> None:
+def _refuse(function: Function, why: str, error: Exception | None = None) -> None:
     raise StepError(
         explain(
             "the model does something with a tensor that deferred init cannot do without its values",
@@ -265,7 +273,13 @@ class _Recorder(_torch.DispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise torch hides this mode from Dynamo, which it imports for that, at the cost of seconds
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        function: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         with _torch.no_torch_function():
             return self.tape.run(function, args, kwargs or {})
 
@@ -284,7 +298,13 @@ class _Disguise(TorchFunctionMode):
         super().__init__()
         self.tape = tape
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         if function in self._said and args[0].is_meta:
             return self._said[function]
         if function in self._reading:
@@ -302,7 +322,7 @@ def _truncated_normals(tape: Tape) -> Iterator[None]:
         yield
         return
 
-    def noted(tensor: Tensor, *args: Any, generator: Any = None) -> Tensor:
+    def noted(tensor: Tensor, *args: object, generator: torch.Generator | None = None) -> Tensor:
         with _torch.no_torch_function():
             if not (tensor.is_meta and tape.knows(tensor)):
                 result: Tensor = original(tensor, *args, generator=generator)

@@ -7,10 +7,10 @@ bits depend on the number of tensor-parallel ranks, because matrix products are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -20,13 +20,18 @@ from purestep.sharding import place
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Spec, placements
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
 
 def is_tensor_parallel(plan: Plan | None) -> bool:
     """Tell whether several ranks compute each microbatch together."""
     return plan is not None and plan.mesh.size(*plan.model_axes) > 1
 
 
-def _mesh(plan: Plan) -> Any:
+def _mesh(plan: Plan) -> tuple[DeviceMesh, dict[str, int]]:
     axes = tuple(a for a in plan.model_axes if plan.mesh.size(a) > 1)
     return plan.mesh.device_mesh[axes], {a: plan.mesh.size(a) for a in axes}
 
@@ -54,17 +59,17 @@ class Wrapped:
         return DTensor.from_local(value, self.mesh, self.placed.get(name, self.whole), run_check=False)
 
 
-def loss_on(plan: Plan, loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def loss_on(plan: Plan, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return a loss function that gives the model its batch whole on every rank, and returns plain tensors."""
     mesh, sizes = _mesh(plan)
     whole = placements(Spec(), sizes)
 
-    def wrapped(net: Any, batch: Any) -> Any:
+    def wrapped(net: nn.Module, batch: object) -> object:
         from torch.distributed.tensor.experimental import implicit_replication
 
         from purestep.sharding._dtensor import DTensor
 
-        def spread(x: Any) -> Any:
+        def spread(x: object) -> object:
             return DTensor.from_local(x, mesh, whole, run_check=False) if isinstance(x, Tensor) else x
 
         with implicit_replication(), LocalAttention():
@@ -75,8 +80,8 @@ def loss_on(plan: Plan, loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, An
     return wrapped
 
 
-def _plain(out: Any) -> Any:
-    def leaf(x: Any) -> Any:
+def _plain(out: T) -> T:
+    def leaf(x: object) -> object:
         if place.is_split(x):
             return x.full_tensor()
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
@@ -89,7 +94,13 @@ def _plain(out: Any) -> Any:
 class LocalAttention(TorchFunctionMode):
     """Run attention on the heads of this rank: its kernels know no DTensors, and heads nothing of each other."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention or not place.is_split(args[0] if args else kwargs["query"]):
             return func(*args, **kwargs)
@@ -109,8 +120,8 @@ class LocalAttention(TorchFunctionMode):
                     )
                 )
 
-        def local(x: Any) -> Any:
-            return x.redistribute(placements=layout.placements).to_local() if place.is_split(x) else x
+        def local(x: T) -> T:
+            return cast(T, x.redistribute(placements=layout.placements).to_local()) if place.is_split(x) else x
 
         parts = [local(x) for x in args[:3]] + list(args[3:])
         named = {k: local(x) if k in ("query", "key", "value") else x for k, x in kwargs.items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from purestep import _torch, tree
@@ -53,7 +54,7 @@ class Whole:
         return any(place.is_split(leaf) for leaf in tree.leaves(self._given[0]))
 
     @functools.cached_property
-    def group(self) -> Any:
+    def group(self) -> dist.ProcessGroup | None:
         """The ranks that hold one state together; None where this one holds it alone."""
         return self.plan.mesh.group(*self.plan.shard_axes, *self.plan.model_axes) if self.split else None
 
@@ -66,7 +67,7 @@ class Whole:
     def _rest(self) -> dict[int, Any]:
         return {id(_torch.local_tensor(x)): x for x in tree.leaves(self._given[1]) if place.is_split(x)}
 
-    def names(self, structure: Any) -> list[str]:
+    def names(self, structure: tree.Structure) -> list[str]:
         """Return the dotted names of the leaves of a structure."""
         if structure not in self._names:
             self._names[structure] = tree.names(tree.unflatten(structure, range(structure.num_leaves)))
@@ -76,7 +77,7 @@ class Whole:
         """Return the sum, maximum or minimum of a small tensor over the ranks that share a state."""
         return collectives.all_reduce(values, op, self.group)
 
-    def squares(self, values: Sequence[Tensor], structure: Any) -> Tensor:
+    def squares(self, values: Sequence[Tensor], structure: tree.Structure) -> Tensor:
         """Return the sum of squares of each whole tensor, float64 [len(values)]."""
         counts, mine = [], []
         first = collectives.rank_in(self.group) == 0
@@ -101,7 +102,7 @@ class Whole:
             )
         return leaf
 
-    def gathered(self, values: Any) -> Any:
+    def gathered(self, values: T) -> T:
         """Return a tree of local parts with whole tensors; every rank calls it."""
         leaves, structure = tree.flatten(values)
         likes = [self._like(name, x) for name, x in zip(self.names(structure), leaves, strict=True)]
@@ -114,7 +115,7 @@ class Whole:
         with updating(_Alone(self)):
             return call(*full)
 
-    def _like(self, name: str, value: Any) -> Tensor | None:
+    def _like(self, name: str, value: object) -> Tensor | None:
         at_rest = self._rest.get(id(value))
         if at_rest is None and isinstance(value, Tensor):
             at_rest = self.params.get(name)
@@ -122,7 +123,7 @@ class Whole:
                 at_rest = None
         return at_rest if at_rest is not None and place.is_split(at_rest) else None
 
-    def parted(self, values: Any, like: Any) -> Any:
+    def parted(self, values: T, like: object) -> T:
         """Return a tree of whole tensors with the local part of each whose counterpart in `like` was one."""
         leaves, structure = tree.flatten(values)
         old, known = tree.flatten(like)

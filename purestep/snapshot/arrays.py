@@ -1,7 +1,7 @@
-"""Flat numpy arrays in a directory, written by Orbax, of which this is the only importer, and read by it if need be.
+"""Flat numpy arrays in a directory, written by Orbax, and read by it if `plain` cannot. The only importer of Orbax.
 
-Its log, its threads and its import are kept from the rest of the program: reading whole snapshots (`plain`) does not
-even load it. It knows nothing of leaves or snapshots.
+Its log, its threads and its import stay hidden from the rest of the program: reading an intact snapshot (`plain`) does
+not even import it. It does not know leaves or snapshots.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def _load_orbax() -> Any:
             import orbax.checkpoint as ocp
         finally:
             if not chosen:
-                del os.environ["JAX_PLATFORMS"]  # JAX has read it; child processes are none of our business
+                del os.environ["JAX_PLATFORMS"]  # JAX has read it; child processes must not inherit it
     return ocp
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-    """Give Orbax, and keep its log off the user's stderr: what matters in it is raised as an exception as well."""
+    """Yield Orbax, and keep its log off the user's stderr: its errors are raised as exceptions as well."""
     global _quiet_depth
     before = list(logging.root.handlers)
-    ocp = _load_orbax()  # before the logger is touched, because absl makes it of a class of its own
+    ocp = _load_orbax()  # before `getLogger`, because absl creates its logger with a class of its own
     with _quiet_lock:
         _quiet_depth += 1
         logging.getLogger("absl").addFilter(_keep_quiet)
@@ -53,7 +53,7 @@ def _quiet() -> Iterator[Any]:
     finally:
         with _quiet_lock:
             _quiet_depth -= 1
-        if not before:  # absl calls logging.basicConfig() on its own; a handler that the user adds looks otherwise
+        if not before:  # absl calls logging.basicConfig(); remove that handler, but none that the user added meanwhile
             for handler in [h for h in logging.root.handlers if _is_basic(h)]:
                 logging.root.removeHandler(handler)
 
@@ -69,21 +69,21 @@ def _is_basic(handler: logging.Handler) -> bool:
 
 @functools.cache
 def _quiescent_handler(ocp: Any) -> Any:
-    """Give a handler of numpy arrays that, when one fails, ends the others before it says so.
+    """Return a handler of numpy arrays that waits for all of them before it raises the error of one.
 
-    Orbax's own raises at the first failure and leaves the rest running: they go on to write into a directory that is
-    being removed, and complain on stderr that nobody listens to them any more.
+    Orbax's own handler raises at the first error and leaves the other writes running: they would go on to write into a
+    directory that is being removed, and asyncio would print their errors to stderr, because no caller awaits them.
     """
 
     class Handler(ocp.type_handlers.NumpyHandler):
         async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
-            each, args = super()._background_serialize, args or [ocp.SaveArgs()] * len(infos)
-            await _all_of(each([v], [i], [a]) for v, i, a in zip(values, infos, args, strict=True))
+            one, args = super()._background_serialize, args or [ocp.SaveArgs()] * len(infos)
+            await _all_of(one([v], [i], [a]) for v, i, a in zip(values, infos, args, strict=True))
 
         async def deserialize(self, infos: Any, args: Any = None) -> list[np.ndarray]:
-            each, args = super().deserialize, args or [ocp.RestoreArgs()] * len(infos)
-            found = await _all_of(each([i], [a]) for i, a in zip(infos, args, strict=True))
-            return [array for arrays in found for array in arrays]
+            one, args = super().deserialize, args or [ocp.RestoreArgs()] * len(infos)
+            loaded = await _all_of(one([i], [a]) for i, a in zip(infos, args, strict=True))
+            return [array for arrays in loaded for array in arrays]
 
     return Handler(deepcopy_host_arrays=False)  # the arrays are our own copies
 
@@ -98,7 +98,7 @@ async def _all_of(work: Iterable[Awaitable[Any]]) -> list[Any]:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[tuple[Any, Any]]:
-    """Give Orbax and a checkpointer of flat numpy arrays."""
+    """Yield Orbax and a checkpointer of flat numpy arrays."""
     with _quiet() as ocp:
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _quiescent_handler(ocp)))
         # Neither compression nor OCDBT: weights do not compress, and large arrays as plain files are written faster.
@@ -116,14 +116,14 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read flat arrays by name: their bytes, or what Orbax makes of those that are not plain files.
+    """Read flat arrays by name: as uint8[nbytes], or as Orbax returns those that are not plain files.
 
     Raises:
-        Exception: of Orbax or tensorstore, when an array is missing or not whole.
+        Exception: of Orbax or tensorstore, when an array is missing or incomplete.
     """
-    found = read_plain(directory, names)
-    rest = [name for name in names if name not in found]
-    return found | _read_by_orbax(directory, rest) if rest else found
+    arrays = read_plain(directory, names)
+    rest = [name for name in names if name not in arrays]
+    return arrays | _read_by_orbax(directory, rest) if rest else arrays
 
 
 def _read_by_orbax(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

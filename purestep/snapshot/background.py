@@ -1,4 +1,4 @@
-"""One save in the background at a time: its thread, how it ended, and what happens when the process ends.
+"""One save in the background at a time: its thread, its result, and the exit of the process.
 
 It owns the promise that an exiting interpreter first finishes the save in flight.
 """
@@ -16,7 +16,7 @@ _hooked: list[bool] = []
 
 @dataclass
 class Job:
-    """One piece of work: `failure` is what it raised, once `ended`."""
+    """One run of a function in a thread: `failure` is the error it raised, once `ended`."""
 
     thread: threading.Thread
     failure: BaseException | None = None
@@ -33,8 +33,8 @@ class Background:
         self.job: Job | None = None
 
     def start(self, name: str, work: Callable[[], None]) -> None:
-        """Run `work` in a thread, after what runs there now."""
-        self.settle()
+        """Run `work` in a thread, after the one before has ended."""
+        self.join()
 
         def run() -> None:
             try:
@@ -50,27 +50,28 @@ class Background:
         job.thread.start()
 
     def busy(self, timeout: float) -> bool:
-        """Tell whether something still runs, after waiting so many seconds at most."""
+        """Tell whether the thread still runs, after waiting for it `timeout` seconds at most."""
         if self.job is not None:
             self.job.thread.join(min(max(0.0, timeout), threading.TIMEOUT_MAX))
         return self.job is not None and self.job.thread.is_alive()
 
-    def settle(self) -> None:
-        """Wait for what runs. An interrupted wait can be taken up again."""
+    def join(self) -> None:
+        """Wait for the thread. A wait that was interrupted can be repeated."""
         if self.job is not None:
             self.job.thread.join()
 
 
 def _finish_before_exit(thread: threading.Thread) -> None:
-    """Let an exiting interpreter wait for this thread before it closes the thread pools that the write needs.
+    """Make an exiting interpreter wait for this thread before it closes the thread pools that the write uses.
 
     Without the hook (it is private to CPython) the interpreter still waits; a write that then finds its pools closed
-    fails like any other, and leaves nothing behind.
+    fails like any other, and leaves no files.
     """
     _in_flight.add(thread)
     register = getattr(threading, "_register_atexit", None)
     if not _hooked and register is not None:
-        import concurrent.futures.thread  # noqa: F401  it registers such a hook too, and the last one registered runs first
+        # Imported for its hook, which closes the pools; the hook registered last runs first, so ours comes after.
+        import concurrent.futures.thread  # noqa: F401
 
         with contextlib.suppress(RuntimeError):
             register(_drain)

@@ -1,7 +1,7 @@
-"""The shape of a stored tree: a pytree <-> a JSON structure and a flat list of leaves.
+"""The structure of a stored tree: a pytree <-> JSON and a flat list of leaves.
 
 It owns which nodes and leaves can be stored, and how Python values are written as text. It never reads a file, imports
-a module by name, or runs code found in a snapshot. `template` holds a structure against a user's tree.
+a module by name, or runs code from a snapshot. `template` compares a structure with a user's tree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from purestep.sharding import place
 
 JSON = Any  # None, bool, int, float, str, list or dict of JSON
 PYTHON_KINDS = ("bool", "int", "float", "complex", "str", "bytes")
-DEPTH = 300  # levels of a tree: to walk it takes two calls a level, and Python allows 1000
+Stored = torch.Tensor | np.ndarray  # the value of a leaf that has bytes
+DEPTH = 300  # levels of a tree: walking it takes two Python calls a level, of the 1000 that Python allows
 _DECIMAL_BITS = 10_000  # Python refuses to write or read much longer integers in decimal
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
@@ -35,7 +36,7 @@ class Leaf:
         kind: "tensor", "array" (numpy), "scalar" (numpy), or the name of a Python type.
         dtype, shape: of tensors, arrays and numpy scalars.
         text: the value of a Python leaf.
-        alias: index of the earlier leaf that is the same tensor or array; None for a leaf of its own.
+        alias: index of the earlier leaf that is the same tensor or array (tied weights); None otherwise.
     """
 
     path: str
@@ -65,15 +66,15 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tree taken apart: `structure` refers to `leaves` by index; `values` holds tensors and arrays, or None."""
+    """A flattened tree: `structure` refers to `leaves` by index; `values` are their tensors and arrays, or None."""
 
     structure: JSON
     leaves: list[Leaf]
-    values: list[Any]
+    values: list[Stored | None]
 
 
-def encode(value: Any) -> Encoded:
-    """Take a pytree apart into JSON and leaves. Nothing is copied.
+def encode(value: object) -> Encoded:
+    """Flatten a pytree into JSON and leaves. Nothing is copied.
 
     Raises:
         TreeError: a leaf or a node cannot be stored; the message names it.
@@ -92,22 +93,23 @@ def encode(value: Any) -> Encoded:
 class _Encoder:
     def __init__(self) -> None:
         self.leaves: list[Leaf] = []
-        self.values: list[Any] = []
-        self.seen: dict[Any, int] = {}
+        self.values: list[Stored | None] = []
+        self.seen: dict[object, int] = {}
 
-    def node(self, value: Any, path: str, depth: int) -> JSON:
+    def node(self, value: object, path: str, depth: int) -> JSON:
         if depth > DEPTH:
             raise TreeError(explain(f"a tree of more than {DEPTH} levels cannot be stored", where=show(path)[:200]))
-        parts = children(value, path)
-        if parts is None:
+        node = children(value, path)
+        if node is None:
             return self.leaf(value, path)
-        head, items = parts
+        head, items = node
         return None if head is None else head | {"items": [self.node(item, where, depth + 1) for where, item in items]}
 
-    def leaf(self, value: Any, path: str) -> int:
+    def leaf(self, value: object, path: str) -> int:
+        # Leaves that are the same memory are written once, and are one tensor again when they are restored.
         leaf, content = _describe(value, path)
-        if content is not None and (identity := _identity(content)) is not None:
-            first = self.seen.setdefault(identity, len(self.leaves))
+        if content is not None:
+            first = self.seen.setdefault(_identity(content), len(self.leaves))
             if first < len(self.leaves):
                 leaf, content = Leaf(path, leaf.kind, leaf.dtype, leaf.shape, alias=first), None
         self.leaves.append(leaf)
@@ -119,7 +121,7 @@ class _Encoder:
 
 
 def children(value: Any, path: str) -> tuple[dict[str, JSON] | None, list[tuple[str, Any]]] | None:
-    """Return what describes a node, without its items, and its (path, child) pairs; None when the value is a leaf."""
+    """Return the JSON of a node, without its items, and its (path, child) pairs; None when the value is a leaf."""
     cls = type(value)
     if value is None:
         return None, []
@@ -150,10 +152,12 @@ def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _checked_key(key: Any, path: str) -> str | int:
-    if type(key) is str or (type(key) is int and key.bit_length() < _DECIMAL_BITS):
+def _checked_key(key: object, path: str) -> str | int:
+    if isinstance(key, str) and type(key) is str:
         return key
-    if type(key) is int:
+    if isinstance(key, int) and type(key) is int:
+        if key.bit_length() < _DECIMAL_BITS:
+            return key
         what = f"a dict has an integer of {key.bit_length()} bits as a key, which JSON cannot hold"
         raise TreeError(explain(what, where=show(path), instead="use a str"))
     what = f"a dict has a key of type {type(key).__name__}, which a snapshot cannot store"
@@ -185,7 +189,7 @@ def show(path: str) -> str:
     return path.removeprefix(".") or "the root"
 
 
-def kind_of(value: Any) -> str | None:
+def kind_of(value: object) -> str | None:
     """Return the kind under which a leaf is stored, None when it cannot be."""
     if isinstance(value, torch.Tensor):
         return "tensor"
@@ -201,7 +205,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _describe(value: Any, path: str) -> tuple[Leaf, Any]:
+def _describe(value: Any, path: str) -> tuple[Leaf, Stored | None]:
     kind = kind_of(value)
     if kind == "tensor":
         _check_tensor(value, path)
@@ -247,8 +251,8 @@ def _check_tensor(value: torch.Tensor, path: str) -> None:
         raise TreeError(explain(reason, where=f"{show(path)}: {tree.describe(split)}", instead=instead))
 
 
-def _identity(value: Any) -> Any:
-    """Return what two leaves share when they are the same view of the same memory; None for empty ones."""
+def _identity(value: Any) -> tuple[Any, ...]:
+    """Return a key that two leaves have in common if they are the same view of the same memory."""
     if isinstance(value, torch.Tensor):
         if value.numel() == 0:
             return ("tensor", id(value))

@@ -1,7 +1,7 @@
-"""Typed reading of the JSON files of a snapshot: whatever they hold, a value of the right type or `CorruptSnapshot`.
+"""Typed reading of the JSON files of a snapshot: a value of the right type, or `CorruptSnapshot`, for any content.
 
-A seal says that a file was written by a program that seals, not that it is the right file, nor of this version. So
-every field is read by the type that it must have. Fields that this version does not know are skipped.
+A valid seal proves that a file was written with a seal, not that it is the right file, nor of this version. So every
+field is read as the type that it must have. Fields that this version does not know are skipped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from purestep.snapshot.codec import DEPTH, JSON, PYTHON_KINDS, Leaf, from_text
 from purestep.snapshot.pack import ARRAY_NAME, NUMPY_DTYPE, Piece
 from purestep.snapshot.shards import count, width
 
-_LARGEST = 1 << 62  # elements and bytes of one leaf, ranks, steps: more is no number of ours
+_LARGEST = 1 << 62  # more than any number of elements, bytes, ranks or steps
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _KEYED, _LISTED = ("dict", "OrderedDict", "defaultdict"), ("list", "tuple", "deque")
 _MISSING = object()
 
 
 def parse(text: bytes, file: str) -> Field:
-    """Return what JSON text holds.
+    """Return the value of JSON text.
 
     Raises:
         CorruptSnapshot: it is no JSON, or nested too deeply to be read.
@@ -42,10 +42,10 @@ def parse(text: bytes, file: str) -> Field:
 
 @dataclass(frozen=True)
 class Field:
-    """A value that was read, and where it was: each method returns it as what it must be.
+    """A value of a file and its path in it: each method returns it as one type.
 
     Raises:
-        CorruptSnapshot: it is not; the message names the file and the field.
+        CorruptSnapshot: the value is of another type; the message names the file and the field.
 
     Example:
         >>> Field({"step": [3]}, "meta/data.json")["step"].natural()
@@ -65,10 +65,10 @@ class Field:
         return CorruptSnapshot(explain(what, where=where, why=f"expected {expected}, found {_describe(self.value)}"))
 
     def __getitem__(self, name: str) -> Field:
-        found = self.get(name)
-        if found is None:
+        value = self.get(name)
+        if value is None:
             raise self.wrong(f"a record with the field {name!r}")
-        return found
+        return value
 
     def get(self, name: str) -> Field | None:
         """Return a field of a record, None when it has none of that name."""
@@ -125,15 +125,15 @@ def _describe(value: JSON) -> str:
 
 def leaves(rows: Field) -> list[Leaf]:
     """Return the leaves of `meta/tree.json`; an alias refers to an earlier leaf that has bytes of the same form."""
-    found: list[Leaf] = []
+    decoded: list[Leaf] = []
     for row in rows.items():
         leaf = _leaf(row)
         if leaf.alias is not None:
-            first = found[leaf.alias] if leaf.alias < len(found) else None
+            first = decoded[leaf.alias] if leaf.alias < len(decoded) else None
             if first is None or not first.has_bytes or _form(first) != _form(leaf):
                 raise row["alias"].wrong("the index of an earlier leaf of the same dtype and shape")
-        found.append(leaf)
-    return found
+        decoded.append(leaf)
+    return decoded
 
 
 def _form(leaf: Leaf) -> tuple[Any, ...]:
@@ -172,26 +172,26 @@ def _is_numpy(name: str) -> bool:
     return True
 
 
-def piece(row: Field, found: list[Leaf]) -> Piece:
-    """Return one row of `meta/pieces.json`, which lies inside of its leaf."""
+def piece(row: Field, leaves: list[Leaf]) -> Piece:
+    """Return one row of `meta/pieces.json`, whose box is inside of its leaf."""
     items = row.items()
     if len(items) != len(Piece._fields):
         raise row.wrong(f"a list of {len(Piece._fields)} values")
-    index, start, shape, rank, array, offset, nbytes, total = items
-    leaf = found[index.natural(len(found))]
-    made = Piece(
+    index, start, shape, rank, array, offset, nbytes, checksum = items
+    leaf = leaves[index.natural(len(leaves))]
+    piece = Piece(
         *(index.natural(), start.naturals(), shape.naturals(), rank.natural()),
-        *(array.text(), offset.natural(), nbytes.natural(), total.text()),
+        *(array.text(), offset.natural(), nbytes.natural(), checksum.text()),
     )
-    inside = len(made.start) == len(made.shape) == len(leaf.shape) and all(
-        at + n <= size for at, n, size in zip(made.start, made.shape, leaf.shape, strict=True)
+    inside = len(piece.start) == len(piece.shape) == len(leaf.shape) and all(
+        at + n <= size for at, n, size in zip(piece.start, piece.shape, leaf.shape, strict=True)
     )
-    if not leaf.has_bytes or not inside or made.nbytes != count(made.box) * width(leaf):
-        raise row.wrong(f"a part of a leaf of {leaf}")
-    if made.nbytes and not ARRAY_NAME.fullmatch(made.array):
+    if not leaf.has_bytes or not inside or piece.nbytes != count(piece.box) * width(leaf):
+        raise row.wrong(f"a shard of a leaf of {leaf}")
+    if piece.nbytes and not ARRAY_NAME.fullmatch(piece.array):
         # A name of another form could lead out of the snapshot's directory.
         raise array.wrong("the name of a stored array")
-    return made
+    return piece
 
 
 # --- the structure ----------------------------------------------------------------------------------------------------
@@ -204,73 +204,73 @@ class _Structure:
     number: int
     seen: set[int] = field(default_factory=set)
 
-    def node(self, at: Field, depth: int) -> None:
+    def node(self, entry: Field, depth: int) -> None:
         if depth > DEPTH:
-            raise at.wrong(f"a tree of at most {DEPTH} levels")
-        if at.value is None:
+            raise entry.wrong(f"a tree of at most {DEPTH} levels")
+        if entry.value is None:
             return
-        if type(at.value) is int:
-            if at.natural(self.number) in self.seen:
-                raise at.wrong("the index of a leaf that no other place in the tree has")
-            self.seen.add(at.value)
+        if type(entry.value) is int:
+            if entry.natural(self.number) in self.seen:
+                raise entry.wrong("the index of a leaf that no other place in the tree has")
+            self.seen.add(entry.value)
             return
-        items = at["items"].items()
-        self.head(at, at["node"].text(), len(items), depth)
+        items = entry["items"].items()
+        self.head(entry, entry["node"].text(), len(items), depth)
         for item in items:
             self.node(item, depth + 1)
 
-    def head(self, at: Field, kind: str, number: int, depth: int) -> None:
+    def head(self, entry: Field, kind: str, number: int, depth: int) -> None:
         names: list[str | int] | None = None
         if kind in _KEYED:
-            names = [key.value if type(key.value) is int else key.text() for key in at["keys"].items()]
+            names = [key.value if type(key.value) is int else key.text() for key in entry["keys"].items()]
         elif kind in ("namedtuple", "pytree"):
-            at["class"].text()
-            names = [name.text() for name in at["fields"].items()]
+            entry["class"].text()
+            names = [name.text() for name in entry["fields"].items()]
             if kind == "pytree":
-                for value in at["static"].entries().values():
+                for value in entry["static"].entries().values():
                     _static(value, depth + 1)
         elif kind not in _LISTED:
-            raise at["node"].wrong("a kind of node that this version knows")
-        elif kind == "deque" and (longest := at["maxlen"]).value is not None:
+            raise entry["node"].wrong("a kind of node that this version knows")
+        elif kind == "deque" and (longest := entry["maxlen"]).value is not None:
             longest.natural()
-        unexpected = {"keys", "fields"} & set(at.record()) - {"keys" if kind in _KEYED else "fields"}
-        if names is None and {"keys", "fields"} & set(at.record()):
-            raise at.wrong(f"a {kind}, whose items have no names")
+        unexpected = {"keys", "fields"} & set(entry.record()) - {"keys" if kind in _KEYED else "fields"}
+        if names is None and {"keys", "fields"} & set(entry.record()):
+            raise entry.wrong(f"a {kind}, whose items have no names")
         if unexpected or (names is not None and (len(names) != number or len(set(names)) != number)):
-            raise at.wrong(f"a {kind} with one name for each of its {number} items")
+            raise entry.wrong(f"a {kind} with one name for each of its {number} items")
 
 
-def _static(at: Field, depth: int) -> None:
+def _static(entry: Field, depth: int) -> None:
     if depth > DEPTH:
-        raise at.wrong(f"a static field of at most {DEPTH} levels")
-    if type(at.value) is list:
-        for item in at.items():
+        raise entry.wrong(f"a static field of at most {DEPTH} levels")
+    if type(entry.value) is list:
+        for item in entry.items():
             _static(item, depth + 1)
-    elif type(at.value) is dict:
-        tag = next(iter(at.value)) if len(at.value) == 1 else ""
+    elif type(entry.value) is dict:
+        tag = next(iter(entry.value)) if len(entry.value) == 1 else ""
         if tag == "int":
-            at[tag].text(_HEX)
+            entry[tag].text(_HEX)
         elif tag == "opaque":
-            at[tag].text()
+            entry[tag].text()
         elif tag == "tuple":
-            for item in at[tag].items():
+            for item in entry[tag].items():
                 _static(item, depth + 1)
         elif tag == "dict":
-            for value in at[tag].entries().values():
+            for value in entry[tag].entries().values():
                 _static(value, depth + 1)
         else:
-            raise at.wrong("a static field as snapshots write it")
+            raise entry.wrong("a static field as snapshots write it")
 
 
 _HEX = re.compile(r"-?0x[0-9a-f]+")
 
 
-def structure(at: Field, number: int) -> JSON:
+def structure(entry: Field, number: int) -> JSON:
     """Return the nodes of a tree with that many leaves, checked."""
-    _Structure(number).node(at, 0)
-    return at.value
+    _Structure(number).node(entry, 0)
+    return entry.value
 
 
-def texts(at: Field | None, pattern: re.Pattern[str] | None = None) -> Mapping[str, str]:
+def texts(entry: Field | None, pattern: re.Pattern[str] | None = None) -> Mapping[str, str]:
     """Return a record of texts; an empty one where there is none."""
-    return {} if at is None else {name: value.text(pattern) for name, value in at.entries().items()}
+    return {} if entry is None else {name: value.text(pattern) for name, value in entry.entries().items()}

@@ -1,7 +1,8 @@
-"""The digest of a saved tree, put together from what each rank has: the `tree.digest` of the whole tree.
+"""The digest of a saved tree, computed from the rows of all ranks: the `tree.digest` of the full tree.
 
-Every leaf counts with its own bytes, in order, so the digest knows nothing of placement. A long leaf that is split is
-digested by one of the ranks that hold it, which reads the other parts from the disk, one leaf at a time.
+A row is the kind, size and condensed bytes of one leaf, in order of the leaves, so the digest does not depend on the
+placement. The row of a long sharded leaf is computed by one of the ranks that hold it, which reads the other shards
+from the disk, one leaf at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from purestep import bits, tree
 from purestep.errors import SnapshotError, explain
 from purestep.snapshot.codec import JSON, Encoded, Leaf, from_text, show
 from purestep.snapshot.pack import Piece, materialize, unpack
-from purestep.snapshot.shards import Owned, count, lay, whole, width
+from purestep.snapshot.shards import OwnedShard, copy_overlap, count, full_box, width
 
 Row = tuple[str, int, bytes]  # kind, number of bytes, condensed bytes
 ReadArrays = Callable[[Path, Sequence[str]], dict[str, np.ndarray]]
@@ -51,18 +51,18 @@ def _inside(path: str, under: str) -> bool:
 
 
 def row_of(leaf: Leaf, content: np.ndarray) -> Row:
-    """Return the row of a whole leaf, given its bytes."""
+    """Return the row of a full leaf, given its bytes."""
     return bits.digest_row(leaf.path, materialize(leaf, content))
 
 
-def rows_of(parts: Sequence[Owned], contents: Sequence[np.ndarray]) -> dict[int, Row]:
-    """Return the rows of the leaves that this rank holds whole, by index."""
-    pairs = zip(parts, contents, strict=True)
-    return {part.index: row_of(part.leaf, content) for part, content in pairs if part.is_whole}
+def rows_of(shards: Sequence[OwnedShard], contents: Sequence[np.ndarray]) -> dict[int, Row]:
+    """Return the rows of the unsharded leaves that this rank writes, by index."""
+    pairs = zip(shards, contents, strict=True)
+    return {shard.index: row_of(shard.leaf, content) for shard, content in pairs if shard.is_full}
 
 
 def to_json(rows: Mapping[int, Row]) -> JSON:
-    """Return rows as JSON; only of long leaves, because a short one has its bytes in its row."""
+    """Return rows as JSON; those of short leaves are left out, because rank 0 reads their bytes anyway."""
     return [[index, kind, size, content.hex()] for index, (kind, size, content) in rows.items() if size > bits.BLOCK]
 
 
@@ -72,7 +72,7 @@ def from_json(rows: JSON) -> dict[int, Row]:
 
 
 def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> str:
-    """Return the digest of a tree, or of a part of it, from the rows of all leaves that have bytes.
+    """Return the digest of a tree, or of a scope of it, from the rows of all leaves that have bytes.
 
     Raises:
         SnapshotError: no rank has written some leaf.
@@ -90,82 +90,84 @@ def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> 
     return bits.digest_rows((path, *row(index, leaf)) for path, index, leaf in named if path is not None)
 
 
-def of_value(value: Any, scope: Scope) -> str:
-    """Return the digest of a part of a tree in memory. Where it is split over ranks, each of them calls this."""
+def of_value(value: object, scope: Scope) -> str:
+    """Return the digest of a scope of a tree in memory. A collective where tensors are sharded: every rank calls it."""
     pairs = zip(tree.paths(value), tree.leaves(value), strict=True)
     return bits.digest_leaves((path, leaf) for full, leaf in pairs if (path := scope.path(full)) is not None)
 
 
 def missing(leaf: Leaf) -> str:
-    """Return the message of a leaf of which no rank has written some part."""
+    """Return the message for a leaf some of whose elements no rank has written."""
     why = "the ranks do not hold the same tree, or not all of them have saved"
-    return explain("parts of a leaf were written by no rank", where=f"{show(leaf.path)}: {leaf}", why=why)
+    return explain("shards of a leaf were written by no rank", where=f"{show(leaf.path)}: {leaf}", why=why)
 
 
-class Others:
-    """The leaves whose rows can be made only when all ranks have written, and which of them this rank makes.
+class ShardedLeaves:
+    """The leaves whose rows need the bytes of several ranks, and which of them this rank digests.
 
-    Short ones are made by rank 0, which needs their bytes. Long ones that are split are shared by their holders.
+    Rank 0 digests the short ones, because a short row is the bytes themselves. Each long sharded leaf is digested by
+    one of the ranks that hold it, in turn, so that no rank reads them all.
 
     Args:
         leaves: all leaves.
-        pieces: of all ranks, in the same order everywhere.
+        pieces: of all ranks, in the same order on each.
         rank: this process.
     """
 
     def __init__(self, leaves: Sequence[Leaf], pieces: Iterable[Piece], rank: int) -> None:
         self.leaves = leaves
-        self.open: dict[int, list[Piece]] = {}
+        self.pieces: dict[int, list[Piece]] = {}
         for piece in pieces:
             leaf = leaves[piece.leaf]
-            if piece.box != whole(leaf) or (piece.rank and size(leaf) <= bits.BLOCK):
-                self.open.setdefault(piece.leaf, []).append(piece)
-        self.mine = [index for index, found in self.open.items() if self._maker(index, found) == rank]
+            if piece.box != full_box(leaf) or (piece.rank and size(leaf) <= bits.BLOCK):
+                self.pieces.setdefault(piece.leaf, []).append(piece)
+        self.assigned = [index for index, pieces in self.pieces.items() if self._digester(index, pieces) == rank]
 
-    def _maker(self, index: int, pieces: list[Piece]) -> int:
+    def _digester(self, index: int, pieces: list[Piece]) -> int:
         if size(self.leaves[index]) <= bits.BLOCK:
             return 0
         holders = sorted({piece.rank for piece in pieces})
         return holders[index % len(holders)]
 
     def rows(self, temporary: Path, read_arrays: ReadArrays) -> dict[int, Row]:
-        """Return the rows of this rank's leaves; whole leaves are in memory one at a time.
+        """Return the rows of the leaves assigned to this rank; one full leaf at a time is in memory.
 
         Raises:
-            SnapshotError: some part was written by no rank.
+            SnapshotError: some shard was written by no rank.
         """
-        short = [index for index in self.mine if size(self.leaves[index]) <= bits.BLOCK]
-        groups = [[index] for index in self.mine if index not in set(short)]
-        found: dict[int, Row] = {}
+        # All short leaves at once, because reading an array has a fixed cost; long ones alone, to bound the memory.
+        short = [index for index in self.assigned if size(self.leaves[index]) <= bits.BLOCK]
+        groups = [[index] for index in self.assigned if index not in set(short)]
+        rows: dict[int, Row] = {}
         for group in [short, *groups] if short else groups:
-            found |= self._group(group, temporary, read_arrays)
-        return found
+            rows |= self._rows_of_group(group, temporary, read_arrays)
+        return rows
 
-    def _group(self, group: list[int], temporary: Path, read_arrays: ReadArrays) -> dict[int, Row]:
+    def _rows_of_group(self, group: list[int], temporary: Path, read_arrays: ReadArrays) -> dict[int, Row]:
         contents = {index: np.empty(size(self.leaves[index]), np.uint8) for index in group}
-        filled = dict.fromkeys(group, 0)
+        filled = dict.fromkeys(group, 0)  # elements written so far
         by_rank: dict[int, list[Piece]] = {}
         for index in group:
-            for piece in self.open[index]:
+            for piece in self.pieces[index]:
                 by_rank.setdefault(piece.rank, []).append(piece)
         for rank, pieces in by_rank.items():
             names = list(dict.fromkeys(piece.array for piece in pieces if piece.nbytes))
             arrays = read_arrays(temporary / STATE.format(rank), names) if names else {}
             for piece, content in zip(pieces, unpack(self.leaves, pieces, arrays, verify=True), strict=True):
                 leaf = self.leaves[piece.leaf]
-                filled[piece.leaf] += lay(leaf, content, piece.box, contents[piece.leaf], whole(leaf))
+                filled[piece.leaf] += copy_overlap(leaf, content, piece.box, contents[piece.leaf], full_box(leaf))
         for index in group:
-            if filled[index] != count(whole(self.leaves[index])):
+            if filled[index] != count(full_box(self.leaves[index])):
                 raise SnapshotError(missing(self.leaves[index]))
         return {index: row_of(self.leaves[index], contents[index]) for index in group}
 
 
 def is_shared(leaves: Sequence[Leaf], piece: Piece) -> bool:
-    """Tell whether a piece is one part of a long leaf: then its rank and the others digest such leaves together."""
+    """Tell whether a piece is a shard of a long leaf, which its holders digest together."""
     leaf = leaves[piece.leaf]
-    return piece.box != whole(leaf) and size(leaf) > bits.BLOCK
+    return piece.box != full_box(leaf) and size(leaf) > bits.BLOCK
 
 
 def size(leaf: Leaf) -> int:
-    """Return the bytes of a whole leaf."""
-    return count(whole(leaf)) * width(leaf)
+    """Return the bytes of a full leaf."""
+    return count(full_box(leaf)) * width(leaf)

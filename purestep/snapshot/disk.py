@@ -1,6 +1,6 @@
-"""Directories that appear whole or not at all, and that survive a power cut.
+"""Directories that appear complete or not at all, and that survive a power cut.
 
-It owns temporary names, fsync, the rename that commits, and removal. It knows nothing of what the files hold.
+It owns temporary names, fsync, the rename that commits, and removal. It does not know the content of the files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-MARK = ".purestep-tmp-"  # in the name of everything that is not, or no longer, a snapshot
+MARK = ".purestep-tmp-"  # in the name of every directory that is not yet, or no longer, a snapshot
 _SYNC_THREADS = 8
 _numbers = itertools.count()
 _active: set[Path] = set()  # temporary directories that this process is writing
@@ -24,8 +24,8 @@ def begin(root: Path, name: str, token: str | None = None) -> Path:
 
     Args:
         root: the directory.
-        name: what it is to become.
-        token: what nothing else there has in its name; made by default.
+        name: the name that it will be committed under.
+        token: unique in this root; by default a new one.
     """
     path = temporary_path(root, name, token or unique())
     _active.add(path)
@@ -43,16 +43,16 @@ def temporary_path(root: Path, name: str, token: str) -> Path:
 
 
 def unique() -> str:
-    """Return a name that nothing else in this directory has or had, whichever machine wrote it."""
+    """Return a name that no file of this directory has or had: not of this process, nor of another host."""
     return f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
 
 
 def make_root(root: Path, *, parents: bool = True) -> None:
-    """Make a directory, and its parents unless they have to be there, durably."""
+    """Make a directory durably; with `parents` its missing parents too, else a missing parent is an error."""
     missing = [path for path in (root, *root.parents) if not path.exists()]
     root.mkdir(parents=parents, exist_ok=True)
     for path in missing:
-        fsync(path.parent)
+        fsync(path.parent)  # the name of a new directory is in its parent
 
 
 def write(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -64,7 +64,7 @@ def write(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Force a file or a directory to the disk."""
+    """Write a file or a directory through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,18 +73,18 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(directory: Path, *, skip: Path | None = None) -> None:
-    """Force all that lies under a directory to the disk, files before the directories that name them.
+    """Write everything under a directory through to the disk, files before the directories that name them.
 
     Args:
         directory: the directory.
-        skip: a directory under it whose content has been forced already.
+        skip: a directory under it whose content is on the disk already.
     """
     directories, files = [], []
-    for parent, below, names in os.walk(directory):
+    for parent, subdirectories, names in os.walk(directory):
         directories.append(Path(parent))
         files += [Path(parent, name) for name in names]
-        below[:] = [name for name in below if Path(parent, name) != skip]
-    # Each waits for the device; from several threads they share its flushes.
+        subdirectories[:] = [name for name in subdirectories if Path(parent, name) != skip]
+    # Each call waits for a flush of the device; calls from several threads share one flush.
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:
         list(pool.map(fsync, files))
         list(pool.map(fsync, directories))
@@ -96,13 +96,15 @@ def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
     Args:
         temporary: from `begin`.
         final: its name from now on.
-        synced: a directory in it that `fsync_tree` has forced to the disk already.
+        synced: a directory in it that `fsync_tree` has written through already.
     """
+    # Content before name: after a power cut the name must not exist with files that are empty or cut short.
     fsync_tree(temporary, skip=synced)
     os.rename(temporary, final)
     try:
         fsync(final.parent)
-    except OSError:  # the new name may not survive a power cut: what is told as failed must not be found later
+    except OSError:
+        # The new name may not survive a power cut, so this save is reported as failed; then it must not be found later.
         with contextlib.suppress(OSError):
             os.rename(final, temporary)
         raise
@@ -110,37 +112,39 @@ def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
 
 
 def abandon(temporary: Path) -> None:
-    """Remove a temporary directory, as far as the disk lets us."""
+    """Remove a temporary directory; errors are ignored, because `clean` tries again."""
     shutil.rmtree(temporary, ignore_errors=True)
     _active.discard(temporary)
 
 
 def remove(directory: Path) -> None:
-    """Remove a committed directory so that no half of it can ever be taken for a whole."""
+    """Remove a committed directory, so that a reader never takes a half-removed one for a snapshot."""
+    # Renamed before its files are removed, and the rename is durable before that: after a power cut in between, the
+    # directory is there with all its files under its old name, or under a temporary one.
     with contextlib.suppress(FileNotFoundError):
-        trash = set_aside(directory)
+        renamed = rename_to_temporary(directory)
         try:
             fsync(directory.parent)
         except OSError:
-            _active.discard(trash)  # so that the next `clean` removes it
+            _active.discard(renamed)  # so that the next `clean` removes it
             raise
-        abandon(trash)
+        abandon(renamed)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename something to a temporary name that the next writer removes."""
-    trash = path.with_name(f"{path.name.partition(MARK)[0]}{MARK}{unique()}")
-    _active.add(trash)
+def rename_to_temporary(path: Path) -> Path:
+    """Rename a directory to a temporary name, under which the next writer removes it; return the new path."""
+    renamed = path.with_name(f"{path.name.partition(MARK)[0]}{MARK}{unique()}")
+    _active.add(renamed)
     try:
-        os.rename(path, trash)
+        os.rename(path, renamed)
     except OSError:
-        _active.discard(trash)  # a network file system may have done it all the same; then `clean` finds it
+        _active.discard(renamed)  # a network file system may report an error and rename all the same; `clean` finds it
         raise
-    return trash
+    return renamed
 
 
 def clean(root: Path) -> None:
-    """Remove what dead writers left in a root. Only the one writer of that root may call it."""
+    """Remove the temporary directories of dead writers. Only the one writer of that root may call it."""
     for path in root.glob(f"*{MARK}*"):
         if path not in _active:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,6 @@
 """A snapshot as one file for other programs: `.safetensors`, or what `torch.load` reads without running code.
 
-It needs neither the classes of the stored tree nor torch.distributed. The file appears whole or not at all.
+It needs neither the classes of the stored tree nor torch.distributed. The file appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from purestep.snapshot.index import Index
 from purestep.snapshot.manifest import Manifest, read_manifest
 from purestep.snapshot.pack import materialize
 from purestep.snapshot.reader import find, load
-from purestep.snapshot.shards import whole
+from purestep.snapshot.shards import full_box
 
 Only = Literal["params", "model", "all"]
 _FIELDS = {"params": ("params",), "model": ("params", "buffers")}
@@ -36,21 +36,21 @@ def consolidate(root: Path, out: str | Path, *, step: int | None = None, only: O
             raise SnapshotError(explain("there is no snapshot", where=str(root), instead="save one first"))
         step = steps[-1]
     directory = find(index, step).path
-    found = read_manifest(directory)
-    names = _chosen(found, only)
-    first = {name: _first(found, i) for name, i in names.items()}
-    asked = {i: {whole(found.leaves[i])} for i in first.values() if found.leaves[i].has_bytes}
-    contents = load(directory, found, asked, arrays.read_arrays, verify=True)
+    manifest = read_manifest(directory)
+    names = _selected(manifest, only)
+    first = {name: _first(manifest, i) for name, i in names.items()}
+    requested = {i: {full_box(manifest.leaves[i])} for i in first.values() if manifest.leaves[i].has_bytes}
+    contents = load(directory, manifest, requested, arrays.read_arrays, verify=True)
 
     def value(index: int) -> Any:
-        leaf = found.leaves[index]
+        leaf = manifest.leaves[index]
         if leaf.text is not None:
             return _plain(leaf)
-        return _as_tensor(leaf, materialize(leaf, contents[index, whole(leaf)]))
+        return _as_tensor(leaf, materialize(leaf, contents[index, full_box(leaf)]))
 
     values = {name: value(i) for name, i in first.items()}
-    about = {"format": "pt", "step": str(found.step), "digest": found.digest, "written_by": "purestep"}
-    _write(target, values, about)
+    metadata = {"format": "pt", "step": str(manifest.step), "digest": manifest.digest, "written_by": "purestep"}
+    _write(target, values, metadata)
     return target
 
 
@@ -63,22 +63,22 @@ def _checked(out: Path, only: str) -> Path:
     return out.absolute()
 
 
-def _first(found: Manifest, index: int) -> int:
-    alias = found.leaves[index].alias
+def _first(manifest: Manifest, index: int) -> int:
+    alias = manifest.leaves[index].alias
     return index if alias is None else alias
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _chosen(found: Manifest, only: Only) -> Named:
+def _selected(manifest: Manifest, only: Only) -> Named:
     """Return the leaves to write by name: a model's are named as in its `state_dict`."""
     if only == "all":
-        return dict(_walk(found.structure, ()))
-    states = [(path, node) for path, node in _nodes(found.structure, ()) if _is_state(node)]
+        return dict(_walk(manifest.structure, ()))
+    states = [(path, node) for path, node in _nodes(manifest.structure, ()) if _is_state(node)]
     if not states:
         what = f"the snapshot holds no state with {only}, as `ps.init` makes them"
-        raise TreeError(explain(what, where=f"step {found.step}", instead='only="all"'))
+        raise TreeError(explain(what, where=f"step {manifest.step}", instead='only="all"'))
     named: Named = {}
     for path, node in states:
         prefix = path if len(states) > 1 else ()  # a GAN has two models; one needs no prefix
@@ -116,7 +116,7 @@ def _walk(node: JSON, path: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def _plain(leaf: Leaf) -> bool | int | float | str:
-    """Return a Python leaf as a value that every reader knows: long integers, complex numbers and bytes as text."""
+    """Return a Python leaf as a value that every reader supports: long integers, complex numbers and bytes as text."""
     text = leaf.text or ""
     value: Any = from_text(leaf.kind, text)
     if leaf.kind in ("complex", "bytes") or (leaf.kind == "int" and value.bit_length() > 63):
@@ -126,17 +126,17 @@ def _plain(leaf: Leaf) -> bool | int | float | str:
 
 def _as_tensor(leaf: Leaf, value: Any) -> torch.Tensor:
     if leaf.kind == "tensor":
-        found: torch.Tensor = value
-        return found
+        tensor: torch.Tensor = value
+        return tensor
     return torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))
 
 
-def _write(target: Path, values: dict[str, Any], about: dict[str, str]) -> None:
+def _write(target: Path, values: dict[str, Any], metadata: dict[str, str]) -> None:
     disk.make_root(target.parent)
     unfinished = target.with_name(f".{target.name}.{disk.unique()}")
     try:
         if target.suffix == ".safetensors":
-            _save_safetensors(unfinished, values, about)
+            _save_safetensors(unfinished, values, metadata)
         else:
             torch.save(values, unfinished)
         disk.fsync(unfinished)
@@ -147,18 +147,18 @@ def _write(target: Path, values: dict[str, Any], about: dict[str, str]) -> None:
     disk.fsync(target.parent)
 
 
-def _save_safetensors(path: Path, values: dict[str, Any], about: dict[str, str]) -> None:
+def _save_safetensors(path: Path, values: dict[str, Any], metadata: dict[str, str]) -> None:
     module = import_extra("safetensors.torch", extra="export", needed_by="snapshot.consolidate(..., 'x.safetensors')")
     tensors: dict[str, torch.Tensor] = {}
-    taken: set[int] = set()
+    written: set[int] = set()
     for name, value in values.items():
-        if isinstance(value, torch.Tensor):  # the format knows no ties
-            tensors[name] = value.clone() if value.data_ptr() in taken else value
-            taken.add(value.data_ptr())
+        if isinstance(value, torch.Tensor):  # the format refuses tied tensors, so they are written twice
+            tensors[name] = value.clone() if value.data_ptr() in written else value
+            written.add(value.data_ptr())
         else:
-            about[f"value:{name}"] = json.dumps(value)
+            metadata[f"value:{name}"] = json.dumps(value)
     try:
-        module.save_file(tensors, str(path), metadata=about)
+        module.save_file(tensors, str(path), metadata=metadata)
     except (KeyError, ValueError, TypeError) as error:
         dtypes = ", ".join(sorted({str(value.dtype) for value in tensors.values()}))
         what, instead = "safetensors cannot hold these leaves", "consolidate(..., 'model.pt')"

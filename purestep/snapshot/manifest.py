@@ -1,8 +1,8 @@
-"""What a snapshot says about itself: step, metrics, environment, structure, leaves and checksums.
+"""The manifest of a snapshot: step, metrics, environment, structure, leaves and checksums.
 
-Three sealed JSON files: `meta/data.json` (small, read to list), `meta/tree.json` (structure and leaves) and
-`meta/pieces.json` (where the bytes of each leaf are). A seal is a checksum over the exact text; `data.json` also seals
-the other two. Nothing read here is ever used as a path or as code.
+Three sealed JSON files: `meta/data.json` (small, read for a listing), `meta/tree.json` (structure and leaves) and
+`meta/pieces.json` (where the bytes of each leaf are). A seal is a checksum of the exact text; `data.json` also has the
+checksums of the other two. Nothing read here is ever used as a path or as code.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Header:
         metrics: as given to `save`.
         info: as given to `save`.
         digest: `purestep.tree.digest` of the saved tree.
-        digests: of parts of it. A run has "state", the digest of its train state, and "run", that of all of it without
-            what the clock says; both are equal for equal runs. Snapshots of older versions have none.
+        digests: of subtrees, by name. A run has "state", the digest of its train state, and "run", that of the loop
+            without its times; both are equal for equal runs. Snapshots of older versions have none.
         scopes: which leaves each of `digests` covers.
         created: seconds since the epoch.
-        environment: versions, thread count, CPU capability, deterministic flags, world size: what bits depend on.
+        environment: versions, thread count, CPU capability, deterministic flags, world size: they influence the bits.
         keep: repr of the preservation policy of the writer.
-        seals: checksum of each of the other files.
-        format: of the files; older ones are read, too.
+        seals: checksum of each of the other files, 16 hex digits.
+        format: version of the files; older ones are read, too.
     """
 
     step: int
@@ -68,12 +68,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Manifest(Header):
-    """All that a snapshot says about itself, without the arrays.
+    """Everything in a snapshot except its arrays.
 
     Attributes:
         structure: the nodes of the tree as JSON, referring to leaves by index.
         leaves: path, kind, dtype, shape of each leaf, and the text of Python leaves.
-        pieces: for each part of a leaf that has bytes: which box of which leaf, where it is, size and xxh3.
+        pieces: of each stored shard of a leaf: its box, where its bytes are, their number and xxh3.
     """
 
     structure: JSON = None
@@ -82,7 +82,7 @@ class Manifest(Header):
 
 
 def environment() -> dict[str, JSON]:
-    """Return what the bits of a run depend on besides its inputs."""
+    """Return the settings of this process that the bits of a run depend on, besides its inputs: JSON by name."""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -105,7 +105,7 @@ def now() -> float:
 
 
 def dump(manifest: Manifest) -> dict[str, bytes]:
-    """Return the content of each file of a manifest, by its place in the snapshot."""
+    """Return the content of each file of a manifest, by its path in the snapshot."""
     files = {
         TREE: seal({"structure": manifest.structure, "leaves": [leaf.to_json() for leaf in manifest.leaves]}),
         PIECES: seal({"pieces": [list(piece) for piece in manifest.pieces]}),
@@ -145,7 +145,7 @@ def _number(value: float) -> float | str:
 
 
 def unseal(content: bytes, name: str) -> JSON:
-    """Return the body of sealed text, of any form.
+    """Return the body of sealed text, as parsed JSON of any type.
 
     Raises:
         CorruptSnapshot: the text is not what was sealed.
@@ -159,7 +159,7 @@ def unseal(content: bytes, name: str) -> JSON:
 
 
 def read_header(directory: Path) -> Header:
-    """Read what lists a snapshot.
+    """Read the header of a snapshot.
 
     Raises:
         CorruptSnapshot: the file is missing, unreadable or not what was written.
@@ -167,9 +167,9 @@ def read_header(directory: Path) -> Header:
     """
     file = str(directory / DATA)
     head = decode.Field(unseal(_read(directory, DATA), file), file)
-    form = head["format"].natural()
-    if form not in (1, FORMAT):
-        what = f"the snapshot is of format {form}, this version of purestep reads formats 1 and {FORMAT}"
+    format_ = head["format"].natural()
+    if format_ not in (1, FORMAT):
+        what = f"the snapshot is of format {format_}, this version of purestep reads formats 1 and {FORMAT}"
         raise SnapshotError(explain(what, where=str(directory), instead="read it with the version that wrote it"))
     scopes = head.get("scopes")
     return Header(
@@ -181,14 +181,14 @@ def read_header(directory: Path) -> Header:
         environment=head["environment"].record(),
         keep=head["keep"].text(),
         seals=decode.texts(head["seals"]),
-        format=form,
+        format=format_,
         digests=decode.texts(head.get("digests"), _DIGEST),
-        scopes={} if scopes is None else {name: _scope(at) for name, at in scopes.entries().items()},
+        scopes={} if scopes is None else {name: _scope(field) for name, field in scopes.entries().items()},
     )
 
 
-def _scope(at: decode.Field) -> Scope:
-    return Scope(at["under"].text(), tuple(path.text() for path in at["without"].items()))
+def _scope(field: decode.Field) -> Scope:
+    return Scope(field["under"].text(), tuple(path.text() for path in field["without"].items()))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -210,10 +210,10 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _rows_1(leaves: Sequence[Leaf], rows: Sequence[decode.Field]) -> list[decode.Field]:
     """Return rows of format 1, one for each leaf that has bytes, as format 2 has them."""
-    own = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.has_bytes]
-    if rows and len(rows) != len(own):
-        raise rows[0].wrong(f"one of {len(own)} rows")
-    heads = [[index, [0] * len(leaf.shape), list(leaf.shape), 0] for index, leaf in own]
+    indexed = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.has_bytes]
+    if rows and len(rows) != len(indexed):
+        raise rows[0].wrong(f"one of {len(indexed)} rows")
+    heads = [[index, [0] * len(leaf.shape), list(leaf.shape), 0] for index, leaf in indexed]
     return [
         dataclasses.replace(row, value=[*head, *(item.value for item in row.items())])
         for head, row in zip(heads, rows, strict=False)

@@ -1,6 +1,6 @@
-"""Leaves <-> the few flat arrays that go to disk, each leaf with its own checksum.
+"""Leaves <-> the few flat arrays that are written to disk, with a checksum for each leaf.
 
-Large leaves are arrays of their own, small ones lie side by side in arenas: thousands of tiny files would cost more
+A large leaf is an array of its own, small ones are concatenated into arenas: thousands of tiny files would cost more
 than their bytes. It owns dtypes and checksums; it never touches a file.
 """
 
@@ -17,21 +17,30 @@ import numpy as np
 import torch
 
 from purestep.errors import CorruptSnapshot, explain
-from purestep.snapshot.codec import Leaf, show
-from purestep.snapshot.shards import Box, Owned, count, width
+from purestep.snapshot.codec import Leaf, Stored, show
+from purestep.snapshot.shards import Box, OwnedShard, count, width
 
-SMALL = 1 << 20  # bytes below which a leaf goes into an arena
-ARENA = 32 << 20  # bytes after which the next arena is begun
+SMALL = 1 << 20  # bytes; a smaller leaf goes into an arena
+ARENA = 32 << 20  # bytes; an arena takes no more leaves once it is as large
 ARRAY_NAME = re.compile(r"arena-\d+|\d+-[\w%-]*", re.ASCII)
 NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
 _STANDARD = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 _MINI_FLOAT = re.compile(r"bfloat16|float8_\w+")
 _HASH_THREADS = 4
-_UNSEALED = ""
+_NO_CHECKSUM = ""
 
 
 class Piece(NamedTuple):
-    """Where the bytes of a box of a leaf are: in which rank's part, which array, from which byte; and their xxh3."""
+    """Where the bytes of a shard of a leaf are stored.
+
+    Attributes:
+        leaf: index of the leaf.
+        start, shape: box of the shard in the full leaf.
+        rank: that wrote it.
+        array: name of the array of that rank, "" for a shard without bytes.
+        offset, nbytes: range of bytes in the array.
+        checksum: xxh3 of the bytes.
+    """
 
     leaf: int
     start: tuple[int, ...]
@@ -54,7 +63,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """Flat arrays by name, and one piece for each part of a leaf, in order of the leaves, not `sealed` yet."""
+    """Flat arrays by name, and one piece for each shard, in order of the leaves, without checksums yet."""
 
     arrays: dict[str, np.ndarray]
     pieces: list[Piece]
@@ -68,26 +77,26 @@ def checksum(data: bytes | np.ndarray) -> str:
 
 
 def checksums(contents: Iterable[np.ndarray]) -> list[str]:
-    """Return the checksum of each of some bytes; the large ones in threads, because hashing them releases the GIL."""
+    """Return the checksum of each content; large ones in threads, because hashing them releases the GIL."""
     contents = list(contents)
     large = [i for i, content in enumerate(contents) if content.nbytes >= SMALL]
-    found: dict[int, str] = {}
+    sums: dict[int, str] = {}
     if len(large) > 1:
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            found = dict(zip(large, pool.map(lambda i: checksum(contents[i]), large), strict=True))
-    return [found[i] if i in found else checksum(content) for i, content in enumerate(contents)]
+            sums = dict(zip(large, pool.map(lambda i: checksum(contents[i]), large), strict=True))
+    return [sums[i] if i in sums else checksum(content) for i, content in enumerate(contents)]
 
 
-def sealed(pieces: Sequence[Piece], sums: Sequence[str]) -> list[Piece]:
-    """Return pieces with their checksums, which are computed while the arrays are on their way to the disk."""
-    return [piece._replace(checksum=total) for piece, total in zip(pieces, sums, strict=True)]
+def with_checksums(pieces: Sequence[Piece], sums: Sequence[str]) -> list[Piece]:
+    """Return pieces with their checksums, which another thread computes while the arrays are written to disk."""
+    return [piece._replace(checksum=checksum) for piece, checksum in zip(pieces, sums, strict=True)]
 
 
-def pack(parts: Sequence[Owned], contents: Sequence[np.ndarray], *, rank: int = 0) -> Packed:
-    """Lay parts of leaves out in arrays.
+def pack(shards: Sequence[OwnedShard], contents: Sequence[np.ndarray], *, rank: int = 0) -> Packed:
+    """Place the bytes of shards in arrays.
 
     Args:
-        parts: the parts of leaves that this rank writes.
+        shards: those that this rank writes.
         contents: uint8[nbytes] of each, contiguous; large ones are not copied.
         rank: of this process.
     """
@@ -95,25 +104,27 @@ def pack(parts: Sequence[Owned], contents: Sequence[np.ndarray], *, rank: int = 
     pieces: list[Piece] = []
     arena: list[np.ndarray] = []
     filled = number = 0
-    for part, content in zip(parts, contents, strict=True):
+    for shard, content in zip(shards, contents, strict=True):
         if content.nbytes >= SMALL:
-            name, offset = array_name(part.index, part.leaf.path), 0
-            arrays[name] = _typed(content, part.leaf, part.box[1])
+            name, offset = array_name(shard.index, shard.leaf.path), 0
+            arrays[name] = _typed(content, shard.leaf, shard.box[1])
         else:
+            # Small leaves share an arena, in order. It is closed only when it is full: a leaf is never cut, so an arena
+            # may be one leaf longer than ARENA.
             if filled >= ARENA:
                 arrays[f"arena-{number}"] = np.concatenate(arena)
                 arena, filled, number = [], 0, number + 1
             name, offset = f"arena-{number}" if content.nbytes else "", filled
             arena.append(content)
             filled += content.nbytes
-        pieces.append(Piece(part.index, *part.box, rank, name, offset, content.nbytes, _UNSEALED))
+        pieces.append(Piece(shard.index, *shard.box, rank, name, offset, content.nbytes, _NO_CHECKSUM))
     if filled:
         arrays[f"arena-{number}"] = np.concatenate(arena)
     return Packed(arrays, pieces)
 
 
 def array_name(index: int, path: str) -> str:
-    """Return the name of a large leaf's array: unique, and safe as the name of a file.
+    """Return the name of a large leaf's array: unique, and valid as the name of a file.
 
     Example:
         >>> array_name(3, ".params['0/../weight']")
@@ -125,13 +136,13 @@ def array_name(index: int, path: str) -> str:
 def _typed(content: np.ndarray, leaf: Leaf, shape: tuple[int, ...]) -> np.ndarray:
     """View bytes as the dtype that other readers of the array expect; as bytes where numpy has no such dtype."""
     if leaf.kind == "tensor":
-        dtype: Any = _numpy_name(leaf.dtype)
+        dtype = _numpy_dtype(leaf.dtype)
     else:
         dtype = np.dtype(leaf.dtype) if np.dtype(leaf.dtype).isnative else None
     return content if dtype is None else content.view(dtype).reshape(shape)
 
 
-def _numpy_name(name: str) -> Any:
+def _numpy_dtype(name: str) -> np.dtype | None:
     if _STANDARD.fullmatch(name):
         return np.dtype(name)
     if _MINI_FLOAT.fullmatch(name):  # only these: 4-bit types of ml_dtypes do not keep every bit of a byte
@@ -144,12 +155,12 @@ def _numpy_name(name: str) -> Any:
 def unpack(
     leaves: Sequence[Leaf], pieces: Sequence[Piece], arrays: Mapping[str, np.ndarray], *, verify: bool
 ) -> list[np.ndarray]:
-    """Return uint8[nbytes] of each piece, memory of its own.
+    """Return uint8[nbytes] of each piece, in memory that no other piece shares.
 
     Args:
         leaves: all leaves, which the pieces refer to by index.
         pieces: of one rank.
-        arrays: what that rank has written, by name.
+        arrays: the arrays that this rank has written, by name.
         verify: whether to compare checksums.
 
     Raises:
@@ -159,7 +170,7 @@ def unpack(
     contents = [_slice(flat, leaves[piece.leaf], piece) for piece in pieces]
     if verify:
         pairs = zip(pieces, checksums(contents), strict=True)
-        wrong = [piece.leaf for piece, total in pairs if total != piece.checksum]
+        wrong = [piece.leaf for piece, actual in pairs if actual != piece.checksum]
         if wrong:
             where = "\n".join(f"{show(leaves[i].path)}: {leaves[i]}" for i in wrong[:10])
             where += f"\nand {len(wrong) - 10} more" if len(wrong) > 10 else ""
@@ -169,28 +180,29 @@ def unpack(
 
 
 def _slice(flat: Mapping[str, np.ndarray], leaf: Leaf, piece: Piece) -> np.ndarray:
-    inside = all(at >= 0 and at + n <= size for at, n, size in zip(*piece.box, leaf.shape, strict=True))
+    # The manifest is sealed, yet another program may have written it: a box is checked before it is used as a slice.
+    inside = all(start >= 0 and start + n <= size for start, n, size in zip(*piece.box, leaf.shape, strict=True))
     if not inside or piece.nbytes != count(piece.box) * width(leaf):
         where = f"{show(leaf.path)}: {leaf}, {piece.nbytes} bytes for {list(piece.shape)} from {list(piece.start)}"
-        raise CorruptSnapshot(explain("a part of a leaf does not fit into it", where=where))
+        raise CorruptSnapshot(explain("a shard of a leaf exceeds its shape", where=where))
     if piece.nbytes == 0:
         return np.empty(0, np.uint8)
     array = flat.get(piece.array)
-    whole = array is not None and array.nbytes == piece.nbytes
     if array is None or piece.offset < 0 or array.nbytes < piece.offset + piece.nbytes:
         what = "the bytes of a leaf are missing"
         raise CorruptSnapshot(explain(what, where=f"{show(leaf.path)}: {leaf}, in array {piece.array!r}"))
     # A slice of an arena is copied, so that no leaf keeps the whole arena alive or shares its storage.
-    return array if whole and array.flags.writeable else array[piece.offset : piece.offset + piece.nbytes].copy()
+    is_array = array.nbytes == piece.nbytes
+    return array if is_array and array.flags.writeable else array[piece.offset : piece.offset + piece.nbytes].copy()
 
 
-def materialize(leaf: Leaf, content: np.ndarray, shape: tuple[int, ...] | None = None) -> Any:
+def materialize(leaf: Leaf, content: np.ndarray, shape: tuple[int, ...] | None = None) -> Stored | np.generic:
     """View uint8[nbytes] as the tensor, array or scalar that a leaf describes. Nothing is copied.
 
     Args:
         leaf: the leaf.
-        content: its bytes, or those of a part of it.
-        shape: of the part; the leaf's own by default.
+        content: its bytes, or those of a shard of it.
+        shape: of the shard; by default that of the leaf.
 
     Raises:
         CorruptSnapshot: the bytes cannot be of that dtype and shape.

@@ -1,18 +1,19 @@
-"""The processes that write one store together, and how they come to one answer.
+"""The processes that write one store together, and how they get the same results and errors.
 
-Each rank reports what it found; from the same reports every rank draws the same conclusion. Reports travel through a
-function that the caller gives; in the background of a save, where that is not allowed, see `meeting`.
+Each rank sends its result to all; from the same results every rank computes the same answer. The caller passes the
+function that exchanges them; the background thread of a save may not call it, and uses the files of `meeting`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from purestep.errors import ConfigError, CorruptSnapshot, SnapshotError, TemplateMismatch, TreeError, explain
 from purestep.snapshot.codec import JSON
 
+T = TypeVar("T")
 _ERRORS: dict[str, type[Exception]] = {
     cls.__name__: cls for cls in (TemplateMismatch, CorruptSnapshot, SnapshotError, TreeError)
 }
@@ -29,9 +30,9 @@ class Ranks:
     Args:
         rank: number of this process, from 0.
         size: number of processes.
-        exchange: given a small JSON value, returns those of all ranks in their order; every rank calls it at once. Only
-            the thread that calls the store calls it.
-        timeout: seconds that a save waits for the parts of other ranks.
+        exchange: returns the JSON values that all ranks have passed to it, in order of the ranks; a collective: every
+            rank calls it. It is called only in the thread that calls the store.
+        timeout: seconds that a save waits for the shards of other ranks.
 
     Raises:
         ConfigError: the rank is not one of `size`, or several ranks have no exchange.
@@ -53,30 +54,30 @@ class Ranks:
             raise ConfigError(explain(what, where=repr(self), instead=instead))
 
     def from_first(self, answer: Callable[[], JSON]) -> JSON:
-        """Return the answer of rank 0, which alone is asked, on every rank."""
+        """Call a function on rank 0 only, and return its result on every rank."""
         return self.exchange(answer() if self.rank == 0 else None)[0]
 
-    def together(self, work: Callable[[], Any]) -> Any:
-        """Do something on every rank, and return what it gave here; when it fails on one, it fails on all.
+    def together(self, work: Callable[[], T]) -> T:
+        """Call a function on every rank, and return its result of this rank; if it fails on one, it fails on all.
 
         Raises:
-            TreeError, SnapshotError: the work raised it on some rank, which the message names.
+            TreeError, SnapshotError: the function raised it on some rank, which the message names.
         """
-        result, error = None, None
         try:
             result = work()
-        except Exception as caught:
-            error = caught
-        self.agree(error)
+        except Exception as error:
+            self.raise_everywhere(error)
+            raise
+        self.raise_everywhere(None)
         return result
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every rank what any of them met; nothing when none met anything."""
+    def raise_everywhere(self, error: Exception | None) -> None:
+        """Raise the error of any rank on every rank. Every rank calls it; without an error it returns."""
         reports = self.exchange(None if error is None else [type(error).__name__, str(error)])
         if error is not None and (self.size == 1 or all(report == reports[self.rank] for report in reports)):
             raise error
-        met = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
-        if met:
-            kinds = [kind for _, kind, _ in met]
+        failed = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
+        if failed:
+            kinds = [kind for _, kind, _ in failed]
             cls = next((_ERRORS[name] for name in _ERRORS if name in kinds), SnapshotError)
-            raise cls("\n".join(f"rank {rank}: {text}" for rank, _, text in met)) from error
+            raise cls("\n".join(f"rank {rank}: {text}" for rank, _, text in failed)) from error

@@ -1,7 +1,7 @@
 """Reading a snapshot: the template is checked first, then the arrays are read and verified, then the tree is built.
 
-Whatever goes wrong is a `SnapshotError` that names the file or the leaf, and the earlier snapshots; nothing half loaded
-is ever returned. `store` gives it the list of snapshots and the function that reads arrays.
+Every failure is a `SnapshotError` that names the file or the leaf, and the earlier snapshots; a tree is returned
+complete or not at all. `store` passes it the index of snapshots and the function that reads arrays.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, read_manifest
 from purestep.snapshot.pack import Piece, materialize, unpack
 from purestep.snapshot.ranks import Ranks
-from purestep.snapshot.shards import Box, count, lay, overlap, wanted, whole, width
+from purestep.snapshot.shards import Box, box_for, copy_overlap, count, full_box, overlap, width
 
-_ALONE = Ranks()
-_READINGS = 10  # how often a list is read again because what it named is gone
+_ONE_PROCESS = Ranks()
+_ATTEMPTS = 10  # a snapshot may be deleted between listing and reading; then the list is read again
 Verify = bool | Literal["digest"]
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What `Store.restore` gives back.
+    """The result of `Store.restore`.
 
     Attributes:
         value: the tree.
@@ -66,9 +66,9 @@ def find(index: Index, step: int) -> Entry:
 
 def _absent(index: Index, step: int) -> str:
     steps = index.steps()
-    have = f"the snapshots here are of steps {listed(steps)}" if steps else "there is none here"
+    why = f"the snapshots here are of steps {listed(steps)}" if steps else "there is none here"
     instead = f"step={steps[-1]}, or none for the newest" if steps else None
-    return explain(f"there is no snapshot of step {step}", where=str(index.root), why=have, instead=instead)
+    return explain(f"there is no snapshot of step {step}", where=str(index.root), why=why, instead=instead)
 
 
 def restore(
@@ -79,11 +79,11 @@ def restore(
     step: int | None,
     fallback: bool,
     verify: Verify,
-    ranks: Ranks = _ALONE,
+    ranks: Ranks = _ONE_PROCESS,
 ) -> Restored:
     """Read the snapshot of a step, or the newest that can be read, the same one on every rank. See `Store.restore`."""
     check_verify(verify)
-    for _ in range(_READINGS):
+    for _ in range(_ATTEMPTS):
         try:
             return _restore(index, like, read_arrays, step=step, fallback=fallback, verify=verify, ranks=ranks)
         except _Gone:
@@ -93,7 +93,7 @@ def restore(
 
 
 class _Gone(Exception):
-    """A snapshot that was listed is not there any more: its writer has a newer one, so the list is read again."""
+    """The writer has deleted a snapshot after it was listed, so it has a newer one: the list is read again."""
 
 
 def _restore(
@@ -106,55 +106,58 @@ def _restore(
     verify: Verify,
     ranks: Ranks,
 ) -> Restored:
+    # Rank 0 alone lists: on a shared file system two ranks may see other lists, and would read other snapshots.
     candidates = ranks.from_first(lambda: [[e.step, e.path.name, e.reason] for e in _candidates(index, step)])
     if step is not None and not candidates:
         raise SnapshotError(_absent(index, step))
     skipped: list[tuple[int, str]] = []
-    for left, (number, name, reason) in zip(reversed(range(len(candidates))), candidates, strict=True):
+    for remaining, (number, name, reason) in zip(reversed(range(len(candidates))), candidates, strict=True):
         path = index.root / name
         try:
             if reason:
                 raise CorruptSnapshot(reason)
-            value, found = ranks.together(functools.partial(read, path, like, read_arrays, verify=bool(verify)))
+            value, manifest = ranks.together(functools.partial(read, path, like, read_arrays, verify=bool(verify)))
             if verify == "digest":
-                ranks.agree(_wrong_digest(path, value, found))
+                ranks.raise_everywhere(_wrong_digest(path, value, manifest))
         except TemplateMismatch as error:
             raise TemplateMismatch(f"{error}\n  snapshot: step {number} in {index.root}") from None
         except SnapshotError as error:
             if not ranks.from_first(path.exists):
                 raise _Gone from error
-            # Another revision of the step that was asked for is the same position of the run.
-            if not fallback or (step is not None and not left):
+            # A given step never falls back to another one; an older revision of it is the same position of the run.
+            if not fallback or (step is not None and not remaining):
                 raise type(error)(_with_earlier(index, number, str(error))) from error
             skipped.append((number, str(error)))
             continue
         if skipped and ranks.rank == 0:
             text = f"newer snapshots cannot be read; using step {number} in {index.root}\n{_reasons(skipped)}"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
-        return Restored(value, found.step, found.metrics, found.info, found.digest, tuple(skipped))
+        return Restored(value, manifest.step, manifest.metrics, manifest.info, manifest.digest, tuple(skipped))
     if skipped:
         raise CorruptSnapshot(explain("no snapshot can be read", where=str(index.root), why=_reasons(skipped)))
     raise SnapshotError(explain("there is no snapshot", where=str(index.root), instead="save one first"))
 
 
 def check_verify(verify: Verify) -> None:
-    """Refuse another answer to `verify=` than those there are."""
+    """Refuse a value of `verify=` that is none of its three."""
     if not isinstance(verify, bool) and verify != "digest":
         raise ConfigError(explain("verify= is True, False or 'digest'", where=f"verify={verify!r}"))
 
 
-def _wrong_digest(directory: Path, value: Any, found: Manifest) -> CorruptSnapshot | None:
+def _wrong_digest(directory: Path, value: object, manifest: Manifest) -> CorruptSnapshot | None:
     """Return the error of a tree that does not have the digests of its manifest."""
-    told = {"digest": (found.digest, Scope())} | {
-        f"digests[{name!r}]": (text, found.scopes[name]) for name, text in found.digests.items() if name in found.scopes
+    recorded = {"digest": (manifest.digest, Scope())} | {
+        f"digests[{name!r}]": (digest, manifest.scopes[name])
+        for name, digest in manifest.digests.items()
+        if name in manifest.scopes
     }
     lines = []
-    for name, (text, scope) in told.items():
-        if (now := of_value(value, scope)) != text:
-            lines.append(f"{name}: {text[:16]} in the manifest, {now[:16]} of what was read")
+    for name, (digest, scope) in recorded.items():
+        if (actual := of_value(value, scope)) != digest:
+            lines.append(f"{name}: {digest[:16]} in the manifest, {actual[:16]} of the tree")
     if not lines:
         return None
-    what, why = "the tree that was read does not have the digest of its manifest", "\n".join(lines)
+    what, why = "the restored tree does not have the digest of its manifest", "\n".join(lines)
     return CorruptSnapshot(explain(what, where=str(directory), why=why))
 
 
@@ -176,164 +179,183 @@ def _with_earlier(index: Index, step: int, text: str) -> str:
 def read(directory: Path, like: Any, read_arrays: ReadArrays, *, verify: bool) -> tuple[Any, Manifest]:
     """Return the tree in a snapshot directory, and its manifest.
 
-    Of a tensor that is split in the template, this rank's part is put together from the stored parts that it overlaps.
+    This rank's shard of a tensor that is sharded in the template is assembled from the stored shards that it overlaps.
 
     Raises:
         TemplateMismatch: it is not of the structure, shapes or dtypes of `like`; no array has been read then.
         CorruptSnapshot: bytes are missing, or are not those that were saved.
     """
-    found = read_manifest(directory)
-    template.check(found.structure, list(found.leaves), like)
-    values = _Values(found.leaves)
-    template.build(found.structure, like, values.ask)
-    values.contents = load(directory, found, values.asked, read_arrays, verify=verify)
-    return template.build(found.structure, like, values), found
+    manifest = read_manifest(directory)
+    template.check(manifest.structure, list(manifest.leaves), like)
+    values = _LeafValues(manifest.leaves)
+    # Built twice: the first time only records which box of each leaf the template needs, so that all are read at once.
+    template.build(manifest.structure, like, values.request)
+    values.contents = load(directory, manifest, values.requested, read_arrays, verify=verify)
+    return template.build(manifest.structure, like, values), manifest
 
 
 def check(directory: Path, read_arrays: ReadArrays) -> None:
-    """Read every byte of a snapshot, an array at a time, without making a tree of it.
+    """Read and verify every byte of a snapshot, an array at a time, without building its tree.
 
     Raises:
         CorruptSnapshot: bytes are missing, or are not those that were saved.
         SnapshotError: it was written in a format that this version does not know.
     """
-    found = read_manifest(directory)
-    missing = {index: count(whole(leaf)) for index, leaf in enumerate(found.leaves) if leaf.has_bytes}
-    for piece in found.pieces:
+    manifest = read_manifest(directory)
+    missing = {index: count(full_box(leaf)) for index, leaf in enumerate(manifest.leaves) if leaf.has_bytes}
+    for piece in manifest.pieces:
         missing[piece.leaf] -= count(piece.box)
     for index, number in missing.items():
         if number:
-            leaf = found.leaves[index]
+            leaf = manifest.leaves[index]
             raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
-    stored: dict[tuple[int, str], list[Piece]] = {}
-    for piece in found.pieces:
-        stored.setdefault((piece.rank, piece.array), []).append(piece)
-    for (rank, _), pieces in stored.items():
-        content = _arrays(directory / STATE.format(rank), found, pieces, read_arrays)
-        unpack(found.leaves, pieces, content, verify=True)
+    by_array: dict[tuple[int, str], list[Piece]] = {}
+    for piece in manifest.pieces:
+        by_array.setdefault((piece.rank, piece.array), []).append(piece)
+    for (rank, _), pieces in by_array.items():
+        arrays = _read_pieces(directory / STATE.format(rank), manifest, pieces, read_arrays)
+        unpack(manifest.leaves, pieces, arrays, verify=True)
 
 
-class _Values:
-    """Gives the leaf of an index, placed and on the device of the template's; tied leaves come back as one object."""
+class _LeafValues:
+    """The value of each leaf, by index, sharded and on the device as in the template; tied leaves are one object."""
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self.leaves = leaves
-        self.asked: dict[int, set[Box]] = {}
+        self.requested: dict[int, set[Box]] = {}
         self.contents: Mapping[tuple[int, Box], np.ndarray] = {}
-        self.made: dict[Any, Any] = {}
+        self.cache: dict[tuple[Any, ...], Any] = {}
 
-    def ask(self, index: int, like: Any) -> None:
-        """Note what a template wants of a leaf."""
+    def request(self, index: int, like: object) -> None:
+        """Record which box of a leaf a template needs."""
         if self.leaves[index].text is None:
             first = self._first(index)
-            self.asked.setdefault(first, set()).add(wanted(self.leaves[first], like))
+            self.requested.setdefault(first, set()).add(box_for(self.leaves[first], like))
 
     def __call__(self, index: int, like: Any) -> Any:
         leaf = self.leaves[index]
         if leaf.text is not None:
             return from_text(leaf.kind, leaf.text)
         first, part = self._first(index), place.part_of(like)
-        box, device = wanted(leaf, like), template.device_of(part)
+        box, device = box_for(leaf, like), template.device_of(part)
+        # Two leaves of the template that are tied in the snapshot may differ in box or device, and are two values then.
         key = (first, box, device, place.is_split(like) and id(like))
-        if key not in self.made:
-            value = materialize(leaf, self.contents[first, box], box[1])
+        if key not in self.cache:
+            value: Any = materialize(leaf, self.contents[first, box], box[1])
             value = value if device is None else value.to(device)
-            self.made[key] = place.rewrap(value, like) if place.is_split(like) else value
-        return self.made[key]
+            self.cache[key] = place.rewrap(value, like) if place.is_split(like) else value
+        return self.cache[key]
 
     def _first(self, index: int) -> int:
         alias = self.leaves[index].alias
         return index if alias is None else alias
 
 
+Requested = Mapping[int, Iterable[Box]]  # boxes by index of the leaf
+
+
 def load(
-    directory: Path, found: Manifest, asked: Mapping[int, Iterable[Box]], read_arrays: ReadArrays, *, verify: bool
+    directory: Path, manifest: Manifest, requested: Requested, read_arrays: ReadArrays, *, verify: bool
 ) -> dict[tuple[int, Box], np.ndarray]:
-    """Return the bytes of boxes of leaves, reading the parts of one rank after the other.
+    """Return the bytes of boxes of leaves, reading the arrays of one rank after the other.
+
+    Args:
+        directory: of the snapshot.
+        manifest: of the snapshot.
+        requested: the boxes, by index of the leaf.
+        read_arrays: reads arrays of a directory by name.
+        verify: whether to check the checksum of every piece that is read.
+
+    Returns:
+        uint8[nbytes] of each (index, box), contiguous.
 
     Raises:
         CorruptSnapshot: names the leaves whose bytes are missing or are not those that were saved.
     """
-    _check_stored(directory, found, asked)
+    _check_stored(directory, manifest, requested)
     contents: dict[tuple[int, Box], np.ndarray] = {}
-    laid = [(index, box) for index, boxes in asked.items() for box in boxes]
-    for rank, pieces in _needed(found, asked).items():
-        arrays = _arrays(directory / STATE.format(rank), found, pieces, read_arrays)
-        for piece, content in zip(pieces, unpack(found.leaves, pieces, arrays, verify=verify), strict=True):
-            leaf = found.leaves[piece.leaf]
-            for key in [(piece.leaf, box) for box in asked[piece.leaf]]:
-                if key[1] == piece.box:
+    keys = [(index, box) for index, boxes in requested.items() for box in boxes]
+    for rank, pieces in _needed(manifest, requested).items():
+        arrays = _read_pieces(directory / STATE.format(rank), manifest, pieces, read_arrays)
+        for piece, content in zip(pieces, unpack(manifest.leaves, pieces, arrays, verify=verify), strict=True):
+            leaf = manifest.leaves[piece.leaf]
+            for key in [(piece.leaf, box) for box in requested[piece.leaf]]:
+                if key[1] == piece.box:  # stored with the same shards: the bytes are taken as they are
                     contents[key] = content
                     continue
                 if key not in contents:
                     contents[key] = np.empty(count(key[1]) * width(leaf), np.uint8)
-                lay(leaf, content, piece.box, contents[key], key[1])
-    for index, box in laid:
-        if (index, box) not in contents:
+                copy_overlap(leaf, content, piece.box, contents[key], key[1])
+    for index, box in keys:
+        if (index, box) not in contents:  # a box without elements overlaps no piece
             contents[index, box] = np.empty(0, np.uint8)
     return contents
 
 
-def _check_stored(directory: Path, found: Manifest, asked: Mapping[int, Iterable[Box]]) -> None:
-    """Refuse a manifest that asks for more than is stored, before memory is taken for it.
+def _check_stored(directory: Path, manifest: Manifest, requested: Requested) -> None:
+    """Refuse a manifest that claims more bytes than are stored, before memory is allocated for them.
 
-    The parts of what is asked for have to make it up, and be different bytes of files that are as large as they say.
+    A forged or damaged manifest may claim a leaf of any size. So the pieces must cover each requested box exactly, must
+    be adjacent ranges of their array, and the array must be as large on the disk as they say.
     """
-    needed = [piece for pieces in _needed(found, asked).values() for piece in pieces]
-    covered = {(index, box): 0 for index, boxes in asked.items() for box in boxes}
+    needed = [piece for pieces in _needed(manifest, requested).values() for piece in pieces]
+    covered = {(index, box): 0 for index, boxes in requested.items() for box in boxes}
     for piece in needed:
-        for box in asked[piece.leaf]:
+        for box in requested[piece.leaf]:
             covered[piece.leaf, box] += count(overlap(box, piece.box))
     for (index, box), number in covered.items():
         if number != count(box):
-            leaf = found.leaves[index]
+            leaf = manifest.leaves[index]
             raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
     arrays = {(piece.rank, piece.array) for piece in needed if piece.nbytes}
-    inside: dict[tuple[int, str], list[Piece]] = {key: [] for key in sorted(arrays)}
-    for piece in found.pieces:
-        if piece.nbytes and (piece.rank, piece.array) in inside:
-            inside[piece.rank, piece.array].append(piece)
-    for (rank, name), pieces in inside.items():
+    by_array: dict[tuple[int, str], list[Piece]] = {key: [] for key in sorted(arrays)}
+    for piece in manifest.pieces:
+        if piece.nbytes and (piece.rank, piece.array) in by_array:
+            by_array[piece.rank, piece.array].append(piece)
+    for (rank, name), pieces in by_array.items():
         pieces.sort(key=lambda piece: piece.offset)
         end = 0
         for piece in pieces:
             if piece.offset != end:
-                leaf = found.leaves[piece.leaf]
+                leaf = manifest.leaves[piece.leaf]
                 where = f"{show(leaf.path)}: {leaf}, {piece.nbytes} bytes from {piece.offset} in {name}"
-                raise CorruptSnapshot(explain("parts of leaves do not lie one after the other", where=where))
+                raise CorruptSnapshot(explain("the bytes of leaves overlap or leave a gap", where=where))
             end += piece.nbytes
         array = directory / STATE.format(rank) / name
         if (why := plain.implausible(array, end)) is not None:
-            leaf = found.leaves[pieces[0].leaf]
+            leaf = manifest.leaves[pieces[0].leaf]
             where = f"{show(leaf.path)}: {leaf}" + (f" and {len(pieces) - 1} more" if len(pieces) > 1 else "")
             raise CorruptSnapshot(explain("a stored array is not as large as its leaves", where=where, why=why))
 
 
-def _needed(found: Manifest, asked: Mapping[int, Iterable[Box]]) -> dict[int, list[Piece]]:
+def _needed(manifest: Manifest, requested: Requested) -> dict[int, list[Piece]]:
+    """The pieces that overlap a requested box, by the rank that wrote them."""
     needed: dict[int, list[Piece]] = {}
-    for piece in found.pieces:
-        boxes = asked.get(piece.leaf, ())
+    for piece in manifest.pieces:
+        boxes = requested.get(piece.leaf, ())
         if any(box == piece.box or count(overlap(box, piece.box)) for box in boxes):
             needed.setdefault(piece.rank, []).append(piece)
     return needed
 
 
-def _arrays(state: Path, found: Manifest, pieces: Sequence[Piece], read_arrays: ReadArrays) -> Mapping[str, np.ndarray]:
+def _read_pieces(
+    state: Path, manifest: Manifest, pieces: Sequence[Piece], read_arrays: ReadArrays
+) -> Mapping[str, np.ndarray]:
     names = list(dict.fromkeys(piece.array for piece in pieces if piece.nbytes))
     if not names:
         return {}
     try:
         return read_arrays(state, names)
     except Exception as error:
-        where = "\n".join(_unreadable(state, found, pieces, names, read_arrays)) or str(state)
+        where = "\n".join(_unreadable(state, manifest, pieces, names, read_arrays)) or str(state)
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         raise CorruptSnapshot(explain("stored arrays cannot be read", where=where, why=why)) from error
 
 
 def _unreadable(
-    state: Path, found: Manifest, pieces: Sequence[Piece], names: list[str], read_arrays: ReadArrays
+    state: Path, manifest: Manifest, pieces: Sequence[Piece], names: list[str], read_arrays: ReadArrays
 ) -> list[str]:
-    """Name the leaves in the arrays that cannot be read one by one; the whole state when none can."""
+    """One line for each array that cannot be read, with its first leaf: the error of Orbax names no leaf."""
     broken = []
     for name in names:
         try:
@@ -342,7 +364,7 @@ def _unreadable(
             broken.append(name)
     lines = []
     for name in broken[:10]:
-        inside = [found.leaves[piece.leaf] for piece in pieces if piece.array == name]
-        others = f" and {len(inside) - 1} more" if len(inside) > 1 else ""
-        lines.append(f"{show(inside[0].path)}: {inside[0]}{others}, in {state / name}")
+        leaves = [manifest.leaves[piece.leaf] for piece in pieces if piece.array == name]
+        others = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
+        lines.append(f"{show(leaves[0].path)}: {leaves[0]}{others}, in {state / name}")
     return [f"{len(broken)} of {len(names)} arrays under {state}", *lines] if broken else []

@@ -1,7 +1,7 @@
-"""Which part of a leaf a process holds, and laying parts into one another.
+"""Which shard of a leaf each rank writes and reads, and copying between overlapping shards.
 
-A box is `(start, shape)` in the whole tensor. Plain leaves are whole everywhere and written by rank 0; of a split one
-each part is written by the first rank that holds it.
+A box is `(start, shape)` in the full leaf. Unsharded leaves are the same on every rank, and rank 0 writes them; each
+shard of a sharded one is written by the first rank that holds it.
 """
 
 from __future__ import annotations
@@ -15,65 +15,68 @@ import torch
 
 from purestep.errors import TreeError, explain
 from purestep.sharding import place
-from purestep.snapshot.codec import Encoded, Leaf, show
+from purestep.snapshot.codec import Encoded, Leaf, Stored, show
 from purestep.snapshot.ranks import Ranks
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
+# An element is copied as one word of its width, because numpy has no dtype for every torch dtype.
 _WORDS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
 @dataclass(frozen=True)
-class Owned:
-    """A part of a leaf that this rank writes: the leaf's index, the box, and the tensor or array that holds it."""
+class OwnedShard:
+    """A shard that this rank writes: the leaf and its index, the box, and the tensor or array with the values."""
 
     index: int
     leaf: Leaf
     box: Box
-    value: Any
+    value: Stored
 
     @property
-    def is_whole(self) -> bool:
-        return self.box == whole(self.leaf)
+    def is_full(self) -> bool:
+        """Whether it is the full leaf."""
+        return self.box == full_box(self.leaf)
 
 
-def owned(encoded: Encoded, ranks: Ranks) -> list[Owned]:
-    """Return the parts that a rank writes, in order of the leaves.
+def owned(encoded: Encoded, ranks: Ranks) -> list[OwnedShard]:
+    """Return the shards that a rank writes, in order of the leaves.
 
     Raises:
-        TreeError: a leaf is split over processes, and the store knows only one.
+        TreeError: a leaf is sharded over processes, and the store is written by one process only.
     """
-    found = []
+    shards = []
     value: Any
     for index, (leaf, value) in enumerate(zip(encoded.leaves, encoded.values, strict=True)):
         if value is None:
             continue
         if not place.is_split(value):
             if ranks.rank == 0:
-                found.append(Owned(index, leaf, whole(leaf), value))
+                shards.append(OwnedShard(index, leaf, full_box(leaf), value))
             continue
         box = place.shard_of(value)
-        if ranks.size == 1 and box != whole(leaf):
+        if ranks.size == 1 and box != full_box(leaf):
             raise TreeError(
                 explain(
-                    "a tensor that is split over processes cannot be saved by one of them",
-                    where=f"{show(leaf.path)}: {leaf}, here {list(box[1])} from {list(box[0])}",
+                    "a tensor that is sharded over processes cannot be saved by one of them",
+                    where=f"{show(leaf.path)}: {leaf}, this rank holds {list(box[1])} from {list(box[0])}",
                     instead="Store(root, ranks=Ranks(rank, size, exchange)), and save on every rank\n"
                     "or store.save(step, plan.gather(state)) on a store of rank 0",
                 )
             )
-        if place.is_owner(value) and (count(box) or not count(whole(leaf))):
-            found.append(Owned(index, leaf, box, place.part_of(value)))
-    return found
+        # Of an empty leaf every shard is empty; one is written all the same, so that the leaf has a piece.
+        if place.is_owner(value) and (count(box) or not count(full_box(leaf))):
+            shards.append(OwnedShard(index, leaf, box, place.part_of(value)))
+    return shards
 
 
-def whole(leaf: Leaf) -> Box:
-    """Return the box of all of a leaf."""
+def full_box(leaf: Leaf) -> Box:
+    """Return the box of the full leaf."""
     return (0,) * len(leaf.shape), tuple(leaf.shape)
 
 
-def wanted(leaf: Leaf, template: Any) -> Box:
-    """Return the box that a template asks for: its own part of a split tensor, all of anything else."""
-    return place.shard_of(template) if place.is_split(template) else whole(leaf)
+def box_for(leaf: Leaf, template: Any) -> Box:
+    """Return the box that a template needs: this rank's shard of a sharded tensor, else the full leaf."""
+    return place.shard_of(template) if place.is_split(template) else full_box(leaf)
 
 
 def width(leaf: Leaf) -> int:
@@ -87,7 +90,7 @@ def count(box: Box) -> int:
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """Return what two boxes have in common; a box without elements when that is nothing.
+    """Return the intersection of two boxes; a box without elements if they are disjoint.
 
     Example:
         >>> overlap(((0, 2), (4, 2)), ((2, 0), (9, 3)))
@@ -100,20 +103,24 @@ def overlap(a: Box, b: Box) -> Box:
     return start, tuple(max(end - begin, 0) for begin, end in zip(start, ends, strict=True))
 
 
-def lay(leaf: Leaf, source: np.ndarray, source_box: Box, target: np.ndarray, target_box: Box) -> int:
-    """Copy what two boxes of a leaf have in common from one to the other; return the number of elements.
+def copy_overlap(leaf: Leaf, source: np.ndarray, source_box: Box, target: np.ndarray, target_box: Box) -> int:
+    """Copy the intersection of two boxes of a leaf from source to target; return its number of elements.
 
     Args:
         leaf: the leaf.
         source, target: uint8[nbytes] of the boxes, contiguous.
+        source_box, target_box: the boxes.
     """
     common = overlap(source_box, target_box)
     if not count(common):
         return 0
-    views = []
-    for content, box in ((source, source_box), (target, target_box)):
-        cut = tuple(slice(c - b, c - b + n) for c, b, n in zip(common[0], box[0], common[1], strict=True))
-        views.append((content.view(_WORDS[width(leaf)]).reshape(box[1]), cut))
-    (given, there), (taken, here) = views
-    taken[here] = given[there]
+
+    def elements(content: np.ndarray, box: Box) -> np.ndarray:
+        return content.view(_WORDS[width(leaf)]).reshape(box[1])
+
+    def within(box: Box) -> tuple[slice, ...]:
+        """The intersection as slices of a box: boxes count from the full leaf, slices from the start of the box."""
+        return tuple(slice(c - b, c - b + n) for c, b, n in zip(common[0], box[0], common[1], strict=True))
+
+    elements(target, target_box)[within(target_box)] = elements(source, source_box)[within(source_box)]
     return count(common)

@@ -1,6 +1,6 @@
-"""Whether a directory can take the next snapshots: that it is there, that it can be written, that there is room.
+"""Whether the next snapshots can be written to a directory: that it can be made and written, and has free space.
 
-It measures and words; `Store.check` and the save itself decide what follows.
+It measures and words the errors; `Store.check` and the save itself raise them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import errno
 import shutil
 from pathlib import Path
 
+from purestep.bits import human_bytes
 from purestep.errors import SnapshotError, explain
 from purestep.snapshot import disk
 from purestep.snapshot.keep import Keep
@@ -17,7 +18,7 @@ _SLACK = 1 << 20  # bytes of manifest and directories, besides the arrays
 
 
 def check_writable(root: Path) -> None:
-    """Make a directory of snapshots, write a file in it durably, and take it away again.
+    """Make a directory of snapshots, write a file in it durably, and remove that file.
 
     Raises:
         SnapshotError: it cannot be made or written; the message names the cause.
@@ -36,20 +37,20 @@ def check_writable(root: Path) -> None:
                 "snapshots cannot be written here",
                 where=str(root),
                 why=f"{type(error).__name__}: {error}",
-                instead="mend it (exists? permissions? mounted read-only? full?), or choose another run_dir=",
+                instead="repair it (exists? permissions? mounted read-only? full?), or choose another run_dir=",
             )
         ) from error
 
 
 def check_room(root: Path, nbytes: int) -> None:
-    """Refuse to begin what cannot fit.
+    """Refuse a save of more bytes than are free, before it writes any.
 
     Raises:
         OSError: ENOSPC, with both numbers.
     """
     free = _free(root)
     if free < nbytes + _SLACK:
-        raise OSError(errno.ENOSPC, f"{_readable(nbytes + _SLACK)} to write, {_readable(free)} free", str(root))
+        raise OSError(errno.ENOSPC, f"{human_bytes(nbytes + _SLACK)} to write, {human_bytes(free)} free", str(root))
 
 
 def check_fits(root: Path, nbytes: int) -> None:
@@ -68,15 +69,15 @@ def check_fits(root: Path, nbytes: int) -> None:
 
 
 def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
-    """Return what to say when the snapshots that a policy will keep do not all fit, None when they do.
+    """Return the text of a warning if the snapshots that a policy will keep do not all fit, None if they do.
 
-    A new snapshot is written before an old one is deleted, so that one more than is kept must fit.
+    A new snapshot is written before an old one is deleted, so one more than the policy keeps must fit.
 
     Args:
         root: the directory.
         nbytes: of one snapshot.
-        policy: how many are kept; an unbounded one is asked for the next only.
-        present: how many there are already.
+        policy: how many are kept; of a policy without a bound only the next one must fit.
+        present: how many are on disk already.
     """
     most = policy.most()
     coming = 1 if most is None else max(most + 1 - present, 1)
@@ -84,10 +85,10 @@ def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
     if free >= needed:
         return None
     return explain(
-        f"there is room for {free // (nbytes + _SLACK)} of the next {coming} snapshots",
-        where=f"{root}: {_readable(free)} free, {_readable(needed)} needed",
-        why=f"{policy} keeps up to {'all' if most is None else most}, of {_readable(nbytes)} each and "
-        f"{_readable(_SLACK)} around it, and a new one is written before an old one is deleted",
+        f"only {free // (nbytes + _SLACK)} of the next {coming} snapshots fit on the disk",
+        where=f"{root}: {human_bytes(free)} free, {human_bytes(needed)} needed",
+        why=f"{policy} keeps up to {'all' if most is None else most}, of {human_bytes(nbytes)} each and "
+        f"{human_bytes(_SLACK)} around it, and a new one is written before an old one is deleted",
         instead="free space, keep fewer, or choose another run_dir=",
     )
 
@@ -95,7 +96,3 @@ def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
 def _free(root: Path) -> int:
     present = next(path for path in (root, *root.parents) if path.is_dir())
     return shutil.disk_usage(present).free
-
-
-def _readable(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 5e4 else f"{nbytes / 1e3:.1f} kB"

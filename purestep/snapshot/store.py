@@ -1,7 +1,7 @@
-"""One directory of snapshots: asynchronous saves, durable commits, verified restores, policies.
+"""One directory of snapshots: asynchronous saves, durable commits, verified restores, preservation policies.
 
-One process writes it, or several that call it together and come to the same answers. Orbax writes the arrays (see
-`arrays`); commit, manifest, checksums, listing and deletion are ours. The loop calls it; it knows nothing of training.
+One process writes it, or all ranks of a job, which call it together and get the same results. Orbax writes the arrays
+(see `arrays`); this package commits, lists, verifies and deletes. The loop calls it; it knows nothing of training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from purestep.arguments import Location, checked
 from purestep.errors import SaveFailed, SnapshotError, TreeError, explain
@@ -23,36 +23,52 @@ from purestep.snapshot.codec import JSON, Encoded, encode
 from purestep.snapshot.digest import Scope, size
 from purestep.snapshot.index import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
-from purestep.snapshot.meeting import GaveUp, convene
+from purestep.snapshot.meeting import Abandoned, make_temporary
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.reader import Restored
 from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
 
-_ALONE = Ranks()
+_ONE_PROCESS = Ranks()
 _LATEST = keep.latest(1)
 _EMPTY: Mapping[str, Any] = {}
+
+
+class _Message(NamedTuple):
+    """What each rank sends to the others before a save begins; a list in JSON.
+
+    Attributes:
+        report: how the save before ended here, see `Store._report`.
+        token: a unique name for the temporary directory; that of rank 0 is used.
+        latest: the newest step on disk, as a list of at most one; None on other ranks than 0.
+        step: that this rank wants to save; None if it refuses to.
+    """
+
+    report: JSON
+    token: str
+    latest: list[int] | None
+    step: int | None
 
 
 @checked(SnapshotError)
 class Store:
     """A directory of snapshots, written by one process or by all ranks of a job.
 
-    `save` copies the tree and returns; a thread writes it. A snapshot is in the list from the moment it is durable, and
-    only then are those deleted that it replaces or that the preservation policy does not select. So from the first
-    durable snapshot on there is always a whole one of the newest durable step, whatever is called and whenever the
-    process is stopped or the disk fails; at worst one more than asked is on disk. A process that exits without `close`
-    finishes the save in flight first; one that is killed leaves a temporary directory, which the first save of the
-    next writer removes.
+    `save` copies the tree and returns; a thread writes it. A snapshot is listed as soon as it is durable. Only then are
+    the snapshots deleted that it replaces, or that the preservation policy does not select. So from the first durable
+    snapshot on, the directory always holds an intact one of the newest durable step, whichever methods are called and
+    whenever the process is stopped or the disk fails; at worst it holds one more than the policy asks for. A process
+    that exits without `close` finishes the save in flight first; one that is killed leaves a temporary directory, which
+    the first save of the next writer removes.
 
-    With `ranks`, every rank calls every method, in the same order, on one shared file system: each writes the parts of
-    split tensors that it owns, rank 0 commits, and all get the same answers and the same errors.
+    With `ranks`, every rank calls every method, in the same order, on one shared file system: each writes the shards
+    that it owns, rank 0 commits, and all get the same results and the same errors.
 
     Args:
         root: the directory; the first save makes it.
         keep: which snapshots to preserve, see `latest`, `best`, `every_steps`, `all_`.
         verify: whether `restore` checks the checksum of every leaf; "digest" for the digests of the tree, too.
-        ranks: the processes that write it together; this one alone by default.
+        ranks: the processes that write it together; only this process by default.
 
     Example:
         >>> import tempfile, torch
@@ -65,7 +81,7 @@ class Store:
     """
 
     def __init__(
-        self, root: Location, *, keep: keep.Keep = _LATEST, verify: reader.Verify = True, ranks: Ranks = _ALONE
+        self, root: Location, *, keep: keep.Keep = _LATEST, verify: reader.Verify = True, ranks: Ranks = _ONE_PROCESS
     ) -> None:
         reader.check_verify(verify)
         self.root = Path(root).absolute()
@@ -75,12 +91,14 @@ class Store:
         self._index = Index(self.root)
         self._staging = Staging()
         self._background = Background()
-        self._hurry = threading.Event()
-        self._saving: int | None = None  # the step of a save whose end the ranks have not agreed on yet
+        self._hurry = threading.Event()  # set when this process ends on an error: a save then waits less for ranks
+        self._saving: int | None = None  # the step of a save whose result the ranks have not exchanged yet
         self._durable: list[int] = []
         self._failure: SaveFailed | None = None
         self._cleaned = self._warned = self._closed = False
-        self._checked = False  # whether the root was there; if what holds it goes away, no save makes it anew
+        # Whether `check` has found the root. If the directory that holds it is renamed or removed later, a save fails
+        # and makes no second one at the old path.
+        self._checked = False
 
     def __repr__(self) -> str:
         ranks = "" if self.ranks.size == 1 else f", ranks={self.ranks!r}"
@@ -98,18 +116,18 @@ class Store:
         digests: Mapping[str, Scope] = _EMPTY,
         replace: bool = False,
     ) -> None:
-        """Copy a tree and begin to write it in the background.
+        """Copy a tree to the host and start to write it in the background.
 
         Waits for the save before it, so that there is never more than one copy. The value may be changed on return.
 
         Args:
             step: a whole number above every step that is stored, unless `replace`.
             value: a pytree of tensors, numpy arrays, numbers, strings and bytes.
-            metrics: numbers that `best` ranks by.
-            info: anything JSON, given back by `restore`.
-            digests: parts of the tree that the manifest has digests of their own of, by name.
-            replace: whether snapshots of this step and of later ones give way to this one. They stay until it is
-                durable, and if it fails.
+            metrics: numbers by which `best` ranks the snapshots.
+            info: any JSON value, which `restore` returns.
+            digests: subtrees, by name, for which the manifest records a digest of their own.
+            replace: whether this snapshot replaces those of the same step and of later ones. They are deleted once it
+                is durable, and kept if it fails.
 
         Raises:
             SaveFailed: the *previous* save failed; this one has been started all the same.
@@ -117,31 +135,32 @@ class Store:
                 closed.
             TreeError: a leaf cannot be stored.
         """
-        self._background.settle()  # the buffers are free again
-        request, refused = None, None
+        self._background.join()  # the host buffers of the save before are free again
+        request, refusal = None, None
         try:
             request = self._request(checked_step(step), value, metrics, info, digests)
         except (SnapshotError, TreeError) as error:
-            refused = error
+            refusal = error  # raised below, on every rank: the others are about to exchange messages with this one
         latest = self._index.steps()[-1:] if self.ranks.rank == 0 else None
         token = disk.unique()
-        temporary = self._convene(request, token)
-        said = self.ranks.exchange([self._report(), token, latest, request and request.step])
-        self._conclude([report for report, *_ in said])
-        numbers = [number for *_, number in said]
-        if refused is None and None not in numbers:  # else the rank that could not make a request says why
-            refused = None if replace else self._past(numbers[0], said[0][2])
-            if len(set(numbers)) > 1:
-                refused = SnapshotError(explain("ranks save different steps", where=f"by rank: {numbers}"))
+        temporary = self._make_temporary(request, token)
+        message = _Message(self._report(), token, latest, None if request is None else request.step)
+        messages = [_Message(*fields) for fields in self.ranks.exchange(list(message))]
+        self._conclude([message.report for message in messages])
+        steps = [message.step for message in messages]
+        if refusal is None and steps[0] is not None and None not in steps:  # else the rank that refuses says why
+            refusal = None if replace else self._not_after(steps[0], messages[0].latest or [])
+            if len(set(steps)) > 1:
+                refusal = SnapshotError(explain("ranks save different steps", where=f"by rank: {steps}"))
         try:
-            self.ranks.agree(refused)
+            self.ranks.raise_everywhere(refusal)
         except (SnapshotError, TreeError):
             if temporary is not None:
                 disk.abandon(temporary)
             raise
         if request is not None:
-            self._start(request, said[0][1])
-        self._raise_failure()  # only now: a save that reports another one is not skipped
+            self._start(request, messages[0].token)
+        self._raise_failure()  # last, so that the failure of the save before does not prevent this one
 
     def _request(
         self,
@@ -157,7 +176,7 @@ class Store:
         return writer.Request(
             step=step,
             encoded=encoded,
-            parts=owned(encoded, self.ranks),
+            shards=owned(encoded, self.ranks),
             metrics=checked_metrics(metrics),
             info=frozen_json(info),
             environment=environment(),
@@ -168,16 +187,17 @@ class Store:
             parents=not self._checked,
         )
 
-    def _convene(self, request: writer.Request | None, token: str) -> Path | None:
+    def _make_temporary(self, request: writer.Request | None, token: str) -> Path | None:
+        """Make the temporary directory before the ranks exchange its token, see `make_temporary`."""
         if self.ranks.size == 1 or request is None:
             return None
-        with contextlib.suppress(OSError):  # which the thread that writes meets again, and tells
-            return convene(self.root, request.step, token, self.ranks, parents=request.parents)
+        with contextlib.suppress(OSError):  # the writing thread tries again, and reports the error
+            return make_temporary(self.root, request.step, token, self.ranks, parents=request.parents)
         return None
 
     def _start(self, request: writer.Request, token: str) -> None:
         self._warn_of_shortage(request.encoded)
-        copies = self._staging.copy([part.value for part in request.parts])
+        copies = self._staging.copy([shard.value for shard in request.shards])
         clean, self._saving = not self._cleaned, request.step
 
         def work() -> None:
@@ -187,42 +207,43 @@ class Store:
 
         self._background.start(f"purestep-save-{request.step}", work)
 
-    def _past(self, step: int, latest: list[int]) -> SnapshotError | None:
+    def _not_after(self, step: int, latest: list[int]) -> SnapshotError | None:
         if not latest or step > latest[0]:
             return None
         return SnapshotError(
             explain(
                 f"step {step} is not after the latest snapshot, of step {latest[0]}",
                 where=str(self.root),
-                why="snapshots are in the order of their steps, or the latest would not be the newest",
+                why="a run resumes from the snapshot of the highest step, which this one would not be",
                 instead=f"store.save({step}, ..., replace=True), to go back on purpose; or use another directory",
             )
         )
 
     def clean(self) -> None:
-        """Remove what writers that died left half-written, or could not delete any more; only the one writer may.
+        """Remove unfinished and half-deleted snapshots of dead writers. Only the one writer of the directory may.
 
-        What a higher revision of the same step has replaced goes too, because no save may follow that would do it.
+        It also removes snapshots that a higher revision of the same step has replaced: the next save would do it, but
+        there may be none.
         """
         disk.clean(self.root)
         for entry in self._index.superseded():
             with contextlib.suppress(OSError):
                 disk.remove(entry.path)
 
-    # --- how a save ended ---------------------------------------------------------------------------------------------
+    # --- the result of a save -----------------------------------------------------------------------------------------
 
     def _report(self) -> JSON:
-        """Return what this rank knows of the save in flight, for the others."""
+        """Return the result of the save in flight on this rank: None before it ends, {} for success, else the error."""
         job = self._background.job
         if self._saving is None or job is None or not job.ended:
             return None
         if job.failure is None:
             return {}
         text = f"{type(job.failure).__name__}: {str(job.failure)[:500]}"
-        return {"text": text, "own": not isinstance(job.failure, GaveUp), "have": listed(self._index.steps())}
+        return {"text": text, "own": not isinstance(job.failure, Abandoned), "have": listed(self._index.steps())}
 
     def _conclude(self, reports: list[JSON]) -> None:
-        """Note how a save ended, once it has on every rank: as rank 0 says, which commits."""
+        """Record the result of a save once it has ended on every rank. That of rank 0 counts, because it commits."""
         if self._saving is None or None in reports:
             return
         step, self._saving = self._saving, None
@@ -230,16 +251,17 @@ class Store:
         if not reports[0]:
             self._durable.append(step)
             return
+        # Name the ranks that failed themselves; the others only stopped because of them.
         failed = [(rank, report) for rank, report in enumerate(reports) if report]
-        own = [(rank, report) for rank, report in failed if report["own"]] or failed
-        have = reports[0]["have"]
+        causes = [(rank, report) for rank, report in failed if report["own"]] or failed
+        present = reports[0]["have"]
         failure = SaveFailed(
             explain(
                 f"the save of step {step} failed",
                 where=str(self.root / str(step)),
-                why="\n".join(f"rank {rank}: {r['text']}" if self.ranks.size > 1 else r["text"] for rank, r in own),
-                instead="free space or mend the directory, and save again; "
-                + (f"snapshots on disk, untouched: {have}" if have else "there is no earlier snapshot"),
+                why="\n".join(f"rank {rank}: {r['text']}" if self.ranks.size > 1 else r["text"] for rank, r in causes),
+                instead="free space or repair the directory, and save again; "
+                + (f"snapshots on disk, untouched: {present}" if present else "there is no earlier snapshot"),
             )
         )
         failure.__cause__ = self._background.job.failure if self._background.job else None
@@ -250,13 +272,13 @@ class Store:
         if failure is not None:
             raise failure
 
-    def _settle(self) -> None:
-        self._background.settle()
+    def _join(self) -> None:
+        self._background.join()
         if self._saving is not None:
             self._conclude(self.ranks.exchange(self._report()))
 
     def busy(self, timeout: float = 0.0) -> bool:
-        """Tell whether a save is still in flight, after waiting so many seconds at most."""
+        """Tell whether a save is still in flight, after waiting for it `timeout` seconds at most."""
         return self._background.busy(timeout)
 
     def wait(self) -> None:
@@ -265,7 +287,7 @@ class Store:
         Raises:
             SaveFailed: it did not become durable; nothing of it is left on disk.
         """
-        self._settle()
+        self._join()
         self._raise_failure()
 
     def poll(self) -> list[int]:
@@ -283,12 +305,12 @@ class Store:
         return steps
 
     def close(self) -> None:
-        """Wait for the save in flight, and give back the memory of the copies.
+        """Wait for the save in flight, and free the host buffers of the copies.
 
         Raises:
             SaveFailed: the save did not become durable.
         """
-        self._settle()
+        self._join()
         self._closed = True
         self._staging.clear()
         self._raise_failure()
@@ -300,8 +322,9 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and self.ranks.size > 1:
-            self._hurry.set()  # other ranks may be gone, and cannot be asked how the save ended
-            self._background.settle()
+            # Other ranks may have died, so an exchange of results could wait for ever: each rank keeps its own.
+            self._hurry.set()
+            self._background.join()
             self._saving = None
         try:
             self.close()
@@ -310,20 +333,23 @@ class Store:
                 raise
             error.add_note(str(failure))
 
-    # --- before it matters --------------------------------------------------------------------------------------------
+    # --- before the first save ----------------------------------------------------------------------------------------
 
     def check(self, value: Any) -> None:
-        """Check that snapshots of a tree can be stored here: every leaf, the directory, and the room on its disk.
+        """Check that snapshots of a tree can be stored here: every leaf, the directory, and the free space on its disk.
 
-        It makes the directory, writes a small file and removes it. When there is room for the next snapshot but not for
-        as many as will be kept, it warns.
+        It makes the directory, writes a small file and removes it. If the next snapshot fits but not as many as the
+        policy keeps, it warns.
+
+        Args:
+            value: the pytree that will be saved.
 
         Raises:
             TreeError: a leaf cannot be stored.
             SnapshotError: the directory cannot be made or written, or the next snapshot does not fit.
         """
 
-        def work() -> Encoded:
+        def check() -> Encoded:
             encoded = encode(value)
             owned(encoded, self.ranks)
             space.check_writable(self.root)
@@ -331,7 +357,7 @@ class Store:
                 space.check_fits(self.root, _nbytes(encoded))
             return encoded
 
-        self._warn_of_shortage(self.ranks.together(work))
+        self._warn_of_shortage(self.ranks.together(check))
         self._checked = True
 
     def _warn_of_shortage(self, encoded: Encoded) -> None:
@@ -342,7 +368,7 @@ class Store:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
         self._warned = text is not None
 
-    # --- what is stored -----------------------------------------------------------------------------------------------
+    # --- the stored snapshots -----------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Return the steps of the snapshots on disk, in order. A save in flight is not among them."""
@@ -358,31 +384,32 @@ class Store:
         return next(iter(ranked), None)
 
     def delete_after(self, step: int) -> None:
-        """Delete every snapshot after a step, newest first: going back in time on purpose.
+        """Delete every snapshot after a step, newest first, to go back to that step on purpose.
 
         Raises:
-            SnapshotError: no snapshot of the step or of an earlier one is whole, so that none would be left. Nothing
+            SnapshotError: no snapshot of the step or of an earlier one is intact, so that none would be left. Nothing
                 has been deleted then.
         """
-        self._background.settle()
+        self._background.join()
 
-        def work() -> None:
+        def delete() -> None:
             entries = self._index.revisions() if self.ranks.rank == 0 else []
             later = [entry for entry in entries if entry.step > step]
-            if later and not self._has_whole([entry for entry in entries if entry.step <= step]):
+            if later and not self._has_intact([entry for entry in entries if entry.step <= step]):
                 raise SnapshotError(
                     explain(
-                        f"no snapshot of step {step} or before is whole, so none would be left",
+                        f"no snapshot of step {step} or before is intact, so none would be left",
                         where=f"{self.root}: {listed(self._index.steps())}",
-                        instead="a later step; or delete the directory, to give all of it up",
+                        instead="a later step; or delete the directory, to discard all of it",
                     )
                 )
+            # Newest first: stopped in between, the directory holds an unbroken history up to some step.
             for entry in reversed(later):
                 disk.remove(entry.path)
 
-        self.ranks.together(work)
+        self.ranks.together(delete)
 
-    def _has_whole(self, entries: list[Entry]) -> bool:
+    def _has_intact(self, entries: list[Entry]) -> bool:
         for entry in reversed(entries):
             with contextlib.suppress(SnapshotError):
                 reader.check(entry.path, arrays.read_arrays)
@@ -390,18 +417,14 @@ class Store:
         return False
 
     def read_manifest(self, step: int) -> Manifest:
-        """Return all that the snapshot of a step says about itself, without reading arrays.
+        """Return the manifest of the snapshot of a step, without reading arrays.
 
         Raises:
             CorruptSnapshot: a file of it is missing or is not what was written.
             SnapshotError: there is no snapshot of that step.
         """
 
-        def work() -> Manifest:
-            return read_manifest(reader.find(self._index, step).path)
-
-        found: Manifest = self.ranks.together(work)
-        return found
+        return self.ranks.together(lambda: read_manifest(reader.find(self._index, step).path))
 
     def restore(
         self, like: Any = ..., *, step: int | None = None, fallback: bool = True, verify: reader.Verify | None = None
@@ -410,21 +433,24 @@ class Store:
 
         Args:
             like: a template: a pytree of the stored structure whose tensors give shape, dtype and device (fake and meta
-                tensors mean the CPU) and whose nodes give classes and static fields. `...` anywhere in it, or as all of
-                it, takes what is stored. Values of Python leaves come from the snapshot. A tensor that is split over
-                ranks is split in the same way again, however it was when it was saved; each rank reads its own part.
+                tensors mean the CPU) and whose nodes give classes and static fields. `...` in place of any subtree, or
+                of the tree, takes what is stored. Values of Python leaves come from the snapshot. A tensor that is
+                sharded in the template is sharded so again, however it was saved; each rank reads its own shard.
             step: which one; the newest by default.
-            verify: whether to check the checksum of every leaf; the store's own by default. "digest" also computes the
-                digests of the tree that was read, and compares them with those of the manifest.
-            fallback: whether an older snapshot is used, with a warning, when the newest cannot be read. A step that is
-                asked for by number is never replaced by another.
+            verify: whether to check the checksum of every leaf; that of the store by default. "digest" also computes
+                the digests of the restored tree, and compares them with those of the manifest.
+            fallback: whether an older snapshot is used, with a warning, when the newest cannot be read. A `step` is
+                never replaced by another.
+
+        Returns:
+            The tree, with its step, metrics, info and digest.
 
         Raises:
             TemplateMismatch: the snapshot is intact and not of that structure; it never falls back.
             CorruptSnapshot: bytes are missing or changed; the message names the leaf, and the earlier snapshots.
             SnapshotError: there is no snapshot.
         """
-        self._background.settle()
+        self._background.join()
         return reader.restore(
             *(self._index, like, arrays.read_arrays),
             step=step,

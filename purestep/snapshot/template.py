@@ -1,8 +1,8 @@
-"""A stored structure held against a user's template, and the tree built from both.
+"""A stored structure compared with a user's template, and the tree built from both.
 
-It says where a snapshot and a template differ before any array is read, and puts the leaves back together. It never
-imports a module and never calls a constructor that a snapshot names: classes come from the template, are registered,
-or are classes of purestep, which it finds in purestep's own source.
+It names the differences of a snapshot and a template before any array is read, and unflattens the leaves. It never
+imports a module and never calls a constructor that a snapshot names: classes come from the template, are registered, or
+are classes of purestep, which it finds in purestep's own source.
 """
 
 from __future__ import annotations
@@ -36,64 +36,64 @@ def check(structure: JSON, leaves: list[Leaf], template: Any) -> None:
         >>> check(0, [Leaf("", "tensor", "float32", (3,))], torch.empty(3, device="meta"))
         >>> check(0, [Leaf("", "tensor", "float32", (3,))], torch.zeros(4))
         Traceback (most recent call last):
-        purestep.errors.TemplateMismatch: the snapshot does not fit what was asked for
+        purestep.errors.TemplateMismatch: the snapshot does not have the structure of the template
           where:   the root: stored float32[3], template float32[4]
-          instead: pass like= a tree of the stored structure, with ... for each part that may come as it is stored
+          instead: pass like= a tree of the stored structure, with ... in place of each subtree to take as it is stored
     """
     checker = _Checker(leaves)
     checker.node(structure, template, "")
-    if checker.found:
-        lines = checker.found[:_SHOWN]
-        if len(checker.found) > _SHOWN:
-            lines.append(f"and {len(checker.found) - _SHOWN} more")
-        what = "the snapshot does not fit what was asked for"
-        instead = "pass like= a tree of the stored structure, with ... for each part that may come as it is stored"
+    if checker.differences:
+        lines = checker.differences[:_SHOWN]
+        if len(checker.differences) > _SHOWN:
+            lines.append(f"and {len(checker.differences) - _SHOWN} more")
+        what = "the snapshot does not have the structure of the template"
+        instead = "pass like= a tree of the stored structure, with ... in place of each subtree to take as it is stored"
         raise TemplateMismatch(explain(what, where="\n".join(lines), instead=instead))
 
 
 class _Checker:
     def __init__(self, leaves: list[Leaf]) -> None:
         self.leaves = leaves
-        self.found: list[str] = []
+        self.differences: list[str] = []
 
     def differ(self, path: str, text: str) -> None:
-        self.found.append(f"{show(path)}: {text}")
+        self.differences.append(f"{show(path)}: {text}")
 
     def node(self, stored: JSON, template: Any, path: str) -> None:
         if template is ...:
             self.buildable(stored, path)
             return
-        parts = None if isinstance(template, torch.Tensor) else children(template, path)
-        if isinstance(stored, int) and parts is None:
+        node = None if isinstance(template, torch.Tensor) else children(template, path)
+        if isinstance(stored, int) and node is None:
             self.leaf(self.leaves[stored], template, path)
-        elif parts is None or not _same_node(stored, parts[0]):
+        elif node is None or not _same_node(stored, node[0]):
             self.differ(path, f"stored {self.describe(stored)}, template {_describe_template(template)}")
         else:
-            self.items(stored, dict(parts[1]), path)
+            self.items(stored, dict(node[1]), path)
 
     def leaf(self, stored: Leaf, template: Any, path: str) -> None:
         kind = kind_of(template)
-        asked = f"a leaf of type {type(template).__qualname__}"
+        wanted = f"a leaf of type {type(template).__qualname__}"
         if kind == "tensor":
-            asked = str(Leaf(path, kind, dtype_name(template.dtype), tuple(template.shape)))
+            wanted = str(Leaf(path, kind, dtype_name(template.dtype), tuple(template.shape)))
         elif kind in ("array", "scalar"):
-            asked = str(Leaf(path, kind, template.dtype.str, template.shape))
+            wanted = str(Leaf(path, kind, template.dtype.str, template.shape))
         elif kind is not None:
-            asked = kind
-        if stored.kind != kind or str(stored) != asked or (kind == "array" and stored.dtype != template.dtype.str):
-            self.differ(path, f"stored {stored}, template {asked}")
+            wanted = kind
+        if stored.kind != kind or str(stored) != wanted or (kind == "array" and stored.dtype != template.dtype.str):
+            self.differ(path, f"stored {stored}, template {wanted}")
 
-    def items(self, stored: JSON, asked: dict[str, Any], path: str) -> None:
+    def items(self, stored: JSON, templates: dict[str, Any], path: str) -> None:
         if stored is None:
             return
-        have = dict(zip(stored_paths(stored, path), stored["items"], strict=True))
-        for where, item in have.items():
-            if where in asked:
-                self.node(item, asked[where], where)
+        stored_items = dict(zip(stored_paths(stored, path), stored["items"], strict=True))
+        for where, item in stored_items.items():
+            if where in templates:
+                self.node(item, templates[where], where)
             else:
                 self.differ(where, f"stored {self.describe(item)}, missing in the template")
-        for where, template in asked.items():
-            if where not in have:
+        for where, template in templates.items():
+            if where not in stored_items:
                 self.differ(where, f"not stored, template {_describe_template(template)}")
 
     def buildable(self, stored: JSON, path: str) -> None:
@@ -101,7 +101,7 @@ class _Checker:
             return
         if stored["node"] in ("namedtuple", "defaultdict"):
             name = stored.get("class", stored["node"])
-            self.differ(path, f"a {name} comes back only through a template, because a snapshot holds no code")
+            self.differ(path, f"a {name} can be restored only into a template, because a snapshot holds no code")
         elif stored["node"] == "pytree":
             self.registered(stored, path)
         for where, item in zip(stored_paths(stored, path), stored["items"], strict=True):
@@ -156,8 +156,8 @@ def _describe_template(template: Any) -> str:
         return "..."
     if isinstance(template, torch.Tensor) or kind_of(template) is not None:
         return tree.describe(template)
-    parts = children(template, "")
-    return f"a {type(template).__qualname__}" if parts is None else _describe_head(parts[0])
+    node = children(template, "")
+    return f"a {type(template).__qualname__}" if node is None else _describe_head(node[0])
 
 
 def _class_of(name: str) -> type | None:
@@ -177,10 +177,10 @@ def _opaque(value: JSON) -> str | None:
     if isinstance(value, dict):
         if "opaque" in value:
             return str(value["opaque"])
-        parts = list(value.get("tuple", value.get("dict", {}).values() if "dict" in value else []))
+        items = list(value.get("tuple", value.get("dict", {}).values() if "dict" in value else []))
     else:
-        parts = value if isinstance(value, list) else []
-    return next((found for part in parts if (found := _opaque(part))), None)
+        items = value if isinstance(value, list) else []
+    return next((name for item in items if (name := _opaque(item))), None)
 
 
 def _static_value(value: JSON) -> Any:
@@ -199,18 +199,19 @@ def _static_value(value: JSON) -> Any:
 
 
 def build(stored: JSON, template: Any, values: Values) -> Any:
-    """Put a checked structure, the nodes of a template and the leaves together."""
+    """Build the tree of a checked structure, with classes and static fields of the template."""
     if isinstance(stored, int):
         return values(stored, template)
     if stored is None:
         return None
-    asked: dict[str, Any] = {} if template is ... else dict(children(template, "")[1])  # type: ignore[index]
-    have = dict(zip(stored_paths(stored, ""), stored["items"], strict=True))
-    items = {where: build(item, asked.get(where, ...), values) for where, item in have.items()}
+    templates: dict[str, Any] = {} if template is ... else dict(children(template, "")[1])  # type: ignore[index]
+    stored_items = dict(zip(stored_paths(stored, ""), stored["items"], strict=True))
+    items = {where: build(item, templates.get(where, ...), values) for where, item in stored_items.items()}
     if "keys" in stored:
-        named = dict(zip(have, stored["keys"], strict=True))
-        order = asked if asked else have  # the template's order of keys wins, like its classes and static fields
-        return _mapping(stored["node"], template, [(named[where], items[where]) for where in order])
+        keys = dict(zip(stored_items, stored["keys"], strict=True))
+        # The order of keys comes from the template, like its classes and static fields.
+        order = templates if templates else stored_items
+        return _mapping(stored["node"], template, [(keys[where], items[where]) for where in order])
     return _sequence_or_record(stored, template, list(items.values()))
 
 
@@ -228,17 +229,17 @@ def _mapping(node: str, template: Any, pairs: list[tuple[str | int, Any]]) -> An
 
 
 def _sequence_or_record(stored: JSON, template: Any, items: list[Any]) -> Any:
-    node, given = stored["node"], template is not ...
+    node, has_template = stored["node"], template is not ...
     if node == "list":
         return items
     if node == "tuple":
         return tuple(items)
     if node == "deque":
-        return deque(items, maxlen=template.maxlen if given else stored["maxlen"])
+        return deque(items, maxlen=template.maxlen if has_template else stored["maxlen"])
     if node == "namedtuple" and is_namedtuple(type(template)):
         return type(template)._make(items)
     fields = dict(zip(stored["fields"], items, strict=True))
-    if given:
+    if has_template:
         static = {name: getattr(template, name) for name in tree.node_fields(type(template))[1]}
         return tree.node_build(type(template), fields | static)
     static = {name: _static_value(value) for name, value in stored["static"].items()}

@@ -1,7 +1,7 @@
-"""What the background thread of a save does: pack, hash, write, meet the other ranks, commit, and then delete.
+"""The background thread of a save: pack, hash, write, synchronize with the other ranks, commit, then delete.
 
-It owns the order of those steps: nothing is deleted, moved or written over before what replaces it is durable. `store`
-gives it the copies to write.
+It owns the order of these steps: no snapshot is deleted, moved or overwritten before the one that replaces it is
+durable. `store` passes it the copies to write.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from purestep.snapshot.digest import STATE
 from purestep.snapshot.index import Index, directory_name, next_revision
 from purestep.snapshot.keep import Keep
 from purestep.snapshot.manifest import Manifest, dump, now
-from purestep.snapshot.meeting import GaveUp, Meeting, convene
-from purestep.snapshot.pack import Piece, checksums, pack, sealed
+from purestep.snapshot.meeting import Abandoned, Messages, make_temporary
+from purestep.snapshot.pack import Piece, checksums, pack, with_checksums
 from purestep.snapshot.ranks import Ranks
-from purestep.snapshot.shards import Owned
+from purestep.snapshot.shards import OwnedShard
 from purestep.snapshot.staging import Copies
 
 _WRITTEN, _DIGESTED = "written", "digested"
@@ -32,11 +32,11 @@ _WRITTEN, _DIGESTED = "written", "digested"
 
 @dataclass(frozen=True)
 class Request:
-    """One save: all that is fixed before it begins but the bytes of its parts."""
+    """One save: everything that is fixed before it starts, except the bytes of its shards."""
 
     step: int
     encoded: Encoded
-    parts: list[Owned]
+    shards: list[OwnedShard]
     metrics: Mapping[str, float]
     info: Mapping[str, JSON]
     environment: Mapping[str, JSON]
@@ -44,91 +44,96 @@ class Request:
     ranks: Ranks = field(default_factory=Ranks)
     hurry: threading.Event = field(default_factory=threading.Event)
     digests: Mapping[str, digest.Scope] = field(default_factory=dict)
-    parents: bool = True  # whether what holds the root may be made
+    parents: bool = True  # whether missing parent directories of the root may be made
 
 
 def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bool) -> None:
-    """Write this rank's part of a snapshot durably; on rank 0 it is committed on return.
+    """Write this rank's shards of a snapshot durably; on rank 0 the snapshot is committed on return.
 
-    On an error no trace of the snapshot is left once rank 0 has seen it.
+    After an error no file of the snapshot is left, once rank 0 has learned of it.
 
     Args:
         root: the directory of snapshots; made when missing.
         request: what to write.
-        token: what the ranks of this save have agreed on, and no other save has.
-        copies: waits for the bytes of the parts, and returns uint8[nbytes] of each.
-        clean: whether to remove what dead writers left.
+        token: unique to this save, and the same on all its ranks.
+        copies: waits for the bytes of the shards, and returns uint8[nbytes] of each.
+        clean: whether to remove the files of dead writers.
     """
     contents = copies()
-    temporary = convene(root, request.step, token, request.ranks, parents=request.parents)
-    meeting = Meeting(temporary, request.step, request.ranks, request.hurry)
+    temporary = make_temporary(root, request.step, token, request.ranks, parents=request.parents)
+    messages = Messages(temporary, request.step, request.ranks, request.hurry)
     try:
+        # Cleaning comes first, because it may free the space that this save needs.
         if clean and request.ranks.rank == 0:
             disk.clean(root)
-        meeting.begin()
+        messages.open()
         space.check_room(root, sum(content.nbytes for content in contents))
-        own, rows = _write_part(temporary, request, contents)
-        pieces, rows = _meet(meeting, request, own, rows)
+        pieces, rows = _write_shards(temporary, request, contents)
+        pieces, rows = _exchange(messages, request, pieces, rows)
         if request.ranks.rank:
             return
-        meeting.end()
+        messages.close()
+        # The manifest is written last, when the bytes of all ranks are on the disk; the rename in `commit` is the
+        # instant at which the snapshot exists. Before it, whatever happens leaves a temporary directory only.
         disk.write(temporary, dump(_manifest(request, pieces, rows)))
         final = root / directory_name(request.step, next_revision(root, request.step))
-        disk.commit(temporary, final, synced=temporary / "parts")  # each rank has forced its own to the disk
+        disk.commit(temporary, final, synced=temporary / "parts")  # each rank has synchronized its shards already
     except BaseException as error:
-        over = meeting.is_over()
-        meeting.give_up()
-        if over:
-            raise GaveUp(f"rank 0 gave up the save of step {request.step}") from error
+        abandoned = messages.is_abandoned()  # asked first: what follows makes it true
+        messages.abandon()
+        if abandoned:
+            raise Abandoned(f"rank 0 gave up the save of step {request.step}") from error
         raise
 
 
-def _write_part(
+def _write_shards(
     temporary: Path, request: Request, contents: list[np.ndarray]
 ) -> tuple[list[Piece], dict[int, digest.Row]]:
     rank = request.ranks.rank
 
-    def hashed() -> tuple[list[str], dict[int, digest.Row]]:
-        return checksums(contents), digest.rows_of(request.parts, contents)
+    def hash_all() -> tuple[list[str], dict[int, digest.Row]]:
+        return checksums(contents), digest.rows_of(request.shards, contents)
 
     with ThreadPoolExecutor(1, thread_name_prefix="purestep-hash") as pool:
-        hashing = pool.submit(hashed)  # while the disk is busy
-        packed = pack(request.parts, contents, rank=rank)
+        hashing = pool.submit(hash_all)  # runs while this thread waits for the disk
+        packed = pack(request.shards, contents, rank=rank)
         if packed.arrays:
             state = temporary / STATE.format(rank)
             state.parent.mkdir()
             arrays.write_arrays(state, packed.arrays)
+            # Orbax does not sync all that it writes: the files first, then the directories that name them.
             disk.fsync_tree(state)
             disk.fsync(state.parent)
             disk.fsync(state.parent.parent)
         sums, rows = hashing.result()
-        return sealed(packed.pieces, sums), rows
+        return with_checksums(packed.pieces, sums), rows
 
 
-def _meet(
-    meeting: Meeting, request: Request, own: list[Piece], rows: dict[int, digest.Row]
+def _exchange(
+    messages: Messages, request: Request, pieces: list[Piece], rows: dict[int, digest.Row]
 ) -> tuple[list[Piece], dict[int, digest.Row]]:
-    """Return all pieces and rows on rank 0; other ranks do their share and need to know nothing."""
-    ranks, leaves = meeting.ranks, request.encoded.leaves
+    """Return the pieces and rows of all ranks on rank 0; other ranks digest their leaves, and get what they know."""
+    ranks, leaves = messages.ranks, request.encoded.leaves
     if ranks.size == 1:
-        return own, rows
-    meeting.tell(_WRITTEN, {"pieces": [list(piece) for piece in own], "rows": digest.to_json(rows)})
-    if ranks.rank and not any(digest.is_shared(leaves, piece) for piece in own):
-        return own, rows
-    heard = meeting.hear([rank for rank in range(ranks.size) if rank != ranks.rank], _WRITTEN)
-    for body in heard.values():
-        own = own + [Piece.from_json(row) for row in body["pieces"]]
+        return pieces, rows
+    messages.send(_WRITTEN, {"pieces": [list(piece) for piece in pieces], "rows": digest.to_json(rows)})
+    # A rank without a shard of a long leaf has nothing to digest together with others: it is done, and does not wait.
+    if ranks.rank and not any(digest.is_shared(leaves, piece) for piece in pieces):
+        return pieces, rows
+    received = messages.receive([rank for rank in range(ranks.size) if rank != ranks.rank], _WRITTEN)
+    for body in received.values():
+        pieces = pieces + [Piece.from_json(row) for row in body["pieces"]]
         rows = digest.from_json(body["rows"]) | rows
-    pieces = sorted(own)
-    made = digest.Others(leaves, pieces, ranks.rank).rows(meeting.temporary, arrays.read_arrays)
+    pieces = sorted(pieces)
+    digested = digest.ShardedLeaves(leaves, pieces, ranks.rank).rows(messages.temporary, arrays.read_arrays)
     if ranks.rank:
-        meeting.tell(_DIGESTED, digest.to_json(made))
-        return pieces, rows | made
-    # All that share leaves: until they have told, they look into this directory.
+        messages.send(_DIGESTED, digest.to_json(digested))
+        return pieces, rows | digested
+    # Rank 0 waits for every rank that digests, also because they read this directory until they have sent their rows.
     sharing = {piece.rank for piece in pieces if digest.is_shared(leaves, piece)} - {0}
-    for answer in meeting.hear(sorted(sharing), _DIGESTED).values():
+    for answer in messages.receive(sorted(sharing), _DIGESTED).values():
         rows |= digest.from_json(answer)
-    return pieces, rows | made
+    return pieces, rows | digested
 
 
 def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.Row]) -> Manifest:
@@ -149,22 +154,23 @@ def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.R
 
 
 def preserve(index: Index, policy: Keep, newest: int) -> None:
-    """Delete what a durable snapshot has replaced, and what a policy does not select.
+    """Delete the snapshots that a durable one has replaced, and those that a policy does not select.
 
-    Called only when the snapshot of the step `newest` is durable, because it is what the deleted ones are given up for.
-    It always stays: a run resumes from it. What cannot be deleted now is tried again after the next save.
+    Called only when the snapshot of the step `newest` is durable, because it replaces the deleted ones. It is never
+    deleted itself: a run resumes from it. A deletion that fails is tried again after the next save.
 
     Args:
         index: of the directory.
-        policy: which to preserve.
-        newest: the step that has just been saved. Later ones belong to a future that the run has gone back from.
+        policy: which snapshots to preserve.
+        newest: the step that has just been saved. Later steps are of a history that the run has gone back from.
     """
     for entry in [*index.superseded(), *(entry for entry in index.revisions() if entry.step > newest)]:
         _delete(entry.path)
     records = index.records()
-    chosen = policy.select(records) | {newest}
+    selected = policy.select(records) | {newest}
     for entry in index.revisions():
-        if entry.header is not None and entry.step not in chosen:
+        # A damaged snapshot stays: it costs space, but its arrays may be all that is left of its step.
+        if entry.header is not None and entry.step not in selected:
             _delete(entry.path)
 
 

@@ -19,7 +19,7 @@ from purestep.step_protocol import facts_of
 
 
 @checked(ConfigError, failed=True)
-def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
+def check_pure(step: Callable[[Any, Any], Any], state: object, batch: object) -> None:
     """Prove that a step is pure, by calling it twice: contract 1.
 
     It must leave its inputs bitwise unchanged and unaliased in place, the python, numpy and torch generators unmoved,

@@ -1,7 +1,7 @@
-"""Learning curves as a PNG: one panel a family of metrics, training and validation in it together.
+"""Learning curves as a PNG: one panel for each family of metrics, with training and validation in the same panel.
 
-Owns the look. It draws with matplotlib's Agg canvas directly, so it needs no display and leaves pyplot's state alone.
-An extra: matplotlib is imported when something is drawn.
+Owns the layout and colours. It draws on matplotlib's Agg canvas, so it needs no display and does not change pyplot's
+state. An extra: matplotlib is imported by the first drawing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, explain, import_extra
 from purestep.loggers import read_csv
 
-# The palette of Okabe and Ito: told apart also by colour-blind readers and in grey print.
+# The palette of Okabe and Ito: its colours differ for colour-blind readers and in grey print, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PANEL_INCHES = (4.6, 3.2)
 Points = list[tuple[float, float]]
@@ -32,14 +32,14 @@ def learning_curves(
 ) -> Path:
     """Draw the metrics of a run against `step`.
 
-    The part of a name after its last slash is its family: `loss`, `train/loss` and `val/loss` share a panel. A sparse
+    The family of a metric is its name after the last slash: `loss`, `train/loss` and `val/loss` share a panel. A sparse
     series (an evaluation an epoch) is drawn with markers; values that are not finite leave a gap.
 
     Args:
-        source: a `metrics.csv`, a run directory, or columns as `loggers.read_csv` returns them (`step` among them).
-        out_png: where to write; directories are made.
+        source: a `metrics.csv`, a run directory, or columns as `loggers.read_csv` returns them, with `step`.
+        out_png: path of the picture; missing directories are made.
         keys: the names to draw, in this order; by default all.
-        title: over the whole picture; none by default.
+        title: of the picture; none by default.
 
     Returns:
         The path of the picture.
@@ -85,7 +85,7 @@ def learning_curves(
 def families(
     columns: Mapping[str, Sequence[float | None]], keys: Sequence[str] | None = None
 ) -> dict[str, dict[str, Points]]:
-    """Group the columns into panels: family, then name, then the points (step, value) where there is a value.
+    """Group the columns into panels: by family, then by name, the points (step, value) of the rows with a value.
 
     Raises:
         ConfigError: a key is not among the columns, or no column has a value.
@@ -107,7 +107,7 @@ def families(
             panels.setdefault(name.rsplit("/", 1)[-1], {})[name] = points
     if not panels:
         what = "there is nothing to draw yet"
-        raise ConfigError(explain(what, where=f"columns: {', '.join(columns)}", why="no row holds a value"))
+        raise ConfigError(explain(what, where=f"columns: {', '.join(columns)}", why="no row has a value"))
     return panels
 
 
@@ -139,20 +139,20 @@ def _draw_panel(axes: Any, family: str, series: Mapping[str, Points], colours: M
 
 
 def _wide_range(series: Mapping[str, Points]) -> bool:
-    """Whether the values, all positive, span so many powers of ten that a linear axis would hide most of them."""
+    """Whether losses, all positive, span so many powers of ten that a linear axis would hide the small ones."""
     values = [value for points in series.values() for _, value in points if math.isfinite(value)]
     return bool(values) and min(values) > 0 and max(values) / min(values) > 300 and "loss" in " ".join(series)
 
 
 def _colours(panels: Mapping[str, Mapping[str, Points]]) -> dict[str, str]:
-    """A colour a split (what stands before the last slash), the same in every panel."""
+    """The colour of each name: one for each prefix before the last slash (train, val), the same in every panel."""
     names = [name for series in panels.values() for name in series]
-    splits = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
-    return {name: COLOURS[splits.index(name.rpartition("/")[0]) % len(COLOURS)] for name in names}
+    prefixes = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+    return {name: COLOURS[prefixes.index(name.rpartition("/")[0]) % len(COLOURS)] for name in names}
 
 
 def _limits(panels: Mapping[str, Mapping[str, Points]]) -> tuple[float, float]:
-    """One range of steps for all panels, so that they can be read against each other."""
+    """One range of steps for all panels, so that they can be compared."""
     steps = [step for series in panels.values() for points in series.values() for step, _ in points]
     margin = 0.03 * (max(steps) - min(steps)) or 1.0
     return min(steps) - margin, max(steps) + margin

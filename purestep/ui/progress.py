@@ -1,7 +1,7 @@
-"""The progress bar: one live line on a terminal or in a notebook, nothing anywhere else.
+"""The progress bar: one live line on a terminal or in a notebook, and no output elsewhere.
 
-Owns drawing and its failures: a closed or broken stdout ends the bar, never the run. It reads no tensor and knows
-nothing of the loop, whose `progress` callback calls it. rich is imported when a bar is first drawn.
+Owns drawing and its errors: a closed or broken stdout ends the bar, never the run. It reads no tensor and does not know
+the loop, whose `progress` callback calls it. rich is imported when a bar is first drawn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import html
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 REFRESH_SECONDS = 0.1
-BAR_WIDTH = 24
+BAR_WIDTH = 24  # characters
 
 
 class Renderer(Protocol):
-    """Draws frames somewhere. `ProgressSink` chooses one and shields the run from its errors."""
+    """Draws frames on one kind of output. `ProgressSink` chooses one, and catches its errors."""
 
     def draw(self, frame: Frame) -> None: ...
     def print(self, text: str) -> None: ...
@@ -30,7 +30,7 @@ class Renderer(Protocol):
 
 
 class Frame:
-    """What the bar shows at one moment, as text and numbers."""
+    """The content of the bar at one moment, as text and numbers."""
 
     def __init__(
         self,
@@ -43,20 +43,20 @@ class Frame:
         rate: float | None,
         note: str,
     ) -> None:
-        # A finished run has as many complete epochs as there are; it is still at the last one.
+        # After the last epoch all are complete, and the bar still names the last one.
         self.title = f"epoch {epoch + 1}" if epochs is None else f"epoch {min(epoch + 1, epochs)}/{epochs}"
         self.batch, self.length = batch, length
         self.position = f"{batch}/{length}" if length is not None else f"{batch} batches"
-        parts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
         self.rate = "" if rate is None else f"{rate:.1f} batches/s" if rate < 100 else f"{rate:,.0f} batches/s"
         self.left = ""
         if rate and length is not None and batch < length:
             self.left = f"{duration((length - batch) / rate)} left"
-        self.text = "  ".join([*parts, *([note] if note else [])])
+        self.text = "  ".join([*numbers, *([note] if note else [])])
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people read them.
+    """Return a number of seconds as minutes and seconds, or hours, minutes and seconds.
 
     Example:
         >>> duration(7.2), duration(83), duration(7384)
@@ -68,11 +68,10 @@ def duration(seconds: float) -> str:
 
 
 class ProgressSink:
-    """A progress bar that never gets in the way.
+    """A progress bar whose errors never reach the run.
 
-    On a terminal it is one live line (what the program prints meanwhile goes above it), in a notebook one output that
-    is replaced, and elsewhere silence. It redraws at most ten times a second, from the calls of `update`: it has no
-    thread.
+    On a terminal it is one live line (output of the program is printed above it), in a notebook one output that is
+    replaced, and elsewhere it draws nothing. It redraws at most ten times a second, in `update`: it has no thread.
 
     Args:
         console: a rich console to draw on; by default one on stdout.
@@ -101,16 +100,16 @@ class ProgressSink:
         rate: float | None,
         note: str = "",
     ) -> None:
-        """Show where the run is.
+        """Show the progress of the run.
 
         Args:
-            epoch: epochs that are complete, so 0 during the first, which is shown as 1.
-            epochs: how many there will be; None when that is not known.
-            batch: batches of this epoch that are done.
-            length: batches an epoch; None when that is not known.
-            metrics: numbers by name, the latest known.
-            rate: batches a second; None before it is known.
-            note: a short word on what goes on besides training, such as "evaluating".
+            epoch: number of complete epochs, so 0 during the first, which is shown as 1.
+            epochs: number of epochs of the run; None if it is unknown.
+            batch: number of complete batches of this epoch.
+            length: batches an epoch; None if it is unknown.
+            metrics: the latest numbers, by name.
+            rate: batches a second; None before it is measured.
+            note: what the run does besides training, such as "evaluating".
         """
         if self._closed:
             return
@@ -134,7 +133,7 @@ class ProgressSink:
             self._shielded(self._renderer.print, text)
 
     def close(self) -> None:
-        """Draw the last frame and leave it standing. Closing twice is fine."""
+        """Draw the last frame, which stays visible. It may be called again."""
         self._closed = True
         if self._renderer is not None and self._pending is not None:
             self._shielded(self._renderer.draw, self._pending)
@@ -146,13 +145,13 @@ class ProgressSink:
         self._started = True
         try:
             self._renderer = _choose(self._console)
-        except Exception:  # closed stdout, another live display, a broken install: no bar is worth a run
+        except Exception:  # closed stdout, another live display, a broken install: the run goes on without a bar
             self._renderer = None
 
-    def _shielded(self, call: Any, *args: Any) -> None:
+    def _shielded(self, call: Callable[..., None], *args: object) -> None:
         try:
             call(*args)
-        except Exception:  # closed file, broken pipe, lost terminal, a charset without blocks: no bar is worth a run
+        except Exception:  # closed file, broken pipe, lost terminal, a charset without blocks: likewise
             broken, self._renderer = self._renderer, None
             if isinstance(broken, TerminalBar):
                 broken.abandon()
@@ -170,8 +169,8 @@ def _choose(console: Console | None) -> Renderer | None:
     return TerminalBar(console) if console.is_terminal and not console.is_dumb_terminal else None
 
 
-def _notebook_display() -> Any:
-    """`IPython.display.display` when this process is a notebook kernel. IPython is asked only when it is loaded."""
+def _notebook_display() -> Callable[..., Any] | None:
+    """`IPython.display.display` in a notebook kernel, else None. A kernel has imported IPython, so this never does."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is None or not hasattr(shell, "kernel"):
@@ -188,7 +187,7 @@ class TerminalBar:
         from rich import progress
         from rich.table import Column
 
-        # rich would end the process when the reader of a pipe is gone; a bar may not.
+        # rich would end the process on a broken pipe; an exception ends the bar only.
         console.on_broken_pipe = _raise_broken_pipe  # type: ignore[method-assign]
 
         def column(field: str, **how: Any) -> progress.ProgressColumn:
@@ -209,7 +208,7 @@ class TerminalBar:
         self._bar.start()
 
     def draw(self, frame: Frame) -> None:
-        # A narrow terminal loses the metrics first, then the times; the line never becomes two.
+        # On a narrow terminal the metrics are left out first, then the times, so that the bar stays one line.
         room = self._bar.console.width - BAR_WIDTH - len(frame.title) - len(frame.position) - 6
         fields: dict[str, Any] = {"title": frame.title, "position": frame.position}
         for name in ("rate", "left", "text"):
@@ -227,7 +226,7 @@ class TerminalBar:
         self._bar.stop()
 
     def abandon(self) -> None:
-        """Give stdout and stderr back, which rich stands in for while it is live; the terminal is gone."""
+        """Restore stdout and stderr, which rich replaces while it is live, after the terminal was lost."""
         with suppress(Exception):
             self._bar.stop()
 
@@ -237,18 +236,19 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _raise_broken_pipe() -> None:
-    raise BrokenPipeError("the reader of the progress bar is gone")
+    raise BrokenPipeError("the reader of the progress bar has closed its pipe")
 
 
 class NotebookBar:
     """One output of a cell, replaced at each draw. It needs no widgets."""
 
-    def __init__(self, display: Any) -> None:
+    def __init__(self, display: Callable[..., Any]) -> None:
         self._display = display
         self._handle: Any = None
 
     def draw(self, frame: Frame) -> None:
-        text = "  ".join(p for p in (frame.title, frame.position, frame.rate, frame.left, frame.text) if p)
+        texts = (frame.title, frame.position, frame.rate, frame.left, frame.text)
+        text = "  ".join(item for item in texts if item)
         limits = f"value='{frame.batch}' max='{frame.length}'" if frame.length else ""
         bar = f"<progress {limits} style='width:16em;vertical-align:middle'></progress>"
         bundle = {"text/plain": text, "text/html": f"{bar} <code style='white-space:pre'>{html.escape(text)}</code>"}
@@ -261,4 +261,4 @@ class NotebookBar:
         self._display({"text/plain": text}, raw=True)
 
     def close(self) -> None:
-        """The last frame stands."""
+        """Nothing to do: the last frame stays in the output."""

@@ -1,4 +1,4 @@
-"""A table of what a model or state holds: parameters, bytes, dtypes, what is trained.
+"""A table of a model or state by submodule: parameters, bytes, dtypes, trained or frozen.
 
 Owns the counting and the layout, as plain text that needs no terminal. It runs no model and reads no values.
 """
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.arguments import Count, checked
+from purestep.bits import human_bytes
 from purestep.errors import ConfigError, TreeError, explain
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One group of tensors: a submodule and everything in it.
+class Group:
+    """The tensors of a submodule and everything in it: one line of the table.
 
     Attributes:
         name: dotted path of the submodule.
-        kind: class of the submodule, empty where it is not known.
-        trained, frozen, buffers: numbers of elements that are trained, frozen parameters, and neither.
+        kind: class of the submodule, empty if it is unknown.
+        trained, frozen, buffers: numbers of elements: of trained parameters, of frozen parameters, and of buffers.
         bytes: of all three.
         dtypes: their dtypes, sorted.
     """
@@ -36,8 +37,8 @@ class Row:
     bytes: int = 0
     dtypes: tuple[str, ...] = ()
 
-    def __add__(self, other: Row) -> Row:
-        return Row(
+    def __add__(self, other: Group) -> Group:
+        return Group(
             self.name,
             self.kind,
             self.trained + other.trained,
@@ -48,7 +49,7 @@ class Row:
         )
 
     def trainable(self) -> str:
-        """Return "yes", "no" or "in part" for the parameters, "-" where there are none."""
+        """Return whether the parameters are trained: "yes", "no" or "in part"; "-" without parameters."""
         if not self.trained and not self.frozen:
             return "-"
         return "yes" if not self.frozen else "in part" if self.trained else "no"
@@ -56,16 +57,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `summary` returns: rows and their total; `print` shows the table.
+    """The result of `summary`: groups and their total; `print` shows the table.
 
     Attributes:
-        rows: one a group, in the order of the model.
-        total: the sum of the rows.
-        optimizer_bytes: bytes of the optimizer's state; None where there is no state of a run.
+        rows: one for each group, in the order of the model.
+        total: the sum of the groups.
+        optimizer_bytes: bytes of the optimizer state; None for a module or a tree without one.
     """
 
-    rows: tuple[Row, ...]
-    total: Row
+    rows: tuple[Group, ...]
+    total: Group
     optimizer_bytes: int | None = None
 
     def __str__(self) -> str:
@@ -84,13 +85,13 @@ class Summary:
 def summary(state_or_module: Any, *, depth: Count = 1) -> Summary:
     """Count the parameters, bytes and dtypes of a model or of a state, by submodule.
 
-    Tied weights are counted once, where they first appear. Frozen parameters live in the buffers of a `TrainState`;
-    they are told from other buffers by the model it carries.
+    Tied weights are counted once, where they first appear. Frozen parameters are in the buffers of a `TrainState`; its
+    model distinguishes them from other buffers.
 
     Args:
         state_or_module: a `TrainState` (or anything with `params`, and maybe `buffers` and `opt_state`), a module, or
             any pytree of tensors, which counts as trained.
-        depth: how many parts of a dotted name make a group.
+        depth: number of parts of a dotted name that name a group, 1 or more.
 
     Returns:
         A `Summary`, which prints as a table.
@@ -110,27 +111,27 @@ def summary(state_or_module: Any, *, depth: Count = 1) -> Summary:
     """
     if depth < 1:
         raise TreeError(explain(f"depth={depth!r} is not a number of levels", instead="summary(state, depth=1)"))
-    groups: dict[str, Row] = {}
+    groups: dict[str, Group] = {}
     module = _module(state_or_module)
-    kinds = {name: type(part).__name__ for name, part in module.named_modules()} if module is not None else {}
-    seen: set[Any] = set()
+    kinds = {name: type(submodule).__name__ for name, submodule in module.named_modules()} if module is not None else {}
+    seen: set[object] = set()
     for name, tensor, role in _tensors(state_or_module, module):
         identity = _identity(tensor)
         if identity not in seen:
             seen.add(identity)
             group = ".".join(name.split(".")[:-1][:depth]) or name
             dtype = str(tensor.dtype).removeprefix("torch.")
-            one = Row(group, kinds.get(group, ""), bytes=tensor.nbytes, dtypes=(dtype,), **{role: tensor.numel()})
+            one = Group(group, kinds.get(group, ""), bytes=tensor.nbytes, dtypes=(dtype,), **{role: tensor.numel()})
             groups[group] = groups[group] + one if group in groups else one
     if not groups:
         where, instead = type(state_or_module).__qualname__, "summary(state), or summary(model)"
         raise TreeError(explain("there is no tensor to summarise", where=where, instead=instead))
     opt_state = getattr(state_or_module, "opt_state", None)
     optimizer_bytes = None if opt_state is None else sum(t.nbytes for t in _unique(tree.leaves(opt_state)))
-    return Summary(tuple(groups.values()), sum(groups.values(), Row("total")), optimizer_bytes)
+    return Summary(tuple(groups.values()), sum(groups.values(), Group("total")), optimizer_bytes)
 
 
-def _module(value: Any) -> nn.Module | None:
+def _module(value: object) -> nn.Module | None:
     if isinstance(value, nn.Module):
         return value
     module = getattr(getattr(value, "model", None), "module", None)
@@ -148,46 +149,30 @@ def _tensors(value: Any, module: nn.Module | None) -> Iterator[tuple[str, Tensor
         yield from ((name, t, "trained") for name, t in _named(value))
         return
     parameters = dict(module.named_parameters()) if module is not None else {}
-    found = [(name, t, "trained") for name, t in _named(value.params)]
-    found += [(n, t, "frozen" if n in parameters else "buffers") for n, t in _named(getattr(value, "buffers", None))]
+    tensors = [(name, tensor, "trained") for name, tensor in _named(value.params)]
+    tensors += [(n, t, "frozen" if n in parameters else "buffers") for n, t in _named(getattr(value, "buffers", None))]
     order = {name: i for i, name in enumerate(parameters)}
-    yield from sorted(found, key=lambda item: order.get(item[0], len(order)))
+    yield from sorted(tensors, key=lambda item: order.get(item[0], len(order)))
 
 
-def _named(value: Any) -> Iterator[tuple[str, Tensor]]:
+def _named(value: object) -> Iterator[tuple[str, Tensor]]:
     pairs = zip(tree.names(value), tree.leaves(value), strict=True)
     return ((name or "tensor", leaf) for name, leaf in pairs if isinstance(leaf, Tensor))
 
 
-def _identity(tensor: Tensor) -> Any:
-    """The same for tied weights: one storage seen in one way. Tensors without an address of their own are objects."""
+def _identity(tensor: Tensor) -> object:
+    """A key that tied weights share: the same view of the same storage; the object itself if it has no storage."""
     plain = type(tensor) in (Tensor, nn.Parameter)  # and not fake, sharded or otherwise wrapped
     if not plain or tensor.device.type == "meta" or not tensor.nbytes:
         return id(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _unique(leaves: Iterable[Any]) -> Iterable[Tensor]:
+def _unique(leaves: Iterable[object]) -> Iterable[Tensor]:
     return {_identity(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()
 
 
-def human_bytes(count: int) -> str:
-    """Return a number of bytes as people read it.
-
-    Example:
-        >>> human_bytes(999), human_bytes(1536), human_bytes(3 * 2**30)
-        ('999 B', '1.5 KiB', '3.0 GiB')
-    """
-    if count < 1024:
-        return f"{count} B"
-    value, units = float(count), iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
-    unit = ""
-    while value >= 1024 and (following := next(units, None)):
-        value, unit = value / 1024, following
-    return f"{value:.1f} {unit}"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Group) -> tuple[str, ...]:
     params, buffers = row.trained + row.frozen, row.buffers
     return (
         row.name,

@@ -20,8 +20,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from purestep import data, tree
-from purestep.data.order import Rows
-from purestep.data.share import share_rows
+from purestep.data.order import SampleShard
+from purestep.data.share import shard_samples
 from purestep.loop.events import Cursor
 from purestep.loop.feed import Feed
 
@@ -402,8 +402,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "concat, samplers that have ended": lambda: data.concat(distributed(), stream(OrdersSized)),
     "take": lambda: data.take(stream(Sized), 3),
     "take of all": lambda: data.take(stream(Sized), 9),
-    "a rank's rows": lambda: share_rows(data.as_source(stream()), Rows(2, (1,))),
-    "a rank's rows, length": lambda: share_rows(data.as_source(stream(Sized)), Rows(2, (1,))),
+    "a rank's samples": lambda: shard_samples(data.as_source(stream()), SampleShard(2, (1,))),
+    "a rank's samples, length": lambda: shard_samples(data.as_source(stream(Sized)), SampleShard(2, (1,))),
     "prefetch": lambda: data.prefetch(stream(), "cpu"),
     "prefetch, length": lambda: data.prefetch(stream(Sized), "cpu"),
     "take of prefetch": lambda: data.take(data.prefetch(stream(Sized), "cpu"), 4),

@@ -7,6 +7,7 @@ from shared_marks import slow_but
 import purestep as ps
 from purestep.errors import ConfigError, DonatedStateError
 from purestep.loop import StepsDone
+from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
 from purestep.optim import blocks
 from purestep.testing import assert_trees_equal, check_resume, comparable
@@ -76,7 +77,7 @@ def test_a_run_is_resumed_donated_or_not(made, first, tmp_path):
 
 def test_memory_stays_where_it_is_and_kept_states_are_consumed(job):
     tx = ps.optim.adamw(1e-2)
-    run = Run(**job(tx=tx), until=ps.steps(6), donate=True)
+    run = Run(RunArguments(**job(tx=tx), until=ps.steps(6), donate=True))
     places, kept = [], []
     for event in run:
         if isinstance(event, StepsDone):

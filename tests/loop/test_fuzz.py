@@ -30,6 +30,7 @@ from purestep import tree
 from purestep.callbacks import Reducer
 from purestep.loggers.csv import read_csv
 from purestep.loop import Evaluated, Horizon, Save, StepsDone, Stopped, precheck
+from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
 
 # Callbacks are changed from one session to the next, on purpose.
@@ -113,13 +114,15 @@ class Setup:
 def start(setup, run_dir, *, wished, how="auto"):
     train = ps.data.batches(table(7, 0), 3, seed=5, drop_last=False)
     return Run(
-        ps.make_step(loss_fn, TX),
-        ps.init(make_model, TX, seed=0),
-        train,
-        until=ps.steps(END),
-        callbacks=setup.callbacks(wished),
-        run_dir=run_dir,
-        resume=how,
+        RunArguments(
+            ps.make_step(loss_fn, TX),
+            ps.init(make_model, TX, seed=0),
+            train,
+            until=ps.steps(END),
+            callbacks=setup.callbacks(wished),
+            run_dir=run_dir,
+            resume=how,
+        )
     )
 
 

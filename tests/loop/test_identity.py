@@ -437,11 +437,11 @@ def test_it_is_the_same_in_every_process():
 
 
 def test_the_ranks_of_a_plan_have_the_identity_of_one_process():
-    from purestep.data.order import Rows
-    from purestep.data.share import share_rows
+    from purestep.data.order import SampleShard
+    from purestep.data.share import shard_samples
 
     for source in (batches(), ps.data.as_source(loader())):
-        assert stable(share_rows(source, Rows(2, (1,)))) == stable(source)
+        assert stable(shard_samples(source, SampleShard(2, (1,)))) == stable(source)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from shared_marks import slow_but
 import purestep as ps
 from purestep.errors import ConfigError, DataError, StepError, TemplateMismatch
 from purestep.loop import Evaluated, Interrupted, Resumed, Saved, Started, StepsDone, Stopped
+from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
 from purestep.testing import assert_trees_equal, check_resume, comparable
 
@@ -256,8 +257,8 @@ def test_between_two_boundaries_no_tensor_is_read(job):
     options = job()
     meta = ps.tree.map(lambda t: t.to("meta"), options["state"])
     batch = {"x": torch.empty(8, 6, device="meta"), "y": torch.empty(8, dtype=torch.int64, device="meta")}
-    run = Run(**{**options, "state": meta}, until=ps.steps(5))
-    state, record, *_ = run._burst(meta, iter([batch] * 5), None)
+    run = Run(RunArguments(**{**options, "state": meta}, until=ps.steps(5)))
+    state, record, *_ = run._chunk(meta, iter([batch] * 5), None)
     assert len(record) == 5
     assert {t.device.type for t in ps.tree.leaves(state)} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -274,9 +275,9 @@ def test_the_test_above_can_fail(job):
         new, metrics = inner(state, batch)
         return new, metrics | {"shown": float(metrics["loss"])}
 
-    run = Run(**{**options, "state": meta, "step": reads}, until=ps.steps(5))
+    run = Run(RunArguments(**{**options, "state": meta, "step": reads}, until=ps.steps(5)))
     with pytest.raises((RuntimeError, NotImplementedError, ps.errors.MetricError)):
-        run._burst(meta, iter([batch] * 5), None)
+        run._chunk(meta, iter([batch] * 5), None)
 
 
 # --- level 2: a generator -----------------------------------------------------------------------------------------

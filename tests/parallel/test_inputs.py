@@ -22,7 +22,7 @@ def _ask(zygote, directory):
             str(directory / "store"),
             str(directory / f"{rank}.json"),
             str(rank),
-            preload="xxhash torch.distributed.tensor",
+            preload=zygote.RANKS,
         )
         for rank in range(2)
     ]

@@ -10,19 +10,19 @@ from shared_marks import slow_but
 JOB = Path(__file__).with_name("bits_job.py")
 CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed fifty skipped muon finite large six twelve
 evaluated""".split()
-QUICK = "plain tied skipped".split()  # what `make test` runs, with what is asked of several processes besides bits
+QUICK = "plain skipped".split()  # what `make test` runs, with what is asked of several processes besides bits
 
 
 @pytest.fixture(scope="session")
 def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
-    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, "fast", "live", "refusals", "tensor", "synced"])
+    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, "fast", "live", "refusals", "tensor"])
 
 
 @pytest.fixture(scope="session")
 def more_answers(zygote, once):
     """The same of the others."""
-    return _asked(zygote, once, "more-bits", "4,3,2,1", [case for case in CASES if case not in QUICK])
+    return _asked(zygote, once, "more-bits", "4,3,2,1", [*(case for case in CASES if case not in QUICK), "synced"])
 
 
 def _asked(zygote, once, name, sizes, cases):
@@ -36,8 +36,7 @@ def _ask(zygote, directory, sizes, cases):
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     arguments = str(directory), sizes
     children = [
-        zygote.popen(JOB, *arguments, str(rank), ",".join(cases), env=quiet, preload="torch.distributed.tensor")
-        for rank in range(4)
+        zygote.popen(JOB, *arguments, str(rank), ",".join(cases), env=quiet, preload=zygote.RANKS) for rank in range(4)
     ]
     for child in children:
         with child:
@@ -94,8 +93,10 @@ def test_tensor_parallel_ranks_agree_with_one_process(answers):
             assert answers[size, rank][f"tensor|{label}"] == pytest.approx(reference, rel=1e-5, abs=1e-5), label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["even", "uneven", "few", "weighted"])
-def test_batch_norm_over_ranks_is_that_of_one_batch(answers, kind):
+def test_batch_norm_over_ranks_is_that_of_one_batch(more_answers, kind):
+    answers = more_answers
     reference = answers[1, 0][f"synced|ddp|{kind}"]
     compared = 0
     for size, label in ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")):

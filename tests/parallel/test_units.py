@@ -37,7 +37,7 @@ def _asked(zygote, once, name, cases, others):
 def _ask(zygote, directory, *asked):
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     children = [
-        zygote.popen(JOB, str(directory), str(size), str(rank), *asked, env=quiet, preload="torch.distributed.tensor")
+        zygote.popen(JOB, str(directory), str(size), str(rank), *asked, env=quiet, preload=zygote.RANKS)
         for size, rank in RANKS
     ]
     for child in children:

@@ -139,9 +139,9 @@ def test_rules_go_by_class_and_by_function_too():
 def test_a_rule_that_finds_nothing_is_refused(where):
     p = policy("bf16-mixed").where(where, compute="f32")
     state = ps.init(nn.Linear(4, 4), TX)
-    with pytest.raises(PrecisionError, match="finds nothing in the model"):
+    with pytest.raises(PrecisionError, match="matches nothing in the model"):
         p.apply(state)
-    with pytest.raises(PrecisionError, match="finds nothing in the model"):
+    with pytest.raises(PrecisionError, match="matches nothing in the model"):
         ps.make_step(lambda net, x: net(x).mean(), TX, policy=p)(state, torch.ones(2, 4))
 
 
@@ -269,11 +269,11 @@ def test_resolved_policies_do_not_keep_models_alive():
 @pytest.mark.parametrize(
     ("made", "asked", "message"),
     [
-        ("32", "bf16-true", r"params\['.*'\]: float32\[4, 4\], asked bf16"),
-        ("32", "16-mixed", "loss_scale: NoneType, asked DynamicLossScale"),
-        ("16-mixed", "32", "loss_scale: DynamicLossScale, asked NoLossScale"),
+        ("32", "bf16-true", r"params\['.*'\]: float32\[4, 4\], policy bf16"),
+        ("32", "16-mixed", "loss_scale: NoneType, policy DynamicLossScale"),
+        ("16-mixed", "32", "loss_scale: DynamicLossScale, policy NoLossScale"),
         ("bf16-true", "bf16-master", "master weights"),
-        ("bf16-master", "bf16-true", "none asked, some there"),
+        ("bf16-master", "bf16-true", "in the state only"),
     ],
 )
 def test_a_state_under_another_policy_is_refused(made, asked, message):

@@ -63,7 +63,7 @@ def test_with_a_policy_it_is_converted(old, new, like_under, tmp_path):
 @pytest.mark.parametrize(("old", "new"), [("bf16-true", "32"), ("32", "bf16-master"), ("16-mixed", "32")])
 def test_without_one_it_is_refused(old, new, tmp_path):
     fit(old, tmp_path)
-    with pytest.raises(TemplateMismatch, match="the snapshot does not fit what was asked for"):
+    with pytest.raises(TemplateMismatch, match="the snapshot does not have the structure of the template"):
         ps.restore(tmp_path, like=policy(new).apply(ps.init(make_model, TX)))
 
 

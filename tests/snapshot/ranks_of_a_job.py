@@ -291,7 +291,7 @@ def a_rank_that_dies_in_a_save() -> None:
         arrays.write_arrays = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     SEEN["death"] = []
     store.save(2, split("4 rows", values(2)))
-    store._background.settle()
+    store._background.join()
     failure = store._background.job.failure
     SEEN["death"] = [type(failure).__name__, str(failure).replace(str(root), "ROOT")]
 

@@ -14,9 +14,9 @@ from purestep import tree
 from purestep.errors import TreeError
 from purestep.snapshot import decode
 from purestep.snapshot.codec import encode, from_text
-from purestep.snapshot.pack import Piece, checksums, pack, sealed, unpack
+from purestep.snapshot.pack import Piece, checksums, pack, unpack, with_checksums
 from purestep.snapshot.ranks import Ranks
-from purestep.snapshot.reader import _Values
+from purestep.snapshot.reader import _LeafValues
 from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
 from purestep.snapshot.template import build, check
@@ -49,10 +49,10 @@ def round_trip(value, like=...):
     packed = pack(parts, contents)
     leaves = decode.leaves(decode.Field(json.loads(json.dumps([leaf.to_json() for leaf in encoded.leaves])), "x"))
     structure = json.loads(json.dumps(encoded.structure))
-    rows = json.loads(json.dumps([list(piece) for piece in sealed(packed.pieces, checksums(contents))]))
+    rows = json.loads(json.dumps([list(piece) for piece in with_checksums(packed.pieces, checksums(contents))]))
     pieces = [Piece.from_json(row) for row in rows]
     check(structure, leaves, like)
-    values = _Values(leaves)
+    values = _LeafValues(leaves)
     contents = unpack(leaves, pieces, packed.arrays, verify=True)
     values.contents = {(piece.leaf, piece.box): content for piece, content in zip(pieces, contents, strict=True)}
     return build(structure, like, values)

@@ -7,7 +7,7 @@ import torch
 from purestep.errors import CorruptSnapshot
 from purestep.snapshot import pack as module
 from purestep.snapshot.codec import encode
-from purestep.snapshot.pack import ARRAY_NAME, Packed, array_name, checksums, materialize, pack, sealed, unpack
+from purestep.snapshot.pack import ARRAY_NAME, Packed, array_name, checksums, materialize, pack, unpack, with_checksums
 from purestep.snapshot.ranks import Ranks
 from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
@@ -18,7 +18,7 @@ def packed(value):
     parts = owned(encoded, Ranks())
     contents = Staging().copy([part.value for part in parts])()
     laid = pack(parts, contents)
-    return encoded.leaves, Packed(laid.arrays, sealed(laid.pieces, checksums(contents)))
+    return encoded.leaves, Packed(laid.arrays, with_checksums(laid.pieces, checksums(contents)))
 
 
 def unpacked(leaves, pieces, arrays):

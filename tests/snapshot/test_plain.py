@@ -126,7 +126,7 @@ def test_restoring_loads_neither_orbax_nor_jax(bare, tmp_path):
     with Store(tmp_path) as store:
         store.save(1, {"large": torch.ones(LARGE), "bf16": torch.ones(1 << 20).bfloat16(), "small": torch.ones(3)})
     code = (
-        "import sys, purestep as ps; value = ps.snapshot.restore(sys.argv[1]); print(float(value['large'].sum()), "
+        "import sys, purestep as ps; value = ps.restore(sys.argv[1]); print(float(value['large'].sum()), "
         "[name for name in ('orbax', 'jax', 'tensorstore') if name in sys.modules])"
     )
     assert bare.run(code, str(tmp_path)).stdout.strip() == f"{float(LARGE)} []"

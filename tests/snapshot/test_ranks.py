@@ -16,10 +16,9 @@ from purestep.errors import ConfigError, CorruptSnapshot, SnapshotError, Templat
 from purestep.snapshot import Ranks, Store, disk
 from purestep.snapshot.codec import encode
 from purestep.snapshot.pack import Piece
-from purestep.snapshot.shards import count, lay, overlap, whole
+from purestep.snapshot.shards import copy_overlap, count, full_box, overlap
 
 JOB = Path(__file__).with_name("ranks_of_a_job.py")
-NEEDS = "torch.distributed.tensor orbax.checkpoint xxhash"
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +32,9 @@ def _start(zygote, root):
     environment = dict(os.environ) | {"WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         started = [
-            stack.enter_context(zygote.popen(JOB, str(root), env=environment | {"RANK": str(rank)}, preload=NEEDS))
+            stack.enter_context(
+                zygote.popen(JOB, str(root), env=environment | {"RANK": str(rank)}, preload=zygote.RANKS)
+            )
             for rank in range(4)
         ]
         ended = [child.communicate(timeout=240) for child in started]
@@ -64,7 +65,7 @@ def test_each_rank_writes_what_it_owns_and_no_copy_of_it(job):
     assert (parts["2x2 hybrid"], parts["2 plain"]) == (["0", "1"], ["0"])
     for number, layout in enumerate(parts):
         made = Store(root / "all" / str(number)).read_manifest(3)
-        wanted = sum(count(whole(leaf)) for leaf in made.leaves if leaf.has_bytes)
+        wanted = sum(count(full_box(leaf)) for leaf in made.leaves if leaf.has_bytes)
         assert sum(count(piece.box) for piece in made.pieces) == wanted, layout
         by_rank = [sum(piece.nbytes for piece in made.pieces if piece.rank == rank) for rank in range(4)]
         if layout == "4 rows":
@@ -75,9 +76,10 @@ def test_one_process_reads_every_layout_without_torch_distributed(job, zygote):
     script = """
 import sys
 from pathlib import Path
+import purestep as ps
 from purestep import snapshot, tree
 for path in sorted((Path(sys.argv[1]) / "all").iterdir()):
-    value = snapshot.restore(path)
+    value = ps.restore(path)
     assert value["tied"] is value["weight"]
     print(tree.digest(value) == snapshot.manifest(path, 3).digest, tree.digest(value)[:8])
 print("torch.distributed.tensor" in sys.modules)
@@ -123,7 +125,7 @@ def test_damage_and_mismatch_on_one_rank_are_the_verdict_of_all(job):
         assert asked[0] == "CorruptSnapshot"
         assert "restore(step=1)" in asked[1]
         assert odd[0] == "TemplateMismatch"
-        assert odd[1].startswith("rank 2: the snapshot does not fit")
+        assert odd[1].startswith("rank 2: the snapshot does not have the structure")
         assert absent[0] == "SnapshotError"
         assert "are of steps 1, 2" in absent[1]
 
@@ -138,10 +140,10 @@ def test_a_rank_that_dies_in_a_save_is_named_and_the_snapshot_before_is_good(job
     seen, root = job
     for rank, each in enumerate(seen):
         kind, text = each["death"]
-        if rank and kind == "GaveUp":  # rank 0 was the first to lose patience
+        if rank and kind == "Abandoned":  # rank 0 was the first to lose patience
             assert text.endswith(" gave up the save of step 2")
             continue
-        assert (kind, text.split("\n")[0]) == ("SnapshotError", "rank 3 did not write its part of step 2 within 1 s")
+        assert (kind, text.split("\n")[0]) == ("SnapshotError", "rank 3 did not write its shards of step 2 within 1 s")
         assert f"where:   rank {rank} of 4 waited in ROOT/2.purestep-tmp-" in text
     assert Store(root / "death").steps() == [1]
     assert Store(root / "death").restore().skipped == ()
@@ -164,13 +166,13 @@ def test_what_one_rank_met_is_raised_on_all():
     reports = [None, ["CorruptSnapshot", "bytes"], ["TemplateMismatch", "shapes"]]
     for rank, mine in enumerate([None, CorruptSnapshot("bytes"), TemplateMismatch("shapes")]):
         with pytest.raises(TemplateMismatch, match=r"^rank 1: bytes\nrank 2: shapes$"):
-            Ranks(rank, 3, lambda value: reports).agree(mine)
-    Ranks(0, 3, lambda value: [None] * 3).agree(None)
+            Ranks(rank, 3, lambda value: reports).raise_everywhere(mine)
+    Ranks(0, 3, lambda value: [None] * 3).raise_everywhere(None)
     same = [["TreeError", "x"]] * 2
     with pytest.raises(TreeError, match=r"^x$"):  # what all met is said once
-        Ranks(0, 2, lambda value: same).agree(TreeError("x"))
+        Ranks(0, 2, lambda value: same).raise_everywhere(TreeError("x"))
     with pytest.raises(SnapshotError, match=r"^rank 1: what$"):
-        Ranks(0, 2, lambda value: [None, ["OSError", "what"]]).agree(None)
+        Ranks(0, 2, lambda value: [None, ["OSError", "what"]]).raise_everywhere(None)
 
 
 def test_boxes_lay_into_each_other(seed):
@@ -188,7 +190,7 @@ def test_boxes_lay_into_each_other(seed):
         cuts = [tuple(slice(s, s + n) for s, n in zip(*box, strict=True)) for box in boxes]
         target = torch.full(boxes[1][1], -1)
         source = tree.tensor_bytes(value[cuts[0]]).copy()
-        laid = lay(leaf, source, boxes[0], target.reshape(-1).view(torch.uint8).numpy(), boxes[1])
+        laid = copy_overlap(leaf, source, boxes[0], target.reshape(-1).view(torch.uint8).numpy(), boxes[1])
         wanted = torch.full(shape, -1)
         wanted[cuts[0]] = value[cuts[0]]
         assert torch.equal(target, wanted[cuts[1]])

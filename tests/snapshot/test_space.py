@@ -39,29 +39,29 @@ def free(monkeypatch):
     ("policy", "present", "room", "fits"),
     [
         (latest(2), 0, 3 * 3.1, None),
-        (latest(2), 0, 2 * 3.1, "room for 2 of the next 3 snapshots"),
+        (latest(2), 0, 2 * 3.1, "only 2 of the next 3 snapshots fit on the disk"),
         (latest(2), 2, 3.1, None),  # one more, and then the oldest is deleted
         (latest(2), 3, 3.1, None),
-        (latest(2), 2, 3.0, "room for 0 of the next 1 snapshots"),
+        (latest(2), 2, 3.0, "only 0 of the next 1 snapshots fit on the disk"),
         (latest(1) | best("loss", 2), 0, 4 * 3.1, None),
-        (latest(1) | best("loss", 2), 0, 3 * 3.1, "room for 3 of the next 4 snapshots"),
+        (latest(1) | best("loss", 2), 0, 3 * 3.1, "only 3 of the next 4 snapshots fit on the disk"),
         (all_(), 0, 3.1, None),  # no bound: the next only
-        (all_() | latest(3), 5, 3.0, "room for 0 of the next 1 snapshots"),
+        (all_() | latest(3), 5, 3.0, "only 0 of the next 1 snapshots fit on the disk"),
         (every_steps(10), 1, 3.1, None),
     ],
 )
 def test_room_for_what_will_be_kept(tmp_path, free, policy, present, room, fits):
     free(room)
     found = space.shortage(tmp_path, 2 * MEGABYTE, policy, present)
-    assert (found is None) if fits is None else found.startswith(f"there is {fits}\n  where:   {tmp_path}: ")
+    assert (found is None) if fits is None else found.startswith(f"{fits}\n  where:   {tmp_path}: ")
 
 
 def test_the_message_has_the_numbers(tmp_path, free):
     free(7)
     assert space.shortage(tmp_path / "not" / "yet", 2 * MEGABYTE, latest(2), 0) == (
-        "there is room for 2 of the next 3 snapshots\n"
-        f"  where:   {tmp_path}/not/yet: 7.0 MB free, 9.1 MB needed\n"
-        "  why:     latest(2) keeps up to 2, of 2.0 MB each and 1.0 MB around it, and a new one is written before an "
+        "only 2 of the next 3 snapshots fit on the disk\n"
+        f"  where:   {tmp_path}/not/yet: 6.7 MiB free, 8.7 MiB needed\n"
+        "  why:     latest(2) keeps up to 2, of 1.9 MiB each and 1.0 MiB around it, and a new one is written before an "
         "old one is deleted\n"
         "  instead: free space, keep fewer, or choose another run_dir="
     )
@@ -71,10 +71,10 @@ def test_it_is_checked_before_a_run_and_before_each_save(tmp_path, free):
     store = Store(tmp_path, keep=latest(2))
     store.check(value(1))
     free(2.5)
-    with pytest.raises(SnapshotError, match=r"does not fit here\n(.|\n)*3\.0 MB to write, 2\.5 MB free"):
+    with pytest.raises(SnapshotError, match=r"does not fit here\n(.|\n)*2\.9 MiB to write, 2\.4 MiB free"):
         store.check(value(1))
     free(7)
-    with pytest.warns(RuntimeWarning, match="room for 2 of the next 3 snapshots"):
+    with pytest.warns(RuntimeWarning, match="only 2 of the next 3 snapshots fit on the disk"):
         store.check(value(1))
     store.save(1, value(1))  # said once
     store.wait()
@@ -82,9 +82,9 @@ def test_it_is_checked_before_a_run_and_before_each_save(tmp_path, free):
     store.save(2, value(2))
     store.wait()
     free(2.5)
-    with pytest.warns(RuntimeWarning, match="room for 0 of the next 1 snapshots"):
+    with pytest.warns(RuntimeWarning, match="only 0 of the next 1 snapshots fit on the disk"):
         store.save(3, value(3))
-    with pytest.raises(SaveFailed, match=r"No space|3\.0 MB to write, 2\.5 MB free(.|\n)*untouched: 1, 2"):
+    with pytest.raises(SaveFailed, match=r"No space|2\.9 MiB to write, 2\.4 MiB free(.|\n)*untouched: 1, 2"):
         store.wait()
     assert store.restore().step == 2
 
@@ -102,7 +102,7 @@ def test_a_run_that_cannot_save_is_told_at_its_start(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(disk, "write", refuses)
-    with pytest.raises(SnapshotError, match=r"why:     OSError: .* Read-only file system\n  instead: mend it"):
+    with pytest.raises(SnapshotError, match=r"why:     OSError: .* Read-only file system\n  instead: repair it"):
         Store(tmp_path).check({})
     assert [path.name for path in tmp_path.iterdir() if disk.MARK in path.name] == []
 
@@ -133,9 +133,9 @@ def test_a_disk_that_fills_up_or_turns_read_only(small_disk, monkeypatch):
     ballast = place / "ballast"
     ballast.write_bytes(bytes(5 * 1024 * 1024))
     with monkeypatch.context() as patch:  # the check of the space is right: nothing is begun
-        with pytest.warns(RuntimeWarning, match="room for 0"):
+        with pytest.warns(RuntimeWarning, match="only 0 of the next"):
             store.save(2, value(2))
-        with pytest.raises(SaveFailed, match=r"No space left|MB to write"):
+        with pytest.raises(SaveFailed, match=r"No space left|MiB to write"):
             store.wait()
         patch.setattr(space, "check_room", lambda *args: None)  # somebody else fills the disk in mid-save
         store.save(3, value(3))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import purestep as ps
 from purestep import snapshot, tree
 from purestep.errors import CorruptSnapshot, SaveFailed, SnapshotError, TemplateMismatch, TreeError
 from purestep.snapshot import Store, all_, best, disk, every_steps, latest, space, writer
@@ -253,11 +254,11 @@ def test_the_highest_whole_revision_of_a_step_is_read(tmp_path):
 
 def test_nothing_is_deleted_when_nothing_whole_would_be_left(tmp_path):
     store = fill(tmp_path, 3, 4)
-    with pytest.raises(SnapshotError, match=r"no snapshot of step 2 or before is whole"):
+    with pytest.raises(SnapshotError, match=r"no snapshot of step 2 or before is intact"):
         store.delete_after(2)
     (array,) = (path for path in (tmp_path / "3" / "parts").rglob("*") if path.is_file() and path.stat().st_size > 4000)
     array.write_bytes(array.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(SnapshotError, match=r"no snapshot of step 3 or before is whole"):
+    with pytest.raises(SnapshotError, match=r"no snapshot of step 3 or before is intact"):
         store.delete_after(3)
     assert store.steps() == [3, 4]
     store.delete_after(4)
@@ -286,7 +287,7 @@ def test_a_failed_save_is_told_once_and_the_next_one_is_saved(tmp_path):
     store.wait()
     assert store.poll() == []
     store.save(2, value(2))
-    store._background.settle()
+    store._background.join()
     root.unlink()
     with pytest.raises(SaveFailed, match="the save of step 2 failed"):
         store.save(3, value(3))  # tells of step 2, and saves step 3
@@ -317,7 +318,7 @@ def test_poll_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
     )
     store = Store(tmp_path)
     store.save(1, value(1))
-    store._background.settle()
+    store._background.join()
     with pytest.raises(SaveFailed, match="No space left on device"):
         store.poll()
     assert store.poll() == []
@@ -337,8 +338,8 @@ def test_functions_of_a_run(tmp_path):
     fill(tmp_path / "snapshots", 1, 2)
     for run_dir in (tmp_path, str(tmp_path), tmp_path / "snapshots"):
         assert snapshot.steps(run_dir) == [1, 2]
-        assert snapshot.restore(run_dir)["n"] == 2
-        assert snapshot.restore(run_dir, like=value(0), step=1)["n"] == 1
+        assert ps.restore(run_dir)["n"] == 2
+        assert ps.restore(run_dir, like=value(0), step=1)["n"] == 1
         found = snapshot.manifest(run_dir, 2)
         assert (found.step, found.keep, found.environment["world_size"]) == (2, "all_()", 1)
         assert [(leaf.path, leaf.kind, leaf.dtype, leaf.shape) for leaf in found.leaves[:2]] == [

@@ -51,13 +51,14 @@ def test_every_difference_is_listed_with_its_path():
     stored = State({"0.weight": torch.zeros(3), "same": torch.zeros(2), "old": torch.zeros(1), "n": [1, 2]}, 5)
     like = State({"0.weight": torch.zeros(4), "same": torch.zeros(2), "new": torch.zeros(7), "n": (1, 2)}, 0.5)
     assert mismatch(stored, like) == (
-        "the snapshot does not fit what was asked for\n"
+        "the snapshot does not have the structure of the template\n"
         "  where:   params['0.weight']: stored float32[3], template float32[4]\n"
         "           params['old']: stored float32[1], missing in the template\n"
         "           params['n']: stored a list, template a tuple\n"
         "           params['new']: not stored, template float32[7]\n"
         "           step: stored int, template float\n"
-        "  instead: pass like= a tree of the stored structure, with ... for each part that may come as it is stored"
+        "  instead: pass like= a tree of the stored structure, with ... in place of each subtree "
+        "to take as it is stored"
     )
 
 
@@ -158,6 +159,6 @@ def test_classes_come_from_the_registry_or_the_template_only():
 def test_what_only_a_template_can_give():
     assert "static builtins.builtin_function_or_method, which is no JSON" in mismatch(State(1, 2, patience=print), ...)
     assert "static builtins.set" in mismatch([State(1, 2, patience=({"a": [set()]},))], ...)
-    assert "Pair comes back only through a template" in mismatch({"p": Pair(1, 2)}, ...)
+    assert "Pair can be restored only into a template" in mismatch({"p": Pair(1, 2)}, ...)
     static = (1, [2.5, None], {"a": (True,)})
     assert load(State(1, 2, patience=static)).patience == static

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
@@ -21,6 +22,7 @@ from purestep.optim.base import (
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
+    StepNumber,
     is_zero,
     need_params,
     new_count,
@@ -59,7 +61,7 @@ class AmsgradState:
 class _Leaves:
     """What an update reads, as lists in the order of the parameters; gradients in the dtypes of `nu`."""
 
-    structure: Any
+    structure: PyTreeSpec
     gs: list[Tensor]
     mu: list[Tensor]
     nu: list[Tensor]
@@ -92,14 +94,21 @@ class Adam(Kernel, GradientTransformation):
         return AmsgradState(count, mu, nu, zeros_like(params)) if self.amsgrad else AdamState(count, mu, nu)
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         leaves = self._leaves(updates, state)
         us, following = self._proposed(updates, leaves, params, step, reuse=False)
         return tree.unflatten(leaves.structure, us), following
 
     def advance(
-        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+        self,
+        updates: Any,
+        state: Any,
+        params: Any,
+        *,
+        reuse: bool = False,
+        step: StepNumber | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         leaves = self._leaves(updates, state)
         ps = same_leaves(params, leaves.structure, updates, "params")
@@ -124,13 +133,13 @@ class Adam(Kernel, GradientTransformation):
         return (AmsgradState if self.amsgrad else AdamState)(leaves.count, *trees)
 
     def _proposed(
-        self, updates: Any, leaves: _Leaves, params: Any, step: Any, *, reuse: bool
+        self, updates: Any, leaves: _Leaves, params: Any, step: StepNumber | None, *, reuse: bool
     ) -> tuple[list[Tensor], Any]:
         """Return the updates as a list, and the next state."""
         rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
         moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
         gs = fitted(leaves.gs, *moments) if self.fused and fx.plain(leaves.gs, *moments) else None
-        if gs is None:
+        if gs is None or rate is None:
             us, mu, nu, top = self._foreach(leaves, rate, reuse)
         else:
             us = [torch.zeros_like(g) for g in gs]
@@ -143,7 +152,7 @@ class Adam(Kernel, GradientTransformation):
         return us, self._following(leaves, mu, nu, top)
 
     def _in_one_pass(
-        self, updates: Any, leaves: _Leaves, ps: list[Tensor], rate: Any, decay: Any, reuse: bool
+        self, updates: Any, leaves: _Leaves, ps: list[Tensor], rate: Scalar, decay: Scalar, reuse: bool
     ) -> tuple[Any, Any] | None:
         """Let the kernel write parameters, too: the bits of `torch.optim`'s fused Adam. None where it cannot."""
         moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
@@ -159,7 +168,7 @@ class Adam(Kernel, GradientTransformation):
         found = self._fused(ps, gs, leaves, rate, decays, reuse)
         return tree.unflatten(leaves.structure, ps), self._following(leaves, *found)
 
-    def _foreach(self, leaves: _Leaves, rate: Any, reuse: bool) -> tuple[Any, ...]:
+    def _foreach(self, leaves: _Leaves, rate: Scalar | None, reuse: bool) -> tuple[Any, ...]:
         """The moments, then the descent; the order of operations is that of torch's foreach implementation."""
         gs, top = leaves.gs, leaves.top
         mu = fx.lerp(leaves.mu, fx.cast(gs, leaves.mu), 1 - self.b1, reuse=reuse)
@@ -181,7 +190,13 @@ class Adam(Kernel, GradientTransformation):
         return fx.div(us, denom, reuse=True), mu, nu, top
 
     def _fused(
-        self, into: list[Tensor], gs: list[Tensor], leaves: _Leaves, rate: Any, decays: list[float], reuse: bool
+        self,
+        into: list[Tensor],
+        gs: list[Tensor],
+        leaves: _Leaves,
+        rate: Scalar,
+        decays: list[float],
+        reuse: bool,
     ) -> tuple[Any, ...]:
         """Run the kernel over `into`, and return the moments."""
         mu, nu, top = leaves.mu, leaves.nu, leaves.top
@@ -192,7 +207,7 @@ class Adam(Kernel, GradientTransformation):
         fused_adam(into, gs, mu, nu, top, leaves.count, decays, rate=rate, b1=b1, b2=b2, eps=eps)
         return mu, nu, top
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
 
     def __repr__(self) -> str:

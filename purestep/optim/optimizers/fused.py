@@ -7,8 +7,6 @@ kernels make of zeros.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from purestep.optim import _torch
 
 def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[int]]:
     """Positions of tensors by device, dtype and a number of each: a fused kernel takes one kind at a time."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, float], list[int]] = {}
     for i, x in enumerate(xs):
         groups.setdefault((x.device, x.dtype, numbers[i] if numbers else 0.0), []).append(i)
     return list(groups.values())
@@ -54,7 +52,7 @@ def fused_sgd(
     grads: list[Tensor],
     trace: list[Tensor] | None,
     *,
-    rate: Any,
+    rate: float | Tensor,
     momentum: float = 0.0,
     nesterov: bool = False,
 ) -> None:
@@ -83,7 +81,7 @@ def fused_adam(
     count: Tensor,
     decays: list[float],
     *,
-    rate: Any,
+    rate: float | Tensor,
     b1: float,
     b2: float,
     eps: float,

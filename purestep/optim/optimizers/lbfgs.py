@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
@@ -17,7 +18,9 @@ from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
+    Scalar,
     ScalarOrSchedule,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -66,7 +69,7 @@ class Lbfgs(GradientTransformation):
         state: Any,
         params: Any = None,
         *,
-        step: Any = None,
+        step: StepNumber | None = None,
         value: Any = None,
         value_fn: ValueFn | None = None,
         **extra: Any,
@@ -96,7 +99,7 @@ class Lbfgs(GradientTransformation):
         pairs = torch.where(good, (state.pairs + 1).clamp(max=self.memory_size), state.pairs)
         return pairs, steps, changes
 
-    def _at(self, value_fn: ValueFn, flat: Tensor, ps: list[Tensor], treedef: Any) -> tuple[Tensor, Tensor]:
+    def _at(self, value_fn: ValueFn, flat: Tensor, ps: list[Tensor], treedef: PyTreeSpec) -> tuple[Tensor, Tensor]:
         loss, grads = value_and_grad(value_fn, tree.unflatten(treedef, _split(flat, ps)))
         return loss.to(flat.dtype), _flat(tree.leaves(grads))
 
@@ -126,7 +129,7 @@ class Lbfgs(GradientTransformation):
         # staying.
         return torch.where(done, trial, low)
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"step_length": state.step_length}
 
 

@@ -16,6 +16,7 @@ from purestep.optim.base import (
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -56,7 +57,7 @@ class ScheduleFree(ElementWrapper):
         return ScheduleFreeState(zero + self.b1, zero, zero.clone(), z, self.inner.init(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         ys, treedef = tree.flatten(need_params(params, self.name))
         before = same_leaves(state.z, treedef, params, "iterates z")

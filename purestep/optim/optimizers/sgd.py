@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
@@ -19,6 +20,7 @@ from purestep.optim.base import (
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
+    StepNumber,
     is_zero,
     new_count,
     same_leaves,
@@ -55,7 +57,7 @@ class Sgd(Kernel, GradientTransformation):
         return EmptyState() if is_zero(self.momentum) else SgdState(new_count(params), zeros_like(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
         trace = self._trace(state, treedef, updates)
@@ -74,7 +76,14 @@ class Sgd(Kernel, GradientTransformation):
         return tree.unflatten(treedef, descent), self._following(state, treedef, trace)
 
     def advance(
-        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+        self,
+        updates: Any,
+        state: Any,
+        params: Any,
+        *,
+        reuse: bool = False,
+        step: StepNumber | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         """Let the kernel write parameters, too: the bits of `torch.optim`'s fused SGD."""
         if not self.fused:
@@ -88,10 +97,10 @@ class Sgd(Kernel, GradientTransformation):
         trace = self._fused(ps, ready, trace, value_at(self.learning_rate, step), reuse=reuse)
         return tree.unflatten(treedef, ps), self._following(state, treedef, trace)
 
-    def _trace(self, state: Any, treedef: Any, updates: Any) -> list[Tensor] | None:
+    def _trace(self, state: Any, treedef: PyTreeSpec, updates: Any) -> list[Tensor] | None:
         return None if is_zero(self.momentum) else same_leaves(state.momentum, treedef, updates, "momentum buffers")
 
-    def _following(self, state: Any, treedef: Any, trace: list[Tensor] | None) -> Any:
+    def _following(self, state: Any, treedef: PyTreeSpec, trace: list[Tensor] | None) -> Any:
         return state if trace is None else SgdState(state.count + 1, tree.unflatten(treedef, trace))
 
     def _ready(self, gs: list[Tensor], *lists: list[Tensor] | None) -> list[Tensor] | None:
@@ -104,7 +113,7 @@ class Sgd(Kernel, GradientTransformation):
         return fitted(gs, *given)
 
     def _fused(
-        self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Any, *, reuse: bool
+        self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Scalar, *, reuse: bool
     ) -> list[Tensor] | None:
         trace = trace if trace is None or reuse else [t.clone() for t in trace]
         momentum = 0.0 if trace is None else float(self.momentum)
@@ -117,7 +126,7 @@ class Sgd(Kernel, GradientTransformation):
             return 1
         return torch.where(count == 0, 1.0, 1.0 - self.dampening * torch.ones_like(wide(count)))
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"learning_rate": value_at(self.learning_rate, step)}
 
 
