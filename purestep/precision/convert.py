@@ -34,7 +34,10 @@ class PolicyFields(Protocol):
     def rules(self) -> tuple[Rule, ...]: ...
     @property
     def loss_scale(self) -> LossScale: ...
-    @runtime_checkable
+    def apply(self, state: T) -> T: ...
+
+
+@runtime_checkable
 class StateFields(Protocol):
     """The fields of a train state that a policy changes."""
 
