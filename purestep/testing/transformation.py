@@ -60,7 +60,7 @@ class _Tolerance:
     atol: float
 
 
-@checked(ConfigError, failed=True)
+@checked(ConfigError)
 def check_transformation(
     tx: GradientTransformation,
     params: Any = None,
@@ -93,6 +93,7 @@ def check_transformation(
             `fused=True` needs some 1e-6: torch's fused kernels round an element by where it lies in memory.
 
     Raises:
+        ConfigError: `tx` is no transformation, or an argument is out of range.
         AssertionError: what does not hold; the message names the leaf, the first element that differs and the scope to
             declare.
 
@@ -114,6 +115,7 @@ def check_transformation(
           instead: scope = "tensor"
     """
     check_kind(tx)
+    _check_params(params)
     near = _Tolerance(rtol, atol)
     for seed in range(seeds):
         if params is None and value_fn is None and seed == 0:
@@ -135,6 +137,24 @@ def check_transformation(
         raise AssertionError(
             explain(f'{tx!r} is not of scope "{claim}"', where=where, why=_WHY[claim], instead=instead)
         )
+
+
+def _check_params(params: Any) -> None:
+    if params is None:
+        return
+    odd = [n for n, p in zip(tree.names(params), tree.leaves(params), strict=True) if not _is_number(p)]
+    if odd or not tree.leaves(params):
+        raise ConfigError(
+            explain(
+                "parameters are floating-point tensors, at least one",
+                where=f"params: {odd[0]!r} is none" if odd else f"params={params!r}",
+                instead='check_transformation(tx, {"w": torch.randn(19, 7)})',
+            )
+        )
+
+
+def _is_number(p: Any) -> bool:
+    return isinstance(p, Tensor) and p.is_floating_point()
 
 
 def _failed(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> tuple[Scope, str, str] | None:

@@ -271,7 +271,8 @@ def test_agrees_with_its_oracle(row: Row, seed: int) -> None:
         torch.testing.assert_close(p, theirs[name], rtol=row.rtol, atol=row.rtol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-BF16 = [row for row in ORACLES if row.torch and not row.value_fn and not row.square]
+# Not torch's fused SGD, which computes half precision wrongly on CPUs (torch 2.13); ours does not take that kernel.
+BF16 = [row for row in ORACLES if row.torch and not row.value_fn and not row.square and row.name != "sgd fused"]
 
 
 @pytest.mark.parametrize("row", BF16, ids=[row.name for row in BF16])

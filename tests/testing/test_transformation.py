@@ -354,6 +354,18 @@ def test_parameters_of_ones_own():
     check_transformation(optim.adamw(1e-2), dict(nn.Linear(5, 3).named_parameters()))
 
 
+@pytest.mark.parametrize("params", [{}, 3, {"w": 1.0}, {"w": torch.zeros(3), "i": torch.zeros(3, dtype=torch.int64)}])
+def test_what_are_no_parameters(params):
+    with pytest.raises(ConfigError, match="parameters are floating-point tensors, at least one"):
+        check_transformation(Halve(), params)
+
+
+@pytest.mark.parametrize("argument", ["seeds", "steps"])
+def test_a_proof_of_nothing_is_refused(argument):
+    with pytest.raises(ConfigError, match=f"{argument} must be a whole number >= 1"):
+        check_transformation(Halve(), **{argument: 0})
+
+
 def test_a_loss_for_those_that_evaluate_it():
     loss = lambda params: torch.stack([(p * 0.7 - 0.3).square().sum() for p in tree.leaves(params)]).sum()  # noqa: E731
     check_transformation(optim.sam(optim.sgd(0.1), rho=0.05), value_fn=loss)
