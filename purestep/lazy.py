@@ -33,14 +33,10 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
         if name.startswith("__") or name not in names():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home, original = names()[name]
-        try:
-            value = importlib.import_module(f"{home}.{original}") if home == package else None
-        except ModuleNotFoundError as error:
-            if error.name != f"{home}.{original}":
-                raise
-            value = None
+        # The package itself would ask this function again for a module that is not loaded yet.
+        value = None if home == package else getattr(importlib.import_module(home), original, None)
         if value is None:
-            value = getattr(importlib.import_module(home), original)
+            value = importlib.import_module(f"{home}.{original}")
         setattr(sys.modules[package], name, value)
         return value
 

@@ -189,6 +189,7 @@ def _statistics(value: object) -> str:
         if value.dtype.kind not in "biufc":
             return ""
         value = torch.as_tensor(np.array(value))
+    # A large tensor on a device would be copied to the host, for each display of a state.
     if not isinstance(value, Tensor) or not 0 < value.numel() <= STATS_ELEMENTS:
         return ""
     try:

@@ -156,7 +156,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "like": state,
         "train": batches,
         "data": batches,
-        "parts": [batches],
+        "sources": [batches],
         "until": ps.steps(1),
         "loss_fn": lambda net, batch: net(batch["x"]).mean(),
         "model": lambda: nn.Linear(2, 1),
@@ -237,11 +237,11 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(
         "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
-        "tree.find tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select tree.tensor_bytes "
-        "tree.unflatten".split(),
+        "tree.find tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select "
+        "tree.tensor_bytes tree.unflatten".split(),
         "for the rooms of purestep",
     ),
-    "data.concat": "parts by position, each of them what as_source takes",
+    "data.concat": "sources by position, each of them what as_source takes",
     **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope ui.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
         "callbacks.Reducer data.Source loggers.Logger loggers.Sink metrics.Metric optim.GradientTransformation "
@@ -273,7 +273,7 @@ USERS_OWN = {("check_pure", "batch"), ("check_pure", "step"), ("map", "function"
 
 # Errors that speak of a parameter by another word.
 NAMED_OTHERWISE = {
-    ("batches", "dataset"): "data set|dataset|batch",
+    ("Batches", "dataset"): "data set|dataset|batch",
     ("fit", "state"): "state|TrainState",
     ("init", "model"): "module|model",
     ("policy", "spec"): "policy",
@@ -287,7 +287,7 @@ NAMED_OTHERWISE = {
     ("muon", "adam_weight_decay"): "weight_decay",
     ("fit", "train"): "data|batch",
     ("run", "train"): "data|batch",
-    ("zip", "parts"): "data|parts|part",
+    ("zip", "sources"): "data|sources|source",
     ("Mesh", "axes"): "mesh",
     ("Mesh", "sizes"): "mesh",
     ("mesh", "sizes"): "mesh",
@@ -314,7 +314,7 @@ accept(
     "a function",
 )
 accept(
-    "evaluate.data as_source.data prefetch.data stream.data take.data run.train zip.parts",
+    "evaluate.data as_source.data prefetch.data stream.data take.data run.train zip.sources",
     ITERABLE,
     "batches, or a function",
 )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+
+import pytest
 
 # Modules that nothing may load before it is used. A dotted name forbids only that part of its package.
 FORBIDDEN = (
@@ -44,3 +48,27 @@ def test_torch_alone_loads_nothing_forbidden(bare):
     """Otherwise the comparison with `before` would hide it."""
     script = f"import sys, numpy, torch; sys.exit(', '.join(n for n in {FORBIDDEN!r} if n in sys.modules))"
     assert bare.run(script).stderr.strip() == ""
+
+
+def test_a_package_offers_functions_and_modules_of_others_lazily(tmp_path, monkeypatch):
+    offered = "from typing import TYPE_CHECKING\nfrom purestep.lazy import attach\nif TYPE_CHECKING:\n"
+    for path, text in {
+        "lazy_top/__init__.py": offered
+        + "    from lazy_top import own as own\n"
+        + "    from lazy_top.inner import far as far\n"
+        + "    from lazy_top.inner.far import value as renamed\n"
+        + "__getattr__, __dir__ = attach(__name__)\n",
+        "lazy_top/own.py": "",
+        "lazy_top/inner/__init__.py": "",
+        "lazy_top/inner/far.py": "value = 3",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    top = importlib.import_module("lazy_top")
+    assert "lazy_top.own" not in sys.modules
+    assert "lazy_top.inner" not in sys.modules
+    assert (top.own.__name__, top.far.__name__, top.renamed) == ("lazy_top.own", "lazy_top.inner.far", 3)
+    assert {"own", "far", "renamed"} <= set(dir(top))
+    with pytest.raises(AttributeError, match="module 'lazy_top' has no attribute 'other'"):
+        _ = top.other

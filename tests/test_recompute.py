@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.utils.checkpoint
+from shared_marks import slow_but
 from torch import nn
 from torch.nn.functional import dropout, mse_loss, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint as imported_by_name
@@ -110,7 +111,15 @@ def test_a_step_has_the_bits_of_the_model_without_checkpoints(form, p, microbatc
     assert not ps.diff(trained(lambda: Net(form, p), microbatches=microbatches), plain(p, microbatches=microbatches))
 
 
-@pytest.mark.parametrize(("form", "p"), [("reentrant", 0.3), ("not reentrant", 0.3), ("ours", 0.3), ("reentrant", 0.0)])
+@pytest.mark.parametrize(
+    ("form", "p"),
+    [
+        ("ours", 0.3),
+        ("reentrant", 0.0),
+        pytest.param("reentrant", 0.3, marks=pytest.mark.slow),
+        pytest.param("not reentrant", 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_so_has_a_compiled_step(form, p):
     assert not ps.diff(trained(lambda: Net(form, p, depth=1), run=jit_eager), trained(lambda: Net(None, p, depth=1)))
 
@@ -159,7 +168,7 @@ def test_inductor_compiles_it(form):
 
 
 @pytest.mark.parametrize("outer", ["reentrant", "not reentrant"])
-@pytest.mark.parametrize("inner", ["reentrant", "not reentrant", "ours"])
+@pytest.mark.parametrize("inner", slow_but(["reentrant", "not reentrant", "ours"], "not reentrant", "ours"))
 def test_nested(outer, inner):
     class Outer(nn.Module):
         def __init__(self, outer, inner, p, depth=3):
@@ -305,7 +314,9 @@ def peak_bytes(call):
     return peak
 
 
-@pytest.mark.parametrize("run", [lambda step: step, jit_eager], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "run", [pytest.param(lambda step: step, id="eager"), pytest.param(jit_eager, id="jit", marks=pytest.mark.slow)]
+)
 def test_peak_memory_falls(run):
     # A compiled step takes long to trace.
     forms, depth = (

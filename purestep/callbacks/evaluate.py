@@ -14,8 +14,7 @@ from purestep.errors import ConfigError, DataError, explain
 from purestep.loop.cadence import Every, every
 from purestep.loop.events import Evaluate, Evaluated, Event, Log, Started, View
 from purestep.loop.feed import device_of
-from purestep.loop.ranks import Peers
-from purestep.loop.roles import Evaluator, Recurring
+from purestep.loop.roles import Evaluator, Peers, Recurring
 from purestep.loop.shared import Shared
 from purestep.step import make_eval
 from purestep.step_protocol import AnyStep, facts_of

@@ -92,6 +92,7 @@ class Batches:
     shard: Shard | None = None
 
     def __post_init__(self) -> None:
+        # A numpy integer would be another value in the repr and in the identity of the run.
         for name in ("batch_size", "seed", "num_workers", "prefetch", "limit"):
             value = getattr(self, name)
             if isinstance(value, np.integer):
@@ -164,6 +165,7 @@ class Batches:
 
     def identity(self) -> dict[str, Any]:
         """Return what the batches are a function of, without how they are loaded; a snapshot of a run records it."""
+        # Not num_workers, prefetch, worker_start, pin_memory and shard: a run may resume with others.
         names = "batch_size seed shuffle drop_last limit collate transform on_bad_sample".split()
         data = type(self.dataset) if self._columns is None else self._columns.table
         return {"dataset": data, "samples": self._samples, **{name: getattr(self, name) for name in names}}

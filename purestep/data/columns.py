@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.errors import DataError, explain
+from purestep.metrics.record import leaf_lines
 
 # index_select refuses these dtypes on the CPU; numpy indexes them.
 _VIA_NUMPY = (torch.uint16, torch.uint32, torch.uint64)
@@ -88,7 +89,7 @@ def _unpickle(packed: Any) -> Columns:
 def _common_length(table: object, leaves: list[Array]) -> int:
     if not leaves:
         raise DataError(explain("the data set holds no tensor or array", where=f"dataset: {table!r}"))
-    described = _described(table, leaves)
+    described = leaf_lines(table, "dataset")
     scalars = [text for text, leaf in zip(described, leaves, strict=True) if leaf.ndim == 0]
     if scalars:
         raise DataError(
@@ -109,12 +110,6 @@ def _common_length(table: object, leaves: list[Array]) -> int:
             )
         )
     return int(leaves[0].shape[0])
-
-
-def _described(dataset: object, leaves: Sequence[object]) -> list[str]:
-    """Each leaf of a data set, as errors show it: path, dtype and shape."""
-    paths = tree.paths(dataset, "dataset")
-    return [f"{path}: {tree.describe(leaf)}" for path, leaf in zip(paths, leaves, strict=True)]
 
 
 def _reader(leaf: Array, path: str) -> Callable[[Tensor], Tensor]:
@@ -182,7 +177,7 @@ def as_columns(dataset: object) -> Columns | None:
 
 
 def _refuse_mixed(dataset: object, leaves: list[object]) -> None:
-    described = zip(_described(dataset, leaves), leaves, strict=True)
+    described = zip(leaf_lines(dataset, "dataset"), leaves, strict=True)
     others = [text[:120] for text, leaf in described if not _is_array(leaf)]
     raise DataError(
         explain(

@@ -152,6 +152,7 @@ class Concatenated:
 
     def open(self, epoch: int, batch: int, state: dict[str, Any] | Sequence[object] | None = None) -> Iterator[Any]:
         """Return an iterator over the batches of all sources from number `batch` on."""
+        # Skip the sources that end before this batch; the last one may have no known length.
         first, offset = 0, batch
         while first < len(self._members) - 1 and offset >= (length := self._members[first].source.length() or 0):
             first, offset = first + 1, offset - length
@@ -271,6 +272,7 @@ class Stream:
         """Return an iterator over the batches of an epoch from number `batch` on."""
         if batch >= self._count:
             return iter(())
+        # For the source there is one epoch, so its position counts through all epochs of the stream.
         opened = self._source.open(0, epoch * self._count + batch, state)
         return (item for _, item in builtins.zip(range(batch, self._count), opened, strict=False))
 

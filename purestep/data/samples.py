@@ -92,6 +92,7 @@ class Loader:
         words = seeds.sample_words(seeds.epoch_words(self.seed, "augment", request.epoch), request.indices)
         samples: list[Any] = []
         skipped: list[Failure] = []
+        # Seeds by index, not by position: a sample is augmented in the same way in whichever batch and worker it is.
         for index, sample_words in zip(request.indices.tolist(), words.tolist(), strict=True):
             try:
                 samples.append(self._sample(index, sample_words))

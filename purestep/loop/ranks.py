@@ -20,6 +20,7 @@ from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
 from purestep.loop.identity import conditions
 from purestep.loop.machine import Machine
+from purestep.loop.roles import Peers
 from purestep.loop.signals import Signals
 from purestep.parallel.inputs import SAME_DATA, SAME_STATE, compare_states, fingerprint
 from purestep.sharding import place, world
@@ -29,19 +30,6 @@ from purestep.sharding.plan import Plan
 from purestep.step_protocol import StepFn, facts_of
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Peers:
-    """What an evaluation is told about the other ranks.
-
-    Attributes:
-        plan: the plan of the step.
-        meet: `meet(what, value)` returns the values of all ranks; every rank calls it.
-    """
-
-    plan: Any
-    meet: Callable[[str, Any], list[Any]]
 
 
 class Ranks:

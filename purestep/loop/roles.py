@@ -7,6 +7,7 @@ means what its author meant, whatever it is called.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,8 +16,20 @@ from purestep.loop.events import Event, Horizon, LoopState, View
 
 if TYPE_CHECKING:
     from purestep.loop.cadence import Every
-    from purestep.loop.ranks import Peers
     from purestep.snapshot import Keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """What an evaluation is told about the other ranks.
+
+    Attributes:
+        plan: the plan of the step.
+        meet: `meet(what, value)` returns the values of all ranks; every rank calls it.
+    """
+
+    plan: Any
+    meet: Callable[[str, Any], list[Any]]
 
 
 class Watcher:

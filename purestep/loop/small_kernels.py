@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from purestep import _torch
 
 _ELEMENTS = 1 << 24  # of the arguments or the result of a call: 64 MB, for as long as the call takes
 _WORK = 1 << 30  # multiplications, roughly: 50 ms of one core
@@ -37,7 +38,7 @@ _LOOKUPS = frozenset("embedding index_select index".split())
 _SIZED = ("repeat", "upsample_", "new_", "constant_pad", "reflection_pad", "replication_pad", "im2col", "col2im")
 
 
-class small_kernels(TorchDispatchMode):
+class small_kernels(_torch.DispatchMode):
     """Compute shapes with CPU kernels on zeros while active, where that is quick."""
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
 def _is_answered_by_zeros(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether the CPU kernel says of zeros what torch's kernel says of meta tensors."""
     # Views and new memory are C++ on meta tensors too; and a view has to share their storage.
-    if not isinstance(func, torch._ops.OpOverload) or func.is_view or func.overloadpacket.__name__ in _EMPTY:
+    if not isinstance(func, _torch.OpOverload) or func.is_view or func.overloadpacket.__name__ in _EMPTY:
         return False
     if _depends_on_values(func, args):
         return False
@@ -97,7 +98,7 @@ def _is_answered_by_zeros(func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
                 return False
             if value.is_meta:
                 meta = True
-            elif value.dim() or func._schema.is_mutable:
+            elif value.dim() or _torch.schema_of(func).is_mutable:
                 return False  # whether real numbers may be mixed in is for torch's kernel to say
         elif isinstance(value, torch.Generator):
             return False  # it would be drawn from
@@ -207,7 +208,7 @@ class _Call:
         for made, meta in self._zeros:
             if value is made:
                 return meta  # it was written in place
-            if value.untyped_storage()._cdata == made.untyped_storage()._cdata:
+            if _torch.storage_id(value.untyped_storage()) == _torch.storage_id(made.untyped_storage()):
                 return meta.as_strided(value.shape, value.stride(), meta.storage_offset() + value.storage_offset())
         like = self._zeros[index][1] if self._elementwise else value
         return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=_META)

@@ -44,10 +44,21 @@ def sample_count(batch: Any) -> int:
     )
 
 
-def described(batch: Any) -> str:
-    """Return path, dtype and shape of the first leaves of a batch, for an error about it."""
-    leaves = zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
-    return ", ".join([f"{path}: {tree.describe(x)}" for path, x in leaves][:5])
+def leaf_lines(value: object, root: str) -> list[str]:
+    """Return path, dtype and shape of each leaf of a tree, as errors show them.
+
+    Example:
+        >>> import torch
+        >>> leaf_lines({"x": torch.zeros(2, 3), "name": "a"}, "batch")
+        ["batch['name']: str 'a'", "batch['x']: float32[2, 3]"]
+    """
+    leaves = zip(tree.paths(value, root), tree.leaves(value), strict=True)
+    return [f"{path}: {tree.describe(leaf)}" for path, leaf in leaves]
+
+
+def described(batch: object) -> str:
+    """Return path, dtype and shape of the first five leaves of a batch, for an error about it."""
+    return ", ".join(leaf_lines(batch, "batch")[:5])
 
 
 @checked(MetricError, failed=True)

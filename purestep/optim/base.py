@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
-from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
 from purestep.errors import ConfigError, OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scope, check_scope
+from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scoped, check_scope
+from purestep.tree import Structure
 
 Scalar = float | Tensor
 StepNumber = int | Tensor  # updates applied so far: 0-d int64 in a train state
@@ -32,7 +32,7 @@ class EmptyState:
     """The state of a transformation that remembers nothing."""
 
 
-class GradientTransformation:
+class GradientTransformation(Scoped):
     """A pure rule that turns gradients into updates, as a frozen value: it prints, compares and pickles.
 
     Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
@@ -58,7 +58,6 @@ class GradientTransformation:
         {'w': tensor([0.5000, 0.5000])}
     """
 
-    scope: ClassVar[Scope] = "tree"
     argument_hint: ClassVar[str] = "ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.AdamW, lr=3e-4) for torch's own"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -125,7 +124,7 @@ class GradientTransformation:
         """Whether `advance` ends in a kernel of its own; `update` and then `apply` give the same, more slowly."""
         return isinstance(self, Kernel)
 
-    def _in_place(self) -> bool:
+    def only_fused(self) -> bool:
         """Whether `advance` is one run of a fused kernel and nothing else: slices would save no memory."""
         return isinstance(self, Kernel) and self.fused
 
@@ -179,7 +178,7 @@ def apply_updates(params: T, updates: Any) -> T:
 # --- helpers of the transformations -----------------------------------------------------------------------------------
 
 
-def same_leaves(other: Any, treedef: PyTreeSpec, like: Any, what: str) -> list[Tensor]:
+def same_leaves(other: Any, treedef: Structure, like: Any, what: str) -> list[Tensor]:
     """Return the leaves of a tree that must match another one leaf by leaf, or say how it does not."""
     values = tree.leaves(other)
     if len(values) != treedef.num_leaves:

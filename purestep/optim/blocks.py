@@ -74,7 +74,7 @@ def advance(
     if type(params) is dict and any(map(is_long, params.values())):
         if scope_of(tx) == "element":
             done = None
-            if reuse or not tx._in_place():
+            if reuse or not tx.only_fused():
                 done = sliced(tx, grads, state, params, accept=accept, reuse=reuse, **extra)
             if done is not None:
                 return done
@@ -113,7 +113,7 @@ def sliced(
     shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
     limits = tuple(limit or _limit(p) for p in params.values())
     # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
-    layout = rows_of(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx._in_place())
+    layout = rows_of(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx.only_fused())
     if layout is None:
         return None
     result = _Result(params, leaves, accept, reuse)

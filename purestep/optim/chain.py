@@ -115,8 +115,8 @@ class Chain(Several):
     def _one_pass(self) -> bool:
         return bool(self.transforms) and self.transforms[-1]._one_pass()
 
-    def _in_place(self) -> bool:
-        return len(self.transforms) == 1 and self.transforms[0]._in_place()
+    def only_fused(self) -> bool:
+        return len(self.transforms) == 1 and self.transforms[0].only_fused()
 
     def __repr__(self) -> str:
         usual = unique([t.name for t in self.transforms])

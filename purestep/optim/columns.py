@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from optree import PyTreeSpec
 
 from purestep import tree
+from purestep.tree import Structure
 
 # Of a long tensor, the part that is one slice, and of short ones what is gathered into one block.
 PART = 4
@@ -31,13 +31,13 @@ class Block:
 
     names: tuple[str, ...]
     rows: slice | None
-    structure: PyTreeSpec
+    structure: Structure
     leaves: tuple[tuple[int, bool], ...]
 
 
 @functools.lru_cache(maxsize=32)
 def rows_of(
-    structure: PyTreeSpec, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], limits: tuple[int, ...], whole: bool
+    structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], limits: tuple[int, ...], whole: bool
 ) -> list[Block] | None:
     """Cut long parameters along dim 0, unless `whole`, and gather short ones; None when the state cannot be cut so."""
     cutter = _Cutter(tree.unflatten(structure, range(structure.num_leaves)), dict(shapes), leaf_shapes)
@@ -64,7 +64,7 @@ def rows_of(
 
 
 @functools.lru_cache(maxsize=32)
-def tensors_of(structure: PyTreeSpec, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...]) -> list[Block] | None:
+def tensors_of(structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...]) -> list[Block] | None:
     """Give each parameter a block of its own; None when the state cannot be separated so."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
     cutter = _Cutter(numbered, dict(shapes), leaf_shapes, by_rows=False)

@@ -7,6 +7,7 @@ decision is a tensor: the host is never asked.
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from purestep.optim.scope import ShardAware
 class Guard(ShardAware, Wrapper):
     """A wrapper that refuses some updates, by a look at all gradients of all ranks."""
 
+    @abc.abstractmethod
     def _accepted(self, state: Any) -> Tensor:
         """Tell whether this wrapper let the last update through, as a 0-d bool tensor."""
-        raise NotImplementedError
 
     def applied(self, state: Any) -> Tensor | None:
         return all_applied([self._accepted(state), self.inner.applied(state.inner)])

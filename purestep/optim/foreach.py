@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import _torch, transforms
 from purestep.optim import _torch as kernels
 from purestep.optim import scratch
 from purestep.sharding import whole
+from purestep.tree import Structure
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 _PLAIN, _TRACED, _LEAFWISE = 0, 1, 2
@@ -255,7 +255,7 @@ def _norms(xs: list[Tensor], order: float) -> list[Tensor]:
     return found
 
 
-def global_norm(xs: Tensors, structure: PyTreeSpec | None = None) -> Tensor:
+def global_norm(xs: Tensors, structure: Structure | None = None) -> Tensor:
     """Return the 2-norm of all tensors together: a 0-d tensor of at least float32.
 
     In the update of a step with a plan it is that of the whole tensors, the same bits wherever their parts are.

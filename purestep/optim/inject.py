@@ -98,8 +98,8 @@ class InjectHyperparams(ElementWrapper):
     def _one_pass(self) -> bool:
         return self.inner._one_pass()
 
-    def _in_place(self) -> bool:
-        return self.inner._in_place()
+    def only_fused(self) -> bool:
+        return self.inner.only_fused()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{n}={v!r}" for n, v in (*self.fixed, *self.numbers, *self.schedules))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
@@ -17,12 +17,15 @@ from purestep.errors import OptimError, explain
 from purestep.optim.columns import tensors_of
 from purestep.sharding import whole
 
-if TYPE_CHECKING:
-    from purestep.optim.base import GradientTransformation
-
 Scope = Literal["element", "tensor", "tree"]
 SCOPES: tuple[Scope, ...] = ("element", "tensor", "tree")  # from the narrowest
 T = TypeVar("T")
+
+
+class Scoped:
+    """Internal: what has a scope; the base of `GradientTransformation`."""
+
+    scope: ClassVar[Scope] = "tree"
 
 
 class ShardAware:
@@ -48,7 +51,7 @@ class Kernel:
     fused: bool
 
 
-def scope_of(tx: GradientTransformation) -> Scope:
+def scope_of(tx: Scoped) -> Scope:
     """Return what of all that a transformation does may be separated: the widest scope of itself and of those in it.
 
     A wrapper that declares "element" speaks of itself only, so that no declaration can narrow what is in it.
@@ -82,29 +85,27 @@ def check_scope(scope: Any, owner: Any) -> Scope:
     )
 
 
-def inside(tx: GradientTransformation) -> list[GradientTransformation]:
+def inside(tx: Scoped) -> list[Scoped]:
     """Return the transformations that a transformation holds in its fields, in tuples and lists and dicts there too."""
-    from purestep.optim.base import GradientTransformation
-
     held = [*vars(tx).values(), getattr(tx, "inner", None)]
-    found: dict[int, GradientTransformation] = {}
+    found: dict[int, Scoped] = {}
     for value in held:
         members = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else (value,)
-        found |= {id(x): x for x in members if isinstance(x, GradientTransformation)}
+        found |= {id(x): x for x in members if isinstance(x, Scoped)}
     return list(found.values())
 
 
-def takes_shards(tx: GradientTransformation) -> bool:
+def takes_shards(tx: Scoped) -> bool:
     """Tell whether a transformation itself is handed this rank's shards; those in it decide for themselves."""
     return isinstance(tx, ShardAware) or check_scope(tx.scope, tx) == "element"
 
 
-def only_shards(tx: GradientTransformation) -> bool:
+def only_shards(tx: Scoped) -> bool:
     """Tell whether a transformation and all in it are handed shards, so that an update gathers nothing."""
     return takes_shards(tx) and all(map(only_shards, inside(tx)))
 
 
-def fused_on_shards(tx: GradientTransformation) -> bool:
+def fused_on_shards(tx: Scoped) -> bool:
     """Tell whether a fused kernel is handed shards, to which it may give other last bits than to full tensors."""
     own = isinstance(tx, Kernel) and tx.fused
     return takes_shards(tx) and (own or any(map(fused_on_shards, inside(tx))))
@@ -115,7 +116,7 @@ def fused_on_shards(tx: GradientTransformation) -> bool:
 # method is called as it is.
 
 
-def _gathers(tx: GradientTransformation) -> whole.Whole | None:
+def _gathers(tx: Scoped) -> whole.Whole | None:
     behind = whole.current()
     return behind if behind is not None and behind.split and not takes_shards(tx) else None
 

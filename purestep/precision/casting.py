@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from purestep.keyed.mode import Handler
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation
 from purestep.precision import float8, functions
-from purestep.precision.convert import cast, rest_dtypes
+from purestep.precision.convert import StateFields, cast, rest_dtypes
 from purestep.precision.hooks import CastInputs, CastOutputs, Hooks, cast_floating
 from purestep.precision.loss_scale import NoLossScale, all_finite
 from purestep.precision.master import MasterWeightsState, master_weights
@@ -28,6 +28,7 @@ from purestep.precision.policies import Policy
 from purestep.precision.rules import Settings, check_rules, word
 
 Tensors = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 class Uncast:
@@ -39,7 +40,7 @@ class Uncast:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def check(self, state: Any) -> None:
+    def check(self, state: StateFields) -> None:
         """Refuse a state that is under a policy: the step would ignore its loss scale and master weights."""
         field = "a loss scale" if getattr(state, "loss_scale", None) is not None else None
         field = "master weights" if isinstance(getattr(state, "opt_state", None), MasterWeightsState) else field
@@ -47,15 +48,15 @@ class Uncast:
             instead = "ps.make_step(loss_fn, tx, policy=policy)\nstate = ps.precision.policy('32').apply(state)"
             raise PrecisionError(explain(f"the state has {field}, and the step has no policy", instead=instead))
 
-    def params(self, params: Any) -> Any:
+    def params(self, params: Tensors) -> Tensors:
         """Return the parameters that the model computes with; gradients are taken with respect to them."""
         return params
 
-    def buffers(self, buffers: Any) -> Any:
+    def buffers(self, buffers: Tensors) -> Tensors:
         """Return the buffers that the model computes with."""
         return buffers
 
-    def batch(self, batch: Any) -> Any:
+    def batch(self, batch: T) -> T:
         """Return the batch that the loss function gets."""
         return batch
 
@@ -63,7 +64,7 @@ class Uncast:
         """Return the context in which the loss function runs."""
         return contextlib.nullcontext()
 
-    def scaled(self, loss: Tensor, state: Any) -> Tensor:
+    def scaled(self, loss: Tensor, state: StateFields) -> Tensor:
         """Return the loss that is differentiated."""
         return loss
 
@@ -77,11 +78,11 @@ class Uncast:
         """
         return new
 
-    def reduced(self, grads: Any) -> Any:
+    def reduced(self, grads: T) -> T:
         """Return the gradients of a microbatch in the dtype in which microbatches are summed."""
         return grads
 
-    def settled(self, state: Any, grads: Any) -> tuple[Any, Tensor | None]:
+    def settled(self, state: Any, grads: Tensors) -> tuple[Tensors, Tensor | None]:
         """Return the summed gradients in the dtype of the optimizer, unscaled.
 
         With a loss scale also whether all of them are finite, bool []; None without one.
@@ -128,7 +129,7 @@ class Casting(Uncast):
                 casts.append((submodule, before, after))
         return Hooks(casts)
 
-    def check(self, state: Any) -> None:
+    def check(self, state: StateFields) -> None:
         """Refuse a state that this policy was not applied to."""
         rest = self._rest_of(state.params)
         wrong = next((name for name, tensor in state.params.items() if tensor.dtype != rest[name]), None)
@@ -172,7 +173,7 @@ class Casting(Uncast):
     def buffers(self, buffers: Tensors) -> dict[str, Tensor]:
         return self._cast(buffers)
 
-    def batch(self, batch: Any) -> Any:
+    def batch(self, batch: T) -> T:
         """Return the batch, with targets in float64 under `64`: only modules cast their inputs, and losses do not."""
         if self.policy.compute != torch.float64:
             return batch
@@ -184,14 +185,14 @@ class Casting(Uncast):
         device = next(iter(params.values())).device.type
         return torch.autocast(device, dtype=self.policy.compute)
 
-    def scaled(self, loss: Tensor, state: Any) -> Tensor:
+    def scaled(self, loss: Tensor, state: StateFields) -> Tensor:
         return loss if state.loss_scale is None else state.loss_scale.scale(loss)
 
     def kept(self, old: Tensors, passed: Tensors, new: dict[str, Tensor]) -> dict[str, Tensor]:
         # The buffers of a state include frozen parameters, which a model does not write to.
         return {n: _at_rest(old[n], passed[n], new[n]) if n in self._written else old[n] for n in new}
 
-    def reduced(self, grads: Any) -> Any:
+    def reduced(self, grads: T) -> T:
         leaves, structure = tree.flatten(grads)
         dtypes = [self.policy.reduce if grad.is_floating_point() else grad.dtype for grad in leaves]
         return tree.unflatten(structure, fx.convert(leaves, dtypes))

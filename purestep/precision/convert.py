@@ -7,7 +7,7 @@ and the loss scale. It imports no train state, and uses its fields only; users c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,19 +15,49 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import PrecisionError, TemplateMismatch, explain
 from purestep.optim import foreach as fx
-from purestep.precision.loss_scale import NoLossScale
+from purestep.precision.loss_scale import LossScale, NoLossScale
 from purestep.precision.master import MasterWeightsState, masters
-from purestep.precision.rules import Settings, check_rules
-
-if TYPE_CHECKING:
-    from purestep.precision.policies import Policy
+from purestep.precision.rules import Rule, Settings, check_rules
 
 Tensors = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
-def apply(policy: Policy, state: Any) -> Any:
+class PolicyFields(Protocol):
+    """What is read here of a `Policy`, which imports this file for its methods."""
+
+    @property
+    def param(self) -> torch.dtype: ...
+    @property
+    def master(self) -> torch.dtype | None: ...
+    @property
+    def rules(self) -> tuple[Rule, ...]: ...
+    @property
+    def loss_scale(self) -> LossScale: ...
+    def apply(self, state: T) -> T: ...
+
+
+@runtime_checkable
+class StateFields(Protocol):
+    """The fields of a train state that a policy changes."""
+
+    @property
+    def params(self) -> Any: ...
+    @property
+    def buffers(self) -> Any: ...
+    @property
+    def opt_state(self) -> Any: ...
+    @property
+    def loss_scale(self) -> Any: ...
+    def replace(self, **changes: Any) -> Any: ...
+
+
+S = TypeVar("S", bound=StateFields)
+
+
+def apply(policy: PolicyFields, state: T) -> T:
     """Return the state under a policy. A leaf that has the right dtype already is the same tensor."""
-    if not all(hasattr(state, field) for field in ("params", "buffers", "opt_state", "loss_scale", "replace")):
+    if not isinstance(state, StateFields):
         raise PrecisionError(
             explain(
                 "a policy applies to a train state",
@@ -38,6 +68,7 @@ def apply(policy: Policy, state: Any) -> Any:
     model = getattr(state, "model", None)
     settings = Settings(policy.rules, getattr(model, "module", None))
     check_rules(settings, [*state.params, *state.buffers])
+    # From the highest precision that the state has, so that no value is rounded twice.
     params, inner = _unwrapped(state)
     at_rest = rest_dtypes(policy, settings, params)
     optimizer_dtypes = dict.fromkeys(at_rest, policy.master) if policy.master is not None else at_rest
@@ -55,12 +86,12 @@ def apply(policy: Policy, state: Any) -> Any:
     )
 
 
-def any_policy(like: Any) -> Any:
+def any_policy(like: S) -> S:
     """Return the template of a state under any policy: every field that a policy changes is taken as it is stored."""
     return like.replace(params=..., buffers=..., opt_state=..., loss_scale=...)
 
 
-def under_policy(policy: Policy, restored: Any, like: Any) -> Any:
+def under_policy(policy: PolicyFields, restored: S, like: S) -> S:
     """Return a state that was restored with such a template under a policy, checked against the template `like`.
 
     Raises:
@@ -85,9 +116,9 @@ def under_policy(policy: Policy, restored: Any, like: Any) -> Any:
     )
 
 
-def cast_tree(policy: Policy, values: Any, field: str) -> Any:
+def cast_tree(policy: PolicyFields, values: T, field: str) -> T:
     """Return a tree with its floating-point leaves in the dtype that a policy and its rules by name have in a field."""
-    settings = Settings(policy.rules, None)
+    settings = Settings(policy.rules, None)  # without a model: rules by class match nothing here
 
     def change(name: str, leaf: object) -> object:
         if not isinstance(leaf, Tensor):
@@ -107,7 +138,7 @@ def cast(tensors: Tensors, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tenso
     return dict(zip(tensors, fx.convert(list(tensors.values()), [dtypes[n] for n in tensors]), strict=True))
 
 
-def rest_dtypes(policy: Policy, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
+def rest_dtypes(policy: PolicyFields, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
     """Return the dtype of each parameter or buffer in the state; one that is not floating-point keeps its dtype."""
     return {
         name: settings.of_tensor(name, "param", policy.param) if tensor.is_floating_point() else tensor.dtype
@@ -115,14 +146,14 @@ def rest_dtypes(policy: Policy, settings: Settings, tensors: Tensors) -> dict[st
     }
 
 
-def _unwrapped(state: Any) -> tuple[dict[str, Tensor], Any]:
+def _unwrapped(state: StateFields) -> tuple[dict[str, Tensor], Any]:
     """Return the parameters in their highest precision (master weights, if any), and the optimizer state for them."""
     if isinstance(state.opt_state, MasterWeightsState):
         return {n: state.opt_state.master[n] for n in state.params}, state.opt_state.inner
     return dict(state.params), state.opt_state
 
 
-def _cast_optimizer(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.dtype]) -> Any:
+def _cast_optimizer(opt_state: T, params: Tensors, dtypes: Mapping[str, torch.dtype]) -> T:
     """Cast the optimizer state of each parameter that has its dtype: moments, full or factored, averages, copies.
 
     The name of such a leaf ends with that of the parameter. Counts and norms stay as they are, and so does state in
@@ -141,7 +172,7 @@ def _cast_optimizer(opt_state: Any, params: Tensors, dtypes: Mapping[str, torch.
     return tree.map_with_name(change, opt_state)
 
 
-def _loss_scale(policy: Policy, current: Any, device: torch.device | None) -> Any:
+def _loss_scale(policy: PolicyFields, current: LossScale | None, device: torch.device | None) -> LossScale | None:
     """Return the initial loss scale of the policy, or the current one if it has the same class and settings."""
     wanted = policy.loss_scale
     if isinstance(wanted, NoLossScale):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +38,9 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
         PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert. Calls of the copy
             raise it for a number of rows to train on that is no multiple of 16, and on a CPU if torch lacks the recipe.
     """
-    chosen = [path for path, m in module.named_modules() if type(m) is nn.Linear and _taken(settings, path)]
-    for path in chosen:
-        _check_sizes(path, module.get_submodule(path))
+    chosen = {path: m for path, m in module.named_modules() if type(m) is nn.Linear and _taken(settings, path)}
+    for path, linear in chosen.items():
+        _check_sizes(path, linear)
     if not chosen:
         raise PrecisionError(
             explain(
@@ -68,7 +67,7 @@ def _taken(settings: Settings, path: str) -> bool:
     return bool(settings.of_module(path, "float8", True))
 
 
-def _check_sizes(path: str, linear: Any) -> None:
+def _check_sizes(path: str, linear: nn.Linear) -> None:
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
     odd = [f"{name}={size}" for name, size in sizes.items() if size % _MULTIPLE]
     if odd:

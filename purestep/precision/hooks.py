@@ -9,12 +9,14 @@ import copy
 import dataclasses
 from collections.abc import MutableMapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from purestep import _torch, tree
+
+T = TypeVar("T")
 
 
 def cast_floating(value: Any, dtype: torch.dtype) -> Any:
@@ -29,7 +31,7 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     return tree.map(lambda leaf: _cast_leaf(leaf, dtype), value)
 
 
-def _cast_leaf(leaf: Any, dtype: torch.dtype) -> Any:
+def _cast_leaf(leaf: object, dtype: torch.dtype) -> object:
     if isinstance(leaf, Tensor):
         return cast_floating(leaf, dtype)
     if isinstance(leaf, MutableMapping):
@@ -66,7 +68,7 @@ class CastOutputs:
 
     dtype: torch.dtype
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: T) -> T:
         return cast_floating(output, self.dtype)
 
 

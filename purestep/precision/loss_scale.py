@@ -7,7 +7,7 @@ and adjusts.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,17 +18,19 @@ from purestep.errors import PrecisionError, explain
 from purestep.optim import foreach as fx
 from purestep.tree import pytree, static
 
+T = TypeVar("T")
+
 
 class LossScale:
     """Base of the three: `scale`, `unscale`, `adjust`, and `on`, which turns the numbers into tensors."""
 
     value: Any
 
-    def scale(self, values: Any) -> Any:
+    def scale(self, values: T) -> T:
         """Return a loss, or a tree of tensors, multiplied by the scale."""
         return tree.map(lambda x: x * self.value, values)
 
-    def unscale(self, grads: Any) -> Any:
+    def unscale(self, grads: T) -> T:
         """Return a tree of gradients divided by the scale, in float32 or wider, because float16 may underflow again."""
         leaves, structure = tree.flatten(grads)
         wide = [torch.promote_types(x.dtype, torch.float32) for x in leaves]
@@ -139,15 +141,15 @@ class NoLossScale(LossScale):
     Reference: `jmp.NoOpLossScale`.
     """
 
-    def scale(self, values: Any) -> Any:
+    def scale(self, values: T) -> T:
         return values
 
-    def unscale(self, grads: Any) -> Any:
+    def unscale(self, grads: T) -> T:
         return grads
 
 
 @checked(PrecisionError, failed=True)
-def all_finite(values: Any) -> Tensor:
+def all_finite(values: object) -> Tensor:
     """Tell, as a 0-d bool tensor, whether a tree of tensors holds no infinity and no NaN.
 
     Example:
@@ -159,13 +161,13 @@ def all_finite(values: Any) -> Tensor:
     return fx.all_finite(tree.leaves(values))
 
 
-def _number(value: Any, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+def _number(value: Tensor | float, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     # Always a new tensor: of two states that share one, only one could be donated.
     if isinstance(value, Tensor):
         return value.detach().clone().to(device=device or value.device, dtype=dtype)
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, (int, float)) and not 0 < value < float("inf"):
         raise PrecisionError(explain("a loss scale is a positive finite number", where=f"{name}={value!r}"))

@@ -58,6 +58,7 @@ class Policy:
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        # Words become dtypes here, so that policies made from either are equal and have one hash.
         for field in ("param", "compute", "output", "reduce", "master"):
             value = getattr(self, field)
             if value is not None or field != "master":
@@ -216,6 +217,7 @@ def _check_autocast(chosen: Policy) -> None:
 
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# Not required: many models have no normalisation layers, and a named policy must fit them, too.
 _KEEP_NORMS = Rule(NORMS, compute=f32, required=False)
 _STORE_NORMS = Rule(NORMS, param=f32, compute=f32, required=False)
 

@@ -147,6 +147,7 @@ class Settings:
             self._matching[path] = matching | self._inherited(path)
 
     def _inherited(self, path: str) -> frozenset[int]:
+        # The model itself has no module around it.
         if not path:
             return frozenset()
         parent = path.rpartition(".")[0]

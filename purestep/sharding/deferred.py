@@ -35,6 +35,7 @@ def materialize(
     """
     with recording(rng) as tape:
         described = make()
+    # All names first: which draws belong to which parameter must not depend on which leaf is computed first.
     for name, leaf in _named(described):
         if isinstance(leaf, Tensor) and leaf.is_meta:
             tape.name_random(name, leaf)
@@ -42,16 +43,17 @@ def materialize(
         check_matches(plan, described)
     specs = tree.map(lambda _: REPLICATED, described) if plan is None else plan.specs(described)
 
-    def made(leaf: object, spec: Spec) -> object:
+    def computed(leaf: object, spec: Spec) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         value = tape.value(leaf)
         if plan is None or not spec.axes:
             return _own(value).to(device or value.device)
         shape = tuple(value.shape)
+        # `cut` copies, so the full tensor is freed before the next leaf is computed.
         return wrap(plan, cut(plan, value, spec).to(device or value.device), spec, shape)
 
-    return tree.map(made, described, specs)
+    return tree.map(computed, described, specs)
 
 
 def _named(value: object) -> list[tuple[str, object]]:

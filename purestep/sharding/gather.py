@@ -74,6 +74,7 @@ class Units:
         self._paths = {id(_torch.parameters_of(m)): path for path, m in self.modules.items()}
         self.units: list[Unit] = []
         self.nothing: dict[Any, Tensor] = {}
+        # A flat tensor has one dtype, so a submodule whose parameters have two is two units with one path.
         grouped: dict[tuple[str, torch.dtype], list[str]] = {}
         for name in split:
             grouped.setdefault((self._home(name), parts[name].dtype), []).append(name)
@@ -81,6 +82,7 @@ class Units:
             rows = Rows(plan, [Row.of(plan, name, split[name]) for name in names])
             self.units.append(Unit(len(self.units), path, rows, [n for n in names if n in trained]))
         self.unit_paths = [unit.path for unit in self.units]
+        # The units with a submodule of their own. The root's parameters stay gathered during the whole call.
         self.inner = [(unit, self.modules[unit.path]) for unit in self.units if unit.path]
         self.stand_ins = {
             row.name: Absent.of(row.name, row.shape, parts[row.name], plan)
@@ -91,9 +93,10 @@ class Units:
 
     def _home(self, name: str) -> str:
         """Return the unit of a parameter: the root for one that is tied into several."""
-        names = [f"{self._paths[id(place)]}.{key}" for place, key in self.slots.params[name]]
+        names = [f"{self._paths[id(tensors)]}.{key}" for tensors, key in self.slots.params[name]]
         homes = {self.plan.unit(other.removeprefix(".")) for other in names}
         home = homes.pop()
+        # Two submodules would need it at different times, and the gradient of one of them would be reduced too early.
         return home if not homes and home in self.modules else ""
 
 
@@ -110,7 +113,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Context, live: Live, anchor: Tensor) -> tuple[Tensor, ...]:
+        # `anchor` is an input only so that autograd calls `backward`: the shards themselves are no input of the graph.
         ctx.live = live
+        # A parameter that the call did not use has no gradient; zeros for it would cost its full size.
         ctx.set_materialize_grads(False)
         return tuple(live.whole(name) for name in live.unit.trained)
 
@@ -118,6 +123,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[None, None]:
         # What happens here is no operation of the model: no mode of it has to look.
         with _torch.no_torch_function():
+            # The backward pass of the unit has ended, so its parameters go before the gradients are packed beside them.
             ctx.live.release()
             ctx.live.session.reduce(ctx.live, list(grads))
         return None, None
@@ -131,13 +137,16 @@ class Live:
         self.flat: Tensor | None = None
         self.pending: list[collectives.Pending] = []
         self.tracked: dict[str, Tensor] | None = None
-        self.filled = self.held = False
+        self.filled = False  # whether the tensors that the graph knows have memory now
+        self.held = False  # whether hooks of others have saved parameters, so that freeing them would free nothing
         self.reduced = False  # whether the gradients are here, if there are any
 
     def launch(self) -> None:
         """Begin to gather. The other ranks do at the same time, whether this one needs it or has it already."""
-        parts = [self.session.parts[n] for n in self.unit.names]
-        self.pending.append(collectives.gather(self.unit.rows.pack(parts), self.session.units.group))
+        # Several may be under way for one unit: a rank that took part for the sake of others keeps what came, and uses
+        # it where the unit runs next.
+        shards = [self.session.parts[n] for n in self.unit.names]
+        self.pending.append(collectives.gather(self.unit.rows.pack(shards), self.session.units.group))
         self.session.coming += 1
 
     def arrive(self) -> Tensor:
@@ -150,6 +159,7 @@ class Live:
         if self.flat is None:
             if not self.pending:
                 self.session.need(self)
+            # Before the wait, so that two gathers are under way while this rank waits for the first.
             self.session.ahead(self)
             self.flat = self.unit.rows.unpack(self.arrive())
             self.session.by_memory[self.flat.untyped_storage().data_ptr()] = self
@@ -159,26 +169,32 @@ class Live:
         """Return a parameter as a tensor of its own over the gathered memory."""
         row = self.unit.rows.by_name[name]
         flat = self.ensure()
-        made = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        return made.set_(flat.untyped_storage(), row.start, row.shape, row.strides)
+        # Not a view of `flat`: autograd would give all views one version counter, and an optimizer's or a user's write
+        # into one parameter would make what was saved of the others invalid.
+        tensor = torch.empty(0, dtype=flat.dtype, device=flat.device)
+        return tensor.set_(flat.untyped_storage(), row.start, row.shape, row.strides)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole parameters: of the trained ones, the very tensors that the graph knows."""
         self.ensure()
         if self.tracked is None:
+            # Once in a microbatch: of a unit that is called twice, two nodes would hand in the gradients in two parts,
+            # and each would be reduced.
             outputs = _Gather.apply(self, self.session.anchor) if self.unit.trained else ()
             self.tracked = dict(zip(self.unit.trained, outputs, strict=True))
         elif not self.filled:
+            # `.data` swaps the memory below a tensor that the graph knows, without an operation and without a version.
             for name, tensor in self.tracked.items():
                 tensor.data = self.whole(name)
         self.filled = True
-        found = {n: self.tracked[n] if n in self.tracked else self.whole(n) for n in self.unit.names}
+        full = {n: self.tracked[n] if n in self.tracked else self.whole(n) for n in self.unit.names}
         wrap = self.session.wrap
-        return found if wrap is None else {n: wrap(n, t) for n, t in found.items()}
+        return full if wrap is None else {n: wrap(n, t) for n, t in full.items()}
 
     def release(self) -> None:
         """Let go of the gathered memory. What somebody else still holds stays as it is."""
         if self.flat is not None:
+            # The allocator may give the address to another tensor, which `_pack` would then take for this parameter.
             del self.session.by_memory[self.flat.untyped_storage().data_ptr()]
         self.flat, self.filled = None, False
         for tensor in (self.tracked or {}).values():
@@ -236,15 +252,16 @@ class Session:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the model is bound to at first: whole parameters of the root, stand-ins for those of units."""
-        found: dict[str, Tensor] = dict(self.units.stand_ins)
+        bound: dict[str, Tensor] = dict(self.units.stand_ins)
         for unit in self.units.units:
             if not unit.path:
-                found.update(self.live(unit.number).tensors())
-        return found
+                bound.update(self.live(unit.number).tensors())
+        return bound
 
     def wholes(self) -> dict[str, Tensor]:
         """Return all parameters whole, gathered at once."""
         lives = [self.live(unit.number) for unit in self.units.units]
+        # All are launched before the first is waited for: the order is that of the units on every rank.
         for live in lives:
             live.launch()
         return {name: t for live in lives for name, t in live.unit.rows.wholes(live.ensure()).items()}
@@ -257,6 +274,7 @@ class Session:
 
     def empty(self, like: Tensor) -> Tensor:
         """Return a tensor of a shape without memory, for what is not there."""
+        # One element, expanded. NaN, so that a use of it shows: autograd checks shapes here, never values.
         key = like.dtype, like.device
         nothing = self.units.nothing
         if key not in nothing:
@@ -278,6 +296,7 @@ class Session:
 
     def ahead(self, running: Live | None = None) -> None:
         """Launch the gather of what is needed next, if no other is under way but that of the unit that is to run."""
+        # One ahead of the unit that runs hides the wait; each further one would hold the memory of one more unit.
         if self.coming == (running is not None):
             self.exchanges.ahead()
 
@@ -309,11 +328,13 @@ class Session:
     def enter(self, live: Live) -> None:
         """Put the whole parameters of a unit into its module."""
         self._put(live, live.tensors())
+        # A checkpoint calls the unit again in the backward pass, which then has moved on to this unit.
         if self.backward:
             self._used(live)
         hooks: Any = None
         top = _torch.saved_tensor_hooks()
         if self.units.plan.reshard_after_forward and top is None:
+            # They stay on until `leave`, for what autograd saves within the call of this unit only.
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             hooks.__enter__()
         elif top is not None and top[0] != self._pack and top[0].__module__ != "torch.utils.checkpoint":
@@ -327,6 +348,7 @@ class Session:
         if hooks is not None:
             hooks.__exit__(None, None, None)
         self._put(live, self.units.stand_ins)
+        # In the backward pass a recomputed unit is needed until its gradients are there: `_used` frees it later.
         kept = self.backward or live.held or self.exchanges.keeps(live.unit.number)
         if self.units.plan.reshard_after_forward and not kept:
             live.release()
@@ -344,15 +366,15 @@ class Session:
         self._cancel()
 
     def _cancel(self) -> None:
-        # What this rank took part in for the sake of others only.
+        # What this rank took part in for the sake of others only has to have arrived before its memory is freed.
         for live in self.lives.values():
             while live.pending:
                 live.arrive()
 
     def _put(self, live: Live, tensors: Mapping[str, Tensor]) -> None:
         for name in live.unit.names:
-            for place, key in self.units.slots.params[name]:
-                place[key] = tensors[name]
+            for registered, key in self.units.slots.params[name]:
+                registered[key] = tensors[name]
         for rnn in self.units.slots.rnns:
             if any(
                 _torch.parameters_of(rnn) is place for n in live.unit.names for place, _ in self.units.slots.params[n]
@@ -362,6 +384,7 @@ class Session:
     # --- what autograd saves ---
 
     def _pack(self, saved: Tensor) -> Tensor | Saved:
+        # A subclass may hold more than its storage says, so it is kept as it is.
         if type(saved) is not Tensor:
             return saved
         # Not only the unit that was entered last: a submodule is several units where its parameters have several
@@ -369,6 +392,8 @@ class Session:
         live = self.by_memory.get(saved.untyped_storage().data_ptr())
         if live is None or not live.unit.path:
             return saved
+        # Only the window is kept, so that releasing the unit frees its memory. The offset is good after another gather,
+        # too: rows lie alike every time.
         return live, saved.storage_offset(), saved.shape, saved.stride(), saved.dtype
 
     def _unpack(self, packed: Tensor | Saved) -> Tensor:
@@ -378,15 +403,16 @@ class Session:
         with _torch.no_torch_function():
             flat = live.ensure()
             self._used(live)
-            made = torch.empty(0, dtype=flat.dtype, device=flat.device)
-            made = made.set_(flat.untyped_storage(), offset, shape, strides)
-            return made if made.dtype == dtype else made.view(dtype)
+            window = torch.empty(0, dtype=flat.dtype, device=flat.device)
+            window = window.set_(flat.untyped_storage(), offset, shape, strides)
+            return window if window.dtype == dtype else window.view(dtype)
 
     def _used(self, live: Live) -> None:
         """Free what the backward pass is through with: two submodules at once, one that ends and the one before it."""
         path = live.unit.path
         if path == (self.recent or [""])[-1]:
             return
+        # With one alone, neighbours whose saved tensors autograd unpacks in turns would be gathered again and again.
         self.recent = [*[other for other in self.recent if other != path][-1:], path]
         for other in self.lives.values():
             running = any(other is entered for entered, _ in self.stack)
@@ -405,12 +431,15 @@ class _Around:
         self.depth = len(session.stack)
         for unit, module in session.units.inner:
             before, after = _torch.pre_hooks_of(module), _torch.hooks_of(module)
+            # Keys of our own, which no handle of torch's has; the context itself, so that nested calls do not collide.
             key = self, unit.number
             before[key] = functools.partial(_enter, session, unit.number)
+            # First: hooks of the user's see full parameters.
             before.move_to_end(key, last=False)
             after[key] = functools.partial(_leave, session, unit.number)
 
     def __exit__(self, *error: object) -> None:
+        # After an error in the model the units that were running have not been left.
         while len(self.session.stack) > self.depth:
             self.session.leave(self.session.stack[-1][0])
         for unit, module in self.session.units.inner:

@@ -62,9 +62,9 @@ def rows(samples: int, parts: int, indices: tuple[int, ...]) -> np.ndarray:
     sizes = microbatch_sizes(samples, parts)
     chosen = indices if any(sizes[i] for i in indices) else (0,)
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    found = np.concatenate([np.arange(starts[i], starts[i + 1], dtype=np.int64) for i in chosen])
-    found.flags.writeable = False
-    return found
+    numbers = np.concatenate([np.arange(starts[i], starts[i + 1], dtype=np.int64) for i in chosen])
+    numbers.flags.writeable = False  # it is kept, and the next caller gets the same array
+    return numbers
 
 
 @pytree
@@ -96,12 +96,12 @@ class LocalBatch:
             [(0, [0, 1, 2], 3), (3, [3, 4], 2)]
         """
         sizes = microbatch_sizes(self.samples, self.microbatches)
-        found, start = [], 0
+        cut, start = [], 0
         for index in indices:
             if sizes[index]:
-                found.append((index, piece(self.data, start, start + sizes[index]), sizes[index]))
+                cut.append((index, piece(self.data, start, start + sizes[index]), sizes[index]))
                 start += sizes[index]
-        return found
+        return cut
 
     def spare(self, indices: Sequence[int]) -> Any:
         """Return a microbatch to run the model on and throw away, for a rank that has fewer of them than the others."""
@@ -153,8 +153,7 @@ def local_batch(batch: object, plan: Shares, microbatches: int) -> LocalBatch:
     indices = plan.microbatches(microbatches)
     if len(indices) == microbatches:
         return LocalBatch(batch, samples, microbatches)
-    found = rows(samples, microbatches, tuple(indices))
-    return LocalBatch(_take(batch, found), samples, microbatches)
+    return LocalBatch(_take(batch, rows(samples, microbatches, tuple(indices))), samples, microbatches)
 
 
 def check_samples(batch: object, parts: int) -> int:
@@ -202,17 +201,17 @@ def aligned(leaf: T) -> T:
     return leaf
 
 
-def _take(batch: T, found: np.ndarray) -> T:
+def _take(batch: T, numbers: np.ndarray) -> T:
     """Rows of every leaf, in ascending runs; cut and joined, they keep the memory format that they have."""
-    breaks = np.flatnonzero(np.diff(found) != 1) + 1
-    runs = [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(found, breaks)]
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    runs = [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(numbers, breaks)]
 
     def take(leaf: Any) -> Any:
         if not getattr(leaf, "ndim", 0):
             return leaf
-        parts = [leaf[run] for run in runs]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if isinstance(leaf, torch.Tensor) else np.concatenate(parts)
+        pieces = [leaf[run] for run in runs]
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces) if isinstance(leaf, torch.Tensor) else np.concatenate(pieces)
 
     return tree.map(take, batch)

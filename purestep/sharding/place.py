@@ -51,6 +51,7 @@ def place(plan: Layout, value: T) -> T:
     """
     check_matches(plan, value)
     specs = plan.specs(value)
+    # On one process nothing is sharded, and torch's DTensor, which takes seconds to import, is not needed.
     if all(not spec.axes for spec in tree.leaves(specs)):
         return gather(value)
     check_world(plan.mesh)
@@ -261,10 +262,10 @@ def full(leaf: Tensor) -> Tensor:
     sizes, spec = _sizes(leaf), spec_of_leaf(leaf)
     shard = _torch.local_tensor(leaf)
     boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
-    whole = shard.new_empty(leaf.shape)
-    for part, (offset, shape) in zip(_exchanged(leaf, spec, sizes, boxes), boxes, strict=True):
-        slice_of(whole, (offset, shape)).copy_(part)
-    return whole
+    full_tensor = shard.new_empty(leaf.shape)
+    for received, (offset, shape) in zip(_exchanged(leaf, spec, sizes, boxes), boxes, strict=True):
+        slice_of(full_tensor, (offset, shape)).copy_(received)
+    return full_tensor
 
 
 # Digests, differences and `to_module` take the full tensor of a split leaf; only this file makes such leaves.
@@ -284,6 +285,7 @@ def _exchanged(leaf: Tensor, spec: Spec, sizes: Mapping[str, int], boxes: list[B
     """Return every part of a tensor, in the order of the grid, as bytes went over the wire: any dtype can be sent."""
     shard = _torch.local_tensor(leaf).detach().contiguous()
     width = shard.element_size()
+    # Uneven shards are filled up to the longest: an all-gather takes equal lengths.
     lengths = [torch.Size(shape).numel() * width for _, shape in boxes]
     sent = torch.zeros(max(lengths), dtype=torch.uint8, device=shard.device)
     sent[: shard.numel() * width] = shard.reshape(-1).view(torch.uint8)

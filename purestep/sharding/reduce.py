@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,28 +42,29 @@ class Flat:
         filling: dict[torch.dtype, int] = {}
         sizes: list[int] = []
         for i, x in enumerate(like):
-            at = filling.get(x.dtype)
-            if at is None or (limits is not None and sizes[at] >= limits[at > 0]):
-                at = filling[x.dtype] = len(self.groups)
+            group = filling.get(x.dtype)
+            # The first one is smaller, where a caller says so: its sum begins while gradients are still being computed.
+            if group is None or (limits is not None and sizes[group] >= limits[group > 0]):
+                group = filling[x.dtype] = len(self.groups)
                 self.groups.append([])
                 self.dtypes.append(x.dtype)
                 sizes.append(0)
-            self.groups[at].append(i)
-            sizes[at] += x.numel() * x.element_size()
-        self.lengths = [[self.shapes[i].numel() for i in at] for at in self.groups]
-        self.home = {i: k for k, at in enumerate(self.groups) for i in at}
+            self.groups[group].append(i)
+            sizes[group] += x.numel() * x.element_size()
+        self.lengths = [[self.shapes[i].numel() for i in members] for members in self.groups]
+        self.home = {i: number for number, members in enumerate(self.groups) for i in members}
 
     def pack(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Return a copy of the tensors, packed."""
-        return [packed([values[i] for i in at]) for at in self.groups]
+        return [packed([values[i] for i in members]) for members in self.groups]
 
     def unpack(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors again, as views of the flat ones."""
-        found: list[Any] = [None] * len(self.shapes)
-        for flat, at, lengths in zip(flats, self.groups, self.lengths, strict=True):
-            for i, piece in zip(at, flat.split(lengths), strict=True):
-                found[i] = piece.view(self.shapes[i])
-        return found
+        views: dict[int, Tensor] = {}
+        for flat, members, lengths in zip(flats, self.groups, self.lengths, strict=True):
+            for i, piece in zip(members, flat.split(lengths), strict=True):
+                views[i] = piece.view(self.shapes[i])
+        return [views[i] for i in range(len(self.shapes))]
 
 
 def flat_like(values: Sequence[Tensor], limits: tuple[int, int] | None = None) -> Flat:
@@ -107,11 +107,14 @@ class Summing:
         self._step = "done"
         if group is None or len(owners) == 1:
             return
+        # Two ranks with one partial sum each swap it, in one round of messages instead of two.
         if len(owners) == 2 and len(owners[0]) == len(owners[1]) == 1:
             (self._mine,) = nodes.values()
             self._step, self._pending = "swapped", collectives.swap(self._mine, group)
             return
         count = len(owners)
+        # Each member adds one slice of all partial sums, in the order of the tree, and hands its sum around: every rank
+        # computes a part of the addition, and each addition happens once, so all have the same bits.
         held = [rows_of(x, count) for x in nodes.values()]
         rows = torch.stack(held, dim=1) if held else like.new_empty(count, 0, -(-self._n // count))
         self._step, self._width, self._pending = "cut", rows.shape[2], send(rows, owners, group)

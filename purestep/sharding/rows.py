@@ -117,17 +117,19 @@ class Rows:
         flat = received.new_empty(self.total)
         if self.even:
             runs = [flat[r.start : r.start + math.prod(r.shape)].view(self.count, -1) for r in self.rows]
+            # One kernel in place of a copy for each parameter.
             torch.split_with_sizes_copy(received, self.lengths, dim=1, out=runs)
             return flat
         for row in self.rows:
-            whole = flat[row.start : row.start + math.prod(row.shape)]
+            full = flat[row.start : row.start + math.prod(row.shape)]
+            # Shards of dim 0 follow one another in memory, so the rows of all members, one below the other, are it.
             if row.even:
-                whole.view(self.count, -1).copy_(received[:, row.at : row.at + row.length])
+                full.view(self.count, -1).copy_(received[:, row.at : row.at + row.length])
                 continue
-            shaped = whole.view(row.shape)
-            for (offset, shape), own in zip(row.boxes, received, strict=True):
-                part = own[row.at : row.at + math.prod(shape)].view(shape)
-                place.slice_of(shaped, (offset, shape)).copy_(part)
+            shaped = full.view(row.shape)
+            for (offset, shape), member in zip(row.boxes, received, strict=True):
+                shard = member[row.at : row.at + math.prod(shape)].view(shape)
+                place.slice_of(shaped, (offset, shape)).copy_(shard)
         return flat
 
     def wholes(self, flat: Tensor) -> dict[str, Tensor]:
@@ -138,22 +140,23 @@ class Rows:
         """Return `[R, n]`: for each member its parts of some whole tensors, like those of `rows`."""
         if all(row.even for row in rows):
             return torch.cat([x.reshape(self.count, -1) for x in wholes], dim=1)
-        found = wholes[0].new_zeros(self.count, sum(row.length for row in rows))
-        at = 0
-        for row, whole in zip(rows, wholes, strict=True):
-            for own, (offset, shape) in zip(found, row.boxes, strict=True):
-                own[at : at + math.prod(shape)].view(shape).copy_(place.slice_of(whole, (offset, shape)))
-            at += row.length
-        return found
+        # Zeros behind the shorter shards: they are summed with the others' and never read.
+        by_member = wholes[0].new_zeros(self.count, sum(row.length for row in rows))
+        start = 0
+        for row, full in zip(rows, wholes, strict=True):
+            for member, (offset, shape) in zip(by_member, row.boxes, strict=True):
+                member[start : start + math.prod(shape)].view(shape).copy_(place.slice_of(full, (offset, shape)))
+            start += row.length
+        return by_member
 
     def parts(self, row: Tensor, rows: Sequence[Row]) -> list[Tensor]:
         """Return this member's parts, as views of a row of those parameters."""
-        found, at = [], 0
+        shards, start = [], 0
         for r in rows:
             shape = r.boxes[self.mine][1]
-            found.append(row[at : at + math.prod(shape)].view(shape))
-            at += r.length
-        return found
+            shards.append(row[start : start + math.prod(shape)].view(shape))
+            start += r.length
+        return shards
 
 
 def collective_index(plan: Plan) -> int:

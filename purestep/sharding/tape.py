@@ -64,7 +64,8 @@ class Tape:
         self.constants: dict[int, Tensor] = {}
         self._rng = rng
         self._numbers: dict[int, int] = {}
-        # Storages are told apart by their addresses, so none may be freed and its address used again.
+        # Storages are told apart by their addresses, so none may be freed and its address used again. Those of the meta
+        # device hold no bytes.
         self._alive: list[Any] = []
         self._writers: dict[int, list[int]] = {}
         self._seeds: dict[int, int] = {}
@@ -73,14 +74,17 @@ class Tape:
 
     def run(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """Run an operation without memory and write it down; for real, where no tensor without memory is involved."""
-        given = [x for x in tree.leaves((args, kwargs)) if isinstance(x, Tensor)]
-        makes = not given and any(a.name == "device" for a in _torch.schema_of(function).arguments)
+        # Three cases: a factory (`torch.zeros`), which is told to make its tensor on the meta device; an operation on
+        # tensors of which some have no memory; and one on real tensors alone (constants of the model), which just runs.
+        inputs = [x for x in tree.leaves((args, kwargs)) if isinstance(x, Tensor)]
+        makes = not inputs and any(a.name == "device" for a in _torch.schema_of(function).arguments)
         lifts = str(kwargs.get("device")) == "meta"
-        if not (makes or lifts or any(t.is_meta for t in given)):
+        if not (makes or lifts or any(t.is_meta for t in inputs)):
             return function(*args, **kwargs)
+        # Whatever device the model asks for: values are computed on the CPU, where the bits are the same everywhere.
         if makes or kwargs.get("device") is not None:
             kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} | {"device": torch.device("meta")}
-        bare = {id(t): t if t.is_meta else torch.empty_like(t, device="meta") for t in given}
+        bare = {id(t): t if t.is_meta else torch.empty_like(t, device="meta") for t in inputs}
         # Of operations in place, the argument itself has to come back.
         meta = tree.map(lambda x: bare[id(x)] if isinstance(x, Tensor) else x, (args, kwargs))
         written = _written(function, args, kwargs)
@@ -89,15 +93,18 @@ class Tape:
             fills = _name(function) in _FILLS and len(written) == 1 and written[0].is_meta
             out = written[0] if fills else function(*meta[0], **meta[1])
         except (RuntimeError, NotImplementedError) as error:
+            # No meta kernel, or a result that depends on values. Such an operation can run for real now, unless it
+            # writes: then what was recorded before it would be replayed over what it wrote.
             if written:
                 _refuse(function, str(error).splitlines()[0], error)
             return self._run_for_real(function, args, kwargs)
         if not all(t.is_meta for t in written):
             _refuse(function, "it writes values that are not known yet into a tensor that was made elsewhere")
-        made = [t for t in tree.leaves(out) if isinstance(t, Tensor) and not self.knows(t)]
-        if made or written:
+        # A view has the storage of its base, which the tape knows: it is no operation, only another window.
+        fresh = [t for t in tree.leaves(out) if isinstance(t, Tensor) and not self.knows(t)]
+        if fresh or written:
             drawn = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
-            self.note(function, args, kwargs, written=written, made=made, is_random=drawn)
+            self.note(function, args, kwargs, written=written, made=fresh, is_random=drawn)
         return out
 
     def _run_for_real(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
@@ -117,6 +124,7 @@ class Tape:
     ) -> None:
         """Write an operation down."""
         held: Any = tree.map(lambda x: self._argument(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        # A generator would have to be in the state that it has now; the replay seeds the default one instead.
         changes = {"device": torch.device("cpu"), "generator": None}
         kept = held[1] | {k: v for k, v in changes.items() if k in held[1]}
         reads = frozenset(r.storage for r in tree.leaves(held) if isinstance(r, Ref))
@@ -124,6 +132,7 @@ class Tape:
         refs = tuple(self._ref(t) for t in made)
         writes = frozenset(r.storage for r in targets)
         sources = [x.storage for x in tree.leaves(held) if isinstance(x, Ref)]
+        # A fill may only skip what came before if it covers the whole storage and does not read it (`x.copy_(x.t())`).
         fills = None
         if _name(function) in _FILLS and len(targets) == 1 and self._covers(targets[0]):
             fills = targets[0].storage if sources.count(targets[0].storage) == 1 else None
@@ -150,6 +159,7 @@ class Tape:
     def _argument(self, tensor: Tensor) -> Ref:
         if tensor.is_meta:
             return self._ref(tensor)
+        # A constant is kept as it is now: the model may write into it, or free it, before it is replayed.
         value = tensor.detach().clone()
         ref = self._ref(value)
         self.constants[ref.storage] = value
@@ -159,6 +169,8 @@ class Tape:
 
     def name_random(self, name: str, tensor: Tensor) -> None:
         """Let the random operations that lead to a tensor draw from a name, unless they do so from an earlier one."""
+        # The name and the number of the draw, not its position on the tape: an initialisation that is added to another
+        # layer leaves the numbers of this one alone. Tied and derived tensors share draws, which the first name has.
         drawn = [i for i in self._leading_to(tensor) if self.ops[i].is_random and i not in self._seeds]
         for count, index in enumerate(drawn):
             self._seeds[index] = _seed(random.fold_in(self._rng, name, count))
@@ -168,6 +180,7 @@ class Tape:
         if not tensor.is_meta or not self.knows(tensor):
             return tensor
         target, chosen = self._ref(tensor), self._leading_to(tensor)
+        # When each storage is used last: then it is freed, so that one tensor and what leads to it are all there is.
         last = {s: i for i in chosen for s in self.ops[i].reads | {r.storage for r in self.ops[i].made}}
         held: dict[int, Tensor] = {}
         generator = torch.default_generator
@@ -193,6 +206,8 @@ class Tape:
         known = {_torch.storage_id(s.untyped_storage()) for s in held.values()}
         fresh = [t for t in out if _torch.storage_id(t.untyped_storage()) not in known]
         for ref, tensor in zip(op.made, fresh, strict=True):
+            # Kernels of the meta device and of the CPU may choose other strides; later operations were recorded as
+            # windows on the former.
             if (tensor.stride(), tensor.storage_offset()) != (ref.stride, ref.offset):
                 tensor = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype).copy_(tensor)
             held[ref.storage] = tensor

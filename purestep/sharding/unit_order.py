@@ -63,6 +63,7 @@ class Agreed:
             >>> [f"{op.kind[0]}{op.unit}" for op in order.backward], sorted(order.kept)
             (['g1', 'r2', 'g0', 'r1', 'r0'], [2])
         """
+        # Freed after the forward pass, the last submodule would be gathered again at once.
         ended = paths[forward[-1].unit]
         first = 0
         while first < len(backward) and backward[first].kind == "gather" and paths[backward[first].unit] == ended:
@@ -198,6 +199,8 @@ class Exchanges:
         return self._agreed.backward if self._backward else self._agreed.forward
 
     def _follow(self, op: Op) -> None:
+        # Everything up to this collective is launched, in the agreed order: the other ranks do the same, whether they
+        # need it or not, so that the n-th collective of the group is the same one everywhere.
         try:
             end = self._rest.index(op, self._next)
         except ValueError:
@@ -240,6 +243,7 @@ class Exchanges:
                     self._launch(Op.of(code))
                 return
             self._order.differs = True
+            # The choice has to be the same on every rank, from what all of them know: the gather of the lowest number.
             # A rank can take part in any gather, but not in the reduction of gradients that it has yet to compute.
             gathers = [c for c in asked if c != _END and Op.of(c).kind == "gather"]
             if gathers:

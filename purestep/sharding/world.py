@@ -155,10 +155,10 @@ def gather(value: T, *, what: str = "a value") -> list[T]:
     if not initialize():
         return [value]
     try:
-        found = _exchange(pickle.dumps((what, _me.position, value)))
+        messages = _exchange(pickle.dumps((what, _me.position, value)))
     except RuntimeError as error:
         raise lost(error, what) from error
-    entries = [pickle.loads(data) for data in found]
+    entries = [pickle.loads(message) for message in messages]
     _me.heard = {number: position for number, (_, position, _) in enumerate(entries)}
     if len({label for label, _, _ in entries}) > 1:
         _me.failed = True
@@ -210,9 +210,9 @@ def agree_each(values: Mapping[str, object], *, what: str, instead: str | None =
     Raises:
         RankError: on every rank, with what differs and between which ranks.
     """
-    found = gather({name: repr(value) for name, value in values.items()}, what=what)
+    texts = gather({name: repr(value) for name, value in values.items()}, what=what)
     refuse_different(
-        {name: {n: entry.get(name, "nothing") for n, entry in enumerate(found)} for name in found[0]}, instead=instead
+        {name: {n: entry.get(name, "nothing") for n, entry in enumerate(texts)} for name in texts[0]}, instead=instead
     )
 
 
@@ -253,6 +253,8 @@ def _short(text: str) -> str:
 
 def _exchange(data: bytes) -> list[bytes]:
     group, count = _control(), size()
+    # All ranks have to send the same number of bytes, and none knows how many the others have: so a slot of fixed size
+    # with the length in front, and the rest, if any rank has one, in a second exchange of the greatest length.
     head = torch.zeros(_SLOT, dtype=torch.uint8)
     head[:8] = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
     first = data[: _SLOT - 8]
@@ -262,9 +264,9 @@ def _exchange(data: bytes) -> list[bytes]:
     raw = [bytes(h.numpy()) for h in heads]
     lengths = [int.from_bytes(r[:8], "little") for r in raw]
     longest = max(lengths)
-    parts = [r[8 : 8 + n] for r, n in zip(raw, lengths, strict=True)]
+    firsts = [r[8 : 8 + n] for r, n in zip(raw, lengths, strict=True)]
     if longest <= _SLOT - 8:
-        return parts
+        return firsts
     rest = torch.zeros(longest - (_SLOT - 8), dtype=torch.uint8)
     mine = data[_SLOT - 8 :]
     if mine:
@@ -272,7 +274,7 @@ def _exchange(data: bytes) -> list[bytes]:
     rests = [torch.empty_like(rest) for _ in range(count)]
     dist.all_gather(rests, rest, group=group)
     return [
-        part + bytes(r.numpy())[: max(n - (_SLOT - 8), 0)] for part, r, n in zip(parts, rests, lengths, strict=True)
+        first + bytes(r.numpy())[: max(n - (_SLOT - 8), 0)] for first, r, n in zip(firsts, rests, lengths, strict=True)
     ]
 
 

@@ -170,6 +170,7 @@ def _static(value: Any) -> JSON:
     """Write a static field: JSON as it is, tuples tagged, the name of the class of anything else."""
     if type(value) is int and value.bit_length() >= _DECIMAL_BITS:
         return {"int": hex(value)}
+    # Exact types: a subclass (an enum of str, say) would come back as its base.
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -270,7 +271,7 @@ def _identity(value: Any) -> tuple[Any, ...]:
 
 def _to_text(value: Any) -> str:
     if isinstance(value, float):
-        return value.hex()
+        return value.hex()  # exact, and infinities and NaN have a text, which JSON lacks
     if isinstance(value, complex):
         return f"{value.real.hex()} {value.imag.hex()}"
     if isinstance(value, bytes):

@@ -157,6 +157,7 @@ def _leaf(row: Field) -> Leaf:
         raise dtype.wrong("a dtype that snapshots hold")
     shape = row["shape"].naturals()
     leaf = Leaf(path, kind, dtype.text(), shape, alias=None if alias is None else alias.natural())
+    # A product of such sizes would overflow int64 in numpy and torch, or claim memory that no machine has.
     if len(shape) > 64 or math.prod(max(n, 1) for n in shape) * width(leaf) >= _LARGEST or (kind == "scalar" and shape):
         raise row["shape"].wrong("a shape that a tensor can have")
     return leaf
@@ -210,6 +211,7 @@ class _Structure:
         if entry.value is None:
             return
         if type(entry.value) is int:
+            # Each leaf once: a structure that repeats them could unfold into a tree of any size.
             if entry.natural(self.number) in self.seen:
                 raise entry.wrong("the index of a leaf that no other place in the tree has")
             self.seen.add(entry.value)

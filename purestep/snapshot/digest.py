@@ -79,6 +79,7 @@ def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> 
     """
 
     def row(index: int, leaf: Leaf) -> Row:
+        # A tied leaf counts with its bytes like any other, so that tying weights does not change the digest.
         if leaf.text is not None:
             return bits.digest_row(leaf.path, from_text(leaf.kind, leaf.text))
         first = index if leaf.alias is None else leaf.alias

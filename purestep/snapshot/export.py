@@ -38,6 +38,7 @@ def consolidate(root: Path, out: str | Path, *, step: int | None = None, only: O
     directory = find(index, step).path
     manifest = read_manifest(directory)
     names = _selected(manifest, only)
+    # Tied leaves are read once, from the leaf that has the bytes, and written under both names.
     first = {name: _first(manifest, i) for name, i in names.items()}
     requested = {i: {full_box(manifest.leaves[i])} for i in first.values() if manifest.leaves[i].has_bytes}
     contents = load(directory, manifest, requested, arrays.read_arrays, verify=True)
@@ -139,6 +140,7 @@ def _write(target: Path, values: dict[str, Any], metadata: dict[str, str]) -> No
             _save_safetensors(unfinished, values, metadata)
         else:
             torch.save(values, unfinished)
+        # Content before name, as in a commit of a snapshot: a reader finds the complete file or none.
         disk.fsync(unfinished)
         os.rename(unfinished, target)
     except BaseException:

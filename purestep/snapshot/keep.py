@@ -137,6 +137,7 @@ def ranking(records: Sequence[Record], metric: str, mode: Mode) -> list[int]:
         >>> ranking([(1, {"loss": 0.5}), (2, {"loss": float("nan")}), (3, {}), (4, {"loss": 0.2})], "loss", "min")
         [4, 1]
     """
+    # (value, step) sorts equal values by step, the earlier first; NaN would make the order depend on the input.
     sign = {"min": 1.0, "max": -1.0}[_checked_mode(mode)]
     candidates = [(sign * m[metric], step) for step, m in records if metric in m and not math.isnan(m[metric])]
     return [step for _, step in sorted(candidates)]

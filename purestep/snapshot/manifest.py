@@ -150,6 +150,7 @@ def unseal(content: bytes, name: str) -> JSON:
     Raises:
         CorruptSnapshot: the text is not what was sealed.
     """
+    # Compared as bytes before anything is parsed: a damaged file never reaches the JSON parser.
     start = len(_OPEN) + 16 + len(_MIDDLE)
     text = content[start : -len(_CLOSE)]
     if content != _OPEN + checksum(text).encode("ascii") + _MIDDLE + text + _CLOSE:
@@ -213,6 +214,7 @@ def _rows_1(leaves: Sequence[Leaf], rows: Sequence[decode.Field]) -> list[decode
     indexed = [(index, leaf) for index, leaf in enumerate(leaves) if leaf.has_bytes]
     if rows and len(rows) != len(indexed):
         raise rows[0].wrong(f"one of {len(indexed)} rows")
+    # Format 1 stored each leaf unsharded, written by rank 0: the box is the full leaf.
     heads = [[index, [0] * len(leaf.shape), list(leaf.shape), 0] for index, leaf in indexed]
     return [
         dataclasses.replace(row, value=[*head, *(item.value for item in row.items())])
@@ -222,6 +224,7 @@ def _rows_1(leaves: Sequence[Leaf], rows: Sequence[decode.Field]) -> list[decode
 
 def _sealed(directory: Path, name: str, head: Header) -> decode.Field:
     content = _read(directory, name)
+    # Its own seal is intact in a file copied from another snapshot; this checksum ties it to this one.
     if checksum(content) != head.seals.get(name):
         why = f"it is not the file that {DATA} was written with"
         raise CorruptSnapshot(explain("a file of the snapshot is corrupt", where=str(directory / name), why=why))

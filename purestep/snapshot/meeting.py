@@ -97,6 +97,7 @@ class Messages:
         while True:
             for rank in [rank for rank in ranks if rank not in received]:
                 path = self.directory / str(rank) / name
+                # A message is looked for first: a rank may send it and fail afterwards, and its message still counts.
                 if path.exists():
                     received[rank] = self._read(path)
                 elif path.parent.with_suffix(".failed").exists() or not self.temporary.exists():
@@ -137,6 +138,7 @@ class Messages:
     def abandon(self) -> None:
         """Signal to the other ranks that this rank has failed: by a rename, which works on a full disk too."""
         if self.ranks.rank == 0:
+            # Renamed at once, so that the others see it end; removing all its files may take long.
             with contextlib.suppress(OSError):
                 disk.abandon(disk.rename_to_temporary(self.temporary))
             disk.abandon(self.temporary)

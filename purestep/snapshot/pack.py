@@ -106,6 +106,7 @@ def pack(shards: Sequence[OwnedShard], contents: Sequence[np.ndarray], *, rank: 
     filled = number = 0
     for shard, content in zip(shards, contents, strict=True):
         if content.nbytes >= SMALL:
+            # With its dtype and shape, so that other programs can read the array with zarr or Orbax alone.
             name, offset = array_name(shard.index, shard.leaf.path), 0
             arrays[name] = _typed(content, shard.leaf, shard.box[1])
         else:
@@ -130,6 +131,7 @@ def array_name(index: int, path: str) -> str:
         >>> array_name(3, ".params['0/../weight']")
         '3-params%5B%270%2F%2E%2E%2Fweight%27%5D'
     """
+    # `quote` keeps "." and "~", which `ARRAY_NAME` does not allow.
     return f"{index}-" + quote(show(path), safe="").replace(".", "%2E").replace("~", "%7E")[:150]
 
 
@@ -210,6 +212,7 @@ def materialize(leaf: Leaf, content: np.ndarray, shape: tuple[int, ...] | None =
     shape = leaf.shape if shape is None else shape
     try:
         if leaf.kind == "tensor":
+            # The name comes from a file, and torch has attributes of every kind: only a dtype is accepted.
             dtype = getattr(torch, leaf.dtype)
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"torch.{leaf.dtype} is not a dtype")

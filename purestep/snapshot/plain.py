@@ -49,6 +49,7 @@ def read_plain(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                 del contents[name]
                 continue
             stack.callback(os.close, descriptor)
+            # Read in blocks by several threads: one thread copies from the page cache slower than the memory allows.
             view = contents[name].data
             work += [
                 (name, descriptor, view[offset : offset + _BLOCK], offset) for offset in range(0, file.nbytes, _BLOCK)
@@ -60,6 +61,7 @@ def read_plain(directory: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _fill(work: tuple[str, int, memoryview, int]) -> tuple[str, bool]:
     name, descriptor, view, offset = work
+    # `preadv` may read less than asked for; it fills the array directly, without a copy.
     while view:
         try:
             count = os.preadv(descriptor, [view], offset)

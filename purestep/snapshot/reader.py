@@ -122,6 +122,7 @@ def _restore(
         except TemplateMismatch as error:
             raise TemplateMismatch(f"{error}\n  snapshot: step {number} in {index.root}") from None
         except SnapshotError as error:
+            # Every rank is here, because `together` raises on all of them; so all may call a collective.
             if not ranks.from_first(path.exists):
                 raise _Gone from error
             # A given step never falls back to another one; an older revision of it is the same position of the run.
@@ -202,6 +203,7 @@ def check(directory: Path, read_arrays: ReadArrays) -> None:
         SnapshotError: it was written in a format that this version does not know.
     """
     manifest = read_manifest(directory)
+    # A missing piece leaves elements of its leaf uncovered: it is named before any array is read.
     missing = {index: count(full_box(leaf)) for index, leaf in enumerate(manifest.leaves) if leaf.has_bytes}
     for piece in manifest.pieces:
         missing[piece.leaf] -= count(piece.box)
@@ -275,6 +277,7 @@ def load(
     _check_stored(directory, manifest, requested)
     contents: dict[tuple[int, Box], np.ndarray] = {}
     keys = [(index, box) for index, boxes in requested.items() for box in boxes]
+    # One writing rank after the other, so that the arrays of one rank at a time are in memory besides the result.
     for rank, pieces in _needed(manifest, requested).items():
         arrays = _read_pieces(directory / STATE.format(rank), manifest, pieces, read_arrays)
         for piece, content in zip(pieces, unpack(manifest.leaves, pieces, arrays, verify=verify), strict=True):

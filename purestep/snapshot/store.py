@@ -173,6 +173,7 @@ class Store:
         if self._closed:
             raise SnapshotError(explain("the store is closed", where=str(self.root), instead="make a new Store"))
         encoded = encode(value)
+        # Everything that the writing thread uses is copied or frozen here, before the caller may change it.
         return writer.Request(
             step=step,
             encoded=encoded,
@@ -202,6 +203,7 @@ class Store:
 
         def work() -> None:
             writer.write(self.root, request, token, copies, clean=clean)
+            # `write` has returned, so the new snapshot is durable: only now may older ones be deleted.
             if self.ranks.rank == 0:
                 writer.preserve(self._index, self.keep, request.step)
 
@@ -265,6 +267,7 @@ class Store:
             )
         )
         failure.__cause__ = self._background.job.failure if self._background.job else None
+        # Kept, not raised: the next call of `save`, `wait`, `poll` or `close` raises it in the caller's thread.
         self._failure = failure
 
     def _raise_failure(self) -> None:
@@ -298,6 +301,7 @@ class Store:
         Raises:
             SaveFailed: a save failed; raised once for each failure.
         """
+        # All ranks start a save together, so `_saving` is set on all of them or on none: the exchange is collective.
         if self._saving is not None:
             self._conclude(self.ranks.exchange(self._report()))
         self._raise_failure()

@@ -234,6 +234,7 @@ def _sequence_or_record(stored: JSON, template: Any, items: list[Any]) -> Any:
         return items
     if node == "tuple":
         return tuple(items)
+    # From here on `check` has seen to it that a class comes from the template, or is registered by an imported module.
     if node == "deque":
         return deque(items, maxlen=template.maxlen if has_template else stored["maxlen"])
     if node == "namedtuple" and is_namedtuple(type(template)):

@@ -125,6 +125,8 @@ def check_transformation(
             continue
         # The part at fault says more about it than the whole does.
         for part in inside(tx):
+            if not isinstance(part, GradientTransformation):
+                continue
             with contextlib.suppress(PurestepError):
                 check_transformation(part, params, value_fn=value_fn, seeds=seed + 1, steps=steps, rtol=rtol, atol=atol)
         claim, where, instead = failed

@@ -118,6 +118,7 @@ class ProgressSink:
         if self._renderer is None:
             return
         frame = Frame(epoch=epoch, epochs=epochs, batch=batch, length=length, metrics=metrics, rate=rate, note=note)
+        # The last batch of an epoch is always drawn: an evaluation may follow, and a stale bar would stand meanwhile.
         now = time.monotonic()
         if now - self._drawn < REFRESH_SECONDS and batch != length:
             self._pending = frame

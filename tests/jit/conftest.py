@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -145,7 +146,7 @@ def trained() -> Callable[..., Any]:
     return run
 
 
-@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
+@pytest.fixture(params=slow_but(CASES, *(CASES.keys() - {"recurrent"})), ids=lambda name: name.replace(" ", "_"))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

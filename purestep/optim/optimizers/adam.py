@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
@@ -36,6 +35,7 @@ from purestep.optim.decay import add_decay, fixed_filter
 from purestep.optim.optimizers.fused import fitted, fused_adam
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
+from purestep.tree import Structure
 
 
 @tree.pytree
@@ -61,7 +61,7 @@ class AmsgradState:
 class _Leaves:
     """What an update reads, as lists in the order of the parameters; gradients in the dtypes of `nu`."""
 
-    structure: PyTreeSpec
+    structure: Structure
     gs: list[Tensor]
     mu: list[Tensor]
     nu: list[Tensor]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
@@ -30,6 +29,7 @@ from purestep.optim.base import (
 )
 from purestep.optim.curvature import ValueFn, need_value_fn, value_and_grad
 from purestep.optim.scale import checked_rate
+from purestep.tree import Structure
 
 
 @tree.pytree
@@ -99,7 +99,7 @@ class Lbfgs(GradientTransformation):
         pairs = torch.where(good, (state.pairs + 1).clamp(max=self.memory_size), state.pairs)
         return pairs, steps, changes
 
-    def _at(self, value_fn: ValueFn, flat: Tensor, ps: list[Tensor], treedef: PyTreeSpec) -> tuple[Tensor, Tensor]:
+    def _at(self, value_fn: ValueFn, flat: Tensor, ps: list[Tensor], treedef: Structure) -> tuple[Tensor, Tensor]:
         loss, grads = value_and_grad(value_fn, tree.unflatten(treedef, _split(flat, ps)))
         return loss.to(flat.dtype), _flat(tree.leaves(grads))
 

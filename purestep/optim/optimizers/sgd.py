@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from optree import PyTreeSpec
 from torch import Tensor
 
 from purestep import tree
@@ -32,6 +31,7 @@ from purestep.optim.base import (
 from purestep.optim.optimizers.fused import fitted, fused_sgd
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
+from purestep.tree import Structure
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -97,10 +97,10 @@ class Sgd(Kernel, GradientTransformation):
         trace = self._fused(ps, ready, trace, value_at(self.learning_rate, step), reuse=reuse)
         return tree.unflatten(treedef, ps), self._following(state, treedef, trace)
 
-    def _trace(self, state: Any, treedef: PyTreeSpec, updates: Any) -> list[Tensor] | None:
+    def _trace(self, state: Any, treedef: Structure, updates: Any) -> list[Tensor] | None:
         return None if is_zero(self.momentum) else same_leaves(state.momentum, treedef, updates, "momentum buffers")
 
-    def _following(self, state: Any, treedef: PyTreeSpec, trace: list[Tensor] | None) -> Any:
+    def _following(self, state: Any, treedef: Structure, trace: list[Tensor] | None) -> Any:
         return state if trace is None else SgdState(state.count + 1, tree.unflatten(treedef, trace))
 
     def _ready(self, gs: list[Tensor], *lists: list[Tensor] | None) -> list[Tensor] | None:
