@@ -145,20 +145,14 @@ def definition(state: Any) -> Definition:
     """Return the model of a state, or say how to get one."""
     found = getattr(state, "model", None)
     if not isinstance(found, Definition):
-        if isinstance(state, nn.Module):
-            raise StepError(
-                explain(
-                    "a step was called like a loss function: with a model where a state belongs",
-                    where=f"state: {type(state).__qualname__}",
-                    why="a function around a step is opaque, so it was taken for a loss function (net, batch)",
-                    instead="ps.wrap_step(step, function)   # function(step, state, batch)",
-                )
-            )
+        instead = "state = ps.init(model, tx, seed=0)\nor write the step by hand with ps.apply(model, ...)"
+        if isinstance(state, nn.Module):  # what callbacks do with a function around an evaluation step
+            instead += "\nor ps.wrap_step(step, function), if a function around a step was taken for a loss function"
         raise StepError(
             explain(
                 "the state holds no model to bind the params to",
                 where=f"state: {type(state).__qualname__}",
-                instead="state = ps.init(model, tx, seed=0)\nor write the step by hand with ps.apply(model, ...)",
+                instead=instead,
             )
         )
     return found

@@ -33,10 +33,11 @@ from purestep.errors import (
     StepError,
     TemplateMismatch,
 )
-from purestep.loop import fitting, memory, precheck
+from purestep.loop import memory, precheck
 from purestep.loop.dry import dry_run
 from purestep.loop.lock import Lock
 from purestep.snapshot import space, writer
+from purestep.step_protocol import resliced
 
 PAGE = (Path(__file__).parents[1] / "docs" / "assumptions.md").read_text()
 
@@ -753,7 +754,7 @@ def test_auto_takes_the_smallest_number_that_fits_and_keeps_it(tmp_path, monkeyp
     for free, count in zip((4500, 2500), found[1:], strict=True):
         available = int(memory.USABLE * int(free / memory.USABLE))
         for parts, fits in ((count, True), (count - 1, False)):
-            cut = fitting.with_microbatches(step, parts)
+            cut = resliced(step, parts)
             needed = memory.estimate(cut, state, data, dry_run(cut, state, data)).beyond
             assert (needed <= available) == fits
     monkeypatch.setattr(memory, "free_memory", lambda device: 4500 / memory.USABLE)

@@ -217,7 +217,7 @@ def test_a_wrapped_evaluation():
 
 def test_a_function_around_an_evaluation_step_is_taken_for_a_loss_function_and_told():
     callback = ps.callbacks.evaluate(decorated(ps.make_eval(loss_fn)), IMAGES, every=ps.every.steps(1))
-    with pytest.raises(StepError, match=r"with a model where a state belongs[\s\S]*ps\.wrap_step\(step, function\)"):
+    with pytest.raises(StepError, match=r"holds no model to bind[\s\S]*ps\.wrap_step\(step, function\), if a function"):
         fitted(made(), FLAT, callbacks=[callback])
 
 
