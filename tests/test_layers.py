@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -23,6 +24,9 @@ ROOMS = (
 SINGLE_IMPORTERS = {"optree": "tree.py", "orbax": "snapshot/arrays.py"}
 
 
+parsed = functools.cache(ast.parse)  # each rule reads every file
+
+
 def room_of(relative: Path) -> str:
     """The room a file of the package belongs to."""
     return relative.parts[0].removesuffix(".py")
@@ -32,7 +36,7 @@ def imported_modules(source: str, relative: Path) -> list[tuple[int, str]]:
     """Line and absolute dotted name of everything a source imports, lazily or under TYPE_CHECKING included."""
     package = ["purestep", *relative.parts[:-1]]
     found: list[tuple[int, str]] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -66,7 +70,7 @@ def wrong_imports(source: str, relative: Path) -> list[str]:
 def forbidden_words(source: str, relative: Path) -> list[str]:
     """Assertions, stubs, and the notes that mark unfinished work, in a file."""
     problems = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Assert):
             problems.append(f"purestep/{relative}:{node.lineno} asserts; raise an error of purestep.errors")
         # Catching it is fine: other libraries raise it.
@@ -79,7 +83,7 @@ def forbidden_words(source: str, relative: Path) -> list[str]:
 
 
 def no_docstring(source: str, relative: Path) -> list[str]:
-    missing = source.strip() and ast.get_docstring(ast.parse(source)) is None
+    missing = source.strip() and ast.get_docstring(parsed(source)) is None
     return [f"purestep/{relative} does not say what it owns: no module docstring"] if missing else []
 
 
@@ -130,7 +134,7 @@ def imported_names(module: ast.Module, package: str) -> set[str]:
 def own_names(source: str) -> set[str]:
     """The private names that a file of ours defines: its functions, classes, attributes and fields."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -152,7 +156,7 @@ def private_torch(source: str, relative: Path) -> list[str]:
     """Each use of a private name of torch: imported, by attribute, or by a text that names one."""
     if relative.name in PRIVATE_FILES or str(relative) in NOT_YET:
         return []
-    module, own = ast.parse(source), own_names(source) | set(NOT_TORCHS)
+    module, own = parsed(source), own_names(source) | set(NOT_TORCHS)
     torchs, ours, uses = imported_names(module, "torch"), {"self", "cls"} | imported_names(module, "purestep"), []
     for node in ast.walk(module):
         line = getattr(node, "lineno", 0)
@@ -207,7 +211,7 @@ def file_imports(root: Path) -> dict[str, set[str]]:
     for name, path in files.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         targets = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path.read_text())):
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -234,7 +238,28 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(sorted(group) for group in groups if group)
 
 
-RULES = [wrong_imports, forbidden_words, no_docstring, private_torch]
+# --- state of a thread ------------------------------------------------------------------------------------------------
+
+# The files with a thread-local, each for what is active in a `with` block. Values go as arguments wherever they can.
+THREAD_LOCALS = set(
+    "functional.py given.py recompute.py keyed/mode.py sharding/whole.py optim/scratch.py jit/units.py".split()
+)
+
+
+def thread_local(source: str, relative: Path) -> list[str]:
+    if str(relative) in THREAD_LOCALS or "threading" not in source:
+        return []
+    uses = [n for n in ast.walk(parsed(source)) if isinstance(n, ast.Attribute) and ast.unparse(n) == "threading.local"]
+    return [f"purestep/{relative}:{n.lineno} keeps state of a thread; pass it as an argument" for n in uses]
+
+
+def test_state_of_a_thread_is_caught():
+    source = "import threading\n_local = threading.local()"
+    assert thread_local(source, Path("loop/run.py"))
+    assert not thread_local(source, Path("functional.py"))
+
+
+RULES = [wrong_imports, forbidden_words, no_docstring, private_torch, thread_local]
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # A class may have inherited what it uses of itself from another file of ours.
 OURS = set(NOT_TORCHS).union(*(own_names((PACKAGE / r).read_text()) for r in FILES if r.name not in PRIVATE_FILES))

@@ -23,6 +23,7 @@ def _dropout(
 ) -> Tensor:
     if not training or rate(p, "dropout") == 0.0:
         return input
+    # In place the elements cannot be chosen by `where`, so a mask of 0 and 1 / (1 - p) is multiplied in.
     if inplace:
         return input.mul_(mode.scaled_mask("dropout", input.shape, p, input))
     return random.dropout(mode.next_key("dropout", input), input, p)
@@ -82,6 +83,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    # Without dropout torch's fused kernel, with its bits; with dropout the kernel would draw by itself, so the formula
+    # that its documentation gives.
     if dropout_p == 0.0:
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
@@ -101,16 +104,19 @@ def _attention(
 
 def _multi_head_attention(mode: KeyedRandom, func: Function, *args: object, **kwargs: object) -> object:
     """Run torch's own function, with the two random functions that it calls replaced by the keyed ones."""
-    own = undispatched(
+    # Its body does not come back to this mode (see `undispatched`), so the functions that draw are put in by name.
+    keyed = undispatched(
         func,
         dropout=lambda *a, **k: _dropout(mode, F.dropout, *a, **k),
         scaled_dot_product_attention=lambda *a, **k: _attention(mode, F.scaled_dot_product_attention, *a, **k),
     )
-    return own(*args, **kwargs)
+    return keyed(*args, **kwargs)
 
 
 def _rnn(mode: KeyedRandom, func: Function, *args: Any) -> tuple[Tensor, ...]:
     """Run an RNN layer by layer, with keyed dropout between the layers."""
+    # Torch's kernel draws between its layers, out of reach. One layer at a time it has nothing to draw.
+    # Two signatures: `(data, batch_sizes, hidden, weights, ...)` packed, `(data, hidden, weights, ...)` not.
     packed = isinstance(args[3], (list, tuple))
     (data, sizes, hidden, weights), rest = (args[:4], args[4:]) if packed else ((args[0], None, *args[1:3]), args[3:])
     biases, layers, p, train, bidirectional, *layout = rest
@@ -120,15 +126,16 @@ def _rnn(mode: KeyedRandom, func: Function, *args: Any) -> tuple[Tensor, ...]:
     several = isinstance(hidden, (list, tuple))
     finals = []
     for layer in range(layers):
+        # Dim 0 of a hidden state counts layers, and directions within a layer; weights are in the same order.
         rows = slice(layer * directions, (layer + 1) * directions)
         state = [h[rows] for h in hidden] if several else hidden[rows]
-        own = list(weights[layer * per_layer : (layer + 1) * per_layer])
-        inputs = (data, sizes, state, own) if packed else (data, state, own)
+        of_layer = list(weights[layer * per_layer : (layer + 1) * per_layer])
+        inputs = (data, sizes, state, of_layer) if packed else (data, state, of_layer)
         data, *final = func(*inputs, biases, 1, 0.0, train, bidirectional, *layout)
         finals.append(final)
         if layer < layers - 1:
             data = _dropout(mode, F.dropout, data, p, True)
-    return (data, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
+    return (data, *(torch.cat(states) for states in zip(*finals, strict=True)))
 
 
 def _rrelu(
@@ -157,11 +164,13 @@ def _gumbel_softmax(
     eps: float = 1e-10,
     dim: int = -1,
 ) -> Tensor:
+    # In (0, 1), both ends left out, in float64: the double logarithm of an end would be infinite.
     unit = (random.bits(mode.next_key("gumbel_softmax", logits), logits.shape).to(torch.float64) + 0.5) * 2.0**-32
     soft = torch.softmax((logits - torch.log(-torch.log(unit)).to(logits.dtype)) / tau, dim)
     if not hard:
         return soft
     index = soft.max(dim, keepdim=True)[1]
+    # The value of the one, the gradient of the other.
     return torch.zeros_like(logits).scatter_(dim, index, 1.0) - soft.detach() + soft
 
 

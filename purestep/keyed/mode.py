@@ -159,11 +159,12 @@ def undispatched(func: Callable[..., Any], **names: object) -> Callable[..., Any
         **names: globals of its module to replace.
     """
     names["has_torch_function"] = lambda tensors: False
-    own = types.FunctionType(
+    # The same code with other globals: nothing of torch is changed, and what else it calls is torch's own.
+    copied = types.FunctionType(
         func.__code__, {**func.__globals__, **names}, func.__name__, func.__defaults__, func.__closure__
     )
-    own.__kwdefaults__ = func.__kwdefaults__
-    return own
+    copied.__kwdefaults__ = func.__kwdefaults__
+    return copied
 
 
 def _is_seeded(op: Any) -> bool:

@@ -65,6 +65,8 @@ def philox_int(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int]:
 
 def philox_numpy(count: int, key: tuple[int, int]) -> np.ndarray:
     """Words of blocks 0..count-1 of the draw domain, in order: `philox` with one scratch buffer and no Python ints."""
+    # 64-bit words with 32-bit contents, so that a product keeps its high half. `out=` everywhere, because a fresh array
+    # for each of some hundred operations would have to be fetched from the system.
     c0 = np.arange(count, dtype=np.uint64)
     c1, c2, c3 = np.zeros_like(c0), np.zeros_like(c0), np.full_like(c0, DRAW)
     k0, k1 = key
