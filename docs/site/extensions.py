@@ -1,4 +1,4 @@
-"""What griffe does not know of docstrings and signatures here: groups of names, and arguments declared in a dataclass."""
+"""What griffe does not know of our docstrings and signatures: groups of names, and arguments that a dataclass declares."""
 
 from __future__ import annotations
 
