@@ -1,13 +1,15 @@
-"""A griffe extension: `b1, b2: decay rates.` in a docstring documents both names."""
+"""What griffe does not know of our docstrings and signatures: groups of names, and arguments that a dataclass declares."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
 
 SECTIONS = ("Args:", "Attributes:", "Raises:")
+TAKES = re.compile(r"takes\((\w+)\)")
 GROUP = re.compile(r"^    (?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)+): ")
 
 
@@ -18,6 +20,26 @@ class GroupedNames(griffe.Extension):
         """Rewrite the docstring of one object."""
         if obj.docstring:
             obj.docstring.value = split(obj.docstring.value)
+
+
+class TakenArguments(griffe.Extension):
+    """Gives a function under `@takes(Arguments)` the parameters that it is called with: the fields of the dataclass."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Look through all functions, when the classes they name are loaded."""
+        for module in _modules(pkg):
+            for function in module.functions.values():
+                for decorator in [] if function.is_alias else function.decorators:
+                    if found := TAKES.fullmatch(str(decorator.value)):
+                        fields = module.modules_collection[module.resolve(found[1])]
+                        function.parameters = griffe.Parameters(*[p for p in fields.parameters if p.name != "self"])
+
+
+def _modules(module: griffe.Module) -> Iterator[griffe.Module]:
+    yield module
+    for inner in module.modules.values():
+        if not inner.is_alias:
+            yield from _modules(inner)
 
 
 def split(docstring: str) -> str:
