@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_marks import slow_but
 
 import purestep as ps
 from purestep.data import UnsavedStateWarning
@@ -71,7 +72,7 @@ def run(make, run_dir, *stops, **options):
     return result
 
 
-@pytest.mark.parametrize("kind", OF_SNAPSHOTS)
+@pytest.mark.parametrize("kind", slow_but(OF_SNAPSHOTS, "stream", "nodes", "zip, cycle"))
 def test_a_run_resumed_at_the_ends_of_its_epochs_has_the_digest_of_the_straight_one(kind, tmp_path):
     make = KINDS["KINDS"][kind]
     saves = [ps.callbacks.snapshots(every=ps.every.epoch())]
