@@ -14,6 +14,9 @@ READY := $(VENV)/.ready
 BENCH_VENV := .venv-bench
 BENCH_PY := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_PY := $(DOCS_VENV)/bin/python
+DOCS_READY := $(DOCS_VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 # How many processes `make kills` kills.
 KILLS ?= 500
@@ -24,12 +27,12 @@ NEWEST := 2.14.1
 ENDS ?= -m "not slow" tests/jit tests/sharding tests/precision --ignore=tests/precision/test_conformance.py \
 	$(addprefix tests/,test_functional.py test_recompute.py test_step.py test_grad.py test_keyed.py test_transforms.py test_preemption.py \
 	optim/test_lift.py optim/test_foreach.py optim/test_blocks.py optim/test_second_order.py snapshot/test_codec.py \
-	snapshot/test_template.py parallel/test_same_bits.py loop/test_run.py loop/test_standin.py)
+	snapshot/test_template.py parallel/test_same_bits.py loop/test_run.py loop/test_small_kernels.py)
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults kills test test-oldest test-newest setup-oldest setup-newest lint format bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest lint format docs bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -52,7 +55,13 @@ faults: $(READY)  ## break a small training in more than twenty ways, hundreds o
 kills: $(READY)  ## kill processes at every file operation of every kind of save; KILLS=10000 takes hours
 	$(PY) -m tests.snapshot.strikes $(KILLS)
 
-test: $(READY)  ## run the whole test suite
+test: $(READY)  ## run the quick tests: every contract has some; four minutes on two cores
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-slow: $(READY)  ## run the slow ones: whole compilations, every moment of a save, examples
+	$(PY) -m pytest $(PYTEST_ARGS) -m slow
+
+test-all: $(READY)  ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 setup-oldest: .venv-torch-$(OLDEST)/.ready
@@ -74,6 +83,9 @@ format: $(READY)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(DOCS_READY)  ## build the site of the docs into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict --quiet
+
 bench: $(BENCH_READY)  ## run the benchmarks against other trainers
 	$(BENCH_PY) -m benchmarks.run $(ARGS)
 
@@ -81,7 +93,7 @@ bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
 	$(BENCH_PY) -m benchmarks.run --quick $(ARGS)
 
 clean:  ## remove environments, caches and runs
-	rm -rf $(VENV) $(BENCH_VENV) .venv-torch-* runs build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) .venv-torch-* runs site build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
@@ -102,6 +114,17 @@ $(BENCH_READY): pyproject.toml constraints.txt benchmarks/requirements.txt
 	@$(BENCH_PY) $(INSTALL) -c constraints.txt '$(TORCH)'
 	@echo "[set-up 3/3] installing purestep and benchmarks/requirements.txt"
 	@$(BENCH_PY) $(INSTALL) -c constraints.txt -e . -r benchmarks/requirements.txt
+	@touch $@
+	@echo "[set-up] done"
+
+# The site is built from sources: only the extra `docs` is installed.
+$(DOCS_READY): pyproject.toml constraints.txt
+	$(call make_venv,$(DOCS_VENV))
+	@echo "[set-up 2/3] reading the extra docs of pyproject.toml"
+	@$(DOCS_PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS_VENV)/requirements.txt
+	@echo "[set-up 3/3] installing it, at the versions of constraints.txt"
+	@$(DOCS_PY) $(INSTALL) -c constraints.txt -r $(DOCS_VENV)/requirements.txt
 	@touch $@
 	@echo "[set-up] done"
 

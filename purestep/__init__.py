@@ -24,6 +24,7 @@ from purestep.state import to_module as to_module
 from purestep.step import make_eval as make_eval
 from purestep.step import make_step as make_step
 from purestep.step import weighted as weighted
+from purestep.step_protocol import wrap_step as wrap_step
 from purestep.tree import diff as diff
 from purestep.tree import digest as digest
 from purestep.tree import pytree as pytree

@@ -132,7 +132,7 @@ def checked(error: type[PurestepError], *, failed: bool = False) -> Callable[[F]
 
 def _holding(function: Callable[..., Any], contract: _Contract, failed: bool) -> Callable[..., Any]:
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         try:
             result = function(*args, **kwargs)
         except Exception as error:
@@ -221,7 +221,7 @@ class _Contract:
                 yield parameter, name, value
 
 
-def _evaluated(annotation: Any, names: Mapping[str, Any]) -> Any:
+def _evaluated(annotation: object, names: Mapping[str, Any]) -> object:
     """Return an annotation as an object; one with a name that is imported for type checkers only says nothing."""
     if annotation is inspect.Parameter.empty:
         return Any
@@ -236,7 +236,7 @@ def _evaluated(annotation: Any, names: Mapping[str, Any]) -> Any:
 # --- from a type to a check -------------------------------------------------------------------------------------------
 
 
-def check_of(kind: Any, within: Range | None = None) -> Check:
+def check_of(kind: object, within: Range | None = None) -> Check:
     """Return the check for a type as Python's `typing` writes it; what it cannot judge, it lets pass.
 
     Args:
@@ -268,11 +268,11 @@ def _listed(words: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def _is_union(kind: Any) -> bool:
+def _is_union(kind: object) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _judge(kind: Any, within: Range | None) -> Judge | None:
+def _judge(kind: object, within: Range | None) -> Judge | None:
     """Return the judge of one alternative; None where any value may be right."""
     if typing.get_origin(kind) is Annotated or _is_union(kind):
         check = check_of(kind, within)
@@ -321,7 +321,7 @@ def _tensor(within: Range | None) -> Judge:
     return Judge("a 0-d tensor", lambda value: isinstance(value, Tensor) and value.dim() == 0 and _is_ordered(value))
 
 
-def _simple(wanted: str, kind: Any) -> Callable[[Range | None], Judge]:
+def _simple(wanted: str, kind: type) -> Callable[[Range | None], Judge]:
     return lambda within: Judge(wanted, lambda value: isinstance(value, kind))
 
 
@@ -339,20 +339,20 @@ _SIMPLE: dict[Any, Callable[[Range | None], Judge]] = {
 }
 
 
-def _is_real(value: Any) -> bool:
+def _is_real(value: object) -> bool:
     """Tell whether a value is a number that torch takes for one: no bool, and no integer that is too long for it."""
     return not isinstance(value, bool) and isinstance(value, numbers.Real) and _is_short(value)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, numbers.Integral)
 
 
-def _is_short(value: Any) -> bool:
+def _is_short(value: object) -> bool:
     return not isinstance(value, numbers.Integral) or -(2**63) <= operator.index(value) < 2**63
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     """Tell whether a value names a file or directory; an empty path would be the current directory."""
     if not isinstance(value, (str, os.PathLike)):
         return False
@@ -371,18 +371,18 @@ def _is_ordered(value: Tensor) -> bool:
     return not value.is_complex() and value.dtype != torch.bool
 
 
-def _is_choice(value: Any, choices: tuple[Any, ...]) -> bool:
+def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
     """Tell whether a value is one of a few; `in` would ask an array for its elements, and take True for 1."""
     return any(type(value) is type(choice) and bool(value == choice) for choice in choices)
 
 
-def _sequence(inner: tuple[Any, ...], within: Range | None) -> Judge:
+def _sequence(inner: tuple[object, ...], within: Range | None) -> Judge:
     """A list or a tuple; one of a fixed length where the annotation counts its elements."""
     fixed = bool(inner) and inner[-1] is not Ellipsis and len(inner) > 1
     kinds = [check_of(kind, within) for kind in inner if kind is not Ellipsis]
     example = (kinds[0](object()) if kinds else None) or "values"
 
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         if isinstance(value, (str, bytes)) or not isinstance(value, collections.abc.Sequence):
             return False
         if fixed:
@@ -392,11 +392,11 @@ def _sequence(inner: tuple[Any, ...], within: Range | None) -> Judge:
     return Judge(f"{len(kinds)} values, each {example}" if fixed else f"a sequence, each {example}", fits)
 
 
-def _iterable(inner: tuple[Any, ...], within: Range | None) -> Judge:
+def _iterable(inner: tuple[object, ...], within: Range | None) -> Judge:
     """What can be gone through once; its elements are judged where that does not use them up."""
     elements = _sequence((*inner, ...), within)
 
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         if isinstance(value, collections.abc.Sequence):
             return elements.fits(value)
         return isinstance(value, collections.abc.Iterable) and not isinstance(value, (Tensor, np.ndarray))
@@ -404,10 +404,10 @@ def _iterable(inner: tuple[Any, ...], within: Range | None) -> Judge:
     return Judge(elements.wanted, fits)
 
 
-def _mapping(inner: tuple[Any, ...], within: Range | None) -> Judge:
+def _mapping(inner: tuple[object, ...], within: Range | None) -> Judge:
     keys, values = (check_of(kind, within) for kind in (inner or (Any, Any)))
 
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         return isinstance(value, collections.abc.Mapping) and all(
             keys(key) is None and values(item) is None for key, item in value.items()
         )
@@ -420,7 +420,7 @@ def _class_name(kind: type) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Return a short repr of an argument; a tensor is described by shape and dtype, not printed."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ _DECIMAL_BITS = 10_000  # Python refuses to write much longer integers in decima
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def describe(leaf: Any) -> str:
+def describe(leaf: object) -> str:
     """Return `dtype[shape]` of a tensor or array, and the type and value of anything else.
 
     Example:
@@ -42,15 +42,52 @@ def _integer_text(value: int) -> str:
     return repr(value) if value.bit_length() < _DECIMAL_BITS else hex(value)
 
 
-# How to gather a tensor that is split over processes; `sharding.place` sets it.
-gatherer: Callable[[Any], torch.Tensor] | None = None
+def human_bytes(count: float) -> str:
+    """Return a number of bytes as people read it.
+
+    Example:
+        >>> human_bytes(999), human_bytes(1536), human_bytes(3 * 2**30)
+        ('999 B', '1.5 KiB', '3.0 GiB')
+    """
+    if count < 1024:
+        return f"{count:.0f} B"
+    value, units = float(count), iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
+    unit = ""
+    while value >= 1024 and (following := next(units, None)):
+        value, unit = value / 1024, following
+    return f"{value:.1f} {unit}"
+
+
+class Gatherer(Protocol):
+    """Returns the full tensor of a split one (a DTensor), on every process of its mesh; each of them calls it."""
+
+    def __call__(self, split: torch.Tensor, /) -> torch.Tensor: ...
+
+
+def gather_split_with(gatherer: Gatherer) -> None:
+    """Register what `whole` gathers split tensors with, for whoever makes such tensors.
+
+    Digests stand on the ground floor and know no meshes, so the room that splits tensors says how they come together,
+    like a node that registers how it is flattened. Before that there are none but a caller's own DTensors, which
+    `whole` gathers the way torch does.
+
+    Raises:
+        TreeError: another gatherer is registered already: digests would depend on which came first.
+    """
+    global _gatherer
+    if _gatherer not in (None, gatherer):
+        raise TreeError(explain("split tensors have one gatherer", where=f"{_gatherer!r}, and now {gatherer!r}"))
+    _gatherer = gatherer
+
+
+_gatherer: Gatherer | None = None
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, gathered if it is split over processes (a DTensor): then each of them calls this."""
     if type(tensor) is torch.Tensor or not hasattr(tensor, "full_tensor"):
         return tensor
-    return tensor.full_tensor() if gatherer is None else gatherer(tensor)
+    return tensor.full_tensor() if _gatherer is None else _gatherer(tensor)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -67,7 +104,7 @@ def _is_numeric(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "biufc" or (dtype.kind == "V" and dtype.isbuiltin == 2)
 
 
-def leaf_bytes(path: str, leaf: Any) -> tuple[str, Any]:
+def leaf_bytes(path: str, leaf: object) -> tuple[str, Any]:
     """Return what a leaf is, and its content as bytes or as a flat uint8 array (little endian).
 
     Raises:
@@ -95,17 +132,17 @@ def leaf_bytes(path: str, leaf: Any) -> tuple[str, Any]:
     )
 
 
-def _little_endian(array: Any) -> np.ndarray:
+def _little_endian(array: np.ndarray | np.generic) -> np.ndarray:
     swapped = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else None
     return np.ascontiguousarray(array, dtype=swapped)
 
 
-def digest_leaves(pairs: Iterable[tuple[str, Any]]) -> str:
+def digest_leaves(pairs: Iterable[tuple[str, object]]) -> str:
     """Return the sha256, in hex, of paths and leaves, in any order: the `tree.digest` of the tree that has them."""
     return digest_rows((path, *digest_row(path, leaf)) for path, leaf in sorted(pairs, key=lambda pair: pair[0]))
 
 
-def digest_row(path: str, leaf: Any) -> tuple[str, int, bytes]:
+def digest_row(path: str, leaf: object) -> tuple[str, int, bytes]:
     """Return what the digest is made of for one leaf: its kind, its bytes' number, and the bytes, condensed."""
     kind, content = leaf_bytes(path, leaf)
     return kind, len(content), condense(content)
@@ -172,7 +209,7 @@ class Differences(tuple[Difference, ...]):
         return "\n".join(str(d) for d in self) if self else "equal"
 
 
-def diff_leaves(left: Mapping[str, Any], right: Mapping[str, Any]) -> Differences:
+def diff_leaves(left: Mapping[str, object], right: Mapping[str, object]) -> Differences:
     """Return the differences between leaves by path, in the order of the left ones."""
     found = []
     for path in list(left) + [p for p in right if p not in left]:
@@ -201,7 +238,7 @@ def _difference(path: str, a: Any, b: Any) -> Difference | None:
     return Difference(path, describe(a), describe(b), _max_abs(left, right), _max_ulp(left, right), int(unequal.sum()))
 
 
-def _elements(leaf: Any) -> torch.Tensor:
+def _elements(leaf: torch.Tensor | np.ndarray | np.generic) -> torch.Tensor:
     """Return the elements as a flat tensor on the host; numpy and torch name the small floats alike."""
     if isinstance(leaf, torch.Tensor):
         return whole(leaf).detach().resolve_conj().resolve_neg().cpu().reshape(-1)

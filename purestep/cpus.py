@@ -1,6 +1,7 @@
-"""How many CPUs this process may really use: its affinity mask and its cgroup's quota, not what the machine has.
+"""What of the machine this process may really use: CPUs and memory within the limits of its cgroup.
 
-Owns `available_cpus`. Defaults of workers and of threads come from here.
+Owns the reading of `proc` and of cgroups (v2 and v1). Defaults of workers and of threads come from here, and what is
+known of free memory.
 """
 
 from __future__ import annotations
@@ -30,24 +31,45 @@ def available_cpus(*, root: str | Path = "/") -> int:
     return max(1, min(counts))
 
 
-def _quotas(root: Path) -> list[float]:
-    """CPU quotas, in CPUs, of this process's cgroup and of those it lies in."""
-    found = []
+def available_memory(*, root: str | Path = "/") -> int | None:
+    """Return how many bytes of memory this process can still take; None where nobody says.
+
+    It is the least of what the system calls available and of what the cgroups it lies in (v2 or v1) leave.
+
+    Args:
+        root: where `proc` and `sys` are looked for.
+    """
+    root = Path(root)
+    system = [line.split()[1] for line in _read(root / "proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
+    free = [int(kilobytes) * 1024 for kilobytes in system]
+    for folder, unified in _cgroups(root, "memory"):
+        names = ("memory.max", "memory.current") if unified else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_read(folder / name).strip() for name in names)
+        if limit.isdigit() and used.isdigit():
+            free.append(max(0, int(limit) - int(used)))
+    return min(free, default=None)
+
+
+def _cgroups(root: Path, controller: str) -> list[tuple[Path, bool]]:
+    """The folders of this process's cgroup and of those it lies in, and whether they are of version 2."""
+    folders = []
     base = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         unified = controllers == ""
-        if not unified and "cpu" not in controllers.split(","):
+        if not unified and controller not in controllers.split(","):
             continue
-        mounts = [base] if unified else [base / controllers, base / "cpu"]
+        mounts = [base] if unified else dict.fromkeys([base / controllers, base / controller])
         inner = Path(path.lstrip("/"))
-        for mount in mounts:
-            for folder in (inner, *inner.parents):
-                quota = _unified_quota(mount / folder) if unified else _legacy_quota(mount / folder)
-                if quota is not None:
-                    found.append(quota)
-    return found
+        folders += [(mount / folder, unified) for mount in mounts for folder in (inner, *inner.parents)]
+    return folders
+
+
+def _quotas(root: Path) -> list[float]:
+    """CPU quotas, in CPUs, of this process's cgroup and of those it lies in."""
+    quotas = [_unified_quota(f) if unified else _legacy_quota(f) for f, unified in _cgroups(root, "cpu")]
+    return [quota for quota in quotas if quota is not None]
 
 
 def _unified_quota(folder: Path) -> float | None:

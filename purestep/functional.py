@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from purestep import transforms
+from purestep import _torch, transforms
 from purestep.arguments import checked
 from purestep.errors import StepError, explain
 from purestep.keyed import KeyedRandom
@@ -186,10 +187,9 @@ class bind:
                 for place, key in places:
                     self._saved.append((place, key, place[key]))
                     place[key] = tensor
-        self._rnn_saved = [(m, m._flat_weights) for m in self.slots.rnns]
+        self._rnn_saved = [(m, _torch.flat_weights(m)) for m in self.slots.rnns]
         for rnn in self.slots.rnns:
-            # Not rnn._init_flat_weights(): with cuDNN it moves the memory of the tensors it is given.
-            rnn._flat_weights = [getattr(rnn, n) if hasattr(rnn, n) else None for n in rnn._flat_weights_names]
+            _torch.link_flat_weights(rnn)
         # In training mode the flags of submodules are respected, so a frozen BatchNorm stays frozen.
         if not self.train or not self.module.training:
             self._flags = [m for m in self.module.modules() if m.training != self.train]
@@ -197,7 +197,9 @@ class bind:
             m.__dict__["training"] = self.train
         _push(self)
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             try:
                 self.mode.__exit__(kind, error, trace)
@@ -231,7 +233,7 @@ class bind:
         for m in self._flags:
             m.__dict__["training"] = not self.train
         for rnn, weights in self._rnn_saved:
-            rnn._flat_weights = weights
+            _torch.put_flat_weights(rnn, weights)
 
     def _release(self) -> None:
         if self.exclusive:
@@ -271,7 +273,7 @@ class bind:
         return repeated
 
 
-def _check_options(train: Any, around: Any, handlers: Any) -> None:
+def _check_options(train: object, around: object, handlers: object) -> None:
     """Refuse options of `bind` of another type: at every call, so by hand."""
     fine = isinstance(train, bool) and (around is None or callable(around))
     if not fine or not (handlers is None or isinstance(handlers, Mapping)):
@@ -284,10 +286,10 @@ def apply(
     module: nn.Module | Definition,
     params: Tensors,
     buffers: Tensors | None = None,
-    *args: Any,
+    *args: object,
     rng: Tensor | None = None,
     train: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Call a module as a pure function of its parameters, buffers and inputs.
 
@@ -357,7 +359,7 @@ class backward_scope:
 
 
 @checked(StepError, failed=True)
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpoint(function: Callable[..., Any], *args: object, **kwargs: Any) -> Any:
     """Run a function without storing its activations; the backward pass recomputes them (activation checkpointing).
 
     It is `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. Inside a pure call that one, its reentrant form

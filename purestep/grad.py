@@ -1,34 +1,33 @@
-"""Gradients: `grad_and_value`, and how a batch is cut into microbatches.
+"""Gradients: `grad_and_value`, and what keeps a value out of them.
 
 The engine is `torch.autograd.grad` over detached leaves; inside a torch.func transform it is
-`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. Batches are cut here, too; `accumulate` adds
-up what the microbatches contribute.
+`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. `accumulate` slices batches into
+microbatches, and adds up the gradients of those.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from purestep import transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import backward_scope, gradient_scope
 from purestep.keyed.mode import undispatched
-from purestep.metrics import sample_count
-from purestep.sharding.local import microbatch_sizes as microbatch_sizes
-from purestep.sharding.local import piece
-from purestep.treesum import TreeSum as TreeSum
 
 T = TypeVar("T")
 Engine = Literal["auto", "autograd", "func"]
+Argnums = int | tuple[int, ...]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 # What torch.autograd.grad comes to for one number: the rest of it takes as long as the backward pass of a small model.
-_engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
+_engine = _torch.run_backward
 _autograd_grad = undispatched(torch.autograd.grad)
 
 
@@ -74,7 +73,13 @@ def grad_and_value(
     return wrapped
 
 
-def _func(function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, kwargs: Any) -> Any:
+def _func(
+    function: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    args: Args,
+    kwargs: Kwargs,
+) -> Any:
     # torch.func takes only tensors out of a transform; what else is in aux goes around it.
     around: list[Any] = []
 
@@ -93,7 +98,12 @@ def _func(function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, 
 
 
 def _autograd(
-    function: Callable[..., Any], argnums: Any, has_aux: bool, args: Any, kwargs: Any, collected: bool
+    function: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    args: Args,
+    kwargs: Kwargs,
+    collected: bool,
 ) -> Any:
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     leaves, structure = tree.flatten(tuple(args[n] for n in numbers))
@@ -149,7 +159,7 @@ def _independent(value: Tensor) -> StepError:
     )
 
 
-def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Any:
+def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
     """Run the backward pass, with the modes of the backward scope active inside."""
     if torch.compiler.is_compiling():  # Dynamo knows the function by its identity
         return torch.autograd.grad(value, inputs, one, allow_unused=True)
@@ -158,7 +168,7 @@ def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Any:
     return _engine((value,), (one,), False, False, tuple(inputs), True, accumulate_grad=False)
 
 
-def _track(leaf: Any, index: int, structure: Any) -> Tensor:
+def _track(leaf: object, index: int, structure: tree.Structure) -> Tensor:
     if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
         path = tree.paths(tree.unflatten(structure, range(structure.num_leaves)))[index]
         raise StepError(
@@ -171,7 +181,7 @@ def _track(leaf: Any, index: int, structure: Any) -> Tensor:
     return leaf.detach().requires_grad_()
 
 
-def _check_value(value: Any, name: str) -> None:
+def _check_value(value: object, name: str) -> None:
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
         raise StepError(
             explain(
@@ -187,47 +197,3 @@ def stop_gradient(value: T) -> T:
     if not any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(value)):
         return value
     return tree.map(lambda x: x.detach() if isinstance(x, Tensor) and x.requires_grad else x, value)
-
-
-# --- microbatches -----------------------------------------------------------------------------------------------------
-
-
-def split_batch(batch: T, parts: int) -> list[tuple[T, int]]:
-    """Cut a batch into microbatches along dim 0 of its tensors.
-
-    Args:
-        batch: pytree of tensors with the same size of dim 0. Leaves without dims go into every microbatch.
-        parts: number of microbatches, at least 1. Empty ones (a batch smaller than `parts`) are left out.
-
-    Returns:
-        `(microbatch, samples)` pairs.
-
-    Raises:
-        StepError: leaves differ in their number of samples.
-
-    Example:
-        >>> [(b["x"].tolist(), n) for b, n in split_batch({"x": torch.arange(5)}, 2)]
-        [([0, 1, 2], 3), ([3, 4], 2)]
-    """
-    samples = sample_count(batch)
-    if parts == 1:
-        return [(batch, samples)]
-    uneven = [
-        f"{path}: {tree.describe(leaf)}"
-        for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
-        if getattr(leaf, "ndim", 0) and leaf.shape[0] != samples
-    ]
-    if uneven:
-        raise StepError(
-            explain(
-                f"the leaves of a batch differ in their number of samples, so it cannot be cut into {parts} parts",
-                where=f"{', '.join(uneven)}; the first leaf has {samples}",
-                instead="give every tensor of the batch the samples as dim 0, or make shared values 0-d",
-            )
-        )
-    out, start = [], 0
-    for size in microbatch_sizes(samples, parts):
-        if size:
-            out.append((piece(batch, start, start + size), size))
-            start += size
-    return out

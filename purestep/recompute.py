@@ -17,21 +17,13 @@ from typing import Any
 
 from torch.utils import checkpoint as torch_checkpoint
 
-from purestep import transforms
+from purestep import _torch, transforms
 
 Contexts = Callable[[], contextlib.AbstractContextManager[Any]]
 
 _reentrant = torch_checkpoint.CheckpointFunction
-# From torch 2.14 on it takes the function's arguments as a tuple and a dict, and the name below is a call of it.
-_PACKED = hasattr(torch_checkpoint, "_checkpoint_without_reentrant_generator_impl")
-_GENERATOR = "_checkpoint_without_reentrant_generator" + "_impl" * _PACKED
-_generator = getattr(torch_checkpoint, _GENERATOR)
-_OWN = {"CheckpointFunction": _reentrant, _GENERATOR: _generator}
-_PLACES = (
-    ("torch.utils.checkpoint", tuple(_OWN)),
-    # It has the generator by name, for hooks that checkpoint a module.
-    ("torch.distributed._composable.checkpoint_activation", (_GENERATOR,)),
-)
+_generator = _torch.checkpoint_generator
+_OWN = {"CheckpointFunction": _reentrant, _torch.CHECKPOINT_GENERATOR: _generator}
 
 _local = threading.local()
 
@@ -48,7 +40,7 @@ class _Recomputed:
     function: Callable[..., Any]
     contexts: Contexts
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         _local.depth = getattr(_local, "depth", 0) + 1
         try:
             with self.contexts():
@@ -75,25 +67,25 @@ class Redirection:
             """In place of the form that calls `backward` inside of the backward pass, and so fills `grad` fields."""
 
             @classmethod
-            def apply(cls, function: Any, preserve: bool, *args: Any) -> Any:
+            def apply(cls, function: Callable[..., Any], preserve: bool, *args: object) -> object:
                 if capture() is None:
                     return _reentrant.apply(function, preserve, *args)
                 return torch_checkpoint.checkpoint(function, *args, use_reentrant=False)
 
         self.capture = capture
-        self.made: dict[str, Any] = {"CheckpointFunction": Reentrant, _GENERATOR: self._generate}
+        self.made: dict[str, Any] = {"CheckpointFunction": Reentrant, _torch.CHECKPOINT_GENERATOR: self._generate}
         self.lock = threading.Lock()
         self.entered = 0
         self.replaced: dict[tuple[str, str], Any] = {}
 
-    def _generate(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, function: Callable[..., Any], *args: object, **kwargs: object) -> Iterator[None]:
         contexts = self.capture()
         if contexts is None:
             return _generator(function, *args, **kwargs)
         if transforms.active():
             return _stored()
         # There is no state of generators to go back to: keys say what is drawn, and the contexts have them.
-        if _PACKED:
+        if _torch.CHECKPOINT_PACKED:
             return _generator(_Recomputed(function, contexts), *args, **{**kwargs, "preserve_rng_state": False})
         return _generator(_Recomputed(function, contexts), False, *args[1:], **kwargs)
 
@@ -103,7 +95,7 @@ class Redirection:
             self.entered += 1
             if self.entered > 1:
                 return
-            for module, names in _PLACES:
+            for module, names in _torch.CHECKPOINT_PLACES:
                 if module in sys.modules:
                     place = sys.modules[module].__dict__
                     for name in names:
@@ -117,7 +109,7 @@ class Redirection:
             self.entered -= 1
             if self.entered:
                 return
-            for module, names in _PLACES:
+            for module, names in _torch.CHECKPOINT_PLACES:
                 if module in sys.modules:
                     place = sys.modules[module].__dict__
                     for name in names:

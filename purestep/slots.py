@@ -9,13 +9,18 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from purestep import _torch
 from purestep.errors import StepError, explain
 from purestep.keyed.host import Habits
+
+# By name: the dicts in which modules keep a tensor, and its key there; several where it is tied.
+Places = dict[str, list[tuple[dict[str, Tensor], str]]]
 
 
 class Slots:
@@ -25,9 +30,9 @@ class Slots:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.links = [(m._modules, dict(m._modules)) for m in module.modules()]
-        self.params = _places(module, "_parameters")
-        self.buffers = _places(module, "_buffers")
+        self.links = [(_torch.children_of(m), dict(_torch.children_of(m))) for m in module.modules()]
+        self.params = _places(module, _torch.parameters_of)
+        self.buffers = _places(module, _torch.buffers_of)
         self.rnns = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
         # A bound module belongs to one thread; another one waits until it is put back.
         self.lock = threading.RLock()
@@ -38,14 +43,14 @@ class Slots:
         return any(now != then for now, then in self.links)
 
 
-def _places(module: nn.Module, kind: str) -> dict[str, list[tuple[dict[str, Any], str]]]:
-    places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+def _places(module: nn.Module, tensors_of: Callable[[nn.Module], _torch.Slots]) -> Places:
+    places: Places = {}
     first: dict[int, str] = {}
     for prefix, owner in module.named_modules():
-        for key, tensor in getattr(owner, kind).items():
+        for key, tensor in tensors_of(owner).items():
             if tensor is not None:
                 name = first.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                places.setdefault(name, []).append((getattr(owner, kind), key))
+                places.setdefault(name, []).append((cast(dict[str, Tensor], tensors_of(owner)), key))
     return places
 
 
@@ -60,7 +65,7 @@ def slots(module: nn.Module, *, fresh: bool = False) -> Slots:
     return found
 
 
-def module_of(model: Any) -> nn.Module:
+def module_of(model: object) -> nn.Module:
     """Return the module of a model: itself, or that of a `Definition` or of a state which carries one.
 
     Raises:
@@ -85,7 +90,12 @@ class Definition:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        tensors = [t for m in module.modules() for kind in (m._parameters, m._buffers) for t in kind.values()]
+        tensors = [
+            t
+            for m in module.modules()
+            for kind in (_torch.parameters_of(m), _torch.buffers_of(m))
+            for t in kind.values()
+        ]
         memo: dict[int, Any] = {id(t): _weightless(t) for t in tensors if t is not None}
         # A tensor that a hook computes (torch.nn.utils.weight_norm) is part of a graph, which deepcopy refuses.
         held = [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
@@ -114,7 +124,7 @@ class Definition:
         return f"<{type(self.module).__qualname__}>"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Reduce an attribute to what two modules of one architecture share: numbers and texts, functions by their name."""
     if isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, type(None))):
         return value

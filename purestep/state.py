@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import bits, given, random, transforms, tree
+from purestep import _torch, bits, random, transforms, tree
 from purestep.arguments import Device, Seed, checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
+from purestep.given import apart, donation_of
 from purestep.optim.base import GradientTransformation, check_transformation
-from purestep.optim.blocks import advance, is_owned, worth_reusing
+from purestep.optim.blocks import advance
 from purestep.random import generators
 from purestep.tree import Filter, pytree, static
 
@@ -50,7 +51,7 @@ class TrainState:
     loss_scale: Any = None
     model: Definition | None = static(default=None)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """Return the state with some fields changed."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
@@ -66,7 +67,7 @@ class TrainState:
     def apply_gradients(
         self,
         tx: GradientTransformation,
-        grads: Any,
+        grads: object,
         *,
         buffers: Mapping[str, Tensor] | None = None,
         accept: Tensor | None = None,
@@ -83,8 +84,8 @@ class TrainState:
             grads: gradients, of the structure of `params`.
             buffers: buffers after the forward pass; unchanged by default.
             accept: 0-d bool tensor: whether the update counts. Otherwise the state stays as it is. None: it counts.
-            last_use: says that nobody reads params or optimizer state of this state after the call. If it was given
-                away (`ps.donate`), its memory is then written over; otherwise nothing is.
+            last_use: says that the step reads params and optimizer state of this state no more after the call. If it
+                is donated (`ps.donate`), its memory is then written over; otherwise nothing is.
             **extra: passed to `tx.update`, besides `step`.
 
         Raises:
@@ -93,11 +94,11 @@ class TrainState:
         _check_same("gradients", grads, "params", self.params)
         if buffers is not None and buffers.keys() != self.buffers.keys():
             _check_same("buffers", dict(buffers), "buffers", self.buffers)
-        reuse = last_use and given.offered(self)
-        if reuse:
-            places = self.own_memory()
-            grads, buffers, extra = given.apart((grads, buffers, extra), places)
-            reuse = bool(places) and given.take(self)
+        donation = donation_of(self) if last_use else None
+        reuse = donation is not None and bool(donation.memory)
+        if donation is not None and reuse:
+            grads, buffers, extra = apart((grads, buffers, extra), donation.memory)
+            donation.written = True
         with transforms.unrecorded():
             params, opt_state = advance(
                 *(tx, grads, self.opt_state, self.params), accept=accept, reuse=reuse, step=self.step, **extra
@@ -113,19 +114,13 @@ class TrainState:
                 buffers = tree.select(applied, buffers, self.buffers)
         return self.replace(step=step, params=params, buffers=buffers, opt_state=opt_state)
 
-    def own_memory(self) -> frozenset[int]:
-        """Return where the tensors lie that an update writes over if the state was given away."""
-        if not worth_reusing(self.params.values()):
-            return frozenset()
-        return given.memory(filter(is_owned, tree.leaves((self.params, self.opt_state))))
-
     def _repr_html_(self) -> str:
         from purestep import notebook
 
         return notebook.show(self)._repr_html_()
 
 
-def _check_same(what: str, given: Any, field: str, own: Any) -> None:
+def _check_same(what: str, given: Any, field: str, own: Mapping[str, Tensor]) -> None:
     flat = type(given) is dict and type(own) is dict and given.keys() == own.keys()
     if flat and all(isinstance(x, Tensor) and x.shape == own[name].shape for name, x in given.items()):
         return
@@ -144,6 +139,29 @@ def _check_same(what: str, given: Any, field: str, own: Any) -> None:
         if what == "gradients" and getattr(a, "shape", None) != b.shape:
             where = f"{name!r}: {tree.describe(a)}, state.params: {tree.describe(b)}"
             raise StepError(explain("a gradient does not have the shape of its parameter", where=where))
+
+
+def definition(state: Any) -> Definition:
+    """Return the model of a state, or say how to get one."""
+    found = getattr(state, "model", None)
+    if not isinstance(found, Definition):
+        if isinstance(state, nn.Module):
+            raise StepError(
+                explain(
+                    "a step was called like a loss function: with a model where a state belongs",
+                    where=f"state: {type(state).__qualname__}",
+                    why="a function around a step is opaque, so it was taken for a loss function (net, batch)",
+                    instead="ps.wrap_step(step, function)   # function(step, state, batch)",
+                )
+            )
+        raise StepError(
+            explain(
+                "the state holds no model to bind the params to",
+                where=f"state: {type(state).__qualname__}",
+                instead="state = ps.init(model, tx, seed=0)\nor write the step by hand with ps.apply(model, ...)",
+            )
+        )
+    return found
 
 
 @checked(ConfigError)
@@ -230,7 +248,7 @@ def _first(
 
 
 def _deferred(
-    model: Any,
+    model: nn.Module | Callable[[], nn.Module],
     tx: GradientTransformation,
     rng: Tensor,
     frozen: Filter | None,
@@ -350,7 +368,7 @@ def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
             for place, key in places:
                 place[key] = copied
         for m in slots(module).rnns:
-            m._init_flat_weights()
+            _torch.init_flat_weights(m)
         return module.eval()
     found = slots(module, fresh=True)
     own = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}

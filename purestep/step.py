@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from purestep import given, random, transforms, tree
 from purestep import metrics as metrics_
-from purestep.accumulate import Gradients, accumulate
+from purestep import random, transforms, tree
+from purestep.accumulate import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.arguments import NonNegative, checked
 from purestep.errors import ConfigError, StepError, explain
-from purestep.functional import Definition, bind
-from purestep.grad import Engine, grad_and_value, split_batch
+from purestep.functional import bind
+from purestep.given import also_donated, apart, donation_of
+from purestep.grad import Engine, grad_and_value
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.record import described
 from purestep.optim.base import GradientTransformation, check_transformation
@@ -32,7 +33,8 @@ from purestep.sharding import place, whole
 from purestep.sharding.local import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.sharding.unit_order import Orders
-from purestep.state import TrainState
+from purestep.state import TrainState, definition
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, no_microbatches
 
 LossFn = Callable[[Any, Any], Any]
 Metrics = dict[str, Metric]
@@ -70,7 +72,7 @@ def weighted(loss: Tensor, weight: NonNegative[Tensor | float]) -> Weighted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class Step(AnyStep):
     """A training step. Made by `make_step`; call it as `step(state, batch)`."""
 
     loss_fn: LossFn
@@ -81,7 +83,7 @@ class Step:
     plan: Plan | None = None
 
     @property
-    def parts(self) -> int:
+    def microbatch_count(self) -> int:
         """Number of microbatches of a batch (V): the given one, or one for each replica of the plan."""
         if self.microbatches == "auto":
             raise ConfigError(
@@ -89,8 +91,9 @@ class Step:
                     "the number of microbatches is not settled yet",
                     where="ps.make_step(..., microbatches='auto')",
                     why="it depends on the state, the batch and the memory that is free",
-                    instead="ps.fit settles it with the first batch; in a loop of your own:\n"
-                    "count = ps.loop.choose_microbatches(step, state, batch)",
+                    instead="ps.fit(step, ...)   # the step itself: the first batch settles it\n"
+                    "ps.fit(ps.wrap_step(step, function), ...)   # where a function is around it\n"
+                    "count = ps.loop.choose_microbatches(step, state, batch)   # in a loop of your own",
                 )
             )
         return self.microbatches or (1 if self.plan is None else self.plan.replicas)
@@ -108,12 +111,27 @@ class Step:
         """Return what a snapshot of a run records of its step, beside microbatches and policy: not where it runs."""
         return {"loss_fn": self.loss_fn, "tx": self.tx, "engine": self.engine}
 
+    @property
+    def facts(self) -> StepFacts:
+        """What the loop, `jit` and the checks before the first batch know of it."""
+        count: int | Literal["auto"] = "auto" if self.microbatches == "auto" else self.microbatch_count
+        return StepFacts(self.loss_fn, self.tx, count, self.policy, self.plan, gradients=self.gradients)
+
+    def bare(self, microbatches: int | None = None) -> Step:
+        return dataclasses.replace(self, plan=None, microbatches=microbatches or self.microbatches)
+
+    def with_microbatches(self, count: int) -> Step:
+        return dataclasses.replace(self, microbatches=count)
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
         if self.plan is None:
             return self.update(state, self.gradients(state, batch))
         view = place.local(state)
-        given.also(state, view)
+        also_donated(state, view)
         gradients = self._planned(self.plan, state, view, batch)
         with whole.updating(whole.Whole(self.plan, state.params, state.opt_state)):
             new, metrics = self.update(view, gradients)
@@ -124,10 +142,10 @@ class Step:
         parts, and every rank calls it."""
         if self.plan is not None:
             return self._planned(self.plan, state, place.local(state), batch)
-        if self.parts == 1:
+        if self.microbatch_count == 1:
             return self.grads(state, batch)
-        total = accumulate(state, _samples(batch), self.parts)
-        for index, (microbatch, _) in enumerate(split_batch(batch, self.parts)):
+        total = accumulate(state, _samples(batch), self.microbatch_count)
+        for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatch_count)):
             total.add(self.grads(state, microbatch, index), index)
         return total.result()
 
@@ -135,46 +153,46 @@ class Step:
         from purestep.parallel import total
 
         total.check(plan, self)
-        return total.total(plan, self.parts, state, view, batch, self._grads, self.orders)
+        return total.total(plan, self.microbatch_count, state, view, batch, self._grads, self.orders)
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
-        return self._grads(state, microbatch, index, None)
+        return self._grads(state, microbatch, index, NO_EXCHANGE)
 
-    def _grads(self, state: TrainState, microbatch: Any, index: int | Tensor, turn: Any) -> Gradients:
-        """Do what `grads` says. A `turn` gathers parameters that the state holds parts of, and takes what is summed."""
-        if turn is None:
-            place.check_plain(state)
+    def _grads(
+        self, state: TrainState, microbatch: Any, index: int | Tensor, exchange: MicrobatchExchange
+    ) -> Gradients:
+        """Do what `grads` says, for a microbatch whose parameters and gradients an exchange may pass between ranks."""
+        exchange.check(state)
         samples, cast = _samples(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(random.fold_in, state.rng, state.step, index)
         cast.check(state)
-        given = cast.buffers(state.buffers)
+        old = cast.buffers(state.buffers)
         params = cast.params(state.params)
 
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
-            tensors, buffers, around = tracked, given, cast.around
-            if turn is not None:
-                tensors, buffers, around = turn.bound(tracked, given, cast.around)
+            tensors, buffers, around = exchange.bound(tracked, old, cast.around)
             bound = bind(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(
                     self._loss_fn, bound, cast.batch(microbatch), samples, alone=self.plan is None
                 )
-            new = bound.new_buffers if turn is None else turn.plain(bound.new_buffers, state.buffers)
-            new = cast.kept(state.buffers, given, new)
-            if turn is not None:
-                turn.forward_done(weight, new, metrics)
+            new = cast.kept(state.buffers, old, exchange.plain(bound.new_buffers, state.buffers))
+            # What is known before the backward pass leaves before it: the exchange then goes on beside it.
+            exchange.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
 
-        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine, collected=getattr(turn, "collects", False))
-        grads, (_, (weight, new, metrics)) = gradient(params if turn is None else turn.tracked(cast, params))
-        return Gradients(cast.reduced(grads) if turn is None else turn.backward_done(grads), weight, new, metrics)
+        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine, collected=exchange.collects)
+        grads, (_, (weight, new, metrics)) = gradient(exchange.tracked(cast, params))
+        return Gradients(exchange.backward_done(cast, grads), weight, new, metrics)
 
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
         """Apply the gradients of a whole batch; an update that was refused counts itself in `skipped`."""
         metrics = gradients.metrics
-        if given.offered(state):
-            metrics = given.apart(metrics, state.own_memory())
+        donation = donation_of(state)
+        if donation is not None:
+            # A metric may be a view of a parameter, whose memory the update is about to write over.
+            metrics = apart(metrics, donation.memory)
         grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
         value = metrics["loss"].compute()
         new = state.apply_gradients(
@@ -208,7 +226,7 @@ def make_step(
             the batch, or `ps.weighted(mean, weight)` for a mean over something else. Metrics are a dict; see
             `metrics.as_metrics`.
         tx: gradient transformation, the one the state was made with.
-        microbatches: cut each batch into so many equal parts, one after the other through the model, and sum their
+        microbatches: slice each batch into so many equal ones, run one after the other through the model, and sum their
             gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding. By
             default 1; with a plan one for each rank that computes others, so name it where the number of ranks may
             change: the bits depend on it. "auto" lets `fit` take the smallest number that fits in memory; a resumed
@@ -288,20 +306,6 @@ def _check_arity(loss_fn: LossFn) -> None:
         ) from error
 
 
-def definition(state: Any) -> Definition:
-    """Return the model of a state, or say how to get one."""
-    found = getattr(state, "model", None)
-    if not isinstance(found, Definition):
-        raise StepError(
-            explain(
-                "the state holds no model to bind the params to",
-                where=f"state: {type(state).__qualname__}",
-                instead="state = ps.init(model, tx, seed=0)\nor write the step by hand with ps.apply(model, ...)",
-            )
-        )
-    return found
-
-
 def on_plan(plan: Plan | None, loss_fn: LossFn) -> LossFn:
     """Return a loss function as several ranks compute it together, where a plan says so."""
     if plan is None or plan.mesh.size(*plan.model_axes) == 1:
@@ -378,7 +382,7 @@ def _loss_message(loss_fn: LossFn, out: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Eval:
+class Eval(AnyStep):
     """An evaluation step. Made by `make_eval`; call it as `eval_step(state, batch)`."""
 
     loss_fn: LossFn
@@ -394,13 +398,28 @@ class Eval:
         """Return what a snapshot of a run records of its evaluations: not where they run."""
         return {"loss_fn": self.loss_fn, "policy": self.policy}
 
+    @property
+    def facts(self) -> StepFacts:
+        """What callbacks and the checks before the first batch know of it."""
+        return StepFacts(self.loss_fn, policy=self.policy, plan=self.plan, evaluates=True)
+
+    def bare(self, microbatches: int | None = None) -> Eval:
+        return dataclasses.replace(self, plan=None)
+
+    def with_microbatches(self, count: int) -> AnyStep:
+        raise no_microbatches(self)
+
+    def under(self, plan: Plan) -> Eval:
+        return self if self.plan is not None else dataclasses.replace(self, plan=plan)
+
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples, cast = _samples(batch), casting(self.policy, definition(state).module)
         if self.plan is None:
             place.check_plain(state)
         view = state if self.plan is None else place.local(state)
-        params, buffers, around = cast.params(view.params), cast.buffers(view.buffers), cast.around
+        params, buffers = cast.params(view.params), cast.buffers(view.buffers)
+        around: Context | None = cast.around
         rng = functools.partial(random.fold_in, state.rng, "eval")
         with transforms.unrecorded(), cast.scope(params):
             if self.plan is not None:

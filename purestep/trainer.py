@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import dataclasses
 
-from purestep import callbacks as callbacks_
-from purestep.arguments import Location, checked
+from purestep import callbacks
+from purestep.arguments import checked
 from purestep.errors import ConfigError
-from purestep.loggers import Logger
-from purestep.loop.cadence import Until
 from purestep.loop.events import Callback
+from purestep.loop.options import RunArguments, takes
 from purestep.loop.result import Result
-from purestep.loop.resume import Resume
-from purestep.loop.run import Run, StepFn
+from purestep.loop.run import Run
 
 
-def _with_defaults(callbacks: Sequence[Callback], until: Any) -> Sequence[Callback]:
-    if not isinstance(callbacks, (list, tuple)):
-        return callbacks  # the run says what it is instead
-    names = {getattr(callback, "name", None) for callback in callbacks}
-    added: list[Any] = [] if "log" in names else [callbacks_.log()]
+def _with_defaults(arguments: RunArguments) -> RunArguments:
+    names = {callback.name for callback in arguments.callbacks}
+    added: list[Callback] = [] if "log" in names else [callbacks.log()]
     if "progress" not in names:
-        added.append(callbacks_.progress(epochs=getattr(until, "epochs", None)))
-    return (*callbacks, *added)
+        added.append(callbacks.progress(epochs=arguments.until.epochs))
+    return dataclasses.replace(arguments, callbacks=(*arguments.callbacks, *added))
 
 
 @checked(ConfigError, failed=True)
-def run(step: StepFn, state: Any, train: Any, *, until: Until, **options: Any) -> Run:
+@takes(RunArguments)
+def run(arguments: RunArguments) -> Run:
     """Start a run and return it as an iterator of events; control stays with you. Takes what `fit` takes.
+
+    A run that is left before its end keeps its directory and its threads until `close()`, or the end of a `with` block.
 
     Example:
         >>> import torch
@@ -43,26 +41,12 @@ def run(step: StepFn, state: Any, train: Any, *, until: Until, **options: Any) -
         >>> events.loop.cursor.batches
         3
     """
-    options["callbacks"] = _with_defaults(options.get("callbacks", ()), until)
-    return Run(step, state, train, until=until, **options)
+    return Run(_with_defaults(arguments))
 
 
 @checked(ConfigError, failed=True)
-def fit(
-    step: StepFn,
-    state: Any,
-    train: Any,
-    *,
-    until: Until,
-    callbacks: Sequence[Callback] = (),
-    loggers: Sequence[Logger] | None = None,
-    run_dir: Location | None = None,
-    resume: Resume = "auto",
-    on_save_error: Literal["continue", "stop"] = "continue",
-    strict: bool = False,
-    grace_seconds: float | None = None,
-    donate: bool = False,
-) -> Result:
+@takes(RunArguments)
+def fit(arguments: RunArguments) -> Result:
     """Train until the end, and return what came of it. A second call with the same run_dir continues the first.
 
     Args:
@@ -105,20 +89,8 @@ def fit(
         >>> result.reason, int(result.state.step)
         ('reached 3 epochs', 6)
     """
-    events = Run(
-        step,
-        state,
-        train,
-        until=until,
-        callbacks=_with_defaults(callbacks, until),
-        loggers=loggers,
-        run_dir=run_dir,
-        resume=resume,
-        on_save_error=on_save_error,
-        strict=strict,
-        grace_seconds=grace_seconds,
-        donate=donate,
-    )
+    events = Run(_with_defaults(arguments))
+    del arguments  # the run alone holds the state from here on
     for _ in events:
         pass
     return events.result()

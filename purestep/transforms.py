@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_current_level = torch._C._functorch.maybe_current_level
+from purestep import _torch
 
 
 def active() -> bool:
@@ -22,7 +22,7 @@ def active() -> bool:
         >>> active(), torch.vmap(lambda x: x + active())(torch.zeros(1)).item()
         (False, 1.0)
     """
-    return _current_level() is not None
+    return _torch.transform_level() is not None
 
 
 def detached(value: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, dataclass_transform, overload
+from typing import Any, TypeVar, cast, dataclass_transform, overload
 
 import numpy as np
 import optree
 import torch
-import torch.utils._pytree as torch_pytree
 
+from purestep._torch import pytree as torch_pytree
 from purestep.arguments import checked
 from purestep.bits import Difference as Difference
 from purestep.bits import Differences as Differences
@@ -28,9 +29,11 @@ from purestep.bits import tensor_bytes as tensor_bytes
 from purestep.errors import DonatedStateError, TreeError, explain
 
 T = TypeVar("T")
+Structure = optree.PyTreeSpec
 Filter = str | Sequence[str] | Callable[[str], bool]
 _NAMESPACE = optree.registry.__GLOBAL_NAMESPACE
 _NODES: dict[str, type] = {}
+_OWN = __name__.partition(".")[0]
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -102,7 +105,7 @@ def _register(cls: Any) -> None:
     data = tuple(f.name for f in fields if not f.metadata.get("static"))
     fixed = tuple(f.name for f in fields if f.metadata.get("static"))
 
-    def flatten(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[str, ...]]:
+    def flatten(node: object) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[str, ...]]:
         values = node.__dict__
         return tuple([values[n] for n in data]), tuple([values[n] for n in fixed]), data
 
@@ -115,20 +118,20 @@ def _register(cls: Any) -> None:
 
     # torch takes None for a leaf, optree for an empty node. So that transforms like vmap see the same leaves as we do,
     # a field that is None belongs to the structure there.
-    def torch_keys(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    def torch_keys(node: object) -> tuple[list[Any], tuple[Any, ...]]:
         children, aux, _ = flatten(node)
         present = tuple(n for n, c in zip(data, children, strict=True) if c is not None)
         return [(torch_pytree.GetAttrKey(n), node.__dict__[n]) for n in present], (present, aux)
 
-    def torch_flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    def torch_flatten(node: object) -> tuple[list[Any], tuple[Any, ...]]:
         children, aux = torch_keys(node)
         return [c for _, c in children], aux
 
-    def torch_unflatten(children: Iterable[Any], aux: Any) -> Any:
+    def torch_unflatten(children: Iterable[Any], aux: tuple[Any, ...]) -> Any:
         given = dict(zip(aux[0], children, strict=True))
         return unflatten(aux[1], [given.get(n) for n in data])
 
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = stable_name(cls)
     optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=_NAMESPACE)
     torch_pytree.register_pytree_node(
         cls,
@@ -141,14 +144,38 @@ def _register(cls: Any) -> None:
 
 
 def node_name(cls: type) -> str | None:
-    """Return the registered name of a `pytree` class, or None when it is not one."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    """Return the registered name of a `pytree` class (its `stable_name`), or None when it is not one."""
+    name = stable_name(cls)
     return name if _NODES.get(name) is cls else None
 
 
 def node_class(name: str) -> type | None:
     """Return the `pytree` class registered under a name, or None. It never imports anything."""
-    return _NODES.get(name)
+    return _NODES.get(name) or _NODES.get(_without_module(name))
+
+
+def stable_name(kind: type | Callable[..., Any]) -> str:
+    """Return the name under which snapshots and the identity of a run know a class or a function.
+
+    It is the qualified name. What purestep itself defines goes without its module, so that a file of purestep can be
+    moved or renamed and old snapshots still know what they hold.
+
+    Example:
+        >>> import collections
+        >>> stable_name(collections.Counter), stable_name(Differences)
+        ('collections.Counter', 'purestep.Differences')
+    """
+    module = getattr(kind, "__module__", None)
+    name = getattr(kind, "__qualname__", None) or getattr(kind, "__name__", None) or type(kind).__qualname__
+    if not isinstance(module, str):
+        return str(name)
+    return f"{_OWN if module.startswith(f'{_OWN}.') else module}.{name}"
+
+
+def _without_module(name: str) -> str:
+    """Return the stable name of a class from one that a snapshot of an earlier version has, with its module."""
+    own, *parts = name.split(".")
+    return ".".join([own, *itertools.dropwhile(str.islower, parts)]) if own == _OWN else name
 
 
 def node_fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -165,7 +192,7 @@ def node_build(cls: type[T], values: Mapping[str, Any]) -> T:
     return node
 
 
-def replaced(node: T, **changes: Any) -> T:
+def replaced(node: T, **changes: object) -> T:
     """Return a `pytree` node with some fields changed: `dataclasses.replace` without a call of `__init__`.
 
     Raises:
@@ -182,7 +209,7 @@ def replaced(node: T, **changes: Any) -> T:
 
 
 class Consumed:
-    """What a node becomes when its tensors were given away: it prints; any other use raises DonatedStateError."""
+    """What a node becomes when its tensors were donated: it prints; any other use raises DonatedStateError."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__class__":
@@ -194,7 +221,7 @@ class Consumed:
         return f"<{values['was']}, consumed by {values['by']}>"
 
 
-def _consumed_message(node: Any, use: str) -> str:
+def _consumed_message(node: object, use: str) -> str:
     values = object.__getattribute__(node, "__dict__")
     return explain(
         f"this {values['was']} was consumed by {values['by']}",
@@ -205,7 +232,7 @@ def _consumed_message(node: Any, use: str) -> str:
     )
 
 
-def consume(node: Any, by: str) -> None:
+def consume(node: object, by: str) -> None:
     """Make a `pytree` node unusable, because its tensors now belong to another; `by` names who took them."""
     values = node.__dict__
     was = type(node).__name__
@@ -227,9 +254,21 @@ torch_pytree.register_pytree_node(
 # --- flattening and mapping -------------------------------------------------------------------------------------------
 
 
-def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+# optree types a tree by its leaves; ours are any, so its functions are declared once more.
+_flatten = cast(Callable[[object], tuple[list[Any], optree.PyTreeSpec]], optree.tree_flatten)
+_leaves = cast(Callable[[object], list[Any]], optree.tree_leaves)
+_structure = cast(Callable[[object], optree.PyTreeSpec], optree.tree_structure)
+_map = cast(Callable[..., Any], optree.tree_map)
+_paths = cast(Callable[[object], list[tuple[Any, ...]]], optree.tree_paths)
+_accessors = cast(Callable[[object], list[optree.PyTreeAccessor]], optree.tree_accessors)
+_flatten_with_accessors = cast(
+    Callable[..., tuple[list[optree.PyTreeAccessor], list[Any], optree.PyTreeSpec]], optree.tree_flatten_with_accessor
+)
+
+
+def flatten(tree: object) -> tuple[list[Any], optree.PyTreeSpec]:
     """Return the leaves in order and the structure. `None` is an empty node, dict keys are sorted."""
-    return optree.tree_flatten(tree)
+    return _flatten(tree)
 
 
 @checked(TreeError, failed=True)
@@ -238,18 +277,18 @@ def unflatten(structure: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
     return optree.tree_unflatten(structure, leaves)
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: object) -> list[Any]:
     """Return the leaves of a tree, in order."""
-    return optree.tree_leaves(tree)
+    return _leaves(tree)
 
 
-def structure(tree: Any) -> optree.PyTreeSpec:
+def structure(tree: object) -> optree.PyTreeSpec:
     """Return the structure of a tree: comparable, hashable, printable."""
-    return optree.tree_structure(tree)
+    return _structure(tree)
 
 
 @checked(TreeError, failed=True)
-def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map(function: Callable[..., Any], tree: object, *rest: object) -> Any:
     """Apply a function to each leaf of one or several trees of the same structure.
 
     Raises:
@@ -260,7 +299,7 @@ def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
         {'x': 11, 'y': (22, 33)}
     """
     try:
-        return optree.tree_map(function, tree, *rest)
+        return _map(function, tree, *rest)
     except ValueError as error:
         expected = structure(tree)
         for position, other in enumerate(rest, start=2):
@@ -275,7 +314,7 @@ def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
         raise
 
 
-def _first_difference(a: Any, b: Any) -> str:
+def _first_difference(a: object, b: object) -> str:
     left, right = paths(a), paths(b)
     only_left, only_right = set(left) - set(right), set(right) - set(left)
     for path in left + right:
@@ -286,41 +325,62 @@ def _first_difference(a: Any, b: Any) -> str:
     return f"{structure(a)} and {structure(b)}"
 
 
-def paths(tree: Any, root: str = "") -> list[str]:
+def paths(tree: object, root: str = "") -> list[str]:
     """Return the printed path of each leaf, in order, as code that reads the leaf.
 
     Example:
         >>> paths({"0.weight": 1, "layers": [2, 3]}, "params")
         ["params['0.weight']", "params['layers'][0]", "params['layers'][1]"]
     """
-    return [accessor.codify(root) for accessor in optree.tree_accessors(tree)]
+    return [accessor.codify(root) for accessor in _accessors(tree)]
 
 
-def names(tree: Any) -> list[str]:
+def names(tree: object) -> list[str]:
     """Return the dotted name of each leaf, in order: what path filters and rules match against.
 
     Example:
         >>> names({"0.weight": 1, "layers": [2, 3]})
         ['0.weight', 'layers.0', 'layers.1']
     """
-    return [".".join(str(part) for part in path) for path in optree.tree_paths(tree)]
+    return [".".join(str(part) for part in path) for path in _paths(tree)]
 
 
-def parts(tree: Any) -> list[tuple[Any, ...]]:
+def parts(tree: object) -> list[tuple[Any, ...]]:
     """Return the path of each leaf, in order, as the tuple of its keys, indices and field names.
 
     Example:
         >>> parts({"0.weight": 1, "layers": [2, 3]})
         [('0.weight',), ('layers', 0), ('layers', 1)]
     """
-    return [tuple(path) for path in optree.tree_paths(tree)]
+    return [tuple(path) for path in _paths(tree)]
 
 
 @checked(TreeError, failed=True)
-def map_with_name(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def find(tree: object, kind: type[T], root: str = "") -> list[tuple[str, T]]:
+    """Return the nodes and leaves of one kind with their printed paths, in order; none inside of another.
+
+    Args:
+        tree: any pytree; one that is itself of the kind is found at `root`.
+        kind: a class; instances of its subclasses are found, too.
+        root: what the paths begin with, as in `paths`.
+
+    Example:
+        >>> find({"b": [torch.Size([3])], "a": 1}, torch.Size, "shapes")
+        [("shapes['b'][0]", torch.Size([3]))]
+    """
+
+    def is_kind(node: object) -> bool:
+        return isinstance(node, kind)
+
+    accessors, nodes, _ = _flatten_with_accessors(tree, is_leaf=is_kind)
+    return [(at.codify(root), node) for at, node in zip(accessors, nodes, strict=True) if is_kind(node)]
+
+
+@checked(TreeError, failed=True)
+def map_with_name(function: Callable[..., Any], tree: object, *rest: object) -> Any:
     """Like `map`, but the function gets the dotted name of the leaf (see `names`) as its first argument."""
     values, treedef = flatten(tree)
-    others = [treedef.flatten_up_to(other) for other in rest]
+    others: list[list[Any]] = [treedef.flatten_up_to(cast(Any, other)) for other in rest]
     return unflatten(treedef, [function(*args) for args in zip(names(tree), values, *others, strict=True)])
 
 
@@ -344,12 +404,12 @@ def select(condition: torch.Tensor, on_true: T, on_false: T) -> T:
     return map(lambda a, b: a if a is b else torch.where(condition, a, b), on_true, on_false)
 
 
-def count(tree: Any) -> int:
+def count(tree: object) -> int:
     """Return the number of elements in all tensors and arrays of a tree."""
     return sum(int(np.prod(x.shape)) for x in leaves(tree) if hasattr(x, "shape"))
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: object) -> int:
     """Return the bytes of all tensors and arrays of a tree."""
     return sum(x.nbytes for x in leaves(tree) if hasattr(x, "nbytes"))
 
@@ -357,7 +417,7 @@ def nbytes(tree: Any) -> int:
 # --- digest and diff --------------------------------------------------------------------------------------------------
 
 
-def digest(tree: Any) -> str:
+def digest(tree: object) -> str:
     """Return the sha256, in hex, over (path, dtype, shape, bytes) of every leaf, in order of path.
 
     It does not depend on strides, storage sharing, device or the order of dict keys; it does depend on every bit of
@@ -376,7 +436,7 @@ def digest(tree: Any) -> str:
     return digest_leaves(zip(paths(tree), leaves(tree), strict=True))
 
 
-def diff(a: Any, b: Any, root: str = "") -> Differences:
+def diff(a: object, b: object, root: str = "") -> Differences:
     """List each path at which two trees differ, with shape, dtype, largest absolute and ulp difference.
 
     Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not. Leaves that are split over processes
@@ -393,6 +453,6 @@ def diff(a: Any, b: Any, root: str = "") -> Differences:
     return diff_leaves(left, right)
 
 
-def equal(a: Any, b: Any) -> bool:
+def equal(a: object, b: object) -> bool:
     """Tell whether two trees have the same paths and the same bits."""
     return not diff(a, b)

@@ -7,12 +7,13 @@ nothing of tensors: how two values merge is the caller's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeVar
 
+T = TypeVar("T")
 Node = tuple[int, int]
 
 
-class TreeSum:
+class TreeSum(Generic[T]):
     """Sum values in a fixed balanced binary tree, holding at most log2(n) + 1 of them at a time.
 
     The order of additions depends on the number of values only: 4 values give (a + b) + (c + d), and where the number
@@ -35,17 +36,17 @@ class TreeSum:
         {(0, 3): 'd', (1, 2): '(e+f)'}
     """
 
-    def __init__(self, merge: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, merge: Callable[[T, T], T]) -> None:
         self._merge = merge
         self._count = 0
-        self.nodes: dict[Node, Any] = {}
+        self.nodes: dict[Node, T] = {}
 
-    def add(self, value: Any, index: int | None = None) -> None:
+    def add(self, value: T, index: int | None = None) -> None:
         """Add the value of a number; by default they come in order."""
         self.put((0, self._count if index is None else index), value)
         self._count += 1
 
-    def put(self, node: Node, value: Any) -> None:
+    def put(self, node: Node, value: T) -> None:
         """Add the sum of an aligned part: `(level, n)` is that of the values `n * 2**level` and following."""
         level, place = node
         while (sibling := (level, place ^ 1)) in self.nodes:
@@ -54,7 +55,7 @@ class TreeSum:
             level, place = level + 1, place // 2
         self.nodes[level, place] = value
 
-    def result(self) -> Any:
+    def result(self) -> T:
         """Return the sum of all values, once the last is in."""
         parts = [self.nodes[node] for node in sorted(self.nodes, key=lambda n: n[1] << n[0])]
         total = parts.pop()
@@ -70,7 +71,7 @@ def forest(indices: list[int]) -> list[Node]:
         >>> forest([0, 1, 2]), forest([4, 5, 6, 7])
         ([(1, 0), (0, 2)], [(2, 1)])
     """
-    total = TreeSum(lambda a, b: None)
+    total: TreeSum[None] = TreeSum(lambda a, b: None)
     for index in indices:
         total.add(None, index)
     return list(total.nodes)

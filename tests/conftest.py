@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import fcntl
 import multiprocessing
 import os
 import random
-import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from shared_interpreter import Interpreter
 
 from purestep.testing.zygote import Zygotes
-
-
-def _shared(name: str) -> Any:
-    """Import a module of this directory by its path: `tests` may be the name of somebody else's package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_shared("shared_models")
 
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -51,11 +40,47 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
+class OurZygotes(Zygotes):
+    """Zygotes with the list of modules that every job of several ranks preloads, so that one zygote serves them all."""
+
+    RANKS = "xxhash torch.distributed.tensor orbax.checkpoint"
+
+
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygotes]:
+def zygote() -> Iterator[OurZygotes]:
     """Forks processes that have torch already: `zygote.run(script, *arguments)`, `zygote.popen(...)`; see its file."""
-    with Zygotes(("-W", "error")) as zygotes:
+    with OurZygotes(("-W", "error")) as zygotes:
         yield zygotes
+
+
+@pytest.fixture(scope="session")
+def bare() -> Iterator[Any]:
+    """Runs code in an interpreter that has imported nothing but numpy and torch: `bare.run(code, *arguments)`."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Does a piece of work once in a session: `directory = once("bits", work)` is where `work(directory)` left files.
+
+    The workers of pytest-xdist share it: whoever comes first does it, and the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def done(name: str, work: Callable[[Path], None]) -> Path:
+        with open(root / f"{name}.lock", "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            directory = Path(lock.read() or tmp_path_factory.mktemp(name))
+            if not lock.tell():
+                work(directory)  # where it fails, nothing is written, and the next one begins in a directory of its own
+                lock.write(str(directory))
+            return directory
+
+    return done
 
 
 @pytest.fixture

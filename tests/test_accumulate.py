@@ -1,4 +1,4 @@
-"""What microbatches contribute, against the mean written out."""
+"""Batches sliced into microbatches; what those contribute, against the mean written out and against the whole batch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import types
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import purestep as ps
-from purestep.accumulate import Accumulation, Gradients
-from purestep.errors import StepError
+from purestep.accumulate import Accumulation, Gradients, split_batch
+from purestep.errors import MetricError, StepError
 from purestep.metrics import Mean
+from purestep.sharding.local import microbatch_sizes
 
 NAN = float("nan")
 
@@ -76,3 +80,75 @@ def test_a_buffer_that_nobody_touched_is_passed_on_and_not_copied():
     new, _ = step(state, torch.randn(6, 3))
     assert set(new.buffers) == {"0.weight", "0.bias"}
     assert all(new.buffers[name] is state.buffers[name] for name in new.buffers)
+
+
+# --- slicing a batch -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_microbatch_sizes_are_even_and_complete(samples, parts):
+    sizes = microbatch_sizes(samples, parts)
+    assert len(sizes) == parts
+    assert sum(sizes) == samples
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_a_split_batch_is_the_batch(samples, parts):
+    batch = {"x": torch.arange(samples), "pair": (torch.randn(samples, 2), None), "scalar": torch.tensor(3), "n": 7}
+    pieces = split_batch(batch, parts)
+    assert len(pieces) == min(parts, samples)
+    assert sum(n for _, n in pieces) == samples
+    assert torch.equal(torch.cat([b["x"] for b, _ in pieces]), batch["x"])
+    assert torch.equal(torch.cat([b["pair"][0] for b, _ in pieces]), batch["pair"][0])
+    assert all(b["scalar"] is batch["scalar"] and b["n"] == 7 for b, _ in pieces)
+
+
+def test_batches_that_cannot_be_split_are_refused():
+    batch = {"x": torch.zeros(4, 2), "y": torch.zeros(3)}
+    with pytest.raises(
+        StepError, match=r"differ in their number of samples(.|\n)*batch\['y'\]: float32\[3\]; the first leaf has 4"
+    ):
+        split_batch(batch, 2)
+    assert len(split_batch(batch, 1)) == 1
+    with pytest.raises(MetricError, match=r"number of samples is unknown(.|\n)*batch\['n'\]: int 1"):
+        split_batch({"n": 1}, 2)
+    assert split_batch(None, 3) == [(None, 1)]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("parts", range(1, 10))
+@pytest.mark.parametrize("samples", [1, 2, 7, 16, 23])
+@pytest.mark.parametrize("weights", ["samples", "tokens"])
+def test_microbatch_gradients_are_those_of_the_whole_batch(parts, samples, weights, seed):
+    batch = {"x": torch.randn(samples, 5, 4, dtype=torch.float64), "y": torch.randint(0, 3, (samples, 5))}
+    if weights == "tokens":
+        batch["y"][torch.rand(samples, 5) < 0.4] = -100
+        batch["y"][: samples // 3 + 1] = -100  # a whole microbatch of padding
+        batch["y"][-1, -1] = 1
+    seen = []
+
+    def loss_fn(net, batch):
+        logits, labels = net(batch["x"]).flatten(0, 1), batch["y"].flatten()
+        value = cross_entropy(logits, labels, ignore_index=-100)
+        seen.append(len(batch["x"]))
+        return ps.weighted(value, (labels != -100).sum()) if weights == "tokens" else value
+
+    tx = ps.optim.sgd(1.0)
+    start = ps.init(lambda: Net().double(), tx, seed=1)
+    whole, m = ps.make_step(loss_fn, tx)(start, batch)
+    cut, n = ps.make_step(loss_fn, tx, microbatches=parts)(start, batch)
+    assert seen[1:] == [s for s in microbatch_sizes(samples, parts) if s]
+    for name in start.params:
+        torch.testing.assert_close(cut.params[name], whole.params[name], atol=1e-12, rtol=1e-12)
+        assert torch.isfinite(cut.params[name]).all()
+    assert float(n["loss"]) == pytest.approx(float(m["loss"]), abs=1e-12)

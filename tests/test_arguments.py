@@ -173,7 +173,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,
-        "snapshot.restore.like": state,
+        "restore.like": state,
         "loss": torch.tensor(1.0),
         "weight": 1.0,
         "monitor": "val/loss",
@@ -237,8 +237,8 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(
         "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
-        "tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select tree.tensor_bytes "
-        "tree.unflatten".split(),
+        "tree.find tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select "
+        "tree.tensor_bytes tree.unflatten".split(),
         "for the rooms of purestep",
     ),
     "data.concat": "sources by position, each of them what as_source takes",
@@ -263,7 +263,7 @@ LEFT_OUT: dict[str, str] = {
         "works on a state, whose structure it checks: tests/optim, tests/test_functional.py",
     ),
     **dict.fromkeys(
-        "testing.check_faults testing.check_resume snapshot.consolidate snapshot.restore".split(),
+        "testing.check_faults testing.check_resume snapshot.consolidate restore".split(),
         "writes, or needs a process: its own tests",
     ),
 }

@@ -742,6 +742,7 @@ def test_running_out_of_memory_says_what_would_fit():
         assert f"microbatches={wanted} " in text
 
 
+@pytest.mark.slow
 def test_auto_takes_the_smallest_number_that_fits_and_keeps_it(tmp_path, monkeypatch):
     tx = ps.optim.sgd(0.1)
     step, state = ps.make_step(loss_fn, tx, microbatches="auto"), ps.init(model, tx)

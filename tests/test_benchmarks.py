@@ -48,6 +48,7 @@ def measured(workers, rounds=3):
     return training.measure(workers, "tiny", rounds=rounds, seconds=0.002, say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_peers_agree_and_are_timed_in_turns():
     found = measured({name: Here(name) for name in ("loop", "loop-fused", "ps-eager", "ps-fused", "ps-fit")})
     assert found["failed"] == {}
@@ -113,6 +114,7 @@ def test_every_peer_of_the_settings_exists_and_the_others_are_not_imported():
     assert set(run.FULL.sharding["gpt"]) == sharding.VARIANTS.keys()
 
 
+@pytest.mark.slow
 def test_several_processes_take_turns():
     settings = dataclasses.replace(
         run.QUICK,

@@ -1,4 +1,4 @@
-"""Affinity, quotas of cgroups v1 and v2, and an unknown CPU count all bound what is available."""
+"""Memory, affinity, quotas of cgroups v1 and v2, and an unknown CPU count all bound what is available."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from purestep.cpus import available_memory
 from purestep.data import available_cpus, batches
 
 
@@ -68,3 +69,27 @@ def test_auto_leaves_one_cpu_to_the_run(machine, monkeypatch: pytest.MonkeyPatch
     for cpus, workers in ((12, 11), (1, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cpus: set(range(n)), raising=False)
         assert batches([1, 2], 1, num_workers="auto")._worker_options()["workers"] <= workers
+
+
+def test_memory_is_what_the_tightest_cgroup_leaves(machine) -> None:
+    root, write = machine
+    assert available_memory(root=root) is None
+    write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable:    50 kB\n")
+    assert available_memory(root=root) == 50 * 1024
+    write("proc/self/cgroup", "0::/pod/app\n")
+    write("sys/fs/cgroup/pod/memory.max", "30000\n")
+    write("sys/fs/cgroup/pod/memory.current", "10000\n")
+    write("sys/fs/cgroup/pod/app/memory.max", "max\n")
+    write("sys/fs/cgroup/pod/app/memory.current", "5000\n")
+    assert available_memory(root=root) == 20000
+    write("sys/fs/cgroup/pod/memory.current", "40000\n")
+    assert available_memory(root=root) == 0
+
+
+def test_memory_of_a_legacy_cgroup(machine) -> None:
+    root, write = machine
+    write("proc/meminfo", "MemAvailable:    50 kB\n")
+    write("proc/self/cgroup", "5:memory:/job\n4:cpu,cpuacct:/job\n")
+    write("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "30000\n")
+    write("sys/fs/cgroup/memory/job/memory.usage_in_bytes", "10000\n")
+    assert available_memory(root=root) == 20000

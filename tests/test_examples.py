@@ -97,6 +97,7 @@ def test_a_signal_ends_the_script_with_its_code(zygote, tmp_path, number, code):
     assert len(ps.snapshot.steps(tmp_path)) >= 1
 
 
+@pytest.mark.slow
 def test_the_gpt_learns_and_says_its_digest(run):
     found = [run("gpt.py", "--steps", 4, "--megabytes", 0.05, "--plan", plan) for plan in ("ddp", "fsdp")]
     assert [(r.returncode, r.stderr) for r in found] == [(0, ""), (0, "")]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import random as python_random
 import sys
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from random import random as draw_by_name
 
 import numpy as np
@@ -112,6 +115,21 @@ def stir():
     np.random.seed(99)
     torch.manual_seed(99)
     np.random.randn(), python_random.gauss(0, 1)
+
+
+def _settled():
+    """The times of the other threads, once all of them wait: a worker still runs when its result is there."""
+    before, after, end = {}, host._other_threads(), time.monotonic() + 5
+    while before != after and time.monotonic() < end:
+        time.sleep(0.01)
+        before, after = after, host._other_threads()
+    return after
+
+
+@pytest.fixture(autouse=True)
+def settled():
+    """What earlier tests of this process left behind may still be ending; a thread that has run may have drawn."""
+    _settled()
 
 
 # --- the draws are those of the key -----------------------------------------------------------------------------------
@@ -483,6 +501,65 @@ def test_a_model_is_keyed_beside_a_thread_that_draws():
     assert other.model.module is not state.model.module
     assert drawn(other)[-1] == drawn(state)[-1]
     assert tree.digest(first) == tree.digest(again)
+
+
+@pytest.fixture(params=["a pool", "a waiting thread", "a save", "an ended thread of C"])
+def leftover(request):
+    """A thread that does not draw, as other libraries and earlier tests leave them behind."""
+    stop, begun = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        while not stop.is_set():
+            sum(range(1000))  # it runs, and only its name tells that it does not draw
+
+    if request.param == "a pool":
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: np.random.rand(), range(6)))  # it drew before
+            yield
+    elif request.param == "a waiting thread":
+        thread = threading.Thread(target=stop.wait)
+        thread.start()
+        yield
+        stop.set(), thread.join()
+    elif request.param == "a save":
+        thread = threading.Thread(target=work, name="purestep-save-3")
+        thread.start(), begun.wait()
+        yield
+        stop.set(), thread.join()
+    else:
+        before = set(threading.enumerate())
+        _thread.start_new_thread(lambda: (threading.current_thread(), begun.set()), ())
+        begun.wait()
+        yield
+        for thread in set(threading.enumerate()) - before:  # Python 3.13 takes it from the list itself
+            assert isinstance(thread, threading._DummyThread)
+            del threading._active[thread.ident]
+
+
+def test_an_idle_thread_is_not_taken_for_one_that_draws(leftover):
+    """Draws that only a comparison of the generators shows are still refused, and the caller's stream is put back."""
+    test_jit_refuses_a_draw_outside_of_any_model_and_one_that_no_trap_sees()
+    test_without_a_key_a_draw_is_refused("from a C loop")
+    test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused()
+    test_a_block_cannot_be_done_again()
+    test_an_exception_leaves_the_callers_stream()
+
+
+def test_a_thread_that_has_run_may_have_drawn():
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(python_random.random).result()
+        before = _settled()
+        assert host._all_idle(before)
+        pool.submit(python_random.random).result()
+        assert not host._all_idle(before)
+        assert not host._all_idle(None)  # not measured: any thread might have
+        before = _settled()
+    assert not host._all_idle(before)  # one has ended
+    before = host._other_threads()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        assert not host._all_idle(before)  # one has begun
 
 
 def test_a_profiler_of_the_caller_stays():

@@ -70,6 +70,7 @@ sys.exit(result.exit_code)
 """
 
 
+@pytest.mark.slow
 def test_a_job_under_torchrun_exits_with_143_too(tmp_path):
     """Real torchrun: it exits with 1 after SIGTERM, whatever its processes exit with; the script of the page knows."""
     (tmp_path / "train.py").write_text(STOPPED)

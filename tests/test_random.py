@@ -10,6 +10,7 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_marks import slow_but
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep import random
@@ -156,7 +157,7 @@ def test_the_default_device_and_the_global_generators_play_no_part():
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("count", [1, 3, 31, 1027])
+@pytest.mark.parametrize("count", slow_but([1, 3, 31, 1027], 1, 31))
 def test_the_same_bits_traced_batched_and_sliced(name, count, seed):
     draw, k = DRAWS[name], random.key(seed)
     eager = draw(k, count, None)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as imported_by_name
 from torch.utils.checkpoint import checkpoint_sequential
 
 import purestep as ps
-from purestep import recompute
+from purestep import _torch
 from purestep.errors import StepError
 
 TX = ps.optim.adam(1e-2)
@@ -332,7 +332,7 @@ def own_functions():
 
     def present():
         module = torch.utils.checkpoint
-        generator = recompute._GENERATOR
+        generator = _torch.CHECKPOINT_GENERATOR
         return module.CheckpointFunction, getattr(module, generator), getattr(checkpoint_activation, generator)
 
     before = present()
@@ -361,7 +361,7 @@ def test_a_module_that_is_imported_meanwhile_has_torchs_function_afterwards(monk
     name = "torch.distributed._composable.checkpoint_activation"
     module = sys.modules[name]
     # As `from torch.utils.checkpoint import ...` does for the first time inside of a step.
-    late = {recompute._GENERATOR: None}
+    late = {_torch.CHECKPOINT_GENERATOR: None}
 
     def importing(net, batch):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**late))
@@ -371,7 +371,7 @@ def test_a_module_that_is_imported_meanwhile_has_torchs_function_afterwards(monk
     monkeypatch.delitem(sys.modules, name)
     ps.make_step(importing, TX)(ps.init(Net, TX, seed=0), BATCH)
     (generator,) = vars(sys.modules[name]).values()
-    assert generator is own_functions()[1] is vars(module)[recompute._GENERATOR]
+    assert generator is own_functions()[1] is vars(module)[_torch.CHECKPOINT_GENERATOR]
 
 
 def test_another_thread_has_torchs_own_checkpoints_meanwhile(own_functions):

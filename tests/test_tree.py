@@ -216,6 +216,28 @@ def test_names_filters_and_sizes():
     assert not tree.matches("A.*", "a.w")
 
 
+def test_find_returns_the_outermost_nodes_of_a_kind_with_their_paths():
+    inner, line = Point(1), Line(Point(2), z=[Point(3)])
+    value = {"b": [line, None], "a": (inner, 4), "c": collections.OrderedDict(x="text")}
+    found = tree.find(value, Point, "state")
+    assert [path for path, _ in found] == ["state['a'][0]", "state['b'][0]"]
+    assert [node for _, node in found] == [inner, line]  # a subclass counts; what is inside of a found node does not
+    assert found[1][1] is line
+    assert tree.find(value, Line) == [("['b'][0]", line)]
+    assert tree.find(inner, Point, "state") == [("state", inner)]
+    assert tree.find(value, str) == [("['c']['x']", "text")]  # leaves, too
+    assert tree.find(value, float) == []
+    assert tree.find(None, Point) == []
+
+
+@given(TREES)
+def test_find_of_leaves_agrees_with_paths(value):
+    found = tree.find(value, object, "x")
+    assert found == [("x", value)] or (value is None and not found)
+    ints = [(p, v) for p, v in zip(tree.paths(value, "x"), tree.leaves(value), strict=True) if isinstance(v, int)]
+    assert tree.find(value, int, "x") == ints
+
+
 @pytest.mark.parametrize("flag", [True, False])
 def test_select_chooses_bits(flag):
     a = {"x": torch.tensor([float("nan"), -0.0]), "n": torch.tensor(1)}

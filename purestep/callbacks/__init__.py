@@ -10,3 +10,9 @@ from purestep.callbacks.snapshots import snapshots as snapshots
 from purestep.callbacks.tap import tap as tap
 from purestep.callbacks.tap import transform as transform
 from purestep.callbacks.terminate_on_nan import terminate_on_nan as terminate_on_nan
+from purestep.loop.events import Callback as Callback
+from purestep.loop.roles import Evaluator as Evaluator
+from purestep.loop.roles import Observer as Observer
+from purestep.loop.roles import SnapshotPolicy as SnapshotPolicy
+from purestep.loop.roles import Transformer as Transformer
+from purestep.loop.roles import Watcher as Watcher

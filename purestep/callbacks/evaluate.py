@@ -12,18 +12,19 @@ from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError, DataError, explain
 from purestep.loop.cadence import Every, every
-from purestep.loop.events import Evaluate, Evaluated, Event, Horizon, Log, Started, View
+from purestep.loop.events import Evaluate, Evaluated, Event, Log, Started, View
 from purestep.loop.feed import device_of
-from purestep.loop.ranks import Peers
+from purestep.loop.roles import Evaluator, Peers, Recurring
 from purestep.loop.shared import Shared
-from purestep.step import Eval, make_eval
+from purestep.step import make_eval
+from purestep.step_protocol import AnyStep, facts_of
 
 Sums = Mapping[str, metrics.Metric]
 _READ_EVERY = 100  # batches whose metrics wait on the device before they are read
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateCallback(Reducer):
+class EvaluateCallback(Recurring, Reducer, Evaluator):
     """See `evaluate`."""
 
     loss_fn: Callable[..., Any] = dataclasses.field(repr=False)
@@ -40,9 +41,6 @@ class EvaluateCallback(Reducer):
             return own, (Evaluate(self.name),)
         return own, ()
 
-    def horizon(self, view: View) -> Horizon:
-        return self.every.horizon(view)
-
     def identity(self) -> dict[str, Any]:
         """Return what a snapshot of a run records of it: the data as the source it is read from."""
         of = {"loss_fn": self.loss_fn, "data": self._source, "of": self.of}
@@ -50,8 +48,7 @@ class EvaluateCallback(Reducer):
 
     @functools.cached_property
     def _step(self) -> Callable[..., Any]:
-        inner = getattr(self.loss_fn, "__wrapped__", self.loss_fn)
-        return self.loss_fn if isinstance(inner, Eval) else make_eval(self.loss_fn)
+        return self.loss_fn if facts_of(self.loss_fn).evaluates else make_eval(self.loss_fn)
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -128,9 +125,7 @@ class EvaluateCallback(Reducer):
     def _step_under(self, plan: Any) -> Callable[..., Any]:
         """The evaluation step, told of the plan unless it has one or was compiled without."""
         step = self._step
-        if isinstance(step, Eval) and step.plan is None:
-            return dataclasses.replace(step, plan=plan)
-        return step
+        return step.under(plan) if isinstance(step, AnyStep) else step
 
 
 @checked(ConfigError)

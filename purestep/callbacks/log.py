@@ -11,12 +11,13 @@ from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError
 from purestep.loop.cadence import Every, every
-from purestep.loop.events import EpochDone, Event, Horizon, Log, StepsDone, View
+from purestep.loop.events import EpochDone, Event, Log, StepsDone, View
+from purestep.loop.roles import Recurring
 from purestep.optim.base import GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
-class LogCallback(Reducer):
+class LogCallback(Recurring, Reducer):
     """See `log`."""
 
     every: Every
@@ -34,9 +35,6 @@ class LogCallback(Reducer):
             return {}, (Log(metrics.compute(own, prefix="train/")),)
         return own, ()
 
-    def horizon(self, view: View) -> Horizon:
-        return self.every.horizon(view)
-
 
 @checked(ConfigError)
 def log(*, every: Every = every.steps(50), name: str = "log") -> LogCallback:  # noqa: B008
@@ -51,7 +49,7 @@ def log(*, every: Every = every.steps(50), name: str = "log") -> LogCallback:  #
 
 
 @dataclasses.dataclass(frozen=True)
-class LearningRate(Reducer):
+class LearningRate(Recurring, Reducer):
     """See `learning_rate`."""
 
     tx: GradientTransformation = dataclasses.field(repr=False)
@@ -67,9 +65,6 @@ class LearningRate(Reducer):
             return own, ()
         values = self.tx.hyperparams(view.train.opt_state, view.train.step)
         return own, (Log({name: float(value) for name, value in values.items()}),)
-
-    def horizon(self, view: View) -> Horizon:
-        return self.every.horizon(view)
 
 
 @checked(ConfigError)

@@ -12,11 +12,12 @@ from purestep.callbacks.base import Reducer
 from purestep.errors import ConfigError
 from purestep.loop.cadence import EverySeconds
 from purestep.loop.events import Event, Horizon, LoopState, StepsDone, Stopped, View
+from purestep.loop.roles import Observer
 from purestep.ui.progress import ProgressSink
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress(Reducer):
+class Progress(Reducer, Observer):
     """See `progress`."""
 
     epochs: int | None

@@ -10,11 +10,12 @@ from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError
 from purestep.loop.cadence import Every, every
-from purestep.loop.events import Event, Horizon, Save, View
+from purestep.loop.events import Event, Save, View
+from purestep.loop.roles import Recurring, SnapshotPolicy
 
 
 @dataclasses.dataclass(frozen=True)
-class Snapshots(Reducer):
+class Snapshots(Recurring, Reducer, SnapshotPolicy):
     """See `snapshots`."""
 
     every: Every
@@ -27,11 +28,11 @@ class Snapshots(Reducer):
     def watches(self) -> tuple[str, ...]:
         return self.keep.metrics()
 
+    def preserves(self) -> snapshot.Keep:
+        return self.keep
+
     def react(self, own: Any, event: Event, view: View) -> Reaction:
         return own, ((Save(),) if self.every.due(event, view) else ())
-
-    def horizon(self, view: View) -> Horizon:
-        return self.every.horizon(view)
 
 
 @checked(ConfigError)

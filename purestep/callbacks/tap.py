@@ -12,10 +12,11 @@ from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError
 from purestep.loop.cadence import Every
 from purestep.loop.events import Event, Horizon, LoopState, Transform, View
+from purestep.loop.roles import Observer, Recurring, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class Tap(Reducer):
+class Tap(Reducer, Observer):
     """See `tap`."""
 
     function: Callable[[Event, LoopState], None] = dataclasses.field(repr=False)
@@ -58,18 +59,18 @@ def tap(function: Callable[[Event, LoopState], None], *, every: Every | None = N
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformCallback(Reducer):
+class TransformCallback(Recurring, Reducer, Transformer):
     """See `transform`."""
 
-    transform: Callable[[Any], Any] = dataclasses.field(repr=False)
+    function: Callable[[Any], Any] = dataclasses.field(repr=False)
     every: Every
     name: str
 
     def react(self, own: Any, event: Event, view: View) -> Reaction:
         return own, ((Transform(self.name),) if self.every.due(event, view) else ())
 
-    def horizon(self, view: View) -> Horizon:
-        return self.every.horizon(view)
+    def transform(self, train: Any) -> Any:
+        return self.function(train)
 
 
 @checked(ConfigError)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purestep.data import seeds
+from purestep.data import _torch, seeds
 from purestep.data.columns import Columns
 from purestep.data.order import Request, SampleShard
 from purestep.data.source import close
@@ -59,9 +59,7 @@ class Loaded:
 
     def pin_memory(self) -> Loaded:
         """Return the same with the tensors of the batch in page-locked memory (torch's loader calls this)."""
-        from torch.utils.data._utils.pin_memory import pin_memory
-
-        return dataclasses.replace(self, batch=pin_memory(self.batch))
+        return dataclasses.replace(self, batch=_torch.pin_memory(self.batch))
 
 
 @dataclasses.dataclass(frozen=True)

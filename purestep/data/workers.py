@@ -33,6 +33,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
+from purestep.data import _torch
 from purestep.data.order import BatchOrder, Request
 from purestep.data.samples import Loaded, Loader
 from purestep.errors import DataError, explain
@@ -157,14 +158,14 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers; empty before the first batch and after `close`."""
-        return [worker.pid for worker in getattr(self._iterator, "_workers", ())]
+        return [worker.pid for worker in _torch.worker_processes(self._iterator) if worker.pid is not None]
 
     def close(self) -> None:
         """End the workers. It may be called again."""
         iterator, self._iterator, self._loader, self._position = self._iterator, None, None, None
         # torch's iterator ends its workers when it is collected, which a reference in a traceback may delay.
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+        if iterator is not None:
+            _torch.shut_down(iterator)
 
     def _guarded(self, call: Callable[[], T]) -> T:
         try:

@@ -8,14 +8,14 @@ are imported on first use only.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from purestep import _torch
 from purestep.errors import ConfigError, explain
 from purestep.jit import refusals, shelf
 from purestep.jit.hoist import hoist_scalars
@@ -120,65 +120,65 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
         return run
 
 
-def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Any:
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-    from torch._inductor.virtualized import V
+def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callable[..., Any]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    options: dict[str, Any] = {**list_mode_options(mode or "default")}
+    from purestep.jit import _inductor as inductor
+
+    options: dict[str, Any] = {**inductor.list_mode_options(mode or "default")}
     # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
     options.pop("triton.cudagraphs", None)
-    graph = _broken_up(traced)
     fake_mode = traced.mode
     device = traced.fakes[0].device if traced.fakes else None
-    # Tracing goes without one, so that shapes which depend on values are errors; Inductor's disk cache asks for one.
-    fake_mode.shape_env = ShapeEnv()
-    with (
-        torch._inductor.config.patch({**options, **_CONFIG, **known}),
-        torch.no_grad(),
-        V.set_fake_mode(fake_mode),
-        torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
-    ):
-        graph = joint_graph_passes(graph, device)
-        hoist_scalars(graph)
-        end = graph.graph.output_node()
-        end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
-        with together(), _pools_by_torch(device):
-            return compile_fx_inner(graph, traced.fakes, is_inference=True)
+    with _decompositions(device) as decompositions:
+        graph = _broken_up(traced, decompositions)
+        # Tracing goes without one, so that shapes which depend on values are errors; Inductor's disk cache asks for it.
+        fake_mode.shape_env = ShapeEnv()
+        with (
+            inductor.config.patch({**options, **_CONFIG, **known}),
+            torch.no_grad(),
+            inductor.compiling(fake_mode),
+        ):
+            graph = inductor.joint_graph_passes(graph, device)
+            hoist_scalars(graph)
+            end = graph.graph.output_node()
+            end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
+            with together():
+                return inductor.compile_fx_inner(graph, traced.fakes, is_inference=True)
 
 
-@contextlib.contextmanager
-def _pools_by_torch(device: torch.device | None) -> Iterator[None]:
-    """Leave the gradient of max_pool2d to torch's kernel on CPUs: Inductor's own is a loop that is not vectorized."""
-    from torch._inductor import lowering
-
-    table: dict[Any, Any] = lowering.lowerings
-    own, theirs = table.get(_POOL_BACKWARD), getattr(lowering, "fallback_max_pool2d_with_indices_backward", None)
-    if own is None or theirs is None or device is None or device.type != "cpu":
-        yield
-        return
-    table[_POOL_BACKWARD] = theirs
-    try:
-        yield
-    finally:
-        table[_POOL_BACKWARD] = own
-
-
-def _broken_up(traced: Traced) -> fx.GraphModule:
+def _broken_up(traced: Traced, decompositions: Mapping[_torch.OpOverload, Callable[..., object]]) -> fx.GraphModule:
     """Return the graph in the operators that Inductor knows."""
-    # The decomposition of max_pool2d uses it without importing it.
-    importlib.import_module("torch._inductor.lowering")
-    from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     traced.mode.shape_env = None
     with traced.mode, torch.no_grad():
-        table = dict(select_decomp_table())
-        if traced.fakes and traced.fakes[0].is_cpu:
-            table.pop(_POOL_BACKWARD, None)
-        return make_fx(traced.graph, decomposition_table=table)(*traced.fakes)
+        return make_fx(traced.graph, decomposition_table=dict(decompositions))(*traced.fakes)
+
+
+@contextlib.contextmanager
+def _decompositions(device: torch.device | None) -> Iterator[dict[_torch.OpOverload, Callable[..., object]]]:
+    """Yield Inductor's decompositions, and leave the gradient of max_pool2d on CPUs to torch's kernel meanwhile.
+
+    Inductor would decompose it, or lower it to a loop that is not vectorized; so neither of its tables may have it.
+    """
+    from purestep.jit import _inductor as inductor
+
+    known, lowered = dict(inductor.decompositions()), inductor.lowerings
+    by_torch = inductor.POOL_FALLBACK
+    if device is None or device.type != "cpu":
+        yield known
+        return
+    known.pop(_POOL_BACKWARD, None)
+    by_inductor = lowered.get(_POOL_BACKWARD)
+    if by_inductor is None or by_torch is None:
+        yield known
+        return
+    lowered[_POOL_BACKWARD] = by_torch
+    try:
+        yield known
+    finally:
+        lowered[_POOL_BACKWARD] = by_inductor
 
 
 _POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward.default

@@ -18,16 +18,26 @@ from typing import Any
 
 import torch
 
-from purestep import transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.errors import explain
+from purestep.given import consume, leaves_apart, memory_of, unaliased
 from purestep.jit import backends, donation, refusals, signature
-from purestep.jit.donation import Plan
+from purestep.jit._torch import set_grad_enabled
+from purestep.jit.donation import Layout
 from purestep.jit.progress import progress
 from purestep.jit.static import Statics
 from purestep.jit.trace import Traced, trace
+from purestep.sharding.plan import Plan
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, name_of, resliced, signature_of
+from purestep.tree import Structure
 
 log = logging.getLogger("purestep.jit")
 _MANY = 8
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Names = Callable[[], list[str]]
+# What a call is known by besides its leaves: settings of torch, and static arguments.
+Extra = tuple[Hashable, tuple[tuple[str, type, Any], ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Entry:
         run: the compiled graph.
         takes: picks the tensors among the leaves of a call; None where all are.
         pick: picks the leaves of the result among (outputs, leaves, constants).
-        plan: where they come from.
+        layout: where they come from.
         structure: structure of the result.
         code: the graph, as text.
         held: static objects that the signature knows by identity, so that they stay alive.
@@ -48,8 +58,8 @@ class Entry:
     run: backends.Run
     takes: Callable[[Sequence[Any]], Sequence[Any]] | None
     pick: Callable[[Sequence[Any]], Sequence[Any]]
-    plan: Plan
-    structure: Any
+    layout: Layout
+    structure: Structure
     code: str
     held: tuple[Any, ...]
     fixed: bool
@@ -59,32 +69,33 @@ class Entry:
         tensors = leaves if self.takes is None else self.takes(leaves)
         grad = torch.is_grad_enabled()
         if grad:
-            torch._C._set_grad_enabled(False)
+            set_grad_enabled(False)
         try:
             outputs = self.run([*tensors])
         finally:
             if grad:
-                torch._C._set_grad_enabled(True)
-        return self.pick((*outputs, *leaves, *self.plan.constants))
+                set_grad_enabled(True)
+        return self.pick((*outputs, *leaves, *self.layout.constants))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Last:
     """The state that the last call returned: if it comes back untouched, its signature is known."""
 
-    state: weakref.ref[Any]
+    state: weakref.ref[object]
     leaves: tuple[Any, ...]
-    structure: Any
+    structure: Structure
     rest: list[Hashable]
-    extra: Any
+    extra: Extra
     entry: Entry
     owned: frozenset[int]
 
 
-class Jit:
+class Jit(AnyStep):
     """A compiled function. Made by `jit`; call it like the function.
 
     Attributes:
+        function: the function.
         donate: whether the first argument is consumed.
         backend: name of the backend.
         retraces: why each trace but the first was made, in order.
@@ -93,9 +104,10 @@ class Jit:
     def __init__(
         self, function: Callable[..., Any], donate: bool, backend: str, static: Sequence[int | str], mode: str | None
     ) -> None:
-        self.__wrapped__ = function
-        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.function = function
+        self.__name__ = name_of(function)
         self.__doc__ = function.__doc__
+        self.__signature__ = signature_of(function)
         self.donate, self.backend, self.mode = donate, backend, mode
         self._statics = Statics(function, static)
         self._lock = threading.RLock()
@@ -111,14 +123,34 @@ class Jit:
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
-        return f"jit({self.__wrapped__!r}, {options})"
+        return f"jit({self.function!r}, {options})"
+
+    # --- as a step ----------------------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> StepFacts:
+        """Those of the function, and how it is compiled."""
+        return dataclasses.replace(facts_of(self.function), donate=self.donate, backend=self.backend)
+
+    def bare(self, microbatches: int | None = None) -> StepFn:
+        return bare(self.function, microbatches)
+
+    def with_microbatches(self, count: int) -> Jit:
+        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode)
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
+    def identity(self) -> Callable[..., Any]:
+        """Return what a snapshot of a run records of it: the function. What compiled it is a condition of the run."""
+        return self.function
 
     # --- calling ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or another trace, a compiled function is the function it was made of.
-            return self.__wrapped__(*args, **kwargs)
+            return self.function(*args, **kwargs)
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         last = self._last
@@ -127,21 +159,21 @@ class Jit:
             if entry is not None:
                 if self.donate:
                     n = len(last.leaves)
-                    leaves[n:] = donation.apart(leaves[n:], last.owned)
+                    leaves[n:] = leaves_apart(leaves[n:], last.owned)
                 return self._run(entry, args, leaves, structure, extra, last)
         entry = self._find(args, kwargs, leaves, structure, extra)
         if self.donate:
-            leaves = donation.unaliased(leaves, entry.plan.state_leaves)
+            leaves = unaliased(leaves, entry.layout.state_leaves)
         return self._run(entry, args, leaves, structure, extra, None)
 
-    def _split(self, args: Any, kwargs: Any) -> tuple[Any, Any, tuple[Hashable, Any]]:
+    def _split(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Extra]:
         """Return the traced arguments, and what else a call is known by: settings of torch and static arguments."""
         if not self._statics:
             return args, kwargs, (signature.ambient(), ())
         args, kwargs, given = self._statics.split(args, kwargs)
         return args, kwargs, (signature.ambient(), given)
 
-    def _again(self, last: _Last, leaves: list[Any], structure: Any, extra: Any) -> Entry | None:
+    def _again(self, last: _Last, leaves: list[Any], structure: Structure, extra: Extra) -> Entry | None:
         """Return the entry of the last call if this one differs from it in the contents of the batch only."""
         n = len(last.leaves)
         if (
@@ -154,7 +186,13 @@ class Jit:
         return None
 
     def _run(
-        self, entry: Entry, args: tuple[Any, ...], leaves: list[Any], structure: Any, extra: Any, last: _Last | None
+        self,
+        entry: Entry,
+        args: Args,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        last: _Last | None,
     ) -> Any:
         if not self.donate:
             found = entry(leaves)
@@ -163,25 +201,25 @@ class Jit:
             try:
                 found = entry(leaves)
             except BaseException:
-                donation.consume(args[0], f"{self.__name__}, which failed while it wrote over it")
+                consume(args[0], f"{self.__name__}, which failed while it wrote over it")
                 raise
             result = tree.unflatten(entry.structure, found)
-            donation.consume(args[0], self.__name__)
-        n = entry.plan.state_leaves
+            consume(args[0], self.__name__)
+        n = entry.layout.state_leaves
         if n and entry.fixed:
             self._remember(
-                entry, result if entry.plan.alone else result[0], found[:n], leaves[n:], structure, extra, last
+                entry, result if entry.layout.alone else result[0], found[:n], leaves[n:], structure, extra, last
             )
         return result
 
     def _remember(
         self,
         entry: Entry,
-        state: Any,
+        state: object,
         found: Sequence[Any],
         others: list[Any],
-        structure: Any,
-        extra: Any,
+        structure: Structure,
+        extra: Extra,
         last: _Last | None,
     ) -> None:
         try:
@@ -192,17 +230,17 @@ class Jit:
             rest, owned = last.rest, last.owned
         else:
             rest = [signature.leaf_signature(leaf) for leaf in others]
-            owned = donation.storages(found) if self.donate else frozenset()
+            owned = memory_of(found) if self.donate else frozenset()
         self._last = _Last(reference, tuple(found), structure, rest, extra, entry, owned)
 
-    def _forget(self, reference: weakref.ref[Any]) -> None:
+    def _forget(self, reference: weakref.ref[object]) -> None:
         last = self._last
         if last is not None and last.state is reference:
             self._last = None
 
     # --- looking up and compiling -------------------------------------------------------------------------------------
 
-    def _find(self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any) -> Entry:
+    def _find(self, args: Args, kwargs: Kwargs, leaves: list[Any], structure: Structure, extra: Extra) -> Entry:
         signature.check_whole(leaves, lambda: self._paths(args, kwargs))
         objects = signature.static_values((args, kwargs))
         signatures = tuple([signature.leaf_signature(leaf) for leaf in leaves])
@@ -220,33 +258,48 @@ class Jit:
         return entry
 
     def _build(
-        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, objects: list[Any]
+        self,
+        args: Args,
+        kwargs: Kwargs,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        objects: list[Any],
     ) -> Entry:
         names = functools.cache(lambda: self._paths(args, kwargs))
         signature.check_leaves(leaves, names)
-        self._explain_retrace(signature.Shape.of(names(), leaves, extra[1]))
+        # A dry run of a function that calls this one: what it costs to compile would be for nothing.
+        dry = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
+        if not dry:
+            self._explain_retrace(signature.Shape.of(names(), leaves, extra[1]))
         with progress(self.__name__) as note:
-            backend = "eager" if self._fell_back else self.backend
+            backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
-            traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names)
+            traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
             note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
             try:
-                run = backends.compile(traced, backend, self.mode, donated=plan.state_leaves if self.donate else 0)
+                run = backends.compile(traced, backend, self.mode, donated=layout.state_leaves if self.donate else 0)
             except Exception as error:
                 if not refusals.no_compiler(error):
                     raise refusals.not_compiled(self.__name__, backend, error) from error
                 self._fell_back = True
                 warnings.warn(refusals.no_compiler_message(self.__name__, error), stacklevel=5)
-                traced, plan, code = self._traced(args, kwargs, leaves, structure, extra, names)
+                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not signature.static_values((args[1:], kwargs))
-        return Entry(run, takes, _picker(plan.picks), plan, traced.structure, code, tuple(objects), fixed)
+        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed)
 
     def _traced(
-        self, args: Any, kwargs: Any, leaves: list[Any], structure: Any, extra: Any, names: Any
-    ) -> tuple[Traced, Plan, str]:
-        function = self._statics.bound(self.__wrapped__, extra[1])
+        self,
+        args: Args,
+        kwargs: Kwargs,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        names: Callable[[], list[str]],
+    ) -> tuple[Traced, Layout, str]:
+        function = self._statics.bound(self.function, extra[1])
         traced = trace(
             function,
             leaves,
@@ -255,10 +308,10 @@ class Jit:
             static=signature.static_values((args, kwargs)),
         )
         first = args[0] if args else None
-        plan = donation.plan(traced, first, len(leaves), donate=self.donate, name=self.__name__)
-        return traced, plan, traced.graph.print_readable(print_output=False)
+        layout = donation.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
+        return traced, layout, traced.graph.print_readable(print_output=False)
 
-    def _paths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def _paths(self, args: Args, kwargs: Kwargs) -> list[str]:
         named = self._statics.names(len(args))
         roots = [*zip(named, args, strict=True), *((k, kwargs[k]) for k in sorted(kwargs))]
         return [path for name, value in roots for path in tree.paths(value, name)]
@@ -297,7 +350,7 @@ class Jit:
         """Return the traced graph of a call as code, the epilogue of a donation included."""
         return self._entry_for(args, kwargs).code
 
-    def _entry_for(self, args: Any, kwargs: Any) -> Entry:
+    def _entry_for(self, args: Args, kwargs: Kwargs) -> Entry:
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         return self._find(args, kwargs, leaves, structure, extra)

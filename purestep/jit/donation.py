@@ -1,19 +1,17 @@
-"""Donation: writing the new state over the memory of the old one, and keeping that safe.
+"""Donation in a graph: the epilogue that writes the new state over the memory of the old one.
 
-`plan` adds the `copy_` epilogue to a graph and says where each leaf of the result comes from; `unaliased` gives a
-donated state memory of its own where leaves share some; `consume` makes the old state unusable. Only `call` calls them.
+`epilogue` adds it, and says where each leaf of the result comes from. What donation needs at every call is in `given`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import StepError, explain
 from purestep.jit.trace import Traced
 
@@ -22,7 +20,7 @@ _IDENTITIES = {torch.ops.aten.clone.default, torch.ops.aten.detach.default, torc
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Layout:
     """Where the leaves of a result are.
 
     Attributes:
@@ -40,7 +38,7 @@ class Plan:
     alone: bool
 
 
-def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str) -> Plan:
+def epilogue(traced: Traced, first: object, leaf_count: int, *, donate: bool, name: str) -> Layout:
     """Drop outputs that are inputs, add the epilogue of a donating function, and return where the results are.
 
     Args:
@@ -74,11 +72,15 @@ def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str
         root = _root(node)
         if donate and position < state_leaves:
             own = inputs[slot_of[position]]
+            # A leaf that the function passed on is in its place already.
             if root is not own:
                 if _memory(node) in donated:
+                    # It is another leaf of the state, or a view of one: another copy of the epilogue may write over
+                    # it before this one reads it, so it is read first.
                     node = _cloned(traced, end, node)
                     kept.append(node)
                 copies.append((own, node))
+            # Whatever was copied there, the caller finds it in the memory of the leaf that it donated.
             sources.append(("input", position))
         elif root.op == "placeholder" and _memory(root) not in donated:
             sources.append(("input", traced.takes[inputs.index(root)]))
@@ -86,6 +88,7 @@ def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str
             sources.append(("output", len(outputs)))
             outputs.append(node)
     if donate:
+        # Metrics may show a parameter of before or after the update; both memories hold the new state at the end.
         written = {_memory(node) for _, node in copies} | donated
         outputs = [_cloned(traced, end, node) if _memory(node) in written else node for node in outputs]
     with traced.graph.graph.inserting_before(end):
@@ -99,11 +102,11 @@ def plan(traced: Traced, first: Any, leaf_count: int, *, donate: bool, name: str
     count = len(outputs) + len(kept)
     offset = {"output": 0, "input": count, "constant": count + leaf_count}
     picks = tuple(offset[kind] + index for kind, index in sources)
-    return Plan(picks, tuple(constants), state_leaves, alone)
+    return Layout(picks, tuple(constants), state_leaves, alone)
 
 
 def _memory(node: fx.Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata
+    return _torch.storage_id(node.meta["val"].untyped_storage())
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -127,11 +130,11 @@ def _cloned(traced: Traced, end: fx.Node, node: fx.Node) -> fx.Node:
 # --- is it a state? ---------------------------------------------------------------------------------------------------
 
 
-def _candidates(result: Any) -> list[tuple[Any, bool]]:
+def _candidates(result: object) -> list[tuple[Any, bool]]:
     return ([(result[0], False)] if isinstance(result, tuple) and result else []) + [(result, True)]
 
 
-def _state_like(traced: Traced, first: Any) -> tuple[int, bool]:
+def _state_like(traced: Traced, first: object) -> tuple[int, bool]:
     """Return the number of leaves of a returned state that fits the first argument, and whether it stands alone."""
     leaves, structure = tree.flatten(first)
     for value, alone in _candidates(traced.result):
@@ -141,7 +144,7 @@ def _state_like(traced: Traced, first: Any) -> tuple[int, bool]:
     return 0, False
 
 
-def _fits(old: Any, new: Any) -> bool:
+def _fits(old: object, new: object) -> bool:
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return type(old) is type(new) and bool(old == new)
     same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
@@ -150,7 +153,7 @@ def _fits(old: Any, new: Any) -> bool:
     )
 
 
-def _not_a_state(traced: Traced, first: Any, name: str) -> str:
+def _not_a_state(traced: Traced, first: object, name: str) -> str:
     value = _candidates(traced.result)[0][0]
     before = dict(zip(tree.paths(first, "state"), tree.leaves(first), strict=True))
     after = dict(zip(tree.paths(value, "state"), tree.leaves(value), strict=True))
@@ -167,63 +170,8 @@ def _not_a_state(traced: Traced, first: Any, name: str) -> str:
     )
 
 
-def _layout(leaf: Any) -> str:
+def _layout(leaf: object) -> str:
     text = tree.describe(leaf)
     return (
         f"{text} of strides {tuple(leaf.stride())}" if isinstance(leaf, Tensor) and not leaf.is_contiguous() else text
     )
-
-
-# --- at every call ----------------------------------------------------------------------------------------------------
-
-
-def unaliased(leaves: list[Any], state_leaves: int) -> list[Any]:
-    """Return the leaves with copies in place of those that share memory with a leaf of the state, or with themselves.
-
-    A state may hold one tensor twice (an average that starts as the parameters); as a value that is no different from
-    two tensors, so a donated state gets two.
-    """
-    owned: set[int] = set()
-    result = list(leaves)
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or not leaf.numel():
-            continue
-        start = leaf.untyped_storage().data_ptr()
-        overlaps = i < state_leaves and _folded(leaf)
-        if start in owned or overlaps:
-            result[i] = leaf.detach().clone(
-                memory_format=torch.contiguous_format if overlaps else torch.preserve_format
-            )
-        elif i < state_leaves:
-            owned.add(start)
-    return result
-
-
-def _folded(leaf: Tensor) -> bool:
-    """Tell whether several elements sit in one place, as `expand` makes them."""
-    return any(step == 0 and size > 1 for size, step in zip(leaf.shape, leaf.stride(), strict=True))
-
-
-def storages(leaves: Sequence[Any]) -> frozenset[int]:
-    """Return the memory that a state owns."""
-    return frozenset(leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel())
-
-
-def apart(leaves: Sequence[Any], owned: frozenset[int]) -> list[Any]:
-    """Return leaves of a batch with copies in place of those that share memory with the state."""
-    return [
-        leaf.detach().clone() if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in owned else leaf
-        for leaf in leaves
-    ]
-
-
-def consume(value: Any, by: str) -> None:
-    """Make the nodes of a donated value unusable. Plain dicts, lists and tuples stay; what they hold is consumed."""
-    if tree.node_name(type(value)):
-        tree.consume(value, by)
-    elif isinstance(value, dict):
-        for child in value.values():
-            consume(child, by)
-    elif isinstance(value, (list, tuple)):
-        for child in value:
-            consume(child, by)

@@ -1,4 +1,4 @@
-"""Donation without compilation: an eager step that consumes the state it is given.
+"""Donation without compilation: an eager step that consumes the state it is called with.
 
 Owns `donate`. The step itself says when it has no more use for the state (`last_use=` of `apply_gradients`); until then
 nothing is written, so a call that fails before leaves the state as it was.
@@ -6,61 +6,81 @@ nothing is written, so a call that fails before leaves the state as it was.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from purestep import given, transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
-from purestep.jit import donation
-from purestep.jit.call import Jit
-from purestep.jit.pieces import JitStep
+from purestep.given import consume, donating, lies_in, memory_of, nodes, unaliased
 from purestep.optim.blocks import is_owned, worth_reusing
 from purestep.sharding import place
+from purestep.sharding.plan import Plan
 from purestep.state import TrainState
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, name_of, resliced, signature_of
 
 
-class Donating:
+class Donating(AnyStep):
     """A step that consumes its state. Made by `donate`; call it like the step.
 
     Attributes:
+        step: the step.
         donate: True.
     """
 
     donate = True
 
-    def __init__(self, step: Callable[..., Any]) -> None:
-        self.__wrapped__ = step
-        self.__name__ = getattr(step, "__name__", type(step).__name__)
+    def __init__(self, step: StepFn) -> None:
+        self.step = step
+        self.__name__ = name_of(step)
         self.__doc__ = step.__doc__
+        self.__signature__ = signature_of(step)
 
     def __repr__(self) -> str:
-        return f"donate({self.__wrapped__!r})"
+        return f"donate({self.step!r})"
+
+    @property
+    def facts(self) -> StepFacts:
+        """Those of the step, but that it consumes its state."""
+        return dataclasses.replace(facts_of(self.step), donate=True)
+
+    def bare(self, microbatches: int | None = None) -> StepFn:
+        return bare(self.step, microbatches)
+
+    def with_microbatches(self, count: int) -> AnyStep:
+        return Donating(resliced(self.step, count))
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
+    def identity(self) -> StepFn:
+        """Return what a snapshot of a run records of it: the step, whose bits it has."""
+        return self.step
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or a trace nothing is written in place.
-            return self.__wrapped__(state, *args, **kwargs)
-        own, places = _of_its_own(state)
-        with given.giving(_states(own)) as call:
+            return self.step(state, *args, **kwargs)
+        own, memory = _of_its_own(state)
+        with donating(_states(own), memory) as donation:
             try:
-                returned = self.__wrapped__(own, *args, **kwargs)
+                returned = self.step(own, *args, **kwargs)
             except BaseException:
-                if call.taken:
-                    _consume(state, f"{self.__name__}, which failed while it wrote over it", ())
+                if donation.written:
+                    consume(state, f"{self.__name__}, which failed while it wrote over it")
                 raise
         new, *others = returned if isinstance(returned, tuple) else (returned,)
-        if call.taken:
-            self._check_apart(others, places)
-        _consume(state, self.__name__, _nodes(new))
+        if donation.written:
+            self._check_apart(others, memory)
+        # A step that skipped the update may return the very state it was called with.
+        consume(state, self.__name__, kept=nodes(new))
         return returned
 
-    def _check_apart(self, others: Any, places: frozenset[int]) -> None:
-        """Refuse what the step returned besides the state where it shows the memory that was written over."""
-        for path, leaf in zip(tree.paths(others), tree.leaves(others), strict=True) if places else ():
-            if given.shares(leaf, places):
+    def _check_apart(self, others: list[Any], memory: frozenset[int]) -> None:
+        """Refuse what the step returned besides the state where it lies in the memory that was written over."""
+        for path, leaf in zip(tree.paths(others), tree.leaves(others), strict=True) if memory else ():
+            if lies_in(leaf, memory):
                 raise StepError(
                     explain(
                         "what a donating step returns besides the state lies in the memory of the old state",
@@ -73,7 +93,7 @@ class Donating:
 
 @checked(ConfigError)
 def donate(step: Callable[..., Any]) -> Any:
-    """Make a step consume the state it is given, without compiling it.
+    """Make a step consume the state it is called with, without compiling it.
 
     Parameters and optimizer state are updated in place, unless all parameters are small (below some 16,000 elements),
     when it would save nothing. So memory holds one state instead of two, and the time to fill fresh memory is saved;
@@ -85,7 +105,7 @@ def donate(step: Callable[..., Any]) -> Any:
             writes in place where it calls `state.apply_gradients(..., last_use=True)`, and nowhere else.
 
     Returns:
-        A step. Its `donate` is True, its `__wrapped__` the step. One that donates already is returned as it is.
+        A step. Its `donate` is True, its `step` the step. One that donates already is returned as it is.
 
     Raises:
         ConfigError: the step is compiled without donation.
@@ -100,9 +120,10 @@ def donate(step: Callable[..., Any]) -> Any:
         >>> int(new.step), repr(state)
         (1, '<TrainState, consumed by Step>')
     """
-    if getattr(step, "donate", False):
+    facts = facts_of(step)
+    if facts.donate:
         return step
-    if isinstance(step, (Jit, JitStep)):
+    if facts.backend is not None:
         raise ConfigError(
             explain(
                 "a compiled step is made a donating one when it is compiled",
@@ -114,50 +135,20 @@ def donate(step: Callable[..., Any]) -> Any:
 
 
 def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
-    """Return a state whose tensors share memory with nothing else in it, and where what is written over lies."""
-    if not worth_reusing(_part(p) for found in _states(state) for p in found.params.values()):
+    """Return a state whose tensors share memory with nothing else in it, and the memory that an update writes over."""
+    if not worth_reusing(place.part_of(p) for found in _states(state) for p in found.params.values()):
         return state, frozenset()
     leaves, structure = tree.flatten(state)
-    parts = [_part(leaf) for leaf in leaves]
-    apart = donation.unaliased(parts, len(parts))
-    if any(a is not b for a, b in zip(parts, apart, strict=True)):
+    local = [place.part_of(leaf) for leaf in leaves]
+    apart = unaliased(local, len(local))
+    if any(a is not b for a, b in zip(local, apart, strict=True)):
         state = place.rewrap(tree.unflatten(structure, apart), state)
-    own = [_part(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))]
-    return state, given.memory(filter(is_owned, own))
+    written = [place.part_of(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))]
+    return state, memory_of(filter(is_owned, written))
 
 
-def _part(leaf: Any) -> Any:
-    return leaf._local_tensor if place.is_split(leaf) else leaf
-
-
-def _states(value: Any) -> list[TrainState]:
+def _states(value: object) -> list[TrainState]:
     """Return the train states in a value, which alone are written over."""
-    if isinstance(value, TrainState):
+    if isinstance(value, TrainState):  # nearly always: at every call
         return [value]
-    if isinstance(value, dict):
-        children: Any = value.values()
-    elif isinstance(value, (list, tuple)):
-        children = value
-    elif tree.node_name(type(value)):
-        children = [getattr(value, name) for name in tree.node_fields(type(value))[0]]
-    else:
-        return []
-    return [state for child in children for state in _states(child)]
-
-
-def _nodes(value: Any) -> list[Any]:
-    """Return the outermost nodes of a value that can be marked as consumed."""
-    if tree.node_name(type(value)):
-        return [value]
-    if isinstance(value, dict):
-        return [node for child in value.values() for node in _nodes(child)]
-    if isinstance(value, (list, tuple)):
-        return [node for child in value for node in _nodes(child)]
-    return []
-
-
-def _consume(state: Any, by: str, kept: Any) -> None:
-    """Make the nodes of a state unusable, but those that the step returned as they are."""
-    for node in _nodes(state):
-        if not any(node is other for other in kept):
-            tree.consume(node, by)
+    return [state for _, state in tree.find(value, TrainState)]

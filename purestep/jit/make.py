@@ -12,6 +12,7 @@ from purestep.jit.backends import Backend, Mode
 from purestep.jit.call import Jit
 from purestep.jit.pieces import JitStep
 from purestep.step import Step
+from purestep.step_protocol import WrappedStep, facts_of
 
 
 @checked(ConfigError)
@@ -48,11 +49,11 @@ def jit(
 
     Returns:
         An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),
-        `compile(*args)` (ahead of time, runs nothing), `graph(*args)` (the graph as code), `clear()` and `__wrapped__`.
+        `compile(*args)` (ahead of time, runs nothing), `graph(*args)` (the graph as code) and `clear()`.
         A step of several microbatches is compiled in two pieces, `grads` and `update`.
 
     Raises:
-        ConfigError: an unknown backend, mode or argument name.
+        ConfigError: an unknown backend, mode or argument name; a function around a step that is compiled in pieces.
         TraceError: when called: a captured tensor, a Python branch on the value of a tensor, an argument that is
             changed in place.
         StepError: when called: a donating function that returns no such state.
@@ -83,4 +84,20 @@ def jit(
         raise ConfigError(explain("static= counts arguments from 0 up", where=f"{static=}", instead="static=0"))
     if isinstance(function, Step) and (function.microbatches not in (None, 1) or function.plan is not None):
         return JitStep(function, bool(donate), backend, mode)
+    if isinstance(function, WrappedStep):
+        _check_one_graph(function)
     return Jit(function, bool(donate), backend, names, mode)
+
+
+def _check_one_graph(function: WrappedStep) -> None:
+    """Refuse a function around a step that only goes into two graphs, with something between them."""
+    facts = facts_of(function)
+    if facts.backend is None and (facts.microbatches not in (None, 1) or (facts.plan and not facts.evaluates)):
+        raise ConfigError(
+            explain(
+                "a function around a step of several microbatches, or of a plan, does not go into one graph",
+                where=repr(function),
+                why="gradients are summed, and exchanged between ranks, outside of what is compiled",
+                instead="ps.wrap_step(ps.jit(step), function)   # compile the step, then put the function around it",
+            )
+        )

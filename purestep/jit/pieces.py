@@ -7,35 +7,38 @@ and whoever computes a microbatch elsewhere runs the same piece, so it has the s
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from purestep import transforms
-from purestep.accumulate import Gradients, accumulate
+from purestep import _torch, transforms
+from purestep.accumulate import Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.errors import ConfigError, explain
-from purestep.grad import split_batch
-from purestep.jit import donation
+from purestep.given import consume
 from purestep.jit.call import Jit
+from purestep.optim.scope import only_shards
 from purestep.sharding import place, whole
 from purestep.sharding.plan import Plan
 from purestep.state import TrainState
 from purestep.step import Metrics, Step
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, name_of
 
 
-class JitStep:
+class JitStep(AnyStep):
     """A compiled step of several microbatches. Made by `jit`; call it as `step(state, batch)`.
 
     Attributes:
+        step: the step.
         donate: whether the state is consumed.
         backend: name of the backend.
         grads, update: the two pieces, compiled functions themselves.
     """
 
     def __init__(self, step: Step, donate: bool, backend: str, mode: str | None) -> None:
-        self.__wrapped__ = step
-        self.__name__ = type(step).__name__
+        self.step = step
+        self.__name__ = name_of(step)
         self.donate, self.backend, self.mode = donate, backend, mode
 
         def grads(state: TrainState, microbatch: Any, index: Tensor) -> Gradients:
@@ -50,17 +53,17 @@ class JitStep:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
-            return self.__wrapped__(state, batch)
-        if self.__wrapped__.plan is not None:
-            return self._planned(self.__wrapped__.plan, state, batch)
+        if transforms.active() or _torch.dispatch_modes() > 0:
+            return self.step(state, batch)
+        if self.step.plan is not None:
+            return self._planned(self.step.plan, state, batch)
         return self.update(state, _changed(state, self._total(state, batch)))
 
     def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Run the pieces of this rank's microbatches, with all gathers and sums outside of what is compiled."""
         from purestep.parallel import total
 
-        step = self.__wrapped__
+        step = self.step
         total.check(plan, step)
         if plan.mesh.size(*plan.model_axes) > 1:
             raise ConfigError(
@@ -80,33 +83,34 @@ class JitStep:
                     instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
                 )
             )
+        # DTensors do not go into a graph: where any leaf is split, the pieces compute with the local shards.
         view = place.local(state) if total.split_leaves(state) else state
-        indices = self._indices(step.parts, state.rng.device)
+        indices = self._indices(step.microbatch_count, state.rng.device)
 
-        def compute(view: TrainState, microbatch: Any, index: int, turn: Any) -> Gradients:
-            whole_state = view if turn is None else turn.gathered(view)
-            part = _whole(whole_state, self.grads(whole_state, microbatch, indices[index]))
-            return part if turn is None else turn.taken(part, view)
+        def compute(view: TrainState, microbatch: Any, index: int, exchange: MicrobatchExchange) -> Gradients:
+            full = exchange.gathered(view)
+            return exchange.taken(_whole(full, self.grads(full, microbatch, indices[index])), view)
 
-        gradients = total.total(plan, step.parts, state, view, batch, compute, step.orders)
+        gradients = total.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
         with whole.updating(whole.Whole(plan, state.params, state.opt_state)):
             # What needs whole tensors gathers them, which no graph can hold.
-            compiled = view is state or whole.only_parts(step.tx)
+            compiled = view is state or only_shards(step.tx)
             new, metrics = (self.update if compiled else step.update)(
                 view, _changed(view, gradients) if compiled else gradients
             )
         if view is state:
             return new, metrics
         new = place.rewrap(new, state)
+        # The compiled update consumed the view, whose memory is that of the state; the state itself is left to consume.
         if self.donate and compiled:
-            donation.consume(state, self.__name__)
+            consume(state, self.__name__)
         return new, metrics
 
     def _total(self, state: TrainState, batch: Any, same: bool = False) -> Gradients:
         """Run the first piece for each microbatch, or once for each size of them, and add up."""
-        microbatches = split_batch(batch, self.__wrapped__.parts)
+        microbatches = split_batch(batch, self.step.microbatch_count)
         indices = self._indices(len(microbatches), state.rng.device)
-        total = accumulate(state, sum(size for _, size in microbatches), self.__wrapped__.parts)
+        total = accumulate(state, sum(size for _, size in microbatches), self.step.microbatch_count)
         known: dict[int, Gradients] = {}
         for index, (microbatch, size) in enumerate(microbatches):
             part = known.get(size)
@@ -122,6 +126,31 @@ class JitStep:
         if len(self._index) < count or self._index[0].device != device:
             self._index = list(torch.arange(count, device=device).unbind())
         return self._index[:count]
+
+    # --- as a step ----------------------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> StepFacts:
+        """Those of the step, and how it is compiled."""
+        return dataclasses.replace(self.step.facts, donate=self.donate, backend=self.backend)
+
+    def bare(self, microbatches: int | None = None) -> StepFn:
+        return self.step.bare(microbatches)
+
+    def with_microbatches(self, count: int) -> AnyStep:
+        settled = self.step.with_microbatches(count)
+        if count == 1 and self.step.plan is None:
+            return Jit(settled, self.donate, self.backend, (), self.mode)
+        return JitStep(settled, self.donate, self.backend, self.mode)
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
+    def identity(self) -> Step:
+        """Return what a snapshot of a run records of it: the step. What compiled it is a condition of the run."""
+        return self.step
+
+    # --- ahead of time ------------------------------------------------------------------------------------------------
 
     @property
     def retraces(self) -> tuple[str, ...]:
@@ -147,12 +176,12 @@ class JitStep:
         return "\n".join(self._pieces(state, batch))
 
     def _pieces(self, state: TrainState, batch: Any) -> tuple[str, str]:
-        (microbatch, _), *_ = split_batch(batch, self.__wrapped__.parts)
+        (microbatch, _), *_ = split_batch(batch, self.step.microbatch_count)
         first = self.grads.graph(state, microbatch, self._indices(1, state.rng.device)[0])
         return first, self.update.graph(state, _changed(state, self._total(state, batch, same=True)))
 
     def __repr__(self) -> str:
-        return f"jit({self.__wrapped__!r}, donate={self.donate!r}, backend={self.backend!r})"
+        return f"jit({self.step!r}, donate={self.donate!r}, backend={self.backend!r})"
 
 
 def _whole(state: TrainState, part: Gradients) -> Gradients:

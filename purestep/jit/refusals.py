@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import CompileError, PurestepError, RandomnessError, TraceError, explain
 from purestep.functional import Definition
 
@@ -113,11 +113,11 @@ def locate(tensor: Tensor, roots: list[Any]) -> str | None:
     modules."""
     seen: set[int] = set()
     queue: list[tuple[str, Any, int]] = [("", root, 0) for root in roots]
-    storage = tensor.untyped_storage()._cdata
+    storage = _torch.storage_id(tensor.untyped_storage())
     while queue and len(seen) < 20_000:
         name, value, depth = queue.pop(0)
         if isinstance(value, Tensor):
-            if value.device.type != "meta" and value.untyped_storage()._cdata == storage:
+            if value.device.type != "meta" and _torch.storage_id(value.untyped_storage()) == storage:
                 return name
             continue
         if depth > 9 or id(value) in seen:
@@ -140,7 +140,11 @@ def _reachable(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Definition):
         yield "the model", value.module
     elif isinstance(value, nn.Module):
-        named = [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False), *value._modules.items()]
+        named = [
+            *value.named_parameters(recurse=False),
+            *value.named_buffers(recurse=False),
+            *_torch.children_of(value).items(),
+        ]
         yield from ((prefix + key, v) for key, v in named)
         yield from ((prefix + key, v) for key, v in value.__dict__.items() if not key.startswith("_"))
         if type(value).__module__.split(".")[0] != "torch":
@@ -178,10 +182,10 @@ def _free(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 def check_mutation(graph: fx.GraphModule, mutable: list[fx.Node], names: list[str]) -> None:
     """Refuse a graph that writes into one of its inputs."""
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    memory = {n.meta["val"].untyped_storage()._cdata: i for i, n in enumerate(inputs)}
+    memory = {_torch.storage_id(n.meta["val"].untyped_storage()): i for i, n in enumerate(inputs)}
     for node in mutable:
         for target in _written(node):
-            at = memory.get(target.meta["val"].untyped_storage()._cdata)
+            at = memory.get(_torch.storage_id(target.meta["val"].untyped_storage()))
             if at is not None:
                 operator = str(node.target.overloadpacket).removeprefix("aten.")  # type: ignore[union-attr]
                 raise TraceError(
@@ -196,7 +200,7 @@ def check_mutation(graph: fx.GraphModule, mutable: list[fx.Node], names: list[st
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    arguments = _torch.schema_of(node.target).arguments  # type: ignore[arg-type]
     for position, argument in enumerate(arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue

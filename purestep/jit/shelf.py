@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep import _torch
 from purestep.jit.trace import Traced
 
 Run = Callable[[list[Tensor]], Sequence[Any]]
@@ -48,7 +49,7 @@ def key(traced: Traced, mode: str | None) -> str | None:
 
     None for graphs that are not kept: those with tensors in them, or that leave the CPU.
     """
-    from torch._inductor import config
+    from purestep.jit._inductor import config
 
     if config.force_disable_caches or not config.fx_graph_cache:
         return None
@@ -56,7 +57,7 @@ def key(traced: Traced, mode: str | None) -> str | None:
     for node in traced.graph.graph.nodes:
         target = node.target
         if node.op == "call_function":
-            if not isinstance(target, torch._ops.OpOverload) and getattr(target, "__module__", "") != "_operator":
+            if not isinstance(target, _torch.OpOverload) and getattr(target, "__module__", "") != "_operator":
                 return None
         elif node.op not in ("placeholder", "output"):
             return None
@@ -67,7 +68,7 @@ def key(traced: Traced, mode: str | None) -> str | None:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -151,7 +152,7 @@ def put(name: str, call: Any) -> None:
 
 
 def _folder(name: str) -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from purestep.jit._inductor import cache_dir
 
     return Path(cache_dir()) / "purestep" / name[:2] / name
 
@@ -182,8 +183,9 @@ class Kept:
 
 
 def _module(path: Path) -> types.ModuleType:
-    guards = torch._C._dynamo.guards
-    os.environ[_POINTER] = str(guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
+    from purestep.jit._inductor import pointer_function
+
+    os.environ[_POINTER] = str(pointer_function())
     # The last part is the name of the function that Python looks for in the file.
     spec = importlib.util.spec_from_file_location(f"purestep_{path.parent.name}_{path.stem}.kernel", path)
     if spec is None or spec.loader is None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import ConfigError, TraceError, explain
 from purestep.functional import Definition
 from purestep.sharding.place import is_split, needs_plan
@@ -24,7 +24,7 @@ _COMMON = {Tensor, nn.Parameter, int, float, bool, type(None)}
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
 
 
-def leaf_signature(leaf: Any) -> Hashable:
+def leaf_signature(leaf: object) -> Hashable:
     """Return what of a leaf a graph depends on: all but the elements of a tensor; of anything else, the value."""
     if isinstance(leaf, Tensor):
         if leaf.is_contiguous():
@@ -69,7 +69,7 @@ def check_leaves(leaves: Sequence[Any], paths: Callable[[], list[str]]) -> None:
         raise TraceError(explain(what, where=f"{paths()[i]}: {tree.describe(leaf)}", instead=instead))
 
 
-def _hashable(value: Any) -> bool:
+def _hashable(value: object) -> bool:
     try:
         hash(value)
     except TypeError:
@@ -80,7 +80,7 @@ def _hashable(value: Any) -> bool:
 def ambient() -> Hashable:
     """Return the settings of the process that change what is traced."""
     mixed = None
-    if torch._C._is_any_autocast_enabled():
+    if _torch.autocast_enabled():
         devices = ("cpu", "cuda")
         mixed = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
     return torch.get_default_dtype(), mixed
@@ -92,18 +92,18 @@ def ambient() -> Hashable:
 _fields: dict[type, tuple[tuple[str, ...], tuple[str, ...]] | None] = {}
 
 
-def static_values(value: Any) -> list[Any]:
+def static_values(value: object) -> list[Any]:
     """Return the static fields of all nodes of a tree that are more than plain values: modules, functions, objects."""
     found: list[Any] = []
     _collect(value, found)
     return found
 
 
-def _collect(value: Any, found: list[Any]) -> None:
+def _collect(value: object, found: list[Any]) -> None:
     cls = type(value)
     if cls is Tensor:
         return
-    if cls is dict:
+    if type(value) is dict:
         for child in value.values():
             _collect(child, found)
     elif isinstance(value, (list, tuple)):
@@ -119,7 +119,7 @@ def _collect(value: Any, found: list[Any]) -> None:
             found.extend(v for name in names[1] if not is_plain(v := value.__dict__[name]))
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Tell whether comparing a value with `==` tells all about it."""
     return isinstance(value, _PLAIN) or (type(value) is tuple and all(map(is_plain, value)))
 
@@ -127,7 +127,7 @@ def is_plain(value: Any) -> bool:
 _fingerprints: dict[int, tuple[weakref.ref[Definition], Hashable]] = {}
 
 
-def fingerprint(value: Any) -> Hashable:
+def fingerprint(value: object) -> Hashable:
     """Return what makes two static values run the same code: of a model its classes and settings, else its identity."""
     if not isinstance(value, Definition):
         return id(value)
@@ -148,14 +148,14 @@ def _module_fingerprint(module: nn.Module) -> Hashable:
                 settings.append((key, _setting(value)))
         shapes = [
             (key, None if t is None else (t.dtype, tuple(t.shape), t.requires_grad))
-            for kind in (child._parameters, child._buffers)
+            for kind in (_torch.parameters_of(child), _torch.buffers_of(child))
             for key, t in kind.items()
         ]
         parts.append((name, type(child), tuple(settings), tuple(shapes)))
     return tuple(parts)
 
 
-def _setting(value: Any) -> Hashable:
+def _setting(value: object) -> Hashable:
     if is_plain(value):
         return type(value), value
     if isinstance(value, (dict, set, list, tuple)):
@@ -192,7 +192,7 @@ class Shape:
         return found or ["the model, another static value or a setting of torch is not the same object or value"]
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: object) -> str:
     text = tree.describe(leaf)
     if isinstance(leaf, Tensor):
         text += "" if leaf.device.type == "cpu" else f" on {leaf.device}"

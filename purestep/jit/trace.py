@@ -10,15 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import PurestepError
 from purestep.jit import refusals
+from purestep.jit._torch import batch_norm_legit, fake_tensor_mode, set_mkldnn_enabled, tracing_context
 from purestep.keyed import host
+
+if TYPE_CHECKING:
+    from purestep.jit._torch import FakeTensorMode
 
 
 @dataclasses.dataclass
@@ -39,9 +43,9 @@ class Traced:
     fakes: list[Tensor]
     takes: list[int]
     leaves: list[Any]
-    structure: Any
+    structure: tree.Structure
     result: Any
-    mode: Any
+    mode: FakeTensorMode
 
     def nodes(self) -> tuple[list[fx.Node], fx.Node, list[fx.Node]]:
         """Return the inputs, the output node, and the nodes that are returned."""
@@ -52,7 +56,7 @@ class Traced:
 def trace(
     function: Callable[..., Any],
     leaves: Sequence[Any],
-    structure: Any,
+    structure: tree.Structure,
     *,
     paths: Callable[[], list[str]],
     static: Sequence[Any] = (),
@@ -71,7 +75,6 @@ def trace(
             Python or numpy.
         RandomnessError: it draws from a global generator of torch.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     takes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -88,7 +91,7 @@ def trace(
         captured["leaves"] = [None if isinstance(x, Tensor) else x for x in out]
         return [x.detach() if x.requires_grad else x for x in out if isinstance(x, Tensor)]
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_tensor_mode(allow_non_fake_inputs=True)
     with mode:
         fakes = [_fake(leaves[i]) for i in takes]
     with _quiet():
@@ -115,13 +118,13 @@ def trace(
 def _batch_norm(
     x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    legit = torch.ops.aten._native_batch_norm_legit
+    legit = batch_norm_legit
     if mean is None:
         return legit.no_stats(x, weight, bias, training, momentum, eps)
     return legit.default(x, weight, bias, mean, var, training, momentum, eps)
 
 
-# Operators that write into arguments which their schema calls unchanged: nobody would see the write.
+# Operators that write into arguments which their schema calls unchanged: no check of the graph would see the write.
 _TABLE: dict[Any, Any] = {torch.ops.aten.native_batch_norm.default: _batch_norm}
 
 
@@ -136,15 +139,15 @@ def _quiet() -> Iterator[None]:
     # The autograd engine would run the backward pass of device tensors in threads that know nothing of our modes.
     threads = torch.autograd.set_multithreading_enabled(False)
     # It lets activation checkpoints recompute within a trace as they do outside of one.
-    tracing = getattr(torch.compiler, "_non_strict_tracing_context", contextlib.nullcontext)
+    tracing = tracing_context
     # oneDNN's recurrent layers hand an opaque workspace to their backward pass, which no graph can hold.
     onednn: Any = torch.backends.mkldnn.enabled
-    torch._C._set_mkldnn_enabled(False)
+    set_mkldnn_enabled(False)
     try:
         with torch.inference_mode(False), torch.enable_grad(), threads, tracing():
             yield
     finally:
-        torch._C._set_mkldnn_enabled(onednn)
+        set_mkldnn_enabled(onednn)
 
 
 def _strictly(flat: Callable[..., Any], fakes: list[Tensor]) -> BaseException | None:
@@ -158,14 +161,16 @@ def _strictly(flat: Callable[..., Any], fakes: list[Tensor]) -> BaseException | 
 
 def _on_fakes(flat: Callable[..., Any], fakes: list[Tensor], *, real: bool = True) -> None:
     """Run the function on fake tensors of its own, `real` ones besides them or not."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=real):
+    with fake_tensor_mode(allow_non_fake_inputs=real):
         flat(*[_fake(x) for x in fakes])
 
 
 def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
+    return [
+        n
+        for n in graph.graph.nodes
+        if isinstance(n.target, _torch.OpOverload) and _torch.schema_of(n.target).is_mutable
+    ]
 
 
 # Attention and recurrent kernels carry the tag for the dropout inside them, which `keyed` has replaced by then.
@@ -184,7 +189,7 @@ def _random_nodes(graph: fx.GraphModule) -> list[fx.Node]:
     return [
         n
         for n in graph.graph.nodes
-        if isinstance(n.target, torch._ops.OpOverload)
+        if isinstance(n.target, _torch.OpOverload)
         and torch.Tag.nondeterministic_seeded in n.target.tags
-        and not n.target._schema.name.removeprefix("aten::").startswith(_NOT_RANDOM)
+        and not _torch.schema_of(n.target).name.removeprefix("aten::").startswith(_NOT_RANDOM)
     ]

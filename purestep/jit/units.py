@@ -24,33 +24,66 @@ _local = threading.local()
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Make this thread's compilations put their C++ kernels into few files."""
-    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    from purestep.jit._inductor import AsyncCompile, get_compile_threads
 
     if get_compile_threads() <= 1:
         yield
         return
-    _install(AsyncCompile)
     outer, _local.batch = getattr(_local, "batch", None), Batch(get_compile_threads())
     try:
-        yield
+        with _redirection.redirected(AsyncCompile):
+            yield
     finally:
         _local.batch = outer
 
 
-def _install(cls: Any) -> None:
-    """Let `AsyncCompile.cpp_pybinding` ask the batch of its thread first; other threads see no difference."""
-    original = cls.cpp_pybinding
-    if hasattr(original, "asks_batch"):
-        return
+class _Redirection:
+    """`AsyncCompile.cpp_pybinding` asks the batch of its thread first, as long as any thread compiles in `together`.
 
+    There is one for the process, because there is one class to change: threads that compile at the same time share the
+    change, the last to end takes it back, and threads without a batch see no difference meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.original: Callable[..., Any] | None = None
+        self.ours: Callable[..., Any] | None = None
+
+    @contextlib.contextmanager
+    def redirected(self, cls: type) -> Iterator[None]:
+        """Change a class for the duration of a `with` block."""
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self._put(cls)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                # Whoever changed it meanwhile has ours underneath, which without a batch does what Inductor does.
+                if self.users == 0 and self.ours is not None and vars(cls)["cpp_pybinding"] is self.ours:
+                    cls.cpp_pybinding = self.original  # type: ignore[attr-defined]
+
+    def _put(self, cls: type) -> None:
+        self.original, self.ours = vars(cls).get("cpp_pybinding"), None
+        if self.original is not None:
+            self.ours = _asking_batch(self.original)
+            cls.cpp_pybinding = self.ours  # type: ignore[attr-defined]
+
+
+_redirection = _Redirection()
+
+
+def _asking_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
         batch = getattr(_local, "batch", None)
         if batch is None:
             return original(self, argtypes, source_code)
         return batch.add(argtypes, source_code, self.submit, lambda: original(self, argtypes, source_code))
 
-    cpp_pybinding.asks_batch = True  # type: ignore[attr-defined]
-    cls.cpp_pybinding = cpp_pybinding
+    return cpp_pybinding
 
 
 class Batch:
@@ -102,7 +135,7 @@ class Kernel:
 
 
 def _future(kernel: Kernel) -> Any:
-    from torch._inductor.codecache import LambdaFuture
+    from purestep.jit._inductor import LambdaFuture
 
     return LambdaFuture(kernel.result)
 
@@ -114,9 +147,9 @@ def fits(source: str) -> bool:
 
 def _binding_parts() -> tuple[str, str, str] | None:
     """Inductor's template of Python bindings: what comes before, the wrapper of one kernel, and the module."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
+    from purestep.jit._inductor import CppCache
 
-    template = getattr(Cache, "suffix_template", "")
+    template = getattr(CppCache, "suffix_template", "")
     if any(template.count(mark) != 1 for mark in (_HEAD, _TAIL, _METHOD)):
         return None
     start, end = template.index(_HEAD), template.index(_TAIL)
@@ -135,9 +168,9 @@ def _groups(kernels: list[Kernel], files: int) -> list[list[Kernel]]:
 
 
 def _start(group: list[Kernel], parts: Any) -> None:
-    from torch._inductor.codecache import CppPythonBindingsCodeCache as Cache
+    from purestep.jit._inductor import CppCache
 
-    waiting = Cache.load_async(_merged(group, parts), "cpu", submit_fn=group[0].submit)
+    waiting = CppCache.load_async(_merged(group, parts), "cpu", submit_fn=group[0].submit)
     lock = threading.Lock()
     found: dict[str, Any] = {}
 

@@ -19,6 +19,7 @@ import os
 import random as python_random
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -68,10 +69,14 @@ class Guard:
         repeatable: whether the caller does the call again when `exit` says so.
     """
 
-    __slots__ = ("_before", "_caller", "_how", "_start", "_threads", "_torch", "_trap", "habits", "mode", "repeatable")
+    __slots__ = (
+        *("_before", "_caller", "_how", "_others", "_start", "_threads", "_torch", "_trap"),
+        *("habits", "mode", "repeatable"),
+    )
     _before: Any  # the generators of Python and numpy when the call began, and torch's where it was looked at
     _torch: Any
     _threads: int
+    _others: dict[int, int] | None  # CPU time of other threads when the call began; None where it was not measured
     _trap: Trap
     _start: Any  # all of them as they were seeded, or where a recomputation begins
     _caller: Any  # all of them as the caller left them, when the call is done again
@@ -88,6 +93,8 @@ class Guard:
             self._how = "off"
         elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
             self._how, self._torch = "watch", None
+            # They cost microseconds a thread. A repeatable call that drew is repeated with care, which takes them.
+            self._others = None if self.repeatable else _other_threads()
             self._before = _read()
             self._threads = _thread_count()
         else:
@@ -96,6 +103,7 @@ class Guard:
     def _enter_with_care(self) -> None:
         """Begin a first call, one of a model that draws, one that shows who draws, or a recomputation."""
         habits = self.habits
+        self._others = _other_threads()  # before the generators are read, so that a draw after that shows in the times
         self._before, self._torch, self._threads = _read(), torch.default_generator.get_state(), _thread_count()
         recomputed, backward = self._start is not None and not self._caller, self.mode.refusal is not None
         self._how = "watch" if backward or (self.repeatable and not habits.suspect and not habits.draws) else "trap"
@@ -163,6 +171,7 @@ class Guard:
         """The generators moved while they were watched: was it the model?"""
         habits, alone = self.habits, self._alone()
         if failed:
+            habits.suspect = True
             if alone:
                 _restore(*caller)
             return False
@@ -217,8 +226,8 @@ class Guard:
         return host_words(mode.key, _PURPOSE)
 
     def _alone(self) -> bool:
-        """Whether no other thread of Python could have drawn: none that might is there, and none has ended."""
-        return self._threads == _thread_count() and _alone()
+        """Whether no other thread of Python has drawn since the call began: none has run, and none has ended."""
+        return self._threads == _thread_count() and _all_idle(self._others)
 
     def _torch_is_still(self) -> bool:
         return self._torch is None or torch.equal(torch.default_generator.get_state(), self._torch)
@@ -256,7 +265,7 @@ class Guard:
         )
 
 
-def _restore(host: Any, torch_state: Any) -> None:
+def _restore(host: generators.State, torch_state: torch.Tensor | None) -> None:
     if torch_state is not None:
         torch.default_generator.set_state(torch_state)
     generators.write(host)
@@ -277,11 +286,12 @@ def refused(error: Callable[[str | None, str | None], Exception], again: Callabl
 
     found: list[Exception] = []
     with unguarded():
+        others = _other_threads()
         before, threads = _read(), _thread_count()
         try:
             yield
         finally:
-            moved, alone = _read() != before, threads == _thread_count() and _alone()
+            moved, alone = _read() != before, threads == _thread_count() and _all_idle(others)
             if moved and alone:
                 generators.write(before)
         if moved:
@@ -354,7 +364,7 @@ class Trap:
             self.close()
             self.react(which)
 
-    def _called(self, frame: Any, event: str, argument: Any) -> None:
+    def _called(self, frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "c_call":
             draws = getattr(argument, "__self__", None) is generators.PYTHON and argument.__name__ != "getstate"
         else:
@@ -390,7 +400,7 @@ class _Trapped(np.random.MT19937):
         self._used()
         self._real.state = value
 
-    def _legacy_seeding(self, seed: Any) -> None:
+    def _legacy_seeding(self, seed: object) -> None:
         self._used()
         self._real._legacy_seeding(seed)
 
@@ -411,19 +421,48 @@ class _Lock:
         self._used()
         self._lock.acquire()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
 
 
-_SILENT_THREADS = ("purestep-log", "purestep-lock", "purestep-lease", "purestep-watch")
+# Threads of this package, which never run code that draws. Names of other libraries' threads are not listed: their
+# pools run the user's code too (`asyncio_0`, `grain-prefetch_0`), and the CPU time clears an idle one without a name.
+_SILENT_THREADS = (
+    *("purestep-log", "purestep-lock", "purestep-lease", "purestep-watch"),
+    *("purestep-save", "purestep-hash"),
+)
 
 
-def _alone() -> bool:
-    """Whether no other thread of Python could draw."""
+def _other_threads() -> dict[int, int] | None:
+    """Return the CPU time in nanoseconds that each other thread which might draw has used, by its native id.
+
+    A thread that has used none in between has not run, and so has not drawn: pools, event writers and prefetchers of
+    other libraries wait for work most of the time, and outlive what they were made for.
+
+    Returns:
+        The times; None where a thread has no clock that can be read, because it is about to start, or outside of Linux.
+    """
     if threading.active_count() == 1:
-        return True
-    current = threading.get_ident()
-    return all(t.ident == current or t.name.startswith(_SILENT_THREADS) for t in threading.enumerate())
+        return {}
+    current, times = threading.get_ident(), {}
+    for thread in threading.enumerate():
+        if thread.ident == current or thread.name.startswith(_SILENT_THREADS):
+            continue
+        if thread.native_id is None or sys.platform != "linux":
+            return None
+        try:
+            # The kernel's id of a thread's clock, as pthread_getcpuclockid makes it; that one must not be asked about a
+            # thread that has ended, and a thread of C that once ran Python stays in the list when it has.
+            times[thread.native_id] = time.clock_gettime_ns(~thread.native_id << 3 | 6)
+        except OSError:
+            times[thread.native_id] = -1
+    return times
+
+
+def _all_idle(before: dict[int, int] | None) -> bool:
+    """Whether no other thread that might draw has run since `before`; where that is None, whether there is none."""
+    others = _other_threads()
+    return others == {} if before is None else others == before
 
 
 def calling_line() -> str | None:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from purestep import random
-from purestep.keyed.mode import KeyedRandom, rate, undispatched
+from purestep.keyed.mode import Function, KeyedRandom, rate, undispatched
 
 
 def _dropout(
-    mode: KeyedRandom, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    mode: KeyedRandom, func: Function, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
     if not training or rate(p, "dropout") == 0.0:
         return input
@@ -28,7 +28,7 @@ def _dropout(
     return random.dropout(mode.next_key("dropout", input), input, p)
 
 
-def _dropout_(mode: KeyedRandom, func: Any, input: Tensor, p: float, train: bool) -> Tensor:
+def _dropout_(mode: KeyedRandom, func: Function, input: Tensor, p: float, train: bool) -> Tensor:
     return _dropout(mode, func, input, p, train, inplace=True)
 
 
@@ -40,7 +40,7 @@ def _channel_shape(input: Tensor, spatial: int | None) -> tuple[int, ...]:
 
 def _channel_dropout(spatial: int | None) -> Callable[..., Tensor]:
     def handler(
-        mode: KeyedRandom, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+        mode: KeyedRandom, func: Function, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         if not training or rate(p, "dropout") == 0.0:
             return input
@@ -52,7 +52,7 @@ def _channel_dropout(spatial: int | None) -> Callable[..., Tensor]:
 
 def _alpha_dropout(per_channel: bool) -> Callable[..., Tensor]:
     def handler(
-        mode: KeyedRandom, func: Any, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+        mode: KeyedRandom, func: Function, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
     ) -> Tensor:
         if not training or rate(p, "alpha_dropout") == 0.0:
             return input
@@ -72,7 +72,7 @@ def _alpha_dropout(per_channel: bool) -> Callable[..., Tensor]:
 
 def _attention(
     mode: KeyedRandom,
-    func: Any,
+    func: Function,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -99,7 +99,7 @@ def _attention(
     return random.dropout(drop_key, weight, rate(dropout_p, "scaled_dot_product_attention")) @ value
 
 
-def _multi_head_attention(mode: KeyedRandom, func: Any, *args: Any, **kwargs: Any) -> Any:
+def _multi_head_attention(mode: KeyedRandom, func: Function, *args: object, **kwargs: object) -> object:
     """Run torch's own function, with the two random functions that it calls replaced by the keyed ones."""
     own = undispatched(
         func,
@@ -109,7 +109,7 @@ def _multi_head_attention(mode: KeyedRandom, func: Any, *args: Any, **kwargs: An
     return own(*args, **kwargs)
 
 
-def _rnn(mode: KeyedRandom, func: Any, *args: Any) -> Any:
+def _rnn(mode: KeyedRandom, func: Function, *args: Any) -> tuple[Tensor, ...]:
     """Run an RNN layer by layer, with keyed dropout between the layers."""
     packed = isinstance(args[3], (list, tuple))
     (data, sizes, hidden, weights), rest = (args[:4], args[4:]) if packed else ((args[0], None, *args[1:3]), args[3:])
@@ -127,13 +127,13 @@ def _rnn(mode: KeyedRandom, func: Any, *args: Any) -> Any:
         data, *final = func(*inputs, biases, 1, 0.0, train, bidirectional, *layout)
         finals.append(final)
         if layer < layers - 1:
-            data = _dropout(mode, None, data, p, True)
+            data = _dropout(mode, F.dropout, data, p, True)
     return (data, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
 
 def _rrelu(
     mode: KeyedRandom,
-    func: Any,
+    func: Function,
     input: Tensor,
     lower: float = 1.0 / 8,
     upper: float = 1.0 / 3,
@@ -149,7 +149,13 @@ def _rrelu(
 
 
 def _gumbel_softmax(
-    mode: KeyedRandom, func: Any, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+    mode: KeyedRandom,
+    func: Function,
+    logits: Tensor,
+    tau: float = 1,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
 ) -> Tensor:
     unit = (random.bits(mode.next_key("gumbel_softmax", logits), logits.shape).to(torch.float64) + 0.5) * 2.0**-32
     soft = torch.softmax((logits - torch.log(-torch.log(unit)).to(logits.dtype)) / tau, dim)
@@ -159,14 +165,16 @@ def _gumbel_softmax(
     return torch.zeros_like(logits).scatter_(dim, index, 1.0) - soft.detach() + soft
 
 
-def _native_dropout(mode: KeyedRandom, func: Any, input: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+def _native_dropout(
+    mode: KeyedRandom, func: Function, input: Tensor, p: float, train: bool | None
+) -> tuple[Tensor, Tensor]:
     if train is False:
         return input, torch.ones_like(input, dtype=torch.bool)
     kept = ~random.bernoulli(mode.next_key("native_dropout", input), rate(p, "native_dropout"), input.shape)
     return torch.where(kept, input * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0.0), kept
 
 
-def _fractional_max_pool(mode: KeyedRandom, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _fractional_max_pool(mode: KeyedRandom, func: Function, input: Tensor, *args: object, **kwargs: object) -> object:
     """Draw what says where the pooling regions lie, and pass it on."""
     if kwargs.get("_random_samples") is None:
         spatial = 3 if "3d" in func.__name__ else 2

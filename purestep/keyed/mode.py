@@ -8,14 +8,14 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from purestep import random
+from purestep._torch import OpOverload, OpOverloadPacket
 from purestep.errors import RandomnessError, explain
 
 Handler = Callable[..., Any]
@@ -33,6 +33,9 @@ def register(handlers: Mapping[Any, Handler]) -> None:
 def handlers() -> Mapping[Any, Handler]:
     """Return the handlers of the functions that draw, for a table of more functions."""
     return _handlers
+
+
+Function = Callable[..., Any]  # of torch, that a handler stands for
 
 
 class KeyedRandom(TorchFunctionMode):
@@ -80,14 +83,22 @@ class KeyedRandom(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
         super().__exit__(kind, error, trace)
         entered = _entered()
         entered.pop()
         if entered and entered[-1] is not self:
             entered[-1].covered -= 1
 
-    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        kinds: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         # What a handler of the innermost mode calls is no call of the model: another mode would change it once more.
         handler = None if self.covered else self.handlers.get(func)
         if handler is None:
@@ -137,7 +148,7 @@ def _entered() -> list[KeyedRandom]:
     return _local.entered
 
 
-def undispatched(func: Any, **names: Any) -> Any:
+def undispatched(func: Callable[..., Any], **names: object) -> Callable[..., Any]:
     """Return a Python function of torch that runs its body under the modes that are active.
 
     torch hands such a function to the mode as a whole, and then runs its body without the mode, where randomness inside
@@ -160,7 +171,7 @@ def _is_seeded(op: Any) -> bool:
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
-def refused(mode: KeyedRandom, func: Any, /, *args: Any, **kwargs: Any) -> Any:
+def refused(mode: KeyedRandom, func: Callable[..., Any], /, *args: object, **kwargs: object) -> NoReturn:
     """Raise the error of an operation that has no keyed form."""
     raise RandomnessError(
         explain(

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from purestep import random
+from purestep.arguments import Device
 from purestep.errors import RandomnessError, explain
-from purestep.keyed.mode import KeyedRandom, refused
+from purestep.keyed import _torch
+from purestep.keyed.mode import Function, KeyedRandom, refused
 
 
-def _shape(sizes: tuple[Any, ...], size: Any) -> tuple[Any, ...]:
+def _shape(sizes: tuple[Any, ...], size: int | Sequence[int] | None) -> tuple[Any, ...]:
     """Read a size given as `(2, 3)`, as `((2, 3),)` or as `size=`."""
     if size is not None:
         sizes = (size,)
@@ -29,7 +31,12 @@ def _shape(sizes: tuple[Any, ...], size: Any) -> tuple[Any, ...]:
 
 
 def _finish(
-    draw: Tensor, *, out: Tensor | None = None, device: Any = None, requires_grad: bool = False, **ignored: Any
+    draw: Tensor,
+    *,
+    out: Tensor | None = None,
+    device: Device | None = None,
+    requires_grad: bool = False,
+    **ignored: object,
 ) -> Tensor:
     """Put a draw where the keyword arguments of torch's factories want it; layout and pinning do not change values."""
     if out is not None:
@@ -38,14 +45,19 @@ def _finish(
     return draw.requires_grad_() if requires_grad else draw
 
 
-def _open_unit(key: Tensor, shape: Any) -> Tensor:
+def _open_unit(key: Tensor, shape: Sequence[int]) -> Tensor:
     """Draw float64 from the open interval (0, 1), symmetric about 1/2."""
     return (random.bits(key, shape).to(torch.float64) + 0.5) * 2.0**-32
 
 
 def _creator(name: str, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def handler(
-        mode: KeyedRandom, func: Any, *sizes: Any, size: Any = None, dtype: Any = None, **kwargs: Any
+        mode: KeyedRandom,
+        func: Function,
+        *sizes: Any,
+        size: int | Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         out = kwargs.get("out")
         dtype = dtype or (torch.get_default_dtype() if out is None else out.dtype)
@@ -56,7 +68,13 @@ def _creator(name: str, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _like_creator(name: str, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def handler(
-        mode: KeyedRandom, func: Any, input: Tensor, *, dtype: Any = None, device: Any = None, **kwargs: Any
+        mode: KeyedRandom,
+        func: Function,
+        input: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Device | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         made = _draw(draw, mode.next_key(name, input), tuple(input.shape), dtype or input.dtype)
         return _finish(made, device=input.device if device is None else device, **kwargs)
@@ -72,7 +90,7 @@ def _draw(draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, ...], dtyp
     return torch.view_as_complex(parts * (math.sqrt(0.5) if draw is random.normal else 1.0))
 
 
-def _randint(mode: KeyedRandom, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _randint(mode: KeyedRandom, func: Function, *args: Any, **kwargs: Any) -> Tensor:
     bounds = [a for a in args if not isinstance(a, (tuple, list))]
     sizes = [a for a in args if isinstance(a, (tuple, list))]
     size = sizes[0] if sizes else kwargs.pop("size")
@@ -86,7 +104,7 @@ def _randint(mode: KeyedRandom, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     return _finish(draw.to(dtype or (torch.int64 if out is None else out.dtype)), **kwargs)
 
 
-def _randint_like(mode: KeyedRandom, func: Any, input: Tensor, *bounds: int, **kwargs: Any) -> Tensor:
+def _randint_like(mode: KeyedRandom, func: Function, input: Tensor, *bounds: int, **kwargs: Any) -> Tensor:
     given = list(bounds)
     high = kwargs.pop("high", None)
     if high is None:
@@ -97,27 +115,40 @@ def _randint_like(mode: KeyedRandom, func: Any, input: Tensor, *bounds: int, **k
     return _finish(draw.to(kwargs.pop("dtype", None) or input.dtype), **kwargs)
 
 
-def _randperm(mode: KeyedRandom, func: Any, n: int, *, dtype: Any = None, **kwargs: Any) -> Tensor:
+def _randperm(mode: KeyedRandom, func: Function, n: int, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
     out = kwargs.get("out")
     dtype = dtype or (torch.int64 if out is None else out.dtype)
     return _finish(random.permutation(mode.next_key("randperm"), n).to(dtype), **kwargs)
 
 
 def _bernoulli(
-    mode: KeyedRandom, func: Any, input: Tensor, p: float | None = None, *, out: Tensor | None = None, **ignored: Any
+    mode: KeyedRandom,
+    func: Function,
+    input: Tensor,
+    p: float | None = None,
+    *,
+    out: Tensor | None = None,
+    **ignored: object,
 ) -> Tensor:
     key = mode.next_key("bernoulli", input)
     draw = random.bernoulli(key, input if p is None else p, input.shape).to(input.dtype)
     return draw if out is None else _finish(draw, out=out)
 
 
-def _bernoulli_(mode: KeyedRandom, func: Any, input: Tensor, p: float | Tensor = 0.5, **ignored: Any) -> Tensor:
+def _bernoulli_(mode: KeyedRandom, func: Function, input: Tensor, p: float | Tensor = 0.5, **ignored: object) -> Tensor:
     p = p.to(input.device) if isinstance(p, Tensor) else p
     return input.copy_(random.bernoulli(mode.next_key("bernoulli_", input), p, input.shape))
 
 
 def _normal(
-    mode: KeyedRandom, func: Any, mean: Any = 0.0, std: Any = 1.0, size: Any = None, *, dtype: Any = None, **kwargs: Any
+    mode: KeyedRandom,
+    func: Function,
+    mean: float | Tensor = 0.0,
+    std: float | Tensor = 1.0,
+    size: int | Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     tensors = [t for t in (mean, std) if isinstance(t, Tensor)]
     shape = _shape((), size) if size is not None else torch.broadcast_shapes(*(t.shape for t in tensors))
@@ -131,13 +162,15 @@ def _normal(
 
 
 def _normal_(
-    mode: KeyedRandom, func: Any, input: Tensor, mean: float = 0.0, std: float = 1.0, **ignored: Any
+    mode: KeyedRandom, func: Function, input: Tensor, mean: float = 0.0, std: float = 1.0, **ignored: object
 ) -> Tensor:
     key = mode.next_key("normal_", input)
     return input.copy_(_draw(random.normal, key, tuple(input.shape), input.dtype) * std + mean)
 
 
-def _uniform_(mode: KeyedRandom, func: Any, input: Tensor, a: float = 0.0, b: float = 1.0, **kwargs: Any) -> Tensor:
+def _uniform_(
+    mode: KeyedRandom, func: Function, input: Tensor, a: float = 0.0, b: float = 1.0, **kwargs: Any
+) -> Tensor:
     low, high = kwargs.get("from", a), kwargs.get("to", b)
     key = mode.next_key("uniform_", input)
     if low == high:
@@ -145,7 +178,7 @@ def _uniform_(mode: KeyedRandom, func: Any, input: Tensor, a: float = 0.0, b: fl
     return input.copy_(random.uniform(key, input.shape, minval=low, maxval=high, dtype=input.dtype))
 
 
-def _random_(mode: KeyedRandom, func: Any, input: Tensor, *bounds: int, **kwargs: Any) -> Tensor:
+def _random_(mode: KeyedRandom, func: Function, input: Tensor, *bounds: int, **kwargs: Any) -> Tensor:
     low, high = bounds if len(bounds) == 2 else (kwargs.get("from", 0), bounds[0] if bounds else kwargs.get("to"))
     if high is None:
         # As in torch: all values of an integer dtype that are not negative, all integers a floating dtype can hold.
@@ -158,7 +191,7 @@ def _random_(mode: KeyedRandom, func: Any, input: Tensor, *bounds: int, **kwargs
 def _inverse(name: str, quantile: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Fill in place by the inverse of a distribution function, in float64."""
 
-    def handler(mode: KeyedRandom, func: Any, input: Tensor, *args: float, **kwargs: Any) -> Tensor:
+    def handler(mode: KeyedRandom, func: Function, input: Tensor, *args: float, **kwargs: Any) -> Tensor:
         kwargs.pop("generator", None)
         return input.copy_(quantile(_open_unit(mode.next_key(name, input), input.shape), *args, **kwargs))
 
@@ -178,7 +211,7 @@ def _geometric(unit: Tensor, p: float) -> Tensor:
 
 
 def _log_normal_(
-    mode: KeyedRandom, func: Any, input: Tensor, mean: float = 1.0, std: float = 2.0, **ignored: Any
+    mode: KeyedRandom, func: Function, input: Tensor, mean: float = 1.0, std: float = 2.0, **ignored: object
 ) -> Tensor:
     noise = random.normal(mode.next_key("log_normal_", input), input.shape, dtype=torch.float64)
     return input.copy_(torch.exp(noise * std + mean))
@@ -186,13 +219,13 @@ def _log_normal_(
 
 def _multinomial(
     mode: KeyedRandom,
-    func: Any,
+    func: Function,
     input: Tensor,
     num_samples: int,
     replacement: bool = False,
     *,
     out: Tensor | None = None,
-    **ignored: Any,
+    **ignored: object,
 ) -> Tensor:
     key, logits = mode.next_key("multinomial", input), input.detach().to(torch.float64).log()
     if replacement:
@@ -212,7 +245,7 @@ def _multinomial(
     return draw if out is None else _finish(draw, out=out)
 
 
-def _lobpcg(mode: KeyedRandom, func: Any, *args: Any, **kwargs: Any) -> Any:
+def _lobpcg(mode: KeyedRandom, func: Function, *args: object, **kwargs: object) -> object:
     given = args[3] if len(args) > 3 else kwargs.get("X")
     return refused(mode, func) if given is None else func(*args, **kwargs)
 
@@ -223,8 +256,8 @@ _REFUSED = (
     torch.poisson,
     torch.binomial,
     torch.miopen_rnn,
-    torch._standard_gamma,
-    torch._sample_dirichlet,
+    _torch.standard_gamma,
+    _torch.sample_dirichlet,
     torch.rrelu_,
     torch.alpha_dropout_,
     torch.feature_alpha_dropout_,

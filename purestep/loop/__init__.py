@@ -1,4 +1,4 @@
-"""The loop: a pure machine, the interpreter that performs its wishes, and the values they exchange."""
+"""The loop: a pure machine, the interpreter that performs its effects, and the values they exchange."""
 
 from purestep.loop.cadence import every as every
 from purestep.loop.events import Callback as Callback

@@ -1,7 +1,7 @@
 """What the outside world does to a run (signals, time), as all ranks see it.
 
 `Alone` answers at once. `Together` asks the other ranks, at moments that all of them reach: where an effect begins,
-where a burst ends, and within a burst every so many steps that about a second lies between. The clock is that of
+where a chunk of steps ends, and within it every so many steps that about a second lies between. The clock is that of
 rank 0, and a signal to any rank is one to all.
 """
 
@@ -17,7 +17,7 @@ from purestep.loop.signals import Signals
 from purestep.parallel.inputs import SAME_DATA
 from purestep.sharding import world
 
-_PACE = 1.0  # seconds between two exchanges within a burst: short against the grace period after SIGTERM
+_PACE = 1.0  # seconds between two exchanges within a chunk: short against the grace period after SIGTERM
 _LONGEST = 1000  # steps between two exchanges
 
 
@@ -45,12 +45,12 @@ class Alone:
         """Return the seconds of training so far."""
         return time.monotonic() - self._start
 
-    def wish(self, effect: Effect) -> Effect | None:
+    def agreed(self, effect: Effect) -> Effect | None:
         """Return the effect to perform; None when a signal became known instead."""
         return effect
 
     def stop(self, deadline: float | None) -> bool:
-        """Tell, after a batch, whether the burst ends here."""
+        """Tell, after a batch, whether the chunk of steps ends here."""
         return self._signals.unread or (deadline is not None and time.monotonic() - self._start >= deadline)
 
     def meet(self, what: str, value: Any = None) -> list[Any]:
@@ -58,7 +58,7 @@ class Alone:
         return [value]
 
     def done(self, count: int, seen: Callable[[], str | None]) -> None:
-        """Note that a burst of so many batches is over; `seen` describes the last of them, where ranks compare it."""
+        """Note that a chunk of so many batches is over; `seen` describes the last of them, where ranks compare it."""
 
 
 class Together(Alone):
@@ -90,11 +90,11 @@ class Together(Alone):
         """Return the seconds of training as of the last exchange, on the clock of rank 0."""
         return self._elapsed
 
-    def wish(self, effect: Effect) -> Effect | None:
+    def agreed(self, effect: Effect) -> Effect | None:
         """Return the effect of rank 0: what depends on its terminal or clock is so for all.
 
         Raises:
-            RankError: the ranks do not wish the same kind of effect.
+            RankError: the ranks are not about to perform the same kind of effect.
         """
         what = type(effect).__name__ + (f" {effect.name!r}" if isinstance(effect, Evaluate | Transform) else "")
         bounds = self.meet(what, (effect.n, effect.elapsed) if isinstance(effect, Train) else None)[0]
@@ -108,16 +108,16 @@ class Together(Alone):
         world.at(f"batch {self._batches}")
         if self._since < self._next:
             return False
-        self.meet("a burst", deadline=deadline)
+        self.meet("a chunk of steps", deadline=deadline)
         return self.unread or (deadline is not None and self._elapsed >= deadline)
 
     def done(self, count: int, seen: Callable[[], str | None]) -> None:
-        """Note that a burst is over; all ranks must have trained on the same number of batches, and read the same ones.
+        """Note that a chunk is over; all ranks must have trained on the same number of batches, and read the same ones.
 
         Raises:
             RankError: they have not: their data differ.
         """
-        found = self.meet(f"the end of a burst of {count} batches", seen())
+        found = self.meet(f"the end of a chunk of {count} batches", seen())
         texts = {number: str(text) for number, text in enumerate(found)}
         world.refuse_different({f"batch {self._batches}": texts}, instead=SAME_DATA)
 

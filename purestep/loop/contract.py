@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from purestep import tree
 from purestep.errors import StepError, explain
+from purestep.step_protocol import StepFn, name_of
 
 
 class Contract:
@@ -18,14 +17,14 @@ class Contract:
         state: the state it is given.
     """
 
-    def __init__(self, step: Any, state: Any) -> None:
-        self.name = getattr(step, "__name__", type(step).__name__)
+    def __init__(self, step: StepFn, state: object) -> None:
+        self.name = name_of(step)
         self.kind = type(state).__name__
         self.structure = tree.structure(state)
         self.paths = tree.paths(state, "state")
         self.leaves = [(tree.describe(leaf) if isinstance(leaf, Tensor) else None) for leaf in tree.leaves(state)]
 
-    def check(self, returned: Any) -> None:
+    def check(self, returned: object) -> None:
         """Refuse what the step returned unless it is a state like the one it was given, and a dict of metrics.
 
         Raises:
@@ -60,7 +59,7 @@ class Contract:
                     )
                 )
 
-    def _difference(self, new: Any) -> str:
+    def _difference(self, new: object) -> str:
         after = tree.paths(new, "state")
         gone, added = [p for p in self.paths if p not in after], [p for p in after if p not in self.paths]
         if gone or added:

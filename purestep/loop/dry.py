@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.data import seeds
 from purestep.functional import Definition
 from purestep.keyed.host import unguarded
 from purestep.loop.hidden import Change, Modules, Saved, attributes, changed
-from purestep.loop.standin import light_kernels
+from purestep.loop.small_kernels import small_kernels
 
 _VERIFY_LIMIT = 1 << 28  # bytes: a failing call on larger tensors is believed without being tried on real ones
 
@@ -50,7 +50,7 @@ class Call:
         """Do it on real tensors of these shapes, unless they are large; it may raise."""
         if sum(t.numel() * t.element_size() for t in self.tensors()) <= _VERIFY_LIMIT:
             args, kwargs = tree.map(_real, (self.args, self.kwargs))
-            with torch.enable_grad(), torch._C.DisableTorchFunction():
+            with torch.enable_grad(), _torch.no_torch_function():
                 self.function(*args, **kwargs)
 
     def fails_for_real(self) -> bool:
@@ -64,7 +64,7 @@ class Call:
         return False
 
 
-def _real(leaf: Any) -> Any:
+def _real(leaf: object) -> object:
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu") if isinstance(leaf, Tensor) else leaf
 
 
@@ -94,29 +94,36 @@ def dry_run(function: Callable[..., Any], *args: Any) -> Dry:
         function: called once; twice when it changes attributes of a model, to learn whether it does so again.
         *args: its arguments; tensors in them are replaced by fake ones, everything else is passed as it is.
     """
-    watch, result, failure, peak = _Watch(), None, None, None
+    watch, kernels, result, failure, peak = _Watch(), small_kernels(), None, None, None
     changes: tuple[Change, ...] = ()
+
+    def run(*inputs: Any) -> Any:
+        # What a step makes by itself is without memory as well.
+        with kernels, watch, torch.device("meta"):
+            return function(*inputs)
+
     with contextlib.ExitStack() as stack:
+        # Inside of what puts models back as they were: they may cache a table in the dry run, a fake tensor.
         modules = stack.enter_context(_undisturbed(function, args))
         fakes = tree.map(_fake, args)
         books = _Books(fakes)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(books.pack, _unpack))
+        # The hooks of saved tensors count in one thread, this one.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         try:
-            with light_kernels(), watch, torch.device("meta"):  # what a step makes by itself is without memory as well
-                before = attributes(modules)
-                result = function(*fakes)
-                first, peak = attributes(modules), books.peak
-                if changed(before, first):
-                    with contextlib.suppress(Exception):
-                        function(*fakes)
-                        changes = changed(first, attributes(modules))
+            before = attributes(modules)
+            result = run(*fakes)
+            first, peak = attributes(modules), books.peak
+            if changed(before, first):
+                with contextlib.suppress(Exception):
+                    run(*fakes)
+                    changes = changed(first, attributes(modules))
         except Exception as error:
             failure = error
     return Dry(result, failure, watch.failed, books.peak if peak is None else peak, changes)
 
 
-def _fake(leaf: Any) -> Any:
+def _fake(leaf: object) -> object:
     if not isinstance(leaf, Tensor):
         return leaf
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
@@ -145,7 +152,7 @@ class _Watch(TorchFunctionMode):
 
 def autocasting() -> bool:
     """Tell whether an autocast chooses dtypes, on whatever device."""
-    return bool(torch._C._is_any_autocast_enabled())
+    return _torch.autocast_enabled()
 
 
 # --- bytes kept for the backward pass ---------------------------------------------------------------------------------
@@ -154,16 +161,16 @@ def autocasting() -> bool:
 class _Books:
     """Counts the storages that autograd holds on to, each once, as long as it does."""
 
-    def __init__(self, given: Any) -> None:
-        self.given = {x.untyped_storage()._cdata for x in tree.leaves(given) if isinstance(x, Tensor)}
+    def __init__(self, given: object) -> None:
+        self.given = {_torch.storage_id(x.untyped_storage()) for x in tree.leaves(given) if isinstance(x, Tensor)}
         self.held: dict[int, int] = {}
         self.live = self.peak = 0
 
-    def pack(self, tensor: Tensor) -> Any:
+    def pack(self, tensor: Tensor) -> Tensor | _Held:
         storage = tensor.untyped_storage()
-        if storage._cdata in self.given:
+        if _torch.storage_id(storage) in self.given:
             return tensor
-        return _Held(self, tensor, storage._cdata, storage.nbytes())
+        return _Held(self, tensor, _torch.storage_id(storage), storage.nbytes())
 
 
 class _Held:
@@ -184,7 +191,7 @@ class _Held:
             self.books.live -= self.nbytes
 
 
-def _unpack(kept: Any) -> Tensor:
+def _unpack(kept: Tensor | _Held) -> Tensor:
     return kept.tensor if isinstance(kept, _Held) else kept
 
 
@@ -192,7 +199,7 @@ def _unpack(kept: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _undisturbed(function: Any, args: Sequence[Any]) -> Iterator[Modules]:
+def _undisturbed(function: object, args: Sequence[object]) -> Iterator[Modules]:
     """Put back generators, and what models have remembered meanwhile: a cached table would be a fake tensor."""
     modules = models_of(function, args)
     saved = Saved(modules)
@@ -205,7 +212,7 @@ def _undisturbed(function: Any, args: Sequence[Any]) -> Iterator[Modules]:
             saved.put_back()
 
 
-def models_of(function: Any, args: Sequence[Any]) -> Modules:
+def models_of(function: object, args: Sequence[object]) -> Modules:
     """Return the modules that a function and its arguments reach, each under its path in the model it is part of."""
     found: Modules = {}
     known: set[int] = set()
@@ -219,7 +226,7 @@ def models_of(function: Any, args: Sequence[Any]) -> Modules:
     return found
 
 
-def _models(args: Sequence[Any]) -> Iterator[nn.Module]:
+def _models(args: Sequence[object]) -> Iterator[nn.Module]:
     """The modules that states carry in their structure."""
     pending, seen = [*args], 0
     while pending and seen < 10_000:
@@ -235,9 +242,9 @@ def _models(args: Sequence[Any]) -> Iterator[nn.Module]:
             pending.extend(vars(value).values())
 
 
-def _modules(function: Any) -> Iterator[nn.Module]:
+def _modules(function: object) -> Iterator[nn.Module]:
     """The modules that a function reaches through its closure, its globals, its attributes, and functions in them."""
-    pending: list[tuple[Any, int]] = [(function, 0)]
+    pending: list[tuple[object, int]] = [(function, 0)]
     seen: set[int] = set()
     while pending and len(seen) < 1_000:
         value, depth = pending.pop()
@@ -258,7 +265,7 @@ def _modules(function: Any) -> Iterator[nn.Module]:
             pending.extend((x, depth + 1) for x in vars(value).values())
 
 
-def _content(cell: Any) -> Any:
+def _content(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:

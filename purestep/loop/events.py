@@ -1,4 +1,4 @@
-"""The vocabulary of the loop: its state, the facts it is told (events) and the wishes it has (effects).
+"""The vocabulary of the loop: its state, the facts it is told (events) and what is to be done (effects).
 
 Everything here is a value. The machine turns events into effects, the interpreter turns effects into events.
 """
@@ -23,8 +23,8 @@ class Cursor:
         epoch: epochs completed.
         batch: batches consumed of the current epoch.
         batches: batches consumed in all.
-        loader: the state of a foreign loader that keeps its own; None otherwise. Where `batch` is 0 it is that of the
-            end of the epoch before.
+        loader: the state of a third-party loader that keeps its own; None otherwise. Where `batch` is 0 it is that of
+            the end of the epoch before.
     """
 
     epoch: int = 0
@@ -43,8 +43,8 @@ class Status:
     Attributes:
         metrics: the latest value of everything that was logged or evaluated, by name.
         sums: metrics of the current epoch so far.
-        due: names of the evaluations and transforms that are wished and not done yet.
-        save: whether a snapshot is wished and not taken yet.
+        due: names of the evaluations and transforms that were asked for and are not done yet.
+        save: whether a snapshot was asked for and is not taken yet.
         stop: why the run is to stop, None while it is not.
         boundary: seconds elapsed when the last batches were done.
     """
@@ -183,12 +183,12 @@ class Stopped(Event):
     reason: str
 
 
-# --- effects: what is wished --------------------------------------------------------------------------------------
+# --- effects: what is to be done ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """A wish."""
+    """Something the interpreter is to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +294,7 @@ class Callback(Protocol):
         """Return the own state at the start of a run: a pytree."""
 
     def react(self, own: Any, event: Event, view: View) -> tuple[Any, tuple[Effect, ...]]:
-        """Return the own state after an event, and wishes. Pure: same inputs, same outputs."""
+        """Return the own state after an event, and effects. Pure: same inputs, same outputs."""
         ...
 
     def horizon(self, view: View) -> Horizon:

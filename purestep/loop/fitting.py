@@ -6,46 +6,34 @@ It is settled once, with the first batch, by the estimates of `memory`; a resume
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
 from purestep import metrics, tree
 from purestep.errors import ConfigError, explain
-from purestep.jit import Donating, donate, jit
 from purestep.loop import memory
 from purestep.loop.dry import dry_run
-from purestep.step import Step
+from purestep.step_protocol import StepFn, bare, facts_of, no_microbatches
 
 
-def is_auto(step: Any) -> bool:
+def is_auto(step: StepFn) -> bool:
     """Tell whether a step leaves its number of microbatches open."""
-    inner = getattr(step, "__wrapped__", step)
-    return isinstance(inner, Step) and inner.microbatches == "auto"
+    return facts_of(step).microbatches == "auto"
 
 
-def with_microbatches(step: Any, count: int) -> Any:
-    """Return a step with a number of microbatches, compiled or donating as the given one is."""
-    inner = getattr(step, "__wrapped__", step)
-    settled = dataclasses.replace(inner, microbatches=count)
-    if isinstance(step, Donating):
-        return donate(settled)
-    return settled if step is inner else jit(settled, donate=step.donate, backend=step.backend, mode=step.mode)
-
-
-def choose_microbatches(step: Any, state: Any, batch: Any, *, free: int | None = None) -> int:
+def choose_microbatches(step: StepFn, state: object, batch: object, *, free: int | None = None) -> int:
     """Return the smallest number of microbatches with which a step fits in memory.
 
     It goes by the estimate of dry runs. On an accelerator the step is then tried for real (a pure step changes
     nothing), and the number raised until it runs.
 
     Args:
-        step: a step of `make_step`, with any number of microbatches; it may be compiled.
+        step: a step of `make_step`, with any number of microbatches; it may be compiled, or of `wrap_step`.
         state, batch: what it will be given. Later batches should not be larger.
         free: bytes to go by; by default those that are free where the state is.
 
     Raises:
-        ConfigError: not even one sample at a time would fit, or the step has a plan.
+        ConfigError: not even one sample at a time would fit, the step has a plan, or is a function of another kind.
 
     Example:
         >>> import purestep as ps
@@ -55,32 +43,37 @@ def choose_microbatches(step: Any, state: Any, batch: Any, *, free: int | None =
         >>> choose_microbatches(step, state, torch.ones(64, 3))
         1
     """
-    inner = getattr(step, "__wrapped__", step)
-    if getattr(inner, "plan", None) is not None:
+    facts = facts_of(step)
+    if facts.microbatches is None:
+        raise no_microbatches(step)
+    if facts.plan is not None:
         raise ConfigError(
             explain(
                 "microbatches='auto' and a plan do not go together",
                 where="ps.loop.choose_microbatches, for a step with a plan",
-                why="all ranks have to cut a batch alike, and each knows only its own memory",
+                why="all ranks have to slice a batch alike, and each knows only its own memory",
                 instead="microbatches=8   # a number that all of them can share",
             )
         )
     device = next((x.device for x in tree.leaves(state) if isinstance(x, torch.Tensor)), torch.device("cpu"))
     room = memory.free_memory(device) if free is None else int(free / memory.USABLE)
     samples = metrics.sample_count(batch)
-    count = 1 if room is None else _smallest(inner, step, state, batch, int(memory.USABLE * room), samples)
-    while device.type in ("cuda", "xpu", "mps") and free is None and not _runs(inner, state, batch, count):
+    count = 1 if room is None else _smallest(step, state, batch, int(memory.USABLE * room), samples)
+    while device.type in ("cuda", "xpu", "mps") and free is None and not _runs(step, state, batch, count):
         if count >= samples:
             raise _nothing_fits(samples, None)
         count = min(samples, 2 * count)
     return count
 
 
-def _smallest(inner: Any, step: Any, state: Any, batch: Any, room: int, samples: int) -> int:
+def _smallest(step: StepFn, state: object, batch: object, room: int, samples: int) -> int:
+    donated = facts_of(step).donate
+
     def needed(count: int) -> memory.Estimate:
-        cut = dataclasses.replace(inner, microbatches=count)
-        found: Any = memory.estimate(cut, state, batch, dry_run(cut, state, batch))
-        return dataclasses.replace(found, donated=bool(getattr(step, "donate", False)))
+        sliced = bare(step, count)
+        return dataclasses.replace(
+            memory.estimate_alone(sliced, state, batch, dry_run(sliced, state, batch)), donated=donated
+        )
 
     if needed(1).beyond <= room:
         return 1
@@ -103,9 +96,9 @@ def _nothing_fits(samples: int, needed: memory.Estimate | None) -> ConfigError:
     )
 
 
-def _runs(inner: Any, state: Any, batch: Any, count: int) -> bool:
+def _runs(step: StepFn, state: object, batch: object, count: int) -> bool:
     try:
-        dataclasses.replace(inner, microbatches=count)(state, batch)
+        bare(step, count)(state, batch)
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from purestep.loop.dry import dry_run, models_of
 from purestep.loop.lone import lone
 from purestep.loop.misfit import describe_batch, misfit, module_path
 from purestep.sharding.local import LocalBatch
+from purestep.step_protocol import StepFn, facts_of, resliced
 
 
 class BatchChangeWarning(UserWarning):
@@ -33,17 +33,17 @@ class Guard:
         metrics: names of what it returns, as far as the check of the first batch told.
     """
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, step: StepFn) -> None:
         precheck.check_arity(step)
         self.step = step
         self.metrics: tuple[str, ...] | None = None
-        self._first: Any = None
+        self._first: object = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._free: int | None = None
         self._told = False
         self._dry_changes: tuple[hidden.Change, ...] = ()
 
-    def first(self, state: Any, batch: Any) -> str | None:
+    def first(self, state: object, batch: object) -> str | None:
         """Check step, state and first batch, without a real step and without the other ranks.
 
         Returns:
@@ -54,7 +54,7 @@ class Guard:
         """
         self._remember(batch)
         if fitting.is_auto(self.step):
-            self.step = fitting.with_microbatches(self.step, fitting.choose_microbatches(self.step, state, batch))
+            self.step = resliced(self.step, fitting.choose_microbatches(self.step, state, batch))
         dry, short = precheck.check_step(self.step, state, batch), None
         if dry is not None:
             self._dry_changes = dry.changes
@@ -66,19 +66,19 @@ class Guard:
                 short = memory.shortage(self.step, needed, batch, device, self._free)
         return short
 
-    def attributes(self, state: Any) -> Remembered:
+    def attributes(self, state: object) -> Remembered:
         """Return what the models of the step remember before its first real call, to compare it afterwards."""
         return Remembered(self.step, state, self._dry_changes)
 
     # --- later batches ------------------------------------------------------------------------------------------------
 
-    def _remember(self, batch: Any) -> None:
+    def _remember(self, batch: object) -> None:
         batch = _rows(batch)
         self._first = tree.map(_shape_of, batch)
         if type(batch) is dict and all(isinstance(value, Tensor) for value in batch.values()):
             self._dtypes = {name: value.dtype for name, value in batch.items()}
 
-    def same(self, batch: Any, index: int) -> None:
+    def same(self, batch: object, index: int) -> None:
         """Warn, once, when a batch has another structure or other dtypes than the first one."""
         if type(batch) is not dict:
             batch = _rows(batch)
@@ -96,7 +96,7 @@ class Guard:
             return
         self._compare(batch, index)
 
-    def _compare(self, batch: Any, index: int) -> None:
+    def _compare(self, batch: object, index: int) -> None:
         changes = [text for kind, text in self._changes(batch) if kind != "shape"]
         if changes and not self._told:
             self._told = True
@@ -111,7 +111,7 @@ class Guard:
                 stacklevel=3,
             )
 
-    def _changes(self, batch: Any) -> list[tuple[str, str]]:
+    def _changes(self, batch: object) -> list[tuple[str, str]]:
         """Return how a batch differs from the first one, besides its number of samples."""
         if self._first is None:
             return []
@@ -130,7 +130,7 @@ class Guard:
 
     # --- a step that failed -------------------------------------------------------------------------------------------
 
-    def explained(self, error: Exception, state: Any, batch: Any, index: int) -> Exception:
+    def explained(self, error: Exception, state: object, batch: object, index: int) -> Exception:
         """Return the error to raise for one that a step raised: itself, unless more can be said."""
         if memory.is_out_of_memory(error):
             return memory.out_of_memory(self.step, state, batch, error, index=index, free=self._free)
@@ -159,12 +159,12 @@ class Remembered:
         dry: attributes that it was seen to change each time on fake tensors.
     """
 
-    def __init__(self, step: Any, state: Any, dry: tuple[hidden.Change, ...]) -> None:
+    def __init__(self, step: StepFn, state: object, dry: tuple[hidden.Change, ...]) -> None:
         self._step, self._dry = step, dry
         self._modules = models_of(step, (state,))
         self._saved, self._before = hidden.Saved(self._modules), hidden.attributes(self._modules)
 
-    def check(self, state: Any, batch: Any, returned: Any, *, repeatable: bool) -> str | None:
+    def check(self, state: object, batch: object, returned: tuple[object, object], *, repeatable: bool) -> str | None:
         """Refuse attributes that make the same call compute other numbers; called after the first call.
 
         Only where attributes changed the step is called again, and what it remembers meanwhile is put back.
@@ -186,7 +186,7 @@ class Remembered:
             now = hidden.Saved(self._modules)
             try:
                 second = self._step(state, batch)[0]
-                if not hasattr(self._step, "backend"):  # a compiled call runs nothing of the model's Python
+                if facts_of(self._step).backend is None:  # a compiled call runs nothing of the model's Python
                     again = hidden.changed(first, hidden.attributes(self._modules))
                 if not tree.equal(second, returned[0]):
                     self._saved.put_back()
@@ -198,7 +198,7 @@ class Remembered:
         return hidden.message(again) if again else None
 
 
-def _note(error: Exception, batch: Any, index: int) -> str:
+def _note(error: Exception, batch: object, index: int) -> str:
     """What to add to an error that came out of a step, in its own words: which batch, and where in the model."""
     where = [f"batch {index} of the run: {describe_batch(batch)}"]
     path, _ = module_path(error)
@@ -209,7 +209,7 @@ def _note(error: Exception, batch: Any, index: int) -> str:
     return explain("the step failed", where="\n".join(where), why=why)
 
 
-def _rows(batch: Any) -> Any:
+def _rows(batch: object) -> object:
     return batch.data if isinstance(batch, LocalBatch) else batch
 
 
@@ -220,7 +220,7 @@ class _Shape:
         self.value = value
 
 
-def _shape_of(leaf: Any) -> _Shape:
+def _shape_of(leaf: object) -> _Shape:
     if isinstance(leaf, Tensor):
         return _Shape((str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape[1:])))
     return _Shape((type(leaf).__name__, ()))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import StepError, explain
 
 Modules = dict[str, nn.Module]
@@ -213,7 +213,7 @@ class _Frozen:
 def _tensor(value: Tensor) -> Any:
     shape = type(value).__name__, tuple(value.shape), value.dtype, value.device.type
     plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta
-    if not plain or value.numel() > _LARGE or torch._C._len_torch_dispatch_stack() > 0:
+    if not plain or value.numel() > _LARGE or _torch.dispatch_modes() > 0:
         return shape
     with torch.no_grad():
         return (*shape, value.detach().clone())

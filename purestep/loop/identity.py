@@ -19,6 +19,7 @@ from purestep.errors import DataError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import Callback, Cursor
 from purestep.loop.stable import stable
 from purestep.snapshot.codec import JSON
+from purestep.step_protocol import StepFn, facts_of
 
 
 class RunChangedWarning(UserWarning):
@@ -49,10 +50,8 @@ class Identity:
     @functools.cached_property
     def plain(self) -> dict[str, JSON]:
         """The identity as JSON. A run asks at its start: later a source file may have been edited."""
-        # A function that wraps a step is described with what it wraps; what compiles a step is a condition.
-        inner = self.step if hasattr(self.step, "__code__") else getattr(self.step, "__wrapped__", self.step)
         callbacks = {callback.name: callback for callback in self.callbacks}
-        found = stable({"step": inner, "callbacks": callbacks, "data": self.data})
+        found = stable({"step": self.step, "callbacks": callbacks, "data": self.data})
         watched = {name: said for name, said in found["callbacks"].items() if said is not None}
         version = getattr(sys.modules[__name__.partition(".")[0]], "__version__", None)
         code = {"purestep": version, "python": sys.version.split()[0]}
@@ -77,21 +76,21 @@ _STEP = {
 }
 
 
-def conditions(step: Any) -> dict[str, Any]:
+def conditions(step: StepFn) -> dict[str, Any]:
     """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, and
     how a plan sums gradients and splits matrix products. On how many ranks they were computed is not among them."""
-    inner = getattr(step, "__wrapped__", step)
-    policy, plan = getattr(inner, "policy", None), getattr(inner, "plan", None)
+    facts = facts_of(step)
+    policy, plan = facts.policy, facts.plan
     return {
-        "microbatches": None if getattr(inner, "microbatches", None) == "auto" else getattr(inner, "parts", None),
-        "compiled": getattr(step, "backend", None),
+        "microbatches": None if facts.microbatches == "auto" else facts.microbatches,
+        "compiled": facts.backend,
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
     }
 
 
-def _changed_conditions(manifest: snapshot.Manifest, step: Any) -> list[tuple[str, str]]:
+def _changed_conditions(manifest: snapshot.Manifest, step: StepFn) -> list[tuple[str, str]]:
     """Return what is other than it was, and how to have it again."""
     now, then = snapshot.environment(), manifest.environment
     changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]

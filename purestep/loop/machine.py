@@ -39,9 +39,10 @@ from purestep.loop.events import (
     Transformed,
     View,
 )
+from purestep.loop.roles import Transformer
 
-# A burst without any boundary is cut here, so that metrics waiting to be read stay few. Cuts change no bit.
-LONGEST_BURST = 1000
+# A chunk of steps without any boundary ends here, so that metrics waiting to be read stay few. That changes no bit.
+LONGEST_CHUNK = 1000
 # Facts whose moment depends on the disk or the clock. Callbacks do not hear of them: their states are functions of
 # the data.
 _TIMING = (Saved, SaveLost, Ticked, Failed, Stopped)
@@ -79,19 +80,19 @@ class Machine:
         return LoopState(train, callbacks={c.name: c.init() for c in self.callbacks})
 
     def transition(self, loop: LoopState, event: Event) -> tuple[LoopState, tuple[Effect, ...]]:
-        """Return the loop after an event, and what is wished now.
+        """Return the loop after an event, and the effects that follow.
 
-        A snapshot is wished only when everything else of that moment was fed back, so that it holds no stale state.
+        A snapshot comes only when every other effect of that moment was fed back, so that it holds no stale state.
         """
         if isinstance(event, Ticked):
             return loop.replace(elapsed=event.seconds), ()
         if isinstance(event, _TIMING):
             return loop, ()
         loop, event = self._record(loop, event)
-        loop, wishes = self._ask(loop, event)
+        loop, effects = self._ask(loop, event)
         if isinstance(event, StepsDone):
             loop = loop.replace(status=loop.status.replace(boundary=loop.elapsed))
-        return self._decide(loop, event, wishes)
+        return self._decide(loop, event, effects)
 
     # --- what the event says --------------------------------------------------------------------------------------
 
@@ -121,33 +122,33 @@ class Machine:
 
     def _ask(self, loop: LoopState, event: Event) -> tuple[LoopState, list[Effect]]:
         view, owns = View(loop, self.length), dict(loop.callbacks)
-        wishes: list[Effect] = []
+        asked: list[Effect] = []
         for callback in sorted(self.callbacks, key=lambda c: c.name):
             owns[callback.name], effects = callback.react(owns[callback.name], event, view)
-            wishes.extend(effects)
-        return loop.replace(callbacks=owns), wishes
+            asked.extend(effects)
+        return loop.replace(callbacks=owns), asked
 
     # --- what follows ---------------------------------------------------------------------------------------------
 
-    def _decide(self, loop: LoopState, event: Event, wishes: Sequence[Effect]) -> tuple[LoopState, tuple[Effect, ...]]:
+    def _decide(self, loop: LoopState, event: Event, effects: Sequence[Effect]) -> tuple[LoopState, tuple[Effect, ...]]:
         status = loop.status
         out: list[Effect] = []
-        for wish in wishes:
-            if isinstance(wish, Log):
-                status = status.replace(metrics=status.metrics | dict(wish.row))
-                out.append(wish)
-        new = [w for w in wishes if isinstance(w, (Evaluate, Transform)) and w.name not in status.due]
-        stops = [w.reason for w in wishes if isinstance(w, Stop)]
-        save = status.save or any(isinstance(w, Save) for w in wishes)
+        for effect in effects:
+            if isinstance(effect, Log):
+                status = status.replace(metrics=status.metrics | dict(effect.row))
+                out.append(effect)
+        new = [e for e in effects if isinstance(e, (Evaluate, Transform)) and e.name not in status.due]
+        stops = [e.reason for e in effects if isinstance(e, Stop)]
+        save = status.save or any(isinstance(e, Save) for e in effects)
         stop = status.stop or (stops[0] if stops else None)
-        due = status.due + tuple(w.name for w in new)
+        due = status.due + tuple(e.name for e in new)
         status = status.replace(due=due, save=save, stop=stop)
         if isinstance(event, StepsDone) and event.epoch_end:
             return loop.replace(status=status), tuple(out)  # EpochDone follows; everything waits for it
         if isinstance(event, Interrupted):
             return loop.replace(status=status), (*out, Save(), Stop(event.signal))
         if due:
-            ask = self._wish(due) if isinstance(event, EpochDone | StepsDone | Started | Resumed) else tuple(new)
+            ask = self._due(due) if isinstance(event, EpochDone | StepsDone | Started | Resumed) else tuple(new)
             return loop.replace(status=status), (*out, *ask)
         if stop is None and self.until.reached(View(loop, self.length)):
             stop = f"reached {self.until}"
@@ -157,14 +158,14 @@ class Machine:
             return loop, (*out, Save(), Stop(stop))
         return loop, (*out, *([Save()] if save else []), self._train(loop))
 
-    def _wish(self, due: Iterable[str]) -> tuple[Effect, ...]:
-        transforms = {c.name for c in self.callbacks if hasattr(c, "transform")}
-        wishes: list[Effect] = [Transform(n) if n in transforms else Evaluate(n) for n in due]
-        return tuple(sorted(wishes, key=lambda w: isinstance(w, Evaluate)))
+    def _due(self, due: Iterable[str]) -> tuple[Effect, ...]:
+        transforms = {c.name for c in self.callbacks if isinstance(c, Transformer)}
+        effects: list[Effect] = [Transform(n) if n in transforms else Evaluate(n) for n in due]
+        return tuple(sorted(effects, key=lambda e: isinstance(e, Evaluate)))
 
     def _train(self, loop: LoopState) -> Train:
         view = View(loop, self.length)
-        horizon = Horizon(LONGEST_BURST) & self.until.horizon(view)
+        horizon = Horizon(LONGEST_CHUNK) & self.until.horizon(view)
         if self.length is not None:
             horizon &= Horizon(self.length - loop.cursor.batch)
         for callback in self.callbacks:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from purestep import metrics, tree
+from purestep.bits import human_bytes
+from purestep.cpus import available_memory
 from purestep.errors import OutOfMemory, explain
 from purestep.loop.dry import Dry, dry_run
 from purestep.loop.lone import lone
 from purestep.loop.misfit import describe_batch
-from purestep.loop.resume import _states
 from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
-from purestep.step import Step
+from purestep.state import TrainState
+from purestep.step_protocol import StepFacts, StepFn, facts_of
 
 _SMALLER = "a smaller batch or model, ps.checkpoint around its blocks, or a device with more memory"
 USABLE = 0.9  # of the free memory: the rest is for workspaces and fragmentation
@@ -58,6 +60,7 @@ class Estimate:
     @property
     def beyond(self) -> int:
         """What is needed besides the state and the batch, which are there already."""
+        # Activations are freed by the backward pass before the update makes the new state: the larger one counts.
         new = 0 if self.donated else self.state
         return self.gradients + max(self.gathered + self.activations, new)
 
@@ -74,38 +77,31 @@ class Estimate:
             *([("gathered", self.gathered)] if self.gathered else []),
             ("activations", self.activations),
         )
-        return f"{show(self.total)} in all: " + ", ".join(f"{name} {show(size)}" for name, size in parts)
+        return f"{human_bytes(self.total)} in all: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in parts)
 
 
-def show(nbytes: float) -> str:
-    """Return a number of bytes as people read it.
-
-    Example:
-        >>> show(512), show(3.2e9)
-        ('512 B', '3.2 GB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return ""
-
-
-def estimate(step: Any, state: Any, batch: Any, dry: Dry) -> Estimate | None:
+def estimate(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate | None:
     """Return what a step needs of this process, from a dry run of it.
 
     None under tensor parallelism: what each rank keeps of a layer that several compute is not known.
     """
-    inner = getattr(step, "__wrapped__", step)
-    plan = getattr(inner, "plan", None)
+    plan = facts_of(step).plan
     if plan is not None and plan.mesh.size(*plan.model_axes) > 1:
         return None
+    return estimate_alone(step, state, batch, dry)
+
+
+def estimate_alone(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate:
+    """Return what `estimate` does, for a step whose ranks compute each layer alone."""
+    facts = facts_of(step)
+    plan, count = facts.plan, facts.microbatches
     here = place.local(state)
-    states = list(_states(here))
+    states = [state for _, state in tree.find(here, TrainState)]
     params = tree.nbytes([s.params for s in states]) if states else tree.nbytes(here)
-    own = 1 if plan is None else len(plan.microbatches(inner.parts))
-    sums = 1 if (getattr(inner, "microbatches", 1) == 1 if plan is None else own == 1) else 2
-    gathered, cast = (0, 0) if plan is None else _gathered(inner, state)
+    own = count if plan is None or not isinstance(count, int) else len(plan.microbatches(count))
+    # Several microbatches hold a sum beside the gradients that are added to it.
+    sums = 1 if own in (None, 1) else 2
+    gathered, cast = _gathered(facts, state)
     return Estimate(
         params,
         tree.nbytes([s.opt_state for s in states]),
@@ -113,26 +109,28 @@ def estimate(step: Any, state: Any, batch: Any, dry: Dry) -> Estimate | None:
         params * sums,
         max(dry.kept - cast, 0),
         tree.nbytes(batch),
-        bool(getattr(step, "donate", False)),
+        facts.donate,
         gathered,
     )
 
 
-def _gathered(inner: Step, state: Any) -> tuple[int, int]:
+def _gathered(facts: StepFacts, state: Any) -> tuple[int, int]:
     """Return the bytes of gathered parameters at one time, and those of all split ones as they are computed with.
 
     A dry run keeps the latter for its backward pass where they are cast; a real one gathers them again.
     """
-    compute = None if inner.policy is None else inner.policy.copied
-    split = [x for x in tree.leaves(state.params) if place.is_split(x)]
-    if inner.plan is None or not split:
+    if facts.plan is None or not isinstance(facts.microbatches, int):
         return 0, 0
-    found = inner.plan.dry_run(state, microbatches=inner.parts, compute_dtype=compute).memory.get("gathered", 0)
+    compute = None if facts.policy is None else facts.policy.copied
+    split = [x for x in tree.leaves(state.params) if place.is_split(x)]
+    if not split:
+        return 0, 0
+    found = facts.plan.dry_run(state, microbatches=facts.microbatches, compute_dtype=compute).memory.get("gathered", 0)
     return found, sum(x.numel() * compute.itemsize for x in split if compute is not None and x.dtype != compute)
 
 
 def free_memory(device: torch.device, *, root: str | Path = "/") -> int | None:
-    """Return how many bytes can be allocated on a device; None where nobody says.
+    """Return how many bytes can be allocated on a device; None where the system does not say.
 
     On the CPU it is what the system calls available, within the limit of this process's cgroup.
 
@@ -149,28 +147,7 @@ def free_memory(device: torch.device, *, root: str | Path = "/") -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return _host_memory(Path(root)) if device.type == "cpu" else None
-
-
-def _host_memory(root: Path) -> int | None:
-    found = []
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    group = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    inner = Path(group.lstrip("/"))
-    for folder in (inner, *inner.parents):
-        limit, used = (_read(root / "sys/fs/cgroup" / folder / f"memory.{n}").strip() for n in ("max", "current"))
-        if limit.isdigit() and used.isdigit():
-            found.append(max(0, int(limit) - int(used)))
-    return min(found, default=None)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    return available_memory(root=root) if device.type == "cpu" else None
 
 
 def own_share(free: int | None, device: torch.device) -> int | None:
@@ -178,13 +155,13 @@ def own_share(free: int | None, device: torch.device) -> int | None:
     return free if free is None or device.type != "cpu" else free // world.neighbours()
 
 
-def shortage(step: Any, needed: Estimate, batch: Any, device: torch.device, free: int | None) -> str | None:
+def shortage(step: StepFn, needed: Estimate, batch: object, device: torch.device, free: int | None) -> str | None:
     """Return what to say when a step needs more than is free, with the numbers and what would fit; else None."""
     if free is None or needed.beyond <= free:
         return None
     return explain(
         "the step may not fit in the memory of the device",
-        where=f"{device}: {show(needed.beyond)} more are needed, {show(free)} are free",
+        where=f"{device}: {human_bytes(needed.beyond)} more are needed, {human_bytes(free)} are free",
         why=f"{needed}\nbatch: {describe_batch(batch)}",
         instead=_advice(step, needed, batch, free),
     )
@@ -203,13 +180,13 @@ def warn(shortages: Sequence[str | None]) -> None:
     warnings.warn(text, MemoryEstimateWarning, stacklevel=2)
 
 
-def _advice(step: Any, needed: Estimate, batch: Any, free: int | None) -> str:
-    inner = getattr(step, "__wrapped__", step)
-    plan = getattr(inner, "plan", None)
+def _advice(step: StepFn, needed: Estimate, batch: object, free: int | None) -> str:
+    facts = facts_of(step)
+    plan = facts.plan
     lines = []
-    if isinstance(inner, Step):
+    if facts.microbatches is not None:
         samples = metrics.sample_count(batch.data if isinstance(batch, LocalBatch) else batch)
-        count = inner.parts if inner.microbatches != "auto" else 1
+        count = facts.microbatches if isinstance(facts.microbatches, int) else 1
         own = count if plan is None else len(plan.microbatches(count))
         gradients = 2 * needed.params
         for parts in (2**i for i in range(1, max(samples // own, 1).bit_length())):
@@ -217,7 +194,7 @@ def _advice(step: Any, needed: Estimate, batch: Any, free: int | None) -> str:
             smaller = dataclasses.replace(needed, gradients=gradients, activations=activations)
             if free is None or smaller.beyond <= USABLE * free:
                 auto = "; or microbatches='auto'" if plan is None else ""
-                lines.append(f"microbatches={count * parts}   # about {show(smaller.total)}{auto}")
+                lines.append(f"microbatches={count * parts}   # about {human_bytes(smaller.total)}{auto}")
                 break
         if plan is not None and plan.replicas > 1 and not needed.gathered:
             lines.append("plan=ps.sharding.fsdp()   # params and optimizer state split over the ranks")
@@ -234,7 +211,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(
-    step: Any, state: Any, batch: Any, error: BaseException, *, index: int, free: int | None
+    step: StepFn, state: object, batch: object, error: BaseException, *, index: int, free: int | None
 ) -> OutOfMemory:
     """Return the error to raise where a step ran out of memory: batch, estimate, and what would fit."""
     alone = lone(step, state, batch)
@@ -242,8 +219,8 @@ def out_of_memory(
     needed = None if dry is None or dry.error is not None else estimate(step, state, batch, dry)
     lines = str(error).strip().splitlines()
     first = lines[0][:300] if lines else ""
-    room = "" if free is None else f"; {show(free)} were free at the start"
-    known = f"estimate: {needed}" if needed else f"the state takes {show(tree.nbytes(place.local(state)))}"
+    room = "" if free is None else f"; {human_bytes(free)} were free at the start"
+    known = f"estimate: {needed}" if needed else f"the state takes {human_bytes(tree.nbytes(place.local(state)))}"
     return OutOfMemory(
         explain(
             "the step ran out of memory",

@@ -15,7 +15,7 @@ from purestep.errors import StepError, explain
 from purestep.loop.dry import Call, Dry
 
 
-def misfit(dry: Dry, batch: Any, *, what: str) -> StepError | None:
+def misfit(dry: Dry, batch: object, *, what: str) -> StepError | None:
     """Say where in the model a dry run failed, and on which shapes; None unless real tensors would fail there too."""
     if dry.error is None:
         return None
@@ -43,7 +43,7 @@ def misfit(dry: Dry, batch: Any, *, what: str) -> StepError | None:
     )
 
 
-def describe_batch(batch: Any) -> str:
+def describe_batch(batch: object) -> str:
     """Return the shape and dtype of each tensor of a batch, by its path."""
     leaves = zip(tree.paths(batch), tree.leaves(batch), strict=True)
     shown = [f"{path} {tree.describe(leaf)}".strip() for path, leaf in leaves if hasattr(leaf, "shape")]

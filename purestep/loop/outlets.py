@@ -7,22 +7,16 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Self, TypeVar
 
 from purestep import loggers
 from purestep.loop.backlog import CLOSE_SECONDS, FLUSH_SECONDS, Backlog
 from purestep.loop.events import Callback, Event, LoopState
 from purestep.loop.resume import applied_steps
+from purestep.loop.roles import EventSink, Observer
 
+Sink = TypeVar("Sink", Backlog, EventSink)
 _MOMENT = 0.1  # seconds: what a logger that is not behind needs to close, even where no time is left
-
-
-class EventSink(Protocol):
-    """What the `open_sink(run_dir, length)` of a callback returns: it is shown every event, after the machine."""
-
-    def receive(self, event: Event, loop: LoopState) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Outlets:
@@ -44,8 +38,8 @@ class Outlets:
         if configs is None:
             configs = () if run_dir is None else (loggers.csv(),)
         self._configs, self._run_dir = tuple(configs), run_dir
-        self._logs: dict[str, Any] = {}
-        self._sinks: dict[str, Any] = {}
+        self._logs: dict[str, Backlog] = {}
+        self._sinks: dict[str, EventSink] = {}
 
     def open(self, callbacks: Sequence[Callback], loop: LoopState, length: int | None, *, resumed: bool) -> None:
         """Open everything; rows beyond the step that a resumed run begins at are taken back by the loggers."""
@@ -56,7 +50,7 @@ class Outlets:
             sink = config.open(self._run_dir or Path.cwd(), resume_step=step)
             self._logs[repr(config)] = Backlog(sink, repr(config))
         for callback in callbacks:
-            if hasattr(callback, "open_sink"):
+            if isinstance(callback, Observer):
                 self._sinks[callback.name] = callback.open_sink(self._run_dir, length)
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
@@ -76,7 +70,7 @@ class Outlets:
         if self._sinks:
             self._each(self._sinks, lambda sink: sink.receive(event, loop))
 
-    def _each(self, sinks: dict[str, Any], call: Callable[[Any], None], *, closing: bool = False) -> None:
+    def _each(self, sinks: dict[str, Sink], call: Callable[[Sink], None], *, closing: bool = False) -> None:
         for name, sink in list(sinks.items()):
             try:
                 call(sink)

@@ -1,4 +1,4 @@
-"""What is checked before the first real step: step, batch, model and callbacks, on fake tensors.
+"""What is checked before the first real step: step, batch and model, on fake tensors.
 
 A step that cannot run on fake tensors (it reads values, or calls code of its own) is let through: what it really
 returns is checked instead. Under a plan each rank checks its own part. Nothing here is called again after the first
@@ -7,9 +7,8 @@ batch.
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from purestep import metrics, tree
 from purestep.cpus import available_cpus
 from purestep.errors import (
     CompileError,
-    ConfigError,
     DonatedStateError,
     PurestepError,
     StepError,
@@ -27,55 +25,49 @@ from purestep.errors import (
     TreeError,
     explain,
 )
-from purestep.loggers.base import Logger
-from purestep.loop.cadence import Every
 from purestep.loop.contract import Contract
 from purestep.loop.dry import Dry, dry_run
-from purestep.loop.events import Callback
 from purestep.loop.lone import lone
 from purestep.loop.misfit import misfit
-from purestep.loop.watched import check_sets
 from purestep.sharding import world
 from purestep.state import TrainState
+from purestep.step_protocol import StepFn, facts_of, name_of, signature_of
 
 
 class ThreadsWarning(UserWarning):
     """Torch computes with more threads than there are CPUs for this process."""
 
 
-_OWN_CALLBACK = "ps.callbacks.tap(function), or a frozen dataclass that subclasses ps.callbacks.Reducer"
 # Errors that fake tensors, rather than the user's code, may be the reason of.
 _UNSURE = (TreeError, TraceError, CompileError, DonatedStateError)
 
 
-def check_arity(step: Any) -> None:
+def check_arity(step: StepFn) -> None:
     """Refuse a step that cannot be called with a state and a batch.
 
     Raises:
         StepError: it takes other arguments.
     """
-    try:
-        signature = inspect.signature(step)
-    except (TypeError, ValueError):
+    signature = signature_of(step)
+    if signature is None:
         return
     try:
         signature.bind(None, None)
     except TypeError as error:
-        name = getattr(step, "__name__", type(step).__name__)
         raise StepError(
             explain(
                 "a step takes a state and a batch",
-                where=f"{name}{signature}",
+                where=f"{name_of(step)}{signature}",
                 instead="def train_step(state, batch): ...\n    return state, {'loss': loss}",
             )
         ) from error
 
 
-def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
+def check_step(step: StepFn, state: Any, batch: Any) -> Dry | None:
     """Run a step on fake tensors, and refuse what it could not return or run on.
 
     Args:
-        step: any step; a compiled one is checked uncompiled.
+        step: any step; a compiled one is checked as the function it was compiled of.
         state, batch: what it is about to be given.
 
     Returns:
@@ -101,7 +93,7 @@ def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
         raise StepError(
             explain(
                 "the step calls its state as if it were a model",
-                where=f"{getattr(step, '__name__', type(step).__name__)}(state, batch)",
+                where=f"{name_of(step)}(state, batch)",
                 why="a loss function takes the model and the batch, a step the state and the batch",
                 instead="step = ps.make_step(loss_fn, tx)",
             )
@@ -113,7 +105,7 @@ def check_step(step: Any, state: Any, batch: Any) -> Dry | None:
 
 
 def check_eval(
-    name: str, step: Any, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None
+    name: str, step: StepFn, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None
 ) -> tuple[str, ...] | None:
     """Run an evaluation step on fake tensors, for its first batch.
 
@@ -145,16 +137,16 @@ def check_eval(
     return tuple(dry.result) if dry.error is None and isinstance(dry.result, Mapping) else None
 
 
-# --- surroundings, states and callbacks that do not fit ---------------------------------------------------------------
+# --- surroundings and states that do not fit --------------------------------------------------------------------------
 
 
-def check_optimizer_state(step: Any, state: Any) -> None:
+def check_optimizer_state(step: StepFn, state: Any) -> None:
     """Refuse a state whose optimizer state was made by another transformation than that of the step.
 
     Raises:
         StepError: with the paths that differ.
     """
-    tx = getattr(step, "tx", None)
+    tx = facts_of(step).tx
     if tx is None or not isinstance(state, TrainState):
         return
     dry = dry_run(lambda params: tx.init(params), state.params)
@@ -201,70 +193,3 @@ def check_threads(device: torch.device) -> None:
         ThreadsWarning,
         stacklevel=2,
     )
-
-
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Refuse callbacks that are none, and those that cannot work together.
-
-    Raises:
-        ConfigError: with the names of those concerned.
-    """
-    _check_list("callbacks", callbacks, "[ps.callbacks.log(every=ps.every.steps(50))]")
-    for callback in callbacks:
-        if not isinstance(callback, Callback) or isinstance(callback, type) or not isinstance(callback.name, str):
-            called = getattr(callback, "__name__", "") if callable(callback) else ""
-            raise ConfigError(
-                explain(
-                    "this is not a callback",
-                    where=f"callbacks: {called or repr(callback)}",
-                    why="a callback is a value with name, init, react and horizon",
-                    instead=f"{called}(...)   # called" if called else _OWN_CALLBACK,
-                )
-            )
-        cadence = getattr(callback, "every", None)
-        if cadence is not None and not isinstance(cadence, Every):
-            raise ConfigError(
-                explain(
-                    "every= says when something recurs",
-                    where=f"{callback.name!r}: every={cadence!r}",
-                    instead="ps.every.steps(100), ps.every.epoch(), ps.every.seconds(60), or two of them: a | b",
-                )
-            )
-    if any(hasattr(c, "evaluate") and c.name == "train" for c in callbacks):
-        raise ConfigError(
-            explain(
-                "an evaluation clashes with the metrics of training",
-                where="evaluate(..., name='train')",
-                why="both would be logged as train/<metric>",
-                instead="ps.callbacks.evaluate(loss_fn, data, name='train_set')",
-            )
-        )
-    check_sets(callbacks)
-
-
-def check_loggers(loggers: Any) -> None:
-    """Refuse loggers that are none.
-
-    Raises:
-        ConfigError: with the first one.
-    """
-    if loggers is None:
-        return
-    _check_list("loggers", loggers, "[ps.loggers.csv()]")
-    for logger in loggers:
-        if not isinstance(logger, Logger):
-            called = getattr(logger, "__name__", "") if callable(logger) else ""
-            raise ConfigError(
-                explain(
-                    "this is not a logger",
-                    where=f"loggers: {called or repr(logger)}",
-                    why="a logger is a value that says where rows go",
-                    instead=f"{called}(...)   # called" if called else "ps.loggers.csv(), ps.loggers.tensorboard()",
-                )
-            )
-
-
-def _check_list(name: str, given: Any, instead: str) -> None:
-    if isinstance(given, (list, tuple)):
-        return
-    raise ConfigError(explain(f"{name}= is a list", where=f"{name}={given!r}", instead=f"{name}={instead}"))

@@ -20,27 +20,16 @@ from purestep.loop.agree import Alone, Together
 from purestep.loop.events import LoopState
 from purestep.loop.identity import conditions
 from purestep.loop.machine import Machine
+from purestep.loop.roles import Peers
 from purestep.loop.signals import Signals
 from purestep.parallel.inputs import SAME_DATA, SAME_STATE, compare_states, fingerprint
 from purestep.sharding import place, world
 from purestep.sharding.local import LocalBatch
 from purestep.sharding.place import is_split
 from purestep.sharding.plan import Plan
+from purestep.step_protocol import StepFn, facts_of
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Peers:
-    """What an evaluation is told about the other ranks.
-
-    Attributes:
-        plan: the plan of the step.
-        meet: `meet(what, value)` returns the values of all ranks; every rank calls it.
-    """
-
-    plan: Any
-    meet: Callable[[str, Any], list[Any]]
 
 
 class Ranks:
@@ -51,23 +40,22 @@ class Ranks:
         microbatches: of a global batch.
     """
 
-    def __init__(self, plan: Any, microbatches: int) -> None:
+    def __init__(self, plan: Plan | None, microbatches: int) -> None:
         self.plan, self.microbatches = plan, microbatches
         self.alone = plan is None or not world.initialize()
         self.first = self.alone or world.rank() == 0
         self._cut: ShardedSource | None = None
-        if not self.alone:
+        if plan is not None and not self.alone:
             from purestep.sharding.mesh import check_world
 
             check_world(plan.mesh)
             plan.microbatches(microbatches)  # refuses a number that cannot be shared, before anything begins
 
     @classmethod
-    def of(cls, step: Any) -> Self:
+    def of(cls, step: StepFn) -> Self:
         """Return the ranks of a step's plan; joins the processes that torchrun started if there is one."""
-        inner = getattr(step, "__wrapped__", step)
-        plan = getattr(inner, "plan", None)
-        return cls(plan, 1 if plan is None else getattr(inner, "parts", plan.replicas))
+        facts = facts_of(step)
+        return cls(facts.plan, facts.microbatches if isinstance(facts.microbatches, int) else 1)
 
     def outside(self, signals: Signals) -> Alone:
         """Return signals and clock as all ranks see them."""
@@ -88,7 +76,7 @@ class Ranks:
         return None if self._cut is None or self._cut.last is None else fingerprint(self._cut.last)
 
     def compare_batch(self) -> None:
-        """Check that all ranks have read the same first batch; later ones are compared where a burst ends.
+        """Check that all ranks have read the same first batch; later ones are compared where a chunk of steps ends.
 
         Raises:
             RankError: on every rank, with shapes and content by rank.
@@ -114,7 +102,7 @@ class Ranks:
         Raises:
             RankError: the ranks hold different values of a state that has to be cut, or only some have it cut already.
         """
-        if not isinstance(self.plan, Plan):
+        if self.plan is None:
             return train
         if not self.alone:
             specs = tree.leaves(self.plan.specs(train))
@@ -124,7 +112,7 @@ class Ranks:
             world.agree_each({"the state": content}, what="the state", instead=SAME_STATE)
         return self.plan.place(train)
 
-    def compare(self, step: Any, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
+    def compare(self, step: StepFn, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
         """Check that all ranks are about to do the same: code, arguments, data, state.
 
         Raises:
@@ -132,13 +120,13 @@ class Ranks:
         """
         if self.alone:
             return
-        inner = getattr(step, "__wrapped__", step)
+        facts = facts_of(step)
         order = source.order if isinstance(source, data.Batches) else None
         values = {
             "the snapshot they begin at": at,
             **{f"the step's {name}": value for name, value in conditions(step).items()},
-            "the loss function": getattr(getattr(inner, "loss_fn", inner), "__qualname__", type(inner).__name__),
-            "tx": _plain(getattr(inner, "tx", None)),
+            "the loss function": getattr(facts.loss_fn, "__qualname__", type(facts.loss_fn).__name__),
+            "tx": _plain(facts.tx),
             "the plan": self.plan,
             "callbacks": [_plain(c) for c in machine.callbacks if c.name != "progress"],
             "until": str(machine.until),
@@ -166,7 +154,8 @@ class Ranks:
         """
         if self.alone:
             return [check()]
-        refused, value = None, None
+        refused: Exception | None = None
+        value: Any = None
         try:
             value = check()
         except Exception as error:

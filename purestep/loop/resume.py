@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from purestep import snapshot
+from purestep import snapshot, tree
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
@@ -17,7 +16,9 @@ from purestep.loop.machine import Machine
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.convert import any_policy, under_policy
+from purestep.snapshot import Verify
 from purestep.state import TrainState
+from purestep.step_protocol import StepFn, resliced
 
 Resume = Literal["auto", "never", "must"] | int
 
@@ -25,17 +26,6 @@ Resume = Literal["auto", "never", "must"] | int
 def store_root(run_dir: str | Path) -> Path:
     """Return the directory of the snapshots of a run."""
     return Path(run_dir) / "snapshots"
-
-
-def check_resume_argument(resume: Resume) -> None:
-    if resume not in ("auto", "never", "must") and (isinstance(resume, bool) or not isinstance(resume, int)):
-        raise ConfigError(
-            explain(
-                "resume= is 'auto', 'never', 'must', or the number of a snapshot",
-                where=f"resume={resume!r}",
-                instead="resume='auto'   # continue if there is a snapshot, start otherwise",
-            )
-        )
 
 
 def begin(
@@ -77,9 +67,8 @@ def begin(
             )
         return fresh, None
     wanted = resume if isinstance(resume, int) else None
-    like = LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
     try:
-        restored = store.restore(like=like, step=wanted, fallback=wanted is None)
+        restored = store.restore(like=_around(train), step=wanted, fallback=wanted is None)
     except TemplateMismatch as error:
         raise TemplateMismatch(_other_run(error, store, steps[-1] if wanted is None else wanted, identity)) from error
     adopted, saved = _adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
@@ -121,54 +110,68 @@ def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
                 )
             )
         owns[name] = old
-    wished = tuple(name for name in stored.status.due if name in owns)
-    return stored.replace(callbacks=owns, status=stored.status.replace(due=wished))
+    due = tuple(name for name in stored.status.due if name in owns)
+    return stored.replace(callbacks=owns, status=stored.status.replace(due=due))
 
 
-def settled(step: Any, manifest: snapshot.Manifest) -> Any:
+def settled(step: StepFn, manifest: snapshot.Manifest) -> StepFn:
     """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
     from purestep.loop import fitting
 
     was = manifest.info.get("step")
     count = was.get("microbatches") if isinstance(was, Mapping) else None
-    return (
-        fitting.with_microbatches(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
-    )
+    return resliced(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
 
 
 @checked(ConfigError)
 def restore(
     run_dir: Location,
-    like: Any,
+    like: Any = ...,
     *,
     step: int | None = None,
     best: str | None = None,
     mode: Literal["min", "max"] = "min",
     policy: Policy | str | None = None,
+    verify: Verify = True,
 ) -> Any:
-    """Read the train state of a run from its snapshots.
+    """Read what was trained from its snapshots: the train state of a run of `fit`, or the tree of another `Store`.
 
     Args:
-        run_dir: run directory of `fit`.
-        like: a train state of the same structure, shapes and dtypes; `ps.init(model, tx)` makes one.
-        step: which snapshot; the latest by default.
+        run_dir: run directory, or the directory of its snapshots.
+        like: a template of the same structure, shapes and dtypes: for a run of `fit` a train state, which
+            `ps.init(model, tx)` makes. `...` in it, or as all of it, takes what is stored, see `Store.restore`. A
+            `LoopState` gives the whole run: position in the data, callbacks and all.
+        step: which snapshot; the newest that can be read by default.
         best: name of a metric: take the snapshot that is best in it, among those that were kept.
         mode: whether the smallest or the largest value is best.
-        policy: precision policy to have the state under, whatever it was saved under; `like` may be under any.
+        policy: precision policy to have the train state under, whatever it was saved under; `like` may be under any.
             Without one, a state of other dtypes than those of `like` is refused.
+        verify: whether to check the checksum of every leaf; "digest" for the digests in the manifest, too.
 
     Returns:
-        The train state.
+        What was trained.
 
     Raises:
         ConfigError: both `step` and `best` are given.
-        SnapshotError: there is none, it is damaged, or does not fit `like`.
+        TemplateMismatch: the snapshot is not of the structure, shapes or dtypes of `like`.
+        CorruptSnapshot: stored bytes are missing or changed.
+        SnapshotError: there is no snapshot, or none that knows the metric.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> import purestep as ps
+        >>> with tempfile.TemporaryDirectory() as run_dir:
+        ...     with ps.snapshot.Store(f"{run_dir}/snapshots") as store:
+        ...         store.save(5, {"w": torch.arange(3), "name": "digits"})
+        ...     restore(run_dir, like={"w": torch.empty(3, dtype=torch.int64), "name": ...})
+        {'w': tensor([0, 1, 2]), 'name': 'digits'}
     """
     if step is not None and best is not None:
         raise ConfigError(
             explain("restore takes a step or a best metric, not both", where=f"step={step}, best={best!r}")
         )
-    store = snapshot.Store(store_root(run_dir))
+    store = snapshot.Store(snapshot.root_of(run_dir), verify=verify)
     if best is not None:
         step = store.best(best, mode)
         if step is None:
@@ -180,27 +183,28 @@ def restore(
                 )
             )
     asked = like if policy is None else any_policy(like)
-    template = LoopState(asked, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
-    found = store.restore(like=template, step=step, fallback=step is None).value.train
+    whole = isinstance(like, LoopState) or not _is_of_a_run(store, step)
+    template = asked if whole else _around(asked)
+    value = store.restore(like=template, step=step, fallback=step is None).value
+    found = value if whole else value.train
     return found if policy is None else under_policy(policy_of(policy), found, like)
+
+
+def _around(train: Any) -> LoopState:
+    """Return the template of a run in which only the train state matters."""
+    return LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
+
+
+def _is_of_a_run(store: snapshot.Store, step: int | None) -> bool:
+    """Tell whether a snapshot is that of a run, by the newest manifest that can be read."""
+    for number in reversed(store.steps()) if step is None else [step]:
+        with contextlib.suppress(SnapshotError):
+            root = store.read_manifest(number).structure
+            return isinstance(root, Mapping) and root.get("class") == tree.node_name(LoopState)
+    return False
 
 
 def applied_steps(loop: LoopState) -> int:
     """Return the x-axis of the logs: `state.step`, or the batches consumed when the train state has no step."""
-    for node in _states(loop.train):
-        return int(node.step)
-    return loop.cursor.batches
-
-
-def _states(train: Any) -> Iterator[TrainState]:
-    if isinstance(train, TrainState):
-        yield train
-    elif isinstance(train, Mapping):
-        for value in train.values():
-            yield from _states(value)
-    elif isinstance(train, (tuple, list)):
-        for value in train:
-            yield from _states(value)
-    elif dataclasses.is_dataclass(train):
-        for field in dataclasses.fields(train):
-            yield from _states(getattr(train, field.name))
+    states = tree.find(loop.train, TrainState)
+    return int(states[0][1].step) if states else loop.cursor.batches

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import itertools
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from purestep import data, loggers, metrics, tree
+from purestep import data, metrics, tree
+from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
 from purestep.loop import hidden, memory
 from purestep.loop import resume as resume_
 from purestep.loop.agree import Alone
-from purestep.loop.arguments import check_arguments
-from purestep.loop.cadence import Until
+from purestep.loop.checks import check_names
 from purestep.loop.contract import Contract
 from purestep.loop.events import (
-    Callback,
     Effect,
     EpochDone,
     Evaluate,
@@ -47,23 +46,27 @@ from purestep.loop.events import (
     Transformed,
 )
 from purestep.loop.feed import Feed, device_of
-from purestep.loop.guard import Guard
+from purestep.loop.guard import Guard, Remembered
 from purestep.loop.identity import Identity
 from purestep.loop.machine import Machine
+from purestep.loop.options import RunArguments
 from purestep.loop.outlets import Outlets
-from purestep.loop.precheck import check_callbacks, check_loggers, check_threads
+from purestep.loop.precheck import check_threads
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
-from purestep.loop.saving import OnSaveError, Saving
+from purestep.loop.roles import Evaluator, Transformer
+from purestep.loop.saving import Saving
 from purestep.loop.signals import Signals
 from purestep.loop.skipped import Skipped
-from purestep.loop.watched import check_names
-
-StepFn = Callable[[Any, Any], tuple[Any, Any]]
+from purestep.step_protocol import StepFn as StepFn
+from purestep.step_protocol import facts_of
 
 
 class Run:
     """A run as an iterator of events. Made by `run`; iterate it once.
+
+    Args:
+        arguments: what is run, and how. They are not kept: the state that is given may be large.
 
     Attributes:
         loop: the whole run in one value, as of the last event.
@@ -72,47 +75,36 @@ class Run:
 
     loop: LoopState
 
-    def __init__(
-        self,
-        step: StepFn,
-        state: Any,
-        train: Any,
-        *,
-        until: Until,
-        callbacks: Sequence[Callback] = (),
-        loggers: Sequence[loggers.Logger] | None = None,
-        run_dir: str | Path | None = None,
-        resume: resume_.Resume = "auto",
-        on_save_error: OnSaveError = "continue",
-        strict: bool = False,
-        grace_seconds: float | None = None,
-        donate: bool = False,
-    ) -> None:
-        check_arguments(step, until, on_save_error, grace_seconds, run_dir, strict=strict, donate=donate)
-        check_loggers(loggers)
-        resume_.check_resume_argument(resume)
-        check_callbacks(callbacks)
-        step = donate_(step) if donate else step
+    def __init__(self, arguments: RunArguments) -> None:
+        step = donate_(arguments.step) if arguments.donate else arguments.step
         self._guard = Guard(step)
-        self._step, self._given, self._resume, self._strict = step, state, resume, strict
-        self.run_dir = None if run_dir is None else Path(run_dir).absolute()
+        self._step, self._given = step, arguments.state
+        self._resume, self._strict = arguments.resume, arguments.strict
+        self.run_dir = None if arguments.run_dir is None else Path(arguments.run_dir).absolute()
         self._signals = Signals()
         self._ranks = Ranks.of(step)
         self._skipped = Skipped(first=self._ranks.first)
         self._outside: Alone = self._ranks.outside(self._signals)
-        source = self._ranks.share(data.as_source(train))
-        self._feed = Feed(source, device_of(state), lambda: self._signals.unread, alone=self._ranks.alone)
-        self.callbacks = tuple(callbacks)
-        self._by_name = {c.name: c for c in self.callbacks}
-        self.machine = Machine(self.callbacks, until, self._feed.length)
+        source = self._ranks.share(data.as_source(arguments.train))
+        self._feed = Feed(source, device_of(arguments.state), lambda: self._signals.unread, alone=self._ranks.alone)
+        self.callbacks = tuple(arguments.callbacks)
+        self._by_name: dict[str, object] = {c.name: c for c in self.callbacks}
+        self.machine = Machine(self.callbacks, arguments.until, self._feed.length)
         self._saving = Saving(
-            self.run_dir, self.callbacks, self._ranks, self._signals, on_save_error=on_save_error, grace=grace_seconds
+            self.run_dir,
+            self.callbacks,
+            self._ranks,
+            self._signals,
+            on_save_error=arguments.on_save_error,
+            grace=arguments.grace_seconds,
         )
-        self._outlets = Outlets(loggers, self.run_dir, silent=not self._ranks.first, hurry=self._saving.grace_left)
+        self._outlets = Outlets(
+            arguments.loggers, self.run_dir, silent=not self._ranks.first, hurry=self._saving.grace_left
+        )
         self._checked = False
-        self.loop = self.machine.init(state)
+        self.loop = self.machine.init(arguments.state)
         self.reason: str | None = None
-        self._events: Iterator[Event] | None = None
+        self._events: Generator[Event, None, None] | None = None
 
     # --- iterating ------------------------------------------------------------------------------------------------
 
@@ -124,12 +116,26 @@ class Run:
     def __next__(self) -> Event:
         return next(iter(self))
 
+    def close(self) -> None:
+        """End a run that is left before its end: its directory is free then, and its threads and workers end.
+
+        The run does this itself at its end. A `with` block calls it: `with ps.run(...) as events:`.
+        """
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def result(self) -> Result:
         """Return what the run has come to; complete once the iteration is over."""
         reason = self.reason or "not finished"
         return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._saving.unsaved)
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event, None, None]:
         with contextlib.ExitStack() as stack:
             stack.callback(self._feed.close)
             stack.enter_context(self._ranks)
@@ -151,7 +157,7 @@ class Run:
             self._feed.begin(self.loop.cursor.loader)
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             self._saving.begin(self.loop, at, identity)
-            if at is None and getattr(self._step, "donate", False):
+            if at is None and facts_of(self._step).donate:
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
             self._given = None
@@ -181,8 +187,8 @@ class Run:
                 queue.extend(kept)
                 yield from self._tell(Interrupted(outside.read()), queue)
                 continue
-            wished = queue.popleft()
-            effect = wished if isinstance(wished, Log) else outside.wish(wished)
+            asked = queue.popleft()
+            effect = asked if isinstance(asked, Log) else outside.agreed(asked)
             if effect is None:
                 continue
             if isinstance(effect, Stop):
@@ -203,24 +209,32 @@ class Run:
         if isinstance(effect, Train):
             yield from self._train(effect)
         elif isinstance(effect, Evaluate):
-            row = self._ranks.evaluate(self._performer(effect), self.loop.train, self._outside)
+            row = self._ranks.evaluate(self._evaluator(effect.name), self.loop.train, self._outside)
             yield Ticked(self._outside.elapsed())
             if row is not None:
                 yield Evaluated(effect.name, row)
         elif isinstance(effect, Transform):
-            yield Transformed(effect.name, self._performer(effect).transform(self.loop.train))
+            yield Transformed(effect.name, self._transformer(effect.name).transform(self.loop.train))
         elif isinstance(effect, Save):
             yield from self._saving.save(self.loop, self._step, self._feed.loader_state, self._outlets.flush)
         elif isinstance(effect, Log):
             self._outlets.log(resume_.applied_steps(self.loop), {"epoch": self.loop.cursor.epoch, **effect.row})
 
-    def _performer(self, effect: Evaluate | Transform) -> Any:
-        """The callback that wished it also knows how it is done."""
-        return self._by_name[effect.name]
+    def _evaluator(self, name: str) -> Evaluator:
+        callback = self._by_name.get(name)
+        if not isinstance(callback, Evaluator):
+            raise _nobody_performs("Evaluate", name, "Evaluator", callback)
+        return callback
+
+    def _transformer(self, name: str) -> Transformer:
+        callback = self._by_name.get(name)
+        if not isinstance(callback, Transformer):
+            raise _nobody_performs("Transform", name, "Transformer", callback)
+        return callback
 
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
-        state, record, cut, last = self._burst(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
+        state, record, cut, last = self._chunk(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
         steps = record.series()
         self._skipped.look(self._step, state, last, steps)
         short = len(steps) < effect.n and not cut and not self._outside.unread
@@ -234,26 +248,27 @@ class Run:
             yield EpochDone()
         yield from self._saving.durable()
 
-    def _burst(
+    def _chunk(
         self, state: Any, batches: Iterator[Any], elapsed: float | None
     ) -> tuple[Any, metrics.Recorder, bool, Any]:
-        """Train on the batches of one burst; tell whether it was cut, and the last batch. No device is read here."""
+        """Train on a chunk of batches; return whether it was cut short, and the last batch. No device is read here."""
         record, index, batch = metrics.Recorder(), self.loop.cursor.batches, None
-        if not self._checked:
-            for batch in itertools.islice(batches, 1):
-                state = self._first_step(state, batch, index, record)
-                index += 1
-                if self._outside.stop(elapsed):
-                    return state, record, True, batch
         step, stop, same, add = self._step, self._outside.stop, self._guard.same, record.add
-        plain, counted = None, self._feed.left_out is not None
+        plain, counted, first = None, self._feed.left_out is not None, None
         for batch in batches:
-            same(batch, index)
+            if self._checked:
+                same(batch, index)
+            else:
+                first = self._check_first(state, batch)
+                step = self._step  # the check has settled the number of its microbatches
             try:
                 returned = step(state, batch)
             except Exception as error:
                 self._explain(error, state, batch, index)
                 raise
+            if first is not None:
+                self._check_returned(first, state, batch, returned)
+                first = None
             state, values = returned
             if plain is None:
                 plain = metrics.are_plain(values)
@@ -265,27 +280,6 @@ class Run:
                 return state, record, True, batch
         return state, record, False, batch
 
-    def _first_step(self, state: Any, batch: Any, index: int, record: metrics.Recorder) -> Any:
-        """Check all that can be checked before and after the first real step, and return the state after it."""
-        contract = self._check_first(state, batch)
-        remembered = self._guard.attributes(state)
-        try:
-            returned = self._step(state, batch)
-        except Exception as error:
-            self._explain(error, state, batch, index)
-            raise
-        contract.check(returned)
-        repeatable = self._ranks.alone and not getattr(self._step, "donate", False)
-        told = remembered.check(state, batch, returned, repeatable=repeatable)
-        if told and self._ranks.first:
-            warnings.warn(told, hidden.HiddenStateWarning, stacklevel=2)
-        self._checked = True
-        state, values = returned
-        if metrics.are_plain(values):
-            values = metrics.as_metrics(values, self._ranks.samples(batch))
-        record.add(values if self._feed.left_out is None else self._counted(values))
-        return state
-
     def _counted(self, values: Any) -> Any:
         """The metrics of a batch, and how many samples it lost: merged like the others, so that a resume is exact."""
         return {"skipped_samples": metrics.Sum(self._feed.left_out), **values}
@@ -296,16 +290,18 @@ class Run:
         if explained is not error:
             raise explained from error
 
-    def _check_first(self, state: Any, batch: Any) -> Contract:
+    def _check_first(self, state: Any, batch: Any) -> _First:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
         contract = Contract(self._step, state)
 
         def check() -> str | None:
             short = self._guard.first(state, batch)
             counted = () if self._feed.left_out is None else ("skipped_samples",)
-            known: dict[str, Any] = {"train": self._guard.metrics and (*self._guard.metrics, *counted)}
+            known: dict[str, Sequence[str] | None] = {
+                "train": None if self._guard.metrics is None else (*self._guard.metrics, *counted)
+            }
             for callback in self.callbacks:
-                if self._ranks.first and hasattr(callback, "check_first"):
+                if self._ranks.first and isinstance(callback, Evaluator):
                     known[callback.name] = callback.check_first(state)
             check_names(self.callbacks, known)
             return short
@@ -315,12 +311,41 @@ class Run:
         self._step = self._guard.step
         if self._ranks.first:
             memory.warn(shortages)
-        return contract
+        return _First(contract, self._guard.attributes(state))
+
+    def _check_returned(self, first: _First, state: Any, batch: Any, returned: Any) -> None:
+        """Check what the first real step returned, and what it left in the attributes of models."""
+        first.contract.check(returned)
+        repeatable = self._ranks.alone and not facts_of(self._step).donate
+        changed = first.attributes.check(state, batch, returned, repeatable=repeatable)
+        if changed and self._ranks.first:
+            warnings.warn(changed, hidden.HiddenStateWarning, stacklevel=2)
+        self._checked = True
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
         yield from self._saving.finish(self.loop)
         self.reason = reason
         yield from self._tell(Stopped(reason), queue)
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """What was noted before the first real step, to compare with what comes of it."""
+
+    contract: Contract
+    attributes: Remembered
+
+
+def _nobody_performs(effect: str, name: str, role: str, callback: object) -> ConfigError:
+    there = "there is no callback of this name" if callback is None else f"{name!r} is a {type(callback).__name__}"
+    return ConfigError(
+        explain(
+            f"no callback performs {effect}({name!r})",
+            where=there,
+            why=f"the callback of that name performs it, as a subclass of ps.callbacks.{role}",
+            instead=f"class Own(ps.callbacks.Reducer, ps.callbacks.{role}): ...",
+        )
+    )
 
 
 def _copied(leaf: Any) -> Any:

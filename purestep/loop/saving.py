@@ -20,6 +20,7 @@ from purestep.loop.events import Callback, Event, LoopState, Saved, SaveLost
 from purestep.loop.identity import Identity, conditions
 from purestep.loop.lock import Lock, refuse_link
 from purestep.loop.ranks import Ranks
+from purestep.loop.roles import SnapshotPolicy
 from purestep.loop.signals import Signals
 
 # A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
@@ -60,7 +61,7 @@ class Saving:
         on_save_error: OnSaveError = "continue",
         grace: float | None = None,
     ) -> None:
-        if run_dir is None and any(hasattr(c, "keep") for c in callbacks):
+        if run_dir is None and any(isinstance(c, SnapshotPolicy) for c in callbacks):
             raise ConfigError(
                 explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
             )
@@ -237,7 +238,7 @@ def _position(loop: LoopState) -> tuple[Any, ...]:
 
 
 def _keep(callbacks: Sequence[Callback]) -> snapshot.Keep:
-    policies = [c.keep for c in callbacks if hasattr(c, "keep")]
+    policies = [c.preserves() for c in callbacks if isinstance(c, SnapshotPolicy)]
     keep = policies[0] if policies else snapshot.latest(1)
     for other in policies[1:]:
         keep = keep | other

@@ -1,4 +1,4 @@
-"""A loss scale that refuses every update: seen in the metrics of a burst, told with the gradient that is not finite.
+"""A loss scale that refuses every update: seen in the metrics of steps, told with the gradient that is not finite.
 
 Once in a streak the gradients of the last batch are computed again, outside of any update. Nothing happens in a step.
 """
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.accumulate import Gradients
 from purestep.errors import explain
 from purestep.metrics import Series
 from purestep.sharding import world
 from purestep.sharding.place import is_split
 from purestep.state import TrainState
-from purestep.step import Step
+from purestep.step_protocol import StepFn, facts_of
 
 _MANY = 20  # a scale of 2**16 has fallen to 1 after 16 of them
 
@@ -26,7 +27,7 @@ class SkippedUpdatesWarning(UserWarning):
 
 
 class Skipped:
-    """Counts the updates that were refused in a row, over the bursts of a run.
+    """Counts the updates that were refused in a row, over the chunks of a run.
 
     Args:
         first: whether this process warns; every rank counts, and computes gradients with the others.
@@ -35,14 +36,14 @@ class Skipped:
     def __init__(self, *, first: bool) -> None:
         self._first, self._row, self._told = first, 0, False
 
-    def look(self, step: Any, state: Any, batch: Any, steps: Series) -> None:
-        """Look at the steps of a burst, and warn, once in a streak, when nothing has been accepted for long.
+    def look(self, step: StepFn, state: Any, batch: Any, steps: Series) -> None:
+        """Look at the steps of a chunk, and warn, once in a streak, when nothing has been accepted for long.
 
         Args:
             step: the step of the run.
-            state: after the burst.
-            batch: the last one of the burst.
-            steps: metrics of the burst.
+            state: after the chunk.
+            batch: the last one of the chunk.
+            steps: metrics of the chunk.
         """
         column = steps.columns.get("skipped")
         if column is None or not isinstance(state, TrainState) or state.loss_scale is None:
@@ -53,11 +54,11 @@ class Skipped:
             self._row += len(refused)
         else:
             self._row, self._told = accepted, False
-        plain = getattr(step, "__wrapped__", step)
-        if self._row < _MANY or self._told or not isinstance(plain, Step):
+        gradients = facts_of(step).gradients
+        if self._row < _MANY or self._told or gradients is None:
             return
         self._told = True
-        problem = not_finite(plain, state, batch)
+        problem = not_finite(gradients(state, batch), state)
         if problem is not None and self._first:
             warnings.warn(
                 explain(
@@ -73,14 +74,13 @@ class Skipped:
             )
 
 
-def not_finite(step: Step, state: TrainState, batch: Any) -> str | None:
+def not_finite(gradients: Gradients, state: TrainState) -> str | None:
     """Return which gradient of a batch is the first that is not finite, in words; None if all are finite.
 
-    With a plan it is collective: every rank calls it, and all return the same.
+    Where parameters are split it is collective: every rank calls it, and all return the same.
     """
-    gradients = step.gradients(state, batch)
     found = [_bad(gradients.grads[name]) for name in state.params]
-    if step.plan is not None and any(map(is_split, state.params.values())):
+    if any(map(is_split, state.params.values())):
         everywhere = world.gather(found, what="the gradients that are not finite")
         found = [next(filter(None, own), "") for own in zip(*everywhere, strict=True)]
     loss = gradients.metrics["loss"].compute()

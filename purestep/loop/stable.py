@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.snapshot.codec import JSON
+from purestep.tree import stable_name
 
 _DEPTH = 10  # levels of values
 _NODES = 4000  # values in all
@@ -81,18 +82,6 @@ def stable(value: Any) -> JSON:
     return _Describer().of(value, 0)
 
 
-def qualified(kind: Any) -> str:
-    """Return the qualified name of a class or a function.
-
-    Example:
-        >>> qualified(dict)
-        'builtins.dict'
-    """
-    module = getattr(kind, "__module__", None)
-    name = getattr(kind, "__qualname__", None) or getattr(kind, "__name__", None) or type(kind).__qualname__
-    return f"{module}.{name}" if isinstance(module, str) else str(name)
-
-
 class _Describer:
     """One description: counts what it visits, and describes each function once."""
 
@@ -103,18 +92,18 @@ class _Describer:
     def of(self, value: Any, depth: int) -> JSON:
         self._left -= 1
         if depth > _DEPTH or self._left < 0:
-            return {"class": qualified(type(value))}
+            return {"class": stable_name(type(value))}
         try:
             return self._described(value, depth)
         except Exception:
             # Attributes of other people's objects may do anything. A name is less, and never wrong.
-            return {"class": qualified(type(value))}
+            return {"class": stable_name(type(value))}
 
     def _described(self, value: Any, depth: int) -> JSON:
         if value is None or type(value) in (bool, int, float, str):
             return _scalar(value)
         if isinstance(value, type):
-            return qualified(value)
+            return stable_name(value)
         if callable(getattr(type(value), "identity", None)):
             return self._identified(value, depth)
         for kinds, describe in _KINDS:
@@ -132,11 +121,11 @@ class _Describer:
 
     def _object(self, value: Any, fields: Mapping[str, Any], depth: int) -> JSON:
         shown = {str(name): self.of(field, depth + 1) for name, field in fields.items() if name not in _HARMLESS}
-        return {"class": qualified(type(value)), **shown}
+        return {"class": stable_name(type(value)), **shown}
 
     def mapping(self, value: Mapping[Any, Any], depth: int) -> JSON:
         if len(value) > _ITEMS:
-            return {"class": qualified(type(value)), "length": len(value)}
+            return {"class": stable_name(type(value)), "length": len(value)}
         keys = [(key, key if isinstance(key, str) else _line(self.of(key, depth))) for key in value]
         return {name: self.of(value[key], depth + 1) for key, name in keys}
 
@@ -145,13 +134,13 @@ class _Describer:
             return self._object(value, dict(zip(value._fields, value, strict=True)), depth)
         if len(value) <= _ITEMS:
             return [self.of(item, depth + 1) for item in value]
-        about = {"class": qualified(type(value)), "length": len(value)}
+        about = {"class": stable_name(type(value)), "length": len(value)}
         plain = len(value) <= _PLAIN_ITEMS and all(type(item) in _CONSTANTS for item in value)
         return {**about, "digest": _digest(repr(value))} if plain else about
 
     def unordered(self, value: Any, depth: int) -> JSON:
         if len(value) > _ITEMS:
-            return {"class": qualified(type(value)), "length": len(value)}
+            return {"class": stable_name(type(value)), "length": len(value)}
         return sorted((self.of(item, depth + 1) for item in value), key=_line)
 
     def partial(self, value: Any, depth: int) -> JSON:
@@ -163,12 +152,12 @@ class _Describer:
 
     def function(self, value: Any, depth: int) -> JSON:
         if value not in self._functions:
-            self._functions[value] = {"function": qualified(value)}  # for those that lead back to it
+            self._functions[value] = {"function": stable_name(value)}  # for those that lead back to it
             self._functions[value] = self._function(value, depth)
         return self._functions[value]
 
     def _function(self, value: Any, depth: int) -> JSON:
-        name = {"function": qualified(value)}
+        name = {"function": stable_name(value)}
         if _is_versioned(value):
             return name
         wrapped = getattr(value, "__wrapped__", None)
@@ -205,25 +194,25 @@ def _tensor(describer: _Describer, value: Any, depth: int) -> JSON:
 
 
 def _content(describer: _Describer, value: Any, depth: int) -> JSON:
-    return {"class": qualified(type(value)), "length": len(value), "digest": _digest(bytes(value))}
+    return {"class": stable_name(type(value)), "length": len(value), "digest": _digest(bytes(value))}
 
 
 def _module(describer: _Describer, value: nn.Module, depth: int) -> JSON:
     """A loss module is what its arguments make it; a model is told by its parameters, which the state has."""
     if next(value.parameters(), None) is not None:
-        return {"class": qualified(type(value))}
+        return {"class": stable_name(type(value))}
     return describer._object(value, _constructor_arguments(value) | _code(value, "forward"), depth)
 
 
 _KINDS: tuple[tuple[Any, Callable[[_Describer, Any, int], JSON]], ...] = (
-    (enum.Enum, lambda describer, value, depth: f"{qualified(type(value))}.{value.name}"),
+    (enum.Enum, lambda describer, value, depth: f"{stable_name(type(value))}.{value.name}"),
     ((Tensor, np.ndarray), _tensor),
     (np.generic, lambda describer, value, depth: describer.of(value.item(), depth + 1)),
     ((bytes, bytearray), _content),
     (pathlib.PurePath, lambda describer, value, depth: _scalar(str(value))),
     (types.FunctionType, _Describer.function),
     (types.MethodType, _Describer.method),
-    ((types.BuiltinFunctionType, types.MethodDescriptorType), lambda d, value, depth: {"function": qualified(value)}),
+    ((types.BuiltinFunctionType, types.MethodDescriptorType), lambda d, value, depth: {"function": stable_name(value)}),
     (functools.partial, _Describer.partial),
     ((list, tuple), _Describer.sequence),
     (nn.Module, _module),
@@ -256,7 +245,7 @@ def _constructor_arguments(value: Any) -> dict[str, Any]:
         return {}
     code, kept = init.__code__, dict(getattr(value, "__dict__", {}))
     if isinstance(value, nn.Module):
-        kept |= value._buffers
+        kept |= _torch.buffers_of(value)
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return {name: kept[name] for name in names if name in kept}
 

@@ -11,13 +11,14 @@ from purestep import tree
 from purestep.arguments import Count, Decay, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.base import GradientTransformation, Scalar, Wrapper, new_count, same_leaves, transformation
+from purestep.optim.base import ElementWrapper, GradientTransformation, Scalar, new_count, same_leaves, transformation
 from purestep.optim.chain import all_applied
 from purestep.optim.rule import Memory, Rule
 
 
 @transformation
 class Trace(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("momentum",)
     decay: Scalar
     nesterov: bool = False
@@ -49,6 +50,7 @@ def trace(decay: NonNegative[Scalar], nesterov: bool = False) -> GradientTransfo
 
 @transformation
 class Ema(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("ema",)
     decay: Scalar
     debias: bool = True
@@ -89,7 +91,7 @@ class AccumulateState:
 
 
 @transformation
-class Accumulate(Wrapper):
+class Accumulate(ElementWrapper):
     inner: GradientTransformation
     every: int
     use_mean: bool = True
@@ -121,10 +123,6 @@ class Accumulate(Wrapper):
     def refused(self, state: Any) -> Tensor | None:
         inner = self.inner.refused(state.inner)
         return None if inner is None else inner & state.last_applied  # a call that only collects refuses nothing
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)

@@ -16,9 +16,10 @@ from purestep.arguments import Count, Fraction, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
+    ElementWrapper,
     GradientTransformation,
     ScalarOrSchedule,
-    Wrapper,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -38,7 +39,7 @@ class AverageState:
 
 
 @transformation
-class AverageParams(Wrapper):
+class AverageParams(ElementWrapper):
     inner: GradientTransformation
     decay: ScalarOrSchedule | None = 0.999
     start: int = 0
@@ -57,7 +58,7 @@ class AverageParams(Wrapper):
         after, inner = self.inner.advance(updates, state.inner, params, reuse=reuse, **extra)
         return after, self._following(state, after, inner, extra.get("step"))
 
-    def _following(self, state: Any, params: Any, inner: Any, step: Any) -> AverageState:
+    def _following(self, state: Any, params: Any, inner: Any, step: StepNumber | None) -> AverageState:
         values, treedef = tree.flatten(params)
         old = same_leaves(state.average, treedef, params, "averaged parameters")
         new, applied = fx.cast(values, old), self.inner.applied(inner)
@@ -70,7 +71,7 @@ class AverageParams(Wrapper):
             count, average = torch.where(applied, count, state.count), fx.select(applied, average, old)
         return AverageState(count, tree.unflatten(treedef, average), inner)
 
-    def _towards(self, old: list[Tensor], new: list[Tensor], since: Tensor, step: Any) -> list[Tensor]:
+    def _towards(self, old: list[Tensor], new: list[Tensor], since: Tensor, step: StepNumber | None) -> list[Tensor]:
         if self.decay is None:
             return fx.lerp(old, new, 1 / (torch.div(since, self.every, rounding_mode="floor") + 1))
         return fx.lerp(old, new, 1 - value_at(self.decay, step, "decay"))
@@ -78,13 +79,8 @@ class AverageParams(Wrapper):
     def apply(self, params: Any, updates: Any, state: Any) -> Any:
         return self.inner.apply(params, updates, state.inner)
 
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
-
-    @property
-    def one_pass(self) -> bool:
-        return self.inner.one_pass
+    def _one_pass(self) -> bool:
+        return self.inner._one_pass()
 
 
 @checked(OptimError)

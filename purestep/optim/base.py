@@ -7,7 +7,6 @@ asking for parameters, refusing a tree of another structure. It never loops over
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
@@ -18,9 +17,11 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import ConfigError, OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.sharding import whole
+from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scoped, check_scope
+from purestep.tree import Structure
 
 Scalar = float | Tensor
+StepNumber = int | Tensor  # updates applied so far: 0-d int64 in a train state
 Schedule = Callable[[Any], Any]
 ScalarOrSchedule = Scalar | Schedule
 T = TypeVar("T")
@@ -31,19 +32,41 @@ class EmptyState:
     """The state of a transformation that remembers nothing."""
 
 
-class GradientTransformation:
+class GradientTransformation(Scoped):
     """A pure rule that turns gradients into updates, as a frozen value: it prints, compares and pickles.
 
     Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
     they return is a `@pytree` class with named fields, so that its paths read well. They change nothing they are given.
+
+    Attributes:
+        scope: what `update` must see at once to be right, of gradients, parameters and state alike.
+            "element": any slice of any tensor by itself; an element's update depends on that element only, to the bit.
+            "tensor": each tensor by itself, but in full: norms of a layer, matrix products.
+            "tree", the default: all tensors at once, in full: a global norm, a line search, or nobody looked.
+            Steps slice long tensors, and plans hand out shards, only where this says that they may: "tree" is always
+            right. `ps.testing.check_transformation` proves a narrower claim. A wrapper speaks of itself: a wrapper of
+            scope "element" around a transformation of scope "tree" is of scope "tree".
+
+    Example:
+        >>> @transformation
+        ... class Halve(GradientTransformation):
+        ...     scope = "element"
+        ...
+        ...     def update(self, updates, state, params=None, **extra):
+        ...         return tree.map(lambda u: u / 2, updates), state
+        >>> Halve().update({"w": torch.ones(2)}, Halve().init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([0.5000, 0.5000])}
     """
 
     argument_hint: ClassVar[str] = "ps.optim.adamw(3e-4), or ps.optim.lift(torch.optim.AdamW, lr=3e-4) for torch's own"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "update" in cls.__dict__:
-            cls.update = _on_shards_or_whole(cls.__dict__["update"])  # type: ignore[method-assign]
+        if isinstance(declared := cls.__dict__.get("scope"), str):
+            check_scope(declared, cls)
+        for name, in_full in IN_FULL.items():
+            if name in cls.__dict__:
+                setattr(cls, name, in_full(cls.__dict__[name]))
 
     @property
     def name(self) -> str:
@@ -73,11 +96,11 @@ class GradientTransformation:
     def advance(self, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any) -> tuple[Any, Any]:
         """Return the parameters and the state after an update: `update`, then `apply`.
 
-        Transformations that can do both in one pass over the memory override it, and `one_pass`.
+        Kernels that can do both in one pass over the memory override it.
 
         Args:
             updates, state, params, **extra: as for `update`.
-            reuse: whether `params` and `state` were given away: then their memory may become that of the result.
+            reuse: whether `params` and `state` were donated: then their memory may become that of the result.
         """
         proposed, following = self.update(updates, state, params, **extra)
         return self.apply(params, proposed, following), following
@@ -93,43 +116,17 @@ class GradientTransformation:
         """
         return None
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         """Return the current values of what a user may want to watch, by name: floats or 0-d tensors."""
         return {}
 
-    @property
-    def elementwise(self) -> bool:
-        """Whether the update of an element depends on that element's own gradient, parameter and state only."""
-        return True
+    def _one_pass(self) -> bool:
+        """Whether `advance` ends in a kernel of its own; `update` and then `apply` give the same, more slowly."""
+        return isinstance(self, Kernel)
 
-    @property
-    def on_shards(self) -> bool:
-        """Whether `update` may be handed this rank's parts of tensors: it is elementwise, asks for what it needs of the
-        whole, or leaves that to the transformations in it. Any other is handed gathered tensors.
-        """
-        return self.elementwise
-
-    @property
-    def shard_invariant(self) -> bool:
-        """Whether updating a slice of a parameter gives the bits of that slice of the whole update."""
-        return True
-
-    @property
-    def separable(self) -> bool:
-        """Whether some parameters, or slices of them along dim 0, can be updated without the others: names and shapes
-        that are not there are not asked for. Long parameters are then updated slice by slice, see `blocks`.
-        """
-        return False
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether `advance` goes another way than `update` and then `apply`."""
-        return False
-
-    @property
-    def in_place(self) -> bool:
-        """Whether `advance` needs no memory but that of the state, where that was given away: it is never cut then."""
-        return False
+    def only_fused(self) -> bool:
+        """Whether `advance` is one run of a fused kernel and nothing else: slices would save no memory."""
+        return isinstance(self, Kernel) and self.fused
 
     def __repr__(self) -> str:
         return f"{self.name}({_arguments(self)})"
@@ -146,20 +143,12 @@ class Wrapper(GradientTransformation):
     def refused(self, state: Any) -> Tensor | None:
         return self.inner.refused(state.inner)
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return self.inner.hyperparams(state.inner, step)
 
-    @property
-    def elementwise(self) -> bool:
-        return self.inner.elementwise
 
-    @property
-    def on_shards(self) -> bool:
-        return True
-
-    @property
-    def shard_invariant(self) -> bool:
-        return self.inner.shard_invariant
+class ElementWrapper(Combinator, Wrapper):  # type: ignore[override]  # its scope follows from what is in it
+    """A wrapper that by itself acts element by element: its scope is that of what is in it."""
 
 
 @dataclass_transform(frozen_default=True)
@@ -189,7 +178,7 @@ def apply_updates(params: T, updates: Any) -> T:
 # --- helpers of the transformations -----------------------------------------------------------------------------------
 
 
-def same_leaves(other: Any, treedef: Any, like: Any, what: str) -> list[Tensor]:
+def same_leaves(other: Any, treedef: Structure, like: Any, what: str) -> list[Tensor]:
     """Return the leaves of a tree that must match another one leaf by leaf, or say how it does not."""
     values = tree.leaves(other)
     if len(values) != treedef.num_leaves:
@@ -218,7 +207,7 @@ def need_params(params: Any, name: str, why: str = "its update depends on the pa
     return params
 
 
-def need_step(step: Any, name: str) -> Any:
+def need_step(step: StepNumber | None, name: str) -> Any:
     """Return the number of applied updates, or raise the error that says how to pass it."""
     if step is None:
         raise OptimError(
@@ -231,7 +220,7 @@ def need_step(step: Any, name: str) -> Any:
     return step
 
 
-def value_at(value: ScalarOrSchedule, step: Any, name: str = "learning_rate") -> Scalar:
+def value_at(value: ScalarOrSchedule, step: StepNumber | None, name: str = "learning_rate") -> Scalar:
     """Return a hyperparameter at a step: numbers and tensors are themselves, a schedule is called with the step."""
     if not callable(value):
         return value
@@ -287,18 +276,6 @@ def scalar_like(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(like)
     return torch.tensor(value, dtype=like.dtype, device=like.device)
-
-
-def _on_shards_or_whole(update: Callable[..., Any]) -> Callable[..., Any]:
-    """Let an update that needs whole tensors get them, where a step hands out parts."""
-
-    @functools.wraps(update)
-    def either(self: Any, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        if whole.current() is None or self.on_shards:
-            return update(self, updates, state, params, **extra)
-        return whole.on_whole_tensors(update, self, updates, state, params, extra)
-
-    return either
 
 
 def _snake(name: str) -> str:

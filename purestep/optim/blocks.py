@@ -1,14 +1,12 @@
 """One update of all parameters; long ones go slice by slice, so that what lies between stays in the processor's cache.
 
-Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations that say they are
-`separable` are cut. Memory that was given away is written over; nothing else is written into.
+Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations of scope "element"
+are sliced. Memory that was donated is written over; nothing else is written into.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +16,12 @@ from purestep import tree
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation
 from purestep.optim.chain import Chain
+from purestep.optim.columns import Block, rows_of
+from purestep.optim.scope import scope_of
 
-# Elements from which a tensor is long, and the part of them that is a slice: a few of those, of gradient, parameter,
-# moments and what lies between, fill a core's own cache.
-_ON_CPU, _PART = 1 << 19, 4
+# Elements from which a tensor is long. A slice is a quarter of them (`columns.PART`): a few of those, of gradient,
+# parameter, moments and what lies between, fill a core's own cache.
+_ON_CPU = 1 << 19
 # A device has no such cache, and a start of a kernel costs more than its slice: there it is about memory only.
 _ON_DEVICE = 1 << 26
 # Elements of the largest parameter from which it saves time to look after whose memory is written over.
@@ -36,7 +36,7 @@ def is_long(x: Tensor) -> bool:
 
 
 def is_owned(x: Any) -> bool:
-    """Tell whether a leaf of parameters or optimizer state is written over where it was given away."""
+    """Tell whether a leaf of parameters or optimizer state is written over where it is donated."""
     return type(x) in _ORDINARY and x.dim() > 0 and not x.is_meta
 
 
@@ -67,18 +67,18 @@ def advance(
         state: of the transformation.
         params: the parameters.
         accept: 0-d bool: whether the update counts; otherwise parameters and state stay what they are. None: it does.
-        reuse: whether the tensors of `params` and `state` were given away: then the result takes their memory where it
+        reuse: whether the tensors of `params` and `state` are donated: then the result takes their memory where it
             can, and an error on the way leaves them half written.
         **extra: what `tx.update` takes.
     """
     if type(params) is dict and any(map(is_long, params.values())):
-        if tx.separable:
+        if scope_of(tx) == "element":
             done = None
-            if reuse or not tx.in_place:
-                done = _sliced(tx, grads, state, params, accept, reuse, extra)
+            if reuse or not tx.only_fused():
+                done = sliced(tx, grads, state, params, accept=accept, reuse=reuse, **extra)
             if done is not None:
                 return done
-        elif isinstance(tx, Chain) and tx.transforms and tx.transforms[-1].separable:
+        elif isinstance(tx, Chain) and tx.transforms and scope_of(tx.transforms[-1]) == "element":
             (first, before), (end, held) = tx.divided(state)
             proposed, following = first.update(grads, before, params, **extra)
             if accept is not None:
@@ -89,24 +89,31 @@ def advance(
     return new if accept is None else tree.select(accept, new, (params, state))
 
 
-def _sliced(
+def sliced(
     tx: GradientTransformation,
     grads: dict[str, Tensor],
     state: Any,
     params: dict[str, Tensor],
-    accept: Tensor | None,
-    reuse: bool,
-    extra: dict[str, Any],
+    *,
+    accept: Tensor | None = None,
+    reuse: bool = False,
+    limit: int | None = None,
+    **extra: Any,
 ) -> tuple[Any, Any] | None:
-    """Update block by block; None when the tensors are no ordinary ones, or the state cannot be cut like them."""
+    """Update slice by slice; None when the tensors are no ordinary ones, or the state cannot be sliced like them.
+
+    Args:
+        tx, grads, state, params, accept, reuse, **extra: as for `advance`; `tx` is of scope "element".
+        limit: elements above which a tensor is sliced; by default what its device takes.
+    """
     leaves, structure = tree.flatten(state)
     everything = (list(grads.values()), list(params.values()), leaves)
     if not all(isinstance(x, Tensor) for xs in everything for x in xs) or not fx.plain(*everything):
         return None
     shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
-    limits = tuple(_limit(p) for p in params.values())
+    limits = tuple(limit or _limit(p) for p in params.values())
     # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
-    layout = _layout(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx.in_place)
+    layout = rows_of(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx.only_fused())
     if layout is None:
         return None
     result = _Result(params, leaves, accept, reuse)
@@ -123,7 +130,7 @@ class _Result:
         self.params: dict[str, Tensor] = {}
         self.leaves: list[Any] = [_NOTHING] * len(leaves)
 
-    def take(self, block: _Block, tx: GradientTransformation, grads: dict[str, Tensor], extra: dict[str, Any]) -> None:
+    def take(self, block: Block, tx: GradientTransformation, grads: dict[str, Tensor], extra: dict[str, Any]) -> None:
         """Update one block."""
         rows = block.rows
         gs = {name: grads[name] if rows is None else grads[name][rows] for name in block.names}
@@ -156,89 +163,3 @@ class _Result:
     def _write(self, target: Tensor, rows: slice, new: Tensor, old: Tensor) -> None:
         if new is not old or not self.reuse:
             target[rows].copy_(self._chosen(new, old))
-
-
-# --- how a state is cut -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some parameters, or some rows of one, and what of the state belongs to them.
-
-    Attributes:
-        names: of the parameters.
-        rows: of the one parameter; None for whole ones.
-        structure: of the state without the other parameters.
-        leaves: for each leaf of that structure, its number among all, and whether it is a parameter's own.
-    """
-
-    names: tuple[str, ...]
-    rows: slice | None
-    structure: Any
-    leaves: tuple[tuple[int, bool], ...]
-
-
-@functools.lru_cache(maxsize=32)
-def _layout(
-    structure: Any, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], limits: tuple[int, ...], whole: bool
-) -> list[_Block] | None:
-    """Cut long parameters along dim 0, unless `whole`, and gather short ones; None when the state cannot be cut so."""
-    cutter = _Cutter(tree.unflatten(structure, range(structure.num_leaves)), dict(shapes), leaf_shapes)
-    blocks: list[_Block] = []
-    short: list[str] = []
-    gathered = 0
-    try:
-        for (name, shape), limit in zip(shapes, limits, strict=True):
-            count = torch.Size(shape).numel()
-            if count > limit and shape and shape[0] > 1:
-                step = shape[0] if whole else max(1, limit * shape[0] // (_PART * count))
-                blocks += [cutter.block((name,), slice(at, at + step)) for at in range(0, shape[0], step)]
-                continue
-            short.append(name)
-            gathered += count
-            if _PART * gathered >= limit:
-                blocks.append(cutter.block(tuple(short)))
-                short, gathered = [], 0
-        if short:
-            blocks.append(cutter.block(tuple(short)))
-    except _Uncuttable:
-        return None
-    return blocks
-
-
-class _Uncuttable(Exception):
-    """The state has something by name of parameter that has not their shapes, or a node of unknown kind."""
-
-
-class _Cutter:
-    """Cuts a state, given as a tree of the numbers of its leaves."""
-
-    def __init__(self, numbered: Any, shapes: dict[str, Any], leaf_shapes: tuple[Any, ...]) -> None:
-        self.numbered, self.shapes, self.leaf_shapes = numbered, shapes, leaf_shapes
-        self.own: set[int] = set()
-
-    def block(self, names: tuple[str, ...], rows: slice | None = None) -> _Block:
-        """Return the block of some parameters."""
-        numbers, structure = tree.flatten(self._cut(self.numbered, frozenset(names)))
-        return _Block(names, rows, structure, tuple((i, i in self.own) for i in numbers))
-
-    def _cut(self, node: Any, names: frozenset[str]) -> Any:
-        if node is None or type(node) is int:
-            return node
-        if type(node) is dict:
-            if node and node.keys() <= self.shapes.keys():
-                return self._cut_column(node, names)
-            return {key: self._cut(value, names) for key, value in node.items()}
-        if type(node) in (list, tuple):
-            return type(node)(self._cut(value, names) for value in node)
-        if tree.node_name(type(node)) is None:
-            raise _Uncuttable
-        data, _ = tree.node_fields(type(node))
-        return tree.replaced(node, **{field: self._cut(getattr(node, field), names) for field in data})
-
-    def _cut_column(self, column: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-        for name, number in column.items():
-            if type(number) is not int or self.leaf_shapes[number] != self.shapes[name]:
-                raise _Uncuttable
-            self.own.add(number)
-        return {name: number for name, number in column.items() if name in names}

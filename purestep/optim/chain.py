@@ -5,6 +5,7 @@ A chain is again a transformation. Its state has one attribute per part, named a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -13,18 +14,17 @@ from torch import Tensor
 
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, transformation
+from purestep.optim.base import GradientTransformation, Scalar, StepNumber, transformation
 from purestep.optim.parts import parts, parts_class, unique
+from purestep.optim.scope import Combinator, scope_of
 
 
 @transformation
 class Identity(GradientTransformation):
+    scope = "element"
+
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return updates, state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -38,15 +38,41 @@ def identity() -> GradientTransformation:
     return Identity()
 
 
-@transformation
-class Chain(GradientTransformation):
+class Several(Combinator, GradientTransformation):  # type: ignore[override]  # its scope follows from its members
+    """What transformations made of named ones share: how they sum up what those say of the last update."""
+
     transforms: tuple[GradientTransformation, ...]
     names: tuple[str, ...]
-    label: str = "chain"
+    label: str
 
     @property
     def name(self) -> str:
         return self.label
+
+    def applied(self, state: Any) -> Tensor | None:
+        return all_applied(t.applied(own) for _, t, own in self._members(state))
+
+    def refused(self, state: Any) -> Tensor | None:
+        return any_refused(t.refused(own) for _, t, own in self._members(state))
+
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
+        """Return those of all members; a name that comes twice is written `member.name` from the second on."""
+        result: dict[str, Any] = {}
+        for member, transform, own in self._members(state):
+            for name, value in transform.hyperparams(own, step).items():
+                result[name if name not in result else f"{member}.{name}"] = value
+        return result
+
+    def _members(self, state: Any) -> Iterator[tuple[str, GradientTransformation, Any]]:
+        for name, transform in zip(self.names, self.transforms, strict=True):
+            yield name, transform, getattr(state, name)
+
+
+@transformation
+class Chain(Several):
+    transforms: tuple[GradientTransformation, ...]
+    names: tuple[str, ...]
+    label: str = "chain"
 
     def init(self, params: Any) -> Any:
         return parts(self.names, [t.init(params) for t in self.transforms])
@@ -59,7 +85,7 @@ class Chain(GradientTransformation):
         return updates, parts(self.names, following)
 
     def advance(self, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any) -> tuple[Any, Any]:
-        if not self.one_pass:
+        if not self._one_pass():
             return super().advance(updates, state, params, reuse=reuse, **extra)
         *before, last = self.names
         following = []
@@ -70,9 +96,9 @@ class Chain(GradientTransformation):
         return params, parts(self.names, [*following, own])
 
     def divided(self, state: Any) -> tuple[tuple[Chain, Any], tuple[Chain, Any]]:
-        """Return the parts before the separable end, and that end, as two chains with their states."""
+        """Return the parts before the end of scope "element", and that end, as two chains with their states."""
         at = len(self.transforms)
-        while at and self.transforms[at - 1].separable:
+        while at and scope_of(self.transforms[at - 1]) == "element":
             at -= 1
         states = [_part(state, name, self) for name in self.names]
 
@@ -86,40 +112,11 @@ class Chain(GradientTransformation):
         """Return the state of the whole from those of the two that it was divided into."""
         return parts(self.names, [*before.__dict__.values(), *end.__dict__.values()])
 
-    def applied(self, state: Any) -> Tensor | None:
-        return all_applied(t.applied(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
+    def _one_pass(self) -> bool:
+        return bool(self.transforms) and self.transforms[-1]._one_pass()
 
-    def refused(self, state: Any) -> Tensor | None:
-        return any_refused(t.refused(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
-
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
-        return merged(
-            (n, t.hyperparams(getattr(state, n), step)) for t, n in zip(self.transforms, self.names, strict=True)
-        )
-
-    @property
-    def elementwise(self) -> bool:
-        return all(t.elementwise for t in self.transforms)
-
-    @property
-    def on_shards(self) -> bool:
-        return True
-
-    @property
-    def shard_invariant(self) -> bool:
-        return all(t.shard_invariant for t in self.transforms)
-
-    @property
-    def separable(self) -> bool:
-        return all(t.separable for t in self.transforms)
-
-    @property
-    def one_pass(self) -> bool:
-        return bool(self.transforms) and self.transforms[-1].one_pass
-
-    @property
-    def in_place(self) -> bool:
-        return len(self.transforms) == 1 and self.transforms[0].in_place
+    def only_fused(self) -> bool:
+        return len(self.transforms) == 1 and self.transforms[0].only_fused()
 
     def __repr__(self) -> str:
         usual = unique([t.name for t in self.transforms])
@@ -180,25 +177,19 @@ def chain(
     return Chain(transforms=tuple(members), names=names, label=name)
 
 
-def all_applied(flags: Any) -> Tensor | None:
-    """Combine what parts say about their last update: applied when each says so, None when none of them ever skips."""
+def all_applied(flags: Iterable[Tensor | None]) -> Tensor | None:
+    """Combine what parts say of their last update: applied when each says so, None when none of them ever skips."""
+    return _combined(torch.logical_and, flags)
+
+
+def any_refused(flags: Iterable[Tensor | None]) -> Tensor | None:
+    """Combine what parts say of their last update: refused when one says so, None when none of them ever refuses."""
+    return _combined(torch.logical_or, flags)
+
+
+def _combined(both: Callable[[Tensor, Tensor], Tensor], flags: Iterable[Tensor | None]) -> Tensor | None:
     said = [flag for flag in flags if flag is not None]
-    return reduce(torch.logical_and, said) if said else None
-
-
-def any_refused(flags: Any) -> Tensor | None:
-    """Combine what parts say about their last update: refused when one says so, None when none of them ever refuses."""
-    said = [flag for flag in flags if flag is not None]
-    return reduce(torch.logical_or, said) if said else None
-
-
-def merged(named: Any) -> dict[str, Any]:
-    """Merge the hyperparameters of parts; a name that comes twice is written `part.name` from the second on."""
-    result: dict[str, Any] = {}
-    for part, values in named:
-        for name, value in values.items():
-            result[name if name not in result else f"{part}.{name}"] = value
-    return result
+    return reduce(both, said) if said else None
 
 
 def _part(state: Any, name: str, transform: Chain) -> Any:

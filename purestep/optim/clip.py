@@ -15,19 +15,17 @@ from purestep.arguments import Limit, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, need_params, same_leaves, transformation
+from purestep.optim.scope import ShardAware
 
 
 @transformation
 class ClipByValue(GradientTransformation):
+    scope = "element"
     max_delta: Scalar
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.clamp(xs, -self.max_delta, self.max_delta)), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -50,7 +48,7 @@ def clip_by_value(max_delta: Limit[Scalar]) -> GradientTransformation:
 
 
 @transformation
-class ClipByGlobalNorm(GradientTransformation):
+class ClipByGlobalNorm(ShardAware, GradientTransformation):
     max_norm: Scalar
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -60,14 +58,6 @@ class ClipByGlobalNorm(GradientTransformation):
         norm = fx.global_norm(xs, treedef)
         factor = torch.where(norm <= self.max_norm, torch.ones_like(norm), self.max_norm / norm)
         return tree.unflatten(treedef, fx.mul(xs, factor)), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def on_shards(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -94,16 +84,13 @@ def clip_by_global_norm(max_norm: Limit[Scalar]) -> GradientTransformation:
 
 @transformation
 class ClipByBlockRms(GradientTransformation):
+    scope = "tensor"
     threshold: Scalar
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         factors = [torch.clamp(_rms(x) / self.threshold, min=1.0) for x in xs]
         return tree.unflatten(treedef, fx.cast([x / f for x, f in zip(xs, factors, strict=True)], xs)), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)
@@ -123,6 +110,7 @@ def clip_by_block_rms(threshold: Limit[Scalar]) -> GradientTransformation:
 
 @transformation
 class AdaptiveGradClip(GradientTransformation):
+    scope = "tensor"
     clipping: Scalar
     eps: float = 1e-3
 
@@ -136,10 +124,6 @@ class AdaptiveGradClip(GradientTransformation):
         limit = self.clipping * torch.clamp(unitwise_norm(param), min=self.eps)
         clipped = grad * (limit / torch.clamp(norm, min=1e-6)).to(grad.dtype)
         return torch.where(norm < limit, grad, clipped)
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)

@@ -15,9 +15,10 @@ from purestep.arguments import Count, Finite, Fraction, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
+    ElementWrapper,
     GradientTransformation,
     Scalar,
-    Wrapper,
+    StepNumber,
     as_scalar,
     need_params,
     need_step,
@@ -40,7 +41,7 @@ class ConditionalState:
 
 
 @transformation
-class ConditionallyTransform(Wrapper):
+class ConditionallyTransform(ElementWrapper):
     inner: GradientTransformation
     condition: Condition
     otherwise_zero: bool = False
@@ -53,7 +54,7 @@ class ConditionallyTransform(Wrapper):
         return ConditionalState(torch.zeros_like(new_count(params), dtype=torch.bool), self.inner.init(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         now = as_scalar(self.condition(need_step(step, self.name)), "condition", self.condition)
         now = torch.as_tensor(now, device=state.acted.device)
@@ -70,10 +71,6 @@ class ConditionallyTransform(Wrapper):
     def refused(self, state: Any) -> Tensor | None:
         inner = self.inner.refused(state.inner)
         return None if inner is None else inner & state.acted
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)
@@ -125,7 +122,7 @@ class LookaheadState:
 
 
 @transformation
-class Lookahead(Wrapper):
+class Lookahead(ElementWrapper):
     inner: GradientTransformation
     sync_period: int = 6
     slow_step_size: Scalar = 0.5
@@ -150,10 +147,6 @@ class Lookahead(Wrapper):
             inner,
         )
         return tree.unflatten(treedef, fx.select(due, fx.sub(moved, ps), us)), following
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)

@@ -16,7 +16,9 @@ from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
+    Scalar,
     ScalarOrSchedule,
+    StepNumber,
     is_zero,
     need_params,
     same_leaves,
@@ -27,11 +29,12 @@ from purestep.optim.base import (
 
 @transformation
 class AddDecayedWeights(GradientTransformation):
+    scope = "element"
     weight_decay: ScalarOrSchedule
     mask: tree.Filter | None = None
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         if is_zero(self.weight_decay):
             return updates, state
@@ -39,10 +42,6 @@ class AddDecayedWeights(GradientTransformation):
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
         decay = value_at(self.weight_decay, step, "weight_decay")
         return tree.unflatten(treedef, add_decay(us, ps, decay, mask=self.mask, like=updates)), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -72,7 +71,7 @@ def add_decayed_weights(
 
 
 def add_decay(
-    us: list[Tensor], ps: list[Tensor], decay: Any, *, mask: tree.Filter | None, like: Any, reuse: bool = False
+    us: list[Tensor], ps: list[Tensor], decay: Scalar, *, mask: tree.Filter | None, like: Any, reuse: bool = False
 ) -> list[Tensor]:
     """Return `u + decay * p` where the mask says so, and `u` elsewhere. `like` is the tree the leaves come from."""
     if mask is None:

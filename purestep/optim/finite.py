@@ -7,6 +7,7 @@ decision is a tensor: the host is never asked.
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -18,6 +19,21 @@ from purestep.errors import OptimError
 from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, Wrapper, new_count, transformation
 from purestep.optim.chain import all_applied, any_refused
+from purestep.optim.scope import ShardAware
+
+
+class Guard(ShardAware, Wrapper):
+    """A wrapper that refuses some updates, by a look at all gradients of all ranks."""
+
+    @abc.abstractmethod
+    def _accepted(self, state: Any) -> Tensor:
+        """Tell whether this wrapper let the last update through, as a 0-d bool tensor."""
+
+    def applied(self, state: Any) -> Tensor | None:
+        return all_applied([self._accepted(state), self.inner.applied(state.inner)])
+
+    def refused(self, state: Any) -> Tensor | None:
+        return any_refused([~self._accepted(state), self.inner.refused(state.inner)])
 
 
 @tree.pytree
@@ -33,7 +49,7 @@ class ApplyIfFiniteState:
 
 
 @transformation
-class ApplyIfFinite(Wrapper):
+class ApplyIfFinite(Guard):
     inner: GradientTransformation
     max_consecutive_errors: int | None = None
 
@@ -55,21 +71,14 @@ class ApplyIfFinite(Wrapper):
         )
         return tree.unflatten(tree.structure(proposed), accepted), following
 
-    def applied(self, state: Any) -> Tensor | None:
-        return all_applied([state.last_finite, self.inner.applied(state.inner)])
-
-    def refused(self, state: Any) -> Tensor | None:
-        return any_refused([~state.last_finite, self.inner.refused(state.inner)])
+    def _accepted(self, state: Any) -> Tensor:
+        return state.last_finite
 
     def gave_up(self, state: Any) -> Tensor:
         """Tell, as a 0-d bool tensor, whether more than `max_consecutive_errors` updates in a row were refused."""
         if self.max_consecutive_errors is None:
             return torch.zeros_like(state.last_finite)
         return torch.as_tensor(state.notfinite_count > self.max_consecutive_errors)
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)
@@ -112,7 +121,7 @@ class SkipLargeUpdatesState:
 
 
 @transformation
-class SkipLargeUpdates(Wrapper):
+class SkipLargeUpdates(Guard):
     inner: GradientTransformation
     max_norm: Scalar
 
@@ -132,15 +141,8 @@ class SkipLargeUpdates(Wrapper):
         )
         return tree.unflatten(treedef, accepted), following
 
-    def applied(self, state: Any) -> Tensor | None:
-        return all_applied([state.last_applied, self.inner.applied(state.inner)])
-
-    def refused(self, state: Any) -> Tensor | None:
-        return any_refused([~state.last_applied, self.inner.refused(state.inner)])
-
-    @property
-    def elementwise(self) -> bool:
-        return False
+    def _accepted(self, state: Any) -> Tensor:
+        return state.last_applied
 
 
 @checked(OptimError)
@@ -176,6 +178,8 @@ class ZeroNansState:
 
 @transformation
 class ZeroNans(GradientTransformation):
+    scope = "tensor"
+
     def init(self, params: Any) -> ZeroNansState:
         return ZeroNansState(tree.map(lambda p: torch.zeros((), dtype=torch.bool, device=p.device), params))
 
@@ -183,10 +187,6 @@ class ZeroNans(GradientTransformation):
         found = tree.map(lambda u: torch.isnan(u).any(), updates)
         cleaned = tree.map(lambda u: torch.where(torch.isnan(u), torch.zeros_like(u), u), updates)
         return cleaned, ZeroNansState(found)
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import transforms
+from purestep import _torch, transforms
+from purestep.optim import _torch as kernels
 from purestep.optim import scratch
 from purestep.sharding import whole
+from purestep.tree import Structure
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 _PLAIN, _TRACED, _LEAFWISE = 0, 1, 2
@@ -29,7 +31,7 @@ def _mode(*lists: Tensors) -> int:
         return _LEAFWISE
     if torch.is_grad_enabled() and any(x.requires_grad for xs in lists for x in xs):
         return _LEAFWISE
-    return _TRACED if torch._C._len_torch_dispatch_stack() > 0 else _PLAIN
+    return _TRACED if _torch.dispatch_modes() > 0 else _PLAIN
 
 
 def plain(*lists: Tensors) -> bool:
@@ -38,7 +40,7 @@ def plain(*lists: Tensors) -> bool:
 
 
 def _unary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
-    fresh, inplace = getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
+    fresh, inplace = kernels.foreach(name)
 
     def apply(xs: Tensors, *, reuse: bool = False, between: str | None = None) -> list[Tensor]:
         if not xs:
@@ -65,7 +67,7 @@ reciprocal = _unary("reciprocal", torch.reciprocal)
 
 
 def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
-    fresh, inplace = getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
+    fresh, inplace = kernels.foreach(name)
 
     def apply(
         xs: Tensors, other: Tensors | float | Tensor, *, reuse: bool = False, between: str | None = None
@@ -117,9 +119,9 @@ def add(
         if mode == _LEAFWISE:
             return [x + other for x in xs]
         if reuse and mode == _PLAIN:
-            torch._foreach_add_(xs, other)
+            kernels.foreach_add_(xs, other)
             return list(xs)
-        return list(torch._foreach_add(xs, other))
+        return list(kernels.foreach_add(xs, other))
     if isinstance(other, Tensor):
         return cast([x + _fit(other, x) for x in xs], xs)
     if isinstance(alpha, Tensor):
@@ -128,9 +130,9 @@ def add(
     if mode == _LEAFWISE:
         return [torch.add(x, y, alpha=alpha) for x, y in zip(xs, other, strict=True)]
     if reuse and mode == _PLAIN:
-        torch._foreach_add_(xs, other, alpha=alpha)
+        kernels.foreach_add_(xs, other, alpha=alpha)
         return list(xs)
-    return list(torch._foreach_add(xs, other, alpha=alpha))
+    return list(kernels.foreach_add(xs, other, alpha=alpha))
 
 
 def sign(xs: Tensors) -> list[Tensor]:
@@ -154,9 +156,9 @@ def lerp(xs: Tensors, ys: Tensors, weight: float | Tensor, *, reuse: bool = Fals
     if mode == _LEAFWISE:
         return [torch.lerp(x, y, weight) for x, y in zip(xs, ys, strict=True)]
     if reuse:
-        torch._foreach_lerp_(xs, ys, weight)
+        kernels.foreach_lerp_(xs, ys, weight)
         return list(xs)
-    return list(torch._foreach_lerp(xs, ys, weight))
+    return list(kernels.foreach_lerp(xs, ys, weight))
 
 
 def addcmul(xs: Tensors, a: Tensors, b: Tensors, *, value: float | Tensor = 1, reuse: bool = False) -> list[Tensor]:
@@ -169,9 +171,9 @@ def addcmul(xs: Tensors, a: Tensors, b: Tensors, *, value: float | Tensor = 1, r
     if mode == _LEAFWISE:
         return [torch.addcmul(x, y, z, value=value) for x, y, z in zip(xs, a, b, strict=True)]
     if reuse and mode == _PLAIN:
-        torch._foreach_addcmul_(xs, a, b, value)
+        kernels.foreach_addcmul_(xs, a, b, value)
         return list(xs)
-    return list(torch._foreach_addcmul(xs, a, b, value))
+    return list(kernels.foreach_addcmul(xs, a, b, value))
 
 
 def addcdiv(xs: Tensors, a: Tensors, b: Tensors, *, value: float | Tensor = 1, reuse: bool = False) -> list[Tensor]:
@@ -184,9 +186,9 @@ def addcdiv(xs: Tensors, a: Tensors, b: Tensors, *, value: float | Tensor = 1, r
     if mode == _LEAFWISE:
         return [torch.addcdiv(x, y, z, value=value) for x, y, z in zip(xs, a, b, strict=True)]
     if reuse and mode == _PLAIN:
-        torch._foreach_addcdiv_(xs, a, b, value)
+        kernels.foreach_addcdiv_(xs, a, b, value)
         return list(xs)
-    return list(torch._foreach_addcdiv(xs, a, b, value))
+    return list(kernels.foreach_addcdiv(xs, a, b, value))
 
 
 def average_of_squares(nu: Tensors, xs: Tensors, decay: float | Tensor, *, reuse: bool = False) -> list[Tensor]:
@@ -218,7 +220,7 @@ def convert(xs: Tensors, dtypes: list[torch.dtype]) -> list[Tensor]:
             result[i] = xs[i].to(dtypes[i])
         return result
     made = [torch.empty_like(xs[i], dtype=dtypes[i]) for i in at]
-    torch._foreach_copy_(made, [xs[i] for i in at])
+    kernels.foreach_copy_(made, [xs[i] for i in at])
     for i, x in zip(at, made, strict=True):
         result[i] = x
     return result
@@ -248,12 +250,12 @@ def _norms(xs: list[Tensor], order: float) -> list[Tensor]:
     for dtype in dict.fromkeys(x.dtype for x in xs):
         at = [i for i, x in enumerate(xs) if x.dtype == dtype]
         wider = None if accumulator(dtype) == dtype else accumulator(dtype)
-        for i, norm in zip(at, torch._foreach_norm([xs[i] for i in at], order, dtype=wider), strict=True):
+        for i, norm in zip(at, kernels.foreach_norm([xs[i] for i in at], order, dtype=wider), strict=True):
             found[i] = norm
     return found
 
 
-def global_norm(xs: Tensors, structure: Any = None) -> Tensor:
+def global_norm(xs: Tensors, structure: Structure | None = None) -> Tensor:
     """Return the 2-norm of all tensors together: a 0-d tensor of at least float32.
 
     In the update of a step with a plan it is that of the whole tensors, the same bits wherever their parts are.

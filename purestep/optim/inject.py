@@ -13,7 +13,17 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, Wrapper, new_count, scalar_like, transformation, value_at, wide
+from purestep.optim.base import (
+    ElementWrapper,
+    GradientTransformation,
+    Scalar,
+    StepNumber,
+    new_count,
+    scalar_like,
+    transformation,
+    value_at,
+    wide,
+)
 
 
 @tree.pytree
@@ -28,7 +38,7 @@ class InjectHyperparamsState:
 
 
 @transformation
-class InjectHyperparams(Wrapper):
+class InjectHyperparams(ElementWrapper):
     factory: Callable[..., GradientTransformation]
     fixed: tuple[tuple[str, Any], ...]
     numbers: tuple[tuple[str, Any], ...]
@@ -53,20 +63,27 @@ class InjectHyperparams(Wrapper):
         return InjectHyperparamsState(values, scheduled, self._made(values | scheduled).init(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         tx, scheduled = self._now(state, step)
         proposed, inner = tx.update(updates, state.inner, params, step=step, **extra)
         return proposed, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
 
     def advance(
-        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+        self,
+        updates: Any,
+        state: Any,
+        params: Any,
+        *,
+        reuse: bool = False,
+        step: StepNumber | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         tx, scheduled = self._now(state, step)
         params, inner = tx.advance(updates, state.inner, params, reuse=reuse, step=step, **extra)
         return params, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
 
-    def _now(self, state: Any, step: Any) -> tuple[GradientTransformation, dict[str, Tensor]]:
+    def _now(self, state: Any, step: StepNumber | None) -> tuple[GradientTransformation, dict[str, Tensor]]:
         """Return the transformation at a step, and what its schedules give there."""
         scheduled = {
             name: scalar_like(value_at(schedule, step, name), state.scheduled[name])
@@ -74,25 +91,19 @@ class InjectHyperparams(Wrapper):
         }
         return self._made(state.hyperparams | scheduled), scheduled
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         now = {name: value_at(s, step, name) for name, s in self.schedules} if step is not None else state.scheduled
         return {**state.hyperparams, **now}
+
+    def _one_pass(self) -> bool:
+        return self.inner._one_pass()
+
+    def only_fused(self) -> bool:
+        return self.inner.only_fused()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{n}={v!r}" for n, v in (*self.fixed, *self.numbers, *self.schedules))
         return f"inject_hyperparams({self.name})({shown})"
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
-
-    @property
-    def one_pass(self) -> bool:
-        return self.inner.one_pass
-
-    @property
-    def in_place(self) -> bool:
-        return self.inner.in_place
 
 
 @dataclasses.dataclass(frozen=True)

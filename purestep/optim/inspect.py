@@ -11,7 +11,7 @@ import torch
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, scalar_like, transformation
+from purestep.optim.base import GradientTransformation, Scalar, StepNumber, scalar_like, transformation
 
 Path = tuple[str, ...]
 
@@ -44,8 +44,7 @@ def set(opt_state: Any, changes: Mapping[str, Any] | None = None, /, **named: An
         opt_state: what `tx.init` or `tx.update` returned.
         changes: `{name: value}`, for names with dots; see `get`.
         **named: the same for plain names. A number becomes a tensor of the old value's dtype, shape and device; a
-        tensor or
-            a tree must fit the old one.
+            tensor or a tree must fit the old one.
 
     Raises:
         OptimError: a name is unknown or ambiguous, or a value does not fit.
@@ -155,12 +154,8 @@ class Monitor(GradientTransformation):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return updates, MonitorState({name: measure(updates) for name, measure in self.measures})
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {name: value for name, value in state.measurements.items() if isinstance(value, torch.Tensor)}
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)

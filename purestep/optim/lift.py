@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import transforms, tree
+from purestep import _torch, transforms, tree
 from purestep.arguments import NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
+    Scalar,
     ScalarOrSchedule,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -67,7 +69,7 @@ class Lift(GradientTransformation):
         return LiftedState(new_count(params), initial, group_values, numbers, differs)
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, repr(self)), treedef, updates, "params")
@@ -84,7 +86,7 @@ class Lift(GradientTransformation):
         return tree.unflatten(treedef, us), following
 
     def _check_context(self, gs: list[Tensor], ps: list[Tensor]) -> None:
-        if transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+        if transforms.active() or _torch.dispatch_modes() > 0:
             raise OptimError(
                 explain(
                     "a lifted torch optimizer cannot be traced or mapped",
@@ -173,16 +175,8 @@ class Lift(GradientTransformation):
             )
         return not tree.equal(fresh, continued)
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def shard_invariant(self) -> bool:
-        return False
 
     def __repr__(self) -> str:
         shown = [f"torch optimizer {self.optimizer.__name__}"]

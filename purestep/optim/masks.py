@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import GradientTransformation, Wrapper, transformation
-from purestep.optim.chain import all_applied, any_refused, merged
+from purestep.optim.base import ElementWrapper, GradientTransformation, transformation
+from purestep.optim.chain import Several
 from purestep.optim.decay import fixed_filter
 from purestep.optim.parts import parts, parts_class
 
@@ -27,12 +26,10 @@ Labels = Mapping[str, Any] | Callable[[str], str] | Any
 
 @transformation
 class SetToZero(GradientTransformation):
+    scope = "element"
+
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return tree.map(torch.zeros_like, updates), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -56,11 +53,13 @@ class MaskedState:
 
 
 @transformation
-class Masked(Wrapper):
+class Masked(ElementWrapper):
     inner: GradientTransformation
     mask: Any
 
     def init(self, params: Any) -> MaskedState:
+        if not is_filter(self.mask):
+            check_same_names(by_name(self.mask), by_name(params), "mask")
         return MaskedState(self.inner.init(self._seen(params)))
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -73,12 +72,8 @@ class Masked(Wrapper):
         if is_filter(self.mask):
             return {name: x for name, x in named.items() if tree.matches(self.mask, name)}
         wanted = by_name(self.mask)
-        check_same_names(wanted, named, "mask")
+        check_known_names(wanted, named, "mask")
         return {name: x for name, x in named.items() if wanted[name]}
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable and is_filter(self.mask)
 
 
 @checked(OptimError)
@@ -127,17 +122,15 @@ def freeze(mask: Any) -> GradientTransformation:
 
 
 @transformation
-class Partition(GradientTransformation):
+class Partition(Several):
     transforms: tuple[GradientTransformation, ...]
     names: tuple[str, ...]
     labels: Any
     label: str = "partition"
 
-    @property
-    def name(self) -> str:
-        return self.label
-
     def init(self, params: Any) -> Any:
+        if not callable(self.labels) and not _are_filters(self.labels):
+            check_same_names(by_name(self.labels), by_name(params), "tree of labels")
         groups = self._groups(params)
         return parts(self.names, [t.init(groups[n]) for t, n in zip(self.transforms, self.names, strict=True)])
 
@@ -177,35 +170,8 @@ class Partition(GradientTransformation):
         if callable(self.labels):
             return lambda name, leaf: self.labels(name)
         given = by_name(self.labels)
-        check_same_names(given, named, "tree of labels")
+        check_known_names(given, named, "tree of labels")
         return lambda name, leaf: given[name]
-
-    def applied(self, state: Any) -> Tensor | None:
-        return all_applied(t.applied(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
-
-    def refused(self, state: Any) -> Tensor | None:
-        return any_refused(t.refused(getattr(state, n)) for t, n in zip(self.transforms, self.names, strict=True))
-
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
-        pairs = zip(self.transforms, self.names, strict=True)
-        return merged((n, t.hyperparams(getattr(state, n), step)) for t, n in pairs)
-
-    @property
-    def elementwise(self) -> bool:
-        return all(t.elementwise for t in self.transforms)
-
-    @property
-    def on_shards(self) -> bool:
-        return True
-
-    @property
-    def shard_invariant(self) -> bool:
-        return all(t.shard_invariant for t in self.transforms)
-
-    @property
-    def separable(self) -> bool:
-        by_name = not isinstance(self.labels, MatrixLabels) and (callable(self.labels) or _are_filters(self.labels))
-        return by_name and all(t.separable for t in self.transforms)
 
 
 @checked(OptimError)
@@ -291,6 +257,11 @@ def check_same_names(given: dict[str, Any], named: dict[str, Any], what: str) ->
     if odd:
         where = f"{odd[0]!r} is only in the {what if odd[0] in given else 'parameters'}"
         raise OptimError(explain(f"the {what} does not have the leaves of the parameters", where=where))
+
+
+def check_known_names(given: dict[str, Any], named: dict[str, Any], what: str) -> None:
+    """Refuse leaves that a tree given by the user does not have; an update may be of some parameters only."""
+    check_same_names({name: x for name, x in given.items() if name in named}, named, what)
 
 
 def _put_back(updates: Any, changed: list[dict[str, Any]]) -> Any:

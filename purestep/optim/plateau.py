@@ -12,7 +12,7 @@ from purestep import tree
 from purestep.arguments import Count, Finite, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.base import GradientTransformation, new_count, scalar_like, transformation, wide
+from purestep.optim.base import GradientTransformation, Scalar, StepNumber, new_count, scalar_like, transformation, wide
 
 
 @tree.pytree
@@ -29,6 +29,7 @@ class ReduceOnPlateauState:
 
 @transformation
 class ReduceOnPlateau(GradientTransformation):
+    scope = "element"
     factor: float = 0.1
     patience: int = 10
     rtol: float = 1e-4
@@ -81,12 +82,8 @@ class ReduceOnPlateau(GradientTransformation):
         best = torch.where(better, average, state.best_value)
         return scale, best, torch.where(reduce, zero, plateau), cooldown
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"plateau_scale": state.scale}
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)

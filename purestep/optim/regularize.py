@@ -14,6 +14,7 @@ from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
+    StepNumber,
     need_params,
     need_step,
     new_count,
@@ -21,6 +22,7 @@ from purestep.optim.base import (
     transformation,
     wide,
 )
+from purestep.optim.scope import ShardAware
 
 
 @tree.pytree
@@ -32,6 +34,7 @@ class AddNoiseState:
 
 @transformation
 class AddNoise(GradientTransformation):
+    scope = "tensor"
     eta: Scalar
     gamma: Scalar
     seed: int = 0
@@ -40,7 +43,7 @@ class AddNoise(GradientTransformation):
         return AddNoiseState(random.key(self.seed, device=new_count(params).device))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         t = torch.as_tensor(need_step(step, self.name))
         scale = torch.sqrt(self.eta / (1 + wide(t)) ** self.gamma)
@@ -50,10 +53,6 @@ class AddNoise(GradientTransformation):
         keys = [random.fold_in(rng, name) for name in tree.names(updates)]
         noise = [_normal(key, u) for key, u in zip(keys, us, strict=True)]
         return tree.unflatten(treedef, fx.add(us, fx.mul(noise, scale, reuse=True))), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)
@@ -86,12 +85,10 @@ def add_noise(eta: NonNegative[Scalar], gamma: NonNegative[Scalar], *, seed: See
 
 @transformation
 class Centralize(GradientTransformation):
+    scope = "tensor"
+
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return tree.map(_centered, updates), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)
@@ -112,14 +109,12 @@ def centralize() -> GradientTransformation:
 
 @transformation
 class KeepParamsNonnegative(GradientTransformation):
+    scope = "element"
+
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         us, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
         return tree.unflatten(treedef, [torch.where(p + u < 0, -p, u) for u, p in zip(us, ps, strict=True)]), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -137,7 +132,7 @@ def keep_params_nonnegative() -> GradientTransformation:
 
 
 @transformation
-class NormalizeByUpdateNorm(GradientTransformation):
+class NormalizeByUpdateNorm(ShardAware, GradientTransformation):
     scale_factor: Scalar = 1.0
     eps: float = 1e-6
 
@@ -146,14 +141,6 @@ class NormalizeByUpdateNorm(GradientTransformation):
         if not us:
             return updates, state
         return tree.unflatten(treedef, fx.mul(us, self.scale_factor / (fx.global_norm(us, treedef) + self.eps))), state
-
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def on_shards(self) -> bool:
-        return True
 
 
 @checked(OptimError)

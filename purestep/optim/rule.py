@@ -60,7 +60,3 @@ class Rule(GradientTransformation):
         us, memory = self.direction(gs, memory, wide(count), ps)
         trees = [tree.unflatten(treedef, memory[name]) for name in self.memory]
         return tree.unflatten(treedef, us), parts(("count", *self.memory), [count, *trees])
-
-    @property
-    def separable(self) -> bool:
-        return self.elementwise

@@ -14,20 +14,17 @@ from purestep import tree
 from purestep.arguments import Finite, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation, value_at
+from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, StepNumber, transformation, value_at
 
 
 @transformation
 class Scale(GradientTransformation):
+    scope = "element"
     step_size: Scalar
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, self.step_size)), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -45,17 +42,14 @@ def scale(step_size: Finite[Scalar]) -> GradientTransformation:
 
 @transformation
 class ScaleBySchedule(GradientTransformation):
+    scope = "element"
     schedule: ScalarOrSchedule
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, value_at(self.schedule, step, "schedule"))), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -75,20 +69,17 @@ def scale_by_schedule(schedule: Finite[ScalarOrSchedule]) -> GradientTransformat
 
 @transformation
 class ScaleByLearningRate(GradientTransformation):
+    scope = "element"
     learning_rate: ScalarOrSchedule
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.mul(xs, -value_at(self.learning_rate, step))), state
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)

@@ -12,29 +12,38 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 
+from purestep import _torch
+from purestep.accumulate import Context
+from purestep.parallel.shares import Shares
 from purestep.sharding import collectives
 
 _SIGNATURE = inspect.signature(batch_norm)
 
 
-def synced(turn: Any, around: Any) -> Any:
+def synced(
+    shares: Shares, counts: bool, factor: Callable[[], float | Tensor], around: Context | None
+) -> Context | None:
     """Return what makes the context that a model runs in: with batch norm over ranks, where the plan says so.
 
     Args:
-        turn: the microbatch: its `shares`, whether it `counts`, and its `factor`.
+        shares: who computes which microbatches.
+        counts: whether that of this rank is one of the batch, and no stand-in.
+        factor: returns what the gradient of it is multiplied by later.
         around: makes the context that it runs in otherwise, or None.
     """
-    if not turn.shares.plan.sync_batchnorm or turn.shares.group is None:
+    group = shares.group
+    if not shares.plan.sync_batchnorm or group is None:
         return around
 
     @contextlib.contextmanager
     def entered() -> Iterator[None]:
         outer = contextlib.nullcontext() if around is None else around()
-        with outer, Synced(turn.shares.group, turn.counts, turn.factor):
+        with outer, Synced(group, counts, factor):
             yield
 
     return entered
@@ -49,7 +58,7 @@ class Synced(TorchFunctionMode):
         weigh: returns what the gradient of this microbatch is multiplied by later; asked in the backward pass.
     """
 
-    def __init__(self, group: Any, counts: bool, weigh: Callable[[], Any]) -> None:
+    def __init__(self, group: dist.ProcessGroup, counts: bool, weigh: Callable[[], float | Tensor]) -> None:
         super().__init__()
         self.group, self.counts, self.weigh = group, counts, weigh
 
@@ -91,7 +100,9 @@ class _BatchNorm(torch.autograd.Function):
     """Batch norm by mean and variance over all ranks. Returns the output, mean, variance (biased) and count."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, synced: Synced, eps: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, synced: Synced, eps: float
+    ) -> tuple[Tensor, ...]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.ndim)]
         channels = x.shape[1]
@@ -115,7 +126,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hat, weight, scale, count = ctx.saved_tensors
         grad, synced = grads[0].to(hat.dtype), ctx.synced
-        with torch._C.DisableTorchFunction():
+        with _torch.no_torch_function():
             sums = torch.cat([grad.sum(ctx.dims), (grad * hat).sum(ctx.dims)])
             # Losses of microbatches are weighted after their backward pass, so what comes from others is here.
             factor = synced.weigh() if synced.counts else 1.0

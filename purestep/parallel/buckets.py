@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import tree
-from purestep.accumulate import Accumulation, Gradients, Partial, merge
+from purestep import _torch, tree
+from purestep.accumulate import Accumulation, Context, Gradients, Partial, Tensors, Weight, merge
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
 from purestep.parallel.batchnorm import synced
 from purestep.parallel.shares import Shares
 from purestep.parallel.small import exchange_small
+from purestep.precision.casting import Uncast
 from purestep.sharding import collectives
 from purestep.sharding.reduce import Flat, Summing, add, flat_like, packed, whole_sum
+from purestep.state import TrainState
 from purestep.treesum import TreeSum
 
 _LIMITS = 1 << 20, 25 << 20  # bytes of the first bucket, which is to leave early, and of the others
@@ -38,24 +40,24 @@ class Buckets:
     def __init__(self, shares: Shares, sums: Accumulation) -> None:
         self.shares, self.sums = shares, sums
         self.fast = shares.plan.reduction == "fast"
-        self.small: TreeSum = TreeSum(merge)
-        self.trees: list[TreeSum] = []
-        self.leaving: list[Any] = []
+        self.small: TreeSum[Partial] = TreeSum(merge)
+        self.trees: list[TreeSum[Tensor]] = []
+        self.leaving: list[collectives.Pending | Summing] = []
         self.layout: Flat
         self.changes: Flat
         self.structure: Any = None
 
-    def turn(self, index: int, *, counts: bool, last: bool) -> BucketTurn:
-        """Return what a step tells about a microbatch."""
-        return BucketTurn(self, index, counts=counts, last=last)
+    def exchange(self, index: int, *, counts: bool, last: bool) -> BucketExchange:
+        """Return the exchange of one microbatch."""
+        return BucketExchange(self, index, counts=counts, last=last)
 
     def begin_small(self, pattern: Partial) -> None:
-        """Send metrics and weights to the others."""
+        """Launch the exchange of metrics and weights."""
         shares = self.shares
         self.waiting = exchange_small(self.small.nodes, shares.owners, shares.group, pattern, self.sums)
 
-    def begin(self, trees: TreeSum, like: Tensor) -> Any:
-        """Begin to add up a flat tensor over the ranks."""
+    def begin(self, trees: TreeSum[Tensor], like: Tensor) -> collectives.Pending | Summing:
+        """Launch the reduction of a flat tensor over the ranks."""
         shares = self.shares
         if self.fast:
             return collectives.sum_into(trees.result() if trees.nodes else torch.zeros_like(like), shares.group)
@@ -65,15 +67,15 @@ class Buckets:
         """Wait for the others, and return the mean over all microbatches."""
         total = self.waiting()
         flats = self.sums.divided(
-            [x.wait() if self.fast else whole_sum(x) for x in self.leaving], total.weight, owned=True
+            [whole_sum(x) if isinstance(x, Summing) else x.wait() for x in self.leaving], total.weight, owned=True
         )
         count = len(self.changes.groups)
         grads = self.layout.unpack(flats[count:])[::-1]
         return self.sums.finish(tree.unflatten(self.structure, grads), self.changes.unpack(flats[:count]), total)
 
 
-class BucketTurn:
-    """One microbatch: what a step tells about it.
+class BucketExchange:
+    """The exchange of one microbatch: its gradients fill the buckets.
 
     Args:
         buckets: of the batch.
@@ -87,54 +89,58 @@ class BucketTurn:
         self.shares = buckets.shares
         self.next = 0
 
-    # --- what a step calls ---
+    # --- what a step calls, see `MicrobatchExchange` ---
 
-    def tracked(self, cast: Any, params: Any) -> Any:
-        """Return what is differentiated."""
+    collects = False
+
+    def check(self, state: TrainState) -> None:
+        pass  # `total` chose buckets because no parameter is split
+
+    def tracked(self, cast: Uncast, params: Tensors) -> Tensors:
         leaves, self.buckets.structure = tree.flatten(params)
         self._expect(leaves[::-1], cast.reduced)
         return params
 
-    def bound(self, params: Any, buffers: Mapping[str, Tensor], around: Any) -> Any:
-        """Return what the model is bound to, and the context it runs in."""
-        for i, leaf in enumerate(reversed(tree.leaves(params))):
+    def bound(
+        self, tracked: Tensors, buffers: Tensors, around: Context | None
+    ) -> tuple[Tensors, Tensors, Context | None]:
+        # The hooks of leaves run inside the backward pass, so full buckets leave while it computes the next gradients.
+        for i, leaf in enumerate(reversed(tree.leaves(tracked))):
             leaf.register_hook(functools.partial(self._arrived, i))
-        return params, buffers, synced(self, around)
+        return tracked, buffers, synced(self.shares, self.counts, self.factor, around)
 
-    def plain(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the buffers after the forward pass as the state keeps them."""
+    def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
         return new
 
-    def forward_done(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
-        """Take what is known before the backward pass."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+    def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
+        with _torch.no_torch_function(), torch.no_grad():
             self._begin(*stop_gradient((weight, dict(buffers), dict(metrics))))
 
-    def backward_done(self, grads: Any) -> Any:
-        """Take the gradients of parameters that no hook told of; return them all."""
-        leaves = tree.leaves(grads)[::-1]
-        for i, grad in enumerate(leaves):
-            if self.grads[i] is None:
-                self._fill(i, grad)
+    def backward_done(self, cast: Uncast, grads: Any) -> Any:
+        # Parameters that the loss does not depend on have no hook that runs; their gradients are zeros.
+        self._fill_missing(grads)
         return grads
 
-    def factor(self) -> Any:
+    def factor(self) -> float | Tensor:
         """Return what the gradient is multiplied by later; known once the forward pass is done."""
         return self.buckets.sums.factor(self.weight, self.index)
 
-    def gathered(self, view: Any) -> Any:
-        """Return the state as a compiled piece takes it."""
+    def gathered(self, view: TrainState) -> TrainState:
         return view
 
-    def taken(self, part: Gradients, view: Any) -> Gradients:
-        """Take what a compiled piece returned."""
+    def taken(self, part: Gradients, view: TrainState) -> Gradients:
         leaves, self.buckets.structure = tree.flatten(part.grads)
         self._expect(leaves[::-1], lambda grads: grads)
         self._begin(part.weight, part.buffers, part.metrics)
-        self.backward_done(part.grads)
+        self._fill_missing(part.grads)
         return part
 
     # --- what happens to it ---
+
+    def _fill_missing(self, grads: Any) -> None:
+        for i, grad in enumerate(tree.leaves(grads)[::-1]):
+            if self.grads[i] is None:
+                self._fill(i, grad)
 
     def _expect(self, like: list[Tensor], reduced: Callable[[Any], Any]) -> None:
         """Prepare for gradients like these tensors, the last parameters first."""
@@ -143,7 +149,7 @@ class BucketTurn:
         self.grads: list[Tensor | None] = [None] * len(like)
         self.missing = [len(group) for group in layout.groups]
 
-    def _begin(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
+    def _begin(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         buckets = self.buckets
         self.weight = weight
         rest, moved = buckets.sums.besides(weight, buffers, metrics)
@@ -160,7 +166,7 @@ class BucketTurn:
 
     def _arrived(self, i: int, grad: Tensor) -> None:
         # What happens here is no operation of the model: no mode of it has to look.
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._fill(i, grad)
 
     def _fill(self, i: int, grad: Tensor) -> None:
@@ -174,6 +180,7 @@ class BucketTurn:
         while self.next < len(layout.groups) and not self.missing[self.next]:
             group = layout.groups[self.next]
             self._add(first + self.next, packed(self.reduced([self.grads[i] for i in group])))
+            # The bucket holds a copy: without this their memory would stay until the backward pass ends.
             for i in group:
                 self.grads[i] = _GONE
             self.next += 1
@@ -184,8 +191,10 @@ class BucketTurn:
             (weighed,) = buckets.sums.weighed([flat], self.weight, self.index)
             buckets.trees[k].add(weighed, self.index)
         if self.last:
-            for before in buckets.leaving if not buckets.fast else ():
-                before.advance()
+            # Sums in a tree take two exchanges: the second one of earlier buckets is launched before this one's first.
+            for before in buckets.leaving:
+                if isinstance(before, Summing):
+                    before.advance()
             buckets.leaving.append(buckets.begin(buckets.trees[k], flat))
 
 

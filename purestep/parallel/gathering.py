@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from purestep.accumulate import Accumulation, Gradients, Partial
+from purestep import _torch
+from purestep.accumulate import Accumulation, Context, Gradients, Partial, Tensors, Weight
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
 from purestep.parallel.batchnorm import synced
@@ -23,6 +23,7 @@ from purestep.sharding.gather import Session, Unit, Units
 from purestep.sharding.plan import Plan
 from purestep.sharding.reduce import Flat, Summing, add, arrived, flat_like, rows_of, send, whole_sum
 from purestep.sharding.unit_order import Orders
+from purestep.state import TrainState, definition
 from purestep.treesum import Node, TreeSum
 
 _ANCHOR = ""  # the name of what is differentiated for the sake of parameters that are gathered
@@ -43,17 +44,17 @@ class Sharded:
         self.fast = shares.plan.reduction == "fast"
         self.whole = [name for name in sums.state.params if name not in split]
         self.small: dict[Node, Partial] = {}
-        self.trees: list[TreeSum] = []
+        self.trees: list[TreeSum[Tensor]] = []
         self.waiting: Callable[[], Partial]
         self.units: Units
         self.rest: Flat
 
-    def turn(self, number: int, index: int, *, last: bool) -> ShardedTurn:
-        """Return what a step tells about the microbatch that this rank computes in a turn."""
-        return ShardedTurn(self, number, index, last)
+    def exchange(self, number: int, index: int, *, last: bool) -> ShardedExchange:
+        """Return the exchange of the microbatch that this rank computes in a round."""
+        return ShardedExchange(self, number, index, last)
 
     def put(self, flats: list[dict[Node, Tensor]], number: int) -> None:
-        """Add the sums of a turn over the ranks that share parameters."""
+        """Add the sums of a round over the ranks that share parameters."""
         if not self.trees:
             self.trees = [TreeSum(add) for _ in flats]
         for total, nodes in zip(self.trees, flats, strict=True):
@@ -86,12 +87,12 @@ class Sharded:
         return [whole_sum(sum_) for sum_ in begun]
 
 
-class ShardedTurn:
-    """One microbatch of a model whose parameters are split: what a step tells, and the sums that come of it.
+class ShardedExchange:
+    """The exchange of one microbatch of a model whose parameters are split.
 
     Args:
         sharded: the sums of the batch.
-        number: of the turn, the same on all ranks.
+        number: of the round, the same on all ranks.
         index: of the microbatch. An empty one is run on other data, because the others need this rank's parts.
         last: whether it is the last one of this rank.
 
@@ -104,58 +105,62 @@ class ShardedTurn:
     def __init__(self, sharded: Sharded, number: int, index: int, last: bool) -> None:
         self.sharded, self.shares, self.sums = sharded, sharded.shares, sharded.sums
         self.split, self.number, self.index, self.last = sharded.split, number, index, last
-        self.owners = self.shares.turns[number]
+        self.owners = self.shares.rounds[number]
         self.counts = index < self.shares.filled
-        self.weight: Any = None
-        self._sent: dict[int, Any] = {}
+        self.weight: Weight = 0
+        self._sent: dict[int, tuple[collectives.Pending, int] | dict[Node, Tensor]] = {}
         self._taken: dict[int, Tensor] = {}
 
-    # --- what a step calls ---
+    # --- what a step calls, see `MicrobatchExchange` ---
 
-    def tracked(self, cast: Any, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is differentiated: parameters that are whole, and what stands for all others."""
+    def check(self, state: TrainState) -> None:
+        pass  # it is the view that holds this rank's shards, and the exchange gathers the others'
+
+    def tracked(self, cast: Uncast, params: Tensors) -> Tensors:
+        """Return what is differentiated: the parameters that are not split, and what stands for all others."""
         self.cast, self.params = cast, params
+        # Split parameters are gathered inside of the forward pass, so they cannot be what is differentiated. Their
+        # gradients come to the session on the way to the anchor, of which every gather is made to depend.
         anchor = torch.zeros((), device=next(iter(params.values())).device)
         return {n: params[n] for n in self.sharded.whole} | {_ANCHOR: anchor}
 
-    def bound(self, tracked: Mapping[str, Tensor], buffers: Mapping[str, Tensor], around: Any) -> Any:
-        """Return the tensors that the model is bound to, params and buffers, and what makes the context it runs in."""
+    def bound(
+        self, tracked: Tensors, buffers: Tensors, around: Context | None
+    ) -> tuple[Tensors, Tensors, Context | None]:
         plan = self.shares.plan
         parts = self._parts(self.params, buffers)
         self.units = self.sharded.units = self._units_of(self.cast.module, parts)
         wrap, order = wrapping(plan, self.split), self.sharded.orders.of(self.units)
         self.session = Session(self.units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
-        return *_given(self.session, params, buffers), functools.partial(
-            both, self.session.around, synced(self, around)
-        )
+        inner = synced(self.shares, self.counts, self.factor, around)
+        return *_gathered(self.session, params, buffers), functools.partial(both, self.session.around, inner)
 
-    def plain(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the buffers after the forward pass as the state keeps them: frozen parameters as parts."""
-        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}  # type: ignore[attr-defined]
+    def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
+        """Return the buffers after the forward pass as the state holds them: of frozen parameters the shards."""
+        plain = {n: t.to_local() if place.is_split(t) else t for n, t in new.items()}
         return {n: old[n] if n in self.split else t for n, t in plain.items()}
 
-    def forward_done(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
-        """Take what is known before the backward pass."""
+    def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.session.end_forward()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._begin(*stop_gradient((weight, dict(buffers), dict(metrics))))
 
-    def backward_done(self, grads: Mapping[str, Tensor]) -> Any:
-        """Take the gradients of whole parameters."""
+    def backward_done(self, cast: Uncast, grads: Tensors) -> Tensors:
+        """Take the gradients of the parameters that are not split; those of units were taken on their way."""
         with torch.no_grad():
             self.session.end_backward()
-            self._finish(self.cast.reduced({n: grads[n] for n in self.sharded.whole}))
+            self._finish(cast.reduced({n: grads[n] for n in self.sharded.whole}))
         return grads
 
-    def factor(self) -> Any:
+    def factor(self) -> float | Tensor:
         """Return what the gradient is multiplied by later; known once the forward pass is done."""
         return self.sums.factor(self.weight, self.index)
 
-    def gathered(self, view: Any) -> Any:
-        """Return the state with all parameters whole, for a compiled piece: they stay until it has run."""
+    def gathered(self, view: TrainState) -> TrainState:
+        """Return the state with full parameters, for a compiled piece: they stay until it has run."""
         parts = self._parts(view.params, view.buffers)
-        self.units = self.sharded.units = self._units_of(view.model.module, parts)
+        self.units = self.sharded.units = self._units_of(definition(view).module, parts)
         self.session = Session(self.units, parts)
         known = self.session.wholes()
         return view.replace(
@@ -163,9 +168,8 @@ class ShardedTurn:
             buffers={n: known.get(n, t) for n, t in view.buffers.items()},
         )
 
-    def taken(self, part: Gradients, view: Any) -> Gradients:
-        """Take what a compiled piece returned."""
-        self.cast = Uncast(view.model.module)
+    def taken(self, part: Gradients, view: TrainState) -> Gradients:
+        self.cast = Uncast(definition(view).module)
         buffers = {n: view.buffers[n] if n in self.split else t for n, t in part.buffers.items()}
         self._begin(part.weight, buffers, part.metrics)
         for unit in self.units.units:
@@ -182,7 +186,7 @@ class ShardedTurn:
     def _units_of(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Units:
         return units_of(self.shares.plan, module, self.split, parts, self.sums.state.params)
 
-    def _begin(self, weight: Any, buffers: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> None:
+    def _begin(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.weight, sharded, shares = weight, self.sharded, self.shares
         rest, self.moved = self.sums.besides(weight, buffers, metrics)
         if self.counts:
@@ -192,12 +196,13 @@ class ShardedTurn:
 
     def take(self, unit: Unit, grads: list[Tensor | None]) -> None:
         """Take the gradients of a unit as its backward pass ends; those of the root are sent last."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
             self._taken[unit.number] = self._rows(unit, grads)
 
     def reduce(self, unit: Unit) -> None:
         """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with _torch.no_torch_function(), torch.no_grad():
+            # One reduction is under way at a time: waiting for the one before bounds the memory of packed gradients.
             for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
                 self._sent[before] = self._arrived(*self._sent[before])
             rows = self._taken.pop(unit.number, None)
@@ -236,13 +241,8 @@ class ShardedTurn:
 
 
 def evaluated(
-    plan: Plan,
-    at_rest: Any,
-    cast: Any,
-    params: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    orders: Orders,
-) -> Any:
+    plan: Plan, at_rest: TrainState, cast: Uncast, params: Tensors, buffers: Tensors, orders: Orders
+) -> tuple[Tensors, Tensors, Context | None]:
     """Return what a model is bound to without gradients: params, buffers, and what makes the context it runs in."""
     split = split_leaves(at_rest)
     if not split:
@@ -250,7 +250,17 @@ def evaluated(
     parts = {n: (params if n in params else buffers)[n] for n in split}
     units = units_of(plan, cast.module, split, parts, params)
     session = Session(units, parts, wrap=wrapping(plan, split), order=orders.of(units))
-    return *_given(session, params, buffers), functools.partial(both, functools.partial(_alone, session), cast.around)
+    around = functools.partial(both, functools.partial(_alone, session), cast.around)
+    return *_gathered(session, params, buffers), around
+
+
+def _gathered(session: Session, params: Tensors, buffers: Tensors) -> tuple[Tensors, Tensors]:
+    known, wrap = session.tensors(), session.wrap or (lambda name, value: value)
+
+    def full(group: Tensors) -> Tensors:
+        return {n: known[n] if n in known else wrap(n, t) for n, t in group.items()}
+
+    return full(params), full(buffers)
 
 
 @contextlib.contextmanager
@@ -267,22 +277,17 @@ def wrapping(plan: Plan, split: Mapping[str, Tensor]) -> tensor.Wrapped | None:
     return tensor.Wrapped(plan, split) if tensor.is_tensor_parallel(plan) else None
 
 
-def _given(session: Session, *groups: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
-    known, wrap = session.tensors(), session.wrap or (lambda name, value: value)
-    return tuple({n: known[n] if n in known else wrap(n, t) for n, t in group.items()} for group in groups)
-
-
-def split_leaves(at_rest: Any) -> dict[str, Tensor]:
+def split_leaves(at_rest: TrainState) -> dict[str, Tensor]:
     """Return the parameters of a state of which ranks hold parts, trained and frozen, by name."""
     return {n: x for n, x in (at_rest.params | at_rest.buffers).items() if place.is_split(x)}
 
 
-_units: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Units]]] = weakref.WeakKeyDictionary()
+_units: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, Units]]] = weakref.WeakKeyDictionary()
 
 
-def units_of(plan: Plan, module: nn.Module, split: Any, parts: Any, trained: Any) -> Units:
+def units_of(plan: Plan, module: nn.Module, split: Tensors, parts: Tensors, trained: Collection[str]) -> Units:
     """Return the units of a model, made once for each plan and placement."""
-    specs = [x._spec for x in split.values()]
+    specs = [_torch.layout_of(x) for x in split.values()]
     key = plan, tuple(split), tuple(id(spec) for spec in specs), tuple(parts[n].dtype for n in split), tuple(trained)
     known = _units.setdefault(module, {})
     if key not in known:
@@ -292,7 +297,7 @@ def units_of(plan: Plan, module: nn.Module, split: Any, parts: Any, trained: Any
 
 
 @contextlib.contextmanager
-def both(outer: Any, inner: Any) -> Iterator[None]:
+def both(outer: Context, inner: Context | None) -> Iterator[None]:
     """Enter two contexts, of which the inner one may be missing."""
     with outer(), inner() if inner is not None else contextlib.nullcontext():
         yield

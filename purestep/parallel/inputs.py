@@ -1,7 +1,7 @@
 """What the ranks pass to a step under a plan, compared: replicas that are given other values diverge without an error.
 
 The first call compares the batch and the state by content. Later calls compare the size and the shapes of the batch,
-which travel with the metrics of the step. Sources that cut batches for a run compare with `fingerprint`.
+which travel with the metrics of the step. Sources that slice batches for a run compare with `fingerprint`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from purestep.bits import leaf_bytes
 from purestep.errors import RankError, TreeError, explain
 from purestep.sharding import world
 from purestep.sharding.local import LocalBatch
-from purestep.sharding.place import is_split, shard_of
+from purestep.sharding.place import is_split, part_of, shard_of
 from purestep.sharding.plan import Plan
 
 SAME_STATE = "state = ps.init(model, tx, seed=0, plan=plan)   # the same seed and code on every rank"
@@ -31,7 +30,7 @@ SAME_BATCH = (
 )
 
 
-def compare_first(plan: Plan, count: int, state: Any, batch: Any) -> None:
+def compare_first(plan: Plan, count: int, state: object, batch: object) -> None:
     """Compare the batch and the state of the first call of a step under a plan; every rank makes it.
 
     Args:
@@ -58,14 +57,14 @@ class _Once:
 
 
 @functools.lru_cache(maxsize=64)
-def _once(job: Any, plan: Plan, count: int) -> _Once:
+def _once(job: dist.ProcessGroup | None, plan: Plan, count: int) -> _Once:
     return _Once()
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(batch: Any) -> str:
+def fingerprint(batch: object) -> str:
     """Return shapes and a hash of the content of a global batch; of a LocalBatch what all ranks have in common.
 
     Example:
@@ -90,7 +89,7 @@ def fingerprint(batch: Any) -> str:
     return f"{', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}; content {content.hexdigest()}"
 
 
-def sizes_of(batch: Any, samples: int) -> tuple[int, int]:
+def sizes_of(batch: object, samples: int) -> tuple[int, int]:
     """Return the samples of a global batch and a number that stands for its shapes; 0 where a rank has its rows only.
 
     Example:
@@ -126,7 +125,7 @@ def compare_sizes(heard: Mapping[int, tuple[int, int]]) -> None:
 # --- states -----------------------------------------------------------------------------------------------------------
 
 
-def compare_states(state: Any) -> None:
+def compare_states(state: object) -> None:
     """Compare the leaves that are whole on every rank, and the parts that several ranks hold; every rank calls it.
 
     Raises:
@@ -138,7 +137,7 @@ def compare_states(state: Any) -> None:
     hashes = []
     for path, leaf in zip(tree.paths(state, "state"), tree.leaves(state), strict=True):
         split = is_split(leaf)
-        kind, content = leaf_bytes(path, leaf._local_tensor if split else leaf)
+        kind, content = leaf_bytes(path, part_of(leaf))
         target = parts if split else whole
         target.update(f"{path} {kind} ".encode())
         target.update(content)
@@ -163,7 +162,7 @@ def compare_states(state: Any) -> None:
             )
 
 
-def _hash_of(value: Any) -> str:
+def _hash_of(value: object) -> str:
     """Return a short hash of the repr of a value."""
     import xxhash
 

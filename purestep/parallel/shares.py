@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch.distributed as dist
 
@@ -31,12 +30,12 @@ class Shares:
         return [i for i in self.plan.microbatches(self.count, rank=rank) if i < self.filled]
 
     @functools.cached_property
-    def group(self) -> Any:
+    def group(self) -> dist.ProcessGroup | None:
         """The ranks that compute different microbatches; None for this one alone."""
         return self.plan.mesh.group(*self.batch_axes)
 
     @functools.cached_property
-    def copies(self) -> Any:
+    def copies(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same parts of parameters; None for this one alone."""
         return self.plan.mesh.group(*self.plan.data_axes)
 
@@ -51,11 +50,11 @@ class Shares:
         return [[(0, i) for i in self.held(rank)] for rank in self.plan.mesh.ranks(*self.batch_axes)]
 
     @functools.cached_property
-    def turns(self) -> list[list[list[Node]]]:
-        """For each turn, what each rank of a group that shares parameters computes in it."""
+    def rounds(self) -> list[list[list[Node]]]:
+        """For each round, what each rank of a group that shares parameters computes in it."""
         ranks = self.plan.mesh.ranks(*self.plan.shard_axes)
         chosen = [self.plan.microbatches(self.count, rank=rank) for rank in ranks]
-        return [[[(0, i)] if i < self.filled else [] for i in turn] for turn in zip(*chosen, strict=True)]
+        return [[[(0, i)] if i < self.filled else [] for i in indices] for indices in zip(*chosen, strict=True)]
 
     @functools.cached_property
     def groups(self) -> list[list[Node]]:
@@ -68,7 +67,7 @@ class Shares:
 
 
 @functools.lru_cache(maxsize=64)
-def _shares(world: Any, plan: Plan, count: int, filled: int) -> Shares:
+def _shares(world: dist.ProcessGroup | None, plan: Plan, count: int, filled: int) -> Shares:
     return Shares(plan, count, filled)
 
 

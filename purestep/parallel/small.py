@@ -23,7 +23,11 @@ _HEAD = 16  # bytes of what a rank tells of its batch
 
 
 def exchange_small(
-    nodes: Mapping[Node, Partial], owners: Sequence[Sequence[Node]], group: Any, pattern: Partial, sums: Accumulation
+    nodes: Mapping[Node, Partial],
+    owners: Sequence[Sequence[Node]],
+    group: dist.ProcessGroup | None,
+    pattern: Partial,
+    sums: Accumulation,
 ) -> Callable[[], Partial]:
     """Begin to add up what all ranks hold, and return the function that waits and returns it, without its vector.
 
@@ -73,7 +77,7 @@ def _wide(number: Any) -> torch.dtype:
     return torch.float64 if isinstance(number, float) else torch.int64
 
 
-def _without_vector(like: Partial, leaves: Sequence[Tensor], structure: Any) -> Partial:
+def _without_vector(like: Partial, leaves: Sequence[Tensor], structure: tree.Structure) -> Partial:
     weight, kept, metrics = tree.unflatten(structure, leaves)
     return Partial([], like.weight if weight is None else weight, kept, metrics)
 

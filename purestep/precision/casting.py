@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import PrecisionError, explain
 from purestep.keyed.mode import Handler
 from purestep.optim import foreach as fx
@@ -211,7 +211,7 @@ class Casting(Uncast):
 def _has_tensors(module: nn.Module) -> bool:
     # A parametrized weight is a property of the module, and a parameter of a submodule.
     parametrized = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
-    return parametrized or any(t is not None and t.is_floating_point() for t in module._parameters.values())
+    return parametrized or any(t is not None and t.is_floating_point() for t in _torch.parameters_of(module).values())
 
 
 def _at_rest(old: Tensor, passed: Tensor, new: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ and the loss scale. It imports no train state, and uses its fields only; users c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from purestep.errors import PrecisionError, TemplateMismatch, explain
 from purestep.optim import foreach as fx
 from purestep.precision.loss_scale import LossScale, NoLossScale
 from purestep.precision.master import MasterWeightsState, masters
-from purestep.precision.rules import Settings, check_rules
-
-if TYPE_CHECKING:
-    from purestep.precision.policies import Policy
+from purestep.precision.rules import Rule, Settings, check_rules
 
 Tensors = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -44,7 +41,21 @@ class StateFields(Protocol):
 S = TypeVar("S", bound=StateFields)
 
 
-def apply(policy: Policy, state: T) -> T:
+class PolicyFields(Protocol):
+    """What is read here of a `Policy`, which imports this file for its methods."""
+
+    @property
+    def param(self) -> torch.dtype: ...
+    @property
+    def master(self) -> torch.dtype | None: ...
+    @property
+    def rules(self) -> tuple[Rule, ...]: ...
+    @property
+    def loss_scale(self) -> LossScale: ...
+    def apply(self, state: Any) -> Any: ...
+
+
+def apply(policy: PolicyFields, state: T) -> T:
     """Return the state under a policy. A leaf that has the right dtype already is the same tensor."""
     if not isinstance(state, StateFields):
         raise PrecisionError(
@@ -80,7 +91,7 @@ def any_policy(like: S) -> S:
     return like.replace(params=..., buffers=..., opt_state=..., loss_scale=...)
 
 
-def under_policy(policy: Policy, restored: S, like: S) -> S:
+def under_policy(policy: PolicyFields, restored: S, like: S) -> S:
     """Return a state that was restored with such a template under a policy, checked against the template `like`.
 
     Raises:
@@ -105,7 +116,7 @@ def under_policy(policy: Policy, restored: S, like: S) -> S:
     )
 
 
-def cast_tree(policy: Policy, values: T, field: str) -> T:
+def cast_tree(policy: PolicyFields, values: T, field: str) -> T:
     """Return a tree with its floating-point leaves in the dtype that a policy and its rules by name have in a field."""
     settings = Settings(policy.rules, None)  # without a model: rules by class match nothing here
 
@@ -127,7 +138,7 @@ def cast(tensors: Tensors, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tenso
     return dict(zip(tensors, fx.convert(list(tensors.values()), [dtypes[n] for n in tensors]), strict=True))
 
 
-def rest_dtypes(policy: Policy, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
+def rest_dtypes(policy: PolicyFields, settings: Settings, tensors: Tensors) -> dict[str, torch.dtype]:
     """Return the dtype of each parameter or buffer in the state; one that is not floating-point keeps its dtype."""
     return {
         name: settings.of_tensor(name, "param", policy.param) if tensor.is_floating_point() else tensor.dtype
@@ -161,7 +172,7 @@ def _cast_optimizer(opt_state: T, params: Tensors, dtypes: Mapping[str, torch.dt
     return tree.map_with_name(change, opt_state)
 
 
-def _loss_scale(policy: Policy, current: LossScale | None, device: torch.device | None) -> LossScale | None:
+def _loss_scale(policy: PolicyFields, current: LossScale | None, device: torch.device | None) -> LossScale | None:
     """Return the initial loss scale of the policy, or the current one if it has the same class and settings."""
     wanted = policy.loss_scale
     if isinstance(wanted, NoLossScale):

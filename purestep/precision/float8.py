@@ -11,8 +11,8 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from purestep import _torch
 from purestep.errors import PrecisionError, explain, import_extra
 from purestep.precision.rules import Settings
 
@@ -52,7 +52,7 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
         )
     torchao = import_extra("torchao.float8", extra="float8", needed_by='policy("float8")')
     # The first call may be inside of a trace, which would record the initialization of the layers that torchao makes.
-    with _disable_current_modes():
+    with _torch.disable_current_modes():
         copied = torchao.convert_to_float8_training(
             copy.deepcopy(module),
             config=torchao.Float8LinearConfig.from_recipe_name(recipe),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import _torch, tree
 
 T = TypeVar("T")
 
@@ -84,10 +84,10 @@ class Hooks:
         self._places: list[tuple[dict[Any, Any], Any, bool]] = []
         for module, before, after in casts:
             if before is not None:
-                self._places.append((module._forward_pre_hooks_with_kwargs, True, False))
-                self._places.append((module._forward_pre_hooks, before, True))
+                self._places.append((_torch.kwargs_pre_hooks_of(module), True, False))
+                self._places.append((_torch.pre_hooks_of(module), before, True))
             if after is not None:
-                self._places.append((module._forward_hooks, after, False))
+                self._places.append((_torch.hooks_of(module), after, False))
 
     def __call__(self) -> _Registered:
         return _Registered(self._places)

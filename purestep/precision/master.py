@@ -14,7 +14,14 @@ from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
-from purestep.optim.base import GradientTransformation, Wrapper, apply_updates, need_params, same_leaves, transformation
+from purestep.optim.base import (
+    ElementWrapper,
+    GradientTransformation,
+    apply_updates,
+    need_params,
+    same_leaves,
+    transformation,
+)
 
 
 @tree.pytree
@@ -26,7 +33,7 @@ class MasterWeightsState:
 
 
 @transformation
-class MasterWeights(Wrapper):
+class MasterWeights(ElementWrapper):
     inner: GradientTransformation
     dtype: torch.dtype = torch.float32
 
@@ -60,10 +67,6 @@ class MasterWeights(Wrapper):
         rounded = fx.convert(master, [p.dtype for p in values])
         # A parameter in full precision must not be the master weight itself: a donated state holds each tensor once.
         return tree.unflatten(treedef, [r.clone() if r is m else r for r, m in zip(rounded, master, strict=True)])
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)

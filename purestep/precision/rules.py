@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.arguments import checked
 from purestep.errors import PrecisionError, explain
 
@@ -20,7 +20,7 @@ DType = torch.dtype | str
 Where = str | tuple[str, ...] | type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str], bool]
 
 NORMS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,
+    _torch.NormBase,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,

@@ -127,14 +127,14 @@ class _Generators:
         self._numpy[:] = numpy
         self._gauss[:] = gauss
 
-    def swap(self, bits: Any) -> None:
+    def swap(self, bits: np.random.BitGenerator) -> None:
         """Have numpy's functions use another bit generator, and keep the normal number that they remember."""
         gauss = self._gauss.tobytes() if self.quick else None
         _set_bit_generator(bits)
         if gauss is not None:
             self._gauss[:] = gauss
 
-    def _attach(self, bits: Any) -> bool:
+    def _attach(self, bits: np.random.BitGenerator) -> bool:
         """Find the words of another bit generator of numpy, if it is one whose words are known."""
         if not isinstance(bits, np.random.MT19937):
             return False

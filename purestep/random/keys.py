@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from purestep import _torch
 from purestep.arguments import Device, Seed, checked
 from purestep.errors import KeyShapeError, explain
 from purestep.random.block import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
-
-_current_level, _dispatch_modes = torch._C._functorch.maybe_current_level, torch._C._len_torch_dispatch_stack
 
 
 @checked(KeyShapeError)
@@ -65,16 +64,14 @@ def is_host(*tensors: Tensor) -> bool:
     for t in tensors:
         if type(t) is not Tensor or not t.is_cpu:
             return False
-    return _current_level() is None and _dispatch_modes() == 0
+    return _torch.transform_level() is None and _torch.dispatch_modes() == 0
 
 
+# Dynamo cannot trace a hash.
+@_torch.mark_constant
 def _text_words(part: str) -> tuple[int, int, int]:
     hashed = hashlib.blake2b(part.encode(errors="surrogatepass"), digest_size=12).digest()
     return tuple(int.from_bytes(hashed[i : i + 4], "little") for i in (0, 4, 8))  # type: ignore[return-value]
-
-
-# What `torch.compiler.assume_constant_result` sets, without importing Dynamo, which cannot trace a hash.
-_text_words._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @checked(KeyShapeError, failed=True)

@@ -4,7 +4,7 @@ with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,13 @@ class Absent(Tensor):
         return made
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         asked = getattr(func, "__self__", None)
         if func in _ASKED or (getattr(func, "__name__", "") == "__get__" and getattr(asked, "__name__", "") in _KNOWN):
             return super().__torch_function__(func, types, args, kwargs or {})
@@ -41,7 +47,7 @@ class Absent(Tensor):
         name = found[0].__dict__["parameter"] if found else "a parameter"
         unit = found[0].__dict__["unit"] if found else ""
         if recomputing():
-            raise _inside(name, unit, getattr(func, "__name__", func))
+            raise _inside(name, unit, getattr(func, "__name__", repr(func)))
         raise ConfigError(
             explain(
                 f"the parameter {name!r} was used while its unit {unit!r} was not running",
@@ -55,7 +61,7 @@ class Absent(Tensor):
         )
 
 
-def _inside(name: str, unit: str, where: Any) -> ConfigError:
+def _inside(name: str, unit: str, where: str) -> ConfigError:
     return ConfigError(
         explain(
             f"a checkpoint inside of the unit {unit!r} uses its parameter {name!r} in the backward pass",

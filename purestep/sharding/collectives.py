@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from purestep.sharding import _torch
+
 
 @dataclasses.dataclass
 class Pending:
@@ -34,17 +36,17 @@ class Pending:
         return self.result
 
 
-def size_of(group: Any) -> int:
+def size_of(group: dist.ProcessGroup | None) -> int:
     """Return the number of members of a group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
-def rank_in(group: Any) -> int:
+def rank_in(group: dist.ProcessGroup | None) -> int:
     """Return this process's number in a group."""
     return 0 if group is None else dist.get_rank(group)
 
 
-def gather(sent: Tensor, group: Any) -> Pending:
+def gather(sent: Tensor, group: dist.ProcessGroup | None) -> Pending:
     """Return `[R, n]`: what each member of a group sent, `[n]` each."""
     if group is None:
         return Pending(sent.view(1, -1))
@@ -54,13 +56,13 @@ def gather(sent: Tensor, group: Any) -> Pending:
     return Pending(received, (call(received.view(-1), sent, group=group, async_op=True),), sent)
 
 
-def numbers(number: int, group: Any, device: torch.device) -> list[int]:
+def numbers(number: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
     """Return the number of each member of a group, once all have sent theirs."""
     received: list[int] = gather(torch.tensor([number], device=device), group).wait().view(-1).tolist()
     return received
 
 
-def exchange(sent: Tensor, group: Any, lengths: Sequence[int], own: int) -> Pending:
+def exchange(sent: Tensor, group: dist.ProcessGroup | None, lengths: Sequence[int], own: int) -> Pending:
     """Return what the members of a group sent to this one, one after the other.
 
     Args:
@@ -81,7 +83,7 @@ def exchange(sent: Tensor, group: Any, lengths: Sequence[int], own: int) -> Pend
     return Pending(received, (work,), sent)
 
 
-def swap(sent: Tensor, group: Any) -> Pending:
+def swap(sent: Tensor, group: dist.ProcessGroup) -> Pending:
     """Return what the other member of a group of two sent."""
     other = dist.get_global_rank(group, 1 - rank_in(group))
     received = torch.empty_like(sent)
@@ -89,7 +91,7 @@ def swap(sent: Tensor, group: Any) -> Pending:
     return Pending(received, tuple(dist.batch_isend_irecv(requests)), sent)
 
 
-def sum_into(values: Tensor, group: Any) -> Pending:
+def sum_into(values: Tensor, group: dist.ProcessGroup | None) -> Pending:
     """Add up a tensor over a group in whatever order is fastest; it is overwritten."""
     if group is None:
         return Pending(values)
@@ -101,7 +103,7 @@ def sum_into(values: Tensor, group: Any) -> Pending:
     return Pending(values, (dist.all_reduce(values, group=group, async_op=True),))
 
 
-def scatter_sum(rows: Tensor, group: Any) -> Pending:
+def scatter_sum(rows: Tensor, group: dist.ProcessGroup | None) -> Pending:
     """Return this member's row of the sum of `[R, n]` over a group, in whatever order is fastest."""
     if group is None:
         return Pending(rows.view(-1))
@@ -116,14 +118,12 @@ def scatter_sum(rows: Tensor, group: Any) -> Pending:
     return Pending(received, (call(received, rows.view(-1), group=group, async_op=True),), rows)
 
 
-def _by_gloo(values: Tensor, group: Any) -> bool:
+def _by_gloo(values: Tensor, group: dist.ProcessGroup) -> bool:
     return values.device.type == "cpu" and "gloo" in str(dist.get_backend(group))
 
 
-def all_reduce(values: Tensor, op: str, group: Any) -> Tensor:
+def all_reduce(values: Tensor, op: str, group: dist.ProcessGroup | None) -> Tensor:
     """Return the "sum", "max" or "min" of a small tensor over a group; it may stand in a compiled graph."""
     if group is None:
         return values
-    ops = torch.ops._c10d_functional
-    reduced: Tensor = ops.wait_tensor(ops.all_reduce(values, op, group.group_name))
-    return reduced
+    return _torch.all_reduce(values, op, group.group_name)

@@ -7,7 +7,7 @@ plan and freed. Which bits come out is a function of the seed and the names alon
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,17 +15,16 @@ from torch import Tensor
 from purestep import tree
 from purestep.sharding.follow import follow
 from purestep.sharding.place import cut, wrap
-from purestep.sharding.spec import REPLICATED
+from purestep.sharding.spec import REPLICATED, Layout, Spec
 from purestep.sharding.tape import recording
 from purestep.sharding.unmatched import check_matches
 
-if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
+T = TypeVar("T")
 
 
 def materialize(
-    make: Callable[[], Any], rng: Tensor, *, plan: Plan | None, device: torch.device | str | int | None
-) -> Any:
+    make: Callable[[], T], rng: Tensor, *, plan: Layout | None, device: torch.device | str | int | None
+) -> T:
     """Make a tree of tensors one leaf at a time, holding at most one whole split leaf.
 
     Args:
@@ -43,7 +42,7 @@ def materialize(
         check_matches(plan, described)
     specs = tree.map(lambda _: REPLICATED, described) if plan is None else plan.specs(described)
 
-    def made(leaf: Any, spec: Any) -> Any:
+    def made(leaf: object, spec: Spec) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         value = tape.value(leaf)
@@ -55,7 +54,7 @@ def materialize(
     return tree.map(made, described, specs)
 
 
-def _named(value: Any) -> list[tuple[str, Any]]:
+def _named(value: object) -> list[tuple[str, object]]:
     """Return leaves by name, parameters first, whether they are trained or frozen: the names draw random numbers."""
     leaves = list(zip(follow(value), tree.leaves(value), strict=True))
     params = [(f.name or "", leaf) for f, leaf in leaves if f.kind in ("params", "frozen")]

@@ -7,17 +7,14 @@ here.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from purestep import tree
 from purestep.sharding.follow import Kind, follow
 from purestep.sharding.mesh import Mesh
-from purestep.sharding.spec import REPLICATED, Spec, box
-
-if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
+from purestep.sharding.spec import REPLICATED, Layout, Spec, box
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +79,7 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join([*texts, number]).rstrip()
 
 
-def describe(plan: Plan, value: Any, *, rank: int = 0) -> Description:
+def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:
     """Return where each leaf of a state lives under a plan; see `Plan.describe`."""
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     coordinate = plan.mesh.coordinate(rank)

@@ -7,14 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
 
+from purestep.bits import human_bytes
 from purestep.sharding.describe import Description, Row, describe
+from purestep.sharding.spec import Layout
 
-if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
+
+class Costed(Layout, Protocol):
+    """What is asked of a plan here: its layout, and who computes what."""
+
+    @property
+    def batch(self) -> str | tuple[str, ...]:
+        """Axes over which microbatches are distributed."""
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks that compute different microbatches."""
+
+    @property
+    def reshard_after_forward(self) -> bool:
+        """Whether gathered parameters are freed after the forward pass."""
+
+    def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
+        """Return the numbers of the microbatches that a rank computes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,27 +59,18 @@ class DryRun:
 
     def __str__(self) -> str:
         def table(values: dict[str, int]) -> list[str]:
-            return [f"  {name:<10} {size(n):>10}" for name, n in (values | {"all": sum(values.values())}).items()]
+            return [
+                f"  {name:<10} {human_bytes(n):>10}" for name, n in (values | {"all": sum(values.values())}).items()
+            ]
 
         return "\n".join(
             [repr(self.description.mesh), "memory of a rank", *table(self.memory), "sent in a step", *table(self.sent)]
         )
 
 
-def size(nbytes: int) -> str:
-    """Return a number of bytes as text.
-
-    Example:
-        >>> size(1536), size(3 * 2**30)
-        ('1.5 KiB', '3.0 GiB')
-    """
-    power = min(5, max(0, (max(nbytes, 1).bit_length() - 1) // 10))
-    return f"{nbytes} B" if power == 0 else f"{nbytes / 1024**power:.1f} {'KMGTP'[power - 1]}iB"
-
-
 def dry_run(
-    plan: Plan,
-    value: Any,
+    plan: Costed,
+    value: object,
     *,
     microbatches: int | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -91,17 +100,17 @@ def _width(row: Row) -> int:
     return row.nbytes // math.prod(row.local) if math.prod(row.local) else 0
 
 
-def _split(plan: Plan, row: Row) -> int:
+def _split(plan: Costed, row: Row) -> int:
     """Return over how many ranks a leaf is gathered for a step."""
     return plan.mesh.size(*(a for a in row.spec.axes if a in plan.batch))
 
 
-def _whole(plan: Plan, row: Row, dtype: torch.dtype | None) -> int:
+def _whole(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
     """Return the bytes of a leaf gathered over the batch axes: its tensor-parallel part stays split."""
     return _bytes([row], dtype) * _split(plan, row)
 
 
-def _gathered(plan: Plan, rows: list[Row], dtype: torch.dtype | None) -> int:
+def _gathered(plan: Costed, rows: list[Row], dtype: torch.dtype | None) -> int:
     split = [r for r in rows if _split(plan, r) > 1]
     units: dict[str, int] = {}
     for row in split:
@@ -115,12 +124,12 @@ def _gathered(plan: Plan, rows: list[Row], dtype: torch.dtype | None) -> int:
     return root + live + max(largest, root if not units else 0)
 
 
-def _gather_traffic(plan: Plan, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:
+def _gather_traffic(plan: Costed, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:
     times = 2 if plan.reshard_after_forward else 1
     return sum(turns * times * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
 
 
-def _reduce_traffic(plan: Plan, row: Row, turns: int, dtype: torch.dtype | None) -> int:
+def _reduce_traffic(plan: Costed, row: Row, turns: int, dtype: torch.dtype | None) -> int:
     """Return bytes sent for the gradient of a leaf: reduce-scatters over what splits it, then one all-reduce."""
     part, split = _bytes([row], dtype), _split(plan, row)
     rest = plan.replicas // split

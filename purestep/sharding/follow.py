@@ -26,7 +26,7 @@ class Leaf:
     shape: tuple[int, ...]
 
 
-def follow(value: Any) -> list[Leaf]:
+def follow(value: object) -> list[Leaf]:
     """Return the role of each leaf of a tree, in order.
 
     A tree with nodes called `params` is a state, or holds states; a tree without is a tree of parameters. Buffers that
@@ -93,7 +93,7 @@ def _following(path: Path, shape: tuple[int, ...], own: dict[Path, dict[str, tup
     return Leaf(path, kind, None, shape)
 
 
-def _parameters(node: Any) -> set[str]:
+def _parameters(node: object) -> set[str]:
     model = getattr(node, "model", None)
     return set(slots(model.module).params) if isinstance(model, Definition) else set()
 

@@ -15,12 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from purestep import _torch
 from purestep.sharding import collectives
 from purestep.sharding.absent import Absent
 from purestep.sharding.plan import Plan
 from purestep.sharding.rows import Row, Rows
 from purestep.sharding.unit_order import Exchanges, Op, UnitOrder
 from purestep.slots import Slots, slots
+
+# What is saved in place of a gathered parameter: its unit, and offset, shape, strides and dtype of the window on it.
+Saved = tuple["Live", int | torch.SymInt, torch.Size, tuple[int, ...], torch.dtype]
 
 
 @dataclasses.dataclass
@@ -67,7 +71,7 @@ class Units:
         self.group, self.count = plan.mesh.group(*plan.shard_axes), plan.mesh.size(*plan.shard_axes)
         self.slots: Slots = slots(module)
         self.modules = dict(module.named_modules())
-        self._paths = {id(m._parameters): path for path, m in self.modules.items()}
+        self._paths = {id(_torch.parameters_of(m)): path for path, m in self.modules.items()}
         self.units: list[Unit] = []
         self.nothing: dict[Any, Tensor] = {}
         grouped: dict[tuple[str, torch.dtype], list[str]] = {}
@@ -93,19 +97,27 @@ class Units:
         return home if not homes and home in self.modules else ""
 
 
+class _Context(Protocol):
+    """What autograd hands from the forward to the backward pass of a gather."""
+
+    live: Live
+
+    def set_materialize_grads(self, value: bool, /) -> None: ...
+
+
 class _Gather(torch.autograd.Function):
     """Whole tensors; backward hands the gradients of all of them to the session at once."""
 
     @staticmethod
-    def forward(ctx: Any, live: Live, anchor: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Context, live: Live, anchor: Tensor) -> tuple[Tensor, ...]:
         ctx.live = live
         ctx.set_materialize_grads(False)
         return tuple(live.whole(name) for name in live.unit.trained)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: _Context, *grads: Tensor | None) -> tuple[None, None]:
         # What happens here is no operation of the model: no mode of it has to look.
-        with torch._C.DisableTorchFunction():
+        with _torch.no_torch_function():
             ctx.live.release()
             ctx.live.session.reduce(ctx.live, list(grads))
         return None, None
@@ -300,7 +312,7 @@ class Session:
         if self.backward:
             self._used(live)
         hooks: Any = None
-        top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        top = _torch.saved_tensor_hooks()
         if self.units.plan.reshard_after_forward and top is None:
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             hooks.__enter__()
@@ -342,12 +354,14 @@ class Session:
             for place, key in self.units.slots.params[name]:
                 place[key] = tensors[name]
         for rnn in self.units.slots.rnns:
-            if any(rnn._parameters is place for n in live.unit.names for place, _ in self.units.slots.params[n]):
-                rnn._flat_weights = [getattr(rnn, n, None) for n in rnn._flat_weights_names]
+            if any(
+                _torch.parameters_of(rnn) is place for n in live.unit.names for place, _ in self.units.slots.params[n]
+            ):
+                _torch.link_flat_weights(rnn)
 
     # --- what autograd saves ---
 
-    def _pack(self, saved: Tensor) -> Any:
+    def _pack(self, saved: Tensor) -> Tensor | Saved:
         if type(saved) is not Tensor:
             return saved
         # Not only the unit that was entered last: a submodule is several units where its parameters have several
@@ -357,11 +371,11 @@ class Session:
             return saved
         return live, saved.storage_offset(), saved.shape, saved.stride(), saved.dtype
 
-    def _unpack(self, packed: Any) -> Tensor:
+    def _unpack(self, packed: Tensor | Saved) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         live, offset, shape, strides, dtype = packed
-        with torch._C.DisableTorchFunction():
+        with _torch.no_torch_function():
             flat = live.ensure()
             self._used(live)
             made = torch.empty(0, dtype=flat.dtype, device=flat.device)
@@ -390,27 +404,26 @@ class _Around:
         session = self.session
         self.depth = len(session.stack)
         for unit, module in session.units.inner:
-            before: Any = module._forward_pre_hooks
-            after: Any = module._forward_hooks
+            before, after = _torch.pre_hooks_of(module), _torch.hooks_of(module)
             key = self, unit.number
             before[key] = functools.partial(_enter, session, unit.number)
             before.move_to_end(key, last=False)
             after[key] = functools.partial(_leave, session, unit.number)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         while len(self.session.stack) > self.depth:
             self.session.leave(self.session.stack[-1][0])
         for unit, module in self.session.units.inner:
-            module._forward_pre_hooks.pop((self, unit.number), None)
-            module._forward_hooks.pop((self, unit.number), None)
+            _torch.pre_hooks_of(module).pop((self, unit.number), None)
+            _torch.hooks_of(module).pop((self, unit.number), None)
 
 
-def _enter(session: Session, index: int, module: nn.Module, args: Any) -> None:
+def _enter(session: Session, index: int, module: nn.Module, args: object) -> None:
     # What happens here is no operation of the model: no mode of it has to look.
-    with torch._C.DisableTorchFunction():
+    with _torch.no_torch_function():
         session.enter(session.live(index))
 
 
-def _leave(session: Session, index: int, module: nn.Module, args: Any, output: Any) -> None:
-    with torch._C.DisableTorchFunction():
+def _leave(session: Session, index: int, module: nn.Module, args: object, output: object) -> None:
+    with _torch.no_torch_function():
         session.leave(session.live(index))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from typing import Any
 
 import torch.distributed as dist
 
@@ -34,7 +33,7 @@ def join(backend: str, timeout: float) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
 
 
-def _life(store: Any, rank: int, size: int, timeout: float) -> str:
+def _life(store: dist.Store, rank: int, size: int, timeout: float) -> str:
     """Return a name that all processes of this life know, and that none before had.
 
     Each says hello with a word of its own; rank 0 answers to that word with its own, until all have confirmed. A hello
@@ -63,7 +62,7 @@ def _life(store: Any, rank: int, size: int, timeout: float) -> str:
     return mine
 
 
-def _wait(store: Any, keys: list[str], end: float, rank: int) -> None:
+def _wait(store: dist.Store, keys: list[str], end: float, rank: int) -> None:
     while not store.check(keys):
         if time.monotonic() > end:
             raise RuntimeError(f"rank 0 did not answer rank {rank} in time")

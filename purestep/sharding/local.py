@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -109,14 +109,14 @@ class LocalBatch:
         first = next((i for i in indices if sizes[i]), 0)
         return piece(self.data, 0, sizes[first])
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """Return the same with other fields."""
         values = {"data": self.data, "samples": self.samples, "microbatches": self.microbatches}
         return type(self)(**values | changes)
 
 
 @checked(ConfigError, failed=True)
-def local_batch(batch: Any, plan: Shares, microbatches: int) -> LocalBatch:
+def local_batch(batch: object, plan: Shares, microbatches: int) -> LocalBatch:
     """Cut this rank's rows from a global batch.
 
     Args:
@@ -157,7 +157,7 @@ def local_batch(batch: Any, plan: Shares, microbatches: int) -> LocalBatch:
     return LocalBatch(_take(batch, found), samples, microbatches)
 
 
-def check_samples(batch: Any, parts: int) -> int:
+def check_samples(batch: object, parts: int) -> int:
     """Return the number of samples of a batch that is to be cut; one without leaves counts as one sample.
 
     Raises:
@@ -192,10 +192,13 @@ def piece(batch: T, start: int, stop: int) -> T:
     return tree.map(lambda x: aligned(x[start:stop]) if getattr(x, "ndim", 0) else x, batch)
 
 
-def aligned(leaf: Any) -> Any:
+def aligned(leaf: T) -> T:
     """Return a tensor whose first element lies at a multiple of 64 bytes of its storage: itself, or a copy."""
-    if type(leaf) is torch.Tensor and leaf.storage_offset() * leaf.element_size() % 64:
-        return leaf.clone()
+    if (
+        type(leaf) is torch.Tensor
+        and (tensor := cast(torch.Tensor, leaf)).storage_offset() * tensor.element_size() % 64
+    ):
+        return cast(T, tensor.clone())
     return leaf
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from purestep.sharding import world
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -109,8 +112,7 @@ class Mesh:
         Raises:
             ConfigError: the job has another number of processes than the mesh.
         """
-        found: DeviceMesh = _cached(self, "mesh", lambda: _make_device_mesh(self))
-        return found
+        return _cached(self, "mesh", lambda: _make_device_mesh(self))
 
     @property
     def device(self) -> torch.device | None:
@@ -119,7 +121,7 @@ class Mesh:
             return torch.device("cuda", torch.cuda.current_device())
         return None
 
-    def group(self, *axes: str) -> Any:
+    def group(self, *axes: str) -> dist.ProcessGroup | None:
         """Return the process group of this process along some axes, or None where that is this process alone.
 
         Members are in the order of their ranks. Every process asks for the same groups in the same order.
@@ -189,7 +191,7 @@ def check_world(mesh: Mesh) -> None:
 _cache: dict[tuple[Any, ...], Any] = {}
 
 
-def _cached(mesh: Mesh, key: Any, make: Any) -> Any:
+def _cached(mesh: Mesh, key: object, make: Callable[[], T]) -> T:
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     # Groups die with the job's default group, of which a test may make several in one process.
     for stale in [k for k in _cache if k[0] is not world]:
@@ -197,7 +199,7 @@ def _cached(mesh: Mesh, key: Any, make: Any) -> Any:
     full = (world, mesh.axes, mesh.shape, key)
     if full not in _cache:
         _cache[full] = make()
-    return _cache[full]
+    return cast(T, _cache[full])
 
 
 def _make_device_mesh(mesh: Mesh) -> DeviceMesh:
@@ -207,7 +209,7 @@ def _make_device_mesh(mesh: Mesh) -> DeviceMesh:
     return init_device_mesh((mesh.device or torch.device("cpu")).type, mesh.shape, mesh_dim_names=mesh.axes)
 
 
-def _make_group(mesh: Mesh, axes: tuple[str, ...]) -> Any:
+def _make_group(mesh: Mesh, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
     if mesh.size(*axes) == mesh.world:
         return dist.group.WORLD
     if len(axes) == 1:

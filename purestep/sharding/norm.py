@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from purestep import _torch
+
 Reduce = Callable[[Tensor, str], Tensor]
 _CHUNK = 1 << 15  # elements: few enough that all passes over them stay in a core's cache
 
@@ -74,7 +76,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 def _rounded(values: Tensor, constant: Tensor) -> Tensor:
     flat = _real(values).reshape(-1)
-    if torch._C._len_torch_dispatch_stack() > 0 or flat.is_cuda:
+    if _torch.dispatch_modes() > 0 or flat.is_cuda:
         wide = flat.to(torch.float64)
         return ((wide * wide + constant) - constant).sum()
     buffer = torch.empty(min(_CHUNK, flat.numel()), dtype=torch.float64)

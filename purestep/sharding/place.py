@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from purestep import bits, tree
+from purestep import _torch, bits, tree
 from purestep.errors import ConfigError, explain
-from purestep.sharding.mesh import check_world, this_rank
-from purestep.sharding.spec import Box, Spec, box, placements, spec_of
+from purestep.sharding.mesh import Mesh, check_world, this_rank
+from purestep.sharding.spec import Box, Layout, Spec, box, placements, spec_of
 from purestep.sharding.unmatched import check_matches
 
 if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
+    from purestep.sharding._dtensor import DTensorSpec
+
+T = TypeVar("T")
 
 
-def place(plan: Plan, value: Any) -> Any:
+def place(plan: Layout, value: T) -> T:
     """Return a state whose leaves live where a plan says.
 
     It needs no communication when every rank holds the same whole values, as after `init` under one seed. Leaves that
@@ -55,11 +57,11 @@ def place(plan: Plan, value: Any) -> Any:
     return tree.map(lambda leaf, spec: _placed(plan, leaf, spec), value, specs)
 
 
-def _placed(plan: Plan, leaf: Any, spec: Spec) -> Any:
+def _placed(plan: Layout, leaf: object, spec: Spec) -> object:
     if not isinstance(leaf, Tensor):
         return leaf
     if is_split(leaf):
-        if leaf._spec.mesh == plan.mesh.device_mesh and spec_of_leaf(leaf) == spec:  # type: ignore[attr-defined]
+        if _torch.layout_of(leaf).mesh == plan.mesh.device_mesh and spec_of_leaf(leaf) == spec:
             return leaf
         leaf = full(leaf)
     if not spec.axes:
@@ -67,7 +69,7 @@ def _placed(plan: Plan, leaf: Any, spec: Spec) -> Any:
     return wrap(plan, cut(plan, leaf, spec), spec, tuple(leaf.shape))
 
 
-def cut(plan: Plan, whole: Tensor, spec: Spec) -> Tensor:
+def cut(plan: Layout, whole: Tensor, spec: Spec) -> Tensor:
     """Return a copy of the part of a whole tensor that this rank holds under a resolved spec, contiguous."""
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     return (
@@ -84,21 +86,14 @@ def slice_of(whole: Tensor, part: Box) -> Tensor:
     return whole
 
 
-def wrap(plan: Plan, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tensor:
+def wrap(plan: Layout, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tensor:
     """Return the DTensor of a shape whose part on this rank is `shard`."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from purestep.sharding import _dtensor
 
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
-    meta = TensorMeta(torch.Size(shape), _contiguous(shape), shard.dtype)
-    layout = DTensorSpec(plan.mesh.device_mesh, placements(spec, sizes), tensor_meta=meta)
-    return _new(DTensor, shard, layout)
-
-
-def _new(cls: Any, shard: Tensor, layout: Any) -> Tensor:
-    # Not cls(...): its empty `__init__` is hidden from Dynamo, which it imports for that, at the cost of seconds.
-    made: Tensor = cls.__new__(cls, shard, layout, requires_grad=False)
-    return made
+    mesh, placed = plan.mesh.device_mesh, placements(spec, sizes)
+    layout = _dtensor.layout(mesh, placed, shape, _contiguous(shape), shard.dtype)
+    return _torch.from_part(_dtensor.DTensor, shard, layout)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,43 +107,47 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 # --- in a step --------------------------------------------------------------------------------------------------------
 
 
-def is_split(leaf: Any) -> bool:
-    """Tell whether a leaf is a DTensor, without loading torch's DTensor."""
-    return type(leaf) is not Tensor and isinstance(leaf, Tensor) and hasattr(leaf, "_local_tensor")
+is_split = _torch.is_dtensor
 
 
-def local(value: Any) -> Any:
+def part_of(leaf: T) -> T:
+    """Return the local part of a split leaf, and any other leaf itself."""
+    return cast(T, _torch.local_tensor(leaf)) if is_split(leaf) else leaf
+
+
+def local(value: T) -> T:
     """Return a tree with the local part of each split leaf; other leaves are themselves."""
-    return tree.map(lambda x: x._local_tensor if is_split(x) else x, value)
+    return tree.map(part_of, value)
 
 
-def rewrap(values: Any, like: Any) -> Any:
+def rewrap(values: T, like: object) -> T:
     """Return a tree of local tensors with each leaf split again as the leaf of `like` is; `local` undone.
 
     Raises:
         ConfigError: a local tensor does not have the shape of the part it stands for.
     """
-    return tree.map(_rewrapped, values, like)
+    return cast(T, tree.map(_rewrapped, values, like))
 
 
-def _rewrapped(part: Any, like: Any) -> Any:
+def _rewrapped(part: Tensor, like: object) -> Tensor:
     if not is_split(like):
         return part
-    if part.shape != like._local_tensor.shape:
-        where = f"{tree.describe(part)} for {tree.describe(like._local_tensor)} of {tree.describe(like)}"
+    here = _torch.local_tensor(like)
+    if part.shape != here.shape:
+        where = f"{tree.describe(part)} for {tree.describe(here)} of {tree.describe(like)}"
         raise ConfigError(explain("a local tensor has another shape than the part it stands for", where=where))
-    layout = like._spec
+    layout = _torch.layout_of(like)
     if part.dtype != like.dtype:
-        from torch.distributed.tensor._dtensor_spec import DTensorSpec
+        from purestep.sharding._dtensor import with_dtype
 
-        layout = DTensorSpec(layout.mesh, layout.placements, tensor_meta=layout.tensor_meta._replace(dtype=part.dtype))
-    return _new(type(like), part, layout)
+        layout = with_dtype(layout, part.dtype)
+    return _torch.from_part(type(like), part, layout)
 
 
 # --- is it where it should be? ----------------------------------------------------------------------------------------
 
 
-def check_plain(state: Any) -> None:
+def check_plain(state: object) -> None:
     """Refuse a state with split parameters, where a step or an evaluation has no plan to gather them with.
 
     Raises:
@@ -173,7 +172,7 @@ def needs_plan(path: str, leaf: Tensor) -> str:
     )
 
 
-def check_placed(plan: Plan, params: Mapping[str, Tensor]) -> None:
+def check_placed(plan: Layout, params: Mapping[str, Tensor]) -> None:
     """Refuse parameters that do not live where the plan of a step says, on a job of several processes.
 
     Steps call it each time: a layout that was right before is only looked up.
@@ -185,12 +184,14 @@ def check_placed(plan: Plan, params: Mapping[str, Tensor]) -> None:
     _check_layout(plan, plan.mesh.shape, layout)
 
 
-def _layout(leaf: Any) -> Any:
-    return leaf._spec if is_split(leaf) else None
+def _layout(leaf: Tensor) -> DTensorSpec | None:
+    return _torch.layout_of(leaf) if is_split(leaf) else None
 
 
 @functools.lru_cache(maxsize=64)
-def _check_layout(plan: Plan, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, Any], ...]) -> None:
+def _check_layout(
+    plan: Layout, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, DTensorSpec | None], ...]
+) -> None:
     named = dict(zip(plan.mesh.axes, sizes, strict=True))
     for name, shape, held in layout:
         wanted = plan.spec(name, tuple(shape))
@@ -215,19 +216,19 @@ def _check_layout(plan: Plan, sizes: tuple[int, ...], layout: tuple[tuple[str, t
 # --- what is where ----------------------------------------------------------------------------------------------------
 
 
-def _sizes(leaf: Any) -> dict[str, int]:
-    mesh = leaf._spec.mesh
+def _sizes(leaf: Tensor) -> dict[str, int]:
+    mesh = _torch.layout_of(leaf).mesh
     names = mesh.mesh_dim_names or tuple(str(i) for i in range(mesh.ndim))
     return dict(zip(names, mesh.shape, strict=True))
 
 
-def spec_of_leaf(leaf: Any) -> Spec:
+def spec_of_leaf(leaf: Tensor) -> Spec:
     """Return the resolved spec of a split leaf."""
-    return spec_of(leaf._spec.placements, _sizes(leaf))
+    return spec_of(_torch.layout_of(leaf).placements, _sizes(leaf))
 
 
-def _coordinate(leaf: Any) -> Mapping[str, int]:
-    return dict(zip(_sizes(leaf), leaf._spec.mesh.get_coordinate(), strict=True))
+def _coordinate(leaf: Tensor) -> Mapping[str, int]:
+    return dict(zip(_sizes(leaf), _torch.layout_of(leaf).mesh.get_coordinate() or (), strict=True))
 
 
 def shard_of(leaf: Tensor) -> Box:
@@ -250,24 +251,24 @@ def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
     return all(here[a] == 0 for a in here if a not in split and (among is None or a in among))
 
 
-def gather(value: Any) -> Any:
+def gather(value: T) -> T:
     """Return a tree of whole plain tensors; every rank calls it when leaves are split."""
     return tree.map(lambda x: full(x) if is_split(x) else x, value)
 
 
 def full(leaf: Tensor) -> Tensor:
     """Return the whole of a split tensor, on every rank of its mesh; every rank calls it."""
-    split: Any = leaf
-    sizes, spec = _sizes(split), spec_of_leaf(split)
-    shard: Tensor = split._local_tensor
+    sizes, spec = _sizes(leaf), spec_of_leaf(leaf)
+    shard = _torch.local_tensor(leaf)
     boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
     whole = shard.new_empty(leaf.shape)
-    for part, (offset, shape) in zip(_exchanged(split, spec, sizes, boxes), boxes, strict=True):
+    for part, (offset, shape) in zip(_exchanged(leaf, spec, sizes, boxes), boxes, strict=True):
         slice_of(whole, (offset, shape)).copy_(part)
     return whole
 
 
-bits.gatherer = full
+# Digests, differences and `to_module` take the full tensor of a split leaf; only this file makes such leaves.
+bits.gather_split_with(full)
 
 
 def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int]]:
@@ -279,9 +280,9 @@ def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int
     return grid
 
 
-def _exchanged(leaf: Any, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]) -> list[Tensor]:
+def _exchanged(leaf: Tensor, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]) -> list[Tensor]:
     """Return every part of a tensor, in the order of the grid, as bytes went over the wire: any dtype can be sent."""
-    shard = leaf._local_tensor.detach().contiguous()
+    shard = _torch.local_tensor(leaf).detach().contiguous()
     width = shard.element_size()
     lengths = [torch.Size(shape).numel() * width for _, shape in boxes]
     sent = torch.zeros(max(lengths), dtype=torch.uint8, device=shard.device)
@@ -292,13 +293,11 @@ def _exchanged(leaf: Any, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]
     return [r[:n].view(shard.dtype).view(shape) for r, n, (_, shape) in zip(received, lengths, boxes, strict=True)]
 
 
-def _group(leaf: Any, spec: Spec) -> Any:
-    from purestep.sharding.mesh import Mesh
-
+def _group(leaf: Tensor, spec: Spec) -> dist.ProcessGroup | None:
     sizes = _sizes(leaf)
     return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
 
 
-def part_like(whole: Tensor, leaf: Any) -> Tensor:
+def part_like(whole: Tensor, leaf: Tensor) -> Tensor:
     """Return a copy of the part of a whole tensor that this rank holds of a split leaf."""
     return slice_of(whole, shard_of(leaf)).clone(memory_format=torch.contiguous_format)

@@ -8,35 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from purestep import tree
 from purestep.arguments import Whole, checked
 from purestep.errors import ConfigError, explain
+from purestep.sharding import describe as descriptions
+from purestep.sharding import dry_run as dry_runs
+from purestep.sharding import place as placing
 from purestep.sharding.follow import follow
 from purestep.sharding.mesh import Mesh
 from purestep.sharding.mesh import mesh as mesh_of
-from purestep.sharding.spec import REPLICATED, Fallback, Spec, resolve
+from purestep.sharding.spec import REPLICATED, Both, Fallback, Rules, Spec, resolve
 
-if TYPE_CHECKING:
-    from purestep.sharding.describe import Description
-    from purestep.sharding.dry_run import DryRun
-
-Rules = Sequence[tuple[tree.Filter, Spec]]
+T = TypeVar("T")
 Reduction = Literal["tree", "fast"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Both:
-    """A filter of names that two filters let through; products of plans make it."""
-
-    first: tree.Filter
-    second: tree.Filter
-
-    def __call__(self, name: str) -> bool:
-        return tree.matches(self.first, name) and tree.matches(self.second, name)
 
 
 @checked(ConfigError)
@@ -159,7 +147,7 @@ class Plan:
         sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
         return resolve(found, sizes, shape, fallback=self.fallback, min_size=self.min_size, where=name)
 
-    def specs(self, value: Any) -> Any:
+    def specs(self, value: object) -> Any:
         """Return a tree like a state (or like a tree of parameters) with the Spec of each leaf."""
         specs = [REPLICATED if f.name is None else self.spec(f.name, f.shape) for f in follow(value)]
         return tree.unflatten(tree.structure(value), specs)
@@ -182,19 +170,15 @@ class Plan:
         """Return this plan on another mesh, which may be one that is not here."""
         return dataclasses.replace(self, mesh=mesh if isinstance(mesh, Mesh) else mesh_of(mesh))
 
-    def place(self, value: Any) -> Any:
+    def place(self, value: T) -> T:
         """Return a state whose leaves live where this plan says; see `sharding.place.place`."""
-        from purestep.sharding import place
+        return placing.place(self, value)
 
-        return place.place(self, value)
-
-    def gather(self, value: Any) -> Any:
+    def gather(self, value: T) -> T:
         """Return a state of whole plain tensors, on every rank; every rank calls it."""
-        from purestep.sharding import place
+        return placing.gather(value)
 
-        return place.gather(value)
-
-    def describe(self, value: Any, *, rank: int = 0) -> Description:
+    def describe(self, value: object, *, rank: int = 0) -> descriptions.Description:
         """Return where each leaf of a state lives: spec, shape and bytes on a rank. Print it.
 
         Args:
@@ -211,19 +195,17 @@ class Plan:
             ['w']  float32[8, 2]  Spec('fsdp')  [2, 2]        16
                                                 all           24
         """
-        from purestep.sharding import describe
-
-        return describe.describe(self, value, rank=rank)
+        return descriptions.describe(self, value, rank=rank)
 
     def dry_run(
         self,
-        value: Any,
+        value: object,
         sizes: Mapping[str, int] | None = None,
         *,
         microbatches: int | None = None,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
-    ) -> DryRun:
+    ) -> dry_runs.DryRun:
         """Return what a step would need of a rank, on a machine that need not be here. Print it.
 
         Args:
@@ -240,21 +222,33 @@ class Plan:
             >>> run.memory, run.sent
             ({'params': 32, 'grads': 32, 'gathered': 65536}, {'gather': 65472, 'reduce': 32736})
         """
-        from purestep.sharding import dry_run
-
         plan = self if sizes is None else self.on(sizes)
-        return dry_run.dry_run(
+        return dry_runs.dry_run(
             plan, value, microbatches=microbatches, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype
         )
 
     def __mul__(self, other: Plan) -> Plan:
-        """Return the plan that does both: the axes of both meshes, each tensor split by the specs of both."""
-        from purestep.sharding import product
+        """Return the plan that does both: the axes of both meshes, each tensor split by the specs of both.
 
-        return product.product(self, other)
+        Axes of the batch stand outside of the others, so that a tensor-parallel group is one run of ranks, and split a
+        dim that both split last, so that gathering over them gives whole tensor-parallel parts.
+
+        Raises:
+            ConfigError: `other` is no plan, an axis is in both meshes, both take what is left of the job, or they
+                disagree about a setting.
+
+        Example:
+            >>> from purestep.sharding import fsdp, tensor_parallel
+            >>> plan = fsdp(2) * tensor_parallel({"*.up.weight": Spec("tensor")}, size=2)
+            >>> plan.mesh
+            mesh({'fsdp': 2, 'tensor': 2})
+            >>> plan.spec("0.up.weight", (8, 4)), plan.spec("0.norm.weight", (8,))
+            (Spec(('tensor', 'fsdp')), Spec('fsdp'))
+        """
+        return _product(self, other)
 
 
-def check_plan(plan: Any, where: str) -> None:
+def check_plan(plan: object, where: str) -> None:
     """Refuse what is given as a plan and is none; None is no plan and passes.
 
     Args:
@@ -284,15 +278,15 @@ def check_plan(plan: Any, where: str) -> None:
     )
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _is_rule(rule: Any) -> bool:
+def _is_rule(rule: object) -> bool:
     return isinstance(rule, tuple) and len(rule) == 2
 
 
-def _frozen(filter: Any) -> Any:
+def _frozen(filter: tree.Filter) -> tree.Filter:
     return tuple(filter) if isinstance(filter, list) else filter
 
 
@@ -342,3 +336,91 @@ def _refuse_count(plan: Plan, count: int) -> None:
             f"{replicas}",
         )
     )
+
+
+# --- products of plans ------------------------------------------------------------------------------------------------
+
+
+def _product(left: Plan, right: Plan) -> Plan:
+    """Return the plan that does what two plans do; see `Plan.__mul__`."""
+    if not isinstance(right, Plan):
+        raise ConfigError(
+            explain(
+                f"a plan is multiplied by a Plan, not by a {type(right).__name__}",
+                where=f"plan * {right!r}",
+                instead="fsdp() * tensor_parallel(rules, size=4)",
+            )
+        )
+    shared = [a for a in left.mesh.axes if a in right.mesh.axes]
+    if shared:
+        raise ConfigError(
+            explain(
+                f"both plans have the mesh axis {shared[0]!r}",
+                where=f"{left.mesh!r} * {right.mesh!r}",
+                instead="fsdp() * tensor_parallel(rules, size=4), or one Plan with the rules of both",
+            )
+        )
+    batch = tuple(dict.fromkeys([*left.batch, *right.batch]))
+    sizes = dict(zip(left.mesh.axes + right.mesh.axes, left.mesh.sizes + right.mesh.sizes, strict=True))
+    if list(sizes.values()).count(-1) > 1:
+        raise ConfigError(
+            explain(
+                "both plans take what is left of the job",
+                where=f"{left.mesh!r} * {right.mesh!r}",
+                instead="name the size of one: hsdp(fsdp=8), or ddp() * fsdp(8)",
+            )
+        )
+    ordered = [a for a in batch if a in sizes] + [a for a in sizes if a not in batch]
+    mesh = Mesh(tuple(ordered), tuple(sizes[a] for a in ordered))
+    settings = {f.name: _agreed(left, right, f) for f in dataclasses.fields(Plan) if f.name in _SETTINGS}
+    return Plan(mesh, _rules(left, right, batch), batch=batch, **settings)
+
+
+# What a plan has when nobody said otherwise; of two factors, the one that was told something decides.
+_SETTINGS: dict[str, Any] = {
+    "fallback": "replicate",
+    "min_size": 0,
+    "units": None,
+    "reshard_after_forward": True,
+    "reduction": "tree",
+    "sync_batchnorm": False,
+}
+
+
+def _agreed(left: Plan, right: Plan, field: dataclasses.Field[Any]) -> Any:
+    a, b, default = getattr(left, field.name), getattr(right, field.name), _SETTINGS[field.name]
+    if a != b and default not in (a, b):
+        raise ConfigError(
+            explain(
+                f"the two plans disagree about {field.name}",
+                where=f"{a!r} and {b!r}",
+                instead=f"give both the same {field.name}",
+            )
+        )
+    return b if a == default else a
+
+
+def _rules(left: Plan, right: Plan, batch: tuple[str, ...]) -> tuple[tuple[tree.Filter, Spec], ...]:
+    # In the order of pairs, the first that matches a name is the pair of the first matches of both.
+    one, two = [*left.rules, ("*", REPLICATED)], [*right.rules, ("*", REPLICATED)]
+    found = [(_both(f, g), _joined(s, t, batch)) for f, s in one for g, t in two]
+    kept: list[tuple[tree.Filter, Spec]] = []
+    for rule in found:
+        if all(rule[0] != earlier and earlier != "*" for earlier, _ in kept):
+            kept.append(rule)
+    return tuple(kept)
+
+
+def _both(f: tree.Filter, g: tree.Filter) -> tree.Filter:
+    return g if f == "*" or f == g else f if g == "*" else Both(f, g)
+
+
+def _joined(a: Spec, b: Spec, batch: tuple[str, ...]) -> Spec:
+    dims = [
+        sorted(
+            (*(a.entries[d] if d < len(a.entries) else ()), *(b.entries[d] if d < len(b.entries) else ())),
+            key=lambda axis: axis in batch,
+        )
+        for d in range(max(len(a.entries), len(b.entries)))
+    ]
+    return Spec(*dims, auto=(*a.auto, *b.auto))

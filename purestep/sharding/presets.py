@@ -8,8 +8,8 @@ from typing import Any
 from purestep.arguments import Name, Whole, checked
 from purestep.errors import ConfigError
 from purestep.sharding.mesh import mesh
-from purestep.sharding.plan import Plan, Rules
-from purestep.sharding.spec import Spec
+from purestep.sharding.plan import Plan
+from purestep.sharding.spec import Rules, Spec
 from purestep.tree import Filter
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from purestep.sharding import collectives
@@ -98,7 +99,9 @@ class Summing:
         like: a flat tensor of that length, for a member that holds nothing.
     """
 
-    def __init__(self, nodes: Mapping[Node, Tensor], owners: Owners, group: Any, like: Tensor) -> None:
+    def __init__(
+        self, nodes: Mapping[Node, Tensor], owners: Owners, group: dist.ProcessGroup | None, like: Tensor
+    ) -> None:
         self._owners, self._group, self._n = owners, group, like.numel()
         self._nodes = dict(nodes)
         self._step = "done"
@@ -144,7 +147,7 @@ def whole_sum(summing: Summing) -> Tensor:
     return whole
 
 
-def send(rows: Tensor, owners: Owners, group: Any) -> collectives.Pending:
+def send(rows: Tensor, owners: Owners, group: dist.ProcessGroup | None) -> collectives.Pending:
     """Begin to send row r of `[R, k, n]` to member r of a group: for each a slice of the k parts that this one holds.
 
     `arrived` ends it.

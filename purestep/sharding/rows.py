@@ -16,6 +16,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding import place
+from purestep.sharding.mesh import this_rank
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Box, Spec, box
 
@@ -157,6 +158,4 @@ class Rows:
 
 def collective_index(plan: Plan) -> int:
     """Return this process's number in the group that gathers."""
-    from purestep.sharding.mesh import this_rank
-
     return plan.mesh.ranks(*plan.shard_axes).index(this_rank())

@@ -8,17 +8,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
+from purestep.sharding.mesh import Mesh
+
+if TYPE_CHECKING:
+    from purestep.sharding._dtensor import Placement
 
 Axes = str | Sequence[str] | None
 Fallback = Literal["replicate", "error", "pad"]
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _as_axes(entry: Any) -> tuple[str, ...]:
+def _as_axes(entry: object) -> tuple[str, ...]:
     axes = (
         (entry,) if isinstance(entry, str) or not isinstance(entry, (tuple, list, type(None))) else tuple(entry or ())
     )
@@ -90,6 +95,48 @@ class Spec:
 
 
 REPLICATED = Spec()
+Rules = Sequence[tuple[tree.Filter, Spec]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """A filter of names that two filters let through; products of plans make it."""
+
+    first: tree.Filter
+    second: tree.Filter
+
+    def __call__(self, name: str) -> bool:
+        return tree.matches(self.first, name) and tree.matches(self.second, name)
+
+
+class Layout(Protocol):
+    """What those who place, describe or check tensors ask of a plan: where each tensor lives.
+
+    `Plan` is the one class that has it. Files that a plan itself calls take a `Layout`, so that none imports the plan.
+    """
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def mesh(self) -> Mesh:
+        """The processes."""
+
+    @property
+    def rules(self) -> Rules:
+        """Ordered `(filter, Spec)` pairs over dotted names of parameters."""
+
+    @property
+    def units(self) -> str | tuple[str, ...] | None:
+        """Globs of submodules whose parameters are gathered together."""
+
+    def spec(self, name: str, shape: Sequence[int]) -> Spec:
+        """Return where a parameter of a shape lives."""
+
+    def specs(self, value: object) -> Any:
+        """Return a tree like `value` with the Spec of each leaf."""
+
+    def unit(self, name: str) -> str:
+        """Return the submodule with which a parameter is gathered; "" is the root."""
 
 
 def resolve(
@@ -220,10 +267,9 @@ def box(spec: Spec, sizes: Mapping[str, int], shape: Sequence[int], coordinate: 
 # --- torch's placements -----------------------------------------------------------------------------------------------
 
 
-def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Placement, ...]:
     """Return torch's placement on each mesh axis, in the order of the mesh, of a resolved spec."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
+    from purestep.sharding._dtensor import Replicate, Shard, StridedShard
 
     order = list(sizes)
     found: dict[str, Any] = {}
@@ -231,11 +277,11 @@ def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Any, ...]:
         for i, axis in enumerate(axes):
             # torch splits in the order of the mesh; it calls an axis strided when later ones split before it.
             before = math.prod(sizes[a] for a in axes[:i] if order.index(a) > order.index(axis))
-            found[axis] = Shard(dim) if before == 1 else _StridedShard(dim, split_factor=before)
+            found[axis] = Shard(dim) if before == 1 else StridedShard(dim, split_factor=before)
     return tuple(found.get(axis, Replicate()) for axis in order)
 
 
-def spec_of(placements: Sequence[Any], sizes: Mapping[str, int]) -> Spec:
+def spec_of(placements: Sequence[Placement], sizes: Mapping[str, int]) -> Spec:
     """Return the spec of torch's placements; what `placements` made.
 
     Raises:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from purestep import random, tree
+from purestep import _torch, random, tree
 from purestep.errors import StepError, explain
 
+Function = Callable[..., Any]
 # Operations after which the former content of what they write does not matter.
 _FILLS = {"uniform_", "normal_", "zero_", "fill_", "random_", "exponential_", "copy_", "_no_grad_trunc_normal_"}
 
@@ -71,10 +71,10 @@ class Tape:
 
     # --- recording ---
 
-    def run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def run(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """Run an operation without memory and write it down; for real, where no tensor without memory is involved."""
         given = [x for x in tree.leaves((args, kwargs)) if isinstance(x, Tensor)]
-        makes = not given and any(a.name == "device" for a in function._schema.arguments)
+        makes = not given and any(a.name == "device" for a in _torch.schema_of(function).arguments)
         lifts = str(kwargs.get("device")) == "meta"
         if not (makes or lifts or any(t.is_meta for t in given)):
             return function(*args, **kwargs)
@@ -96,17 +96,24 @@ class Tape:
             _refuse(function, "it writes values that are not known yet into a tensor that was made elsewhere")
         made = [t for t in tree.leaves(out) if isinstance(t, Tensor) and not self.knows(t)]
         if made or written:
-            drawn = torch.Tag.nondeterministic_seeded in function.tags
+            drawn = torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
             self.note(function, args, kwargs, written=written, made=made, is_random=drawn)
         return out
 
-    def _run_for_real(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _run_for_real(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """Run an operation whose result depends on values (`item`, `nonzero`): those are computed now."""
         args, kwargs = tree.map(lambda x: self.value(x) if isinstance(x, Tensor) else x, (args, kwargs))
         return function(*args, **(kwargs | ({"device": torch.device("cpu")} if "device" in kwargs else {})))
 
     def note(
-        self, function: Any, args: Any, kwargs: Any, *, written: list[Tensor], made: list[Tensor], is_random: bool
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        written: list[Tensor],
+        made: list[Tensor],
+        is_random: bool,
     ) -> None:
         """Write an operation down."""
         held: Any = tree.map(lambda x: self._argument(x) if isinstance(x, Tensor) else x, (args, kwargs))
@@ -129,14 +136,15 @@ class Tape:
 
     def knows(self, tensor: Tensor) -> bool:
         """Tell whether a tensor was made under this tape."""
-        return tensor.untyped_storage()._cdata in self._numbers
+        return _torch.storage_id(tensor.untyped_storage()) in self._numbers
 
     def _ref(self, tensor: Tensor) -> Ref:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._numbers:
-            self._numbers[storage._cdata] = len(self._alive)
+        identity = _torch.storage_id(storage)
+        if identity not in self._numbers:
+            self._numbers[identity] = len(self._alive)
             self._alive.append(storage)
-        number = self._numbers[storage._cdata]
+        number = self._numbers[identity]
         return Ref(number, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
     def _argument(self, tensor: Tensor) -> Ref:
@@ -182,8 +190,8 @@ class Tape:
         """Run an operation on real tensors: those in `held`, by storage, to which it adds what it makes."""
         args, kwargs = tree.map(lambda x: self.window(held, x) if isinstance(x, Ref) else x, (op.args, op.kwargs))
         out = [t for t in tree.leaves(op.function(*args, **kwargs)) if isinstance(t, Tensor)]
-        known = {s.untyped_storage()._cdata for s in held.values()}
-        fresh = [t for t in out if t.untyped_storage()._cdata not in known]
+        known = {_torch.storage_id(s.untyped_storage()) for s in held.values()}
+        fresh = [t for t in out if _torch.storage_id(t.untyped_storage()) not in known]
         for ref, tensor in zip(op.made, fresh, strict=True):
             if (tensor.stride(), tensor.storage_offset()) != (ref.stride, ref.offset):
                 tensor = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype).copy_(tensor)
@@ -221,20 +229,20 @@ def _seed(rng: Tensor) -> int:
     return int(low + ((high & 0x7FFFFFFF) << 32))
 
 
-def _name(function: Any) -> str:
+def _name(function: Function) -> str:
     return str(function.__name__).split(".")[0]
 
 
-def _written(function: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _written(function: Function, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     found: list[Tensor] = []
-    for position, argument in enumerate(function._schema.arguments):
+    for position, argument in enumerate(_torch.schema_of(function).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             found += [t for t in tree.leaves(value) if isinstance(t, Tensor)]
     return found
 
 
-def _refuse(function: Any, why: str, error: Exception | None = None) -> None:
+def _refuse(function: Function, why: str, error: Exception | None = None) -> None:
     raise StepError(
         explain(
             "the model does something with a tensor that deferred init cannot do without its values",
@@ -256,7 +264,7 @@ def recording(rng: Tensor) -> Iterator[Tape]:
         yield tape
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(_torch.DispatchMode):
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.tape = tape
@@ -265,8 +273,14 @@ class _Recorder(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise torch hides this mode from Dynamo, which it imports for that, at the cost of seconds
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():
+    def __torch_dispatch__(
+        self,
+        function: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        with _torch.no_torch_function():
             return self.tape.run(function, args, kwargs or {})
 
 
@@ -284,11 +298,17 @@ class _Disguise(TorchFunctionMode):
         super().__init__()
         self.tape = tape
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         if function in self._said and args[0].is_meta:
             return self._said[function]
         if function in self._reading:
-            with torch._C._DisableTorchDispatch():
+            with _torch.no_torch_dispatch():
                 args = (self.tape.value(args[0]), *args[1:])
         return function(*args, **(kwargs or {}))
 
@@ -302,8 +322,8 @@ def _truncated_normals(tape: Tape) -> Iterator[None]:
         yield
         return
 
-    def noted(tensor: Tensor, *args: Any, generator: Any = None) -> Tensor:
-        with torch._C.DisableTorchFunction():
+    def noted(tensor: Tensor, *args: object, generator: torch.Generator | None = None) -> Tensor:
+        with _torch.no_torch_function():
             if not (tensor.is_meta and tape.knows(tensor)):
                 result: Tensor = original(tensor, *args, generator=generator)
                 return result

@@ -7,18 +7,23 @@ bits depend on the number of tensor-parallel ranks, because matrix products are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import StepError, explain
 from purestep.sharding import place
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Spec, placements
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 def is_tensor_parallel(plan: Plan | None) -> bool:
@@ -26,7 +31,7 @@ def is_tensor_parallel(plan: Plan | None) -> bool:
     return plan is not None and plan.mesh.size(*plan.model_axes) > 1
 
 
-def _mesh(plan: Plan) -> Any:
+def _mesh(plan: Plan) -> tuple[DeviceMesh, dict[str, int]]:
     axes = tuple(a for a in plan.model_axes if plan.mesh.size(a) > 1)
     return plan.mesh.device_mesh[axes], {a: plan.mesh.size(a) for a in axes}
 
@@ -49,21 +54,22 @@ class Wrapped:
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         """Return a parameter or a buffer as a DTensor; its gradient comes back placed like it."""
-        from torch.distributed.tensor import DTensor
+        from purestep.sharding._dtensor import DTensor
 
         return DTensor.from_local(value, self.mesh, self.placed.get(name, self.whole), run_check=False)
 
 
-def loss_on(plan: Plan, loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def loss_on(plan: Plan, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return a loss function that gives the model its batch whole on every rank, and returns plain tensors."""
     mesh, sizes = _mesh(plan)
     whole = placements(Spec(), sizes)
 
-    def wrapped(net: Any, batch: Any) -> Any:
-        from torch.distributed.tensor import DTensor
+    def wrapped(net: nn.Module, batch: object) -> object:
         from torch.distributed.tensor.experimental import implicit_replication
 
-        def spread(x: Any) -> Any:
+        from purestep.sharding._dtensor import DTensor
+
+        def spread(x: object) -> object:
             return DTensor.from_local(x, mesh, whole, run_check=False) if isinstance(x, Tensor) else x
 
         with implicit_replication(), LocalAttention():
@@ -74,8 +80,8 @@ def loss_on(plan: Plan, loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, An
     return wrapped
 
 
-def _plain(out: Any) -> Any:
-    def leaf(x: Any) -> Any:
+def _plain(out: T) -> T:
+    def leaf(x: object) -> object:
         if place.is_split(x):
             return x.full_tensor()
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
@@ -88,14 +94,22 @@ def _plain(out: Any) -> Any:
 class LocalAttention(TorchFunctionMode):
     """Run attention on the heads of this rank: its kernels know no DTensors, and heads nothing of each other."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention or not place.is_split(args[0] if args else kwargs["query"]):
             return func(*args, **kwargs)
         query = args[0] if args else kwargs["query"]
-        layout = query._spec
+        from purestep.sharding._dtensor import DTensor, Shard
+
+        layout = _torch.layout_of(query)
         for p in layout.placements:
-            if p.is_partial() or (p.is_shard() and p.dim not in (0, 1)):
+            if p.is_partial() or (isinstance(p, Shard) and p.dim not in (0, 1)):
                 raise StepError(
                     explain(
                         "attention is split along a dim that its heads share",
@@ -106,11 +120,9 @@ class LocalAttention(TorchFunctionMode):
                     )
                 )
 
-        def local(x: Any) -> Any:
-            return x.redistribute(placements=layout.placements).to_local() if place.is_split(x) else x
+        def local(x: T) -> T:
+            return cast(T, x.redistribute(placements=layout.placements).to_local()) if place.is_split(x) else x
 
         parts = [local(x) for x in args[:3]] + list(args[3:])
         named = {k: local(x) if k in ("query", "key", "value") else x for k, x in kwargs.items()}
-        from torch.distributed.tensor import DTensor
-
         return DTensor.from_local(func(*parts, **named), layout.mesh, layout.placements, run_check=False)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from purestep.errors import RankError, explain
 from purestep.sharding import collectives
@@ -114,11 +115,11 @@ class Orders:
     def __init__(self) -> None:
         self._by_units: weakref.WeakKeyDictionary[Any, UnitOrder] = weakref.WeakKeyDictionary()
 
-    def of(self, units: Any) -> UnitOrder:
+    def of(self, units: object) -> UnitOrder:
         """Return the order of some units."""
         return self._by_units.setdefault(units, UnitOrder())
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[Orders], tuple[()]]:
         return Orders, ()
 
 
@@ -138,7 +139,7 @@ class Exchanges:
         self,
         order: UnitOrder,
         paths: Sequence[str],
-        group: Any,
+        group: dist.ProcessGroup | None,
         device: torch.device,
         launch: Callable[[Op], None],
         computing: Callable[[int], bool],

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 from purestep import tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding.follow import Leaf, follow
-
-if TYPE_CHECKING:
-    from purestep.sharding.plan import Plan
+from purestep.sharding.spec import Both, Layout
 
 
-def check_matches(plan: Plan, state: Any) -> None:
+def check_matches(plan: Layout, state: object) -> None:
     """Refuse a rule that matches no parameter of a state, and an entry of `units` that matches no submodule.
 
     A bare tree of tensors passes: it may be a part of what the rules are for.
@@ -49,10 +46,8 @@ def _in_state(leaf: Leaf) -> bool:
     return ".".join(map(str, leaf.path)) != leaf.name
 
 
-def _factors(filter: Any) -> Iterator[Any]:
+def _factors(filter: tree.Filter) -> Iterator[tree.Filter]:
     """The filters as they were written: products of plans pair them, and a pair may rightly match nothing."""
-    from purestep.sharding.plan import Both
-
     if isinstance(filter, Both):
         yield from _factors(filter.first)
         yield from _factors(filter.second)
@@ -65,7 +60,7 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _refuse(what: str, filter: Any, names: Sequence[str]) -> None:
+def _refuse(what: str, filter: tree.Filter, names: Sequence[str]) -> None:
     globs = [] if callable(filter) else [filter] if isinstance(filter, str) else list(filter)
     close = dict.fromkeys(near for glob in globs for near in difflib.get_close_matches(glob, names, n=3, cutoff=0.4))
     shown = list(close)[:3] or list(names)[:3]

@@ -7,20 +7,22 @@ to ask, and nothing of this is used.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import ConfigError, explain
 from purestep.sharding import collectives, norm, place
+from purestep.sharding._torch import foreach_norm
 from purestep.sharding.plan import Plan
 
+T = TypeVar("T")
 _local = threading.local()
 
 
@@ -52,7 +54,7 @@ class Whole:
         return any(place.is_split(leaf) for leaf in tree.leaves(self._given[0]))
 
     @functools.cached_property
-    def group(self) -> Any:
+    def group(self) -> dist.ProcessGroup | None:
         """The ranks that hold one state together; None where this one holds it alone."""
         return self.plan.mesh.group(*self.plan.shard_axes, *self.plan.model_axes) if self.split else None
 
@@ -63,9 +65,9 @@ class Whole:
 
     @functools.cached_property
     def _rest(self) -> dict[int, Any]:
-        return {id(x._local_tensor): x for x in tree.leaves(self._given[1]) if place.is_split(x)}
+        return {id(_torch.local_tensor(x)): x for x in tree.leaves(self._given[1]) if place.is_split(x)}
 
-    def names(self, structure: Any) -> list[str]:
+    def names(self, structure: tree.Structure) -> list[str]:
         """Return the dotted names of the leaves of a structure."""
         if structure not in self._names:
             self._names[structure] = tree.names(tree.unflatten(structure, range(structure.num_leaves)))
@@ -75,7 +77,7 @@ class Whole:
         """Return the sum, maximum or minimum of a small tensor over the ranks that share a state."""
         return collectives.all_reduce(values, op, self.group)
 
-    def squares(self, values: Sequence[Tensor], structure: Any) -> Tensor:
+    def squares(self, values: Sequence[Tensor], structure: tree.Structure) -> Tensor:
         """Return the sum of squares of each whole tensor, float64 [len(values)]."""
         counts, mine = [], []
         first = collectives.rank_in(self.group) == 0
@@ -85,7 +87,7 @@ class Whole:
             counts.append(leaf.numel() if leaf is not None and split else value.numel())
             mine.append(self._mine[name] if split else first)
         if self.plan.reduction == "fast":
-            sums = torch.stack(torch._foreach_norm(list(values), 2, dtype=None)).to(torch.float64).square()
+            sums = torch.stack(foreach_norm(list(values), 2, dtype=None)).to(torch.float64).square()
             own = torch.tensor(mine, dtype=torch.float64, device=sums.device)
             return self.reduce(torch.where(own > 0, sums, 0.0), "sum")
         return norm.squares(values, counts, mine, self.reduce)
@@ -100,22 +102,28 @@ class Whole:
             )
         return leaf
 
-    def gathered(self, values: Any) -> Any:
+    def gathered(self, values: T) -> T:
         """Return a tree of local parts with whole tensors; every rank calls it."""
         leaves, structure = tree.flatten(values)
         likes = [self._like(name, x) for name, x in zip(self.names(structure), leaves, strict=True)]
         whole = [x if y is None else place.full(place.rewrap(x, y)) for x, y in zip(leaves, likes, strict=True)]
         return tree.unflatten(structure, whole)
 
-    def _like(self, name: str, value: Any) -> Tensor | None:
+    def in_full(self, call: Callable[..., T], *values: Any) -> T:
+        """Call a function of trees with full tensors in place of this rank's shards; every rank calls it."""
+        full = [self.gathered(value) for value in values]
+        with updating(_Alone(self)):
+            return call(*full)
+
+    def _like(self, name: str, value: object) -> Tensor | None:
         at_rest = self._rest.get(id(value))
         if at_rest is None and isinstance(value, Tensor):
             at_rest = self.params.get(name)
-            if at_rest is not None and not (place.is_split(at_rest) and at_rest._local_tensor.shape == value.shape):  # type: ignore[attr-defined]
+            if at_rest is not None and not (place.is_split(at_rest) and place.part_of(at_rest).shape == value.shape):
                 at_rest = None
         return at_rest if at_rest is not None and place.is_split(at_rest) else None
 
-    def parted(self, values: Any, like: Any) -> Any:
+    def parted(self, values: T, like: object) -> T:
         """Return a tree of whole tensors with the local part of each whose counterpart in `like` was one."""
         leaves, structure = tree.flatten(values)
         old, known = tree.flatten(like)
@@ -141,28 +149,6 @@ def updating(whole: Whole | None) -> Iterator[None]:
         yield
     finally:
         _local.whole = before
-
-
-def on_whole_tensors(
-    update: Callable[..., Any], transform: Any, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]
-) -> Any:
-    """Run the update of a transformation that needs whole tensors, between a gather and a cut."""
-    whole = current()
-    if whole is None or not whole.split:
-        return update(transform, updates, state, params, **extra)
-    everything = whole.gathered(updates), whole.gathered(state), whole.gathered(params)
-    with updating(_Alone(whole)):
-        new, following = update(transform, *everything, **extra)
-    return whole.parted(new, updates), whole.parted(following, state)
-
-
-def only_parts(transform: Any) -> bool:
-    """Tell whether a transformation and all in it can do with this rank's parts of tensors."""
-    if not transform.on_shards:
-        return False
-    values = [getattr(transform, f.name) for f in dataclasses.fields(transform)] + [getattr(transform, "inner", None)]
-    inside = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
-    return all(only_parts(x) for x in inside if hasattr(x, "on_shards"))
 
 
 class _Alone(Whole):

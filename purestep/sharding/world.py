@@ -15,15 +15,17 @@ import pickle
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from purestep.arguments import Positive, checked
 from purestep.errors import ConfigError, RankError, explain
+from purestep.sharding import _torch
 from purestep.sharding.join import join
 
+T = TypeVar("T")
 _SLOT = 1024  # bytes a rank sends at once; what is longer follows in a second exchange
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # In the messages of collectives whose other side is gone; gloo gives them no type of their own.
@@ -136,7 +138,7 @@ def at(position: str) -> None:
 # --- exchanging values ------------------------------------------------------------------------------------------------
 
 
-def gather(value: Any, *, what: str = "a value") -> list[Any]:
+def gather(value: T, *, what: str = "a value") -> list[T]:
     """Return the values of all ranks, in their order. Collective: every rank calls it, with the same `what`.
 
     Args:
@@ -170,7 +172,7 @@ def gather(value: Any, *, what: str = "a value") -> list[Any]:
     return [value for _, _, value in entries]
 
 
-def broadcast(value: Any, *, what: str = "a value") -> Any:
+def broadcast(value: T, *, what: str = "a value") -> T:
     """Return the value of rank 0. Collective, like `gather`; what the other ranks give is not looked at.
 
     Example:
@@ -179,10 +181,11 @@ def broadcast(value: Any, *, what: str = "a value") -> Any:
     """
     if not initialize():
         return value
-    return gather(value if rank() == 0 else None, what=what)[0]
+    first: Any = gather(value if rank() == 0 else None, what=what)[0]
+    return cast(T, first)
 
 
-def agree(value: Any, *, what: str, instead: str | None = None) -> Any:
+def agree(value: T, *, what: str, instead: str | None = None) -> T:
     """Return the value, which has to be the same on every rank. Collective.
 
     Raises:
@@ -196,7 +199,7 @@ def agree(value: Any, *, what: str, instead: str | None = None) -> Any:
     return value
 
 
-def agree_each(values: Mapping[str, Any], *, what: str, instead: str | None = None) -> None:
+def agree_each(values: Mapping[str, object], *, what: str, instead: str | None = None) -> None:
     """Check that named values are the same on every rank: in one exchange. Collective.
 
     Args:
@@ -273,7 +276,7 @@ def _exchange(data: bytes) -> list[bytes]:
     ]
 
 
-def _control() -> Any:
+def _control() -> dist.ProcessGroup | None:
     """A group of our own, so that exchanges never meet the collectives of a step; made when first used."""
     owner = dist.group.WORLD
     if _me.owner is not owner:
@@ -326,7 +329,7 @@ def lost(error: BaseException, what: str) -> RankError:
 
 def _note(kind: str, text: str) -> None:
     with contextlib.suppress(Exception):
-        _board().set(f"{kind}/{rank()}", text.encode())
+        _board().set(f"{kind}/{rank()}", text)
 
 
 def _words() -> dict[int, str]:
@@ -347,8 +350,8 @@ def _words() -> dict[int, str]:
     return found
 
 
-def _board() -> Any:
-    return dist.PrefixStore("purestep", dist.distributed_c10d._get_default_store())
+def _board() -> dist.Store:
+    return dist.PrefixStore("purestep", _torch.default_store())
 
 
 def _ranks(numbers: list[int]) -> str:

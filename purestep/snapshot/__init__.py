@@ -1,12 +1,12 @@
 """Snapshots: a tree on disk, committed atomically, with a manifest of checksums.
 
-`Store` writes and reads one directory; the functions here read the snapshots of a run. Importing this loads no Orbax.
+`Store` writes and reads one directory; the functions here look into the snapshots of a run, which `ps.restore` reads.
+Importing this loads no Orbax.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from purestep.arguments import Location, checked
 from purestep.errors import SnapshotError
@@ -29,35 +29,9 @@ DIRECTORY = "snapshots"  # where a run keeps them, under its run directory
 
 
 @checked(SnapshotError)
-def restore(run_dir: Location, like: Any = ..., *, step: int | None = None, verify: Verify = True) -> Any:
-    """Return the tree that a run has stored.
-
-    Args:
-        run_dir: the directory of a run, or of its snapshots.
-        like: a template, see `Store.restore`; by default everything comes as it is stored.
-        step: which snapshot; the newest that can be read by default.
-        verify: whether to check the checksum of every leaf; "digest" for the digests in the manifest, too.
-
-    Raises:
-        TemplateMismatch: the snapshot is not of the structure, shapes or dtypes of `like`.
-        CorruptSnapshot: stored bytes are missing or changed.
-        SnapshotError: there is no snapshot.
-
-    Example:
-        >>> import tempfile, torch
-        >>> with tempfile.TemporaryDirectory() as run_dir:
-        ...     with Store(f"{run_dir}/snapshots") as store:
-        ...         store.save(5, {"w": torch.arange(3), "name": "digits"})
-        ...     restore(run_dir, like={"w": torch.empty(3, dtype=torch.int64), "name": ...})
-        {'w': tensor([0, 1, 2]), 'name': 'digits'}
-    """
-    return Store(_root(run_dir), verify=verify).restore(like, step=step).value
-
-
-@checked(SnapshotError)
 def steps(run_dir: Location) -> list[int]:
     """Return the steps of the snapshots of a run, in order."""
-    return Store(_root(run_dir)).steps()
+    return Store(root_of(run_dir)).steps()
 
 
 @checked(SnapshotError)
@@ -68,7 +42,7 @@ def manifest(run_dir: Location, step: int) -> Manifest:
         CorruptSnapshot: a file of it is missing or is not what was written.
         SnapshotError: there is no snapshot of that step.
     """
-    return Store(_root(run_dir)).read_manifest(step)
+    return Store(root_of(run_dir)).read_manifest(step)
 
 
 @checked(SnapshotError, failed=True)
@@ -104,9 +78,10 @@ def consolidate(run_dir: Location, out: Location, *, step: int | None = None, on
         ...     torch.load(consolidate(run_dir, f"{run_dir}/all.pt", only="all"))
         {'w': tensor([0, 1, 2]), 'name': 'digits'}
     """
-    return _consolidate(_root(run_dir), out, step=step, only=only)
+    return _consolidate(root_of(run_dir), out, step=step, only=only)
 
 
-def _root(run_dir: str | Path) -> Path:
+def root_of(run_dir: str | Path) -> Path:
+    """Return the directory of the snapshots of a run; a directory that holds none below is taken for it."""
     nested = Path(run_dir) / DIRECTORY
     return nested if nested.is_dir() else Path(run_dir)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import TreeError, explain
 from purestep.sharding import place
 
@@ -133,7 +133,7 @@ def children(value: Any, path: str) -> tuple[dict[str, JSON] | None, list[tuple[
         return head, [(f"{path}[{i}]", item) for i, item in enumerate(value)]
     if is_namedtuple(cls):
         fields = list(cls._fields)
-        head = {"node": "namedtuple", "class": _qualified(cls), "fields": fields}
+        head = {"node": "namedtuple", "class": tree.stable_name(cls), "fields": fields}
         return head, [(f"{path}.{name}", item) for name, item in zip(fields, value, strict=True)]
     if (name := tree.node_name(cls)) is not None:
         data, fixed = tree.node_fields(cls)
@@ -179,7 +179,7 @@ def _static(value: Any) -> JSON:
         return {"tuple": [_static(v) for v in value]}
     if type(value) is dict and all(type(key) is str for key in value):
         return {"dict": {key: _static(v) for key, v in value.items()}}
-    return {"opaque": _qualified(type(value))}
+    return {"opaque": tree.stable_name(type(value))}
 
 
 # --- leaves ---------------------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def _check_tensor(value: torch.Tensor, path: str) -> None:
     reason = instead = None
     split: Any = value
     if place.is_split(value):
-        if any(placement.is_partial() for placement in split._spec.placements):
+        if any(placement.is_partial() for placement in _torch.layout_of(split).placements):
             reason, instead = "a tensor whose sum is still outstanding cannot be stored", "x.redistribute(...) first"
-        value = split._local_tensor
+        value = _torch.local_tensor(split)
     if reason:
         pass
     elif type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -259,8 +259,9 @@ def _identity(value: Any) -> tuple[Any, ...]:
             return ("tensor", id(value))
         if place.is_split(value):
             part: Any = value
-            same = _identity(part._local_tensor) if part._local_tensor.numel() else id(value)
-            return ("split", same, value.shape, str(part._spec.placements), part._spec.mesh)
+            here, layout = _torch.local_tensor(part), _torch.layout_of(part)
+            same = _identity(here) if here.numel() else id(value)
+            return ("split", same, value.shape, str(layout.placements), layout.mesh)
         flags = (value.is_conj(), value.is_neg())
         return ("tensor", value.data_ptr(), value.device, value.dtype, value.shape, value.stride(), flags)
     if value.size == 0 or value.ndim == 0:

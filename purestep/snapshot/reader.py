@@ -238,7 +238,7 @@ class _LeafValues:
         leaf = self.leaves[index]
         if leaf.text is not None:
             return from_text(leaf.kind, leaf.text)
-        first, part = self._first(index), like._local_tensor if place.is_split(like) else like
+        first, part = self._first(index), place.part_of(like)
         box, device = box_for(leaf, like), template.device_of(part)
         # Two leaves of the template that are tied in the snapshot may differ in box or device, and are two values then.
         key = (first, box, device, place.is_split(like) and id(like))

@@ -65,7 +65,7 @@ def owned(encoded: Encoded, ranks: Ranks) -> list[OwnedShard]:
             )
         # Of an empty leaf every shard is empty; one is written all the same, so that the leaf has a piece.
         if place.is_owner(value) and (count(box) or not count(full_box(leaf))):
-            shards.append(OwnedShard(index, leaf, box, value._local_tensor))
+            shards.append(OwnedShard(index, leaf, box, place.part_of(value)))
     return shards
 
 

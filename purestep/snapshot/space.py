@@ -9,6 +9,7 @@ import errno
 import shutil
 from pathlib import Path
 
+from purestep.bits import human_bytes
 from purestep.errors import SnapshotError, explain
 from purestep.snapshot import disk
 from purestep.snapshot.keep import Keep
@@ -49,7 +50,7 @@ def check_room(root: Path, nbytes: int) -> None:
     """
     free = _free(root)
     if free < nbytes + _SLACK:
-        raise OSError(errno.ENOSPC, f"{_readable(nbytes + _SLACK)} to write, {_readable(free)} free", str(root))
+        raise OSError(errno.ENOSPC, f"{human_bytes(nbytes + _SLACK)} to write, {human_bytes(free)} free", str(root))
 
 
 def check_fits(root: Path, nbytes: int) -> None:
@@ -85,9 +86,9 @@ def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
         return None
     return explain(
         f"only {free // (nbytes + _SLACK)} of the next {coming} snapshots fit on the disk",
-        where=f"{root}: {_readable(free)} free, {_readable(needed)} needed",
-        why=f"{policy} keeps up to {'all' if most is None else most}, of {_readable(nbytes)} each and "
-        f"{_readable(_SLACK)} around it, and a new one is written before an old one is deleted",
+        where=f"{root}: {human_bytes(free)} free, {human_bytes(needed)} needed",
+        why=f"{policy} keeps up to {'all' if most is None else most}, of {human_bytes(nbytes)} each and "
+        f"{human_bytes(_SLACK)} around it, and a new one is written before an old one is deleted",
         instead="free space, keep fewer, or choose another run_dir=",
     )
 
@@ -95,7 +96,3 @@ def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
 def _free(root: Path) -> int:
     present = next(path for path in (root, *root.parents) if path.is_dir())
     return shutil.disk_usage(present).free
-
-
-def _readable(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 5e4 else f"{nbytes / 1e3:.1f} kB"

@@ -1,19 +1,23 @@
 """A stored structure compared with a user's template, and the tree built from both.
 
 It names the differences of a snapshot and a template before any array is read, and unflattens the leaves. It never
-imports a module and never calls a constructor that a snapshot names: classes come from the template or are registered.
+imports a module and never calls a constructor that a snapshot names: classes come from the template, are registered, or
+are classes of purestep, which it finds in purestep's own source.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.errors import TemplateMismatch, explain
 from purestep.snapshot.codec import JSON, Leaf, children, dtype_name, is_namedtuple, kind_of, show
 
@@ -105,7 +109,7 @@ class _Checker:
 
     def registered(self, stored: JSON, path: str) -> None:
         name, fields = stored["class"], stored["fields"]
-        cls = tree.node_class(name)
+        cls = _class_of(name)
         if cls is None:
             module = name.rpartition(".")[0]
             self.differ(path, f"a {name}, which no imported module registers; import {module} first, or pass like=")
@@ -156,6 +160,19 @@ def _describe_template(template: Any) -> str:
     return f"a {type(template).__qualname__}" if node is None else _describe_head(node[0])
 
 
+def _class_of(name: str) -> type | None:
+    """Return the registered class of a stored name. One of purestep is imported, if it is not yet, from where it is."""
+    cls, package = tree.node_class(name), __name__.partition(".")[0]
+    if cls is not None or not name.startswith(f"{package}."):
+        return cls
+    root = Path(sys.modules[package].__path__[0])
+    defines = re.compile(rf"^class {re.escape(name.rpartition('.')[2])}\b", re.MULTILINE)
+    for path in sorted(root.rglob("*.py")):
+        if defines.search(path.read_text("utf-8")):
+            importlib.import_module(".".join([package, *path.relative_to(root).with_suffix("").parts]))
+    return tree.node_class(name)
+
+
 def _opaque(value: JSON) -> str | None:
     if isinstance(value, dict):
         if "opaque" in value:
@@ -200,8 +217,7 @@ def build(stored: JSON, template: Any, values: Values) -> Any:
 
 def device_of(template: Any) -> torch.device | None:
     """Return the device that a leaf of a template asks for, None for the CPU: fake and meta tensors mean it, too."""
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    if not isinstance(template, torch.Tensor) or (fake is not None and isinstance(template, fake.FakeTensor)):
+    if not isinstance(template, torch.Tensor) or _torch.is_fake(template):
         return None
     return None if template.device.type in ("cpu", "meta") else template.device
 
@@ -228,5 +244,5 @@ def _sequence_or_record(stored: JSON, template: Any, items: list[Any]) -> Any:
         static = {name: getattr(template, name) for name in tree.node_fields(type(template))[1]}
         return tree.node_build(type(template), fields | static)
     static = {name: _static_value(value) for name, value in stored["static"].items()}
-    cls: Any = tree.node_class(stored["class"])
+    cls: Any = _class_of(stored["class"])
     return tree.node_build(cls, fields | static)

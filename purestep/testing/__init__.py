@@ -1,5 +1,5 @@
-"""Proofs for users: that a step is pure, that a run resumes with the same bits and survives faults, that trees are
-equal.
+"""Proofs for users: that a step is pure, that a transformation has the scope it declares, that a run resumes with the
+same bits and survives faults, that trees are equal.
 
 Used on our own examples and tests. The checks raise AssertionError with the first path that differs; the fault harness
 returns a report.
@@ -11,5 +11,6 @@ from purestep.testing.faults import check_faults as check_faults
 from purestep.testing.purity import check_pure as check_pure
 from purestep.testing.resume import check_resume as check_resume
 from purestep.testing.resume import comparable as comparable
+from purestep.testing.transformation import check_transformation as check_transformation
 from purestep.testing.trees import assert_trees_close as assert_trees_close
 from purestep.testing.trees import assert_trees_equal as assert_trees_equal

@@ -60,7 +60,7 @@ def _loaded(file: str) -> Any:
     return sys.modules[name]
 
 
-def _digest_of(run_dir: Path, train: Any) -> str:
+def _digest_of(run_dir: Path, train: object) -> str:
     """Return the digest of the newest snapshot of a run: of all that must not depend on interruptions.
 
     Args:

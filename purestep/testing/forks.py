@@ -78,7 +78,7 @@ def serve(link: socket.socket) -> dict[str, Any]:
             os.close(descriptor)
 
 
-def _tell(link: socket.socket, **message: Any) -> None:
+def _tell(link: socket.socket, **message: object) -> None:
     with contextlib.suppress(BrokenPipeError):
         link.sendall(json.dumps(message).encode() + b"\n")
 

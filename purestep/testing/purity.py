@@ -15,10 +15,11 @@ from purestep.arguments import checked
 from purestep.errors import ConfigError
 from purestep.loop import hidden
 from purestep.loop.dry import models_of
+from purestep.step_protocol import facts_of
 
 
 @checked(ConfigError, failed=True)
-def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
+def check_pure(step: Callable[[Any, Any], Any], state: object, batch: object) -> None:
     """Prove that a step is pure, by calling it twice: contract 1.
 
     It must leave its inputs bitwise unchanged and unaliased in place, the python, numpy and torch generators unmoved,
@@ -41,7 +42,7 @@ def check_pure(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> None:
         AssertionError: the step changed its input state:
           state: float32[], 1 differ, max abs 1, 1065353216 ulp
     """
-    if getattr(step, "donate", False):
+    if facts_of(step).donate:
         raise AssertionError(
             "a donating step consumes its state, which is what purity forbids\n"
             "  check the same step without donation: ps.testing.check_pure(ps.jit(step), state, batch)"

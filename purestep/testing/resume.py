@@ -14,6 +14,8 @@ from purestep.arguments import Location, checked
 from purestep.errors import ConfigError
 from purestep.loop.cadence import every, steps
 from purestep.loop.events import LoopState
+from purestep.loop.options import RunArguments
+from purestep.loop.roles import SnapshotPolicy
 from purestep.loop.run import Run
 
 
@@ -71,11 +73,11 @@ def check_resume(
 def _run(make: Callable[[], dict[str, Any]], batches: int, run_dir: Path) -> LoopState:
     options = make()
     own = list(options.pop("callbacks", ()))
-    if not any(hasattr(c, "keep") for c in own):
+    if not any(isinstance(c, SnapshotPolicy) for c in own):
         own.append(callbacks_.snapshots(every=every.steps(batches)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        run = Run(**options, callbacks=own, until=steps(batches), run_dir=run_dir)
+        run = Run(RunArguments(**options, callbacks=own, until=steps(batches), run_dir=run_dir))
         for _ in run:
             pass
     return run.loop

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from purestep import tree
@@ -11,7 +9,7 @@ from purestep.arguments import NonNegative, checked
 from purestep.errors import ConfigError
 
 
-def assert_trees_equal(actual: Any, expected: Any, root: str = "") -> None:
+def assert_trees_equal(actual: object, expected: object, root: str = "") -> None:
     """Raise AssertionError unless two trees have the same paths and the same bits; the message lists each difference.
 
     Example:
@@ -26,7 +24,12 @@ def assert_trees_equal(actual: Any, expected: Any, root: str = "") -> None:
 
 @checked(ConfigError)
 def assert_trees_close(
-    actual: Any, expected: Any, *, rtol: NonNegative[float] = 1e-5, atol: NonNegative[float] = 1e-8, root: str = ""
+    actual: object,
+    expected: object,
+    *,
+    rtol: NonNegative[float] = 1e-5,
+    atol: NonNegative[float] = 1e-8,
+    root: str = "",
 ) -> None:
     """Raise AssertionError unless two trees have the same paths and values that are close.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.arguments import Count, checked
+from purestep.bits import human_bytes
 from purestep.errors import ConfigError, TreeError, explain
 
 
@@ -89,8 +90,7 @@ def summary(state_or_module: Any, *, depth: Count = 1) -> Summary:
 
     Args:
         state_or_module: a `TrainState` (or anything with `params`, and maybe `buffers` and `opt_state`), a module, or
-        any
-            pytree of tensors, which counts as trained.
+            any pytree of tensors, which counts as trained.
         depth: number of parts of a dotted name that name a group, 1 or more.
 
     Returns:
@@ -170,22 +170,6 @@ def _identity(tensor: Tensor) -> object:
 
 def _unique(leaves: Iterable[object]) -> Iterable[Tensor]:
     return {_identity(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()
-
-
-def human_bytes(count: int) -> str:
-    """Return a number of bytes as text, in B, KiB, MiB, GiB, TiB or PiB.
-
-    Example:
-        >>> human_bytes(999), human_bytes(1536), human_bytes(3 * 2**30)
-        ('999 B', '1.5 KiB', '3.0 GiB')
-    """
-    if count < 1024:
-        return f"{count} B"
-    value, units = float(count), iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
-    unit = ""
-    while value >= 1024 and (following := next(units, None)):
-        value, unit = value / 1024, following
-    return f"{value:.1f} {unit}"
 
 
 def _cells(row: Group) -> tuple[str, ...]:

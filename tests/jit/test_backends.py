@@ -243,11 +243,12 @@ def test_elements_of_vectors_have_their_values_when_compiled():
 def test_the_first_compilation_of_a_process_knows_the_decomposition_of_max_pooling():
     # It needs torch._inductor.lowering, which only a process that compiled before has imported.
     code = (
-        "import torch; from purestep.jit import backends; from purestep.jit.trace import trace;"
-        "from purestep import tree;"
-        "pool = lambda x: torch.nn.functional.max_pool2d(x, 2);"
-        "leaves, structure = tree.flatten(((torch.ones(1, 1, 4, 4),), {}));"
-        "print(backends._broken_up(trace(pool, leaves, structure, paths=lambda: [])).code)"
+        "import torch; from purestep.jit import backends; from purestep.jit.trace import trace\n"
+        "from purestep import tree\n"
+        "pool = lambda x: torch.nn.functional.max_pool2d(x, 2)\n"
+        "leaves, structure = tree.flatten(((torch.ones(1, 1, 4, 4),), {}))\n"
+        "with backends._decompositions(torch.device('cpu')) as table:\n"
+        "    print(backends._broken_up(trace(pool, leaves, structure, paths=lambda: []), table).code)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Eager donation: in place where it was given away, the bits of the step itself, and safe in between."""
+"""Eager donation: in place where the state is donated, the bits of the step itself, and safe in between."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import purestep as ps
-from purestep import given
 from purestep.errors import ConfigError, DonatedStateError, StepError
+from purestep.given import donation_of
 from purestep.optim import blocks
 from purestep.testing import assert_trees_equal, check_pure
 
@@ -266,18 +266,20 @@ def test_inside_transforms_it_is_the_step_itself(cases, batches):
     assert ps.digest(state) == before
 
 
-def test_what_is_given_away_is_so_on_this_thread_and_for_this_call(cases, batches):
+def test_a_state_is_donated_on_this_thread_and_for_this_call(cases, batches):
     seen = []
 
     def step(state, batch):
-        seen.append((given.offered(state), given.offered(cases["plain"].state())))
+        donation = donation_of(state)
+        seen.append((donation.memory, donation_of(cases["plain"].state())))
         return state, {}
 
     state = cases["plain"].state()
     returned, _ = ps.donate(step)(state, batches(1)[0])
-    assert seen == [(True, False)]
+    leaves = ps.tree.leaves((state.params, state.opt_state))
+    assert seen == [({x.data_ptr() for x in leaves if x.dim()}, None)]
     assert returned is state  # returned as it is, so it is not consumed
-    assert not given.offered(state)
+    assert donation_of(state) is None
     assert int(state.step) == 0
 
 
@@ -395,6 +397,26 @@ def test_states_inside_a_node_of_ones_own(cases, batches, trained):
         _ = state.maker
 
 
+def test_an_empty_tensor_lies_in_no_memory():
+    """Its address is 0, like that of every other one: a parameter without elements is no reason to refuse them."""
+    tx = ps.optim.sgd(0.1)
+
+    def model():
+        net = nn.Linear(6, 6)
+        net.register_parameter("empty", nn.Parameter(torch.ones(0, 3)))
+        return net
+
+    def step(state, batch):
+        grads = {name: torch.ones_like(p) for name, p in state.params.items()}
+        return state.apply_gradients(tx, grads, last_use=True), {"nothing": torch.ones(0), "one": torch.ones(())}
+
+    state = ps.init(model, tx)
+    first = long_ones(state)
+    new, others = ps.donate(step)(state, None)
+    assert long_ones(new) == first
+    assert others["nothing"].shape == (0,)
+
+
 # --- what can be donated ----------------------------------------------------------------------------------------------
 
 
@@ -407,4 +429,4 @@ def test_compiled_steps(cases):
     once = ps.donate(step)
     assert ps.donate(once) is once
     assert repr(once) == f"donate({step!r})"
-    assert once.__wrapped__ is step
+    assert once.step is step

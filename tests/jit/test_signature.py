@@ -121,7 +121,7 @@ def test_models_of_one_structure_and_other_code_do_not_share_a_graph():
     one, two = ps.init(lambda: Scaled(times(2)), tx), ps.init(lambda: Scaled(times(3)), tx)
     assert ps.tree.structure(one) == ps.tree.structure(two)
     for state in (one, two, one, two):
-        expected = step.__wrapped__(state, x)
+        expected = step.function(state, x)
         ps.testing.assert_trees_equal(step(state, x), expected)
     assert len(step.retraces) == 1
     assert "the model" in step.retraces[0]
@@ -150,7 +150,7 @@ def test_a_setting_of_a_layer_is_part_of_the_signature():
     x = torch.ones(4, 3)
     for factor in (1.0, 2.0):
         state = ps.init(lambda factor=factor: Quiet(factor), tx)
-        ps.testing.assert_trees_equal(step(state, x), step.__wrapped__(state, x))
+        ps.testing.assert_trees_equal(step(state, x), step.function(state, x))
     assert len(step.retraces) == 1
 
 

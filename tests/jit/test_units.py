@@ -107,17 +107,56 @@ def test_one_file_holds_all_kernels_and_each_include_once():
     assert "PyInit_kernel(void)" in text
 
 
+class Compiler:
+    def cpp_pybinding(self, argtypes, source_code):
+        return Alone("alone", [])
+
+    submit = None
+
+
 def test_other_threads_keep_inductors_way(monkeypatch):
-    class Compiler:
-        def cpp_pybinding(self, argtypes, source_code):
-            return Alone("alone", [])
-
-        submit = None
-
-    units._install(Compiler)
-    units._install(Compiler)
-    assert isinstance(Compiler().cpp_pybinding(TYPES, source("x;")), Alone)
-    monkeypatch.setattr(units._local, "batch", units.Batch(2), raising=False)
-    future = Compiler().cpp_pybinding(TYPES, source("x;"))
-    assert not isinstance(future, Alone)
+    with units._Redirection().redirected(Compiler):
+        assert isinstance(Compiler().cpp_pybinding(TYPES, source("x;")), Alone)
+        monkeypatch.setattr(units._local, "batch", units.Batch(2), raising=False)
+        future = Compiler().cpp_pybinding(TYPES, source("x;"))
+        assert not isinstance(future, Alone)
     assert future.result() == "alone"
+
+
+def test_inductor_is_as_it_was_after_the_last_compilation_that_shares_the_change():
+    redirection, before = units._Redirection(), Compiler.cpp_pybinding
+    first, second = redirection.redirected(Compiler), redirection.redirected(Compiler)
+    first.__enter__()
+    second.__enter__()  # another thread, that is
+    first.__exit__(None, None, None)
+    assert Compiler.cpp_pybinding is not before
+    second.__exit__(KeyError, KeyError(), None)
+    assert Compiler.cpp_pybinding is before
+
+
+def test_a_change_that_somebody_else_made_meanwhile_stays(monkeypatch):
+    def theirs(self, argtypes, source_code):
+        return "theirs"
+
+    monkeypatch.setattr(Compiler, "cpp_pybinding", Compiler.cpp_pybinding)  # to put back afterwards
+    with units._Redirection().redirected(Compiler):
+        Compiler.cpp_pybinding = theirs
+    assert Compiler.cpp_pybinding is theirs
+
+
+def test_an_inductor_without_the_function_compiles_as_it_does():
+    class Other:
+        pass
+
+    with units._Redirection().redirected(Other):
+        assert vars(Other).get("cpp_pybinding") is None
+
+
+def test_compiling_a_step_leaves_no_change_behind():
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+    before = AsyncCompile.cpp_pybinding
+    with units.together():
+        inside = AsyncCompile.cpp_pybinding
+    assert AsyncCompile.cpp_pybinding is before
+    assert (inside is not before) == (get_compile_threads() > 1)

@@ -165,7 +165,7 @@ def test_read_csv_says_which_file_is_missing(tmp_path):
     assert loggers.read_csv(tmp_path) == {"step": []}
 
 
-def test_a_full_disk_is_an_error_and_leaves_whole_rows(tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_whole_rows(zygote, tmp_path):
     """The loop goes on without the logger, or tries again; either way the file stays readable."""
     code = f"""
 import resource, signal
@@ -186,7 +186,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 sink.log(2, {{"loss": 0.25}})
 sink.close()
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    run = zygote.run(code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [repr("step,loss\n1,0.5\n")] * 2
     assert (tmp_path / "metrics.csv").read_text() == "step,loss\n1,0.5\n2,0.25\n"

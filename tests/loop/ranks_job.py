@@ -6,6 +6,7 @@ Its answers go to `<directory>/<rank>.json`, a dict by check.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -131,6 +132,34 @@ def hsdp(directory):
     return summary(ps.fit(**job(plan), until=ps.steps(12)))
 
 
+def wrapped(directory):
+    """A function around the step: the run knows the plan, reads shares of the data, and checks its first batch."""
+    calls = []
+
+    def around(step, state, batch):
+        calls.append((state.step.is_meta, None if step.plan is None else step.plan.replicas))
+        return step(state, batch)
+
+    train = Samples(59, 0)
+    options = job(sharding.fsdp(), train=ps.data.batches(train, 12, seed=3, drop_last=False, transform=jitter))
+    step = ps.wrap_step(options["step"], around)
+    result = ps.fit(**{**options, "step": step}, until=ps.steps(12))
+    return summary(result) | {"read": train.read, "calls": sorted(set(calls), key=str)}
+
+
+def opaque(directory):
+    """The same without `wrap_step`, under both kinds of plans."""
+    found = {}
+    for plan in (ddp(), sharding.fsdp()):
+        options = job(plan)
+        step = options["step"]
+        call = functools.partial(
+            ps.fit, **{**options, "callbacks": [], "step": lambda state, batch, step=step: step(state, batch)}
+        )
+        found[str(bool(plan.shard_axes))] = error_of(lambda call=call: call(until=ps.steps(2)))
+    return found
+
+
 def few(directory):
     """Fewer samples than microbatches in the last batch, fewer validation batches than ranks, parts of parameters."""
     train = ps.data.batches(Samples(27, 0), 12, seed=3, drop_last=False)
@@ -181,16 +210,16 @@ def collated(directory):
 def with_signal(directory):
     """SIGTERM to the last rank only, in the middle of a burst."""
     options = job()
-    inner, calls = options["step"], []
+    calls = []
 
-    def step(state, batch):
-        calls.append(1)
+    def around(inner, state, batch):
+        calls.extend([] if state.step.is_meta else [1])  # the dry run does not count
         if len(calls) == 30 and RANK == SIZE - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         return inner(state, batch)
 
-    step.__wrapped__ = inner
+    step = ps.wrap_step(options["step"], around)
     began = time.monotonic()
     result = ps.fit(**{**options, "step": step, "callbacks": []}, until=ps.steps(100_000))
     return summary(result) | {"exit_code": result.exit_code, "seconds": time.monotonic() - began}
@@ -221,15 +250,13 @@ def seconds(directory):
     time.monotonic = lambda: real() * (1 + RANK) + skew
     try:
         options = job()
-        inner = options["step"]
 
-        def step(state, batch):
+        def around(inner, state, batch):
             time.sleep(0.002)
             return inner(state, batch)
 
-        step.__wrapped__ = inner
         began = real()
-        result = ps.fit(**{**options, "step": step}, until=ps.seconds(1.0))
+        result = ps.fit(**{**options, "step": ps.wrap_step(options["step"], around)}, until=ps.seconds(1.0))
         return summary(result) | {"seconds": real() - began}
     finally:
         time.monotonic = real
@@ -367,15 +394,15 @@ def memory(directory):
 def raises(directory):
     """One rank fails; the others are told of it, and by which rank."""
     options = job(microbatches=3)
-    inner, calls = options["step"], []
+    calls = []
 
-    def step(state, batch):
-        calls.append(1)
+    def around(inner, state, batch):
+        calls.extend([] if state.step.is_meta else [1])  # the dry run does not count
         if len(calls) == 6 and RANK == 1:
             raise ValueError("a bad day")
         return inner(state, batch)
 
-    step.__wrapped__ = inner
+    step = ps.wrap_step(options["step"], around)
     began = time.monotonic()
     text = error_of(lambda: ps.fit(**{**options, "step": step}, until=ps.steps(20)))
     return {"error": text, "seconds": time.monotonic() - began}
@@ -384,16 +411,16 @@ def raises(directory):
 def hangs(directory):
     """One rank does not answer; the others wait no longer than the timeout."""
     options = job(microbatches=3)
-    inner, calls = options["step"], []
+    calls = []
 
-    def step(state, batch):
-        calls.append(1)
+    def around(inner, state, batch):
+        calls.extend([] if state.step.is_meta else [1])  # the dry run does not count
         if len(calls) == 6 and RANK == 1:
             time.sleep(12)
             os._exit(3)
         return inner(state, batch)
 
-    step.__wrapped__ = inner
+    step = ps.wrap_step(options["step"], around)
     began = time.monotonic()
     text = error_of(lambda: ps.fit(**{**options, "step": step}, until=ps.steps(20)))
     return {"error": text, "seconds": time.monotonic() - began}
@@ -421,15 +448,15 @@ def exchanges(directory):
 def killed(directory):
     """Under torchrun's agent: rank 1 dies of SIGKILL in its first life."""
     options = job(microbatches=2)
-    inner, calls = options["step"], []
+    calls = []
 
-    def step(state, batch):
-        calls.append(1)
+    def around(inner, state, batch):
+        calls.extend([] if state.step.is_meta else [1])  # the dry run does not count
         if len(calls) == 8 and RANK == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         return inner(state, batch)
 
-    step.__wrapped__ = inner
+    step = ps.wrap_step(options["step"], around)
     options["callbacks"] = [*options["callbacks"], ps.callbacks.snapshots(every=ps.every.steps(2))]
     result = ps.fit(**{**options, "step": step}, until=ps.steps(12), run_dir=directory.parent / "killed")
     return summary(result) | {"steps": len(calls)}

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from shared_marks import slow_but
 
 import purestep as ps
 from purestep.errors import ConfigError, DonatedStateError
 from purestep.loop import StepsDone
+from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
 from purestep.optim import blocks
 from purestep.testing import assert_trees_equal, check_resume, comparable
@@ -43,7 +45,7 @@ def made(request, job):
     return make
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", slow_but([1, 2], 2))
 def test_donated_or_not_a_run_has_the_same_bits(made, microbatches, tmp_path):
     plain = ps.fit(**made(microbatches=microbatches), until=ps.epochs(3), run_dir=tmp_path / "plain")
     options = made(microbatches=microbatches, donate=True)
@@ -75,7 +77,7 @@ def test_a_run_is_resumed_donated_or_not(made, first, tmp_path):
 
 def test_memory_stays_where_it_is_and_kept_states_are_consumed(job):
     tx = ps.optim.adamw(1e-2)
-    run = Run(**job(tx=tx), until=ps.steps(6), donate=True)
+    run = Run(RunArguments(**job(tx=tx), until=ps.steps(6), donate=True))
     places, kept = [], []
     for event in run:
         if isinstance(event, StepsDone):

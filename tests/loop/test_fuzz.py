@@ -30,6 +30,7 @@ from purestep import tree
 from purestep.callbacks import Reducer
 from purestep.loggers.csv import read_csv
 from purestep.loop import Evaluated, Horizon, Save, StepsDone, Stopped, precheck
+from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
 
 # Callbacks are changed from one session to the next, on purpose.
@@ -113,13 +114,15 @@ class Setup:
 def start(setup, run_dir, *, wished, how="auto"):
     train = ps.data.batches(table(7, 0), 3, seed=5, drop_last=False)
     return Run(
-        ps.make_step(loss_fn, TX),
-        ps.init(make_model, TX, seed=0),
-        train,
-        until=ps.steps(END),
-        callbacks=setup.callbacks(wished),
-        run_dir=run_dir,
-        resume=how,
+        RunArguments(
+            ps.make_step(loss_fn, TX),
+            ps.init(make_model, TX, seed=0),
+            train,
+            until=ps.steps(END),
+            callbacks=setup.callbacks(wished),
+            run_dir=run_dir,
+            resume=how,
+        )
     )
 
 
@@ -388,7 +391,7 @@ class Machine(RuleBasedStateMachine):
 class TestHistories(Machine.TestCase):
     # A history is short enough to read as it is, and shrinking takes minutes.
     settings = settings(
-        max_examples=20,
+        max_examples=6,
         stateful_step_count=14,
         deadline=None,
         phases=(Phase.reuse, Phase.generate),
@@ -401,6 +404,11 @@ class TestHistories(Machine.TestCase):
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", ps.loop.RunChangedWarning)
             yield
+
+
+@pytest.mark.slow
+class TestMoreHistories(TestHistories):
+    settings = settings(TestHistories.settings, max_examples=20)
 
 
 def test_what_was_evaluated_after_the_last_snapshot_stays_in_the_log():

@@ -82,14 +82,14 @@ def machine(*callbacks, until=None, length=10):
     return Machine(callbacks, until or ps.epochs(3), length)
 
 
-def test_a_run_begins_with_a_burst_to_the_end_of_the_epoch():
+def test_a_run_begins_with_a_chunk_to_the_end_of_the_epoch():
     m = machine()
     loop, effects = m.transition(m.init("state"), Started())
     assert effects == (Train(10),)
     assert loop.cursor.batches == 0
 
 
-def test_bursts_reach_to_the_nearest_announced_boundary():
+def test_chunks_reach_to_the_nearest_announced_boundary():
     m = machine(ps.callbacks.log(every=ps.every.steps(4)), until=ps.steps(9))
     loop, effects = m.transition(m.init(None), Started())
     sizes = []
@@ -115,7 +115,7 @@ def test_epoch_row_is_the_weighted_mean_and_sums_start_anew():
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.data())
-def test_sums_do_not_depend_on_where_bursts_are_cut(values, data):
+def test_sums_do_not_depend_on_where_chunks_end(values, data):
     m = machine(length=None, until=ps.steps(1000))
 
     def fold(cuts):

@@ -28,7 +28,7 @@ def test_equal_runs_have_equal_digests_whatever_the_clock_says(job, tmp_path):
     assert one.digests["state"] == ps.tree.digest(results[0].state)
     assert set(one.digests) == {"state", "run"}
     like = LoopState(results[0].state, cursor=..., callbacks=..., status=..., elapsed=0.0)
-    restored = ps.snapshot.restore(tmp_path / "a", like=like, verify="digest")
+    restored = ps.restore(tmp_path / "a", like=like, verify="digest")
     assert ps.tree.digest(restored.train) == one.digests["state"]
 
 

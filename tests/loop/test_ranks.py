@@ -6,12 +6,14 @@ import socket
 from pathlib import Path
 
 import pytest
+from shared_marks import slow_but
 
 import purestep as ps
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
-ALL = "straight fsdp hsdp few foreign collated own_loop level_two relay"
-MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory"
+ALL = "straight fsdp hsdp own_loop level_two relay"
+SLOW = "few foreign collated"
+MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory wrapped opaque"
 
 
 def free_port():
@@ -32,7 +34,7 @@ def start(zygote, directory, size, names, timeout=60):
             str(timeout),
             *names.split(),
             env=base | (several | {"RANK": str(r)} if size > 1 else {}),
-            preload="xxhash torch.distributed.tensor orbax.checkpoint",
+            preload=zygote.RANKS,
         )
         for r in range(size)
     ]
@@ -41,24 +43,43 @@ def start(zygote, directory, size, names, timeout=60):
         with child:
             _, errors = child.communicate(120)
             ends.append((child.returncode, errors))
-    answers = [directory / f"{size}-{r}.json" for r in range(size)]
-    return [json.loads(a.read_text()) if a.exists() else None for a in answers], ends
+    return said(directory, size), ends
+
+
+def said(directory, size):
+    answers = [directory / f"{size}-{rank}.json" for rank in range(size)]
+    return [json.loads(a.read_text()) if a.exists() else None for a in answers]
 
 
 @pytest.fixture(scope="session")
-def answers(zygote, tmp_path_factory):
+def answers(zygote, once):
     """By number of processes, the answers of each rank."""
-    directory = tmp_path_factory.mktemp("ranks")
-    found = {}
-    for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, f"{ALL} memory")):
-        found[size], ends = start(zygote, directory, size, names)
-        assert ends == [(0, "")] * size, ends
-    found["directory"] = directory
-    return found
+
+    def ask(directory):
+        for size, names in ((4, f"{ALL} {MORE}"), (2, ALL), (1, f"{ALL} memory")):
+            _, ends = start(zygote, directory, size, names)
+            assert ends == [(0, "")] * size, ends
+
+    directory = once("ranks", ask)
+    return {size: said(directory, size) for size in (4, 2, 1)} | {"directory": directory}
 
 
-@pytest.mark.parametrize("check", ["straight", "fsdp", "hsdp", "few", "foreign", "collated"])
-def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
+@pytest.fixture(scope="session")
+def more_answers(zygote, once):
+    """The same of the checks that `make test` leaves out."""
+
+    def ask(directory):
+        for size in (4, 2, 1):
+            _, ends = start(zygote, directory, size, SLOW)
+            assert ends == [(0, "")] * size, ends
+
+    directory = once("more-ranks", ask)
+    return {size: said(directory, size) for size in (4, 2, 1)}
+
+
+@pytest.mark.parametrize("check", slow_but(["straight", "fsdp", "hsdp", *SLOW.split()], "straight", "fsdp", "hsdp"))
+def test_a_run_has_the_same_bits_on_any_number_of_ranks(request, check):
+    answers = request.getfixturevalue("more_answers" if check in SLOW.split() else "answers")
     runs = [answers[size][rank][check] for size in (1, 2, 4) for rank in range(size)]
     assert len({run["digest"] for run in runs}) == 1
     assert runs[0]["metrics"]["val/loss"] > 0
@@ -66,6 +87,24 @@ def test_a_run_has_the_same_bits_on_any_number_of_ranks(answers, check):
         assert (run["batches"], run["reason"], run["metrics"]) == tuple(
             runs[0][name] for name in ("batches", "reason", "metrics")
         )
+
+
+def test_a_function_around_a_step_keeps_its_plan(answers):
+    straight = answers[1][0]["straight"]
+    for rank in range(4):
+        answer = answers[4][rank]["wrapped"]
+        assert (answer["digest"], answer["metrics"]) == (straight["digest"], straight["metrics"])
+        # Called with the step of the plan, and once on fake tensors with one that has none.
+        assert answer["calls"] == [[False, 4], [True, None]]
+    assert sum(answers[4][rank]["wrapped"]["read"] for rank in range(4)) == straight["read"]
+
+
+def test_a_function_that_hides_a_plan_is_refused_on_every_rank(answers):
+    for rank in range(4):
+        for text in answers[4][rank]["opaque"].values():
+            assert text.startswith("ConfigError: a function around a step hides its plan from the run")
+            assert "on 4 processes" in text
+            assert "ps.wrap_step(step, function)" in text
 
 
 def test_a_run_has_the_same_bits_under_any_plan(answers):
@@ -148,7 +187,7 @@ def test_ranks_that_differ_are_told_at_the_start(answers):
         assert "ranks 0, 1: " in found["seed"]
         assert "the same seed and code on every rank" in found["seed"]
         assert "the ranks differ in the data" in found["data"]
-        assert "rank 3: ('Batches', 5, 'Plan(samples=60" in found["data"]
+        assert "rank 3: ('Batches', 5, 'BatchOrder(samples=60" in found["data"]
         assert "ranks 0, 1, 2: '2 steps'; rank 3: '3 steps'" in found["until"]
         assert "the ranks differ in callbacks" in found["callbacks"]
 
@@ -250,6 +289,7 @@ def test_a_rank_that_raises_is_named_by_the_others(zygote, tmp_path):
         assert found[rank]["raises"]["seconds"] < 20
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_after_the_timeout(zygote, tmp_path):
     found, ends = start(zygote, tmp_path, 3, "hangs", timeout=2)
     assert ends[1][0] == 3
@@ -278,6 +318,7 @@ elastic_launch(config, work)(*sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(zygote, tmp_path):
     """torchrun's agent, whose workers are forked here instead of started anew."""
     done = zygote.run(

@@ -8,10 +8,12 @@ import warnings
 
 import pytest
 import torch
+from shared_marks import slow_but
 
 import purestep as ps
 from purestep.errors import ConfigError, DataError, StepError, TemplateMismatch
 from purestep.loop import Evaluated, Interrupted, Resumed, Saved, Started, StepsDone, Stopped
+from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
 from purestep.testing import assert_trees_equal, check_resume, comparable
 
@@ -25,9 +27,17 @@ def quiet(make, **extra):
 # --- contract 2: resume -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_run_stopped_after_any_batch_resumes_with_the_same_bits(job, microbatches):
-    check_resume(lambda: job(microbatches=microbatches), batches=12)
+@pytest.mark.parametrize(
+    ("microbatches", "at"),
+    [
+        (1, [1, 3, 5, 8]),  # in an epoch, where an evaluation is due, at the end of an epoch, in a later one
+        (2, [4, 10]),
+        pytest.param(1, None, marks=pytest.mark.slow),
+        pytest.param(2, None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_stopped_after_any_batch_resumes_with_the_same_bits(job, microbatches, at):
+    check_resume(lambda: job(microbatches=microbatches), batches=12, at=at)
 
 
 def test_it_resumes_where_updates_were_skipped(job):
@@ -247,8 +257,8 @@ def test_between_two_boundaries_no_tensor_is_read(job):
     options = job()
     meta = ps.tree.map(lambda t: t.to("meta"), options["state"])
     batch = {"x": torch.empty(8, 6, device="meta"), "y": torch.empty(8, dtype=torch.int64, device="meta")}
-    run = Run(**{**options, "state": meta}, until=ps.steps(5))
-    state, record, *_ = run._burst(meta, iter([batch] * 5), None)
+    run = Run(RunArguments(**{**options, "state": meta}, until=ps.steps(5)))
+    state, record, *_ = run._chunk(meta, iter([batch] * 5), None)
     assert len(record) == 5
     assert {t.device.type for t in ps.tree.leaves(state)} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -265,25 +275,29 @@ def test_the_test_above_can_fail(job):
         new, metrics = inner(state, batch)
         return new, metrics | {"shown": float(metrics["loss"])}
 
-    run = Run(**{**options, "state": meta, "step": reads}, until=ps.steps(5))
+    run = Run(RunArguments(**{**options, "state": meta, "step": reads}, until=ps.steps(5)))
     with pytest.raises((RuntimeError, NotImplementedError, ps.errors.MetricError)):
-        run._burst(meta, iter([batch] * 5), None)
+        run._chunk(meta, iter([batch] * 5), None)
 
 
 # --- level 2: a generator -----------------------------------------------------------------------------------------
 
 
 def test_events_come_in_order_and_the_user_may_leave(job, tmp_path):
-    run = ps.run(**job(), until=ps.epochs(5), run_dir=tmp_path)
-    kinds = []
-    for event in run:
-        kinds.append(type(event))
-        if isinstance(event, Evaluated):
-            break
-    assert kinds[0] is Started
-    assert kinds[-1] is Evaluated
-    assert run.loop.cursor.batches == 3
-    assert run.result().reason == "not finished"
+    before, kinds = set(threading.enumerate()), []
+    with ps.run(**job(), until=ps.epochs(5), run_dir=tmp_path) as run:
+        for event in run:
+            kinds.append(type(event))
+            if isinstance(event, Evaluated):
+                break
+        assert kinds[0] is Started
+        assert kinds[-1] is Evaluated
+        assert run.loop.cursor.batches == 3
+        assert run.result().reason == "not finished"
+    assert set(threading.enumerate()) == before
+    again = ps.run(**job(), until=ps.epochs(1), run_dir=tmp_path)  # the directory is free
+    assert isinstance(list(again)[-1], Stopped)
+    again.close()
 
 
 def test_a_hand_written_step_with_plain_metrics(job):
@@ -329,7 +343,7 @@ def test_two_states_in_one_dict_train_together(job):
     check_resume(make, batches=6, at=[4])
 
 
-@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("donate", slow_but([False, True], True))
 def test_a_jitted_step_trains_and_resumes_and_the_given_state_stays_ours(job, tmp_path, donate):
     step = ps.jit(job()["step"], donate=donate, backend="eager")  # traced once: the runs differ in what they are given
 

@@ -124,7 +124,7 @@ TABLE = {
     "model": (nn.Linear(2, 3), {"class": "torch.nn.modules.linear.Linear"}),
     "transformation": (
         ps.optim.clip_by_global_norm(0.5),
-        {"class": "purestep.optim.clip.ClipByGlobalNorm", "max_norm": 0.5},
+        {"class": "purestep.ClipByGlobalNorm", "max_norm": 0.5},
     ),
 }
 

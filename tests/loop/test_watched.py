@@ -6,7 +6,7 @@ import pytest
 
 import purestep as ps
 from purestep.errors import ConfigError, MetricError
-from purestep.loop.watched import check_names, check_sets
+from purestep.loop.checks import check_names, check_sets
 
 
 def stopping(name):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep import optim, tree
@@ -29,7 +30,7 @@ def minimise(tx: Any, params: Any, steps: int) -> tuple[Any, list[float]]:
     return params, losses
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", slow_but([0, 1, 2], 0))
 def test_lbfgs_finds_the_end_of_the_valley_and_never_climbs(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     start = {n: torch.randn(2, generator=generator, dtype=torch.float64) for n in "xy"}

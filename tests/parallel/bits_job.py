@@ -1,6 +1,6 @@
 """One process of several: train small models under every plan, and write the digests down as JSON.
 
-Arguments: a directory, the sizes of the jobs to be part of one after the other, this process's number.
+Arguments: a directory, the sizes of the jobs to be part of one after the other, this process's number, the cases.
 """
 
 import dataclasses
@@ -417,7 +417,7 @@ def checks(size, number):
         yield "refusals", refusals
 
 
-def main(directory, sizes, number):
+def main(directory, sizes, number, cases):
     torch.set_num_threads(1)
     for round, size in enumerate(sizes):
         if number >= size:
@@ -427,6 +427,8 @@ def main(directory, sizes, number):
             dist.init_process_group("gloo", init_method=store, rank=number, world_size=size)
         found = {}
         for name, check in checks(size, number):
+            if name.partition("|")[0] not in cases:
+                continue
             try:
                 found[name] = check()
             except Exception:
@@ -438,4 +440,4 @@ def main(directory, sizes, number):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]))
+    main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), sys.argv[4].split(","))

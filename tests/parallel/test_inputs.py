@@ -9,19 +9,27 @@ JOB = Path(__file__).with_name("inputs_job.py")
 
 
 @pytest.fixture(scope="module")
-def answers(zygote, tmp_path_factory):
+def answers(zygote, once):
     """What each rank found, by row."""
-    directory = tmp_path_factory.mktemp("inputs")
-    files = [directory / f"{rank}.json" for rank in range(2)]
+    directory = once("inputs", lambda directory: _ask(zygote, directory))
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def _ask(zygote, directory):
     children = [
-        zygote.popen(JOB, str(directory / "store"), str(file), str(rank), preload="xxhash torch.distributed.tensor")
-        for rank, file in enumerate(files)
+        zygote.popen(
+            JOB,
+            str(directory / "store"),
+            str(directory / f"{rank}.json"),
+            str(rank),
+            preload=zygote.RANKS,
+        )
+        for rank in range(2)
     ]
     for child in children:
         with child:
             _, errors = child.communicate(120)
             assert child.returncode == 0, errors
-    return [json.loads(file.read_text()) for file in files]
 
 
 BATCH = "RankError: the ranks differ in the batch\n  where:   the batch: rank 0: "

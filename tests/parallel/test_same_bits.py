@@ -1,41 +1,42 @@
 """The same bits on 1, 2, 3 and 4 processes, under every plan; and what only several processes can show."""
 
-import fcntl
 import json
 import os
 from pathlib import Path
 
 import pytest
+from shared_marks import slow_but
 
 JOB = Path(__file__).with_name("bits_job.py")
 CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed fifty skipped muon finite large six twelve
 evaluated""".split()
+QUICK = "plain skipped".split()  # what `make test` runs, with what is asked of several processes besides bits
 
 
 @pytest.fixture(scope="session")
-def answers(zygote, tmp_path_factory):
-    """By number of processes and rank, what each check found. Four processes are all of the jobs in turn."""
-    base = tmp_path_factory.getbasetemp()
-    # The workers of pytest-xdist share the answers: whoever comes first asks for them.
-    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bits"
-    directory.mkdir(exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "done").exists():
-            _ask(zygote, directory)
-            (directory / "done").touch()
-    return {
-        (size, rank): json.loads((directory / f"{size}-{rank}.json").read_text())
-        for size in (1, 2, 3, 4)
-        for rank in range(size)
-    }
+def answers(zygote, once):
+    """By number of processes and rank, what each check of the quick cases found."""
+    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, "fast", "live", "refusals", "tensor"])
 
 
-def _ask(zygote, directory):
+@pytest.fixture(scope="session")
+def more_answers(zygote, once):
+    """The same of the others."""
+    return _asked(zygote, once, "more-bits", "4,3,2,1", [*(case for case in CASES if case not in QUICK), "synced"])
+
+
+def _asked(zygote, once, name, sizes, cases):
+    """Four processes are all of the jobs in turn."""
+    directory = once(name, lambda directory: _ask(zygote, directory, sizes, cases))
+    found = [(int(size), rank) for size in sizes.split(",") for rank in range(int(size))]
+    return {(size, rank): json.loads((directory / f"{size}-{rank}.json").read_text()) for size, rank in found}
+
+
+def _ask(zygote, directory, sizes, cases):
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    arguments = str(directory), sizes
     children = [
-        zygote.popen(JOB, str(directory), "4,3,2,1", str(rank), env=quiet, preload="torch.distributed.tensor")
-        for rank in range(4)
+        zygote.popen(JOB, *arguments, str(rank), ",".join(cases), env=quiet, preload=zygote.RANKS) for rank in range(4)
     ]
     for child in children:
         with child:
@@ -43,8 +44,9 @@ def _ask(zygote, directory):
             assert (child.returncode, errors) == (0, "")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_bits_do_not_depend_on_ranks_or_plan(answers, case):
+@pytest.mark.parametrize("case", slow_but(CASES, *QUICK))
+def test_the_bits_do_not_depend_on_ranks_or_plan(request, case):
+    answers = request.getfixturevalue("answers" if case in QUICK else "more_answers")
     found = {
         (size, rank, name): value
         for (size, rank), checks in answers.items()
@@ -91,8 +93,10 @@ def test_tensor_parallel_ranks_agree_with_one_process(answers):
             assert answers[size, rank][f"tensor|{label}"] == pytest.approx(reference, rel=1e-5, abs=1e-5), label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["even", "uneven", "few", "weighted"])
-def test_batch_norm_over_ranks_is_that_of_one_batch(answers, kind):
+def test_batch_norm_over_ranks_is_that_of_one_batch(more_answers, kind):
+    answers = more_answers
     reference = answers[1, 0][f"synced|ddp|{kind}"]
     compared = 0
     for size, label in ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")):

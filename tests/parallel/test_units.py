@@ -5,33 +5,50 @@ import os
 from pathlib import Path
 
 import pytest
+from shared_marks import slow_but
 
 JOB = Path(__file__).with_name("units_job.py")
+RANKS = [(1, 0), (2, 0), (2, 1)]
 MODELS = "linear, norm|norm, linear|conv, norm|only norm|encoder|tied|handed".split("|")
 ROUTED = """experts differ|experts in another order|experts not called|experts in layers|layers left out
 layers left out later|layers run again""".replace("\n", "|").split("|")
 OTHERS = "frozen norms, frozen linears, frozen block, skipped, adamw, jit, reentrant, not reentrant".split(", ")
+QUICK = ["linear, norm", "experts not called", "layers run again", "skipped", "jit"]
+CASES = [*MODELS, *ROUTED, *OTHERS]
 
 
-@pytest.fixture(scope="module")
-def answers(zygote, tmp_path_factory):
-    """By number of processes and rank, the digests of all rows."""
-    directory = tmp_path_factory.mktemp("units")
+@pytest.fixture(scope="session")
+def answers(zygote, once):
+    """By number of processes and rank, the digests of the quick rows, and what else two processes were asked."""
+    return _asked(zygote, once, "units", QUICK, "others")
+
+
+@pytest.fixture(scope="session")
+def more_answers(zygote, once):
+    """The digests of the other rows."""
+    return _asked(zygote, once, "more-units", [case for case in CASES if case not in QUICK], "")
+
+
+def _asked(zygote, once, name, cases, others):
+    directory = once(name, lambda directory: _ask(zygote, directory, "|".join(cases), others))
+    return {rank: json.loads((directory / f"{rank[0]}-{rank[1]}.json").read_text()) for rank in RANKS}
+
+
+def _ask(zygote, directory, *asked):
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    ranks = [(1, 0), (2, 0), (2, 1)]
     children = [
-        zygote.popen(JOB, str(directory), str(size), str(rank), env=quiet, preload="torch.distributed.tensor")
-        for size, rank in ranks
+        zygote.popen(JOB, str(directory), str(size), str(rank), *asked, env=quiet, preload=zygote.RANKS)
+        for size, rank in RANKS
     ]
     for child in children:
         with child:
             _, errors = child.communicate(240)
             assert (child.returncode, errors) == (0, "")
-    return {rank: json.loads((directory / f"{rank[0]}-{rank[1]}.json").read_text()) for rank in ranks}
 
 
-@pytest.mark.parametrize("case", [*MODELS, *ROUTED, *OTHERS])
-def test_every_plan_and_policy_has_the_bits_of_one_process(answers, case):
+@pytest.mark.parametrize("case", slow_but(CASES, *QUICK))
+def test_every_plan_and_policy_has_the_bits_of_one_process(request, case):
+    answers = request.getfixturevalue("answers" if case in QUICK else "more_answers")
     reference = {name.rpartition("|")[0]: digest for name, digest in answers[1, 0].items()}
     wrong, compared = {}, 0
     for rank in (0, 1):

@@ -325,7 +325,8 @@ def refused(plan):
     policy, tx = ps.precision.policy("16-mixed", loss_scale=ps.precision.StaticLossScale(1.0)), optim.sgd(0.1)
     state = policy.apply(ps.init(MODELS["linear, norm"], tx, seed=1))
     step = ps.make_step(infinite, tx, microbatches=4, policy=policy, plan=plan)
-    return not_finite(step, state if plan is None else plan.place(state), next(batches([NONE])))
+    placed = state if plan is None else plan.place(state)
+    return not_finite(step.gradients(placed, next(batches([NONE]))), placed)
 
 
 def plans(model):
@@ -340,7 +341,7 @@ def plans(model):
     }
 
 
-def main(directory, size, number):
+def main(directory, size, number, cases, others):
     torch.set_num_threads(1)
     # Memory that is read before it is written is NaN, not by luck the right numbers of the microbatch before.
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -349,12 +350,14 @@ def main(directory, size, number):
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=number, world_size=size)
     found = {}
     for name, row in (*rows(), *routed()):
+        if name.partition("|")[0] not in cases:
+            continue
         for label, plan in plans(row.model()).items() if size > 1 else [("none", None)]:
             try:
                 found[f"{name}|{label}"] = row.run(plan)
             except Exception:
                 found[f"{name}|{label}"] = traceback.format_exc()
-    if size > 1:
+    if size > 1 and others:
         found["refused"] = [refused(plan) for plan in (ddp(), fsdp(units=()))]
         found["inside"] = [inside(reentrant) for reentrant in (True, False)]
         found["all again"] = again([1] * 8)
@@ -364,4 +367,4 @@ def main(directory, size, number):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split("|"), sys.argv[5] == "others")

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -66,7 +67,7 @@ def dtypes(state):
 
 
 @every_policy
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", slow_but([1, 2], 2))
 def test_eager_and_microbatches(name, microbatches):
     step = ps.make_step(loss_fn, TX, policy=ROWS[name], microbatches=microbatches)
     state, batch = begin(name), make_batch()
@@ -138,7 +139,7 @@ def test_vmap_trains_an_ensemble(name):
     assert list(dtypes(together).values()) == list(dtypes(members[0]).values())
 
 
-@every_policy
+@pytest.mark.parametrize("name", slow_but(ROWS, "16-mixed", "bf16-master", "float8"))
 def test_a_run_resumes_at_every_step(name, tmp_path):
     data = {"x": torch.randn(96, 16).numpy(), "y": torch.randint(0, 5, (96,)).numpy()}
 

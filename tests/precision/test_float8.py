@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -122,9 +121,9 @@ def test_without_torchao_it_says_what_to_install(monkeypatch):
         casting(policy("float8").where("3", float8=False), make_model())
 
 
-def test_a_float8_policy_does_not_load_torchao():
+def test_a_float8_policy_does_not_load_torchao(bare):
     code = "import sys, purestep as ps; ps.precision.policy('float8'); sys.exit('torchao' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+    assert bare.run(code).returncode == 0
 
 
 def test_a_step_may_be_compiled_before_it_ran():

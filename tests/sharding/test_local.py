@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from purestep.accumulate import split_batch
 from purestep.errors import StepError
-from purestep.grad import split_batch
 from purestep.sharding import LocalBatch, ddp, hsdp, local_batch, mesh
 from purestep.sharding.local import aligned, microbatch_sizes, rows
 

@@ -16,12 +16,7 @@ from purestep.sharding.place import gather, is_owner, is_split, local, rewrap, s
 def test_four_processes(zygote, tmp_path):
     """One set of processes for all checks; see ranks_place.py."""
     script = Path(__file__).with_name("ranks_place.py")
-    ranks = [
-        zygote.popen(
-            script, str(rank), str(tmp_path / "store"), preload="pytest torch.distributed.tensor purestep.sharding"
-        )
-        for rank in range(4)
-    ]
+    ranks = [zygote.popen(script, str(rank), str(tmp_path / "store"), preload=zygote.RANKS) for rank in range(4)]
     ended = []
     for child in ranks:
         with child:

@@ -80,9 +80,9 @@ def survives(root):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert 1 in snapshot.steps(root)
-        assert snapshot.restore(root, step=1)["n"] == 1
-        snapshot.restore(root)  # the newest one, where the change left it readable, or else the first
-        for call in (lambda: snapshot.manifest(root, 2), lambda: snapshot.restore(root, step=2)):
+        assert ps.restore(root, step=1)["n"] == 1
+        ps.restore(root)  # the newest one, where the change left it readable, or else the first
+        for call in (lambda: snapshot.manifest(root, 2), lambda: ps.restore(root, step=2)):
             with contextlib.suppress(SnapshotError):
                 call()
 
@@ -105,7 +105,7 @@ def test_every_field_of_every_file(good, tmp_path):
                 error.add_note(f"{name}: {path} {how} {str(other)[:50]!r}")
                 raise
     write(root, before)
-    assert snapshot.restore(root)["n"] == 2
+    assert ps.restore(root)["n"] == 2
 
 
 @pytest.mark.parametrize("name", [DATA, TREE, PIECES])
@@ -125,7 +125,7 @@ def test_any_text(good, tmp_path, name, text):
     (root / "2" / name).write_bytes(sealed)
     survives(root)
     with pytest.raises(CorruptSnapshot, match=name):
-        snapshot.restore(root, step=2)
+        ps.restore(root, step=2)
 
 
 def test_another_file_of_ours_is_named_and_fallen_back_from(good, tmp_path):
@@ -134,7 +134,7 @@ def test_another_file_of_ours_is_named_and_fallen_back_from(good, tmp_path):
     shutil.copy(root / "2" / TREE, root / "2" / DATA)
     assert snapshot.steps(root) == [1]
     with pytest.warns(RuntimeWarning, match=f"using step 1[\\s\\S]*{DATA}[\\s\\S]*a record with the field 'format'"):
-        assert snapshot.restore(root)["n"] == 1
+        assert ps.restore(root)["n"] == 1
 
 
 def test_fields_of_a_newer_version_are_skipped(good, tmp_path):
@@ -144,7 +144,7 @@ def test_fields_of_a_newer_version_are_skipped(good, tmp_path):
     changed[DATA]["newer"] = changed[TREE]["newer"] = {"a": [1]}
     changed[TREE]["leaves"][0]["newer"] = 3
     write(root, changed)
-    assert snapshot.restore(root)["n"] == 2
+    assert ps.restore(root)["n"] == 2
 
 
 def forged(root, shape, **piece):
@@ -191,7 +191,7 @@ def test_a_tree_that_is_too_deep_is_refused_when_it_is_saved():
 
 
 def test_digests_of_parts(good):
-    manifest, value = snapshot.manifest(good, 2), snapshot.restore(good, verify="digest")
+    manifest, value = snapshot.manifest(good, 2), ps.restore(good, verify="digest")
     assert manifest.digests == {"w": tree.digest(value["w"])}
     assert manifest.digest == tree.digest(value)
 
@@ -203,13 +203,13 @@ def test_a_wrong_digest_is_found_when_it_is_asked_for(good, tmp_path, field):
     changed = bodies(root)
     changed[DATA][field] = "0" * 64 if field == "digest" else {"w": "0" * 64}
     write(root, changed)
-    assert snapshot.restore(root)["n"] == 2
+    assert ps.restore(root)["n"] == 2
     with pytest.raises(CorruptSnapshot, match=f"does not have the digest of its manifest[\\s\\S]*{field}.*: 0000"):
-        snapshot.restore(root, step=2, verify="digest")
+        ps.restore(root, step=2, verify="digest")
     with pytest.warns(RuntimeWarning, match="using step 1"):
-        assert snapshot.restore(root, verify="digest")["n"] == 1
+        assert ps.restore(root, verify="digest")["n"] == 1
     with pytest.raises(ConfigError, match="verify= is True, False or 'digest'"):
-        snapshot.restore(root, verify="yes")
+        ps.restore(root, verify="yes")
 
 
 # --- a reader beside a writer ---------------------------------------------------------------------------------------

@@ -239,8 +239,8 @@ def test_a_kill_between_commit_and_deletion_loses_nothing(python_process, tmp_pa
         assert [path.name for path in root.iterdir()] == ["3"]
 
 
-def test_nothing_heavy_is_imported_before_the_first_save(new_interpreter, tmp_path):
-    done = new_interpreter(
+def test_nothing_heavy_is_imported_before_the_first_save(bare, tmp_path):
+    done = bare.run(
         """
 import sys
 import torch
@@ -255,8 +255,8 @@ print(sorted({"jax", "orbax", "tensorstore", "xxhash", "ml_dtypes", "rich"} & se
     assert list(tmp_path.iterdir()) == []
 
 
-def test_jax_stays_off_the_gpu_and_the_environment_as_it_was(new_interpreter, tmp_path):
-    done = new_interpreter(
+def test_jax_stays_off_the_gpu_and_the_environment_as_it_was(bare, tmp_path):
+    done = bare.run(
         """
 import os, sys
 os.environ.pop("JAX_PLATFORMS", None)

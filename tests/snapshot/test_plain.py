@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -124,12 +122,11 @@ def test_every_dtype_of_a_snapshot_is_plain(tmp_path, monkeypatch):
     assert tree.equal(back, value | {"small": torch.ones(3)})
 
 
-def test_restoring_loads_neither_orbax_nor_jax(tmp_path):
+def test_restoring_loads_neither_orbax_nor_jax(bare, tmp_path):
     with Store(tmp_path) as store:
         store.save(1, {"large": torch.ones(LARGE), "bf16": torch.ones(1 << 20).bfloat16(), "small": torch.ones(3)})
     code = (
-        "import sys, purestep as ps; value = ps.snapshot.restore(sys.argv[1]); print(float(value['large'].sum()), "
+        "import sys, purestep as ps; value = ps.restore(sys.argv[1]); print(float(value['large'].sum()), "
         "[name for name in ('orbax', 'jax', 'tensorstore') if name in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == f"{float(LARGE)} []"
+    assert bare.run(code, str(tmp_path)).stdout.strip() == f"{float(LARGE)} []"

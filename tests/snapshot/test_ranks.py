@@ -19,22 +19,27 @@ from purestep.snapshot.pack import Piece
 from purestep.snapshot.shards import copy_overlap, count, full_box, overlap
 
 JOB = Path(__file__).with_name("ranks_of_a_job.py")
-NEEDS = "torch.distributed.tensor orbax.checkpoint xxhash"
 
 
 @pytest.fixture(scope="session")
-def job(zygote, tmp_path_factory):
-    """What the ranks have seen, the root of their stores, and how they ended."""
-    root = tmp_path_factory.mktemp("job")
+def job(zygote, once):
+    """What the ranks have seen, and the root of their stores."""
+    root = once("job", lambda root: _start(zygote, root))
+    return json.loads((root / "seen.json").read_text()), root
+
+
+def _start(zygote, root):
     environment = dict(os.environ) | {"WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         started = [
-            stack.enter_context(zygote.popen(JOB, str(root), env=environment | {"RANK": str(rank)}, preload=NEEDS))
+            stack.enter_context(
+                zygote.popen(JOB, str(root), env=environment | {"RANK": str(rank)}, preload=zygote.RANKS)
+            )
             for rank in range(4)
         ]
         ended = [child.communicate(timeout=240) for child in started]
         assert [child.returncode for child in started] == [0, 0, 0, -signal.SIGKILL], "".join(t for _, t in ended)
-    return [json.loads(out) for out, _ in ended[:3]], root
+    (root / "seen.json").write_text(json.dumps([json.loads(out) for out, _ in ended[:3]]))
 
 
 def seen_by_all(job, name):
@@ -71,9 +76,10 @@ def test_one_process_reads_every_layout_without_torch_distributed(job, zygote):
     script = """
 import sys
 from pathlib import Path
+import purestep as ps
 from purestep import snapshot, tree
 for path in sorted((Path(sys.argv[1]) / "all").iterdir()):
-    value = snapshot.restore(path)
+    value = ps.restore(path)
     assert value["tied"] is value["weight"]
     print(tree.digest(value) == snapshot.manifest(path, 3).digest, tree.digest(value)[:8])
 print("torch.distributed.tensor" in sys.modules)

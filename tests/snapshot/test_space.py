@@ -60,8 +60,8 @@ def test_the_message_has_the_numbers(tmp_path, free):
     free(7)
     assert space.shortage(tmp_path / "not" / "yet", 2 * MEGABYTE, latest(2), 0) == (
         "only 2 of the next 3 snapshots fit on the disk\n"
-        f"  where:   {tmp_path}/not/yet: 7.0 MB free, 9.1 MB needed\n"
-        "  why:     latest(2) keeps up to 2, of 2.0 MB each and 1.0 MB around it, and a new one is written before an "
+        f"  where:   {tmp_path}/not/yet: 6.7 MiB free, 8.7 MiB needed\n"
+        "  why:     latest(2) keeps up to 2, of 1.9 MiB each and 1.0 MiB around it, and a new one is written before an "
         "old one is deleted\n"
         "  instead: free space, keep fewer, or choose another run_dir="
     )
@@ -71,7 +71,7 @@ def test_it_is_checked_before_a_run_and_before_each_save(tmp_path, free):
     store = Store(tmp_path, keep=latest(2))
     store.check(value(1))
     free(2.5)
-    with pytest.raises(SnapshotError, match=r"does not fit here\n(.|\n)*3\.0 MB to write, 2\.5 MB free"):
+    with pytest.raises(SnapshotError, match=r"does not fit here\n(.|\n)*2\.9 MiB to write, 2\.4 MiB free"):
         store.check(value(1))
     free(7)
     with pytest.warns(RuntimeWarning, match="only 2 of the next 3 snapshots fit on the disk"):
@@ -84,7 +84,7 @@ def test_it_is_checked_before_a_run_and_before_each_save(tmp_path, free):
     free(2.5)
     with pytest.warns(RuntimeWarning, match="only 0 of the next 1 snapshots fit on the disk"):
         store.save(3, value(3))
-    with pytest.raises(SaveFailed, match=r"No space|3\.0 MB to write, 2\.5 MB free(.|\n)*untouched: 1, 2"):
+    with pytest.raises(SaveFailed, match=r"No space|2\.9 MiB to write, 2\.4 MiB free(.|\n)*untouched: 1, 2"):
         store.wait()
     assert store.restore().step == 2
 
@@ -135,7 +135,7 @@ def test_a_disk_that_fills_up_or_turns_read_only(small_disk, monkeypatch):
     with monkeypatch.context() as patch:  # the check of the space is right: nothing is begun
         with pytest.warns(RuntimeWarning, match="only 0 of the next"):
             store.save(2, value(2))
-        with pytest.raises(SaveFailed, match=r"No space left|MB to write"):
+        with pytest.raises(SaveFailed, match=r"No space left|MiB to write"):
             store.wait()
         patch.setattr(space, "check_room", lambda *args: None)  # somebody else fills the disk in mid-save
         store.save(3, value(3))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import purestep as ps
 from purestep import snapshot, tree
 from purestep.errors import CorruptSnapshot, SaveFailed, SnapshotError, TemplateMismatch, TreeError
 from purestep.snapshot import Store, all_, best, disk, every_steps, latest, space, writer
@@ -337,8 +338,8 @@ def test_functions_of_a_run(tmp_path):
     fill(tmp_path / "snapshots", 1, 2)
     for run_dir in (tmp_path, str(tmp_path), tmp_path / "snapshots"):
         assert snapshot.steps(run_dir) == [1, 2]
-        assert snapshot.restore(run_dir)["n"] == 2
-        assert snapshot.restore(run_dir, like=value(0), step=1)["n"] == 1
+        assert ps.restore(run_dir)["n"] == 2
+        assert ps.restore(run_dir, like=value(0), step=1)["n"] == 1
         found = snapshot.manifest(run_dir, 2)
         assert (found.step, found.keep, found.environment["world_size"]) == (2, "all_()", 1)
         assert [(leaf.path, leaf.kind, leaf.dtype, leaf.shape) for leaf in found.leaves[:2]] == [

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from shared_marks import slow_but
 
 from tests.snapshot.strikes import SCENARIOS
 
@@ -58,7 +59,7 @@ def problems(zygote, tmp_path):
     return found
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", slow_but(SCENARIOS, "saves", "replaces", "trains", "two ranks, the first"))
 def test_nothing_is_lost_at_some_operations(name, problems, seed):
     assert problems(SAMPLE, name, str(seed)) == []
 
@@ -69,6 +70,6 @@ def test_nothing_is_lost_at_every_fifth_operation(name, problems, seed):
     assert problems(EVERY_FIFTH, name, str(seed)) == []
 
 
-@pytest.mark.parametrize("name", ["saves", "replaces"])
+@pytest.mark.parametrize("name", slow_but(["saves", "replaces"], "saves"))
 def test_a_store_that_deletes_too_early_is_caught(name, problems):
     assert any("the newest whole snapshot is None" in problem for problem in problems(HASTY, name))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ from purestep import tree
 from purestep.errors import TemplateMismatch
 from purestep.snapshot.codec import encode, from_text
 from purestep.snapshot.template import build, check, device_of
+from purestep.state import TrainState
 
 
 class Pair(NamedTuple):
@@ -112,6 +116,27 @@ def test_fake_and_meta_tensors_mean_the_cpu():
         check(encoded.structure, encoded.leaves, like)
         build(encoded.structure, like, lambda index, like: devices.append(device_of(like)))
     assert devices == [None] * 4
+
+
+def test_a_class_of_purestep_is_known_wherever_its_file_lies():
+    """Also in a process that has not imported it, and under the name that an earlier version stored."""
+    assert tree.node_name(TrainState) == "purestep.TrainState"
+    assert tree.node_class("purestep.once.there.TrainState") is TrainState
+    program = """
+        import purestep as ps
+        from purestep.snapshot.template import build, check
+        for name in ("purestep.SophiaState", "purestep.optim.somewhere_else.SophiaState", "purestep.Patience"):
+            assert ps.tree.node_class(name) is None or "Sophia" in name
+            {head}
+            try:
+                check(structure, [], ...)
+            except ps.errors.TemplateMismatch as error:
+                assert "was stored with fields" in str(error), error  # the class was found
+            else:
+                raise SystemExit(f"{{name}} was taken with no field")
+    """.format(head='structure = {"node": "pytree", "class": name, "fields": [], "static": {}, "items": []}')
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_classes_come_from_the_registry_or_the_template_only():

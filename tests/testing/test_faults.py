@@ -104,12 +104,12 @@ def test_no_fault_changes_a_bit():
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
-        ("depends_on_its_starts", "digest"),
+        pytest.param("depends_on_its_starts", "digest", marks=pytest.mark.slow),
         ("loses_a_snapshot", "resumed from"),
         ("leaves_a_half", "half-written at the end: ['"),
         ("says_that_all_is_well", "exit code 0, not (143,)"),
-        ("writes_another_log", "metrics.csv differs"),
-        ("hangs", "it did not end within 5 seconds"),
+        pytest.param("writes_another_log", "metrics.csv differs", marks=pytest.mark.slow),
+        pytest.param("hangs", "it did not end within 5 seconds", marks=pytest.mark.slow),
     ],
 )
 def test_it_sees_what_goes_wrong(zygote, tmp_path, monkeypatch, function, problem):

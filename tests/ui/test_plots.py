@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -90,7 +89,7 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pyplot_is_not_even_imported(tmp_path):
+def test_pyplot_is_not_even_imported(bare, tmp_path):
     code = f"""
 import sys
 from purestep import ui
@@ -98,8 +97,8 @@ ui.learning_curves({{"step": [1], "loss": [0.5]}}, {str(tmp_path / "a.png")!r})
 sys.exit("pyplot was imported" if "matplotlib.pyplot" in sys.modules else 0)
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "DISPLAY")}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120, check=False)
-    assert (run.returncode, run.stderr) == (0, b"")
+    run = bare.run(code, env=environment)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_a_missing_matplotlib_is_named_with_what_to_install(monkeypatch, tmp_path):

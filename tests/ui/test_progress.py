@@ -204,7 +204,7 @@ def test_without_a_stdout_it_is_silent(monkeypatch, stdout):
     bar.close()
 
 
-def test_a_pipe_gets_nothing_and_rich_is_not_imported():
+def test_a_pipe_gets_nothing_and_rich_is_not_imported(bare):
     code = f"""
 import sys
 from purestep.ui.progress import ProgressSink
@@ -214,12 +214,12 @@ bar.print("above")
 bar.close()
 sys.exit("rich was imported" if "rich" in sys.modules else 0)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = bare.run(code)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(("term", "drawn"), [("xterm-256color", True), ("dumb", False)])
-def test_a_real_terminal(term, drawn):
+def test_a_real_terminal(bare, term, drawn):
     code = f"""
 from purestep.ui.progress import ProgressSink
 bar = ProgressSink()
@@ -231,8 +231,9 @@ print("end")
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE")}
     environment |= {"TERM": term, "COLUMNS": "100"}
     try:
-        run = subprocess.run([sys.executable, "-c", code], stdout=theirs, env=environment, timeout=120, check=False)
-        assert run.returncode == 0  # reading a terminal that nobody wrote to would wait for ever
+        assert (
+            bare.run(code, stdout=os.ttyname(theirs), env=environment).returncode == 0
+        )  # reading a terminal that nobody wrote to would wait for ever
         text = plain(os.read(ours, 100_000).decode())
     finally:
         os.close(ours)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from purestep import ui
+from purestep.bits import human_bytes
 from purestep.errors import TreeError
 from purestep.tree import pytree, static
-from purestep.ui.summary import human_bytes
 
 
 def block(width: int) -> nn.Module:

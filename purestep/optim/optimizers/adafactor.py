@@ -13,7 +13,9 @@ from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
+    Scalar,
     ScalarOrSchedule,
+    StepNumber,
     is_zero,
     need_params,
     new_count,
@@ -42,6 +44,7 @@ class AdafactorState:
 
 @transformation
 class Adafactor(GradientTransformation):
+    scope = "tensor"
     learning_rate: ScalarOrSchedule = 1e-2
     beta2_decay: float = -0.8
     eps: tuple[float | None, float] = (None, 1e-3)
@@ -59,7 +62,7 @@ class Adafactor(GradientTransformation):
         )
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
@@ -95,12 +98,8 @@ class Adafactor(GradientTransformation):
         alpha = size.clamp(min=self.eps[1]) * rho / rms.clamp(min=1.0)
         return step * -alpha.to(step.dtype), row, column, full
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)

@@ -21,6 +21,7 @@ from purestep.optim.base import (
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
+    StepNumber,
     is_zero,
     need_params,
     new_count,
@@ -33,6 +34,8 @@ from purestep.optim.base import (
 from purestep.optim.decay import add_decay, fixed_filter
 from purestep.optim.optimizers.fused import fitted, fused_adam
 from purestep.optim.scale import checked_rate
+from purestep.optim.scope import Kernel
+from purestep.tree import Structure
 
 
 @tree.pytree
@@ -58,7 +61,7 @@ class AmsgradState:
 class _Leaves:
     """What an update reads, as lists in the order of the parameters; gradients in the dtypes of `nu`."""
 
-    structure: Any
+    structure: Structure
     gs: list[Tensor]
     mu: list[Tensor]
     nu: list[Tensor]
@@ -67,7 +70,8 @@ class _Leaves:
 
 
 @transformation
-class Adam(GradientTransformation):
+class Adam(Kernel, GradientTransformation):
+    scope = "element"
     learning_rate: ScalarOrSchedule | None = None
     b1: Scalar = 0.9
     b2: Scalar = 0.999
@@ -90,14 +94,21 @@ class Adam(GradientTransformation):
         return AmsgradState(count, mu, nu, zeros_like(params)) if self.amsgrad else AdamState(count, mu, nu)
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         leaves = self._leaves(updates, state)
         us, following = self._proposed(updates, leaves, params, step, reuse=False)
         return tree.unflatten(leaves.structure, us), following
 
     def advance(
-        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+        self,
+        updates: Any,
+        state: Any,
+        params: Any,
+        *,
+        reuse: bool = False,
+        step: StepNumber | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         leaves = self._leaves(updates, state)
         ps = same_leaves(params, leaves.structure, updates, "params")
@@ -122,13 +133,13 @@ class Adam(GradientTransformation):
         return (AmsgradState if self.amsgrad else AdamState)(leaves.count, *trees)
 
     def _proposed(
-        self, updates: Any, leaves: _Leaves, params: Any, step: Any, *, reuse: bool
+        self, updates: Any, leaves: _Leaves, params: Any, step: StepNumber | None, *, reuse: bool
     ) -> tuple[list[Tensor], Any]:
         """Return the updates as a list, and the next state."""
         rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
         moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
         gs = fitted(leaves.gs, *moments) if self.fused and fx.plain(leaves.gs, *moments) else None
-        if gs is None:
+        if gs is None or rate is None:
             us, mu, nu, top = self._foreach(leaves, rate, reuse)
         else:
             us = [torch.zeros_like(g) for g in gs]
@@ -141,7 +152,7 @@ class Adam(GradientTransformation):
         return us, self._following(leaves, mu, nu, top)
 
     def _in_one_pass(
-        self, updates: Any, leaves: _Leaves, ps: list[Tensor], rate: Any, decay: Any, reuse: bool
+        self, updates: Any, leaves: _Leaves, ps: list[Tensor], rate: Scalar, decay: Scalar, reuse: bool
     ) -> tuple[Any, Any] | None:
         """Let the kernel write parameters, too: the bits of `torch.optim`'s fused Adam. None where it cannot."""
         moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
@@ -157,7 +168,7 @@ class Adam(GradientTransformation):
         found = self._fused(ps, gs, leaves, rate, decays, reuse)
         return tree.unflatten(leaves.structure, ps), self._following(leaves, *found)
 
-    def _foreach(self, leaves: _Leaves, rate: Any, reuse: bool) -> tuple[Any, ...]:
+    def _foreach(self, leaves: _Leaves, rate: Scalar | None, reuse: bool) -> tuple[Any, ...]:
         """The moments, then the descent; the order of operations is that of torch's foreach implementation."""
         gs, top = leaves.gs, leaves.top
         mu = fx.lerp(leaves.mu, fx.cast(gs, leaves.mu), 1 - self.b1, reuse=reuse)
@@ -179,7 +190,13 @@ class Adam(GradientTransformation):
         return fx.div(us, denom, reuse=True), mu, nu, top
 
     def _fused(
-        self, into: list[Tensor], gs: list[Tensor], leaves: _Leaves, rate: Any, decays: list[float], reuse: bool
+        self,
+        into: list[Tensor],
+        gs: list[Tensor],
+        leaves: _Leaves,
+        rate: Scalar,
+        decays: list[float],
+        reuse: bool,
     ) -> tuple[Any, ...]:
         """Run the kernel over `into`, and return the moments."""
         mu, nu, top = leaves.mu, leaves.nu, leaves.top
@@ -190,24 +207,8 @@ class Adam(GradientTransformation):
         fused_adam(into, gs, mu, nu, top, leaves.count, decays, rate=rate, b1=b1, b2=b2, eps=eps)
         return mu, nu, top
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {} if self.learning_rate is None else {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def shard_invariant(self) -> bool:
-        return not self.fused
-
-    @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def one_pass(self) -> bool:
-        return True
-
-    @property
-    def in_place(self) -> bool:
-        return self.fused
 
     def __repr__(self) -> str:
         return super().__repr__().replace(f", label={self.label!r}", "").replace(f"label={self.label!r}", "")
@@ -239,8 +240,8 @@ def adam(
         eps_root: added under the root, to the uncorrected second moment; for differentiating through the update.
         nesterov: use Nesterov's form of the first moment (`optax.nadam`).
         mu_dtype: dtype of the first moment; by default that of each parameter.
-        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same
-            bits for a shard as for the whole (`shard_invariant` is False).
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and a shard does
+            not get the bits of the full tensor.
 
     Returns:
         A transformation with the state `AdamState(count, mu, nu)`.

@@ -43,6 +43,7 @@ class NAdamState:
 
 @transformation
 class ScaleByNadam(GradientTransformation):
+    scope = "element"
     b1: Scalar = 0.9
     b2: Scalar = 0.999
     eps: Scalar = 1e-8
@@ -69,10 +70,6 @@ class ScaleByNadam(GradientTransformation):
 
     def _momentum(self, t: Tensor) -> Tensor:
         return self.b1 * (1.0 - 0.5 * torch.pow(0.96, t * self.momentum_decay))
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -155,6 +152,7 @@ def nadamw(
 
 @transformation
 class ScaleByRadam(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = MOMENTS
     b1: Scalar = 0.9
     b2: Scalar = 0.999
@@ -238,6 +236,7 @@ def radam(
 
 @transformation
 class ScaleByAdamax(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = MOMENTS
     b1: Scalar = 0.9
     b2: Scalar = 0.999

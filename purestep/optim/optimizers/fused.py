@@ -1,21 +1,21 @@
 """torch's fused optimizer kernels: the update of parameters and moments in one pass over the memory.
 
 Used by sgd, adam, adamw and amsgrad with `fused=True`, in plain eager mode only. The kernels write into all lists that
-they are given but the gradients, so those must be copies, or given away. An update without its parameters is what the
+they are given but the gradients, so those must be copies, or donated. An update without its parameters is what the
 kernels make of zeros.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from purestep.optim import _torch
 
 
 def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[int]]:
     """Positions of tensors by device, dtype and a number of each: a fused kernel takes one kind at a time."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, float], list[int]] = {}
     for i, x in enumerate(xs):
         groups.setdefault((x.device, x.dtype, numbers[i] if numbers else 0.0), []).append(i)
     return list(groups.values())
@@ -52,13 +52,13 @@ def fused_sgd(
     grads: list[Tensor],
     trace: list[Tensor] | None,
     *,
-    rate: Any,
+    rate: float | Tensor,
     momentum: float = 0.0,
     nesterov: bool = False,
 ) -> None:
     """Take a step of momentum SGD; `params` and `trace` are overwritten."""
     for at in _groups(grads):
-        torch._fused_sgd_(
+        _torch.fused_sgd(
             [params[i] for i in at],
             [grads[i] for i in at],
             [trace[i] for i in at] if trace is not None else [],
@@ -81,7 +81,7 @@ def fused_adam(
     count: Tensor,
     decays: list[float],
     *,
-    rate: Any,
+    rate: float | Tensor,
     b1: float,
     b2: float,
     eps: float,
@@ -89,7 +89,7 @@ def fused_adam(
     """Take the `count`-th step of Adam, each parameter with its decoupled decay; all but `grads` are overwritten."""
     for at in _groups(grads, decays):
         steps = count.to(grads[at[0]].device, torch.float32)
-        torch._fused_adamw_(
+        _torch.fused_adamw(
             [params[i] for i in at],
             [grads[i] for i in at],
             [mu[i] for i in at],

@@ -30,6 +30,7 @@ from purestep.optim.scale import scale_by_learning_rate
 
 @transformation
 class ScaleByTrustRatio(GradientTransformation):
+    scope = "tensor"
     min_norm: float = 0.0
     trust_coefficient: Scalar = 1.0
     eps: float = 0.0
@@ -45,10 +46,6 @@ class ScaleByTrustRatio(GradientTransformation):
         unknown = (param == 0.0) | (update == 0.0)
         safe = torch.where(unknown, torch.ones_like(update), update + self.eps)
         return torch.where(unknown, torch.ones_like(safe), self.trust_coefficient * param / safe)
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)

@@ -17,7 +17,9 @@ from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
+    Scalar,
     ScalarOrSchedule,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -27,6 +29,7 @@ from purestep.optim.base import (
 )
 from purestep.optim.curvature import ValueFn, need_value_fn, value_and_grad
 from purestep.optim.scale import checked_rate
+from purestep.tree import Structure
 
 
 @tree.pytree
@@ -66,7 +69,7 @@ class Lbfgs(GradientTransformation):
         state: Any,
         params: Any = None,
         *,
-        step: Any = None,
+        step: StepNumber | None = None,
         value: Any = None,
         value_fn: ValueFn | None = None,
         **extra: Any,
@@ -96,7 +99,7 @@ class Lbfgs(GradientTransformation):
         pairs = torch.where(good, (state.pairs + 1).clamp(max=self.memory_size), state.pairs)
         return pairs, steps, changes
 
-    def _at(self, value_fn: ValueFn, flat: Tensor, ps: list[Tensor], treedef: Any) -> tuple[Tensor, Tensor]:
+    def _at(self, value_fn: ValueFn, flat: Tensor, ps: list[Tensor], treedef: Structure) -> tuple[Tensor, Tensor]:
         loss, grads = value_and_grad(value_fn, tree.unflatten(treedef, _split(flat, ps)))
         return loss.to(flat.dtype), _flat(tree.leaves(grads))
 
@@ -126,12 +129,8 @@ class Lbfgs(GradientTransformation):
         # staying.
         return torch.where(done, trial, low)
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"step_length": state.step_length}
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 @checked(OptimError)

@@ -25,6 +25,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @transformation
 class ScaleByMuon(Rule):
+    scope = "tensor"
     memory: ClassVar[tuple[str, ...]] = ("momentum",)
     beta: Scalar = 0.95
     nesterov: bool = True
@@ -49,10 +50,6 @@ class ScaleByMuon(Rule):
             )
         factor = _SHAPES[self.adjust](x.shape[0], x.shape[1])
         return orthogonalize(x, self.ns_coefficients, self.ns_steps, eps=self.eps).to(x.dtype) * factor
-
-    @property
-    def elementwise(self) -> bool:
-        return False
 
 
 _SHAPES: dict[str, Any] = {

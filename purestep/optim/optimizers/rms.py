@@ -24,6 +24,7 @@ from purestep.optim.scale import scale_by_learning_rate
 
 @transformation
 class ScaleByRms(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("nu",)
     decay: Scalar = 0.99
     eps: Scalar = 1e-8
@@ -56,6 +57,7 @@ def scale_by_rms(
 
 @transformation
 class ScaleByStddev(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("nu", "mu")
     decay: Scalar = 0.99
     eps: Scalar = 1e-8
@@ -124,6 +126,7 @@ def rmsprop(
 
 @transformation
 class ScaleByRss(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("sum_of_squares",)
     initial_accumulator_value: float = 0.0
     eps: Scalar = 1e-10
@@ -185,6 +188,7 @@ def adagrad(
 
 @transformation
 class ScaleByAdadelta(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("square_avg", "acc_delta")
     rho: Scalar = 0.9
     eps: Scalar = 1e-6

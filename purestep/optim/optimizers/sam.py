@@ -43,14 +43,6 @@ class Sam(Wrapper):
         proposed, inner = self.inner.update(worst, state.inner, params, value_fn=value_fn, **extra)
         return proposed, SamState(inner)
 
-    @property
-    def elementwise(self) -> bool:
-        return False
-
-    @property
-    def on_shards(self) -> bool:
-        return False
-
 
 @checked(OptimError)
 def sam(

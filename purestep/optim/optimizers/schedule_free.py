@@ -12,10 +12,11 @@ from purestep.arguments import Decay, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
 from purestep.optim import foreach as fx
 from purestep.optim.base import (
+    ElementWrapper,
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
-    Wrapper,
+    StepNumber,
     need_params,
     new_count,
     same_leaves,
@@ -44,7 +45,7 @@ class ScheduleFreeState:
 
 
 @transformation
-class ScheduleFree(Wrapper):
+class ScheduleFree(ElementWrapper):
     inner: GradientTransformation
     learning_rate: ScalarOrSchedule
     b1: float = 0.9
@@ -56,7 +57,7 @@ class ScheduleFree(Wrapper):
         return ScheduleFreeState(zero + self.b1, zero, zero.clone(), z, self.inner.init(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         ys, treedef = tree.flatten(need_params(params, self.name))
         before = same_leaves(state.z, treedef, params, "iterates z")
@@ -75,10 +76,6 @@ class ScheduleFree(Wrapper):
         target = fx.add(fx.mul(average, self.b1), fx.mul(after, 1.0 - self.b1), reuse=True)
         following = ScheduleFreeState(state.b1, total, highest, tree.unflatten(treedef, after), inner)
         return tree.unflatten(treedef, fx.sub(target, ys, reuse=True)), following
-
-    @property
-    def separable(self) -> bool:
-        return self.inner.separable
 
 
 @checked(OptimError)

@@ -19,6 +19,7 @@ from purestep.optim.base import (
     GradientTransformation,
     Scalar,
     ScalarOrSchedule,
+    StepNumber,
     is_zero,
     new_count,
     same_leaves,
@@ -29,6 +30,10 @@ from purestep.optim.base import (
 )
 from purestep.optim.optimizers.fused import fitted, fused_sgd
 from purestep.optim.scale import checked_rate
+from purestep.optim.scope import Kernel
+from purestep.tree import Structure
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @tree.pytree
@@ -40,7 +45,8 @@ class SgdState:
 
 
 @transformation
-class Sgd(GradientTransformation):
+class Sgd(Kernel, GradientTransformation):
+    scope = "element"
     learning_rate: ScalarOrSchedule
     momentum: Scalar = 0.0
     nesterov: bool = False
@@ -51,7 +57,7 @@ class Sgd(GradientTransformation):
         return EmptyState() if is_zero(self.momentum) else SgdState(new_count(params), zeros_like(params))
 
     def update(
-        self, updates: Any, state: Any, params: Any = None, *, step: Any = None, **extra: Any
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
         trace = self._trace(state, treedef, updates)
@@ -70,9 +76,18 @@ class Sgd(GradientTransformation):
         return tree.unflatten(treedef, descent), self._following(state, treedef, trace)
 
     def advance(
-        self, updates: Any, state: Any, params: Any, *, reuse: bool = False, step: Any = None, **extra: Any
+        self,
+        updates: Any,
+        state: Any,
+        params: Any,
+        *,
+        reuse: bool = False,
+        step: StepNumber | None = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         """Let the kernel write parameters, too: the bits of `torch.optim`'s fused SGD."""
+        if not self.fused:
+            return super().advance(updates, state, params, reuse=reuse, step=step, **extra)
         gs, treedef = tree.flatten(updates)
         trace, ps = self._trace(state, treedef, updates), same_leaves(params, treedef, updates, "params")
         ready = self._ready(gs if trace is None else fx.cast(gs, trace), trace, ps)
@@ -82,19 +97,23 @@ class Sgd(GradientTransformation):
         trace = self._fused(ps, ready, trace, value_at(self.learning_rate, step), reuse=reuse)
         return tree.unflatten(treedef, ps), self._following(state, treedef, trace)
 
-    def _trace(self, state: Any, treedef: Any, updates: Any) -> list[Tensor] | None:
+    def _trace(self, state: Any, treedef: Structure, updates: Any) -> list[Tensor] | None:
         return None if is_zero(self.momentum) else same_leaves(state.momentum, treedef, updates, "momentum buffers")
 
-    def _following(self, state: Any, treedef: Any, trace: list[Tensor] | None) -> Any:
+    def _following(self, state: Any, treedef: Structure, trace: list[Tensor] | None) -> Any:
         return state if trace is None else SgdState(state.count + 1, tree.unflatten(treedef, trace))
 
     def _ready(self, gs: list[Tensor], *lists: list[Tensor] | None) -> list[Tensor] | None:
         """Return the gradients as the kernel takes them; None where there is none to take them."""
         given = [xs for xs in lists if xs is not None]
-        return fitted(gs, *given) if self.fused and fx.plain(gs, *given) else None
+        # The CPU kernel of torch 2.13 skips most elements of half precision, and reads their momentum as float32
+        # (pytorch issue 191763).
+        if not self.fused or not fx.plain(gs, *given) or any(g.is_cpu and g.dtype in _HALF for g in gs):
+            return None
+        return fitted(gs, *given)
 
     def _fused(
-        self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Any, *, reuse: bool
+        self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Scalar, *, reuse: bool
     ) -> list[Tensor] | None:
         trace = trace if trace is None or reuse else [t.clone() for t in trace]
         momentum = 0.0 if trace is None else float(self.momentum)
@@ -107,24 +126,8 @@ class Sgd(GradientTransformation):
             return 1
         return torch.where(count == 0, 1.0, 1.0 - self.dampening * torch.ones_like(wide(count)))
 
-    def hyperparams(self, state: Any, step: Any = None) -> dict[str, Any]:
+    def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"learning_rate": value_at(self.learning_rate, step)}
-
-    @property
-    def shard_invariant(self) -> bool:
-        return not self.fused
-
-    @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def one_pass(self) -> bool:
-        return self.fused
-
-    @property
-    def in_place(self) -> bool:
-        return self.fused
 
 
 @checked(OptimError)
@@ -146,8 +149,8 @@ def sgd(
         momentum: $\mu$; 0 keeps no state.
         nesterov: look ahead along the momentum.
         dampening: $d$; the first gradient enters undamped.
-        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and not the same
-            bits for a shard as for the whole (`shard_invariant` is False).
+        fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and a shard does
+            not get the bits of the full tensor.
 
     Returns:
         A transformation with the state `SgdState(count, momentum)`, or an empty one without momentum.

@@ -21,13 +21,11 @@ from purestep.optim.scale import scale, scale_by_learning_rate
 
 @transformation
 class ScaleBySign(GradientTransformation):
+    scope = "element"
+
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         return tree.unflatten(treedef, fx.sign(xs)), state
-
-    @property
-    def separable(self) -> bool:
-        return True
 
 
 @checked(OptimError)
@@ -59,6 +57,7 @@ def sign_sgd(learning_rate: NonNegative[ScalarOrSchedule]) -> GradientTransforma
 
 @transformation
 class ScaleByLion(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("mu",)
     b1: Scalar = 0.9
     b2: Scalar = 0.99
@@ -121,6 +120,7 @@ def lion(
 
 @transformation
 class ScaleByRprop(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("prev", "step_size")
     learning_rate: Scalar
     eta_minus: float = 0.5

@@ -73,10 +73,6 @@ class ScaleBySophia(GradientTransformation):
         new = SophiaState(count, state.rng, tree.unflatten(treedef, mu), tree.unflatten(treedef, diagonal))
         return tree.unflatten(treedef, us), new
 
-    @property
-    def elementwise(self) -> bool:
-        return False
-
     def _refreshed(self, diagonal: list[Tensor], params: Any, value_fn: ValueFn, state: Any) -> list[Tensor]:
         """Hutchinson's estimate: for random signs r, the mean of r * (H r) is the diagonal of H."""
         rng = random.fold_in(state.rng, state.count)

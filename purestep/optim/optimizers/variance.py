@@ -23,6 +23,7 @@ from purestep.optim.scale import scale_by_learning_rate
 
 @transformation
 class ScaleByAdan(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("mu", "delta", "nu", "grad")
     b1: Scalar = 0.98
     b2: Scalar = 0.92
@@ -102,6 +103,7 @@ def adan(
 
 @transformation
 class ScaleByBelief(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("mu", "nu")
     b1: Scalar = 0.9
     b2: Scalar = 0.999
@@ -166,6 +168,7 @@ def adabelief(
 
 @transformation
 class ScaleByYogi(Rule):
+    scope = "element"
     memory: ClassVar[tuple[str, ...]] = ("mu", "nu")
     b1: Scalar = 0.9
     b2: Scalar = 0.999

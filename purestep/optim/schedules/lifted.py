@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import transforms
+from purestep import _torch, transforms
 from purestep.arguments import Count, NonNegative, checked
 from purestep.errors import OptimError, explain
 from purestep.optim.schedules.base import ScheduleBase, schedule
@@ -31,7 +31,7 @@ class TableSchedule(ScheduleBase):
 
     def at(self, t: Tensor) -> Tensor:
         index = t.to(torch.int64).clamp(0, len(self.values) - 1)
-        traced = torch._C._len_torch_dispatch_stack() > 0 or transforms.active()
+        traced = _torch.dispatch_modes() > 0 or transforms.active()
         # A tracer must see the table as a constant of the graph, not as a tensor from elsewhere.
         make = _table.__wrapped__ if traced else _table
         return make(self.values, t.dtype, t.device).index_select(0, index.reshape(-1)).reshape(t.shape)

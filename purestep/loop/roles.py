@@ -1,0 +1,107 @@
+"""What a callback may be besides a reducer of events: each role is a base class, and none is guessed from a name.
+
+`machine` and `run` ask `isinstance(callback, Evaluator)` and so on, so that a field or method of a user's callback
+means what its author meant, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from purestep.loop.events import Event, Horizon, LoopState, View
+
+if TYPE_CHECKING:
+    from purestep.loop.cadence import Every
+    from purestep.snapshot import Keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """What an evaluation is told about the other ranks.
+
+    Attributes:
+        plan: the plan of the step.
+        meet: `meet(what, value)` returns the values of all ranks; every rank calls it.
+    """
+
+    plan: Any
+    meet: Callable[[str, Any], list[Any]]
+
+
+class Watcher:
+    """A callback that waits for metrics by their names."""
+
+    def watches(self) -> Sequence[str]:
+        """Name the metrics that it waits for, as they are logged: `val/loss`. A run refuses names that never come."""
+        return ()
+
+
+class Evaluator(abc.ABC):
+    """A callback that performs the effect `Evaluate` of its name."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self, train: Any, interrupted: Callable[[], bool], peers: Peers | None = None
+    ) -> Mapping[str, float] | None:
+        """Return the row of metrics, named `<name>/<metric>`, or None when a signal cut it off.
+
+        Args:
+            train: the train state, which it must leave as it is.
+            interrupted: tells, between two batches, whether to give up.
+            peers: the other ranks under a plan, None in a run of one process. Every rank returns the same row.
+        """
+
+    def check_first(self, train: Any) -> Sequence[str] | None:
+        """Check before the first step what can be checked, and return the names of the metrics; None if not known."""
+        return None
+
+
+class Transformer(abc.ABC):
+    """A callback that performs the effect `Transform` of its name."""
+
+    @abc.abstractmethod
+    def transform(self, train: Any) -> Any:
+        """Return the train state that takes the place of this one: a pure function, on every rank the same."""
+
+
+class SnapshotPolicy(abc.ABC):
+    """A callback that says which snapshots stay on the disk; of several, what any of them preserves."""
+
+    @abc.abstractmethod
+    def preserves(self) -> Keep:
+        """Return the preservation policy."""
+
+
+class EventSink(Protocol):
+    """What an observer opens: it is shown every event, after the machine."""
+
+    def receive(self, event: Event, loop: LoopState) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Observer(abc.ABC):
+    """A callback that shows a run to the outside. It cannot change the run; one that raises is left out."""
+
+    @abc.abstractmethod
+    def open_sink(self, run_dir: Path | None, length: int | None) -> EventSink:
+        """Open what is shown the events.
+
+        Args:
+            run_dir: run directory, None without one.
+            length: batches of an epoch, None where it is not known.
+        """
+
+
+class Recurring:
+    """A callback that acts at the moments of its field `every`."""
+
+    every: Every
+
+    def horizon(self, view: View) -> Horizon:
+        """Announce the next of these moments."""
+        return self.every.horizon(view)

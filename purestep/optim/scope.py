@@ -1,0 +1,201 @@
+"""What a transformation must see at once: one slice, one full tensor, or the full tree.
+
+Owns the three scopes, what they mean for a transformation that holds others, and the gather before an update that needs
+full tensors where a step holds shards. `blocks` asks it before it slices, a plan before it hands out shards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from purestep import tree
+from purestep.errors import OptimError, explain
+from purestep.optim.columns import tensors_of
+from purestep.sharding import whole
+
+Scope = Literal["element", "tensor", "tree"]
+SCOPES: tuple[Scope, ...] = ("element", "tensor", "tree")  # from the narrowest
+T = TypeVar("T")
+
+
+class Scoped:
+    """Internal: what has a scope; the base of `GradientTransformation`."""
+
+    scope: ClassVar[Scope] = "tree"
+
+
+class ShardAware:
+    """Internal: `update` is right on shards whatever its scope, because it asks all ranks for norms and flags."""
+
+
+class Combinator(ShardAware):
+    """Internal: made of other transformations, and by itself element by element: as wide as what is in it."""
+
+    @property
+    def scope(self) -> Scope:
+        """The widest scope of the transformations in this one."""
+        return scope_of(self)  # type: ignore[arg-type]
+
+
+class Kernel:
+    """Internal: `advance` writes parameters and moments in one pass, with torch's fused kernels if `fused`.
+
+    Those give an element other last bits where it lies elsewhere in memory, so a fused kernel is not sliced on one
+    process, and refused where a plan promises bits.
+    """
+
+    fused: bool
+
+
+def scope_of(tx: Scoped) -> Scope:
+    """Return what of all that a transformation does may be separated: the widest scope of itself and of those in it.
+
+    A wrapper that declares "element" speaks of itself only, so that no declaration can narrow what is in it.
+
+    Raises:
+        OptimError: `tx.scope` is none of the three.
+
+    Example:
+        >>> from purestep import optim
+        >>> scope_of(optim.nadam(1e-3)), scope_of(optim.lamb(1e-3)), scope_of(optim.clip_by_global_norm(1.0))
+        ('element', 'tensor', 'tree')
+    """
+    own: Scope = "element" if isinstance(tx, Combinator) else check_scope(tx.scope, tx)
+    return max((own, *map(scope_of, inside(tx))), key=SCOPES.index)
+
+
+def check_scope(scope: Any, owner: Any) -> Scope:
+    """Return a scope, or refuse what is none."""
+    if isinstance(scope, str) and scope in SCOPES:
+        return scope
+    name = owner.__name__ if isinstance(owner, type) else type(owner).__name__
+    raise OptimError(
+        explain(
+            f"{name} has no scope that there is",
+            where=f"scope = {scope!r}",
+            why="it says what an update must see at once to be right, and no other word says that",
+            instead='scope = "element"   # any slice of a tensor by itself\n'
+            'scope = "tensor"    # each tensor by itself, in full\n'
+            'scope = "tree"      # all tensors at once, in full: the default',
+        )
+    )
+
+
+def inside(tx: Scoped) -> list[Scoped]:
+    """Return the transformations that a transformation holds in its fields, in tuples and lists and dicts there too."""
+    held = [*vars(tx).values(), getattr(tx, "inner", None)]
+    found: dict[int, Scoped] = {}
+    for value in held:
+        members = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else (value,)
+        found |= {id(x): x for x in members if isinstance(x, Scoped)}
+    return list(found.values())
+
+
+def takes_shards(tx: Scoped) -> bool:
+    """Tell whether a transformation itself is handed this rank's shards; those in it decide for themselves."""
+    return isinstance(tx, ShardAware) or check_scope(tx.scope, tx) == "element"
+
+
+def only_shards(tx: Scoped) -> bool:
+    """Tell whether a transformation and all in it are handed shards, so that an update gathers nothing."""
+    return takes_shards(tx) and all(map(only_shards, inside(tx)))
+
+
+def fused_on_shards(tx: Scoped) -> bool:
+    """Tell whether a fused kernel is handed shards, to which it may give other last bits than to full tensors."""
+    own = isinstance(tx, Kernel) and tx.fused
+    return takes_shards(tx) and (own or any(map(fused_on_shards, inside(tx))))
+
+
+# --- full tensors where a step holds shards ---------------------------------------------------------------------------
+# `base` wraps these three methods of each subclass that defines them. Without a plan, or where nothing is sharded, the
+# method is called as it is.
+
+
+def _gathers(tx: Scoped) -> whole.Whole | None:
+    behind = whole.current()
+    return behind if behind is not None and behind.split and not takes_shards(tx) else None
+
+
+def full_update(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Return an `update` that is given full tensors unless it is right on shards."""
+
+    @functools.wraps(method)
+    def update(self: Any, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        behind = _gathers(self)
+        if behind is None:
+            return method(self, updates, state, params, **extra)
+        call = functools.partial(method, self, **extra)
+        if scope_of(self) == "tensor" and (done := _one_by_one(behind, call, updates, state, params)) is not None:
+            return done
+        new, following = behind.in_full(call, updates, state, params)
+        return behind.parted(new, updates), behind.parted(following, state)
+
+    return update
+
+
+def _one_by_one(
+    behind: whole.Whole, call: Callable[..., Any], updates: Any, state: Any, params: Any
+) -> tuple[Any, Any] | None:
+    """Gather, update and shard one tensor after another, so that only one is ever in full.
+
+    None where the trees are not flat, or the state does not say by name what belongs to which tensor.
+    """
+    if type(updates) is not dict or not (params is None or (type(params) is dict and params.keys() == updates.keys())):
+        return None
+    leaves, structure = tree.flatten(state)
+    if not updates or not all(isinstance(x, Tensor) for x in (*updates.values(), *leaves)):
+        return None
+    shapes = tuple((name, tuple(u.shape)) for name, u in updates.items())
+    blocks = tensors_of(structure, shapes, tuple(tuple(x.shape) for x in leaves))
+    if blocks is None:
+        return None
+    result: dict[str, Tensor] = {}
+    following = list(leaves)
+    for block in blocks:
+        (name,) = block.names
+        given = {name: updates[name]}
+        own = tree.unflatten(block.structure, [leaves[at] for at, _ in block.leaves])
+        new, held = behind.in_full(call, given, own, None if params is None else {name: params[name]})
+        result |= behind.parted(new, given)
+        for (at, _), leaf in zip(block.leaves, tree.leaves(behind.parted(held, own)), strict=True):
+            following[at] = leaf  # what all tensors share, as a count, is the same in each block
+    return result, tree.unflatten(structure, following)
+
+
+def full_apply(method: Callable[..., T]) -> Callable[..., T]:
+    """Return an `apply` that is given full tensors unless it is right on shards."""
+
+    @functools.wraps(method)
+    def apply(self: Any, params: Any, updates: Any, state: Any) -> Any:
+        behind = _gathers(self)
+        if behind is None:
+            return method(self, params, updates, state)
+        return behind.parted(behind.in_full(functools.partial(method, self), params, updates, state), params)
+
+    return apply
+
+
+def full_advance(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Return an `advance` that is given full tensors unless it is right on shards."""
+
+    @functools.wraps(method)
+    def advance(
+        self: Any, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any
+    ) -> tuple[Any, Any]:
+        behind = _gathers(self)
+        if behind is None:
+            return method(self, updates, state, params, reuse=reuse, **extra)
+        # The gathered tensors are this call's own, but those that every rank holds in full are not.
+        call = functools.partial(method, self, reuse=False, **extra)
+        new, following = behind.in_full(call, updates, state, params)
+        return behind.parted(new, params), behind.parted(following, state)
+
+    return advance
+
+
+IN_FULL: dict[str, Callable[..., Any]] = {"update": full_update, "apply": full_apply, "advance": full_advance}
