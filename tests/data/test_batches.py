@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import pickle
 import random as python_random
 import time
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from purestep import data, random, tree
+from purestep.data.order import SampleShard
 from purestep.errors import DataError
 
 
@@ -237,3 +240,22 @@ def test_the_fast_path_adds_little_to_indexing() -> None:
 
     extra = min(ours() for _ in range(5)) - min(raw() for _ in range(5))
     assert extra < 60e-6  # a loose bound: the machine is shared
+
+
+def test_the_arguments_are_declared_once_and_stay_visible() -> None:
+    parameters = inspect.signature(data.batches).parameters
+    assert list(parameters)[:3] == ["dataset", "batch_size", "seed"]
+    assert {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == set(list(parameters)[2:])
+    assert list(parameters) == [field.name for field in dataclasses.fields(data.Batches)]
+    undocumented = [name for name in parameters if f"\n        {name}: " not in (data.batches.__doc__ or "")]
+    assert not undocumented
+    with pytest.raises(TypeError):
+        data.batches(torch.arange(4), 2, 7)
+
+
+def test_a_pickled_value_has_every_argument() -> None:
+    shard = SampleShard(2, (1,))
+    changed = data.batches(torch.arange(12), 4, seed=3, shuffle=False, drop_last=False, prefetch=5).replace(shard=shard)
+    copied = pickle.loads(pickle.dumps(changed.take(2)))
+    for field in dataclasses.fields(data.Batches)[1:]:
+        assert getattr(copied, field.name) == getattr(changed.take(2), field.name), field.name

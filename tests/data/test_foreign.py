@@ -268,3 +268,30 @@ def test_a_state_of_another_loader_is_refused() -> None:
     for kind in ("grain loader", "grain iterator"):
         with pytest.raises(DataError, match="the saved position is that of another kind of loader"):
             data.as_source(EXACT[kind]()).open(0, 1, first.state())
+
+
+def test_a_state_that_a_wrapper_forwards_is_saved() -> None:
+    """The loaders of Accelerate forward attributes so; a class is asked by `isinstance` of a protocol, they are not."""
+
+    class Forwards:
+        def __init__(self) -> None:
+            self.inner = StatefulDataLoader(list(range(12)), 3)
+
+        def __iter__(self) -> Any:
+            return iter(self.inner)
+
+        def __len__(self) -> int:
+            return len(self.inner)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["inner"], name)
+
+    source = data.as_source(Forwards())
+    batches = source.open(0, 0, None)
+    next(batches), next(batches)
+    state = source.state()
+    assert "state_dict" in state
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReplayWarning)
+        rest = list(data.as_source(Forwards()).open(0, 2, state))
+    assert [batch.tolist() for batch in rest] == [[6, 7, 8], [9, 10, 11]]
