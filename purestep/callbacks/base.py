@@ -17,7 +17,7 @@ class Reducer(Watcher):
     subclasses `Evaluator`, `Transformer`, `SnapshotPolicy` or `Observer` besides.
     """
 
-    def init(self) -> Any:
+    def init(self) -> object:
         """Return the own state at the start of a run."""
         return None
 

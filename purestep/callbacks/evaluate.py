@@ -34,14 +34,14 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
     of: Callable[[Any], Any] | None
     name: str
 
-    def react(self, own: Any, event: Event, view: View) -> Reaction:
+    def react(self, own: object, event: Event, view: View) -> Reaction:
         if isinstance(event, Evaluated) and event.name == self.name:
             return own, (Log(event.row),)
         if self.every.due(event, view) or (self.at_start and isinstance(event, Started)):
             return own, (Evaluate(self.name),)
         return own, ()
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Return what a snapshot of a run records of it: the data as the source it is read from."""
         of = {"loss_fn": self.loss_fn, "data": self._source, "of": self.of}
         return {**of, "every": self.every, "at_start": self.at_start}
@@ -51,7 +51,7 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
         return self.loss_fn if facts_of(self.loss_fn).evaluates else make_eval(self.loss_fn)
 
     @functools.cached_property
-    def _source(self) -> Any:
+    def _source(self) -> data.Source:
         return data.as_source(self.data)
 
     def check_first(self, train: Any) -> tuple[str, ...] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from purestep import metrics
 from purestep.arguments import Name, checked
@@ -56,11 +55,11 @@ class LearningRate(Recurring, Reducer):
     every: Every
     name: str
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Return what a snapshot of a run records of it: it has the transformation from the step."""
         return {"every": self.every}
 
-    def react(self, own: Any, event: Event, view: View) -> Reaction:
+    def react(self, own: object, event: Event, view: View) -> Reaction:
         if not self.every.due(event, view):
             return own, ()
         values = self.tx.hyperparams(view.train.opt_state, view.train.step)

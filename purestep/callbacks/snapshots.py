@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from purestep import snapshot
 from purestep.arguments import Name, checked
@@ -31,7 +30,7 @@ class Snapshots(Recurring, Reducer, SnapshotPolicy):
     def preserves(self) -> snapshot.Keep:
         return self.keep
 
-    def react(self, own: Any, event: Event, view: View) -> Reaction:
+    def react(self, own: object, event: Event, view: View) -> Reaction:
         return own, ((Save(),) if self.every.due(event, view) else ())
 
 

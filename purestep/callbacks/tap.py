@@ -66,7 +66,7 @@ class TransformCallback(Recurring, Reducer, Transformer):
     every: Every
     name: str
 
-    def react(self, own: Any, event: Event, view: View) -> Reaction:
+    def react(self, own: object, event: Event, view: View) -> Reaction:
         return own, ((Transform(self.name),) if self.every.due(event, view) else ())
 
     def transform(self, train: Any) -> Any:

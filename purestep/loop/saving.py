@@ -70,7 +70,7 @@ class Saving:
         self.on_save_error, self._grace = on_save_error, grace
         self.store: snapshot.Store | None = None
         self._lock: Lock | None = None
-        self._saved: Any = None
+        self._saved: tuple[object, ...] | None = None
         self._identity: Mapping[str, Any] = {}  # rank 0 writes it
         self._skipped = 0
         self._abandoned = self.unsaved = False
@@ -228,7 +228,7 @@ def _explained(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _position(loop: LoopState) -> tuple[Any, ...]:
+def _position(loop: LoopState) -> tuple[object, ...]:
     """What tells two loop states of one run apart: a snapshot of the same position is not taken twice.
 
     Why the run stops is not among it, because a resumed run asks anew. Which evaluations are pending is: their rows,

@@ -377,6 +377,30 @@ def test_best_and_latest_are_kept_and_restored(job, tmp_path):
         ps.restore(tmp_path, like=job()["state"], best="val/los")
 
 
+def test_one_restore_reads_runs_and_stores(job, tmp_path):
+    result = quiet(job, until=ps.steps(4), run_dir=tmp_path / "run")
+    state = job()["state"]
+    for where in (tmp_path / "run", tmp_path / "run" / "snapshots"):
+        assert_trees_equal(ps.restore(where, like=state, verify="digest"), result.state)
+    params = ps.restore(tmp_path / "run", like=state.replace(params=...)).params
+    assert_trees_equal(params, result.state.params)
+    loop = ps.restore(tmp_path / "run", like=result.loop)
+    assert isinstance(loop, ps.loop.LoopState)
+    assert loop.cursor == result.loop.cursor
+    assert_trees_equal(loop.train, result.state)
+    with pytest.raises(ps.errors.TemplateMismatch, match=r"pass like="):
+        ps.restore(tmp_path / "run")  # a model is no data: it comes from the template
+    tree = {"w": torch.arange(3), "n": 7}
+    with ps.snapshot.Store(tmp_path / "store", keep=ps.snapshot.all_()) as store:
+        store.save(3, tree, metrics={"loss": 0.5})
+        store.save(4, {**tree, "n": 8}, metrics={"loss": 0.7})
+    assert_trees_equal(ps.restore(tmp_path / "store"), {**tree, "n": 8})
+    assert ps.restore(tmp_path / "store", step=3)["n"] == 7
+    assert ps.restore(tmp_path / "store", best="loss", like=tree)["n"] == 7
+    with pytest.raises(ps.errors.TemplateMismatch):
+        ps.restore(tmp_path / "store", like=state)
+
+
 def test_resume_never_must_and_back_in_time(job, tmp_path):
     with pytest.raises(ConfigError, match="no snapshot to resume from"):
         quiet(job, until=ps.steps(2), run_dir=tmp_path / "a", resume="must")
