@@ -1,4 +1,4 @@
-"""What griffe does not know of our docstrings and signatures: groups of names, and arguments that a dataclass declares."""
+"""What griffe does not know of our docstrings and signatures: groups of names, arguments that a dataclass declares."""
 
 from __future__ import annotations
 
