@@ -236,16 +236,17 @@ LEFT_OUT: dict[str, str] = {
         NODE,
     ),
     **dict.fromkeys(
-        "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
-        "tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select tree.tensor_bytes "
-        "tree.unflatten".split(),
+        "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.find "
+        "tree.map_with_name tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select "
+        "tree.tensor_bytes tree.unflatten".split(),
         "for the rooms of purestep",
     ),
     "data.concat": "parts by position, each of them what as_source takes",
     **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope ui.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
-        "callbacks.Reducer data.Source loggers.Logger loggers.Sink metrics.Metric optim.GradientTransformation "
-        "optim.Rule optim.ScheduleBase precision.LossScale snapshot.Keep".split(),
+        "callbacks.Callback callbacks.Evaluator callbacks.Observer callbacks.Reducer callbacks.SnapshotPolicy "
+        "callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink metrics.Metric "
+        "optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale snapshot.Keep".split(),
         BASE,
     ),
     **dict.fromkeys(
