@@ -236,8 +236,8 @@ LEFT_OUT: dict[str, str] = {
         NODE,
     ),
     **dict.fromkeys(
-        "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.find "
-        "tree.map_with_name tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select "
+        "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
+        "tree.find tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select "
         "tree.tensor_bytes tree.unflatten".split(),
         "for the rooms of purestep",
     ),
