@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ELEMENTS = 1 << 24  # of the arguments or the result of a call: 64 MB, for as long as the call takes
@@ -70,7 +71,7 @@ class small_kernels(TorchDispatchMode):
 # --- which calls ------------------------------------------------------------------------------------------------------
 
 
-def _values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def _values(args: tuple[Any, ...], kwargs: Mapping[str, object]) -> Iterator[object]:
     """The arguments of a call, with those that are in lists."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, (list, tuple)):
@@ -79,14 +80,14 @@ def _values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
             yield value
 
 
-def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, object]) -> list[Tensor]:
     return [value for value in _values(args, kwargs) if isinstance(value, Tensor)]
 
 
-def _is_answered_by_zeros(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _is_answered_by_zeros(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> bool:
     """Tell whether the CPU kernel says of zeros what torch's kernel says of meta tensors."""
     # Views and new memory are C++ on meta tensors too; and a view has to share their storage.
-    if not isinstance(func, torch._ops.OpOverload) or func.is_view or func.overloadpacket.__name__ in _EMPTY:
+    if not isinstance(func, OpOverload) or func.is_view or func.overloadpacket.__name__ in _EMPTY:
         return False
     if _depends_on_values(func, args):
         return False
@@ -108,14 +109,14 @@ def _is_answered_by_zeros(func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
     return meta
 
 
-def _depends_on_values(func: Any, args: tuple[Any, ...]) -> bool:
+def _depends_on_values(func: OpOverload, args: tuple[Any, ...]) -> bool:
     """Tell whether the shape of the result depends on the numbers in a tensor."""
     if func.overloadpacket is torch.ops.aten.index:
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     return not _BY_VALUE.isdisjoint(func.tags)
 
 
-def _is_elementwise(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _is_elementwise(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> bool:
     """Tell whether each result is laid out like the first argument, or like the tensors of the first list."""
     name = func.overloadpacket.__name__
     if kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
@@ -134,7 +135,7 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
     return all(x.is_contiguous() and x.shape == first.shape for x in tensors if x.dim() or x is first)
 
 
-def _is_quick(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _is_quick(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> bool:
     """Tell whether a call needs little memory and time for real."""
     name, tensors = func.overloadpacket.__name__, _tensors(args, kwargs)
     total = sum(_span(x) for x in tensors)
@@ -174,18 +175,18 @@ class _Call:
         elementwise: whether one element stands for all of a tensor.
     """
 
-    def __init__(self, func: Any, *, elementwise: bool) -> None:
+    def __init__(self, func: OpOverload, *, elementwise: bool) -> None:
         self._func, self._elementwise = func, elementwise
         self._zeros: list[tuple[Tensor, Tensor]] = []  # with the meta tensor that each is for
 
-    def shapes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def shapes(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Return what the call returns, as meta tensors."""
         returned = self._func(*map(self._real, args), **{name: self._real(x) for name, x in kwargs.items()})
         if isinstance(returned, (list, tuple)):
-            return type(returned)(self._meta(x, index) for index, x in enumerate(returned))
+            return [self._meta(x, index) for index, x in enumerate(returned)]
         return self._meta(returned, 0)
 
-    def _real(self, value: Any) -> Any:
+    def _real(self, value: object) -> object:
         if isinstance(value, (list, tuple)):
             return [self._real(x) for x in value]
         if not isinstance(value, Tensor):
@@ -199,15 +200,15 @@ class _Call:
         self._zeros.append((made, value))
         return made
 
-    def _meta(self, value: Any, index: int) -> Any:
+    def _meta(self, value: object, index: int) -> object:
         if isinstance(value, (list, tuple)):
-            return type(value)(self._meta(x, i) for i, x in enumerate(value))
+            return [self._meta(x, i) for i, x in enumerate(value)]
         if not isinstance(value, Tensor):
             return value
         for made, meta in self._zeros:
             if value is made:
                 return meta  # it was written in place
-            if value.untyped_storage()._cdata == made.untyped_storage()._cdata:
+            if value.numel() and value.untyped_storage().data_ptr() == made.untyped_storage().data_ptr():
                 return meta.as_strided(value.shape, value.stride(), meta.storage_offset() + value.storage_offset())
         like = self._zeros[index][1] if self._elementwise else value
         return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=_META)
