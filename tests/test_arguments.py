@@ -244,8 +244,9 @@ LEFT_OUT: dict[str, str] = {
     "data.concat": "sources by position, each of them what as_source takes",
     **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope ui.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
-        "callbacks.Reducer data.Source loggers.Logger loggers.Sink metrics.Metric optim.GradientTransformation "
-        "optim.Rule optim.ScheduleBase precision.LossScale snapshot.Keep".split(),
+        "callbacks.Callback callbacks.Evaluator callbacks.Observer callbacks.Reducer callbacks.SnapshotPolicy "
+        "callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink metrics.Metric "
+        "optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale snapshot.Keep".split(),
         BASE,
     ),
     **dict.fromkeys(

@@ -7,6 +7,7 @@ never comes would be a wait for ever.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
@@ -52,7 +53,8 @@ def check_on_save_error(answer: object) -> None:
 
 def check_grace(seconds: object) -> None:
     """Refuse a grace period that is no time."""
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0):
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and (0 <= seconds < 2**63 or seconds == math.inf)):  # type: ignore[operator]
         raise ConfigError(
             explain(
                 "grace_seconds= is how long the scheduler waits after SIGTERM",

@@ -8,9 +8,9 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from purestep.arguments import Location
 from purestep.errors import ConfigError, explain
 from purestep.loggers import Logger
 from purestep.loop import checks
@@ -36,7 +36,7 @@ class RunOptions:
     until: Until
     callbacks: Sequence[Callback] = ()
     loggers: Sequence[Logger] | None = None
-    run_dir: Location | None = None
+    run_dir: str | Path | None = None
     resume: Resume = "auto"
     on_save_error: OnSaveError = "continue"
     strict: bool = False

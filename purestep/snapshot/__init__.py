@@ -81,7 +81,8 @@ def consolidate(run_dir: Location, out: Location, *, step: int | None = None, on
     return _consolidate(root_of(run_dir), out, step=step, only=only)
 
 
-def root_of(run_dir: str | Path) -> Path:
+@checked(SnapshotError)
+def root_of(run_dir: Location) -> Path:
     """Return the directory of the snapshots of a run; a directory that holds none below is taken for it."""
     nested = Path(run_dir) / DIRECTORY
     return nested if nested.is_dir() else Path(run_dir)
