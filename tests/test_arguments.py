@@ -267,6 +267,7 @@ LEFT_OUT: dict[str, str] = {
         "testing.check_faults testing.check_resume snapshot.consolidate restore".split(),
         "writes, or needs a process: its own tests",
     ),
+    "testing.check_transformation": "updates as often as it is told, 10**30 times as well: its own tests",
 }
 
 # What is wrong with these values, only the user's own function can say, and its error is the one to see.
