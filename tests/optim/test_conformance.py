@@ -261,7 +261,7 @@ def optax_oracle(row: Row, params: Any, seed: int, steps: int = 20) -> Any:
     return {name: torch.from_numpy(np.array(p)) for name, p in theirs.items()}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", slow_but([0, 1], 0))
 @pytest.mark.parametrize("row", ORACLES, ids=[row.name for row in ORACLES])
 def test_agrees_with_its_oracle(row: Row, seed: int) -> None:
     ours, theirs = compared(row.name, seed)
