@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "purestep"
 
 # The order of rooms: each may import from those before it, and from itself. `__init__` stands above all.
 ROOMS = (
-    "lazy errors arguments cpus bits tree transforms recompute given notebook random keyed slots treesum "
+    "lazy errors arguments cpus _torch_cpu portable_kernels portable "
+    "bits tree transforms recompute given notebook random keyed slots treesum "
     "sharding metrics optim precision functional state grad accumulate parallel step jit data snapshot loggers "
     "ui loop callbacks trainer testing cli"
 ).split()

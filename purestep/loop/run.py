@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from purestep import data, loggers, metrics, tree
+from purestep import data, loggers, metrics, portable, tree
 from purestep.jit import donate as donate_
 from purestep.loop import hidden, memory
 from purestep.loop import resume as resume_
@@ -133,6 +133,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.callback(self._feed.close)
             stack.enter_context(self._ranks)
+            portable.check()
             self._saving.open(stack)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)
