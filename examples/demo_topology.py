@@ -29,8 +29,6 @@ RELAY = {4: "fsdp", 2: "ddp", 1: "ddp"}  # the run that is handed on: its plan o
 def work(directory: Path, steps: int) -> None:
     """What each process does: every plan in turn, then its part of the run that is handed on."""
     torch.set_num_threads(1)
-    if ps.bits.portable_here():
-        ps.bits.portable()
     size = ps.sharding.size()
     found = {}
     for plan in PLANS:

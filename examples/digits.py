@@ -76,8 +76,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--precision", default="32", choices=[n for n in ps.precision.NAMES if n != "float8"])
-    bits = "portable" if ps.bits.portable_here() else "native"
-    parser.add_argument("--bits", default=bits, choices=["portable", "native"], help="see docs/bits.md")
+    parser.add_argument("--bits", default=ps.bits.mode(), choices=["portable", "native"], help="see docs/bits.md")
     args = parser.parse_args()
     torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
     if args.bits == "portable":
