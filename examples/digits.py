@@ -76,8 +76,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--precision", default="32", choices=[n for n in ps.precision.NAMES if n != "float8"])
+    parser.add_argument("--bits", default=ps.bits.mode(), choices=["portable", "native"], help="see docs/bits.md")
     args = parser.parse_args()
     torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
+    if args.bits == "portable":
+        ps.bits.portable()
 
     train_set, held_out = load()
     train = ps.data.batches(train_set, BATCH, seed=args.seed, transform=shift, num_workers=args.workers)

@@ -6,6 +6,8 @@ What the user types is re-exported here, and nothing else. What a step needs is 
 
 from typing import TYPE_CHECKING
 
+# First of all, as it asks for PURESTEP_BITS: torch chooses its kernels once, at its first operation.
+from purestep import bits as bits
 from purestep import errors as errors
 from purestep import metrics as metrics
 from purestep import optim as optim

@@ -17,6 +17,9 @@ import torch
 
 from purestep.cpus import available_cpus
 from purestep.errors import TreeError, explain
+from purestep.portable import mode as mode
+from purestep.portable import portable as portable
+from purestep.portable import portable_here as portable_here
 
 BLOCK = 1 << 20  # bytes; longer leaves are hashed by blocks of this size, which threads and ranks can share
 _HASH_THREADS = 4

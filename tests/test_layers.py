@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "purestep"
 
 # The order of rooms: each may import from those before it, and from itself. `__init__` stands above all.
 ROOMS = (
-    "_torch lazy errors arguments cpus bits tree transforms recompute given notebook random keyed slots treesum "
+    "_torch lazy errors arguments cpus _torch_cpu portable_kernels portable bits tree transforms recompute given notebook random keyed slots treesum "
     "sharding metrics optim precision functional state grad accumulate step_protocol parallel step jit data snapshot "
     "loggers ui loop callbacks trainer testing cli"
 ).split()

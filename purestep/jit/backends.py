@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from purestep import _torch
+from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
 from purestep.jit import refusals, shelf
 from purestep.jit.hoist import hoist_scalars
@@ -44,6 +44,15 @@ def check(backend: str, mode: str | None) -> None:
                 "jit has no such mode" if mode not in _MODES else "only a compiler has modes",
                 where=f"mode={mode!r}, backend={backend!r}",
                 instead=f"one of {names}, with backend='inductor' or 'dynamo'",
+            )
+        )
+    if mode is not None and "autotune" in mode and portable.mode() == "portable":
+        raise ConfigError(
+            explain(
+                "portable bits cannot be those of the fastest kernels",
+                where=f"mode={mode!r}",
+                why="autotuning takes the kernel that is fastest on this machine, and kernels add in different orders",
+                instead="ps.jit(step)",
             )
         )
 

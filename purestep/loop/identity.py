@@ -62,6 +62,7 @@ class Identity:
 
 _ENVIRONMENT = {
     "torch": "pip install torch=={}",
+    "bits": "PURESTEP_BITS={}",
     "threads": "torch.set_num_threads({})",
     "cpu_capability": "a machine of the kind the run began on (CPU capability {})",
     "deterministic": "torch.use_deterministic_algorithms({})",

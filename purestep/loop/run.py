@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from purestep import data, metrics, tree
+from purestep import data, metrics, portable, tree
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
 from purestep.loop import hidden, memory
@@ -139,6 +139,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.callback(self._feed.close)
             stack.enter_context(self._ranks)
+            portable.check()
             self._saving.open(stack)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)

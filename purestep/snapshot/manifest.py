@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.backends.cpu
 
+from purestep import portable
 from purestep.errors import CorruptSnapshot, SnapshotError, explain
 from purestep.sharding.mesh import world_size
 from purestep.snapshot import decode
@@ -86,6 +87,7 @@ def environment() -> dict[str, JSON]:
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
+        "bits": portable.record(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
