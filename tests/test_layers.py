@@ -90,7 +90,7 @@ def no_docstring(source: str, relative: Path) -> list[str]:
 # --- torch's private names --------------------------------------------------------------------------------------------
 
 # The files that may touch them, one for each purpose; each says what for, and what to do when a name goes.
-PRIVATE_FILES = {"_torch.py", "_inductor.py", "_dtensor.py"}
+PRIVATE_FILES = {"_torch.py", "_torch_cpu.py", "_inductor.py", "_dtensor.py"}
 # Names with an underscore that are public all the same, or not torch's: whose they are.
 NOT_TORCHS = {
     "_fields": "named tuples",
