@@ -13,13 +13,13 @@ from purestep import metrics as metrics
 from purestep import optim as optim
 from purestep import random as random
 from purestep import tree as tree
+from purestep._lazy import attach
 from purestep.functional import apply as apply
 from purestep.functional import bind as bind
 from purestep.functional import checkpoint as checkpoint
 from purestep.grad import grad_and_value as grad_and_value
 from purestep.jit import donate as donate
 from purestep.jit import jit as jit
-from purestep.lazy import attach
 from purestep.state import TrainState as TrainState
 from purestep.state import init as init
 from purestep.state import to_module as to_module
@@ -35,14 +35,14 @@ from purestep.tree import static as static
 if TYPE_CHECKING:
     from purestep import callbacks as callbacks
     from purestep import data as data
+    from purestep import display as display
     from purestep import loggers as loggers
     from purestep import loop as loop
-    from purestep import notebook as notebook
     from purestep import precision as precision
     from purestep import sharding as sharding
     from purestep import snapshot as snapshot
     from purestep import testing as testing
-    from purestep import ui as ui
+    from purestep.display import notebook as notebook
     from purestep.loop.cadence import epochs as epochs
     from purestep.loop.cadence import every as every
     from purestep.loop.cadence import seconds as seconds

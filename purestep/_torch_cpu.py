@@ -66,12 +66,12 @@ def cpu_kernel(name: str) -> Callable[..., Any]:
 
 def nnpack_enabled() -> bool:
     """Return whether convolutions may go to NNPACK; torch offers a way to set it, and none to read it."""
-    return bool(torch._C._get_nnpack_enabled())  # type: ignore[attr-defined]
+    return bool(torch._C._get_nnpack_enabled())
 
 
 def sequence_number() -> int:
     """Return the number of the node of autograd that the running operation of a forward pass belongs to."""
-    return int(torch.autograd._get_sequence_nr()) - 1  # type: ignore[attr-defined]
+    return int(torch.autograd._get_sequence_nr()) - 1
 
 
 def backward_number() -> int | None:

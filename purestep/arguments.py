@@ -54,7 +54,7 @@ class Range:
         low, high: the ends.
         closed: which ends belong to it: "[]", "[)", "(]" or "()".
 
-    Example:
+    Examples:
         >>> 0.0 in Range(0, 1, "[)"), 1.0 in Range(0, 1, "[)"), math.nan in Range(0, 1)
         (True, False, False)
     """
@@ -103,7 +103,7 @@ def checked(error: type[PurestepError], *, failed: bool = False) -> Callable[[F]
         failed: look at the arguments only when the call has failed: for functions that have an effect, which an error
             afterwards would deny, and for those that are called in every step.
 
-    Example:
+    Examples:
         >>> from purestep.errors import ConfigError
         >>> @checked(ConfigError)
         ... def half(x: Positive[float]) -> float:
@@ -244,7 +244,7 @@ def check_of(kind: object, within: Range | None = None) -> Check:
             only type checkers can read.
         within: the range of numbers in it.
 
-    Example:
+    Examples:
         >>> check = check_of(float | None)
         >>> check(0.5), check(None), check("x")
         (None, None, 'a number or None')

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from purestep.cpus import available_cpus
+from purestep._cpus import available_cpus
 from purestep.errors import TreeError, explain
 from purestep.portable import mode as mode
 from purestep.portable import portable as portable
@@ -30,7 +30,7 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def describe(leaf: object) -> str:
     """Return `dtype[shape]` of a tensor or array, and the type and value of anything else.
 
-    Example:
+    Examples:
         >>> describe(torch.zeros(2, 3)), describe(7)
         ('float32[2, 3]', 'int 7')
     """
@@ -48,7 +48,7 @@ def _integer_text(value: int) -> str:
 def human_bytes(count: float) -> str:
     """Return a number of bytes as people read it.
 
-    Example:
+    Examples:
         >>> human_bytes(999), human_bytes(1536), human_bytes(3 * 2**30)
         ('999 B', '1.5 KiB', '3.0 GiB')
     """

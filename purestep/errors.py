@@ -19,7 +19,7 @@ def explain(what: str, *, where: str | None = None, why: str | None = None, inst
         why: the reason it is refused.
         instead: what to write instead; code is welcome and may span lines.
 
-    Example:
+    Examples:
         >>> print(explain("the loss is not a scalar", where="loss: float32[8]", instead="return loss.mean()"))
         the loss is not a scalar
           where:   loss: float32[8]
@@ -123,7 +123,7 @@ def import_extra(module: str, *, extra: str, needed_by: str) -> ModuleType:
     Raises:
         MissingExtra: the module cannot be imported; the message says what to install.
 
-    Example:
+    Examples:
         >>> try:
         ...     import_extra("no_such_module", extra="plots", needed_by="ui.learning_curves")
         ... except MissingExtra as error:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from purestep import _torch, transforms
 from purestep.arguments import checked
 from purestep.errors import StepError, explain
-from purestep.keyed import KeyedRandom
-from purestep.keyed.host import Guard
-from purestep.keyed.mode import Handler, Key
+from purestep.module_tensors import Definition as Definition
+from purestep.module_tensors import Slots as Slots
+from purestep.module_tensors import module_of
+from purestep.module_tensors import slots as slots
+from purestep.random.host_draws import Guard
+from purestep.random.torch_mode import Handler, Key
+from purestep.random.torch_random import KeyedRandom
 from purestep.recompute import Contexts, Redirection
-from purestep.slots import Definition as Definition
-from purestep.slots import Slots as Slots
-from purestep.slots import module_of
-from purestep.slots import slots as slots
 
 Tensors = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class bind:
     Raises:
         StepError: a name is missing or unknown.
 
-    Example:
+    Examples:
         >>> model = nn.BatchNorm1d(2)
         >>> params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         >>> with bind(model, params, buffers) as net:
@@ -308,7 +308,7 @@ def apply(
         StepError: the names of the tensors do not fit the module.
         RandomnessError: the module draws random numbers and `rng` is None.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(3, 2)
         >>> y, buffers = apply(model, dict(model.named_parameters()), {}, torch.ones(4, 3))
         >>> y.shape, buffers
@@ -373,7 +373,7 @@ def checkpoint(function: Callable[..., Any], *args: object, **kwargs: Any) -> An
     Returns:
         What the function returns.
 
-    Example:
+    Examples:
         >>> from purestep import random
         >>> block = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
         >>> class Net(nn.Module):

@@ -19,7 +19,7 @@ from purestep import _torch, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import backward_scope, gradient_scope
-from purestep.keyed.mode import undispatched
+from purestep.random.torch_mode import undispatched
 
 T = TypeVar("T")
 Engine = Literal["auto", "autograd", "func"]
@@ -57,7 +57,7 @@ def grad_and_value(
         StepError: the value is not a 0-d floating tensor, or does not depend on any argument; or a leaf is not
             floating.
 
-    Example:
+    Examples:
         >>> grads, value = grad_and_value(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 3.0])})
         >>> grads["w"].tolist(), float(value)
         ([2.0, 6.0], 10.0)

@@ -61,7 +61,7 @@ def portable(*, threads: int = 1) -> None:
         ConfigError: it is too late (torch has computed already with other kernels), the processor has no AVX2, this
             build of torch has no MKL, or another number of threads was pinned before.
 
-    Example:
+    Examples:
         >>> import purestep as ps
         >>> ps.bits.portable()  # doctest: +SKIP
         >>> ps.bits.mode()

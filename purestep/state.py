@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from purestep import _torch, bits, random, transforms, tree
 from purestep.arguments import Device, Seed, checked
+from purestep.donation import apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
-from purestep.given import apart, donation_of
 from purestep.optim.base import GradientTransformation, check_transformation
-from purestep.optim.blocks import advance
-from purestep.random import generators
+from purestep.optim.kernels.sliced import advance
+from purestep.random import global_generators
 from purestep.tree import Filter, pytree, static
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class TrainState:
         return self.replace(step=step, params=params, buffers=buffers, opt_state=opt_state)
 
     def _repr_html_(self) -> str:
-        from purestep import notebook
+        from purestep.display import notebook
 
         return notebook.show(self)._repr_html_()
 
@@ -195,7 +195,7 @@ def init(
         ConfigError: `tx` is no gradient transformation, `plan` is no plan or does not fit the job or the parameters,
             or one of its rules matches nothing.
 
-    Example:
+    Examples:
         >>> from purestep import optim
         >>> state = init(lambda: nn.Linear(3, 2), optim.sgd(0.1), seed=0)
         >>> {name: tuple(p.shape) for name, p in state.params.items()}
@@ -249,7 +249,7 @@ def _deferred(
     device: Device | None,
     plan: Plan | None,
 ) -> TrainState:
-    from purestep.sharding.deferred import materialize
+    from purestep.sharding.deferred_init import materialize
 
     if isinstance(model, nn.Module):
         raise StepError(
@@ -316,7 +316,7 @@ def _check_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 def _seeded(rng: Tensor) -> Iterator[None]:
     """Seed the python, numpy and torch generators from a key, and put their states back afterwards."""
     low, high = rng.tolist()
-    saved = generators.read()
+    saved = global_generators.read()
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=cuda):
@@ -325,7 +325,7 @@ def _seeded(rng: Tensor) -> Iterator[None]:
             torch.manual_seed(low + ((high & 0x7FFFFFFF) << 32))
             yield
     finally:
-        generators.write(saved)
+        global_generators.write(saved)
 
 
 @checked(ConfigError, failed=True)
@@ -344,7 +344,7 @@ def to_module(state: TrainState, module: nn.Module | None = None) -> nn.Module:
     Raises:
         StepError: the state holds no model and none is given, or the one that is given has other tensors.
 
-    Example:
+    Examples:
         >>> from purestep import optim
         >>> state = init(lambda: nn.Linear(3, 2), optim.sgd(0.1))
         >>> torch.equal(to_module(state).weight, state.params["weight"])

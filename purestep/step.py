@@ -17,22 +17,22 @@ from torch import Tensor
 
 from purestep import metrics as metrics_
 from purestep import random, transforms, tree
-from purestep.accumulate import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.arguments import NonNegative, checked
+from purestep.donation import also_donated, apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import bind
-from purestep.given import also_donated, apart, donation_of
 from purestep.grad import Engine, grad_and_value
 from purestep.metrics import Metric, as_metrics, sample_count
-from purestep.metrics.record import described
+from purestep.metrics.dicts import described
+from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.optim.base import GradientTransformation, check_transformation
+from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
-from purestep.precision.casting import casting, wrapped
-from purestep.sharding import place, whole
-from purestep.sharding.local import MOST_MICROBATCHES
+from purestep.precision.cast_params import casting, wrapped
+from purestep.sharding import full_tensors, placement
+from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
-from purestep.sharding.unit_order import Orders
 from purestep.state import TrainState, definition
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, no_microbatches
 
@@ -58,7 +58,7 @@ def weighted(loss: Tensor, weight: NonNegative[Tensor | float]) -> Weighted:
         loss: floating [], the mean over `weight` items.
         weight: number of items, a number or a 0-d tensor.
 
-    Example:
+    Examples:
         >>> weighted(torch.tensor(2.0), 3)
         Weighted(loss=tensor(2.), weight=tensor(3., dtype=torch.float64))
     """
@@ -130,18 +130,18 @@ class Step(AnyStep):
         """Return the state after one update, and the metrics of the batch."""
         if self.plan is None:
             return self.update(state, self.gradients(state, batch))
-        view = place.local(state)
+        view = placement.local(state)
         also_donated(state, view)
         gradients = self._planned(self.plan, state, view, batch)
-        with whole.updating(whole.Whole(self.plan, state.params, state.opt_state)):
+        with full_tensors.updating(full_tensors.Whole(self.plan, state.params, state.opt_state)):
             new, metrics = self.update(view, gradients)
-        return place.rewrap(new, state), metrics
+        return placement.rewrap(new, state), metrics
 
     def gradients(self, state: TrainState, batch: Any) -> Gradients:
         """Compute the mean gradients and the metrics of a batch, without an update; under a plan those of this rank's
         parts, and every rank calls it."""
         if self.plan is not None:
-            return self._planned(self.plan, state, place.local(state), batch)
+            return self._planned(self.plan, state, placement.local(state), batch)
         if self.microbatch_count == 1:
             return self.grads(state, batch)
         total = accumulate(state, _samples(batch), self.microbatch_count)
@@ -150,10 +150,10 @@ class Step(AnyStep):
         return total.result()
 
     def _planned(self, plan: Plan, state: TrainState, view: TrainState, batch: Any) -> Gradients:
-        from purestep.parallel import total
+        from purestep.parallel import microbatches as microbatches_module
 
-        total.check(plan, self)
-        return total.total(plan, self.microbatch_count, state, view, batch, self._grads, self.orders)
+        microbatches_module.check(plan, self)
+        return microbatches_module.total(plan, self.microbatch_count, state, view, batch, self._grads, self.orders)
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
@@ -246,7 +246,7 @@ def make_step(
         ConfigError: `microbatches` is not a positive integer, `plan` is no plan, or `loss_fn` does not take two
             arguments.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import purestep as ps
         >>> def loss_fn(net, batch):
@@ -310,7 +310,7 @@ def on_plan(plan: Plan | None, loss_fn: LossFn) -> LossFn:
     """Return a loss function as several ranks compute it together, where a plan says so."""
     if plan is None or plan.mesh.size(*plan.model_axes) == 1:
         return loss_fn
-    from purestep.sharding.tensor import loss_on
+    from purestep.parallel.tensor_parallel import loss_on
 
     return loss_on(plan, loss_fn)
 
@@ -416,14 +416,14 @@ class Eval(AnyStep):
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
         samples, cast = _samples(batch), casting(self.policy, definition(state).module)
         if self.plan is None:
-            place.check_plain(state)
-        view = state if self.plan is None else place.local(state)
+            placement.check_plain(state)
+        view = state if self.plan is None else placement.local(state)
         params, buffers = cast.params(view.params), cast.buffers(view.buffers)
         around: Context | None = cast.around
         rng = functools.partial(random.fold_in, state.rng, "eval")
         with transforms.unrecorded(), cast.scope(params):
             if self.plan is not None:
-                from purestep.parallel.gathering import evaluated
+                from purestep.parallel.fsdp import evaluated
 
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
             bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
@@ -443,7 +443,7 @@ def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan
         plan: the plan that the state is placed by. A rank gets the metrics of the batch it is given; where parameters
             are split every rank calls it at the same time, because they are gathered.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import purestep as ps
         >>> state = ps.init(lambda: nn.Linear(3, 1), ps.optim.sgd(0.1))

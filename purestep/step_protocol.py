@@ -13,9 +13,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-from purestep.accumulate import Gradients
 from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
+from purestep.microbatch import Gradients
 from purestep.optim.base import GradientTransformation
 from purestep.precision import Policy
 from purestep.sharding.plan import Plan
@@ -89,7 +89,7 @@ class AnyStep(abc.ABC):
 def facts_of(step: object) -> StepFacts:
     """Return what is known of any step; of an opaque function nothing.
 
-    Example:
+    Examples:
         >>> facts_of(lambda state, batch: (state, {})).plan is None
         True
     """
@@ -199,7 +199,7 @@ def wrap_step(step: Callable[..., Any], function: Callable[..., Any]) -> Wrapped
     Raises:
         ConfigError: the function does not take three arguments.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import purestep as ps
         >>> tx = ps.optim.sgd(0.1)

@@ -28,7 +28,7 @@ def run(arguments: RunArguments) -> Run:
 
     A run that is left before its end keeps its directory and its threads until `close()`, or the end of a `with` block.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import purestep as ps
         >>> tx = ps.optim.sgd(0.1)
@@ -79,7 +79,7 @@ def fit(arguments: RunArguments) -> Result:
         StepError: the step broke its contract.
         SnapshotError: the snapshots of `run_dir` cannot be read or do not fit `state`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import purestep as ps
         >>> tx = ps.optim.sgd(0.1)

@@ -18,7 +18,7 @@ from purestep import _torch
 def active() -> bool:
     """Tell whether this runs inside a torch.func transform.
 
-    Example:
+    Examples:
         >>> active(), torch.vmap(lambda x: x + active())(torch.zeros(1)).item()
         (False, 1.0)
     """
@@ -28,7 +28,7 @@ def active() -> bool:
 def detached(value: Tensor) -> Tensor:
     """Return a tensor outside of any graph, or as it is inside a transform: there, `detach` would cut every gradient.
 
-    Example:
+    Examples:
         >>> from torch.func import grad
         >>> grad(lambda x: detached(3 * x))(torch.tensor(1.0)), grad(lambda x: (3 * x).detach())(torch.tensor(1.0))
         (tensor(3.), tensor(0.))

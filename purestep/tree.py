@@ -68,7 +68,7 @@ def pytree(cls: type | None = None, *, eq: bool = False) -> Any:
     Raises:
         TreeError: what is decorated is not a class.
 
-    Example:
+    Examples:
         >>> @pytree
         ... class Point:
         ...     x: torch.Tensor
@@ -160,7 +160,7 @@ def stable_name(kind: type | Callable[..., Any]) -> str:
     It is the qualified name. What purestep itself defines goes without its module, so that a file of purestep can be
     moved or renamed and old snapshots still know what they hold.
 
-    Example:
+    Examples:
         >>> import collections
         >>> stable_name(collections.Counter), stable_name(Differences)
         ('collections.Counter', 'purestep.Differences')
@@ -294,7 +294,7 @@ def map(function: Callable[..., Any], tree: object, *rest: object) -> Any:
     Raises:
         TreeError: the trees differ in structure; the message names the first path that does.
 
-    Example:
+    Examples:
         >>> map(lambda a, b: a + b, {"x": 1, "y": (2, 3)}, {"x": 10, "y": (20, 30)})
         {'x': 11, 'y': (22, 33)}
     """
@@ -328,7 +328,7 @@ def _first_difference(a: object, b: object) -> str:
 def paths(tree: object, root: str = "") -> list[str]:
     """Return the printed path of each leaf, in order, as code that reads the leaf.
 
-    Example:
+    Examples:
         >>> paths({"0.weight": 1, "layers": [2, 3]}, "params")
         ["params['0.weight']", "params['layers'][0]", "params['layers'][1]"]
     """
@@ -338,7 +338,7 @@ def paths(tree: object, root: str = "") -> list[str]:
 def names(tree: object) -> list[str]:
     """Return the dotted name of each leaf, in order: what path filters and rules match against.
 
-    Example:
+    Examples:
         >>> names({"0.weight": 1, "layers": [2, 3]})
         ['0.weight', 'layers.0', 'layers.1']
     """
@@ -348,7 +348,7 @@ def names(tree: object) -> list[str]:
 def parts(tree: object) -> list[tuple[Any, ...]]:
     """Return the path of each leaf, in order, as the tuple of its keys, indices and field names.
 
-    Example:
+    Examples:
         >>> parts({"0.weight": 1, "layers": [2, 3]})
         [('0.weight',), ('layers', 0), ('layers', 1)]
     """
@@ -364,7 +364,7 @@ def find(tree: object, kind: type[T], root: str = "") -> list[tuple[str, T]]:
         kind: a class; instances of its subclasses are found, too.
         root: what the paths begin with, as in `paths`.
 
-    Example:
+    Examples:
         >>> find({"b": [torch.Size([3])], "a": 1}, torch.Size, "shapes")
         [("shapes['b'][0]", torch.Size([3]))]
     """
@@ -388,7 +388,7 @@ def map_with_name(function: Callable[..., Any], tree: object, *rest: object) -> 
 def matches(filter: Filter, name: str) -> bool:
     """Tell whether a dotted name matches a filter: a glob, a sequence of globs, or a function of the name.
 
-    Example:
+    Examples:
         >>> matches("backbone.*", "backbone.0.weight"), matches(["*.bias", "*norm*"], "head.weight")
         (True, False)
     """
@@ -427,7 +427,7 @@ def digest(tree: object) -> str:
     Raises:
         TreeError: a leaf is not a tensor, numpy array, number, string or bytes.
 
-    Example:
+    Examples:
         >>> digest({"a": torch.ones(2), "b": 1}) == digest({"b": 1, "a": torch.ones(4)[::2]})
         True
         >>> digest(torch.tensor(0.0)) == digest(torch.tensor(-0.0))
@@ -442,7 +442,7 @@ def diff(a: object, b: object, root: str = "") -> Differences:
     Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not. Leaves that are split over processes
     are gathered, so every process calls it.
 
-    Example:
+    Examples:
         >>> print(diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params"))
         params['w']: float32[2], 1 differ, max abs 2.38e-07, 1 ulp
         >>> bool(diff([1, 2], [1, 2]))

@@ -23,7 +23,7 @@ class TreeSum(Generic[T]):
     Args:
         merge: adds two values, the earlier one first.
 
-    Example:
+    Examples:
         >>> total = TreeSum(lambda a, b: f"({a}+{b})")
         >>> for x in "abcdef":
         ...     total.add(x)
@@ -67,7 +67,7 @@ class TreeSum(Generic[T]):
 def forest(indices: list[int]) -> list[Node]:
     """Return the parts that remain when the values of these numbers are added as far as they can be.
 
-    Example:
+    Examples:
         >>> forest([0, 1, 2]), forest([4, 5, 6, 7])
         ([(1, 0), (0, 2)], [(2, 1)])
     """

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import purestep as ps
-from purestep.accumulate import Accumulation, Gradients, split_batch
 from purestep.errors import MetricError, StepError
 from purestep.metrics import Mean
-from purestep.sharding.local import microbatch_sizes
+from purestep.microbatch import Accumulation, Gradients, split_batch
+from purestep.sharding.local_batches import microbatch_sizes
 
 NAN = float("nan")
 

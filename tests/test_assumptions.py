@@ -33,10 +33,10 @@ from purestep.errors import (
     StepError,
     TemplateMismatch,
 )
-from purestep.loop import memory, precheck
-from purestep.loop.dry import dry_run
 from purestep.loop.lock import Lock
-from purestep.snapshot import space, writer
+from purestep.preflight import check, memory
+from purestep.preflight.dry_run import dry_run
+from purestep.snapshot import free_space, writer
 from purestep.step_protocol import resliced
 
 PAGE = (Path(__file__).parents[1] / "docs" / "assumptions.md").read_text()
@@ -195,7 +195,7 @@ def _():
 
 @case(3, ps.loop.ThreadsWarning, "torch computes with more threads than there are CPUs for this process")
 def _(place, patch):
-    patch.setattr(precheck, "available_cpus", lambda: 2)
+    patch.setattr(check, "available_cpus", lambda: 2)
     patch.setattr(torch, "get_num_threads", lambda: 16)
     fit()
 
@@ -226,7 +226,7 @@ def _(place, patch):
 
 def room(patch, megabytes):
     usage = namedtuple("usage", "total used free")
-    patch.setattr(space.shutil, "disk_usage", lambda path: usage(0, 0, int(megabytes * 1e6)))
+    patch.setattr(free_space.shutil, "disk_usage", lambda path: usage(0, 0, int(megabytes * 1e6)))
 
 
 @case(5, SnapshotError, "the next snapshot does not fit here")
@@ -705,11 +705,11 @@ def test_what_else_a_step_raises_has_a_note_of_the_batch():
 
 def test_threads_are_told_only_where_there_are_too_many(monkeypatch):
     for cpus, threads, device, told in ((2, 2, "cpu", 0), (2, 3, "cpu", 1), (2, 3, "meta", 0), (1, 1, "cpu", 0)):
-        monkeypatch.setattr(precheck, "available_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(check, "available_cpus", lambda cpus=cpus: cpus)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            precheck.check_threads(torch.device(device))
+            check.check_threads(torch.device(device))
         assert len(caught) == told
 
 

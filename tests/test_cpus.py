@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from purestep.cpus import available_memory
+from purestep._cpus import available_memory
 from purestep.data import available_cpus, batches
 
 

@@ -20,8 +20,7 @@ import purestep as ps
 from purestep import tree
 from purestep.errors import RandomnessError, TraceError
 from purestep.functional import apply, bind
-from purestep.keyed import host
-from purestep.random import generators
+from purestep.random import global_generators, host_draws
 
 DRAWS = {
     "np.random.rand": lambda: np.random.rand(),
@@ -119,10 +118,10 @@ def stir():
 
 def _settled():
     """The times of the other threads, once all of them wait: a worker still runs when its result is there."""
-    before, after, end = {}, host._other_threads(), time.monotonic() + 5
+    before, after, end = {}, host_draws._other_threads(), time.monotonic() + 5
     while before != after and time.monotonic() < end:
         time.sleep(0.01)
-        before, after = after, host._other_threads()
+        before, after = after, host_draws._other_threads()
     return after
 
 
@@ -550,16 +549,16 @@ def test_a_thread_that_has_run_may_have_drawn():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(python_random.random).result()
         before = _settled()
-        assert host._all_idle(before)
+        assert host_draws._all_idle(before)
         pool.submit(python_random.random).result()
-        assert not host._all_idle(before)
-        assert not host._all_idle(None)  # not measured: any thread might have
+        assert not host_draws._all_idle(before)
+        assert not host_draws._all_idle(None)  # not measured: any thread might have
         before = _settled()
-    assert not host._all_idle(before)  # one has ended
-    before = host._other_threads()
+    assert not host_draws._all_idle(before)  # one has ended
+    before = host_draws._other_threads()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
-        assert not host._all_idle(before)  # one has begun
+        assert not host_draws._all_idle(before)  # one has begun
 
 
 def test_a_profiler_of_the_caller_stays():
@@ -586,7 +585,7 @@ def test_a_profiler_of_the_caller_stays():
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("name", [n for n in DRAWS if n != "a thousand of numpy"])
 def test_any_draw_changes_what_is_read_and_is_undone(name, quick, monkeypatch):
-    own = generators._Generators()
+    own = global_generators._Generators()
     assert own.quick, "the words of the generators were not found: each step takes 100 us more"
     own.quick = quick
     stir()
@@ -605,7 +604,7 @@ def test_another_bit_generator_of_numpy_is_kept():
         np.random.set_bit_generator(np.random.PCG64(3))
         expected = np.random.rand(3).tolist()
         np.random.set_bit_generator(np.random.PCG64(3))
-        with generators.preserved():
+        with global_generators.preserved():
             np.random.rand(5)
         assert np.random.rand(3).tolist() == expected
     finally:
@@ -614,12 +613,12 @@ def test_another_bit_generator_of_numpy_is_kept():
 
 def test_the_trap_is_touched_by_draws_only_and_goes_with_the_first():
     touched = []
-    trap = host.Trap(touched.append)
+    trap = host_draws.Trap(touched.append)
     trap.open()
     python_random.getstate(), np.random.RandomState(3).rand(), python_random.Random(3).gauss(0, 1)
     assert not trap.touched
     np.random.permutation(3)
-    assert not isinstance(np.random.get_bit_generator(), host._Trapped)
+    assert not isinstance(np.random.get_bit_generator(), host_draws._Trapped)
     assert sys.getprofile() is None
     python_random.random()
     trap.close()

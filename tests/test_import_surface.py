@@ -31,7 +31,7 @@ print(json.dumps([n for n in names if n in sys.modules and n not in before]))
 
 
 def test_importing_purestep_and_its_rooms_loads_no_extra(bare):
-    assert loaded_by(bare, "import purestep, purestep.loggers, purestep.ui, purestep.notebook") == []
+    assert loaded_by(bare, "import purestep, purestep.loggers, purestep.display, purestep.display.notebook") == []
 
 
 def test_values_that_name_an_extra_do_not_load_it(bare):
@@ -51,7 +51,7 @@ def test_torch_alone_loads_nothing_forbidden(bare):
 
 
 def test_a_package_offers_functions_and_modules_of_others_lazily(tmp_path, monkeypatch):
-    offered = "from typing import TYPE_CHECKING\nfrom purestep.lazy import attach\nif TYPE_CHECKING:\n"
+    offered = "from typing import TYPE_CHECKING\nfrom purestep._lazy import attach\nif TYPE_CHECKING:\n"
     for path, text in {
         "lazy_top/__init__.py": offered
         + "    from lazy_top import own as own\n"

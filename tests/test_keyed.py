@@ -15,8 +15,8 @@ from torch.overrides import get_overridable_functions
 
 from purestep import random
 from purestep.errors import RandomnessError
-from purestep.keyed import KeyedRandom
-from purestep.keyed.mode import _handlers, refused
+from purestep.random.torch_mode import _handlers, refused
+from purestep.random.torch_random import KeyedRandom
 
 X = torch.linspace(-2, 3, 4 * 6 * 5 * 5).reshape(4, 6, 5, 5)
 P = torch.softmax(torch.linspace(-1, 1, 12).reshape(3, 4), -1)

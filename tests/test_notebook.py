@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from purestep import notebook, tree
+from purestep import tree
+from purestep.display import notebook
 from purestep.tree import pytree, static
 
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep import random
 from purestep.errors import KeyShapeError
-from purestep.random import block
+from purestep.random import philox
 
 KNOWN = [  # Random123's kat_vectors, philox4x32 of 10 rounds
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -46,22 +46,22 @@ DRAWS = {
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
 def test_known_answers_of_random123(counter, key, answer):
-    assert block.philox(counter, key) == answer
-    tensors = block.philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
+    assert philox.philox(counter, key) == answer
+    tensors = philox.philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
     assert tuple(int(t) for t in tensors) == answer
 
 
 @given(st.tuples(WORDS, WORDS, WORDS, WORDS), st.tuples(WORDS, WORDS))
 def test_the_fast_forms_give_the_words_of_the_block_function(counter, key):
-    from purestep.random.block import philox_int, philox_numpy
+    from purestep.random.philox import philox_int, philox_numpy
 
-    assert philox_int(counter, key) == block.philox(counter, key)[:2]
-    blocks = [word for n in range(3) for word in block.philox((n, 0, 0, 0), key)]
+    assert philox_int(counter, key) == philox.philox(counter, key)[:2]
+    blocks = [word for n in range(3) for word in philox.philox((n, 0, 0, 0), key)]
     assert philox_numpy(3, key).tolist() == blocks
 
 
 def test_domains_of_one_key_never_meet():
-    assert len({block.DRAW, block.FOLD_INT, block.FOLD_STR, block.SPLIT}) == 4
+    assert len({philox.DRAW, philox.FOLD_INT, philox.FOLD_STR, philox.SPLIT}) == 4
     k = random.key(5)
     folded = {tuple(random.fold_in(k, i).tolist()) for i in range(500)}
     texts = {tuple(random.fold_in(k, str(i)).tolist()) for i in range(500)}

@@ -13,10 +13,10 @@ from torch import nn
 import purestep as ps
 from purestep.errors import ConfigError, StepError
 from purestep.jit import Jit, JitStep
-from purestep.jit.give import Donating
-from purestep.loop.fitting import choose_microbatches
+from purestep.jit.donated import Donating
 from purestep.loop.identity import Identity
-from purestep.loop.lone import lone
+from purestep.preflight.fit_memory import choose_microbatches
+from purestep.preflight.single_process import lone
 from purestep.sharding import ddp
 from purestep.step_protocol import StepFacts, facts_of
 
@@ -170,7 +170,7 @@ def test_a_wrapped_step_trains_with_the_bits_of_the_step(name, options):
 
 
 def test_the_first_batch_settles_the_microbatches_of_a_wrapped_step(monkeypatch):
-    from purestep.loop import memory
+    from purestep.preflight import memory
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     seen = []
@@ -250,6 +250,6 @@ def test_what_wrap_step_and_jit_refuse():
 
 def test_no_file_asks_a_step_for_what_it_wraps():
     """`__wrapped__` says what a function was made of, and not what it does."""
-    describes = {"loop/stable.py", "optim/schedules/lifted.py", "step_protocol.py"}
+    describes = {"loop/stable_json.py", "optim/schedules/torch_lr.py", "step_protocol.py"}
     found = {str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if re.search("__wrapped__", f.read_text())}
     assert found == describes

@@ -13,9 +13,9 @@ from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError, DataError, explain
 from purestep.loop.cadence import Every, every
 from purestep.loop.events import Evaluate, Evaluated, Event, Log, Started, View
-from purestep.loop.feed import device_of
+from purestep.loop.input import device_of
 from purestep.loop.roles import Evaluator, Peers, Recurring
-from purestep.loop.shared import Shared
+from purestep.loop.shared_evaluation import Shared
 from purestep.step import make_eval
 from purestep.step_protocol import AnyStep, facts_of
 
@@ -60,9 +60,9 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
         Returns:
             The names of its metrics, None where they are not known.
         """
+        from purestep.data.adapters import BatchSequence
         from purestep.data.batches import Batches
-        from purestep.data.foreign import BatchSequence
-        from purestep.loop.precheck import check_eval
+        from purestep.preflight.check import check_eval
 
         source = self._source
         if isinstance(source, Batches):
@@ -155,7 +155,7 @@ def evaluate(
     Raises:
         ConfigError: `loss_fn` does not take two arguments.
 
-    Example:
+    Examples:
         >>> import purestep as ps
         >>> evaluate(lambda net, batch: net(batch).mean(), [], every=ps.every.steps(100), name="test")
         EvaluateCallback(every=EverySteps(n=100), at_start=False, of=None, name='test')

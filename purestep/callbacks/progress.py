@@ -9,11 +9,11 @@ from pathlib import Path
 from purestep import metrics
 from purestep.arguments import Count, Name, NonNegative, checked
 from purestep.callbacks.base import Reducer
+from purestep.display.progress import ProgressSink
 from purestep.errors import ConfigError
 from purestep.loop.cadence import EverySeconds
 from purestep.loop.events import Event, Horizon, LoopState, StepsDone, Stopped, View
 from purestep.loop.roles import Observer
-from purestep.ui.progress import ProgressSink
 
 
 @dataclasses.dataclass(frozen=True)

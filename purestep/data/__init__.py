@@ -1,17 +1,17 @@
 """Data: batches that are a function of (seed, epoch, position), and every other loader as a source."""
 
-from purestep.cpus import available_cpus as available_cpus
+from purestep._cpus import available_cpus as available_cpus
+from purestep.data.adapters import ReplayWarning as ReplayWarning
+from purestep.data.adapters import UnsavedStateWarning as UnsavedStateWarning
 from purestep.data.batches import Batches as Batches
 from purestep.data.batches import batches as batches
-from purestep.data.combine import concat as concat
-from purestep.data.combine import stream as stream
-from purestep.data.combine import take as take
-from purestep.data.combine import zip as zip
-from purestep.data.device import prefetch as prefetch
-from purestep.data.device import to_device as to_device
-from purestep.data.foreign import ReplayWarning as ReplayWarning
-from purestep.data.foreign import UnsavedStateWarning as UnsavedStateWarning
-from purestep.data.samples import BadSampleWarning as BadSampleWarning
+from purestep.data.loading import BadSampleWarning as BadSampleWarning
+from purestep.data.mix import concat as concat
+from purestep.data.mix import stream as stream
+from purestep.data.mix import take as take
+from purestep.data.mix import zip as zip
 from purestep.data.source import Source as Source
 from purestep.data.source import as_source as as_source
+from purestep.data.to_device import prefetch as prefetch
+from purestep.data.to_device import to_device as to_device
 from purestep.metrics import sample_count as sample_count

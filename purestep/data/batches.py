@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from purestep._cpus import available_cpus
 from purestep.arguments import Seed, checked
-from purestep.cpus import available_cpus
-from purestep.data import seeds
+from purestep.data import seeding
 from purestep.data.columns import Columns, as_columns
-from purestep.data.order import BatchOrder, SampleShard, Shard
-from purestep.data.samples import Epoch, Loaded, Loader, Transform
+from purestep.data.loading import Epoch, Loaded, Loader, Transform
+from purestep.data.sampler import BatchOrder, SampleShard, Shard
 from purestep.data.source import refuse_path
 from purestep.errors import DataError, explain
 
@@ -67,7 +67,7 @@ class Batches:
     Raises:
         DataError: the data set is empty, its columns differ in length, or an argument makes no sense.
 
-    Example:
+    Examples:
         >>> train = batches({"x": torch.arange(6.0), "y": torch.arange(6)}, 3, seed=0)
         >>> train
         Batches(dict of 6 samples, batch_size=3, seed=0, shuffle=True)
@@ -173,7 +173,7 @@ class Batches:
     def indices(self, epoch: int, batch: int) -> Tensor:
         """Return which samples of the data set make up a batch: int64[b].
 
-        Example:
+        Examples:
             >>> batches(torch.arange(10.0), 4, shuffle=False).indices(epoch=0, batch=1)
             tensor([4, 5, 6, 7])
         """
@@ -190,7 +190,7 @@ class Batches:
     def replace(self, **changes: Any) -> Batches:
         """Return the same batches with other arguments.
 
-        Example:
+        Examples:
             >>> batches(torch.arange(6), 3).replace(batch_size=2)
             Batches(Tensor of 6 samples, batch_size=2, seed=0, shuffle=True)
         """
@@ -206,7 +206,7 @@ class Batches:
         Raises:
             DataError: it is negative, a float above 1, or a fraction above 0 of less than one batch.
 
-        Example:
+        Examples:
             >>> train = batches(torch.arange(10.0), 2)
             >>> len(train.take(3)), len(train.take(0.5)), len(train.take(99))
             (3, 2, 5)
@@ -216,7 +216,7 @@ class Batches:
     def overfit(self, n: int | float) -> Batches:
         """Return the first `n` batches of the data set in its own order, the same in every epoch, to overfit on.
 
-        Example:
+        Examples:
             >>> [b.tolist() for b in batches(torch.arange(10), 2).overfit(2)]
             [[0, 1], [2, 3]]
         """
@@ -282,7 +282,7 @@ def _load_here(order: BatchOrder, loader: Loader, epoch: int, batch: int, pin: b
             yield loaded.pin_memory() if pin else loaded
         return
     for request in order.requests(epoch, batch):
-        with seeds.preserved():
+        with seeding.preserved():
             loaded = loader.load(request)
         yield loaded.pin_memory() if pin else loaded
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.errors import DataError, explain
-from purestep.metrics.record import leaf_lines
+from purestep.metrics.dicts import leaf_lines
 
 # index_select refuses these dtypes on the CPU; numpy indexes them.
 _VIA_NUMPY = (torch.uint16, torch.uint32, torch.uint64)
@@ -33,7 +33,7 @@ class Columns:
     Raises:
         DataError: there is no leaf, a leaf has no leading dim or an impossible dtype, or the leading dims differ.
 
-    Example:
+    Examples:
         >>> columns = Columns({"x": torch.arange(6.0).reshape(3, 2), "y": np.array([7, 8, 9])})
         >>> len(columns), columns.take(torch.tensor([2, 0]))
         (3, {'x': tensor([[4., 5.],
@@ -153,7 +153,7 @@ def as_columns(dataset: object) -> Columns | None:
     Raises:
         DataError: its leaves are tensors or arrays in part only, or of different length.
 
-    Example:
+    Examples:
         >>> len(as_columns({"x": torch.zeros(5, 2)})), as_columns([1, 2, 3])
         (5, None)
     """

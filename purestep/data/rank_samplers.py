@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from purestep.data.foreign import ThirdPartyLoader
+from purestep.data.adapters import ThirdPartyLoader
 from purestep.data.source import Source
 from purestep.errors import DataError, explain
 

@@ -75,7 +75,7 @@ def as_source(data: Any, *, seed: Seed = 0) -> Source:
     Raises:
         DataError: it gives samples and not batches, or cannot be iterated.
 
-    Example:
+    Examples:
         >>> source = as_source([10, 11, 12])
         >>> source.length(), list(source.open(0, 1, source.state()))
         (3, [11, 12])
@@ -84,11 +84,11 @@ def as_source(data: Any, *, seed: Seed = 0) -> Source:
         return data
     refuse_path(data)
     _refuse_samples(data)
-    from purestep.data import foreign
+    from purestep.data import adapters
 
     if isinstance(data, (list, tuple)):
-        return foreign.BatchSequence(data)
-    return foreign.ThirdPartyLoader(data, seed=seed)
+        return adapters.BatchSequence(data)
+    return adapters.ThirdPartyLoader(data, seed=seed)
 
 
 def refuse_path(data: object) -> None:

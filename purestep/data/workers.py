@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 from purestep.data import _torch
-from purestep.data.order import BatchOrder, Request
-from purestep.data.samples import Loaded, Loader
+from purestep.data.loading import Loaded, Loader
+from purestep.data.sampler import BatchOrder, Request
 from purestep.errors import DataError, explain
 
 T = TypeVar("T")

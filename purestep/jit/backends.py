@@ -17,11 +17,11 @@ from torch import Tensor, fx
 
 from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
-from purestep.jit import refusals, shelf
+from purestep.jit import disk_cache, errors
+from purestep.jit.compile_units import together
+from purestep.jit.cuda_graph import Replay
 from purestep.jit.hoist import hoist_scalars
-from purestep.jit.replay import Replay
 from purestep.jit.trace import Traced
-from purestep.jit.units import together
 
 Backend = Literal["inductor", "eager", "aot_eager", "dynamo"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -111,21 +111,21 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
 
 def _inductor(traced: Traced, mode: str | None) -> Run:
     with _patience():
-        name = shelf.key(traced, mode)
-        kept = None if name is None else shelf.take(name)
+        name = disk_cache.key(traced, mode)
+        kept = None if name is None else disk_cache.take(name)
         if kept is not None:
             return kept
         try:
             compiled = _compiled(traced, mode, {"cpp.vec_isa_ok": True})
         except Exception as error:
-            if not refusals.compiler_failed(error):
+            if not errors.compiler_failed(error):
                 raise
             # It may not know all instructions of the processor; Inductor finds out which, which takes it seconds.
             compiled = _compiled(traced, mode, {})
         # The method that the object's own `__call__` ends in; what it does before is for profilers and caches.
         run: Run = getattr(compiled, "current_callable", None) or compiled
         if name is not None and not getattr(compiled, "constants", None):
-            shelf.put(name, run)
+            disk_cache.put(name, run)
         return run
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 def progress(name: str) -> Iterator[Callable[[str], None]]:
     """Show a line on stderr while something compiles, if that is a terminal; it is wiped when done.
 
-    Example:
+    Examples:
         >>> with progress("train_step") as note:
         ...     note("tracing")
     """

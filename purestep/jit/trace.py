@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from purestep import _torch, tree
 from purestep.errors import PurestepError
-from purestep.jit import refusals
+from purestep.jit import errors
 from purestep.jit._torch import batch_norm_legit, fake_tensor_mode, set_mkldnn_enabled, tracing_context
-from purestep.keyed import host
+from purestep.random import host_draws
 
 if TYPE_CHECKING:
     from purestep.jit._torch import FakeTensorMode
@@ -96,17 +96,17 @@ def trace(
         fakes = [_fake(leaves[i]) for i in takes]
     with _quiet():
         try:
-            with host.refused(refusals.host_draw, lambda: _on_fakes(flat, fakes)), mode:
+            with host_draws.refused(errors.host_draw, lambda: _on_fakes(flat, fakes)), mode:
                 graph = make_fx(flat, decomposition_table=_TABLE)(*fakes)
         except PurestepError:
             raise
         except Exception as error:
-            raise refusals.explained(error) from error
+            raise errors.explained(error) from error
         graph.graph.eliminate_dead_code()
-        refusals.check_captured(graph, lambda: _strictly(flat, fakes), [function, *static])
+        errors.check_captured(graph, lambda: _strictly(flat, fakes), [function, *static])
         names = [paths()[i] for i in takes] if _mutable_nodes(graph) or _random_nodes(graph) else []
-        refusals.check_random(_random_nodes(graph))
-        refusals.check_mutation(graph, _mutable_nodes(graph), names)
+        errors.check_random(_random_nodes(graph))
+        errors.check_mutation(graph, _mutable_nodes(graph), names)
         if _mutable_nodes(graph):
             with mode:
                 graph = make_fx(torch.func.functionalize(graph), decomposition_table=_TABLE)(*fakes)

@@ -134,7 +134,7 @@ def _number(name: str, value: Any) -> float:
 def flatten_hparams(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings into one with slashed names and values that JSON holds.
 
-    Example:
+    Examples:
         >>> flatten_hparams({"adam": {"lr": 0.1, "betas": (0.9, 0.99)}, "seed": 0})
         {'adam/lr': 0.1, 'adam/betas': '(0.9, 0.99)', 'seed': 0}
     """

@@ -51,7 +51,7 @@ def csv(*, name: Name = "metrics.csv") -> Csv:
     Raises:
         ConfigError: the name is empty or is a path.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> run_dir = Path(tempfile.mkdtemp())
         >>> sink = csv().open(run_dir)
@@ -163,7 +163,7 @@ def read_csv(path: Location) -> dict[str, list[Any]]:
         FileNotFoundError: there is no such file.
         ConfigError: the file is not one of ours.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
         >>> _ = path.write_text("step,loss,val/loss\\n1,0.5,\\n2,nan,0.75\\n3,0.")

@@ -64,7 +64,7 @@ def mlflow(*, experiment: Name = "purestep", name: Name | None = None, tracking_
     Raises:
         MissingExtra: when it is opened and `mlflow` is not installed (`pip install "purestep[mlflow]"`).
 
-    Example:
+    Examples:
         >>> mlflow(experiment="digits")
         MLflow(experiment='digits', name=None, tracking_uri=None)
     """

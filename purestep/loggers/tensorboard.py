@@ -52,7 +52,7 @@ def tensorboard(*, name: Name = "tensorboard", flush_seconds: float = 30.0) -> T
         ConfigError: `flush_seconds` is not positive.
         MissingExtra: when it is opened and `tensorboard` is not installed (`pip install "purestep[tensorboard]"`).
 
-    Example:
+    Examples:
         >>> tensorboard(flush_seconds=5.0)
         TensorBoard(name='tensorboard', flush_seconds=5.0)
     """

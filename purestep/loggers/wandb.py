@@ -76,7 +76,7 @@ def wandb(
     Raises:
         MissingExtra: when it is opened and `wandb` is not installed (`pip install "purestep[wandb]"`).
 
-    Example:
+    Examples:
         >>> wandb(project="digits", mode="offline").mode
         'offline'
     """

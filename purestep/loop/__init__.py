@@ -27,11 +27,11 @@ from purestep.loop.events import Train as Train
 from purestep.loop.events import Transform as Transform
 from purestep.loop.events import Transformed as Transformed
 from purestep.loop.events import View as View
-from purestep.loop.fitting import choose_microbatches as choose_microbatches
-from purestep.loop.guard import BatchChangeWarning as BatchChangeWarning
-from purestep.loop.hidden import HiddenStateWarning as HiddenStateWarning
 from purestep.loop.identity import RunChangedWarning as RunChangedWarning
 from purestep.loop.machine import Machine as Machine
-from purestep.loop.memory import MemoryEstimateWarning as MemoryEstimateWarning
-from purestep.loop.precheck import ThreadsWarning as ThreadsWarning
 from purestep.loop.result import Result as Result
+from purestep.preflight.check import ThreadsWarning as ThreadsWarning
+from purestep.preflight.fit_memory import choose_microbatches as choose_microbatches
+from purestep.preflight.guard import BatchChangeWarning as BatchChangeWarning
+from purestep.preflight.hidden_attributes import HiddenStateWarning as HiddenStateWarning
+from purestep.preflight.memory import MemoryEstimateWarning as MemoryEstimateWarning

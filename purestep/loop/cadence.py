@@ -106,7 +106,7 @@ class EitherEvery(Every):
 class every:
     """Recurring moments: `every.steps(n)`, `every.epoch(n=1)`, `every.seconds(s)`; combine with `|`.
 
-    Example:
+    Examples:
         >>> every.steps(100) | every.epoch()
         EitherEvery(a=EverySteps(n=100), b=EveryEpoch(n=1))
     """
@@ -240,7 +240,7 @@ class BothUntil(Until):
 def steps(n: int) -> Until:
     """End after n batches.
 
-    Example:
+    Examples:
         >>> print(steps(1000) | seconds(60))
         1000 steps or 60 seconds
     """

@@ -17,7 +17,7 @@ from typing import Any
 from purestep import snapshot
 from purestep.errors import DataError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import Callback, Cursor
-from purestep.loop.stable import stable
+from purestep.loop.stable_json import stable
 from purestep.snapshot.codec import JSON
 from purestep.step_protocol import StepFn, facts_of
 
@@ -37,7 +37,7 @@ class Identity:
         step: its step.
         callbacks: its callbacks; those that only look on are left out.
 
-    Example:
+    Examples:
         >>> import purestep as ps
         >>> Identity(ps.data.as_source([1, 2]), None, ()).plain["data"]
         {'class': 'builtins.list', 'length': 2}

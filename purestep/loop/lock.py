@@ -63,7 +63,7 @@ class Lock:
         ConfigError: another run holds it, in a living process or in this one.
         SnapshotError: a file of the lock is a symbolic link, or no regular file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as run_dir, Lock(Path(run_dir)) as lock:
         ...     print(lock.trouble())

@@ -76,7 +76,7 @@ def takes(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P,
     Raises:
         ConfigError: when it is called with a name that is none of the fields.
 
-    Example:
+    Examples:
         >>> @dataclasses.dataclass(frozen=True)
         ... class Size:
         ...     width: int

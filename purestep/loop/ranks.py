@@ -13,19 +13,20 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from purestep import data, metrics, snapshot, tree
-from purestep.data.order import SampleShard
-from purestep.data.share import ShardedSource, shard_samples
+from purestep.data.sampler import SampleShard
+from purestep.data.sharded import ShardedSource, shard_samples
+from purestep.distributed import control
 from purestep.errors import RankError, explain
-from purestep.loop.agree import Alone, Together
+from purestep.loop.clock import Alone, Together
 from purestep.loop.events import LoopState
 from purestep.loop.identity import conditions
 from purestep.loop.machine import Machine
 from purestep.loop.roles import Peers
 from purestep.loop.signals import Signals
-from purestep.parallel.inputs import SAME_DATA, SAME_STATE, compare_states, fingerprint
-from purestep.sharding import place, world
-from purestep.sharding.local import LocalBatch
-from purestep.sharding.place import is_split
+from purestep.parallel.same_inputs import SAME_DATA, SAME_STATE, compare_states, fingerprint
+from purestep.sharding import placement
+from purestep.sharding.local_batches import LocalBatch
+from purestep.sharding.placement import is_split
 from purestep.sharding.plan import Plan
 from purestep.step_protocol import StepFn, facts_of
 
@@ -42,11 +43,11 @@ class Ranks:
 
     def __init__(self, plan: Plan | None, microbatches: int) -> None:
         self.plan, self.microbatches = plan, microbatches
-        self.alone = plan is None or not world.initialize()
-        self.first = self.alone or world.rank() == 0
+        self.alone = plan is None or not control.initialize()
+        self.first = self.alone or control.rank() == 0
         self._cut: ShardedSource | None = None
         if plan is not None and not self.alone:
-            from purestep.sharding.mesh import check_world
+            from purestep.distributed.mesh import check_world
 
             check_world(plan.mesh)
             plan.microbatches(microbatches)  # refuses a number that cannot be shared, before anything begins
@@ -82,7 +83,7 @@ class Ranks:
             RankError: on every rank, with shapes and content by rank.
         """
         if not self.alone and self._cut is not None:
-            world.agree_each({"the batch": self.seen()}, what="the first batch", instead=SAME_DATA)
+            control.agree_each({"the batch": self.seen()}, what="the first batch", instead=SAME_DATA)
 
     def samples(self, batch: Any) -> int:
         """Return the number of samples of the global batch."""
@@ -108,8 +109,8 @@ class Ranks:
             specs = tree.leaves(self.plan.specs(train))
             whole = any(s.axes and not is_split(x) for x, s in zip(tree.leaves(train), specs, strict=True))
             # Parts of different values would make a state that no rank had.
-            content = fingerprint(place.local(train)) if whole else "placed by a plan"
-            world.agree_each({"the state": content}, what="the state", instead=SAME_STATE)
+            content = fingerprint(placement.local(train)) if whole else "placed by a plan"
+            control.agree_each({"the state": content}, what="the state", instead=SAME_STATE)
         return self.plan.place(train)
 
     def compare(self, step: StepFn, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
@@ -135,7 +136,7 @@ class Ranks:
             "the position of the loop": tree.digest(loop.replace(train=None)),
         }
         instead = "start all of them with the same script, arguments, seed and settings (OMP_NUM_THREADS, say)"
-        world.agree_each(values, what="the start of a run", instead=instead)
+        control.agree_each(values, what="the start of a run", instead=instead)
         compare_states(loop.train)
 
     def agreed(self, check: Callable[[], T], what: str) -> list[T]:
@@ -160,7 +161,7 @@ class Ranks:
             value = check()
         except Exception as error:
             refused = error
-        found = world.gather((value, None if refused is None else _first_lines(refused)), what=what)
+        found = control.gather((value, None if refused is None else _first_lines(refused)), what=what)
         if refused is not None:
             raise refused
         words = {rank: text for rank, (_, text) in enumerate(found) if text is not None}
@@ -179,13 +180,13 @@ class Ranks:
         """Return the processes that write snapshots together."""
         if self.alone:
             return snapshot.Ranks()
-        exchange = functools.partial(world.gather, what="a snapshot")
-        return snapshot.Ranks(world.rank(), world.size(), exchange, world.timeout())
+        exchange = functools.partial(control.gather, what="a snapshot")
+        return snapshot.Ranks(control.rank(), control.size(), exchange, control.timeout())
 
     def tell(self, error: BaseException) -> None:
         """Leave word for the other ranks that this one fails, at once: what follows may take its time."""
-        if not self.alone and not world.is_lost(error):
-            world.failed(error)
+        if not self.alone and not control.is_lost(error):
+            control.failed(error)
 
     def __enter__(self) -> Self:
         return self
@@ -193,9 +194,9 @@ class Ranks:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.alone or error is None or isinstance(error, GeneratorExit):
             return
-        if world.is_lost(error):
-            raise world.lost(error, "a step") from error
-        world.failed(error)
+        if control.is_lost(error):
+            raise control.lost(error, "a step") from error
+        control.failed(error)
 
 
 def _first_lines(error: Exception) -> str:

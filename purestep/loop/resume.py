@@ -15,7 +15,7 @@ from purestep.loop.identity import Identity, check_resumed, differences
 from purestep.loop.machine import Machine
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
-from purestep.precision.convert import any_policy, under_policy
+from purestep.precision.convert_state import any_policy, under_policy
 from purestep.snapshot import Verify
 from purestep.state import TrainState
 from purestep.step_protocol import StepFn, resliced
@@ -116,11 +116,11 @@ def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
 
 def settled(step: StepFn, manifest: snapshot.Manifest) -> StepFn:
     """Return a step of `microbatches="auto"` with the number that the run was saved with: bits depend on it."""
-    from purestep.loop import fitting
+    from purestep.preflight import fit_memory
 
     was = manifest.info.get("step")
     count = was.get("microbatches") if isinstance(was, Mapping) else None
-    return resliced(step, count) if fitting.is_auto(step) and isinstance(count, int) and count else step
+    return resliced(step, count) if fit_memory.is_auto(step) and isinstance(count, int) and count else step
 
 
 @checked(ConfigError)
@@ -157,7 +157,7 @@ def restore(
         CorruptSnapshot: stored bytes are missing or changed.
         SnapshotError: there is no snapshot, or none that knows the metric.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import torch
         >>> import purestep as ps

@@ -19,11 +19,9 @@ import torch
 from purestep import data, metrics, portable, tree
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
-from purestep.loop import hidden, memory
 from purestep.loop import resume as resume_
-from purestep.loop.agree import Alone
 from purestep.loop.checks import check_names
-from purestep.loop.contract import Contract
+from purestep.loop.clock import Alone
 from purestep.loop.events import (
     Effect,
     EpochDone,
@@ -45,19 +43,21 @@ from purestep.loop.events import (
     Transform,
     Transformed,
 )
-from purestep.loop.feed import Feed, device_of
-from purestep.loop.guard import Guard, Remembered
 from purestep.loop.identity import Identity
+from purestep.loop.input import Feed, device_of
+from purestep.loop.logging import Outlets
 from purestep.loop.machine import Machine
 from purestep.loop.options import RunArguments
-from purestep.loop.outlets import Outlets
-from purestep.loop.precheck import check_threads
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
 from purestep.loop.roles import Evaluator, Transformer
 from purestep.loop.saving import Saving
 from purestep.loop.signals import Signals
-from purestep.loop.skipped import Skipped
+from purestep.loop.skipped_updates import Skipped
+from purestep.preflight import hidden_attributes, memory
+from purestep.preflight.check import check_threads
+from purestep.preflight.contract import Contract
+from purestep.preflight.guard import Guard, Remembered
 from purestep.step_protocol import StepFn as StepFn
 from purestep.step_protocol import facts_of
 
@@ -320,7 +320,7 @@ class Run:
         repeatable = self._ranks.alone and not facts_of(self._step).donate
         changed = first.attributes.check(state, batch, returned, repeatable=repeatable)
         if changed and self._ranks.first:
-            warnings.warn(changed, hidden.HiddenStateWarning, stacklevel=2)
+            warnings.warn(changed, hidden_attributes.HiddenStateWarning, stacklevel=2)
         self._checked = True
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from purestep.lazy import attach
+from purestep._lazy import attach
 from purestep.optim.base import EmptyState as EmptyState
 from purestep.optim.base import GradientTransformation as GradientTransformation
 from purestep.optim.base import ScalarOrSchedule as ScalarOrSchedule
@@ -27,34 +27,36 @@ if TYPE_CHECKING:
     from purestep.optim.clip import clip_by_global_norm as clip_by_global_norm
     from purestep.optim.clip import clip_by_value as clip_by_value
     from purestep.optim.clip import global_norm as global_norm
-    from purestep.optim.condition import conditionally_mask as conditionally_mask
-    from purestep.optim.condition import conditionally_transform as conditionally_transform
-    from purestep.optim.condition import lookahead as lookahead
-    from purestep.optim.decay import add_decayed_weights as add_decayed_weights
-    from purestep.optim.finite import apply_if_finite as apply_if_finite
-    from purestep.optim.finite import skip_large_updates as skip_large_updates
-    from purestep.optim.finite import zero_nans as zero_nans
-    from purestep.optim.inject import inject_hyperparams as inject_hyperparams
-    from purestep.optim.inspect import get as get
-    from purestep.optim.inspect import monitor as monitor
-    from purestep.optim.inspect import set as set
+    from purestep.optim.conditional import conditionally_mask as conditionally_mask
+    from purestep.optim.conditional import conditionally_transform as conditionally_transform
+    from purestep.optim.conditional import lookahead as lookahead
+    from purestep.optim.hyperparams import inject_hyperparams as inject_hyperparams
     from purestep.optim.masks import freeze as freeze
     from purestep.optim.masks import masked as masked
     from purestep.optim.masks import partition as partition
     from purestep.optim.masks import set_to_zero as set_to_zero
+    from purestep.optim.nonfinite import apply_if_finite as apply_if_finite
+    from purestep.optim.nonfinite import skip_large_updates as skip_large_updates
+    from purestep.optim.nonfinite import zero_nans as zero_nans
     from purestep.optim.optimizers.adafactor import adafactor as adafactor
     from purestep.optim.optimizers.adam import adam as adam
     from purestep.optim.optimizers.adam import adamw as adamw
     from purestep.optim.optimizers.adam import amsgrad as amsgrad
     from purestep.optim.optimizers.adam import scale_by_adam as scale_by_adam
     from purestep.optim.optimizers.adam import scale_by_amsgrad as scale_by_amsgrad
-    from purestep.optim.optimizers.adaptive import adamax as adamax
-    from purestep.optim.optimizers.adaptive import nadam as nadam
-    from purestep.optim.optimizers.adaptive import nadamw as nadamw
-    from purestep.optim.optimizers.adaptive import radam as radam
-    from purestep.optim.optimizers.adaptive import scale_by_adamax as scale_by_adamax
-    from purestep.optim.optimizers.adaptive import scale_by_nadam as scale_by_nadam
-    from purestep.optim.optimizers.adaptive import scale_by_radam as scale_by_radam
+    from purestep.optim.optimizers.adam_second_moments import adabelief as adabelief
+    from purestep.optim.optimizers.adam_second_moments import adan as adan
+    from purestep.optim.optimizers.adam_second_moments import scale_by_adan as scale_by_adan
+    from purestep.optim.optimizers.adam_second_moments import scale_by_belief as scale_by_belief
+    from purestep.optim.optimizers.adam_second_moments import scale_by_yogi as scale_by_yogi
+    from purestep.optim.optimizers.adam_second_moments import yogi as yogi
+    from purestep.optim.optimizers.adam_variants import adamax as adamax
+    from purestep.optim.optimizers.adam_variants import nadam as nadam
+    from purestep.optim.optimizers.adam_variants import nadamw as nadamw
+    from purestep.optim.optimizers.adam_variants import radam as radam
+    from purestep.optim.optimizers.adam_variants import scale_by_adamax as scale_by_adamax
+    from purestep.optim.optimizers.adam_variants import scale_by_nadam as scale_by_nadam
+    from purestep.optim.optimizers.adam_variants import scale_by_radam as scale_by_radam
     from purestep.optim.optimizers.layerwise import lamb as lamb
     from purestep.optim.optimizers.layerwise import lars as lars
     from purestep.optim.optimizers.layerwise import scale_by_trust_ratio as scale_by_trust_ratio
@@ -81,12 +83,6 @@ if TYPE_CHECKING:
     from purestep.optim.optimizers.sign import sign_sgd as sign_sgd
     from purestep.optim.optimizers.sophia import scale_by_sophia as scale_by_sophia
     from purestep.optim.optimizers.sophia import sophia as sophia
-    from purestep.optim.optimizers.variance import adabelief as adabelief
-    from purestep.optim.optimizers.variance import adan as adan
-    from purestep.optim.optimizers.variance import scale_by_adan as scale_by_adan
-    from purestep.optim.optimizers.variance import scale_by_belief as scale_by_belief
-    from purestep.optim.optimizers.variance import scale_by_yogi as scale_by_yogi
-    from purestep.optim.optimizers.variance import yogi as yogi
     from purestep.optim.plateau import reduce_on_plateau as reduce_on_plateau
     from purestep.optim.regularize import add_noise as add_noise
     from purestep.optim.regularize import centralize as centralize
@@ -101,18 +97,18 @@ if TYPE_CHECKING:
     from purestep.optim.schedules.decay import piecewise_constant_schedule as piecewise_constant_schedule
     from purestep.optim.schedules.decay import piecewise_interpolate_schedule as piecewise_interpolate_schedule
     from purestep.optim.schedules.decay import polynomial_schedule as polynomial_schedule
-    from purestep.optim.schedules.lifted import lift_scheduler as lift_scheduler
-    from purestep.optim.schedules.torch_names import ConstantLR as ConstantLR
-    from purestep.optim.schedules.torch_names import CosineAnnealingLR as CosineAnnealingLR
-    from purestep.optim.schedules.torch_names import CosineAnnealingWarmRestarts as CosineAnnealingWarmRestarts
-    from purestep.optim.schedules.torch_names import CyclicLR as CyclicLR
-    from purestep.optim.schedules.torch_names import ExponentialLR as ExponentialLR
-    from purestep.optim.schedules.torch_names import LambdaLR as LambdaLR
-    from purestep.optim.schedules.torch_names import LinearLR as LinearLR
-    from purestep.optim.schedules.torch_names import MultiStepLR as MultiStepLR
-    from purestep.optim.schedules.torch_names import OneCycleLR as OneCycleLR
-    from purestep.optim.schedules.torch_names import PolynomialLR as PolynomialLR
-    from purestep.optim.schedules.torch_names import StepLR as StepLR
+    from purestep.optim.schedules.torch_formulas import ConstantLR as ConstantLR
+    from purestep.optim.schedules.torch_formulas import CosineAnnealingLR as CosineAnnealingLR
+    from purestep.optim.schedules.torch_formulas import CosineAnnealingWarmRestarts as CosineAnnealingWarmRestarts
+    from purestep.optim.schedules.torch_formulas import CyclicLR as CyclicLR
+    from purestep.optim.schedules.torch_formulas import ExponentialLR as ExponentialLR
+    from purestep.optim.schedules.torch_formulas import LambdaLR as LambdaLR
+    from purestep.optim.schedules.torch_formulas import LinearLR as LinearLR
+    from purestep.optim.schedules.torch_formulas import MultiStepLR as MultiStepLR
+    from purestep.optim.schedules.torch_formulas import OneCycleLR as OneCycleLR
+    from purestep.optim.schedules.torch_formulas import PolynomialLR as PolynomialLR
+    from purestep.optim.schedules.torch_formulas import StepLR as StepLR
+    from purestep.optim.schedules.torch_lr import lift_scheduler as lift_scheduler
     from purestep.optim.schedules.warmup import cosine_onecycle_schedule as cosine_onecycle_schedule
     from purestep.optim.schedules.warmup import join_schedules as join_schedules
     from purestep.optim.schedules.warmup import linear_onecycle_schedule as linear_onecycle_schedule
@@ -120,7 +116,11 @@ if TYPE_CHECKING:
     from purestep.optim.schedules.warmup import warmup_constant_schedule as warmup_constant_schedule
     from purestep.optim.schedules.warmup import warmup_cosine_decay_schedule as warmup_cosine_decay_schedule
     from purestep.optim.schedules.warmup import warmup_exponential_decay_schedule as warmup_exponential_decay_schedule
-    from purestep.optim.torch_state import from_torch as from_torch
-    from purestep.optim.torch_state import to_torch as to_torch
+    from purestep.optim.state_access import get as get
+    from purestep.optim.state_access import monitor as monitor
+    from purestep.optim.state_access import set as set
+    from purestep.optim.torch_interop import from_torch as from_torch
+    from purestep.optim.torch_interop import to_torch as to_torch
+    from purestep.optim.weight_decay import add_decayed_weights as add_decayed_weights
 
 __getattr__, __dir__ = attach(__name__)

@@ -10,9 +10,9 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Count, Decay, NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import ElementWrapper, GradientTransformation, Scalar, new_count, same_leaves, transformation
 from purestep.optim.chain import all_applied
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.rule import Memory, Rule
 
 
@@ -36,7 +36,7 @@ def trace(decay: NonNegative[Scalar], nesterov: bool = False) -> GradientTransfo
         decay: $\mu$.
         nesterov: look ahead along the momentum.
 
-    Example:
+    Examples:
         >>> tx = trace(0.5)
         >>> state = tx.init({"w": torch.zeros(1)})
         >>> _, state = tx.update({"w": torch.ones(1)}, state)
@@ -68,7 +68,7 @@ def ema(decay: Decay[Scalar], debias: bool = True) -> GradientTransformation:
         decay: $d$.
         debias: divide by $1 - d^t$, which undoes the start from zero.
 
-    Example:
+    Examples:
         >>> tx = ema(0.5, debias=False)
         >>> tx.update({"w": torch.ones(1)}, tx.init({"w": torch.zeros(1)}))[0]
         {'w': tensor([0.5000])}
@@ -144,7 +144,7 @@ def accumulate(inner: GradientTransformation, every: Count, *, use_mean: bool = 
     Raises:
         OptimError: `every` is not a positive integer.
 
-    Example:
+    Examples:
         >>> from purestep.optim import sgd
         >>> tx = accumulate(sgd(1.0), every=2)
         >>> state = tx.init({"w": torch.zeros(1)})

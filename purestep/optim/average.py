@@ -14,7 +14,6 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Count, Fraction, Whole, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     ElementWrapper,
     GradientTransformation,
@@ -26,7 +25,8 @@ from purestep.optim.base import (
     transformation,
     value_at,
 )
-from purestep.optim.inspect import nodes
+from purestep.optim.kernels import foreach as fx
+from purestep.optim.state_access import nodes
 
 
 @tree.pytree
@@ -111,7 +111,7 @@ def average_params(
     Raises:
         OptimError: `inner` is no transformation, or `start` or `every` is out of range.
 
-    Example:
+    Examples:
         >>> from purestep import optim
         >>> tx = average_params(optim.sgd(1.0), decay=0.5)
         >>> params = {"w": torch.zeros(1)}
@@ -137,7 +137,7 @@ def averaged(state: Any) -> Any:
     Raises:
         OptimError: the optimizer state keeps no average of these parameters, or several.
 
-    Example:
+    Examples:
         >>> import purestep as ps
         >>> state = ps.init(torch.nn.Linear(2, 1), average_params(ps.optim.sgd(0.1)))
         >>> ps.tree.equal(averaged(state).params, state.params)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.errors import ConfigError, OptimError, explain
-from purestep.optim import foreach as fx
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scoped, check_scope
 from purestep.tree import Structure
 
@@ -47,7 +47,7 @@ class GradientTransformation(Scoped):
             right. `ps.testing.check_transformation` proves a narrower claim. A wrapper speaks of itself: a wrapper of
             scope "element" around a transformation of scope "tree" is of scope "tree".
 
-    Example:
+    Examples:
         >>> @transformation
         ... class Halve(GradientTransformation):
         ...     scope = "element"
@@ -167,7 +167,7 @@ def apply_updates(params: T, updates: Any) -> T:
     Raises:
         OptimError: the two trees differ in structure.
 
-    Example:
+    Examples:
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
         {'w': tensor([1.5000, 0.5000])}
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation, Scalar, StepNumber, transformation
-from purestep.optim.parts import parts, parts_class, unique
+from purestep.optim.named_states import parts, parts_class, unique
 from purestep.optim.scope import Combinator, scope_of
 
 
@@ -31,7 +31,7 @@ class Identity(GradientTransformation):
 def identity() -> GradientTransformation:
     """Return the transformation that passes updates on as they are.
 
-    Example:
+    Examples:
         >>> identity().update({"w": 1.0}, identity().init({"w": 2.0}))[0]
         {'w': 1.0}
     """
@@ -145,7 +145,7 @@ def chain(
     Raises:
         OptimError: a part is not a transformation, or a name is not an identifier or comes twice.
 
-    Example:
+    Examples:
         >>> from purestep import optim, tree
         >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(3e-4))
         >>> tx

@@ -13,8 +13,8 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Limit, NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, need_params, same_leaves, transformation
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.scope import ShardAware
 
 
@@ -38,7 +38,7 @@ def clip_by_value(max_delta: Limit[Scalar]) -> GradientTransformation:
     Raises:
         OptimError: `max_delta` is a number that is not positive.
 
-    Example:
+    Examples:
         >>> clip_by_value(1.0).update({"w": torch.tensor([-3.0, 0.5])}, None)[0]
         {'w': tensor([-1.0000,  0.5000])}
 
@@ -73,7 +73,7 @@ def clip_by_global_norm(max_norm: Limit[Scalar]) -> GradientTransformation:
     Raises:
         OptimError: `max_norm` is a number that is not positive.
 
-    Example:
+    Examples:
         >>> clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, None)[0]
         {'w': tensor([0.6000, 0.8000])}
 
@@ -99,7 +99,7 @@ def clip_by_block_rms(threshold: Limit[Scalar]) -> GradientTransformation:
 
     $u \leftarrow u / \max(1, \mathrm{rms}(u) / d)$ for each leaf by itself.
 
-    Example:
+    Examples:
         >>> clip_by_block_rms(1.0).update({"w": torch.tensor([3.0, 3.0])}, None)[0]
         {'w': tensor([1., 1.])}
 
@@ -138,7 +138,7 @@ def adaptive_grad_clip(clipping: NonNegative[Scalar], eps: NonNegative[float] = 
         clipping: the fraction $\lambda$.
         eps: the norm that weights are taken to have at least.
 
-    Example:
+    Examples:
         >>> tx = adaptive_grad_clip(0.1)
         >>> tx.update({"w": torch.tensor([3.0, 4.0])}, None, {"w": torch.tensor([0.0, 1.0])})[0]
         {'w': tensor([0.0600, 0.0800])}
@@ -159,7 +159,7 @@ def unitwise_norm(x: Tensor) -> Tensor:
 def global_norm(updates: Any) -> Tensor:
     """Return the 2-norm of all tensors of a tree together, as a 0-d tensor of at least float32.
 
-    Example:
+    Examples:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """

@@ -19,7 +19,6 @@ from torch import Tensor
 from purestep import _torch, transforms, tree
 from purestep.arguments import NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
@@ -31,8 +30,9 @@ from purestep.optim.base import (
     transformation,
     value_at,
 )
-from purestep.optim.decay import fixed_filter
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.masks import by_name
+from purestep.optim.weight_decay import fixed_filter
 from purestep.tree import static
 
 Slots = dict[str, dict[str, Tensor]]
@@ -210,7 +210,7 @@ def lift(
     Raises:
         OptimError: not an optimizer class, one that needs a closure, or one whose state changes its structure.
 
-    Example:
+    Examples:
         >>> tx = lift(torch.optim.SGD, lr=0.1, momentum=0.9)
         >>> params = {"w": torch.ones(2)}
         >>> updates, state = tx.update(params, tx.init(params), params)

@@ -18,8 +18,8 @@ from purestep.arguments import checked
 from purestep.errors import OptimError, explain
 from purestep.optim.base import ElementWrapper, GradientTransformation, transformation
 from purestep.optim.chain import Several
-from purestep.optim.decay import fixed_filter
-from purestep.optim.parts import parts, parts_class
+from purestep.optim.named_states import parts, parts_class
+from purestep.optim.weight_decay import fixed_filter
 
 Labels = Mapping[str, Any] | Callable[[str], str] | Any
 
@@ -36,7 +36,7 @@ class SetToZero(GradientTransformation):
 def set_to_zero() -> GradientTransformation:
     """Replace updates by zeros; NaNs too.
 
-    Example:
+    Examples:
         >>> set_to_zero().update({"w": torch.tensor([float("nan")])}, None)[0]
         {'w': tensor([0.])}
 
@@ -88,7 +88,7 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
     Raises:
         OptimError: a tree of bools has other leaves than the parameters.
 
-    Example:
+    Examples:
         >>> from purestep.optim import scale
         >>> tx = masked(scale(10.0), "*weight")
         >>> updates = {"weight": torch.ones(1), "bias": torch.ones(1)}
@@ -110,7 +110,7 @@ def freeze(mask: Any) -> GradientTransformation:
     Args:
         mask: as for `masked`.
 
-    Example:
+    Examples:
         >>> tx = freeze("backbone.*")
         >>> updates = {"backbone.w": torch.ones(1), "head.w": torch.ones(1)}
         >>> tx.update(updates, tx.init(updates))[0]
@@ -189,7 +189,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
     Raises:
         OptimError: a label is unknown, or a parameter has none (when its tree is first seen).
 
-    Example:
+    Examples:
         >>> from purestep.optim import sgd
         >>> tx = partition({"slow": sgd(0.1), "fast": sgd(1.0)}, {"slow": "backbone.*", "fast": "*"})
         >>> grads = {"backbone.w": torch.ones(1), "head.w": torch.ones(1)}

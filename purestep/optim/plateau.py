@@ -11,8 +11,8 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Count, Finite, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, StepNumber, new_count, scalar_like, transformation, wide
+from purestep.optim.kernels import foreach as fx
 
 
 @tree.pytree
@@ -120,7 +120,7 @@ def reduce_on_plateau(
     Raises:
         OptimError: an argument is out of range, or `update` gets no `value=`.
 
-    Example:
+    Examples:
         >>> tx = reduce_on_plateau(0.5, patience=1)
         >>> grads = {"w": torch.ones(1)}
         >>> updates, state = tx.update(grads, tx.init(grads), value=1.0)

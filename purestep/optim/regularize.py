@@ -10,7 +10,6 @@ from torch import Tensor
 from purestep import random, tree
 from purestep.arguments import NonNegative, Positive, Seed, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
@@ -22,6 +21,7 @@ from purestep.optim.base import (
     transformation,
     wide,
 )
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.scope import ShardAware
 
 
@@ -70,7 +70,7 @@ def add_noise(eta: NonNegative[Scalar], gamma: NonNegative[Scalar], *, seed: See
     Returns:
         A transformation with the state `AddNoiseState(rng)`; `update` needs `step=`.
 
-    Example:
+    Examples:
         >>> tx = add_noise(0.1, 0.55, seed=1)
         >>> state = tx.init({"w": torch.zeros(3)})
         >>> a, _ = tx.update({"w": torch.zeros(3)}, state, step=torch.tensor(0))
@@ -97,7 +97,7 @@ def centralize() -> GradientTransformation:
 
     Tensors of fewer than two dims pass unchanged.
 
-    Example:
+    Examples:
         >>> centralize().update({"w": torch.tensor([[1.0, 3.0], [0.0, 0.0]])}, None)[0]
         {'w': tensor([[-1.,  1.],
                 [ 0.,  0.]])}
@@ -121,7 +121,7 @@ class KeepParamsNonnegative(GradientTransformation):
 def keep_params_nonnegative() -> GradientTransformation:
     """Shorten updates so that parameters stay at 0 or above. Put it last.
 
-    Example:
+    Examples:
         >>> tx = keep_params_nonnegative()
         >>> tx.update({"w": torch.tensor([-3.0, -0.5])}, None, {"w": torch.tensor([1.0, 1.0])})[0]
         {'w': tensor([-1.0000, -0.5000])}
@@ -149,7 +149,7 @@ def normalize_by_update_norm(
 ) -> GradientTransformation:
     """Give all updates together the 2-norm `scale_factor`.
 
-    Example:
+    Examples:
         >>> normalize_by_update_norm(eps=0.0).update({"w": torch.tensor([3.0, 4.0])}, None)[0]
         {'w': tensor([0.6000, 0.8000])}
 

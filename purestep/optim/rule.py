@@ -13,9 +13,9 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, need_params, new_count, same_leaves, wide
-from purestep.optim.parts import parts
+from purestep.optim.kernels import foreach as fx
+from purestep.optim.named_states import parts
 
 Memory = dict[str, list[Tensor]]
 

@@ -13,8 +13,8 @@ import torch
 from purestep import tree
 from purestep.arguments import Finite, NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, StepNumber, transformation, value_at
+from purestep.optim.kernels import foreach as fx
 
 
 @transformation
@@ -31,7 +31,7 @@ class Scale(GradientTransformation):
 def scale(step_size: Finite[Scalar]) -> GradientTransformation:
     """Multiply updates by a number.
 
-    Example:
+    Examples:
         >>> scale(-0.5).update({"w": torch.ones(2)}, None)[0]
         {'w': tensor([-0.5000, -0.5000])}
 
@@ -56,7 +56,7 @@ class ScaleBySchedule(GradientTransformation):
 def scale_by_schedule(schedule: Finite[ScalarOrSchedule]) -> GradientTransformation:
     """Multiply updates by a schedule of the number of applied updates. The sign is the schedule's.
 
-    Example:
+    Examples:
         >>> from purestep.optim import linear_schedule
         >>> tx = scale_by_schedule(linear_schedule(0.0, 1.0, transition_steps=4))
         >>> tx.update({"w": torch.ones(2)}, None, step=torch.tensor(1))[0]
@@ -89,7 +89,7 @@ def scale_by_learning_rate(learning_rate: NonNegative[ScalarOrSchedule]) -> Grad
     Args:
         learning_rate: a number, a 0-d tensor, or a schedule of the number of applied updates.
 
-    Example:
+    Examples:
         >>> scale_by_learning_rate(0.1).update({"w": torch.ones(2)}, None)[0]
         {'w': tensor([-0.1000, -0.1000])}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import OptimError, explain
 from purestep.optim.columns import tensors_of
-from purestep.sharding import whole
+from purestep.sharding import full_tensors
 
 Scope = Literal["element", "tensor", "tree"]
 SCOPES: tuple[Scope, ...] = ("element", "tensor", "tree")  # from the narrowest
@@ -59,7 +59,7 @@ def scope_of(tx: Scoped) -> Scope:
     Raises:
         OptimError: `tx.scope` is none of the three.
 
-    Example:
+    Examples:
         >>> from purestep import optim
         >>> scope_of(optim.nadam(1e-3)), scope_of(optim.lamb(1e-3)), scope_of(optim.clip_by_global_norm(1.0))
         ('element', 'tensor', 'tree')
@@ -116,8 +116,8 @@ def fused_on_shards(tx: Scoped) -> bool:
 # method is called as it is.
 
 
-def _gathers(tx: Scoped) -> whole.Whole | None:
-    behind = whole.current()
+def _gathers(tx: Scoped) -> full_tensors.Whole | None:
+    behind = full_tensors.current()
     return behind if behind is not None and behind.split and not takes_shards(tx) else None
 
 
@@ -139,7 +139,7 @@ def full_update(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[A
 
 
 def _one_by_one(
-    behind: whole.Whole, call: Callable[..., Any], updates: Any, state: Any, params: Any
+    behind: full_tensors.Whole, call: Callable[..., Any], updates: Any, state: Any, params: Any
 ) -> tuple[Any, Any] | None:
     """Gather, update and shard one tensor after another, so that only one is ever in full.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import PrecisionError, explain
-from purestep.optim import foreach as fx
+from purestep.optim.kernels import foreach as fx
 from purestep.tree import pytree, static
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class DynamicLossScale(LossScale):
         factor: $f$, above 1.
         min_scale: $s_\min$.
 
-    Example:
+    Examples:
         >>> scale, values = DynamicLossScale(8.0, period=2).on("cpu"), []
         >>> for finite in (False, True, True, True):
         ...     scale = scale.adjust(torch.tensor(finite))
@@ -113,7 +113,7 @@ class StaticLossScale(LossScale):
     Attributes:
         value: the scale; a number in a policy, float32 [] in a state.
 
-    Example:
+    Examples:
         >>> scale = StaticLossScale(4.0).on("cpu")
         >>> scale.unscale({"w": scale.scale(torch.ones(2))})
         {'w': tensor([1., 1.])}
@@ -134,7 +134,7 @@ class StaticLossScale(LossScale):
 class NoLossScale(LossScale):
     """No scale: for float32, float64 and bfloat16, whose exponent range is that of float32. No step is skipped.
 
-    Example:
+    Examples:
         >>> NoLossScale().scale(torch.tensor(3.0))
         tensor(3.)
 
@@ -152,7 +152,7 @@ class NoLossScale(LossScale):
 def all_finite(values: object) -> Tensor:
     """Tell, as a 0-d bool tensor, whether a tree of tensors holds no infinity and no NaN.
 
-    Example:
+    Examples:
         >>> all_finite({"w": torch.ones(2), "b": torch.tensor([0.0, float("inf")])})
         tensor(False)
 

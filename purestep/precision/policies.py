@@ -13,7 +13,7 @@ import torch
 
 from purestep.arguments import Judge, checked
 from purestep.errors import PrecisionError, explain
-from purestep.precision import convert
+from purestep.precision import convert_state
 from purestep.precision.float8 import RECIPES
 from purestep.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale
 from purestep.precision.rules import NORMS, DType, Rule, Where, dtype_of, rule, word
@@ -88,7 +88,7 @@ class Policy:
         Raises:
             PrecisionError: there is no such field, or its value is no dtype, loss scale or recipe.
 
-        Example:
+        Examples:
             >>> print(policy("bf16-mixed").replace(reduce="bf16", rules=()))
             params=f32,compute=bf16,output=f32,reduce=bf16
         """
@@ -124,7 +124,7 @@ class Policy:
         Raises:
             PrecisionError: the rule changes nothing. A rule that matches nothing is refused by `apply` and by the step.
 
-        Example:
+        Examples:
             >>> policy("bf16-true").where("head", compute="f32", output="f32").rules[0].where
             'head'
         """
@@ -146,7 +146,7 @@ class Policy:
         Raises:
             PrecisionError: a rule matches nothing.
 
-        Example:
+        Examples:
             >>> import purestep as ps
             >>> from torch import nn
             >>> state = ps.init(lambda: nn.Linear(3, 2), ps.optim.sgd(0.1))
@@ -156,40 +156,40 @@ class Policy:
             >>> ps.tree.equal(policy("32").apply(half), state)
             True
         """
-        return convert.apply(self, state)
+        return convert_state.apply(self, state)
 
     def cast_to_param(self, values: S) -> S:
         """Return a tree with its floating-point leaves in the dtype at rest; rules by name apply to names of leaves.
 
-        Example:
+        Examples:
             >>> policy("bf16-true").cast_to_param({"w": torch.ones(2)})
             {'w': tensor([1., 1.], dtype=torch.bfloat16)}
 
         Reference: `jmp.Policy.cast_to_param`.
         """
-        return convert.cast_tree(self, values, "param")
+        return convert_state.cast_tree(self, values, "param")
 
     def cast_to_compute(self, values: S) -> S:
         """Return a tree with its floating-point leaves in the dtype of the computation, for a hand-written step.
 
-        Example:
+        Examples:
             >>> policy("bf16-mixed").cast_to_compute({"x": torch.ones(2), "label": torch.ones(2, dtype=torch.int64)})
             {'x': tensor([1., 1.], dtype=torch.bfloat16), 'label': tensor([1, 1])}
 
         Reference: `jmp.Policy.cast_to_compute`.
         """
-        return convert.cast_tree(self, values, "compute")
+        return convert_state.cast_tree(self, values, "compute")
 
     def cast_to_output(self, values: S) -> S:
         """Return a tree with its floating-point leaves in the dtype of outputs.
 
-        Example:
+        Examples:
             >>> policy("bf16-mixed").cast_to_output({"logits": torch.ones(2, dtype=torch.bfloat16)})
             {'logits': tensor([1., 1.])}
 
         Reference: `jmp.Policy.cast_to_output`.
         """
-        return convert.cast_tree(self, values, "output")
+        return convert_state.cast_tree(self, values, "output")
 
     def __str__(self) -> str:
         words = [f"params={word(self.param)}", f"compute={word(self.compute)}", f"output={word(self.output)}"]
@@ -260,7 +260,7 @@ def policy(spec: str | int | Policy, **changes: Any) -> Policy:
     Raises:
         PrecisionError: an unknown name or word.
 
-    Example:
+    Examples:
         >>> print(policy("bf16-true"))
         params=bf16,compute=bf16,output=f32,reduce=bf16
         >>> policy("params=f32,compute=bf16,output=f32").compute

@@ -41,7 +41,7 @@ _SHORT = {dtype: word for word, dtype in _WORDS.items()}
 def dtype_of(value: DType, *, where: str = "dtype") -> torch.dtype:
     """Return a floating dtype from itself or a word: f16, bf16, f32, f64, or the long names of torch.
 
-    Example:
+    Examples:
         >>> dtype_of("bf16"), dtype_of("float64"), dtype_of(torch.float16)
         (torch.bfloat16, torch.float64, torch.float16)
     """

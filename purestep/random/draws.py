@@ -16,8 +16,8 @@ from torch import Tensor
 
 from purestep.arguments import checked
 from purestep.errors import KeyShapeError, explain
-from purestep.random.block import DRAW, MASK, philox, philox_numpy
 from purestep.random.keys import check_key, is_host
+from purestep.random.philox import DRAW, MASK, philox, philox_numpy
 
 _FLOAT_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
@@ -64,7 +64,7 @@ def bits(key: Tensor, shape: Sequence[int] = (), *, index: Tensor | None = None)
     Returns:
         int64 tensor of values in [0, 2**32).
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> bits(key(0), (2,))
         tensor([1713891541, 3781805453])
@@ -88,7 +88,7 @@ def uniform(
     Raises:
         KeyShapeError: the range is empty, or the dtype is not a floating one.
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> uniform(key(0), (3,))
         tensor([0.3990, 0.8805, 0.7357])
@@ -135,7 +135,7 @@ def normal(
 
     Magnitudes reach 6.66, the limit of 32-bit uniforms. Rounding to `dtype` comes last.
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> normal(key(0), (3,))
         tensor([ 0.9911, -0.6176, -0.1536])
@@ -163,7 +163,7 @@ def bernoulli(
     Raises:
         KeyShapeError: `p` is a number outside [0, 1].
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> bernoulli(key(0), 0.5, (4,))
         tensor([ True, False, False, False])
@@ -188,7 +188,7 @@ def randint(
     Raises:
         KeyShapeError: the range is empty, or wider than int64 can count.
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> randint(key(0), (3,), 0, 10)
         tensor([4, 4, 1])
@@ -213,7 +213,7 @@ def randint(
 def permutation(key: Tensor, x: int | Tensor) -> Tensor:
     """Return a random permutation of `range(x)`, or of the rows of `x`.
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> permutation(key(0), 5)
         tensor([4, 3, 1, 0, 2])
@@ -239,7 +239,7 @@ def categorical(
     Returns:
         int64 tensor.
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> categorical(key(0), torch.tensor([0.0, 100.0, 0.0]))
         tensor(1)
@@ -253,7 +253,7 @@ def categorical(
 def dropout(key: Tensor, x: Tensor, rate: float, *, index: Tensor | None = None) -> Tensor:
     """Zero each element of `x` with probability `rate` and scale the others by 1 / (1 - rate).
 
-    Example:
+    Examples:
         >>> from purestep.random import key
         >>> dropout(key(0), torch.ones(4), 0.5)
         tensor([0., 2., 2., 2.])

@@ -16,7 +16,7 @@ from torch import Tensor
 from purestep import _torch
 from purestep.arguments import Device, Seed, checked
 from purestep.errors import KeyShapeError, explain
-from purestep.random.block import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
+from purestep.random.philox import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
 
 
 @checked(KeyShapeError)
@@ -33,7 +33,7 @@ def key(seed: Seed, *, device: Device | None = None) -> Tensor:
     Raises:
         KeyShapeError: the seed is not an integer of that range.
 
-    Example:
+    Examples:
         >>> key(7)
         tensor([7, 0])
     """
@@ -91,7 +91,7 @@ def fold_in(key: Tensor, *data: int | str | Tensor) -> Tensor:
     Raises:
         KeyShapeError: `key` is not a key, or a part of `data` is of another kind.
 
-    Example:
+    Examples:
         >>> fold_in(key(0), 3, "dropout")
         tensor([3413589608, 3874771151])
     """
@@ -128,7 +128,7 @@ def split(key: Tensor, n: int = 2) -> Tensor:
     Returns:
         int64[n, 2].
 
-    Example:
+    Examples:
         >>> split(key(0), 3).shape
         torch.Size([3, 2])
     """
@@ -145,7 +145,7 @@ def host_words(key: Tensor, purpose: str) -> tuple[int, int] | None:
 
     A key without memory stands for any key: its words are 0.
 
-    Example:
+    Examples:
         >>> host_words(key(0), "dropout") == tuple(fold_in(key(0), "dropout").tolist())
         True
     """

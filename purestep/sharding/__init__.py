@@ -3,16 +3,16 @@
 Re-exports what users type. Nothing here loads torch's DTensor before a leaf is sharded over more than one process.
 """
 
-from purestep.sharding.local import LocalBatch as LocalBatch
-from purestep.sharding.local import local_batch as local_batch
-from purestep.sharding.mesh import Mesh as Mesh
-from purestep.sharding.mesh import mesh as mesh
+from purestep.distributed.control import initialize as initialize
+from purestep.distributed.control import rank as rank
+from purestep.distributed.control import size as size
+from purestep.distributed.mesh import Mesh as Mesh
+from purestep.distributed.mesh import mesh as mesh
+from purestep.sharding.local_batches import LocalBatch as LocalBatch
+from purestep.sharding.local_batches import local_batch as local_batch
 from purestep.sharding.plan import Plan as Plan
 from purestep.sharding.presets import ddp as ddp
 from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp
 from purestep.sharding.presets import tensor_parallel as tensor_parallel
 from purestep.sharding.spec import Spec as Spec
-from purestep.sharding.world import initialize as initialize
-from purestep.sharding.world import rank as rank
-from purestep.sharding.world import size as size

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from purestep.bits import human_bytes
-from purestep.sharding.describe import Description, Row, describe
+from purestep.sharding.report import Description, Row, describe
 from purestep.sharding.spec import Layout
 
 

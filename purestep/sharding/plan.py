@@ -14,13 +14,13 @@ import torch
 
 from purestep import tree
 from purestep.arguments import Whole, checked
+from purestep.distributed.mesh import Mesh
+from purestep.distributed.mesh import mesh as mesh_of
 from purestep.errors import ConfigError, explain
-from purestep.sharding import describe as descriptions
 from purestep.sharding import dry_run as dry_runs
-from purestep.sharding import place as placing
-from purestep.sharding.follow import follow
-from purestep.sharding.mesh import Mesh
-from purestep.sharding.mesh import mesh as mesh_of
+from purestep.sharding import placement as placing
+from purestep.sharding import report as descriptions
+from purestep.sharding.leaf_roles import follow
 from purestep.sharding.spec import REPLICATED, Both, Fallback, Rules, Spec, resolve
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Plan:
     Raises:
         ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
 
-    Example:
+    Examples:
         >>> from purestep.sharding import mesh
         >>> plan = Plan(mesh({"fsdp": 4}), [("*.bias", Spec()), ("*", Spec("fsdp"))])
         >>> plan.spec("0.weight", (8, 3)), plan.spec("0.bias", (8,))
@@ -118,7 +118,7 @@ class Plan:
         Raises:
             ConfigError: `count` is not a multiple of `replicas`; the message names numbers that are.
 
-        Example:
+        Examples:
             >>> from purestep.sharding import hsdp, mesh
             >>> plan = hsdp(fsdp=2).on(mesh({"data": 2, "fsdp": 2}))
             >>> [plan.microbatches(8, rank=r) for r in range(4)]
@@ -155,7 +155,7 @@ class Plan:
     def unit(self, name: str) -> str:
         """Return the submodule with which a parameter is gathered; "" is the root.
 
-        Example:
+        Examples:
             >>> from purestep.sharding import fsdp
             >>> fsdp().unit("blocks.3.attention.weight"), fsdp().unit("head.weight")
             ('blocks.3', '')
@@ -171,7 +171,7 @@ class Plan:
         return dataclasses.replace(self, mesh=mesh if isinstance(mesh, Mesh) else mesh_of(mesh))
 
     def place(self, value: T) -> T:
-        """Return a state whose leaves live where this plan says; see `sharding.place.place`."""
+        """Return a state whose leaves live where this plan says; see `sharding.placement.place`."""
         return placing.place(self, value)
 
     def gather(self, value: T) -> T:
@@ -185,7 +185,7 @@ class Plan:
             value: a state, or any tree of tensors, on the meta device too.
             rank: whose parts; rank 0 holds the largest.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from purestep.sharding import fsdp
             >>> print(fsdp(4).describe({"w": torch.zeros(8, 2), "b": torch.zeros(2)}))
@@ -215,7 +215,7 @@ class Plan:
             compute_dtype: dtype in which parameters are gathered; their own by default.
             reduce_dtype: dtype in which gradients are summed; the parameters' by default.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from purestep.sharding import fsdp
             >>> run = fsdp().dry_run({"blocks.0.w": torch.zeros(1024, 8, device="meta")}, {"fsdp": 1024})
@@ -237,7 +237,7 @@ class Plan:
             ConfigError: `other` is no plan, an axis is in both meshes, both take what is left of the job, or they
                 disagree about a setting.
 
-        Example:
+        Examples:
             >>> from purestep.sharding import fsdp, tensor_parallel
             >>> plan = fsdp(2) * tensor_parallel({"*.up.weight": Spec("tensor")}, size=2)
             >>> plan.mesh
@@ -258,7 +258,7 @@ def check_plan(plan: object, where: str) -> None:
     Raises:
         ConfigError: it is the name of a preset, the preset itself, or something else.
 
-    Example:
+    Examples:
         >>> check_plan("fsdp", "ps.make_step")
         Traceback (most recent call last):
         purestep.errors.ConfigError: a plan is a Plan, not a str

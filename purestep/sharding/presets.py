@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from purestep.arguments import Name, Whole, checked
+from purestep.distributed.mesh import mesh
 from purestep.errors import ConfigError
-from purestep.sharding.mesh import mesh
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Rules, Spec
 from purestep.tree import Filter
@@ -21,7 +21,7 @@ def ddp(size: int = -1, **settings: Any) -> Plan:
         size: ranks; by default all of the job, which is 1 on a laptop.
         **settings: of `Plan`: `reduction`, ...
 
-    Example:
+    Examples:
         >>> ddp(4).spec("weight", (8, 8)), ddp().replicas
         (Spec(), 1)
     """
@@ -40,7 +40,7 @@ def fsdp(size: int = -1, *, min_size: Whole = 0, **settings: Any) -> Plan:
         min_size: leave tensors of fewer elements whole.
         **settings: of `Plan`: `reshard_after_forward`, `units`, `fallback`, `reduction`, ...
 
-    Example:
+    Examples:
         >>> plan = fsdp(4)
         >>> plan.spec("weight", (8, 3)), plan.spec("weight", (3, 8)), plan.spec("bias", (3,))
         (Spec('fsdp'), Spec(None, 'fsdp'), Spec())
@@ -58,7 +58,7 @@ def hsdp(*, fsdp: int, data: int = -1, min_size: Whole = 0, **settings: Any) -> 
         min_size: leave tensors of fewer elements whole.
         **settings: of `Plan`.
 
-    Example:
+    Examples:
         >>> hsdp(fsdp=2, data=4).mesh
         mesh({'data': 4, 'fsdp': 2})
     """
@@ -77,7 +77,7 @@ def tensor_parallel(rules: Rules | Mapping[Any, Spec], size: int, *, axis: Name 
         axis: name of the mesh axis.
         **settings: of `Plan`.
 
-    Example:
+    Examples:
         >>> plan = ddp() * tensor_parallel({"*.up.weight": Spec("tensor"), "*.down.weight": Spec(None, "tensor")}, 2)
         >>> plan.mesh
         mesh({'data': -1, 'tensor': 2})

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from purestep import tree
 from purestep.arguments import checked
+from purestep.distributed.mesh import Mesh
 from purestep.errors import ConfigError, explain
-from purestep.sharding.mesh import Mesh
 
 if TYPE_CHECKING:
     from purestep.sharding._dtensor import Placement
@@ -57,7 +57,7 @@ class Spec:
     Raises:
         ConfigError: an axis is used twice.
 
-    Example:
+    Examples:
         >>> Spec("fsdp", None), Spec(None, ("tensor", "fsdp")), Spec()
         (Spec('fsdp'), Spec(None, ('tensor', 'fsdp')), Spec())
         >>> Spec("tensor", auto="fsdp")
@@ -162,7 +162,7 @@ def resolve(
     Raises:
         ConfigError: more entries than dims, or what `fallback="error"` refuses.
 
-    Example:
+    Examples:
         >>> resolve(Spec(auto="fsdp"), {"fsdp": 4}, (6, 8), fallback="replicate")
         Spec(None, 'fsdp')
         >>> resolve(Spec("fsdp"), {"fsdp": 4}, (6, 8), fallback="replicate")
@@ -249,7 +249,7 @@ def _indivisible(what: str, sizes: Mapping[str, int], where: str) -> str:
 def box(spec: Spec, sizes: Mapping[str, int], shape: Sequence[int], coordinate: Mapping[str, int]) -> Box:
     """Return `(offset, shape)` of the part of a tensor that a coordinate of the mesh holds, with `torch.chunk`'s cuts.
 
-    Example:
+    Examples:
         >>> [box(Spec("fsdp"), {"fsdp": 4}, (6, 2), {"fsdp": i}) for i in (0, 2, 3)]
         [((0, 0), (2, 2)), ((4, 0), (2, 2)), ((6, 0), (0, 2))]
     """

@@ -13,16 +13,16 @@ from purestep.errors import SnapshotError
 from purestep.snapshot.digest import Scope as Scope
 from purestep.snapshot.export import Only
 from purestep.snapshot.export import consolidate as _consolidate
-from purestep.snapshot.keep import Keep as Keep
-from purestep.snapshot.keep import all_ as all_
-from purestep.snapshot.keep import best as best
-from purestep.snapshot.keep import every_steps as every_steps
-from purestep.snapshot.keep import latest as latest
 from purestep.snapshot.manifest import Manifest as Manifest
 from purestep.snapshot.manifest import environment as environment
-from purestep.snapshot.ranks import Ranks as Ranks
+from purestep.snapshot.processes import Ranks as Ranks
 from purestep.snapshot.reader import Restored as Restored
 from purestep.snapshot.reader import Verify as Verify
+from purestep.snapshot.retention import Keep as Keep
+from purestep.snapshot.retention import all_ as all_
+from purestep.snapshot.retention import best as best
+from purestep.snapshot.retention import every_steps as every_steps
+from purestep.snapshot.retention import latest as latest
 from purestep.snapshot.store import Store as Store
 
 DIRECTORY = "snapshots"  # where a run keeps them, under its run directory
@@ -70,7 +70,7 @@ def consolidate(run_dir: Location, out: Location, *, step: int | None = None, on
         SnapshotError: there is no snapshot, or safetensors has no name for a dtype.
         TreeError: the snapshot holds no train state.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as run_dir:
         ...     with Store(run_dir) as store:

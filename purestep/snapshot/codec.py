@@ -17,7 +17,7 @@ import torch
 
 from purestep import _torch, tree
 from purestep.errors import TreeError, explain
-from purestep.sharding import place
+from purestep.sharding import placement as placement_module
 
 JSON = Any  # None, bool, int, float, str, list or dict of JSON
 PYTHON_KINDS = ("bool", "int", "float", "complex", "str", "bytes")
@@ -79,7 +79,7 @@ def encode(value: object) -> Encoded:
     Raises:
         TreeError: a leaf or a node cannot be stored; the message names it.
 
-    Example:
+    Examples:
         >>> encoded = encode({"w": torch.zeros(2), "n": (1, None)})
         >>> encoded.structure
         {'node': 'dict', 'keys': ['w', 'n'], 'items': [0, {'node': 'tuple', 'items': [1, None]}]}
@@ -233,7 +233,7 @@ def _describe(value: Any, path: str) -> tuple[Leaf, Stored | None]:
 def _check_tensor(value: torch.Tensor, path: str) -> None:
     reason = instead = None
     split: Any = value
-    if place.is_split(value):
+    if placement_module.is_split(value):
         if any(placement.is_partial() for placement in _torch.layout_of(split).placements):
             reason, instead = "a tensor whose sum is still outstanding cannot be stored", "x.redistribute(...) first"
         value = _torch.local_tensor(split)
@@ -257,7 +257,7 @@ def _identity(value: Any) -> tuple[Any, ...]:
     if isinstance(value, torch.Tensor):
         if value.numel() == 0:
             return ("tensor", id(value))
-        if place.is_split(value):
+        if placement_module.is_split(value):
             part: Any = value
             here, layout = _torch.local_tensor(part), _torch.layout_of(part)
             same = _identity(here) if here.numel() else id(value)
@@ -284,7 +284,7 @@ def _to_text(value: Any) -> str:
 def from_text(kind: str, text: str) -> Any:
     """Return the Python leaf that was written as text.
 
-    Example:
+    Examples:
         >>> from_text("float", (0.1).hex()), from_text("int", hex(-5)), from_text("bool", "False")
         (0.1, -5, False)
     """

@@ -18,7 +18,7 @@ import torch
 
 from purestep.errors import CorruptSnapshot, explain
 from purestep.snapshot.codec import DEPTH, JSON, PYTHON_KINDS, Leaf, from_text
-from purestep.snapshot.pack import ARRAY_NAME, NUMPY_DTYPE, Piece
+from purestep.snapshot.packing import ARRAY_NAME, NUMPY_DTYPE, Piece
 from purestep.snapshot.shards import count, width
 
 _LARGEST = 1 << 62  # more than any number of elements, bytes, ranks or steps
@@ -47,7 +47,7 @@ class Field:
     Raises:
         CorruptSnapshot: the value is of another type; the message names the file and the field.
 
-    Example:
+    Examples:
         >>> Field({"step": [3]}, "meta/data.json")["step"].natural()
         Traceback (most recent call last):
         purestep.errors.CorruptSnapshot: a file of the snapshot does not make sense

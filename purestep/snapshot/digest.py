@@ -16,7 +16,7 @@ import numpy as np
 from purestep import bits, tree
 from purestep.errors import SnapshotError, explain
 from purestep.snapshot.codec import JSON, Encoded, Leaf, from_text, show
-from purestep.snapshot.pack import Piece, materialize, unpack
+from purestep.snapshot.packing import Piece, materialize, unpack
 from purestep.snapshot.shards import OwnedShard, copy_overlap, count, full_box, width
 
 Row = tuple[str, int, bytes]  # kind, number of bytes, condensed bytes
@@ -28,7 +28,7 @@ STATE = "parts/{}/state"
 class Scope:
     """Which leaves of a tree a digest covers: those under a path, without others; paths count from there.
 
-    Example:
+    Examples:
         >>> Scope(".train").path(".train.params['w']"), Scope("", (".elapsed",)).path(".elapsed")
         (".params['w']", None)
     """

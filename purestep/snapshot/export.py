@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from purestep.errors import ConfigError, SnapshotError, TreeError, explain, import_extra
-from purestep.snapshot import arrays, disk
+from purestep.snapshot import durable_directories, orbax_io
 from purestep.snapshot.codec import JSON, Leaf, from_text
-from purestep.snapshot.index import Index
+from purestep.snapshot.listing import Index
 from purestep.snapshot.manifest import Manifest, read_manifest
-from purestep.snapshot.pack import materialize
+from purestep.snapshot.packing import materialize
 from purestep.snapshot.reader import find, load
 from purestep.snapshot.shards import full_box
 
@@ -41,7 +41,7 @@ def consolidate(root: Path, out: str | Path, *, step: int | None = None, only: O
     # Tied leaves are read once, from the leaf that has the bytes, and written under both names.
     first = {name: _first(manifest, i) for name, i in names.items()}
     requested = {i: {full_box(manifest.leaves[i])} for i in first.values() if manifest.leaves[i].has_bytes}
-    contents = load(directory, manifest, requested, arrays.read_arrays, verify=True)
+    contents = load(directory, manifest, requested, orbax_io.read_arrays, verify=True)
 
     def value(index: int) -> Any:
         leaf = manifest.leaves[index]
@@ -133,20 +133,20 @@ def _as_tensor(leaf: Leaf, value: Any) -> torch.Tensor:
 
 
 def _write(target: Path, values: dict[str, Any], metadata: dict[str, str]) -> None:
-    disk.make_root(target.parent)
-    unfinished = target.with_name(f".{target.name}.{disk.unique()}")
+    durable_directories.make_root(target.parent)
+    unfinished = target.with_name(f".{target.name}.{durable_directories.unique()}")
     try:
         if target.suffix == ".safetensors":
             _save_safetensors(unfinished, values, metadata)
         else:
             torch.save(values, unfinished)
         # Content before name, as in a commit of a snapshot: a reader finds the complete file or none.
-        disk.fsync(unfinished)
+        durable_directories.fsync(unfinished)
         os.rename(unfinished, target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    disk.fsync(target.parent)
+    durable_directories.fsync(target.parent)
 
 
 def _save_safetensors(path: Path, values: dict[str, Any], metadata: dict[str, str]) -> None:

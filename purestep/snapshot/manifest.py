@@ -21,12 +21,12 @@ import torch
 import torch.backends.cpu
 
 from purestep import portable
+from purestep.distributed.mesh import world_size
 from purestep.errors import CorruptSnapshot, SnapshotError, explain
-from purestep.sharding.mesh import world_size
 from purestep.snapshot import decode
 from purestep.snapshot.codec import JSON, Leaf
 from purestep.snapshot.digest import Scope
-from purestep.snapshot.pack import Piece, checksum
+from purestep.snapshot.packing import Piece, checksum
 
 FORMAT = 2
 DATA, TREE, PIECES = "meta/data.json", "meta/tree.json", "meta/pieces.json"
@@ -131,7 +131,7 @@ def dump(manifest: Manifest) -> dict[str, bytes]:
 def seal(body: JSON) -> bytes:
     """Return JSON text that carries the checksum of itself.
 
-    Example:
+    Examples:
         >>> unseal(seal({"a": 1}), "meta/data.json")
         {'a': 1}
     """

@@ -16,14 +16,14 @@ from typing import Any, Literal
 import numpy as np
 
 from purestep.errors import ConfigError, CorruptSnapshot, SnapshotError, TemplateMismatch, explain
-from purestep.sharding import place
-from purestep.snapshot import plain, template
+from purestep.sharding import placement
+from purestep.snapshot import template, zarr_files
 from purestep.snapshot.codec import JSON, Leaf, from_text, show
 from purestep.snapshot.digest import STATE, ReadArrays, Scope, of_value
-from purestep.snapshot.index import Entry, Index, listed
+from purestep.snapshot.listing import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, read_manifest
-from purestep.snapshot.pack import Piece, materialize, unpack
-from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.packing import Piece, materialize, unpack
+from purestep.snapshot.processes import Ranks
 from purestep.snapshot.shards import Box, box_for, copy_overlap, count, full_box, overlap, width
 
 _ONE_PROCESS = Ranks()
@@ -238,14 +238,14 @@ class _LeafValues:
         leaf = self.leaves[index]
         if leaf.text is not None:
             return from_text(leaf.kind, leaf.text)
-        first, part = self._first(index), place.part_of(like)
+        first, part = self._first(index), placement.part_of(like)
         box, device = box_for(leaf, like), template.device_of(part)
         # Two leaves of the template that are tied in the snapshot may differ in box or device, and are two values then.
-        key = (first, box, device, place.is_split(like) and id(like))
+        key = (first, box, device, placement.is_split(like) and id(like))
         if key not in self.cache:
             value: Any = materialize(leaf, self.contents[first, box], box[1])
             value = value if device is None else value.to(device)
-            self.cache[key] = place.rewrap(value, like) if place.is_split(like) else value
+            self.cache[key] = placement.rewrap(value, like) if placement.is_split(like) else value
         return self.cache[key]
 
     def _first(self, index: int) -> int:
@@ -325,7 +325,7 @@ def _check_stored(directory: Path, manifest: Manifest, requested: Requested) -> 
                 raise CorruptSnapshot(explain("the bytes of leaves overlap or leave a gap", where=where))
             end += piece.nbytes
         array = directory / STATE.format(rank) / name
-        if (why := plain.implausible(array, end)) is not None:
+        if (why := zarr_files.implausible(array, end)) is not None:
             leaf = manifest.leaves[pieces[0].leaf]
             where = f"{show(leaf.path)}: {leaf}" + (f" and {len(pieces) - 1} more" if len(pieces) > 1 else "")
             raise CorruptSnapshot(explain("a stored array is not as large as its leaves", where=where, why=why))

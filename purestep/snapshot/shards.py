@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from purestep.errors import TreeError, explain
-from purestep.sharding import place
+from purestep.sharding import placement
 from purestep.snapshot.codec import Encoded, Leaf, Stored, show
-from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.processes import Ranks
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 # An element is copied as one word of its width, because numpy has no dtype for every torch dtype.
@@ -49,11 +49,11 @@ def owned(encoded: Encoded, ranks: Ranks) -> list[OwnedShard]:
     for index, (leaf, value) in enumerate(zip(encoded.leaves, encoded.values, strict=True)):
         if value is None:
             continue
-        if not place.is_split(value):
+        if not placement.is_split(value):
             if ranks.rank == 0:
                 shards.append(OwnedShard(index, leaf, full_box(leaf), value))
             continue
-        box = place.shard_of(value)
+        box = placement.shard_of(value)
         if ranks.size == 1 and box != full_box(leaf):
             raise TreeError(
                 explain(
@@ -64,8 +64,8 @@ def owned(encoded: Encoded, ranks: Ranks) -> list[OwnedShard]:
                 )
             )
         # Of an empty leaf every shard is empty; one is written all the same, so that the leaf has a piece.
-        if place.is_owner(value) and (count(box) or not count(full_box(leaf))):
-            shards.append(OwnedShard(index, leaf, box, place.part_of(value)))
+        if placement.is_owner(value) and (count(box) or not count(full_box(leaf))):
+            shards.append(OwnedShard(index, leaf, box, placement.part_of(value)))
     return shards
 
 
@@ -76,7 +76,7 @@ def full_box(leaf: Leaf) -> Box:
 
 def box_for(leaf: Leaf, template: Any) -> Box:
     """Return the box that a template needs: this rank's shard of a sharded tensor, else the full leaf."""
-    return place.shard_of(template) if place.is_split(template) else full_box(leaf)
+    return placement.shard_of(template) if placement.is_split(template) else full_box(leaf)
 
 
 def width(leaf: Leaf) -> int:
@@ -92,7 +92,7 @@ def count(box: Box) -> int:
 def overlap(a: Box, b: Box) -> Box:
     """Return the intersection of two boxes; a box without elements if they are disjoint.
 
-    Example:
+    Examples:
         >>> overlap(((0, 2), (4, 2)), ((2, 0), (9, 3)))
         ((2, 2), (2, 1))
         >>> count(overlap(((0,), (2,)), ((2,), (2,))))

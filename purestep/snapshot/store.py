@@ -16,21 +16,21 @@ from typing import Any, NamedTuple
 
 from purestep.arguments import Location, checked
 from purestep.errors import SaveFailed, SnapshotError, TreeError, explain
-from purestep.snapshot import arrays, disk, keep, reader, space, writer
+from purestep.snapshot import durable_directories, free_space, orbax_io, reader, retention, writer
 from purestep.snapshot.arguments import checked_metrics, checked_step, frozen_json
-from purestep.snapshot.background import Background
+from purestep.snapshot.background_thread import Background
 from purestep.snapshot.codec import JSON, Encoded, encode
 from purestep.snapshot.digest import Scope, size
-from purestep.snapshot.index import Entry, Index, listed
+from purestep.snapshot.listing import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
-from purestep.snapshot.meeting import Abandoned, make_temporary
-from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.processes import Ranks
+from purestep.snapshot.rank_messages import Abandoned, make_temporary
 from purestep.snapshot.reader import Restored
 from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
 
 _ONE_PROCESS = Ranks()
-_LATEST = keep.latest(1)
+_LATEST = retention.latest(1)
 _EMPTY: Mapping[str, Any] = {}
 
 
@@ -70,7 +70,7 @@ class Store:
         verify: whether `restore` checks the checksum of every leaf; "digest" for the digests of the tree, too.
         ranks: the processes that write it together; only this process by default.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as root, Store(root, keep=keep.latest(2)) as store:
         ...     for step in (10, 20, 30):
@@ -81,7 +81,12 @@ class Store:
     """
 
     def __init__(
-        self, root: Location, *, keep: keep.Keep = _LATEST, verify: reader.Verify = True, ranks: Ranks = _ONE_PROCESS
+        self,
+        root: Location,
+        *,
+        keep: retention.Keep = _LATEST,
+        verify: reader.Verify = True,
+        ranks: Ranks = _ONE_PROCESS,
     ) -> None:
         reader.check_verify(verify)
         self.root = Path(root).absolute()
@@ -142,7 +147,7 @@ class Store:
         except (SnapshotError, TreeError) as error:
             refusal = error  # raised below, on every rank: the others are about to exchange messages with this one
         latest = self._index.steps()[-1:] if self.ranks.rank == 0 else None
-        token = disk.unique()
+        token = durable_directories.unique()
         temporary = self._make_temporary(request, token)
         message = _Message(self._report(), token, latest, None if request is None else request.step)
         messages = [_Message(*fields) for fields in self.ranks.exchange(list(message))]
@@ -156,7 +161,7 @@ class Store:
             self.ranks.raise_everywhere(refusal)
         except (SnapshotError, TreeError):
             if temporary is not None:
-                disk.abandon(temporary)
+                durable_directories.abandon(temporary)
             raise
         if request is not None:
             self._start(request, messages[0].token)
@@ -227,10 +232,10 @@ class Store:
         It also removes snapshots that a higher revision of the same step has replaced: the next save would do it, but
         there may be none.
         """
-        disk.clean(self.root)
+        durable_directories.clean(self.root)
         for entry in self._index.superseded():
             with contextlib.suppress(OSError):
-                disk.remove(entry.path)
+                durable_directories.remove(entry.path)
 
     # --- the result of a save -----------------------------------------------------------------------------------------
 
@@ -356,9 +361,9 @@ class Store:
         def check() -> Encoded:
             encoded = encode(value)
             owned(encoded, self.ranks)
-            space.check_writable(self.root)
+            free_space.check_writable(self.root)
             if self.ranks.rank == 0:
-                space.check_fits(self.root, _nbytes(encoded))
+                free_space.check_fits(self.root, _nbytes(encoded))
             return encoded
 
         self._warn_of_shortage(self.ranks.together(check))
@@ -367,7 +372,7 @@ class Store:
     def _warn_of_shortage(self, encoded: Encoded) -> None:
         if self.ranks.rank:
             return
-        text = space.shortage(self.root, _nbytes(encoded), self.keep, len(self._index.steps()))
+        text = free_space.shortage(self.root, _nbytes(encoded), self.keep, len(self._index.steps()))
         if text is not None and not self._warned:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
         self._warned = text is not None
@@ -382,9 +387,9 @@ class Store:
         """Return the step of the newest snapshot, None when there is none."""
         return max(self.steps(), default=None)
 
-    def best(self, metric: str, mode: keep.Mode = "min") -> int | None:
+    def best(self, metric: str, mode: retention.Mode = "min") -> int | None:
         """Return the step with the best value of a metric; None when no snapshot has it. NaN is never best."""
-        ranked = self.ranks.from_first(lambda: keep.ranking(self._index.records(), metric, mode)[:1])
+        ranked = self.ranks.from_first(lambda: retention.ranking(self._index.records(), metric, mode)[:1])
         return next(iter(ranked), None)
 
     def delete_after(self, step: int) -> None:
@@ -409,14 +414,14 @@ class Store:
                 )
             # Newest first: stopped in between, the directory holds an unbroken history up to some step.
             for entry in reversed(later):
-                disk.remove(entry.path)
+                durable_directories.remove(entry.path)
 
         self.ranks.together(delete)
 
     def _has_intact(self, entries: list[Entry]) -> bool:
         for entry in reversed(entries):
             with contextlib.suppress(SnapshotError):
-                reader.check(entry.path, arrays.read_arrays)
+                reader.check(entry.path, orbax_io.read_arrays)
                 return True
         return False
 
@@ -456,7 +461,7 @@ class Store:
         """
         self._background.join()
         return reader.restore(
-            *(self._index, like, arrays.read_arrays),
+            *(self._index, like, orbax_io.read_arrays),
             step=step,
             fallback=fallback,
             verify=self.verify if verify is None else verify,

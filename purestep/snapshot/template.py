@@ -32,7 +32,7 @@ def check(structure: JSON, leaves: list[Leaf], template: Any) -> None:
     Raises:
         TemplateMismatch: lists every difference with its path: shape, dtype, missing, extra, other node type.
 
-    Example:
+    Examples:
         >>> check(0, [Leaf("", "tensor", "float32", (3,))], torch.empty(3, device="meta"))
         >>> check(0, [Leaf("", "tensor", "float32", (3,))], torch.zeros(4))
         Traceback (most recent call last):

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from purestep.snapshot import arrays, digest, disk, space
+from purestep.snapshot import digest, durable_directories, free_space, orbax_io
 from purestep.snapshot.codec import JSON, Encoded
 from purestep.snapshot.digest import STATE
-from purestep.snapshot.index import Index, directory_name, next_revision
-from purestep.snapshot.keep import Keep
+from purestep.snapshot.listing import Index, directory_name, next_revision
 from purestep.snapshot.manifest import Manifest, dump, now
-from purestep.snapshot.meeting import Abandoned, Messages, make_temporary
-from purestep.snapshot.pack import Piece, checksums, pack, with_checksums
-from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.packing import Piece, checksums, pack, with_checksums
+from purestep.snapshot.processes import Ranks
+from purestep.snapshot.rank_messages import Abandoned, Messages, make_temporary
+from purestep.snapshot.retention import Keep
 from purestep.snapshot.shards import OwnedShard
 from purestep.snapshot.staging import Copies
 
@@ -65,9 +65,9 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
     try:
         # Cleaning comes first, because it may free the space that this save needs.
         if clean and request.ranks.rank == 0:
-            disk.clean(root)
+            durable_directories.clean(root)
         messages.open()
-        space.check_room(root, sum(content.nbytes for content in contents))
+        free_space.check_room(root, sum(content.nbytes for content in contents))
         pieces, rows = _write_shards(temporary, request, contents)
         pieces, rows = _exchange(messages, request, pieces, rows)
         if request.ranks.rank:
@@ -75,9 +75,11 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         messages.close()
         # The manifest is written last, when the bytes of all ranks are on the disk; the rename in `commit` is the
         # instant at which the snapshot exists. Before it, whatever happens leaves a temporary directory only.
-        disk.write(temporary, dump(_manifest(request, pieces, rows)))
+        durable_directories.write(temporary, dump(_manifest(request, pieces, rows)))
         final = root / directory_name(request.step, next_revision(root, request.step))
-        disk.commit(temporary, final, synced=temporary / "parts")  # each rank has synchronized its shards already
+        durable_directories.commit(
+            temporary, final, synced=temporary / "parts"
+        )  # each rank has synchronized its shards already
     except BaseException as error:
         abandoned = messages.is_abandoned()  # asked first: what follows makes it true
         messages.abandon()
@@ -100,11 +102,11 @@ def _write_shards(
         if packed.arrays:
             state = temporary / STATE.format(rank)
             state.parent.mkdir()
-            arrays.write_arrays(state, packed.arrays)
+            orbax_io.write_arrays(state, packed.arrays)
             # Orbax does not sync all that it writes: the files first, then the directories that name them.
-            disk.fsync_tree(state)
-            disk.fsync(state.parent)
-            disk.fsync(state.parent.parent)
+            durable_directories.fsync_tree(state)
+            durable_directories.fsync(state.parent)
+            durable_directories.fsync(state.parent.parent)
         sums, rows = hashing.result()
         return with_checksums(packed.pieces, sums), rows
 
@@ -125,7 +127,7 @@ def _exchange(
         pieces = pieces + [Piece.from_json(row) for row in body["pieces"]]
         rows = digest.from_json(body["rows"]) | rows
     pieces = sorted(pieces)
-    digested = digest.ShardedLeaves(leaves, pieces, ranks.rank).rows(messages.temporary, arrays.read_arrays)
+    digested = digest.ShardedLeaves(leaves, pieces, ranks.rank).rows(messages.temporary, orbax_io.read_arrays)
     if ranks.rank:
         messages.send(_DIGESTED, digest.to_json(digested))
         return pieces, rows | digested
@@ -176,4 +178,4 @@ def preserve(index: Index, policy: Keep, newest: int) -> None:
 
 def _delete(path: Path) -> None:
     with contextlib.suppress(OSError):
-        disk.remove(path)
+        durable_directories.remove(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from purestep.loop.resume import store_root
-from purestep.snapshot.index import Index
+from purestep.snapshot.listing import Index
 from purestep.testing import kernel, shims
 from purestep.testing.lane import Lane, Outcome
 from purestep.testing.trial import Fault, Trial, in_each_phase, stages

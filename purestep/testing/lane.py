@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from purestep.loop.resume import store_root
-from purestep.snapshot.index import Index
+from purestep.snapshot.listing import Index
 from purestep.testing import child, phases
 from purestep.testing.zygote import Child, Zygotes
 

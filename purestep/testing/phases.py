@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from purestep.snapshot.disk import MARK
+from purestep.snapshot.durable_directories import MARK
 
 _TEMPORARY = re.compile(re.escape(MARK) + r"[^/]*")
 _STAGE = re.compile(r"/snapshots(/(trial|N)(\.tmp)?(/meta|/parts/N/state[^/]*|/parts)?)?")
@@ -16,7 +16,7 @@ _STAGE = re.compile(r"/snapshots(/(trial|N)(\.tmp)?(/meta|/parts/N/state[^/]*|/p
 def fine(operation: str, path: str) -> str:
     """Name an operation on a path below the run directory.
 
-    Example:
+    Examples:
         >>> fine("fsync", "/snapshots/40.purestep-tmp-7-1-ab12cd34/parts/0/state/arena-0/0")
         'fsync /snapshots/N.tmp/parts/N/state/arena-N/N'
     """
@@ -26,7 +26,7 @@ def fine(operation: str, path: str) -> str:
 def coarse(phase: str) -> str:
     """Name the stage of a phase.
 
-    Example:
+    Examples:
         >>> coarse("fsync /snapshots/N.tmp/parts/N/state/arena-N/N"), coarse("unlink /metrics.csv.N.partial")
         ('fsync /snapshots/N.tmp/parts/N/state', 'unlink /metrics.csv')
     """
@@ -38,7 +38,7 @@ def coarse(phase: str) -> str:
 def in_save(phase: str) -> bool:
     """Tell whether a phase belongs to a save, deletion of older snapshots included.
 
-    Example:
+    Examples:
         >>> [in_save(name) for name in ("rename /snapshots/N.tmp", "rmdir /snapshots/trial.tmp", "open /metrics.csv")]
         [True, False, False]
     """

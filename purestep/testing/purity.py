@@ -13,8 +13,8 @@ import torch
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError
-from purestep.loop import hidden
-from purestep.loop.dry import models_of
+from purestep.preflight import hidden_attributes
+from purestep.preflight.dry_run import models_of
 from purestep.step_protocol import facts_of
 
 
@@ -34,7 +34,7 @@ def check_pure(step: Callable[[Any, Any], Any], state: object, batch: object) ->
     Raises:
         AssertionError: it is not pure; the message says what changed, with the path.
 
-    Example:
+    Examples:
         >>> check_pure(lambda state, batch: (state + batch, {}), torch.zeros(()), torch.ones(()))
         >>> check_pure(lambda state, batch: (state.add_(batch), {}), torch.zeros(()), torch.ones(()))
         Traceback (most recent call last):
@@ -49,9 +49,9 @@ def check_pure(step: Callable[[Any, Any], Any], state: object, batch: object) ->
         )
     before = copy.deepcopy((tree.leaves(state), tree.leaves(batch)))
     modules = models_of(step, (state,))
-    generators, attributes = _generators(), [hidden.attributes(modules)]
+    generators, attributes = _generators(), [hidden_attributes.attributes(modules)]
     first = step(state, batch)
-    attributes.append(hidden.attributes(modules))
+    attributes.append(hidden_attributes.attributes(modules))
     for name, now in _generators().items():
         if now != generators[name]:
             raise AssertionError(
@@ -64,13 +64,13 @@ def check_pure(step: Callable[[Any, Any], Any], state: object, batch: object) ->
         if found:
             raise AssertionError(f"the step changed its input {name}:\n  {found[0]}")
     again = step(state, batch)
-    attributes.append(hidden.attributes(modules))
-    changes = hidden.changed(attributes[1], attributes[2])
+    attributes.append(hidden_attributes.attributes(modules))
+    changes = hidden_attributes.changed(attributes[1], attributes[2])
     if changes:
-        raise AssertionError(hidden.message(changes))
+        raise AssertionError(hidden_attributes.message(changes))
     found = tree.diff(first, again, "output")
     if found:
-        changes = hidden.changed(attributes[0], attributes[1])
+        changes = hidden_attributes.changed(attributes[0], attributes[1])
         told = "".join(f"\n  the first time it changed {change}" for change in changes[:4])
         raise AssertionError(f"the step gave other bits the second time:\n  {found[0]}{told}")
 

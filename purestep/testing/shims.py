@@ -185,7 +185,7 @@ def _watch_start(injector: Injector) -> None:
 
 
 def _count_batches(injector: Injector) -> None:
-    from purestep.loop.feed import Feed
+    from purestep.loop.input import Feed
 
     take = Feed.take
 

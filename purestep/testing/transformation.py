@@ -18,12 +18,12 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Count, NonNegative, checked
 from purestep.errors import ConfigError, PurestepError, explain
-from purestep.optim import blocks
 from purestep.optim.base import GradientTransformation
 from purestep.optim.base import check_transformation as check_kind
+from purestep.optim.kernels import sliced
 from purestep.optim.scope import Scope, ShardAware, fused_on_shards, inside, scope_of
-from purestep.sharding import ddp, norm, whole
-from purestep.sharding.follow import follow
+from purestep.sharding import ddp, exact_norm, full_tensors
+from purestep.sharding.leaf_roles import follow
 
 # Sizes that neither 2 nor 3 ranks nor the registers of a processor divide, and a leaf of each number of dimensions.
 _SHAPES: dict[str, tuple[int, ...]] = {"matrix": (19, 7), "vector": (37,), "kernel": (5, 3, 4), "scalar": ()}
@@ -97,7 +97,7 @@ def check_transformation(
         AssertionError: what does not hold; the message names the leaf, the first element that differs and the scope to
             declare.
 
-    Example:
+    Examples:
         >>> from purestep import optim
         >>> check_transformation(optim.adamw(1e-3))
         >>> @optim.transformation
@@ -283,7 +283,7 @@ def _sliced(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> 
             how = f"sliced by rows{', in donated memory' if reuse else ''}, {step}"
             state, params = tree.map(_copy, (step.state, step.params))
             try:
-                found = blocks.sliced(tx, step.grads, state, params, reuse=reuse, limit=limit, **step.extra)
+                found = sliced.sliced(tx, step.grads, state, params, reuse=reuse, limit=limit, **step.extra)
             except Exception as error:  # whatever a user's formula makes of a slice
                 yield f"{how}: {type(error).__name__}: {error}"
                 return
@@ -418,7 +418,7 @@ class _Exchange:
         return [value for _, value in sent]
 
 
-class _Rank(whole.Whole):
+class _Rank(full_tensors.Whole):
     """What an update on one simulated rank can ask about the full tensors, as `Whole` answers it on real ranks."""
 
     def __init__(self, shards: _Shards, rank: int, exchange: _Exchange, given: Sequence[Any]) -> None:
@@ -438,7 +438,7 @@ class _Rank(whole.Whole):
             full = self.shards.shapes[name]
             counts.append(torch.Size(full).numel())
             mine.append(self._is_shard(name, value) or self.rank == 0)
-        return norm.squares(values, counts, mine, self.reduce)
+        return exact_norm.squares(values, counts, mine, self.reduce)
 
     def gathered(self, values: Any) -> Any:
         leaves, structure = tree.flatten(values)
@@ -477,7 +477,7 @@ def _on_ranks(tx: GradientTransformation, step: _Step, size: int, dim: int) -> l
     def run(rank: int) -> None:
         try:
             grads, state, params = shards.of((step.grads, step.state, step.params), rank)
-            with whole.updating(_Rank(shards, rank, exchange, (grads, state, params))):
+            with full_tensors.updating(_Rank(shards, rank, exchange, (grads, state, params))):
                 updates, following = tx.update(grads, state, params, **step.extra)
                 results[rank] = updates, following, tx.apply(params, updates, following)
             exchange(rank, "nothing more")

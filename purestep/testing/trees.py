@@ -12,7 +12,7 @@ from purestep.errors import ConfigError
 def assert_trees_equal(actual: object, expected: object, root: str = "") -> None:
     """Raise AssertionError unless two trees have the same paths and the same bits; the message lists each difference.
 
-    Example:
+    Examples:
         >>> assert_trees_equal({"w": torch.ones(2)}, {"w": torch.ones(2)})
     """
     found = tree.diff(actual, expected, root)
@@ -33,7 +33,7 @@ def assert_trees_close(
 ) -> None:
     """Raise AssertionError unless two trees have the same paths and values that are close.
 
-    Example:
+    Examples:
         >>> assert_trees_close({"w": torch.ones(2)}, {"w": torch.ones(2) + 1e-7})
     """
     left, right = tree.paths(actual, root), tree.paths(expected, root)

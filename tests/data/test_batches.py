@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from purestep import data, random, tree
-from purestep.data.order import SampleShard
+from purestep.data.sampler import SampleShard
 from purestep.errors import DataError
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from purestep import data, tree
-from purestep.data.foreign import ReplayWarning
+from purestep.data.adapters import ReplayWarning
 from purestep.errors import DataError
 
 # torchdata 0.11 calls a function that torch 2.13 deprecates.

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from purestep import tree
-from purestep.data.hidden import HiddenState
+from purestep.data.hidden_state import HiddenState
 
 GENERATORS: dict[str, tuple[Any, Any]] = {
     "python": (lambda: python_random.Random(3), lambda g: g.gauss(0, 1)),

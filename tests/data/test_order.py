@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from purestep import random
-from purestep.data.order import BatchOrder, permutation
+from purestep.data.sampler import BatchOrder, permutation
 
 
 def orders(n: int, count: int, start: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purestep import tree
-from purestep.data.portable import pack, unpack
+from purestep.data.plain_state import pack, unpack
 from purestep.errors import DataError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()

@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from purestep.data import as_source
-from purestep.data.order import BatchShard, SampleShard
-from purestep.data.share import shard_batches, shard_samples
+from purestep.data.sampler import BatchShard, SampleShard
+from purestep.data.sharded import shard_batches, shard_samples
 from purestep.errors import DataError
 
 DATA = torch.arange(16.0)

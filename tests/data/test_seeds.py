@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purestep import random
-from purestep.data import seeds
+from purestep.data import seeding
 
 
 def globals_now() -> tuple:
@@ -21,16 +21,16 @@ def globals_now() -> tuple:
 @given(seed=st.integers(0, 2**64 - 1), indices=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=9))
 def test_sample_words_are_folded_keys(seed: int, indices: list[int]) -> None:
     key = random.fold_in(random.key(seed), "augment", 3)
-    words = seeds.sample_words(seeds.epoch_words(seed, "augment", 3), np.array(indices))
+    words = seeding.sample_words(seeding.epoch_words(seed, "augment", 3), np.array(indices))
     assert words[:, :2].tolist() == [random.fold_in(key, i).tolist() for i in indices]
-    assert list(seeds.fold_words(seeds.epoch_words(seed, "augment", 3), indices[0])) == words[0, :2].tolist()
+    assert list(seeding.fold_words(seeding.epoch_words(seed, "augment", 3), indices[0])) == words[0, :2].tolist()
     assert len(np.unique(words[:, 2:], axis=0)) == len(set(indices))
 
 
 def test_seeded_globals_are_a_function_of_the_words() -> None:
     def draw(first: int, second: int) -> tuple:
-        with seeds.preserved():
-            seeds.seed_globals(first, second)
+        with seeding.preserved():
+            seeding.seed_globals(first, second)
             return python_random.random(), float(np.random.rand()), float(torch.rand(()))
 
     assert draw(1, 2) == draw(1, 2)
@@ -43,8 +43,8 @@ def test_the_globals_are_put_back(fails: bool) -> None:
     np.random.randn()  # leaves a cached second value behind, which is state as well
     before = globals_now()
     try:
-        with seeds.preserved():
-            seeds.seed_globals(5, 6)
+        with seeding.preserved():
+            seeding.seed_globals(5, 6)
             np.random.randn(), python_random.gauss(0, 1), torch.rand(3)
             assert globals_now() != before
             if fails:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from purestep.data import as_source, batches
-from purestep.data.order import BatchShard, SampleShard
-from purestep.data.share import ShardedSource, rounds, shard_batches, shard_samples
+from purestep.data.sampler import BatchShard, SampleShard
+from purestep.data.sharded import ShardedSource, rounds, shard_batches, shard_samples
 from purestep.errors import DataError
-from purestep.sharding.local import LocalBatch, local_batch
+from purestep.sharding.local_batches import LocalBatch, local_batch
 
 
 class Samples(torch.utils.data.Dataset):

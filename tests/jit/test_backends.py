@@ -13,7 +13,7 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import ConfigError
-from purestep.jit import jit, shelf
+from purestep.jit import disk_cache, jit
 from purestep.testing import assert_trees_close, assert_trees_equal, check_pure
 
 
@@ -185,7 +185,7 @@ def test_it_compiles_functions_only():
 @pytest.mark.slow
 def test_the_disk_cache_of_inductor_serves_the_same_graph_again(monkeypatch):
     """A graph that Inductor refuses to cache compiles anew in every process, silently, if it is not on the shelf."""
-    monkeypatch.setattr(shelf, "take", lambda name: None)
+    monkeypatch.setattr(disk_cache, "take", lambda name: None)
     from torch._dynamo.utils import counters
 
     def f(state, batch):

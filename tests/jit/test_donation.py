@@ -12,7 +12,7 @@ from torch import nn
 import purestep as ps
 from purestep.errors import DonatedStateError, StepError
 from purestep.jit import jit
-from purestep.optim import blocks
+from purestep.optim.kernels import sliced
 from purestep.testing import assert_trees_equal, check_pure
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -251,7 +251,7 @@ def test_a_step_that_fails_halfway_leaves_no_state_behind(monkeypatch):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_pending_snapshot_is_not_overwritten(compiled, cases, batches, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "_WORTH", 16)  # or nothing is written over eagerly
+    monkeypatch.setattr(sliced, "_WORTH", 16)  # or nothing is written over eagerly
     case = cases["plain"]
     step, state = case.step(), case.state()
     step = jit(step, backend="eager", donate=True) if compiled else ps.donate(step)
@@ -305,7 +305,7 @@ def test_frozen_parameters_are_not_copied_by_microbatches(batches):
 
 
 def test_a_recording_copies_the_batch_in_and_the_metrics_out():
-    from purestep.jit.replay import Replay
+    from purestep.jit.cuda_graph import Replay
 
     runs = []
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import purestep as ps
+from purestep.donation import donation_of
 from purestep.errors import ConfigError, DonatedStateError, StepError
-from purestep.given import donation_of
-from purestep.optim import blocks
+from purestep.optim.kernels import sliced
 from purestep.testing import assert_trees_equal, check_pure
 
 LIMIT = 16
@@ -21,8 +21,8 @@ LIMIT = 16
 @pytest.fixture(autouse=True)
 def few_elements_are_many(monkeypatch):
     """The tensors of small models are large enough to be written over, and to be cut."""
-    monkeypatch.setattr(blocks, "_ON_CPU", LIMIT)
-    monkeypatch.setattr(blocks, "_WORTH", LIMIT)
+    monkeypatch.setattr(sliced, "_ON_CPU", LIMIT)
+    monkeypatch.setattr(sliced, "_WORTH", LIMIT)
 
 
 def long_ones(state):
@@ -250,7 +250,7 @@ def test_a_call_that_fails_before_it_writes_leaves_the_state_as_it_was(cases, ba
 
 def test_a_call_that_fails_while_it_writes_leaves_no_state_behind(cases, batches, monkeypatch):
     step, state = ps.donate(cases["plain"].step()), cases["plain"].state()
-    monkeypatch.setattr(blocks._Result, "_write", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(sliced._Result, "_write", lambda *args: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         step(state, batches(1)[0])
     with pytest.raises(DonatedStateError, match="which failed while it wrote over it"):

@@ -10,7 +10,7 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import CompileError, RandomnessError, TraceError
-from purestep.jit import backends, jit, refusals
+from purestep.jit import backends, errors, jit
 
 TABLE = torch.arange(6.0).reshape(2, 3)
 
@@ -218,5 +218,5 @@ def test_a_missing_compiler_is_found_in_a_chain_of_errors():
     outer = ValueError("outer")
     outer.__cause__ = RuntimeError("in between")
     outer.__cause__.__cause__ = InvalidCxxCompiler()
-    assert refusals.no_compiler(outer)
-    assert not refusals.no_compiler(ValueError("outer"))
+    assert errors.no_compiler(outer)
+    assert not errors.no_compiler(ValueError("outer"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from purestep import tree
-from purestep.jit import backends, jit, shelf
+from purestep.jit import backends, disk_cache, jit
 from purestep.jit.trace import trace
 
 
@@ -21,7 +21,7 @@ def traced(function, *arguments):
 
 
 def name_of(function, *arguments, mode=None):
-    return shelf.key(traced(function, *arguments), mode)
+    return disk_cache.key(traced(function, *arguments), mode)
 
 
 def f(x, y):
@@ -57,7 +57,7 @@ def test_graphs_with_tensors_in_them_have_no_name():
     graph.graph.register_buffer("c", torch.tensor([1.0, 2.0, 3.0]))
     with graph.graph.graph.inserting_before(next(n for n in graph.graph.graph.nodes if n.op == "call_function")):
         graph.graph.graph.get_attr("c")
-    assert shelf.key(graph, None) is None
+    assert disk_cache.key(graph, None) is None
     with torch._inductor.config.patch(force_disable_caches=True):
         assert name_of(f, X, Y) is None
 
@@ -81,15 +81,15 @@ def test_a_source_that_asks_for_something_else_is_not_kept(tmp_path):
                 return (torch.where(x > inf, x, sum([x, x])).to(half),)
         call = Runner().call
     """
-    kept, files = shelf.written(module(plain))
+    kept, files = disk_cache.written(module(plain))
     assert files == {}
     assert kept.load(tmp_path)([torch.ones(2)])[0].dtype == torch.float16
-    assert shelf.written(module(plain.replace("torch.where", "helper"), helper=torch.where)) is None
+    assert disk_cache.written(module(plain.replace("torch.where", "helper"), helper=torch.where)) is None
     extern = types.SimpleNamespace(mm=torch.mm)
     calls = plain.replace("torch.where", "extern_kernels.mm")
-    assert shelf.written(module(calls, extern_kernels=extern))[0].extern == ["mm"]
-    assert shelf.written(module(calls, extern_kernels=types.SimpleNamespace(mm=torch.bmm))) is None
-    assert shelf.written(len) is None
+    assert disk_cache.written(module(calls, extern_kernels=extern))[0].extern == ["mm"]
+    assert disk_cache.written(module(calls, extern_kernels=types.SimpleNamespace(mm=torch.bmm))) is None
+    assert disk_cache.written(len) is None
 
 
 def step(state, batch):
@@ -156,14 +156,14 @@ DAMAGE = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_what_was_damaged_is_not_taken(compiled, what):
     folder = files_of(compiled)
-    assert shelf.take(folder.name) is not None
+    assert disk_cache.take(folder.name) is not None
     file, change = DAMAGE[what]
     before = (folder / file).read_bytes()
     (folder / file).unlink()
     try:
         if change is not None:
             (folder / file).write_bytes(change(before))
-        assert shelf.take(folder.name) is None
+        assert disk_cache.take(folder.name) is None
     finally:
         (folder / file).write_bytes(before)
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from purestep.jit import units
+from purestep.jit import compile_units
 
 INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 
@@ -35,7 +35,7 @@ class Alone:
 
 @pytest.mark.slow
 def test_kernels_of_one_file_are_called_by_their_own_names():
-    batch, asked = units.Batch(1), []
+    batch, asked = compile_units.Batch(1), []
     bodies = ("out_ptr0[0] = in_ptr0[0] + 1;", "out_ptr0[0] = in_ptr0[0] * 3;")
     futures = [batch.add(TYPES, source(body), None, Alone(body, asked)) for body in bodies]
     given, found = torch.tensor([5.0]), torch.zeros(1)
@@ -48,18 +48,18 @@ def test_kernels_of_one_file_are_called_by_their_own_names():
 
 
 def test_what_cannot_share_a_file_is_recognised():
-    assert units.fits(source("out_ptr0[0] = 1;"))
-    assert units.fits(source("#pragma omp simd"))
-    assert not units.fits(source("out_ptr0[0] = 1;", extra="#define STEP 2\n"))
-    assert not units.fits(source("out_ptr0[0] = 1;") + source("out_ptr0[0] = 2;"))
-    assert not units.fits("nothing that looks like a kernel")
+    assert compile_units.fits(source("out_ptr0[0] = 1;"))
+    assert compile_units.fits(source("#pragma omp simd"))
+    assert not compile_units.fits(source("out_ptr0[0] = 1;", extra="#define STEP 2\n"))
+    assert not compile_units.fits(source("out_ptr0[0] = 1;") + source("out_ptr0[0] = 2;"))
+    assert not compile_units.fits("nothing that looks like a kernel")
 
 
 def test_kernels_are_distributed_alike_whatever_their_order():
-    kernels = [units.Kernel(None, TYPES, source("x;" * n), None, None) for n in (1, 9, 4, 4, 30, 2, 17)]
+    kernels = [compile_units.Kernel(None, TYPES, source("x;" * n), None, None) for n in (1, 9, 4, 4, 30, 2, 17)]
     seen = set()
     for order in itertools.islice(itertools.permutations(kernels), 0, 5040, 37):
-        groups = units._groups(list(order), 3)
+        groups = compile_units._groups(list(order), 3)
         assert sorted(k.source for g in groups for k in g) == sorted(k.source for k in kernels)
         seen.add(tuple(tuple(k.source for k in g) for g in groups))
     assert len(seen) == 1
@@ -69,7 +69,7 @@ def merged_by(monkeypatch, load):
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", load)
-    batch, asked = units.Batch(2), []
+    batch, asked = compile_units.Batch(2), []
     made = [batch.add(TYPES, source(f"out_ptr0[0] = {i};"), None, Alone(i, asked)) for i in range(5)]
     return [future.result() for future in made], asked
 
@@ -94,14 +94,14 @@ def test_an_inductor_of_other_insides_is_left_alone(monkeypatch):
 
 
 def test_few_kernels_keep_their_files():
-    batch, asked = units.Batch(2), []
+    batch, asked = compile_units.Batch(2), []
     made = [batch.add(TYPES, source("x;"), None, Alone(i, asked)) for i in range(2)]
     assert [future.result() for future in made] == [0, 1] == asked
 
 
 def test_one_file_holds_all_kernels_and_each_include_once():
-    kernels = [units.Kernel(None, TYPES, source(f"out_ptr0[0] = {i};"), None, None) for i in range(3)]
-    text = units._merged(kernels, units._binding_parts())
+    kernels = [compile_units.Kernel(None, TYPES, source(f"out_ptr0[0] = {i};"), None, None) for i in range(3)]
+    text = compile_units._merged(kernels, compile_units._binding_parts())
     assert text.count(INCLUDE.strip()) == 1
     assert all(f"void  kernel{i}(" in text and f'{{"kernel{i}", kernel{i}_py' in text for i in range(3))
     assert "PyInit_kernel(void)" in text
@@ -115,16 +115,16 @@ class Compiler:
 
 
 def test_other_threads_keep_inductors_way(monkeypatch):
-    with units._Redirection().redirected(Compiler):
+    with compile_units._Redirection().redirected(Compiler):
         assert isinstance(Compiler().cpp_pybinding(TYPES, source("x;")), Alone)
-        monkeypatch.setattr(units._local, "batch", units.Batch(2), raising=False)
+        monkeypatch.setattr(compile_units._local, "batch", compile_units.Batch(2), raising=False)
         future = Compiler().cpp_pybinding(TYPES, source("x;"))
         assert not isinstance(future, Alone)
     assert future.result() == "alone"
 
 
 def test_inductor_is_as_it_was_after_the_last_compilation_that_shares_the_change():
-    redirection, before = units._Redirection(), Compiler.cpp_pybinding
+    redirection, before = compile_units._Redirection(), Compiler.cpp_pybinding
     first, second = redirection.redirected(Compiler), redirection.redirected(Compiler)
     first.__enter__()
     second.__enter__()  # another thread, that is
@@ -139,7 +139,7 @@ def test_a_change_that_somebody_else_made_meanwhile_stays(monkeypatch):
         return "theirs"
 
     monkeypatch.setattr(Compiler, "cpp_pybinding", Compiler.cpp_pybinding)  # to put back afterwards
-    with units._Redirection().redirected(Compiler):
+    with compile_units._Redirection().redirected(Compiler):
         Compiler.cpp_pybinding = theirs
     assert Compiler.cpp_pybinding is theirs
 
@@ -148,7 +148,7 @@ def test_an_inductor_without_the_function_compiles_as_it_does():
     class Other:
         pass
 
-    with units._Redirection().redirected(Other):
+    with compile_units._Redirection().redirected(Other):
         assert vars(Other).get("cpp_pybinding") is None
 
 
@@ -156,7 +156,7 @@ def test_compiling_a_step_leaves_no_change_behind():
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 
     before = AsyncCompile.cpp_pybinding
-    with units.together():
+    with compile_units.together():
         inside = AsyncCompile.cpp_pybinding
     assert AsyncCompile.cpp_pybinding is before
     assert (inside is not before) == (get_compile_threads() > 1)

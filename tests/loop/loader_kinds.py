@@ -20,10 +20,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from purestep import data, tree
-from purestep.data.order import SampleShard
-from purestep.data.share import shard_samples
+from purestep.data.sampler import SampleShard
+from purestep.data.sharded import shard_samples
 from purestep.loop.events import Cursor
-from purestep.loop.feed import Feed
+from purestep.loop.input import Feed
 
 # --- data sets ------------------------------------------------------------------------------------------------------
 

@@ -21,15 +21,16 @@ from torch.nn.functional import cross_entropy
 
 import purestep as ps
 from purestep import sharding
+from purestep.distributed import control
 from purestep.errors import RankError
 from purestep.loop import StepsDone, Stopped
-from purestep.loop.dry import dry_run
-from purestep.loop.guard import Guard
-from purestep.sharding import ddp, world
-from purestep.sharding.local import local_batch
+from purestep.preflight.dry_run import dry_run
+from purestep.preflight.guard import Guard
+from purestep.sharding import ddp
+from purestep.sharding.local_batches import local_batch
 from purestep.testing import comparable
 
-RANK, SIZE = world.rank(), world.size()
+RANK, SIZE = control.rank(), control.size()
 V = 4
 
 
@@ -352,14 +353,14 @@ def wrong(directory):
         state = plan.place(ps.init(narrow, step.tx))
         Guard(step).first(state, batches()[0])
         found["alone"] = "fine"
-    world.gather(0, what="the end of the checks")
+    control.gather(0, what="the end of the checks")
     return found
 
 
 def memory(directory):
     """The estimate of each rank, and the warning when some of them are short."""
-    from purestep.loop import memory as memory_
-    from purestep.loop.lone import lone
+    from purestep.preflight import memory as memory_
+    from purestep.preflight.single_process import lone
 
     tx = ps.optim.adamw(0.02)
     batch = {n: c[:32] for n, c in table(59, 0).items()}
@@ -428,18 +429,18 @@ def hangs(directory):
 
 def exchanges(directory):
     """What world itself promises."""
-    long = world.gather(b"x" * (RANK * 1500), what="long values")
-    different = error_of(lambda: world.gather(1, what="save" if RANK else "evaluate"))
+    long = control.gather(b"x" * (RANK * 1500), what="long values")
+    different = error_of(lambda: control.gather(1, what="save" if RANK else "evaluate"))
     try:
-        world.agree_each({"a": 1, "b": RANK // 2}, what="two values", instead="do not")
+        control.agree_each({"a": 1, "b": RANK // 2}, what="two values", instead="do not")
     except RankError as error:
         differ = str(error)
     else:
         differ = "no error"
     return {
-        "ranks": world.gather(RANK),
+        "ranks": control.gather(RANK),
         "long": [len(v) for v in long],
-        "from": world.broadcast(RANK, what="a number"),
+        "from": control.broadcast(RANK, what="a number"),
         "different": different,
         "differ": differ,
     }
@@ -465,7 +466,7 @@ def killed(directory):
 def main():
     directory, timeout, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    world.initialize(timeout=float(timeout))
+    control.initialize(timeout=float(timeout))
     answers = {}
     for name in names:
         answers[name] = globals()[name](Path(directory) / f"of-{SIZE}")

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from purestep.loop import backlog
-from purestep.loop.backlog import Backlog, DroppedRowsWarning
+from purestep.loop import log_queue
+from purestep.loop.log_queue import Backlog, DroppedRowsWarning
 
 
 class Sink:
@@ -59,14 +59,14 @@ def test_rows_keep_their_order_and_a_flush_waits_for_them():
 def test_a_row_never_waits_and_what_is_too_much_is_counted(stuck):
     log, sink = stuck
     began = time.monotonic()
-    for step in range(1, backlog.ROWS + 8):
+    for step in range(1, log_queue.ROWS + 8):
         log.log(step, {})
     assert time.monotonic() - began < 2
     assert log.dropped == 7
     sink.gate.set()
     with pytest.warns(DroppedRowsWarning, match=r"slow\(\) is slower than training: 7 rows of the log were left out"):
         log.close()
-    assert sink.told == [*range(backlog.ROWS + 1), "close"]
+    assert sink.told == [*range(log_queue.ROWS + 1), "close"]
 
 
 def test_a_flush_is_bounded_and_not_tried_again_while_the_sink_is_behind(stuck):
@@ -84,7 +84,7 @@ def test_a_flush_is_bounded_and_not_tried_again_while_the_sink_is_behind(stuck):
     assert sink.told == [0, "flush", "flush", "close"]
 
 
-@pytest.mark.parametrize("waiting", [3, backlog.ROWS, backlog.ROWS + 5])
+@pytest.mark.parametrize("waiting", [3, log_queue.ROWS, log_queue.ROWS + 5])
 def test_closing_is_bounded_and_counts_what_is_lost(stuck, waiting):
     log, sink = stuck
     for step in range(waiting):

@@ -9,14 +9,14 @@ from purestep.errors import ConfigError, DonatedStateError
 from purestep.loop import StepsDone
 from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
-from purestep.optim import blocks
+from purestep.optim.kernels import sliced
 from purestep.testing import assert_trees_equal, check_resume, comparable
 
 
 @pytest.fixture(autouse=True)
 def few_elements_are_many(monkeypatch):
-    monkeypatch.setattr(blocks, "_ON_CPU", 16)
-    monkeypatch.setattr(blocks, "_WORTH", 16)
+    monkeypatch.setattr(sliced, "_ON_CPU", 16)
+    monkeypatch.setattr(sliced, "_WORTH", 16)
 
 
 def averaged():

@@ -29,9 +29,10 @@ import purestep as ps
 from purestep import tree
 from purestep.callbacks import Reducer
 from purestep.loggers.csv import read_csv
-from purestep.loop import Evaluated, Horizon, Save, StepsDone, Stopped, precheck
+from purestep.loop import Evaluated, Horizon, Save, StepsDone, Stopped
 from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
+from purestep.preflight import check
 
 # Callbacks are changed from one session to the next, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::purestep.loop.RunChangedWarning")
@@ -139,8 +140,8 @@ class Undisturbed:
 def undisturbed():
     with pytest.MonkeyPatch.context() as patch:
         # The dry runs would take a third of the time, and are tested elsewhere.
-        patch.setattr(precheck, "check_step", lambda *args: None)
-        patch.setattr(precheck, "check_eval", lambda *args, **options: None)
+        patch.setattr(check, "check_step", lambda *args: None)
+        patch.setattr(check, "check_eval", lambda *args, **options: None)
         Machine.known = _undisturbed()
         yield
 

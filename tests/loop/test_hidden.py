@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 import purestep as ps
 from purestep.errors import StepError
-from purestep.loop import HiddenStateWarning, hidden
+from purestep.loop import HiddenStateWarning
+from purestep.preflight import hidden_attributes
 from purestep.testing import check_pure
 
 X = torch.ones(4, 3)
@@ -227,7 +228,7 @@ def auxiliary(net, x):
 @dataclasses.dataclass
 class Output:
     logits: torch.Tensor
-    hidden: list
+    hidden_attributes: list
 
 
 def closures(net, x):
@@ -325,12 +326,12 @@ def test_numbers_that_differ_by_chance_are_not_an_error():
 def test_values_are_compared(old, new, same):
     a, b = nn.Module(), nn.Module()
     a.value, b.value = old, new
-    before, after = hidden.attributes({"model": a}), hidden.attributes({"model": b})
-    assert (not hidden.changed(before, after)) == same
+    before, after = hidden_attributes.attributes({"model": a}), hidden_attributes.attributes({"model": b})
+    assert (not hidden_attributes.changed(before, after)) == same
 
 
 def attributes(module):
-    return hidden.attributes({"model": module})
+    return hidden_attributes.attributes({"model": module})
 
 
 def test_attributes_are_put_back_with_what_is_in_them():
@@ -338,23 +339,23 @@ def test_attributes_are_put_back_with_what_is_in_them():
     module.plain, module.items, module.rng = 1, [1, {"a": {2}}], np.random.default_rng(0)
     module.fields, module.ring = types.SimpleNamespace(n=1, untouched=np), collections.deque([1, 2], maxlen=2)
     module.python, module.torch = python_random.Random(0), torch.Generator()
-    before, saved = attributes(module), hidden.Saved({"model": module})
+    before, saved = attributes(module), hidden_attributes.Saved({"model": module})
     module.plain, module.new = 2, 3
     module.items[1]["a"].add(3), module.items.append(4)
     module.fields.n, module.fields.more = 2, 3
     module.ring.append(3)
     module.rng.random(), module.python.random(), torch.rand(1, generator=module.torch)
-    paths = {change.path.removeprefix("model.") for change in hidden.changed(before, attributes(module))}
+    paths = {change.path.removeprefix("model.") for change in hidden_attributes.changed(before, attributes(module))}
     assert paths == {"plain", "new", "items", "fields", "ring", "rng", "python", "torch"}
     saved.put_back()
-    assert not hidden.changed(before, attributes(module))
+    assert not hidden_attributes.changed(before, attributes(module))
     assert not hasattr(module, "new")
 
 
 def test_a_large_attribute_is_looked_at_in_part():
     module = nn.Module()
     module.table = {i: [i] * 10 for i in range(100_000)}
-    assert not hidden.changed(attributes(module), attributes(module))
+    assert not hidden_attributes.changed(attributes(module), attributes(module))
     before = attributes(module)
     module.table[-1] = []
-    assert hidden.changed(before, attributes(module))
+    assert hidden_attributes.changed(before, attributes(module))

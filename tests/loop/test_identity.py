@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import purestep as ps
 from purestep.errors import DataError, SnapshotError, TemplateMismatch
 from purestep.loop import RunChangedWarning
-from purestep.loop.stable import stable
+from purestep.loop.stable_json import stable
 from purestep.snapshot.manifest import DATA, seal, unseal
 
 ANOTHER = "the run that goes on here is not the one that was saved"
@@ -437,8 +437,8 @@ def test_it_is_the_same_in_every_process():
 
 
 def test_the_ranks_of_a_plan_have_the_identity_of_one_process():
-    from purestep.data.order import SampleShard
-    from purestep.data.share import shard_samples
+    from purestep.data.sampler import SampleShard
+    from purestep.data.sharded import shard_samples
 
     for source in (batches(), ps.data.as_source(loader())):
         assert stable(shard_samples(source, SampleShard(2, (1,)))) == stable(source)

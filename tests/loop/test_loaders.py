@@ -29,7 +29,7 @@ OF_SNAPSHOTS = [
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata calls it
-    pytest.mark.filterwarnings("ignore::purestep.data.foreign.ReplayWarning"),
+    pytest.mark.filterwarnings("ignore::purestep.data.adapters.ReplayWarning"),
 ]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import purestep as ps
 from purestep import optim
-from purestep.loop.skipped import SkippedUpdatesWarning
+from purestep.loop.skipped_updates import SkippedUpdatesWarning
 from purestep.precision import StaticLossScale, policy
 
 

@@ -14,7 +14,7 @@ import purestep as ps
 from purestep.errors import ConfigError
 from purestep.loggers import Logger
 from purestep.loop import SaveLost, saving
-from purestep.loop.backlog import DroppedRowsWarning
+from purestep.loop.log_queue import DroppedRowsWarning
 from purestep.snapshot import writer
 from purestep.testing import assert_trees_equal, comparable
 

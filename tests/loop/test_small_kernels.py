@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import purestep as ps
-from purestep.loop import dry, small_kernels
-from purestep.loop.small_kernels import small_kernels as active
+from purestep.preflight import dry_run, small_kernels
+from purestep.preflight.small_kernels import small_kernels as active
 
 HEAVY = "[name for name in ('sympy', 'torch._dynamo') if name in sys.modules]"
 
@@ -315,7 +315,7 @@ def test_bytes_kept_for_the_backward_pass_are_those_of_torchs_kernels(monkeypatc
     tx = ps.optim.adamw(1e-3)
     step = ps.make_step(lambda net, b: F.cross_entropy(net(b["x"]), b["y"]), tx)
     batch = {"x": torch.randn(16, 3, 8, 8), "y": torch.zeros(16, dtype=torch.int64)}
-    found = dry.dry_run(step, ps.init(model, tx), batch)
+    found = dry_run.dry_run(step, ps.init(model, tx), batch)
     monkeypatch.setattr(small_kernels, "_SECONDS", 0.0)
     assert found.error is None
-    assert found.kept == dry.dry_run(step, ps.init(model, tx), batch).kept > 0
+    assert found.kept == dry_run.dry_run(step, ps.init(model, tx), batch).kept > 0

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import purestep as ps
-from purestep.loop.stable import source_digest, stable
+from purestep.loop.stable_json import source_digest, stable
 
 HERE = __name__
 FACTOR = 2.0

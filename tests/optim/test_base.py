@@ -11,7 +11,7 @@ import torch
 
 from purestep import optim, tree
 from purestep.errors import OptimError
-from purestep.optim import parts as parts_module
+from purestep.optim import named_states as parts_module
 
 
 def params_of(*shape: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from purestep import optim, precision, tree
-from purestep.optim import blocks, scratch
+from purestep.optim.kernels import sliced, workspace
 
 SHAPES = {"body.weight": (13, 5), "body.bias": (13,), "head.weight": (3, 13, 2), "odd": (1, 40), "gain": ()}
 
@@ -17,7 +17,7 @@ SHAPES = {"body.weight": (13, 5), "body.bias": (13,), "head.weight": (3, 13, 2),
 @pytest.fixture(params=[4, 11, 64])
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Above how many elements tensors are cut: few, so that everything is, in ways that do not divide."""
-    monkeypatch.setattr(blocks, "_ON_CPU", request.param)
+    monkeypatch.setattr(sliced, "_ON_CPU", request.param)
     return request.param
 
 
@@ -38,7 +38,7 @@ def advanced(tx: Any, params: Any, steps: int = 4, *, reuse: bool = False, **tol
     state = tx.init(params)
     for step in range(steps):
         extra = {"step": torch.tensor(step), "value": torch.tensor(1.0)}
-        params, state = blocks.advance(tx, draw(100 + step), state, params, reuse=reuse, **told, **extra)
+        params, state = sliced.advance(tx, draw(100 + step), state, params, reuse=reuse, **told, **extra)
     return params, state
 
 
@@ -115,7 +115,7 @@ def test_slices_and_memory_given_away_change_no_bit(name: str, limit: int) -> No
     kept = tree.map(torch.clone, params)
     actual = advanced(tx, params, reuse=True)
     assert not (found := tree.diff(actual, expected)), f"\n{found}"
-    long = [n for n, p in kept.items() if blocks.is_long(p)]
+    long = [n for n, p in kept.items() if sliced.is_long(p)]
     if separable or name in ("clipped", "state before the end"):
         assert long
         assert all(actual[0][n].data_ptr() == params[n].data_ptr() for n in long)
@@ -131,9 +131,9 @@ def test_an_update_that_does_not_count_changes_nothing(name: str, reuse: bool, l
     before = tree.digest((params, state))
     bad = {n: g * float("nan") for n, g in draw(3).items()}
     extra = {"step": torch.tensor(3), "value": torch.tensor(1.0), "accept": torch.tensor(False), "reuse": reuse}
-    assert tree.digest(blocks.advance(tx, bad, state, params, **extra)) == before
-    one = blocks.advance(tx, draw(3), state, params, **extra | {"accept": torch.tensor(True), "reuse": False})
-    other = blocks.advance(tx, draw(3), state, params, **extra | {"accept": torch.tensor(True)})
+    assert tree.digest(sliced.advance(tx, bad, state, params, **extra)) == before
+    one = sliced.advance(tx, draw(3), state, params, **extra | {"accept": torch.tensor(True), "reuse": False})
+    other = sliced.advance(tx, draw(3), state, params, **extra | {"accept": torch.tensor(True)})
     assert tree.digest(one) == tree.digest(other)
     assert tree.digest(one) != before
 
@@ -179,7 +179,7 @@ def test_fused_updates_have_the_bits_of_torch(name: str, reuse: bool, limit: int
             p.grad = g.clone()
         optimizer.step()
     params = draw(4)
-    pointers = {n: p.data_ptr() for n, p in params.items() if blocks.is_long(p)}
+    pointers = {n: p.data_ptr() for n, p in params.items() if sliced.is_long(p)}
     ours, state = advanced(tx, params, reuse=reuse)
     assert not (found := tree.diff(ours, dict(zip(SHAPES, [p.detach() for p in theirs], strict=True)))), f"\n{found}"
     assert not reuse or {n: ours[n].data_ptr() for n in pointers} == pointers
@@ -199,7 +199,7 @@ def test_fused_sgd_of_half_precision_on_a_cpu_is_that_without_the_kernel(momentu
         state = tx.init(ps)
         for step in range(3):
             grads = {n: torch.full_like(p, 0.5 + step) for n, p in ps.items()}
-            ps, state = blocks.advance(tx, grads, state, ps)
+            ps, state = sliced.advance(tx, grads, state, ps)
         ends.append((ps, state))
     assert not (found := tree.diff(*ends)), f"\n{found}"
     assert not torch.equal(ends[0][0]["w"], params["w"])
@@ -223,16 +223,16 @@ def test_fused_updates_do_not_mind_how_gradients_lie_in_memory(name: str, chaine
     }
     assert odd["k.weight"].stride() != plain["k.weight"].stride()
     for use in (
-        lambda gs: blocks.advance(tx, gs, tx.init(params), params),
+        lambda gs: sliced.advance(tx, gs, tx.init(params), params),
         lambda gs: tx.update(gs, tx.init(params), params),
     ):
         assert not (found := tree.diff(use(odd), use(plain))), f"\n{found}"
     turned = {
         n: p.to(memory_format=torch.channels_last) if p.dim() == 4 else p.T.contiguous().T for n, p in params.items()
     }
-    ours = blocks.advance(tx, odd, tx.init(turned), turned)[0]
+    ours = sliced.advance(tx, odd, tx.init(turned), turned)[0]
     # The last few elements in memory are computed one by one, which rounds otherwise; they are other ones here.
-    torch.testing.assert_close(ours, blocks.advance(tx, plain, tx.init(params), params)[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours, sliced.advance(tx, plain, tx.init(params), params)[0], rtol=1e-6, atol=1e-7)
 
 
 # --- what is not cut --------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_parameter_that_is_named_like_a_hyperparameter(limit: int) -> None:
     params = {"learning_rate": torch.ones(9, 7), "w": torch.ones(9, 7)}
     grads = {name: torch.full((9, 7), 2.0) for name in params}
     updates, state = tx.update(grads, tx.init(params), params)
-    assert tree.equal(blocks.advance(tx, grads, tx.init(params), params), (optim.apply_updates(params, updates), state))
+    assert tree.equal(sliced.advance(tx, grads, tx.init(params), params), (optim.apply_updates(params, updates), state))
 
 
 def test_transformations_of_users_are_not_cut_unless_they_say_so(limit: int) -> None:
@@ -277,7 +277,7 @@ def test_transformations_of_users_are_not_cut_unless_they_say_so(limit: int) -> 
             seen.append(sorted(updates))
             return updates, state
 
-    blocks.advance(Mine(), draw(1), Mine().init(draw(1)), draw(1))
+    sliced.advance(Mine(), draw(1), Mine().init(draw(1)), draw(1))
     assert seen == [sorted(SHAPES)]
 
 
@@ -287,13 +287,13 @@ def test_transforms_and_nested_parameters_go_as_a_whole(how: str, limit: int) ->
     state = tx.init(params)
 
     def run(grads: Any) -> Any:
-        return blocks.advance(tx, grads, state, params, reuse=True)[0]
+        return sliced.advance(tx, grads, state, params, reuse=True)[0]
 
     if how == "nested":
         nested = {"a": {"w": torch.ones(9, 9)}, "b": torch.ones(9)}
         updates, following = tx.update(nested, tx.init(nested), nested)
         assert tree.equal(
-            blocks.advance(tx, nested, tx.init(nested), nested), (tx.apply(nested, updates, None), following)
+            sliced.advance(tx, nested, tx.init(nested), nested), (tx.apply(nested, updates, None), following)
         )
         return
     before = tree.digest((params, state))
@@ -316,31 +316,31 @@ def run_bare(grads: Any, tx: Any, state: Any, params: Any) -> Any:
 
 
 def test_scratch_memory_is_taken_again_by_name_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch._local, "kept", {}, raising=False)
+    monkeypatch.setattr(workspace._local, "kept", {}, raising=False)
     xs = [torch.randn(3, 5), torch.randn(7)]
-    first = scratch.into("a", torch.sqrt, [x.abs() for x in xs])
-    again = scratch.into("a", torch.mul, xs, 2.0)
+    first = workspace.into("a", torch.sqrt, [x.abs() for x in xs])
+    again = workspace.into("a", torch.mul, xs, 2.0)
     assert first is not None
     assert again is not None
     assert [x.data_ptr() for x in again] == [x.data_ptr() for x in first]
     assert all(torch.equal(a, x * 2) for a, x in zip(again, xs, strict=True))
     for other in (
-        scratch.into("b", torch.mul, xs, 2.0),
-        scratch.into("a", torch.mul, [xs[0].T, xs[1]], 2.0),
-        scratch.into("a", torch.mul, [x.double() for x in xs], 2.0),
+        workspace.into("b", torch.mul, xs, 2.0),
+        workspace.into("a", torch.mul, [xs[0].T, xs[1]], 2.0),
+        workspace.into("a", torch.mul, [x.double() for x in xs], 2.0),
     ):
         assert other is not None
         assert not {x.data_ptr() for x in other} & {x.data_ptr() for x in first}
 
 
 def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch._local, "kept", {}, raising=False)
-    for size in range(3 * scratch._MOST_LISTS):
-        assert scratch.into("a", torch.neg, [torch.ones(size)]) is not None
-    assert len(scratch._local.kept) == scratch._MOST_LISTS
-    monkeypatch.setattr(scratch, "_MOST_BYTES", 15)
-    assert scratch.into("a", torch.neg, [torch.ones(4)]) is None
-    assert scratch.into("a", torch.neg, [torch.ones(4, device="meta")]) is None
+    monkeypatch.setattr(workspace._local, "kept", {}, raising=False)
+    for size in range(3 * workspace._MOST_LISTS):
+        assert workspace.into("a", torch.neg, [torch.ones(size)]) is not None
+    assert len(workspace._local.kept) == workspace._MOST_LISTS
+    monkeypatch.setattr(workspace, "_MOST_BYTES", 15)
+    assert workspace.into("a", torch.neg, [torch.ones(4)]) is None
+    assert workspace.into("a", torch.neg, [torch.ones(4, device="meta")]) is None
 
 
 def test_updates_of_two_threads_do_not_share_scratch_memory() -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from purestep import optim, testing, tree
-from purestep.optim import blocks
 from purestep.optim.base import GradientTransformation
+from purestep.optim.kernels import sliced
 
 LR = 2.0**-6  # a power of two: multiplying by it commutes with rounding, so the order of factors cannot show
 T = torch.optim
@@ -319,15 +319,15 @@ def test_slices_and_memory_given_away_change_no_bit(row: Row, accept: bool | Non
     told = None if accept is None else torch.tensor(accept)
     ends = []
     for limit, reuse in ((1 << 17, False), (6, False), (6, True)):
-        monkeypatch.setattr(blocks, "_ON_CPU", limit)
+        monkeypatch.setattr(sliced, "_ON_CPU", limit)
         tx, params = row.make(), random_tree(7, shapes)
         state = tx.init(params)
         for step in range(4):
             grads = gradients(row, params, 7, step)
             before, kept = tree.digest((grads, params, state)), tree.digest(grads)
-            where = {n: p.data_ptr() for n, p in params.items() if blocks.is_long(p)}
+            where = {n: p.data_ptr() for n, p in params.items() if sliced.is_long(p)}
             old = params, state
-            params, state = blocks.advance(*(tx, grads, state, params), accept=told, reuse=reuse, **extras(row, step))
+            params, state = sliced.advance(*(tx, grads, state, params), accept=told, reuse=reuse, **extras(row, step))
             assert tree.digest(grads) == kept
             if not reuse:
                 assert tree.digest((grads, *old)) == before

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purestep import tree
-from purestep.optim import foreach as fx
+from purestep.optim.kernels import foreach as fx
 
 SHAPES = [(5, 3), (), (17,), (2, 3, 2), (0,)]
 

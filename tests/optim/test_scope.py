@@ -14,8 +14,8 @@ import torch
 import purestep as ps
 from purestep import optim, tree
 from purestep.errors import OptimError
-from purestep.optim import blocks
 from purestep.optim.base import Wrapper
+from purestep.optim.kernels import sliced
 from purestep.optim.scope import fused_on_shards, inside, only_shards, scope_of
 from purestep.testing import transformation
 
@@ -72,11 +72,11 @@ def test_what_users_write_has_the_bits_of_one_process_under_fsdp(answers: Any) -
 def test_what_is_not_declared_is_never_sliced(tx: Any, reuse: bool) -> None:
     chained = optim.chain(tx, optim.sgd(1.0))
     params, grads = {"w": torch.zeros(2000, 512)}, {"w": torch.ones(2000, 512)}
-    assert blocks.is_long(params["w"])
+    assert sliced.is_long(params["w"])
     for one in (tx, chained):
         expected = tx.update(grads, tx.init(params), params)[0]["w"]
         given = tree.map(torch.clone, params)
-        new, _ = blocks.advance(one, grads, one.init(params), given, reuse=reuse)
+        new, _ = sliced.advance(one, grads, one.init(params), given, reuse=reuse)
         assert torch.equal(new["w"].abs(), expected)
     state = ps.TrainState(
         step=torch.zeros((), dtype=torch.int64),
@@ -89,7 +89,7 @@ def test_what_is_not_declared_is_never_sliced(tx: Any, reuse: bool) -> None:
 
 
 def test_a_rule_that_is_declared_is_sliced_and_one_that_lies_is_wrong_by_its_own_word(monkeypatch: Any) -> None:
-    monkeypatch.setattr(blocks, "_ON_CPU", 8)
+    monkeypatch.setattr(sliced, "_ON_CPU", 8)
     seen = []
 
     @optim.transformation
@@ -101,7 +101,7 @@ def test_a_rule_that_is_declared_is_sliced_and_one_that_lies_is_wrong_by_its_own
             return [g / 2 for g in gs], {}
 
     params, grads = {"w": torch.zeros(8, 4), "b": torch.zeros(4)}, {"w": torch.ones(8, 4), "b": torch.ones(4)}
-    new, _ = blocks.advance(Halve(), grads, Halve().init(params), params)
+    new, _ = sliced.advance(Halve(), grads, Halve().init(params), params)
     assert sorted(seen) == [[(1, 4)]] * 8 + [[(4,)]]
     assert torch.equal(new["w"], grads["w"] / 2)
 
@@ -114,7 +114,7 @@ class Held:
 @pytest.mark.parametrize("keep", [list, tuple, lambda xs: {"of one": xs[0]}], ids=["list", "tuple", "other name"])
 def test_a_state_by_position_is_not_sliced(keep: Any, monkeypatch: Any) -> None:
     """It is of scope "element", but which of its tensors belongs to which parameter nobody can tell."""
-    monkeypatch.setattr(blocks, "_ON_CPU", 8)
+    monkeypatch.setattr(sliced, "_ON_CPU", 8)
 
     @optim.transformation
     class ByPosition(optim.GradientTransformation):
@@ -132,7 +132,7 @@ def test_a_state_by_position_is_not_sliced(keep: Any, monkeypatch: Any) -> None:
     state = tx.init(params)
     grads = {"a": torch.randn(8, 4), "b": torch.randn(8, 4)}
     updates, following = tx.update(grads, state, params)
-    found = blocks.advance(tx, grads, state, params)
+    found = sliced.advance(tx, grads, state, params)
     assert tree.equal(found, (optim.apply_updates(params, updates), following))
 
 
@@ -292,14 +292,14 @@ def fast_paths(tx: Any, monkeypatch: pytest.MonkeyPatch, *, reuse: bool) -> dict
 
         monkeypatch.setattr(owner, name, call)
 
-    counting(blocks._Result, "take", "slices")
+    counting(sliced._Result, "take", "slices")
     for name in ("_foreach_add", "_foreach_add_", "_foreach_lerp", "_foreach_lerp_"):
         counting(torch, name, "foreach")
     for name in ("_fused_sgd_", "_fused_adamw_"):
         counting(torch, name, "fused")
     params = {"w": torch.ones(16, 8), "b": torch.ones(3), "g": torch.ones(())}
     grads = tree.map(torch.ones_like, params)
-    blocks.advance(tx, grads, tx.init(params), params, reuse=reuse, step=torch.zeros(()))
+    sliced.advance(tx, grads, tx.init(params), params, reuse=reuse, step=torch.zeros(()))
     return counts
 
 
@@ -324,7 +324,7 @@ PATHS = {
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("name", PATHS)
 def test_the_fast_paths_are_taken(name: str, reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_ON_CPU", 32)
+    monkeypatch.setattr(sliced, "_ON_CPU", 32)
     tx, slices, fused = PATHS[name]
     counts = fast_paths(tx, monkeypatch, reuse=reuse)
     assert counts["slices"] == (slices if reuse or not fused else 0)

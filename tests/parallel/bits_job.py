@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import purestep as ps
 from purestep import optim
-from purestep.optim import blocks
-from purestep.sharding import Spec, ddp, fsdp, hsdp, place, tensor_parallel
-from purestep.sharding.gather import Session
-from purestep.sharding.rows import Rows
+from purestep.optim.kernels import sliced
+from purestep.parallel.fsdp_layout import Rows
+from purestep.parallel.fsdp_units import Session
+from purestep.sharding import Spec, ddp, fsdp, hsdp, placement, tensor_parallel
 
 
 class Block(nn.Module):
@@ -165,8 +165,8 @@ def train(
     if backend:
         step = ps.jit(step, backend=backend, donate=True)
     if donate:
-        step, limits = ps.donate(step), (blocks._ON_CPU, blocks._WORTH)
-        blocks._ON_CPU = blocks._WORTH = 16  # so that parts of these small tensors are written over, slice by slice
+        step, limits = ps.donate(step), (sliced._ON_CPU, sliced._WORTH)
+        sliced._ON_CPU = sliced._WORTH = 16  # so that parts of these small tensors are written over, slice by slice
     seen, memory = [], []
     for batch in batches(model, samples, steps):
         watched = model is Net and not keep and not donate and steps <= 3
@@ -176,9 +176,9 @@ def train(
             raise RuntimeError("the step changed its input")
         state = new
         seen.append(metrics)
-        memory.append([x.data_ptr() for x in ps.tree.leaves(place.local(state.params)) if x.numel() > 16])
+        memory.append([x.data_ptr() for x in ps.tree.leaves(placement.local(state.params)) if x.numel() > 16])
     if donate:
-        blocks._ON_CPU, blocks._WORTH = limits
+        sliced._ON_CPU, sliced._WORTH = limits
         if memory[0] != memory[-1]:
             raise RuntimeError("the step did not write in place")
     if keep:

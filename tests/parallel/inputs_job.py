@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import purestep as ps
-from purestep.parallel import inputs
-from purestep.sharding import LocalBatch, ddp, fsdp, hsdp, world
-from purestep.sharding.place import is_split
+from purestep.distributed import control
+from purestep.parallel import same_inputs
+from purestep.sharding import LocalBatch, ddp, fsdp, hsdp
+from purestep.sharding.placement import is_split
 
 RANK = int(sys.argv[3]) if __name__ == "__main__" else 0
 TX = ps.optim.adamw(1e-2)
@@ -47,7 +48,7 @@ def raised(call):
 
 def trained(plan, batches, jit=False, state=None):
     """Train on these batches; the first one is compared anew in each call."""
-    inputs._once.cache_clear()
+    same_inputs._once.cache_clear()
     step = ps.make_step(loss_fn, TX, plan=plan)
     step = ps.jit(step, backend="eager") if jit else step
     state = made(plan) if state is None else state
@@ -122,7 +123,7 @@ def runs():
 def main(store, answers):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=RANK, world_size=2)
-    world.initialize(timeout=30)
+    control.initialize(timeout=30)
     found = {}
     for rows in (first_calls, later_calls, placements, runs):
         found.update(rows())

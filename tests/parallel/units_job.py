@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import purestep as ps
 from purestep import optim
-from purestep.loop.skipped import not_finite
+from purestep.loop.skipped_updates import not_finite
 from purestep.sharding import ddp, fsdp
 
 

@@ -15,8 +15,8 @@ import purestep as ps
 from purestep.errors import PrecisionError
 from purestep.functional import bind
 from purestep.precision import NAMES, NORMS, policy
-from purestep.precision.casting import casting
-from purestep.precision.hooks import cast_floating
+from purestep.precision.cast_params import casting
+from purestep.precision.module_hooks import cast_floating
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TX = ps.optim.sgd(0.1)

@@ -11,7 +11,7 @@ from torch import nn
 import purestep as ps
 from purestep.errors import MissingExtra, PrecisionError
 from purestep.precision import float8, policy
-from purestep.precision.casting import casting
+from purestep.precision.cast_params import casting
 from purestep.precision.float8 import RECIPES
 
 TX = ps.optim.sgd(0.05)

@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import purestep as ps
-from purestep.keyed import KeyedRandom
-from purestep.precision import functions, policy
-from purestep.precision.casting import casting
+from purestep.precision import autocast_functions, policy
+from purestep.precision.cast_params import casting
+from purestep.random.torch_random import KeyedRandom
 
 f16, bf16, f32 = torch.float16, torch.bfloat16, torch.float32
 TX = ps.optim.sgd(0.1)
@@ -208,7 +208,8 @@ def test_every_name_of_autocast_has_a_handler():
         named |= set(re.findall(r"_\((\w+)", body))
     assert len(named) > 100
     by_name = {
-        getattr(f, "__name__", "").removeprefix("special_").removeprefix("linalg_") for f in functions.autocast_list()
+        getattr(f, "__name__", "").removeprefix("special_").removeprefix("linalg_")
+        for f in autocast_functions.autocast_list()
     }
     missing = {n for n in named if n.removeprefix("linalg_") not in by_name}
     # Reached by other names: F.interpolate, F.nll_loss, kernels behind modules and behind attention.
@@ -364,14 +365,14 @@ def test_only_a_half_precision_has_handlers():
     assert casting(policy("64"), model).handlers is None
     assert casting(policy("bf16-mixed", autocast=True), model).handlers is None
     assert casting(policy("params=bf16"), model).handlers is None
-    assert casting(policy("32").where("0", compute="bf16"), model).handlers is functions.autocast_list()
-    assert casting(policy("params=f32,compute=f16"), model).handlers is functions.autocast_list()
-    assert casting(policy("bf16-true"), model).handlers is functions.losses()
+    assert casting(policy("32").where("0", compute="bf16"), model).handlers is autocast_functions.autocast_list()
+    assert casting(policy("params=f32,compute=f16"), model).handlers is autocast_functions.autocast_list()
+    assert casting(policy("bf16-true"), model).handlers is autocast_functions.losses()
 
 
 def test_a_policy_that_keeps_all_but_the_loss_in_half_precision_does():
     x = A.to(bf16)
-    with KeyedRandom(None, handlers=functions.losses()):
+    with KeyedRandom(None, handlers=autocast_functions.losses()):
         assert F.softmax(x, -1).dtype == bf16
         assert x.sum().dtype == bf16
         assert F.mse_loss(x, x).dtype == f32

@@ -12,8 +12,8 @@ from torch import nn
 import purestep as ps
 from purestep import optim, random, tree
 from purestep.errors import StepError
-from purestep.precision.master import master_weights
-from purestep.sharding.tape import recording
+from purestep.precision.master_params import master_weights
+from purestep.sharding.init_tape import recording
 from purestep.state import _seeded
 
 

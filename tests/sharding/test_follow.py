@@ -8,9 +8,9 @@ from torch import nn
 
 import purestep as ps
 from purestep import optim, tree
-from purestep.precision.master import master_weights
+from purestep.precision.master_params import master_weights
 from purestep.sharding import Spec, fsdp
-from purestep.sharding.follow import follow
+from purestep.sharding.leaf_roles import follow
 
 
 def net():

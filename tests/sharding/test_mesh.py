@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
+from purestep.distributed import mesh
 from purestep.errors import ConfigError
-from purestep.sharding import Mesh, fsdp, mesh
+from purestep.sharding import Mesh, fsdp
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 2, "fsdp": 3}, {"a": 2, "b": 1, "c": 4}])
@@ -35,7 +36,7 @@ def test_ranks_along_several_axes_partition_the_mesh():
 
 def test_an_open_size_is_what_the_job_leaves(monkeypatch):
     m = mesh({"data": -1, "fsdp": 2})
-    module = sys.modules["purestep.sharding.mesh"]  # the package's `mesh` is the function
+    module = sys.modules["purestep.distributed.mesh"]  # the package's `mesh` is the function
     monkeypatch.setattr(module, "world_size", lambda: 6)
     assert (m.shape, m.world, m.size("data"), m.size("tensor")) == ((3, 2), 6, 3, 1)
     monkeypatch.setattr(module, "world_size", lambda: 5)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import purestep as ps
-from purestep.sharding import ddp, whole
-from purestep.sharding.norm import squares
+from purestep.sharding import ddp, full_tensors
+from purestep.sharding.exact_norm import squares
 
 
 def alone(values, op):
@@ -72,12 +72,12 @@ def test_ranks_agree_on_a_nan_that_a_maximum_swallows():
 def test_an_update_under_a_plan_takes_the_exact_norm():
     g = torch.Generator().manual_seed(3)
     grads = {"b": torch.randn(300, 7, generator=g), "a": torch.randn(5, generator=g)}
-    with whole.updating(whole.Whole(ddp(), grads)):
+    with full_tensors.updating(full_tensors.Whole(ddp(), grads)):
         inside = ps.optim.global_norm(grads)
     exact = math.sqrt(sum(x.double().square().sum() for x in grads.values()))
     assert float(inside) == pytest.approx(exact, rel=1e-7)
     assert inside.dtype == torch.float32
-    assert whole.current() is None
+    assert full_tensors.current() is None
 
 
 @pytest.mark.slow

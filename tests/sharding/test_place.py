@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from purestep.sharding import ddp, fsdp
-from purestep.sharding.place import gather, is_owner, is_split, local, rewrap, shard_of
+from purestep.sharding.placement import gather, is_owner, is_split, local, rewrap, shard_of
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")

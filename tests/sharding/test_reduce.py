@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purestep.errors import ConfigError
+from purestep.parallel.absent import Absent
+from purestep.parallel.fsdp_layout import Row, Rows
+from purestep.parallel.tree_reduce import Flat, rows_of
 from purestep.sharding import fsdp
-from purestep.sharding.absent import Absent
-from purestep.sharding.reduce import Flat, rows_of
-from purestep.sharding.rows import Row, Rows
 from purestep.sharding.spec import Spec, box
 
 DTYPES = [torch.float32, torch.float64, torch.int64, torch.bool]

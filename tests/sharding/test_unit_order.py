@@ -8,9 +8,9 @@ import threading
 import pytest
 import torch
 
+from purestep.distributed import collectives
 from purestep.errors import RankError
-from purestep.sharding import collectives
-from purestep.sharding.unit_order import Agreed, Exchanges, Op, Orders, UnitOrder
+from purestep.parallel.fsdp_order import Agreed, Exchanges, Op, Orders, UnitOrder
 
 PATHS = ["", "blocks.0", "blocks.1", "blocks.2"]
 

@@ -22,9 +22,9 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from purestep import tree
 from purestep.errors import PurestepError
-from purestep.sharding import Spec, place
+from purestep.sharding import Spec, placement
 from purestep.sharding.spec import box, placements
-from purestep.snapshot import Ranks, Store, all_, arrays, disk, latest, space
+from purestep.snapshot import Ranks, Store, all_, durable_directories, free_space, latest, orbax_io
 
 # Collecting doctests imports this, too, and says neither rank nor root.
 ROOT, RANK, WORLD = Path(sys.argv[-1]), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -92,7 +92,7 @@ def split(layout: str, value: Any) -> Any:
             return whole
         mesh = MESHES[layout]
         where = dict(zip(sizes, mesh.get_coordinate(), strict=True))
-        part = place.slice_of(whole, box(spec, sizes, whole.shape, where)).clone()
+        part = placement.slice_of(whole, box(spec, sizes, whole.shape, where)).clone()
         meta = TensorMeta(whole.shape, whole.contiguous().stride(), whole.dtype)
         return made.setdefault(
             id(whole), DTensor(part, DTensorSpec(mesh, placements(spec, sizes), tensor_meta=meta), requires_grad=False)
@@ -120,11 +120,11 @@ def ranks_of(layout: str, timeout: float = 30) -> Ranks | None:
 def same(a: Any, b: Any) -> bool:
     """Whether two states hold the same bits on this rank, placed in the same way."""
     for path in a:
-        if place.is_split(a[path]) != place.is_split(b[path]):
+        if placement.is_split(a[path]) != placement.is_split(b[path]):
             return False
-        if place.is_split(a[path]) and a[path]._spec != b[path]._spec:
+        if placement.is_split(a[path]) and a[path]._spec != b[path]._spec:
             return False
-    return tree.equal(place.local(a), place.local(b))
+    return tree.equal(placement.local(a), placement.local(b))
 
 
 def attempt(work: Any) -> Any:
@@ -213,7 +213,13 @@ def a_failure_on_one_rank_reaches_all() -> None:
         raise OSError(28, "No space left on device")
 
     for step, (rank, module, name) in enumerate(
-        [(1, arrays, "write_arrays"), (0, arrays, "write_arrays"), (2, space, "check_room"), (0, disk, "commit")], 2
+        [
+            (1, orbax_io, "write_arrays"),
+            (0, orbax_io, "write_arrays"),
+            (2, free_space, "check_room"),
+            (0, durable_directories, "commit"),
+        ],
+        2,
     ):
         real = getattr(module, name)
         if rank == RANK:
@@ -268,15 +274,15 @@ def a_plan_places_what_comes_back() -> None:
     plans = {"fsdp": fsdp(min_size=1), "hsdp": hsdp(fsdp=2, min_size=1)}
     state = init(model, tx, seed=1)
     placed = {name: plan.place(state) for name, plan in plans.items()}
-    split_leaves = {name: sum(map(place.is_split, tree.leaves(s))) for name, s in placed.items()}
+    split_leaves = {name: sum(map(placement.is_split, tree.leaves(s))) for name, s in placed.items()}
     with Store(ROOT / "plans", ranks=ranks_of("4 rows")) as store:
         store.save(1, placed["fsdp"])
         store.wait()
         back = store.restore(placed["hsdp"])
-    whole = place.gather(back.value)
+    whole = placement.gather(back.value)
     SEEN["plans"] = [
         tree.digest(whole) == back.digest == tree.digest(state),
-        tree.equal(place.local(back.value), place.local(placed["hsdp"])),
+        tree.equal(placement.local(back.value), placement.local(placed["hsdp"])),
         split_leaves,
     ]
 
@@ -288,7 +294,7 @@ def a_rank_that_dies_in_a_save() -> None:
     store.save(1, split("4 rows", values(1)))
     store.wait()
     if RANK == 3:
-        arrays.write_arrays = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        orbax_io.write_arrays = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     SEEN["death"] = []
     store.save(2, split("4 rows", values(2)))
     store._background.join()

@@ -36,8 +36,8 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import SaveFailed, SnapshotError
-from purestep.snapshot import Ranks, Store, all_, arrays, best, disk, latest, reader
-from purestep.snapshot.index import Entry, Index
+from purestep.snapshot import Ranks, Store, all_, best, durable_directories, latest, orbax_io, reader
+from purestep.snapshot.listing import Entry, Index
 
 Promise = Callable[[int], None]  # called with each step that is durable from now on
 Hook = Callable[[], None]  # called when operations begin to count
@@ -194,7 +194,7 @@ def replaces_damage(store: Store, promise: Promise) -> None:
 
 def _next_writer(place: Path) -> None:
     root = place / "snapshots"
-    disk.clean(root)
+    durable_directories.clean(root)
     with Store(root) as store:
         step = (store.latest() or 0) + 1
         store.save(step, value(step), metrics={"loss": 0.0})
@@ -424,7 +424,7 @@ class Range:
     def _whole(self) -> Iterator[Entry]:
         for entry in reversed(Index(self.place / "snapshots").revisions()):
             with contextlib.suppress(SnapshotError):
-                reader.check(entry.path, arrays.read_arrays)
+                reader.check(entry.path, orbax_io.read_arrays)
                 yield entry
 
     missed = False  # whether the last strike came after the end
@@ -447,7 +447,7 @@ class Range:
         code, _ = forked(lambda promise: self.scenario.go_on(self.place))
         if code:
             return f"the next process ended with {code}"
-        halves = sorted(path.name for path in (self.place / "snapshots").glob(f"*{disk.MARK}*"))
+        halves = sorted(path.name for path in (self.place / "snapshots").glob(f"*{durable_directories.MARK}*"))
         return f"left half-written: {halves}" if halves else None
 
 

@@ -14,8 +14,8 @@ from purestep import tree
 from purestep.errors import TreeError
 from purestep.snapshot import decode
 from purestep.snapshot.codec import encode, from_text
-from purestep.snapshot.pack import Piece, checksums, pack, unpack, with_checksums
-from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.packing import Piece, checksums, pack, unpack, with_checksums
+from purestep.snapshot.processes import Ranks
 from purestep.snapshot.reader import _LeafValues
 from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging

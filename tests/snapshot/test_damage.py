@@ -15,7 +15,7 @@ import torch
 import purestep as ps
 from purestep import snapshot, tree
 from purestep.errors import ConfigError, CorruptSnapshot, PurestepError, SnapshotError
-from purestep.snapshot import Scope, Store, disk, latest
+from purestep.snapshot import Scope, Store, durable_directories, latest
 from purestep.snapshot.codec import DEPTH, encode
 from purestep.snapshot.manifest import DATA, PIECES, TREE, checksum, seal
 
@@ -49,7 +49,7 @@ def write(root, changed):
     ):
         seals = {name: checksum(files[name]) for name in (TREE, PIECES)}
         files[DATA] = seal(changed[DATA] | {"seals": seals})
-    disk.write(root / "2", files)
+    durable_directories.write(root / "2", files)
 
 
 def mutations(value, path=()):
@@ -172,7 +172,7 @@ def test_a_forged_huge_leaf_takes_no_memory(good, tmp_path, monkeypatch, part, z
     def refuse(*args, **options):
         raise AssertionError("memory was asked for")
 
-    monkeypatch.setattr("purestep.snapshot.arrays.read_arrays", refuse)
+    monkeypatch.setattr("purestep.snapshot.orbax_io.read_arrays", refuse)
     monkeypatch.setattr("numpy.empty", refuse)
     with pytest.raises(CorruptSnapshot, match=r"not as large as its leaves|bytes of a leaf are missing"):
         Store(root).restore(step=2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from purestep.snapshot import disk
+from purestep.snapshot import durable_directories
 
 
 def test_everything_is_synced_before_the_rename_and_the_root_after_it(tmp_path, monkeypatch):
@@ -14,9 +14,9 @@ def test_everything_is_synced_before_the_rename_and_the_root_after_it(tmp_path, 
     real_fsync, real_rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd))[1])
     monkeypatch.setattr(os, "rename", lambda a, b: (log.append("rename"), real_rename(a, b))[1])
-    temporary = disk.begin(tmp_path, "5")
-    disk.write(temporary, {"a": b"1", "deep/er/b": b"2", "deep/c": b"3"})
-    disk.commit(temporary, tmp_path / "5")
+    temporary = durable_directories.begin(tmp_path, "5")
+    durable_directories.write(temporary, {"a": b"1", "deep/er/b": b"2", "deep/c": b"3"})
+    durable_directories.commit(temporary, tmp_path / "5")
     before, after = log[: log.index("rename")], log[log.index("rename") + 1 :]
     want = {str(temporary / name) for name in ("", "a", "deep", "deep/er", "deep/er/b", "deep/c")}
     assert set(before) == {name.rstrip("/") for name in want}
@@ -32,29 +32,29 @@ def test_removal_renames_first(tmp_path, monkeypatch):
     def stop(path, ignore_errors):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(disk.shutil, "rmtree", stop)
+    monkeypatch.setattr(durable_directories.shutil, "rmtree", stop)
     with pytest.raises(KeyboardInterrupt):
-        disk.remove(tmp_path / "5")
+        durable_directories.remove(tmp_path / "5")
     assert not (tmp_path / "5").exists()
-    assert disk.MARK in next(tmp_path.iterdir()).name
+    assert durable_directories.MARK in next(tmp_path.iterdir()).name
 
 
 def test_cleaning_spares_what_this_process_writes(tmp_path):
-    mine = disk.begin(tmp_path, "7")
-    for name in (f"3{disk.MARK}999-0", f"{disk.MARK}x"):
+    mine = durable_directories.begin(tmp_path, "7")
+    for name in (f"3{durable_directories.MARK}999-0", f"{durable_directories.MARK}x"):
         (tmp_path / name / "parts").mkdir(parents=True)
     (tmp_path / "3").mkdir()
-    disk.clean(tmp_path)
+    durable_directories.clean(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3", mine.name]
-    disk.abandon(mine)
+    durable_directories.abandon(mine)
     assert not mine.exists()
 
 
 def test_new_directories_are_durable(tmp_path, monkeypatch):
     synced: list[Path] = []
-    monkeypatch.setattr(disk, "fsync", synced.append)
-    disk.make_root(tmp_path / "a" / "b")
+    monkeypatch.setattr(durable_directories, "fsync", synced.append)
+    durable_directories.make_root(tmp_path / "a" / "b")
     assert set(synced) == {tmp_path, tmp_path / "a"}
     synced.clear()
-    disk.make_root(tmp_path / "a" / "b")
+    durable_directories.make_root(tmp_path / "a" / "b")
     assert synced == []

@@ -15,7 +15,7 @@ import torch
 
 from purestep import tree
 from purestep.errors import CorruptSnapshot, SnapshotError
-from purestep.snapshot import Store, all_, disk
+from purestep.snapshot import Store, all_, durable_directories
 from purestep.snapshot.codec import encode
 from purestep.snapshot.manifest import DATA, PIECES, TREE, dump, read_manifest
 
@@ -125,7 +125,7 @@ def forge(snapshot: Path, **changes) -> None:
     """Write a manifest that is whole in itself, as an attacker could."""
     made = read_manifest(snapshot)
     fields = {name: getattr(made, name) for name in type(made).__dataclass_fields__}
-    disk.write(snapshot, dump(type(made)(**fields | changes)))
+    durable_directories.write(snapshot, dump(type(made)(**fields | changes)))
 
 
 def test_a_forged_manifest_cannot_escape_or_run_code(good, tmp_path):
@@ -297,7 +297,7 @@ for step in range(first, 10**6):
             process.kill()
             said += process.stdout.read().split("\n")
         durable = max([durable, *(int(line) for line in said if line.strip())])
-        partial += any(disk.MARK in path.name for path in tmp_path.iterdir())
+        partial += any(durable_directories.MARK in path.name for path in tmp_path.iterdir())
         back = Store(tmp_path).restore()
         assert back.step in (durable, durable + 1)
         assert back.skipped == ()

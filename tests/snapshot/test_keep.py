@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from purestep.errors import ConfigError
 from purestep.snapshot import Keep, all_, best, every_steps, latest
-from purestep.snapshot.keep import ranking
+from purestep.snapshot.retention import ranking
 
 metrics = st.dictionaries(st.sampled_from(["a", "b"]), st.floats(allow_nan=True, width=16))
 histories = st.lists(metrics, max_size=12).map(lambda rows: [(3 * i, row) for i, row in enumerate(rows)])

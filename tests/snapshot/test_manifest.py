@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from purestep.errors import CorruptSnapshot, SnapshotError
-from purestep.snapshot import disk
+from purestep.snapshot import durable_directories
 from purestep.snapshot.codec import encode
 from purestep.snapshot.manifest import DATA, TREE, Manifest, dump, environment, read_header, read_manifest, seal, unseal
-from purestep.snapshot.pack import Piece
+from purestep.snapshot.packing import Piece
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def written(tmp_path):
         leaves=encoded.leaves,
         pieces=[Piece(0, (0,), (3,), 0, "arena-0", 0, 12, "0" * 16)],
     )
-    disk.write(tmp_path, dump(made))
+    durable_directories.write(tmp_path, dump(made))
     return tmp_path, made
 
 
@@ -77,7 +77,7 @@ def test_a_file_of_another_snapshot_is_found(written, tmp_path):
 
 
 def test_other_formats_are_named(tmp_path):
-    disk.write(tmp_path, {DATA: seal({"format": 99})})
+    durable_directories.write(tmp_path, {DATA: seal({"format": 99})})
     with pytest.raises(SnapshotError, match=r"format 99, this version of purestep reads formats 1 and 2"):
         read_header(tmp_path)
 

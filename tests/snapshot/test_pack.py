@@ -5,10 +5,19 @@ import pytest
 import torch
 
 from purestep.errors import CorruptSnapshot
-from purestep.snapshot import pack as module
+from purestep.snapshot import packing as module
 from purestep.snapshot.codec import encode
-from purestep.snapshot.pack import ARRAY_NAME, Packed, array_name, checksums, materialize, pack, unpack, with_checksums
-from purestep.snapshot.ranks import Ranks
+from purestep.snapshot.packing import (
+    ARRAY_NAME,
+    Packed,
+    array_name,
+    checksums,
+    materialize,
+    pack,
+    unpack,
+    with_checksums,
+)
+from purestep.snapshot.processes import Ranks
 from purestep.snapshot.shards import owned
 from purestep.snapshot.staging import Staging
 

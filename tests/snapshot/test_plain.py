@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from purestep import tree
-from purestep.snapshot import Store, plain
-from purestep.snapshot.arrays import read_arrays, write_arrays
-from purestep.snapshot.plain import read_plain
+from purestep.snapshot import Store, zarr_files
+from purestep.snapshot.orbax_io import read_arrays, write_arrays
+from purestep.snapshot.zarr_files import read_plain
 
 LARGE = 300_000
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.int64, torch.bool, torch.uint16]
@@ -36,7 +36,7 @@ def written(tmp_path, seed):
 def test_the_bytes_are_those_that_orbax_reads(written, monkeypatch):
     directory, arrays = written
     found = read_plain(directory, list(arrays))
-    monkeypatch.setattr("purestep.snapshot.arrays.read_plain", lambda *args: {})
+    monkeypatch.setattr("purestep.snapshot.orbax_io.read_plain", lambda *args: {})
     by_orbax = read_arrays(directory, list(arrays))
     for name, array in arrays.items():
         assert np.array_equal(found[name], bytes_of(array))
@@ -48,7 +48,7 @@ def test_the_bytes_are_those_that_orbax_reads(written, monkeypatch):
 @pytest.mark.parametrize("block", [1, 1000, 4096])
 def test_blocks_do_not_change_what_is_read(written, monkeypatch, block):
     directory, arrays = written
-    monkeypatch.setattr(plain, "_BLOCK", block)
+    monkeypatch.setattr(zarr_files, "_BLOCK", block)
     found = read_plain(directory, ["a", "c", "d"])
     assert all(np.array_equal(found[name], bytes_of(arrays[name])) for name in found)
     assert len(found) == 3
@@ -57,7 +57,7 @@ def test_blocks_do_not_change_what_is_read(written, monkeypatch, block):
 def test_short_reads_are_taken_up_again(written, monkeypatch):
     directory, arrays = written
     real = os.preadv
-    monkeypatch.setattr(plain.os, "preadv", lambda fd, views, at: real(fd, [views[0][:777]], at))
+    monkeypatch.setattr(zarr_files.os, "preadv", lambda fd, views, at: real(fd, [views[0][:777]], at))
     assert np.array_equal(read_plain(directory, ["b"])["b"], arrays["b"])
 
 
@@ -107,7 +107,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_left_to_orbax(written, monkeypa
     def failing(descriptor, views, at):
         return 0 if at >= 4096 else real(descriptor, [views[0][:4096]], at)
 
-    monkeypatch.setattr(plain.os, "preadv", failing)
+    monkeypatch.setattr(zarr_files.os, "preadv", failing)
     assert read_plain(directory, ["a", "d"]).keys() == {"d"}
 
 
@@ -117,7 +117,7 @@ def test_every_dtype_of_a_snapshot_is_plain(tmp_path, monkeypatch):
     value = {str(dtype): raw.view(dtype).reshape(3, -1, 5) for dtype in DTYPES}
     with Store(tmp_path) as store:
         store.save(1, value | {"small": torch.ones(3)})
-    monkeypatch.setattr("purestep.snapshot.arrays._read_by_orbax", lambda *args: pytest.fail("not plain"))
+    monkeypatch.setattr("purestep.snapshot.orbax_io._read_by_orbax", lambda *args: pytest.fail("not plain"))
     back = Store(tmp_path).restore().value
     assert tree.equal(back, value | {"small": torch.ones(3)})
 

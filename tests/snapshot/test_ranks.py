@@ -13,9 +13,9 @@ import torch
 
 from purestep import tree
 from purestep.errors import ConfigError, CorruptSnapshot, SnapshotError, TemplateMismatch, TreeError
-from purestep.snapshot import Ranks, Store, disk
+from purestep.snapshot import Ranks, Store, durable_directories
 from purestep.snapshot.codec import encode
-from purestep.snapshot.pack import Piece
+from purestep.snapshot.packing import Piece
 from purestep.snapshot.shards import copy_overlap, count, full_box, overlap
 
 JOB = Path(__file__).with_name("ranks_of_a_job.py")
@@ -150,7 +150,7 @@ def test_a_rank_that_dies_in_a_save_is_named_and_the_snapshot_before_is_good(job
     with Store(root / "death") as store:
         store.save(2, {"w": torch.ones(2)})
     assert sorted(path.name for path in (root / "death").iterdir()) == ["2"]
-    assert not [path for path in root.rglob(f"*{disk.MARK}*") if path.parts[-2] != "death"]
+    assert not [path for path in root.rglob(f"*{durable_directories.MARK}*") if path.parts[-2] != "death"]
 
 
 # --- in one process ---------------------------------------------------------------------------------------------------

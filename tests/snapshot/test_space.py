@@ -15,7 +15,7 @@ import torch
 
 from purestep import tree
 from purestep.errors import SaveFailed, SnapshotError, TreeError
-from purestep.snapshot import Store, all_, best, disk, every_steps, latest, space
+from purestep.snapshot import Store, all_, best, durable_directories, every_steps, free_space, latest
 
 MEGABYTE = 1_000_000
 Usage = namedtuple("Usage", "total used free")
@@ -30,7 +30,7 @@ def free(monkeypatch):
     """Sets what the disk says is free, in megabytes."""
 
     def say(megabytes: float) -> None:
-        monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(0, 0, int(megabytes * MEGABYTE)))
+        monkeypatch.setattr(free_space.shutil, "disk_usage", lambda path: Usage(0, 0, int(megabytes * MEGABYTE)))
 
     return say
 
@@ -52,13 +52,13 @@ def free(monkeypatch):
 )
 def test_room_for_what_will_be_kept(tmp_path, free, policy, present, room, fits):
     free(room)
-    found = space.shortage(tmp_path, 2 * MEGABYTE, policy, present)
+    found = free_space.shortage(tmp_path, 2 * MEGABYTE, policy, present)
     assert (found is None) if fits is None else found.startswith(f"{fits}\n  where:   {tmp_path}: ")
 
 
 def test_the_message_has_the_numbers(tmp_path, free):
     free(7)
-    assert space.shortage(tmp_path / "not" / "yet", 2 * MEGABYTE, latest(2), 0) == (
+    assert free_space.shortage(tmp_path / "not" / "yet", 2 * MEGABYTE, latest(2), 0) == (
         "only 2 of the next 3 snapshots fit on the disk\n"
         f"  where:   {tmp_path}/not/yet: 6.7 MiB free, 8.7 MiB needed\n"
         "  why:     latest(2) keeps up to 2, of 1.9 MiB each and 1.0 MiB around it, and a new one is written before an "
@@ -101,10 +101,10 @@ def test_a_run_that_cannot_save_is_told_at_its_start(tmp_path, monkeypatch):
     def refuses(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(disk, "write", refuses)
+    monkeypatch.setattr(durable_directories, "write", refuses)
     with pytest.raises(SnapshotError, match=r"why:     OSError: .* Read-only file system\n  instead: repair it"):
         Store(tmp_path).check({})
-    assert [path.name for path in tmp_path.iterdir() if disk.MARK in path.name] == []
+    assert [path.name for path in tmp_path.iterdir() if durable_directories.MARK in path.name] == []
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_disk_that_fills_up_or_turns_read_only(small_disk, monkeypatch):
             store.save(2, value(2))
         with pytest.raises(SaveFailed, match=r"No space left|MiB to write"):
             store.wait()
-        patch.setattr(space, "check_room", lambda *args: None)  # somebody else fills the disk in mid-save
+        patch.setattr(free_space, "check_room", lambda *args: None)  # somebody else fills the disk in mid-save
         store.save(3, value(3))
         with pytest.raises(SaveFailed, match=r"(?i)no space left(.|\n)*untouched: 1"):
             store.wait()
@@ -168,7 +168,7 @@ def test_a_device_that_reports_errors_while_a_file_is_forced_out(tmp_path, monke
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk.os, "fsync", fails)
+        patch.setattr(durable_directories.os, "fsync", fails)
         store.save(2, value(2))
         with pytest.raises(SaveFailed, match=r"Input/output error(.|\n)*untouched: 1"):
             store.wait()

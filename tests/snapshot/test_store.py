@@ -15,7 +15,7 @@ import torch
 import purestep as ps
 from purestep import snapshot, tree
 from purestep.errors import CorruptSnapshot, SaveFailed, SnapshotError, TemplateMismatch, TreeError
-from purestep.snapshot import Store, all_, best, disk, every_steps, latest, space, writer
+from purestep.snapshot import Store, all_, best, durable_directories, every_steps, free_space, latest, writer
 
 
 def value(step: int) -> dict:
@@ -33,7 +33,7 @@ def fill(root: Path, *steps: int, keep=None, **metrics: list[float]) -> Store:
 @pytest.fixture(params=["packed", "arrays"])
 def layout(request, monkeypatch):
     if request.param == "arrays":
-        monkeypatch.setattr("purestep.snapshot.pack.SMALL", 1)
+        monkeypatch.setattr("purestep.snapshot.packing.SMALL", 1)
 
 
 def test_everything_comes_back_and_the_digest_is_the_one_of_the_tree(tmp_path, example, layout):
@@ -107,11 +107,15 @@ def test_best_and_latest(tmp_path):
 def test_old_snapshots_are_deleted_only_after_the_new_one_is_durable(tmp_path, monkeypatch):
     store = fill(tmp_path, 1, keep=latest())
     events = []
-    real_commit, real_remove = disk.commit, disk.remove
+    real_commit, real_remove = durable_directories.commit, durable_directories.remove
     monkeypatch.setattr(
-        disk, "commit", lambda *a, **k: (events.append("begin"), real_commit(*a, **k), events.append("durable"))
+        durable_directories,
+        "commit",
+        lambda *a, **k: (events.append("begin"), real_commit(*a, **k), events.append("durable")),
     )
-    monkeypatch.setattr(disk, "remove", lambda path: (events.append(f"remove {path.name}"), real_remove(path)))
+    monkeypatch.setattr(
+        durable_directories, "remove", lambda path: (events.append(f"remove {path.name}"), real_remove(path))
+    )
     store.save(2, value(2))
     store.wait()
     assert events == ["begin", "durable", "remove 1"]
@@ -174,7 +178,7 @@ def test_arguments_are_checked(tmp_path):
 
 def test_mismatch_names_the_step_reads_no_array_and_never_falls_back(tmp_path, monkeypatch):
     store = fill(tmp_path, 1, 2)
-    monkeypatch.setattr("purestep.snapshot.arrays.read_arrays", lambda *args: pytest.fail("arrays were read"))
+    monkeypatch.setattr("purestep.snapshot.orbax_io.read_arrays", lambda *args: pytest.fail("arrays were read"))
     like = value(0) | {"w": torch.zeros(4)}
     with pytest.raises(
         TemplateMismatch, match=r"\['w'\]: stored float32\[3\], template float32\[4\]\n(.|\n)*step 2 in"
@@ -266,7 +270,7 @@ def test_nothing_is_deleted_when_nothing_whole_would_be_left(tmp_path):
 
 def test_leftovers_of_dead_writers_are_removed_by_the_next(tmp_path):
     fill(tmp_path, 1)
-    (tmp_path / f"2{disk.MARK}1234-0" / "parts").mkdir(parents=True)
+    (tmp_path / f"2{durable_directories.MARK}1234-0" / "parts").mkdir(parents=True)
     reading = Store(tmp_path)
     assert reading.restore().step == 1
     assert len(list(tmp_path.iterdir())) == 2  # a reader removes nothing
@@ -298,7 +302,10 @@ def test_a_failed_save_is_told_once_and_the_next_one_is_saved(tmp_path):
 def test_a_failure_in_any_phase_leaves_what_was_there(tmp_path, monkeypatch):
     store = fill(tmp_path, 1)
     want = store.restore().digest
-    phases = [(space, "check_room"), *((disk, name) for name in ("begin", "write", "fsync_tree", "commit"))]
+    phases = [
+        (free_space, "check_room"),
+        *((durable_directories, name) for name in ("begin", "write", "fsync_tree", "commit")),
+    ]
     for i, (module, name) in enumerate(phases):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *args, **kwargs: (_ for _ in ()).throw(OSError(5, "Input/output error")))
@@ -314,7 +321,7 @@ def test_a_failure_in_any_phase_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_poll_tells_of_a_failure_without_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        space, "check_room", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        free_space, "check_room", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     store = Store(tmp_path)
     store.save(1, value(1))

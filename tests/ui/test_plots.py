@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from purestep import loggers, ui
+from purestep import display, loggers
+from purestep.display import plots
 from purestep.errors import ConfigError, MissingExtra
-from purestep.ui import plots
 
 COLUMNS = {
     "step": [1, 2, 3, 4],
@@ -34,7 +34,7 @@ def drawn(monkeypatch, *args, **kwargs):
         panels[family] = {line.get_label(): (line.get_xydata().tolist(), line.get_color()) for line in lines}
 
     monkeypatch.setattr(plots, "_draw_panel", spy)
-    return ui.learning_curves(*args, **kwargs), panels
+    return display.learning_curves(*args, **kwargs), panels
 
 
 def test_one_panel_a_family_with_train_and_validation_together(monkeypatch, tmp_path):
@@ -71,21 +71,21 @@ def test_from_a_run_directory_and_from_its_file(monkeypatch, tmp_path):
 @pytest.mark.parametrize("panels", range(1, 9))
 def test_any_number_of_panels_and_points(tmp_path, panels):
     columns = {"step": [7]} | {f"metric_{i}": [float(i)] for i in range(panels)}
-    assert ui.learning_curves(columns, tmp_path / "a.png").exists()
+    assert display.learning_curves(columns, tmp_path / "a.png").exists()
 
 
 def test_only_values_that_are_not_finite(tmp_path):
-    ui.learning_curves({"step": [1, 2], "loss": [math.nan, math.inf]}, tmp_path / "a.png")
+    display.learning_curves({"step": [1, 2], "loss": [math.nan, math.inf]}, tmp_path / "a.png")
 
 
 def test_what_cannot_be_drawn_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no column 'x' to draw\n  where:   columns: step, loss"):
-        ui.learning_curves(COLUMNS, tmp_path / "a.png", keys=["loss", "x"])
+        display.learning_curves(COLUMNS, tmp_path / "a.png", keys=["loss", "x"])
     with pytest.raises(ConfigError, match="there is no column 'step' to draw"):
-        ui.learning_curves({"loss": [1.0]}, tmp_path / "a.png")
+        display.learning_curves({"loss": [1.0]}, tmp_path / "a.png")
     for nothing in ({"step": []}, {"step": [1], "loss": [None]}):
         with pytest.raises(ConfigError, match="there is nothing to draw yet"):
-            ui.learning_curves(nothing, tmp_path / "a.png")
+            display.learning_curves(nothing, tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,4 +104,4 @@ sys.exit("pyplot was imported" if "matplotlib.pyplot" in sys.modules else 0)
 def test_a_missing_matplotlib_is_named_with_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtra, match=r'pip install "purestep\[plots\]"'):
-        ui.learning_curves(COLUMNS, tmp_path / "a.png")
+        display.learning_curves(COLUMNS, tmp_path / "a.png")

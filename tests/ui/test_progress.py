@@ -13,8 +13,8 @@ import types
 import pytest
 from rich.console import Console
 
-from purestep.ui import progress
-from purestep.ui.progress import ProgressSink
+from purestep.display import progress
+from purestep.display.progress import ProgressSink
 
 STATE = {"epoch": 0, "epochs": 5, "batch": 10, "length": 100, "metrics": {"loss": 0.51239, "acc": 1.0}, "rate": 20.0}
 
@@ -139,7 +139,7 @@ def test_a_reader_that_goes_away_does_not_end_the_process():
     code = f"""
 import os, sys
 from rich.console import Console
-from purestep.ui.progress import ProgressSink
+from purestep.display.progress import ProgressSink
 bar = ProgressSink(Console(force_terminal=True))
 sys.stdin.readline()
 for batch in range(3):
@@ -207,7 +207,7 @@ def test_without_a_stdout_it_is_silent(monkeypatch, stdout):
 def test_a_pipe_gets_nothing_and_rich_is_not_imported(bare):
     code = f"""
 import sys
-from purestep.ui.progress import ProgressSink
+from purestep.display.progress import ProgressSink
 bar = ProgressSink()
 bar.update(**{STATE!r})
 bar.print("above")
@@ -221,7 +221,7 @@ sys.exit("rich was imported" if "rich" in sys.modules else 0)
 @pytest.mark.parametrize(("term", "drawn"), [("xterm-256color", True), ("dumb", False)])
 def test_a_real_terminal(bare, term, drawn):
     code = f"""
-from purestep.ui.progress import ProgressSink
+from purestep.display.progress import ProgressSink
 bar = ProgressSink()
 bar.update(**{STATE!r})
 bar.close()

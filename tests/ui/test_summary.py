@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from purestep import ui
+from purestep import display
 from purestep.bits import human_bytes
 from purestep.errors import TreeError
 from purestep.tree import pytree, static
@@ -20,7 +20,7 @@ def block(width: int) -> nn.Module:
 
 def test_a_module_by_depth():
     model = nn.Sequential(block(3), block(5), nn.Linear(5, 2, dtype=torch.float64))
-    one = ui.summary(model)
+    one = display.summary(model)
     assert [(r.name, r.kind, r.trained, r.buffers) for r in one.rows] == [
         ("0", "Sequential", 12 + 6, 7),
         ("1", "Sequential", 30 + 10, 11),
@@ -28,7 +28,7 @@ def test_a_module_by_depth():
     ]
     assert one.rows[0].dtypes == ("float32", "int64")
     assert one.rows[2].bytes == 12 * 8
-    two = ui.summary(model, depth=2)
+    two = display.summary(model, depth=2)
     assert [(r.name, r.kind, r.trained) for r in two.rows][:2] == [("0.0", "Linear", 12), ("0.1", "BatchNorm1d", 6)]
     assert (two.total.trained, two.total.bytes) == (one.total.trained, one.total.bytes)
     assert one.total.trained == sum(p.numel() for p in model.parameters())
@@ -41,14 +41,14 @@ def test_frozen_and_tied_weights():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
     model[2].weight = model[0].weight
     model[1].weight.requires_grad_(False)
-    table = ui.summary(model)
+    table = display.summary(model)
     assert [(r.name, r.trained, r.frozen, r.trainable()) for r in table.rows] == [
         ("0", 28, 0, "yes"),
         ("1", 4, 16, "in part"),
     ]
     model[1].requires_grad_(False)
-    assert ui.summary(model).rows[1].trainable() == "no"
-    assert str(ui.summary(model)).endswith("28 trained and 20 frozen parameters")
+    assert display.summary(model).rows[1].trainable() == "no"
+    assert str(display.summary(model)).endswith("28 trained and 20 frozen parameters")
 
 
 @pytree
@@ -77,7 +77,7 @@ def state_of(model, frozen=()):
 def test_a_state_counts_like_its_module_and_knows_its_frozen_parameters():
     model = nn.Sequential(block(3), nn.Linear(3, 2))
     state = state_of(model, frozen=("0.0.weight",))
-    table, expected = ui.summary(state), ui.summary(model)
+    table, expected = display.summary(state), display.summary(model)
     assert [r.name for r in table.rows] == [r.name for r in expected.rows]
     assert [r.kind for r in table.rows] == ["Sequential", "Linear"]
     assert (table.rows[0].trained, table.rows[0].frozen, table.rows[0].buffers) == (9, 9, 7)
@@ -88,37 +88,37 @@ def test_a_state_counts_like_its_module_and_knows_its_frozen_parameters():
 
 def test_without_a_model_frozen_parameters_are_buffers():
     state = state_of(nn.Linear(3, 2), frozen=("bias",)).replace(model=None)
-    assert [(r.name, r.kind, r.trained, r.buffers) for r in ui.summary(state).rows] == [
+    assert [(r.name, r.kind, r.trained, r.buffers) for r in display.summary(state).rows] == [
         ("weight", "", 6, 0),
         ("bias", "", 0, 2),
     ]
 
 
 def test_any_tree_of_tensors():
-    table = ui.summary({"a": [torch.zeros(2), torch.zeros(3, dtype=torch.bool)], "b": torch.zeros(()), "n": 3})
+    table = display.summary({"a": [torch.zeros(2), torch.zeros(3, dtype=torch.bool)], "b": torch.zeros(()), "n": 3})
     assert [(r.name, r.trained, r.dtypes) for r in table.rows] == [
         ("a", 5, ("bool", "float32")),
         ("b", 1, ("float32",)),
     ]
-    assert ui.summary(torch.zeros(4)).total.trained == 4
+    assert display.summary(torch.zeros(4)).total.trained == 4
 
 
 def test_one_tensor_at_two_places_of_a_tree_is_counted_once():
     w = torch.zeros(3, 2)
-    assert ui.summary({"a": w, "b": w, "c": w.view(3, 2)}).total.trained == 6
-    assert ui.summary({"a": w, "b": w.t()}).total.trained == 12
+    assert display.summary({"a": w, "b": w, "c": w.view(3, 2)}).total.trained == 6
+    assert display.summary({"a": w, "b": w.t()}).total.trained == 12
 
 
 def test_tensors_without_memory_are_counted():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4))
-    assert ui.summary(model).total.trained == 32
+    assert display.summary(model).total.trained == 32
     with torch._subclasses.FakeTensorMode():
-        assert ui.summary({"a": torch.empty(3), "b": torch.empty(3)}).total.trained == 6
+        assert display.summary({"a": torch.empty(3), "b": torch.empty(3)}).total.trained == 6
 
 
 def test_the_table_is_aligned():
-    text = str(ui.summary(nn.Sequential(nn.Linear(1000, 1000), nn.BatchNorm1d(10))))
+    text = str(display.summary(nn.Sequential(nn.Linear(1000, 1000), nn.BatchNorm1d(10))))
     lines = text.splitlines()
     assert lines[0].split() == ["name", "type", "params", "buffers", "bytes", "dtype", "trained"]
     rules = [i for i, line in enumerate(lines) if set(line) == {"-", " "}]
@@ -133,9 +133,9 @@ def test_the_table_is_aligned():
 def test_nothing_to_summarise_is_an_error():
     for nothing in ({}, nn.ReLU(), {"n": 3}):
         with pytest.raises(TreeError, match="there is no tensor to summarise"):
-            ui.summary(nothing)
+            display.summary(nothing)
     with pytest.raises(TreeError, match="depth=0 is not a number of levels"):
-        ui.summary(nn.Linear(1, 1), depth=0)
+        display.summary(nn.Linear(1, 1), depth=0)
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**60, "1024.0 PiB")])

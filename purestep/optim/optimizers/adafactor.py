@@ -10,7 +10,6 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Finite, NonNegative, Positive, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
@@ -25,8 +24,9 @@ from purestep.optim.base import (
     value_at,
     wide,
 )
-from purestep.optim.decay import add_decay, fixed_filter
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.scale import checked_rate
+from purestep.optim.weight_decay import add_decay, fixed_filter
 
 
 @tree.pytree
@@ -129,7 +129,7 @@ def adafactor(
     Returns:
         A transformation with the state `AdafactorState(count, row, column, full)`. The last two dims are factored.
 
-    Example:
+    Examples:
         >>> tx = adafactor(0.5)
         >>> params = {"w": torch.ones(2, 3)}
         >>> updates, state = tx.update(params, tx.init(params), params)

@@ -16,7 +16,6 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Decay, NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
@@ -31,10 +30,11 @@ from purestep.optim.base import (
     wide,
     zeros_like,
 )
-from purestep.optim.decay import add_decay, fixed_filter
-from purestep.optim.optimizers.fused import fitted, fused_adam
+from purestep.optim.kernels import foreach as fx
+from purestep.optim.kernels.fused import fitted, fused_adam
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
+from purestep.optim.weight_decay import add_decay, fixed_filter
 from purestep.tree import Structure
 
 
@@ -249,7 +249,7 @@ def adam(
     Raises:
         OptimError: a hyperparameter is out of range, or `fused` goes with what the kernel cannot do.
 
-    Example:
+    Examples:
         >>> tx = adam(0.1)
         >>> grads = {"w": torch.tensor([0.5, -2.0])}
         >>> updates, state = tx.update(grads, tx.init(grads))
@@ -299,7 +299,7 @@ def adamw(
     Raises:
         OptimError: as for `adam`.
 
-    Example:
+    Examples:
         >>> tx = adamw(0.1, weight_decay=0.5, mask="*weight")
         >>> params = {"bias": torch.tensor([1.0]), "weight": torch.tensor([1.0])}
         >>> grads = {"bias": torch.tensor([1.0]), "weight": torch.tensor([1.0])}
@@ -336,7 +336,7 @@ def amsgrad(
         weight_decay: decoupled decay, as in `adamw`.
         mask: which parameters decay.
 
-    Example:
+    Examples:
         >>> tx = amsgrad(0.1)
         >>> grads = {"w": torch.tensor([0.5])}
         >>> tx.update(grads, tx.init(grads))[0]
@@ -360,7 +360,7 @@ def scale_by_adam(
 ) -> GradientTransformation:
     r"""Adam's direction $\hat m / (\sqrt{\hat v} + \epsilon)$, without a learning rate and uphill.
 
-    Example:
+    Examples:
         >>> tx = scale_by_adam()
         >>> tx.update({"w": torch.tensor([4.0])}, tx.init({"w": torch.zeros(1)}))[0]
         {'w': tensor([1.0000])}
@@ -376,7 +376,7 @@ def scale_by_amsgrad(
 ) -> GradientTransformation:
     """AMSGrad's direction, without a learning rate and uphill; see `amsgrad`.
 
-    Example:
+    Examples:
         >>> tx = scale_by_amsgrad()
         >>> tx.update({"w": torch.tensor([4.0])}, tx.init({"w": torch.zeros(1)}))[0]
         {'w': tensor([1.0000])}

@@ -10,7 +10,6 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Decay, NonNegative, checked
 from purestep.errors import OptimError
-from purestep.optim import foreach as fx
 from purestep.optim.accumulators import trace
 from purestep.optim.base import (
     GradientTransformation,
@@ -22,10 +21,11 @@ from purestep.optim.base import (
     transformation,
 )
 from purestep.optim.chain import chain
-from purestep.optim.decay import add_decayed_weights
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.masks import masked
 from purestep.optim.optimizers.adam import scale_by_adam
 from purestep.optim.scale import scale_by_learning_rate
+from purestep.optim.weight_decay import add_decayed_weights
 
 
 @transformation
@@ -60,7 +60,7 @@ def scale_by_trust_ratio(
         trust_coefficient: $c$.
         eps: $\epsilon$. Where a norm is 0 the update is passed on as it is.
 
-    Example:
+    Examples:
         >>> tx = scale_by_trust_ratio()
         >>> tx.update({"w": torch.tensor([3.0, 4.0])}, None, {"w": torch.tensor([0.0, 1.0])})[0]
         {'w': tensor([0.6000, 0.8000])}
@@ -88,7 +88,7 @@ def lamb(
         weight_decay: added before the trust ratio.
         mask: which parameters decay.
 
-    Example:
+    Examples:
         >>> tx = lamb(0.1)
         >>> grads, params = {"w": torch.tensor([0.5, 0.5])}, {"w": torch.tensor([3.0, 4.0])}
         >>> tx.update(grads, tx.init(params), params)[0]
@@ -128,7 +128,7 @@ def lars(
         trust_mask: which parameters are scaled by the trust ratio; biases and norms usually are not.
         eps: added to the norm of the update.
 
-    Example:
+    Examples:
         >>> tx = lars(1.0)
         >>> grads, params = {"w": torch.tensor([0.5, 0.0])}, {"w": torch.tensor([3.0, 4.0])}
         >>> tx.update(grads, tx.init(params), params)[0]

@@ -14,7 +14,6 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Count, Fraction, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
@@ -27,8 +26,9 @@ from purestep.optim.base import (
     transformation,
     value_at,
 )
-from purestep.optim.curvature import ValueFn, need_value_fn, value_and_grad
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.scale import checked_rate
+from purestep.optim.second_order import ValueFn, need_value_fn, value_and_grad
 from purestep.tree import Structure
 
 
@@ -160,7 +160,7 @@ def lbfgs(
     Raises:
         OptimError: an argument is out of range, or `value_fn=` is missing.
 
-    Example:
+    Examples:
         >>> tx = lbfgs()
         >>> params = {"w": torch.tensor([3.0, -2.0])}
         >>> loss = lambda p: ((p["w"] - 1.0) ** 2 * torch.tensor([1.0, 10.0])).sum()

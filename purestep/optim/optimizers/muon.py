@@ -11,14 +11,14 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Count, Decay, Finite, NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, transformation
 from purestep.optim.chain import chain
-from purestep.optim.decay import add_decayed_weights, fixed_filter
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.masks import MatrixLabels, Partition
 from purestep.optim.optimizers.adam import adamw, check_betas
 from purestep.optim.rule import Memory, Rule
 from purestep.optim.scale import scale_by_learning_rate
+from purestep.optim.weight_decay import add_decayed_weights, fixed_filter
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -87,7 +87,7 @@ def scale_by_muon(
 ) -> GradientTransformation:
     """Muon's direction, uphill, for 2-d parameters; see `muon`.
 
-    Example:
+    Examples:
         >>> tx = scale_by_muon()
         >>> updates, _ = tx.update({"w": torch.eye(2) * 7}, tx.init({"w": torch.zeros(2, 2)}))
         >>> 0.5 < float(updates["w"][0, 0]) < 1.5
@@ -144,7 +144,7 @@ def muon(
     Returns:
         A partition with the state parts `muon` and `adamw`.
 
-    Example:
+    Examples:
         >>> tx = muon(0.02, adam_learning_rate=1e-3)
         >>> params = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
         >>> tree.paths(tx.init(params), "opt_state")[1::2]

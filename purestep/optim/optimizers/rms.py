@@ -13,13 +13,13 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Decay, NonNegative, checked
 from purestep.errors import OptimError
-from purestep.optim import foreach as fx
 from purestep.optim.accumulators import trace
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, is_zero, transformation
 from purestep.optim.chain import chain
-from purestep.optim.decay import add_decayed_weights
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.rule import Memory, Rule
 from purestep.optim.scale import scale_by_learning_rate
+from purestep.optim.weight_decay import add_decayed_weights
 
 
 @transformation
@@ -45,7 +45,7 @@ def scale_by_rms(
         decay: decay of the average.
         eps: added to the root, or under it with `eps_in_sqrt` (optax's default).
 
-    Example:
+    Examples:
         >>> tx = scale_by_rms(decay=0.75)
         >>> tx.update({"w": torch.tensor([3.0])}, tx.init({"w": torch.zeros(1)}))[0]
         {'w': tensor([2.])}
@@ -76,7 +76,7 @@ def scale_by_stddev(
 ) -> GradientTransformation:
     r"""Divide by the moving standard deviation: $g / (\sqrt{v - m^2} + \epsilon)$.
 
-    Example:
+    Examples:
         >>> tx = scale_by_stddev(decay=0.5)
         >>> tx.update({"w": torch.tensor([3.0])}, tx.init({"w": torch.zeros(1)}))[0]
         {'w': tensor([2.])}
@@ -110,7 +110,7 @@ def rmsprop(
         weight_decay: L2 regularisation, added to the gradient.
         mask: which parameters decay.
 
-    Example:
+    Examples:
         >>> tx = rmsprop(0.1)
         >>> grads = {"w": torch.tensor([0.5])}
         >>> tx.update(grads, tx.init(grads))[0]
@@ -145,7 +145,7 @@ def scale_by_rss(
 ) -> GradientTransformation:
     r"""Divide by the root of the sum of all squares so far: $g / (\sqrt{\sum g^2} + \epsilon)$.
 
-    Example:
+    Examples:
         >>> tx = scale_by_rss()
         >>> tx.update({"w": torch.tensor([3.0])}, tx.init({"w": torch.zeros(1)}))[0]
         {'w': tensor([1.])}
@@ -173,7 +173,7 @@ def adagrad(
         weight_decay: L2 regularisation, added to the gradient.
         mask: which parameters decay.
 
-    Example:
+    Examples:
         >>> tx = adagrad(0.1)
         >>> grads = {"w": torch.tensor([0.5])}
         >>> tx.update(grads, tx.init(grads))[0]
@@ -207,7 +207,7 @@ def scale_by_adadelta(rho: Decay[Scalar] = 0.9, eps: NonNegative[Scalar] = 1e-6)
     r"""Adadelta's direction: $g \sqrt{d + \epsilon} / \sqrt{v + \epsilon}$ with $d$ the moving average of squared
     steps.
 
-    Example:
+    Examples:
         >>> tx = scale_by_adadelta(eps=1.0)
         >>> tx.update({"w": torch.tensor([0.0])}, tx.init({"w": torch.zeros(1)}))[0]
         {'w': tensor([0.])}
@@ -234,7 +234,7 @@ def adadelta(
         weight_decay: L2 regularisation, added to the gradient.
         mask: which parameters decay.
 
-    Example:
+    Examples:
         >>> tx = adadelta(eps=1.0)
         >>> grads = {"w": torch.tensor([0.0])}
         >>> tx.update(grads, tx.init(grads))[0]

@@ -7,9 +7,9 @@ from typing import Any
 from purestep import tree
 from purestep.arguments import NonNegative, checked
 from purestep.errors import OptimError
-from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, Wrapper, need_params, same_leaves, transformation
-from purestep.optim.curvature import ValueFn, need_value_fn, value_and_grad
+from purestep.optim.kernels import foreach as fx
+from purestep.optim.second_order import ValueFn, need_value_fn, value_and_grad
 
 
 @tree.pytree
@@ -62,7 +62,7 @@ def sam(
         A transformation whose `update` needs `params` and `value_fn=`: the loss of this batch as a function of the
         parameters.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from purestep.optim import sgd
         >>> tx = sam(sgd(1.0), rho=0.5)

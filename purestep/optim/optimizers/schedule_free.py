@@ -10,7 +10,6 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Decay, NonNegative, Whole, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     ElementWrapper,
     GradientTransformation,
@@ -26,11 +25,12 @@ from purestep.optim.base import (
     wide,
 )
 from purestep.optim.chain import chain
-from purestep.optim.decay import add_decayed_weights
-from purestep.optim.inspect import nodes
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.optimizers.adam import scale_by_adam
 from purestep.optim.scale import checked_rate, scale_by_learning_rate
 from purestep.optim.schedules.warmup import warmup_constant_schedule
+from purestep.optim.state_access import nodes
+from purestep.optim.weight_decay import add_decayed_weights
 
 
 @tree.pytree
@@ -103,7 +103,7 @@ def schedule_free(
     Raises:
         OptimError: `b1` is not in (0, 1].
 
-    Example:
+    Examples:
         >>> from purestep.optim import sgd
         >>> tx = schedule_free(sgd(0.5), 0.5)
         >>> params = {"w": torch.ones(1)}
@@ -139,7 +139,7 @@ def schedule_free_adamw(
         b2, eps, weight_decay, mask: as in `adamw`.
         weight_lr_power: see `schedule_free`.
 
-    Example:
+    Examples:
         >>> tx = schedule_free_adamw(0.1)
         >>> params = {"w": torch.ones(1)}
         >>> updates, state = tx.update(params, tx.init(params), params)

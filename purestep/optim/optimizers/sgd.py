@@ -13,7 +13,6 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     EmptyState,
     GradientTransformation,
@@ -28,7 +27,8 @@ from purestep.optim.base import (
     wide,
     zeros_like,
 )
-from purestep.optim.optimizers.fused import fitted, fused_sgd
+from purestep.optim.kernels import foreach as fx
+from purestep.optim.kernels.fused import fitted, fused_sgd
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
 from purestep.tree import Structure
@@ -158,7 +158,7 @@ def sgd(
     Raises:
         OptimError: Nesterov without momentum or with dampening; fused with dampening or tensors as momentum.
 
-    Example:
+    Examples:
         >>> tx = sgd(0.1, momentum=0.9)
         >>> grads = {"w": torch.ones(2)}
         >>> state = tx.init(grads)

@@ -10,13 +10,13 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Decay, Fraction, NonNegative, Positive, checked
 from purestep.errors import OptimError, explain
-from purestep.optim import foreach as fx
 from purestep.optim.base import GradientTransformation, Scalar, ScalarOrSchedule, scalar_like, transformation
 from purestep.optim.chain import chain
-from purestep.optim.decay import add_decayed_weights
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.optimizers.adam import check_betas
 from purestep.optim.rule import Memory, Rule
 from purestep.optim.scale import scale, scale_by_learning_rate
+from purestep.optim.weight_decay import add_decayed_weights
 
 
 @transformation
@@ -32,7 +32,7 @@ class ScaleBySign(GradientTransformation):
 def scale_by_sign() -> GradientTransformation:
     """Replace each element by its sign; what is not finite becomes NaN.
 
-    Example:
+    Examples:
         >>> scale_by_sign().update({"w": torch.tensor([-3.0, 0.0])}, None)[0]
         {'w': tensor([-1.,  0.])}
 
@@ -45,7 +45,7 @@ def scale_by_sign() -> GradientTransformation:
 def sign_sgd(learning_rate: NonNegative[ScalarOrSchedule]) -> GradientTransformation:
     r"""Signs of gradients: $u = -\eta \, \mathrm{sign}(g)$.
 
-    Example:
+    Examples:
         >>> tx = sign_sgd(0.1)
         >>> tx.update({"w": torch.tensor([-3.0, 2.0])}, tx.init({"w": torch.zeros(2)}))[0]
         {'w': tensor([ 0.1000, -0.1000])}
@@ -71,7 +71,7 @@ class ScaleByLion(Rule):
 def scale_by_lion(b1: Decay[Scalar] = 0.9, b2: Decay[Scalar] = 0.99) -> GradientTransformation:
     r"""Lion's direction $\mathrm{sign}(\beta_1 m + (1 - \beta_1) g)$.
 
-    Example:
+    Examples:
         >>> tx = scale_by_lion()
         >>> tx.update({"w": torch.tensor([-3.0, 0.5])}, tx.init({"w": torch.zeros(2)}))[0]
         {'w': tensor([-1.,  1.])}
@@ -102,7 +102,7 @@ def lion(
         weight_decay: $\lambda$, multiplied by the learning rate.
         mask: which parameters decay.
 
-    Example:
+    Examples:
         >>> tx = lion(0.1, weight_decay=0.0)
         >>> grads = {"w": torch.tensor([-3.0, 0.5])}
         >>> tx.update(grads, tx.init(grads), grads)[0]
@@ -154,7 +154,7 @@ def scale_by_rprop(
 ) -> GradientTransformation:
     """Rprop's direction, uphill; see `rprop`.
 
-    Example:
+    Examples:
         >>> tx = scale_by_rprop(0.1)
         >>> tx.update({"w": torch.tensor([-3.0, 0.5])}, tx.init({"w": torch.zeros(2)}))[0]
         {'w': tensor([-0.1000,  0.1000])}
@@ -196,7 +196,7 @@ def rprop(
     Raises:
         OptimError: the learning rate is a schedule.
 
-    Example:
+    Examples:
         >>> tx = rprop(0.1)
         >>> grads = {"w": torch.tensor([-3.0, 0.5])}
         >>> tx.update(grads, tx.init(grads))[0]

@@ -9,7 +9,6 @@ from torch import Tensor
 from purestep import random, tree
 from purestep.arguments import Count, Decay, NonNegative, Positive, Seed, checked
 from purestep.errors import OptimError
-from purestep.optim import foreach as fx
 from purestep.optim.base import (
     GradientTransformation,
     Scalar,
@@ -22,10 +21,11 @@ from purestep.optim.base import (
     zeros_like,
 )
 from purestep.optim.chain import chain
-from purestep.optim.curvature import ValueFn, hessian_vector
-from purestep.optim.decay import add_decayed_weights
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.optimizers.adam import check_betas
 from purestep.optim.scale import scale_by_learning_rate
+from purestep.optim.second_order import ValueFn, hessian_vector
+from purestep.optim.weight_decay import add_decayed_weights
 
 
 @tree.pytree
@@ -97,7 +97,7 @@ def scale_by_sophia(
 ) -> GradientTransformation:
     """Sophia's direction, uphill; see `sophia`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = scale_by_sophia()
         >>> tx.update({"w": torch.tensor([4.0])}, tx.init({"w": torch.zeros(1)}))[0]
@@ -141,7 +141,7 @@ def sophia(
         mask: which parameters decay.
         seed: of the random signs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> tx = sophia(0.1, weight_decay=0.0)
         >>> params = {"w": torch.tensor([2.0])}

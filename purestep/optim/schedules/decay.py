@@ -28,7 +28,7 @@ class ConstantSchedule(ScheduleBase):
 def constant_schedule(value: Finite[float]) -> ConstantSchedule:
     """Always the same value.
 
-    Example:
+    Examples:
         >>> constant_schedule(0.5)(7)
         0.5
     """
@@ -69,7 +69,7 @@ def polynomial_schedule(
         transition_steps: $T$, in applied updates; 0 or less holds `init_value` for ever.
         transition_begin: $B$.
 
-    Example:
+    Examples:
         >>> polynomial_schedule(1.0, 0.0, power=2, transition_steps=4)(2)
         0.25
 
@@ -85,7 +85,7 @@ def linear_schedule(
 ) -> PolynomialSchedule:
     """From one value to another along a straight line; `polynomial_schedule` with power 1.
 
-    Example:
+    Examples:
         >>> warmup = linear_schedule(0.0, 1.0, transition_steps=4)
         >>> [warmup(step) for step in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
@@ -136,7 +136,7 @@ def exponential_decay(
         staircase: round the exponent down, so that the value jumps.
         end_value: where the decay stops: a lower limit for $r < 1$, an upper one otherwise.
 
-    Example:
+    Examples:
         >>> exponential_decay(1.0, 10, decay_rate=0.5)(20)
         0.25
 
@@ -172,7 +172,7 @@ def cosine_decay_schedule(
         alpha: the fraction of `init_value` that is left at the end.
         exponent: $p$.
 
-    Example:
+    Examples:
         >>> cosine_decay_schedule(1.0, 10)(5)
         0.5
 
@@ -209,7 +209,7 @@ def piecewise_constant_schedule(
         init_value: the value at step 0.
         boundaries_and_scales: `{step: factor}`; a factor counts from its step on.
 
-    Example:
+    Examples:
         >>> drops = piecewise_constant_schedule(1.0, {100: 0.5, 200: 0.5})
         >>> [drops(step) for step in (99, 100, 200)]
         [1.0, 0.5, 0.25]
@@ -249,7 +249,7 @@ def piecewise_interpolate_schedule(
         init_value: the value at step 0.
         boundaries_and_scales: `{step: factor}`; the product of the factors so far is reached at the step.
 
-    Example:
+    Examples:
         >>> path = piecewise_interpolate_schedule("linear", 1.0, boundaries_and_scales={4: 0.5, 8: 0.0})
         >>> [path(step) for step in (0, 2, 4, 6, 8)]
         [1.0, 0.75, 0.5, 0.25, 0.0]

@@ -48,7 +48,7 @@ def join_schedules(schedules: Sequence[Callable[[Any], Any]], boundaries: Sequen
     Raises:
         OptimError: there is not exactly one boundary between two schedules, or they do not ascend.
 
-    Example:
+    Examples:
         >>> from purestep.optim import constant_schedule, linear_schedule
         >>> joined = join_schedules([linear_schedule(0.0, 1.0, transition_steps=4), constant_schedule(0.5)], [4])
         >>> [joined(step) for step in (2, 4)]
@@ -68,7 +68,7 @@ def warmup_constant_schedule(
 ) -> PolynomialSchedule:
     """A straight line up to `peak_value`, which then stays.
 
-    Example:
+    Examples:
         >>> warmup_constant_schedule(0.0, 1.0, warmup_steps=4)(2)
         0.5
 
@@ -99,7 +99,7 @@ def warmup_cosine_decay_schedule(
     Raises:
         OptimError: the decay ends before the warm-up does.
 
-    Example:
+    Examples:
         >>> lr = warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps=2, decay_steps=6)
         >>> [round(lr(step), 3) for step in range(7)]
         [0.0, 0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
@@ -128,7 +128,7 @@ def warmup_exponential_decay_schedule(
 ) -> JoinSchedules:
     """A straight line up to `peak_value`, then an exponential decay; see `exponential_decay`.
 
-    Example:
+    Examples:
         >>> lr = warmup_exponential_decay_schedule(0.0, 1.0, warmup_steps=4, transition_steps=2, decay_rate=0.5)
         >>> [lr(step) for step in (2, 4, 6, 8)]
         [0.5, 1.0, 0.5, 0.25]
@@ -156,7 +156,7 @@ def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> JoinSchedules:
         cosine_kwargs: the keyword arguments of `warmup_cosine_decay_schedule` for each cycle; `decay_steps` is its
             length.
 
-    Example:
+    Examples:
         >>> cycle = dict(init_value=0.0, peak_value=1.0, warmup_steps=2, decay_steps=4)
         >>> [round(sgdr_schedule([cycle, cycle])(step), 3) for step in range(7)]
         [0.0, 0.5, 1.0, 0.5, 0.0, 0.5, 1.0]
@@ -187,7 +187,7 @@ def linear_onecycle_schedule(
         div_factor: the cycle begins at `peak_value / div_factor`.
         final_div_factor: the cycle ends at that value divided by this.
 
-    Example:
+    Examples:
         >>> linear_onecycle_schedule(100, 1.0)(30)
         1.0
 
@@ -213,7 +213,7 @@ def cosine_onecycle_schedule(
     """Half a cosine up to the peak and half a cosine down to nearly nothing; arguments as in
     `linear_onecycle_schedule`.
 
-    Example:
+    Examples:
         >>> cosine_onecycle_schedule(100, 1.0)(30)
         1.0
 

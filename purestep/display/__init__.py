@@ -1,0 +1,8 @@
+"""What people look at: the progress bar, the table of a model, learning curves."""
+
+from __future__ import annotations
+
+from purestep.display.plots import learning_curves as learning_curves
+from purestep.display.progress import ProgressSink as ProgressSink
+from purestep.display.summary import Summary as Summary
+from purestep.display.summary import summary as summary

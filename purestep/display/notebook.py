@@ -1,0 +1,244 @@
+"""States and differences as collapsible HTML, for notebooks.
+
+Owns the markup: plain `<details>`, no script, everything escaped. It reads the values of small tensors only, and
+changes none. `TrainState._repr_html_` and users in notebooks call it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from purestep import tree
+
+STATS_ELEMENTS = 100_000  # statistics are computed of tensors with at most so many elements
+MAX_LEAVES = 2_000  # leaves in one output; a notebook with more becomes slow
+OPEN_LEVELS = 2  # levels of nodes that start open, if they have few children
+FEW = 24  # children
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The result of `show`: HTML in a notebook, one line a leaf elsewhere."""
+
+    value: Any
+    root: str = "tree"
+    max_leaves: int = MAX_LEAVES
+
+    def _repr_html_(self) -> str:
+        body = _differences(self.value) if isinstance(self.value, tree.Differences) else self._tree()
+        return f'<div style="font-family:monospace;font-size:90%;line-height:1.5">{body}</div>'
+
+    def _tree(self) -> str:
+        return "".join(_node(self.root, self.root, self.value, 0, _Budget(self.max_leaves)))
+
+    def __repr__(self) -> str:
+        if isinstance(self.value, tree.Differences):
+            return str(self.value)
+        lines = [f"{path}: {text}" for path, text in _lines(self.root, self.value)]
+        hidden = len(lines) - self.max_leaves
+        return "\n".join(lines[: self.max_leaves] + ([f"... and {hidden} more"] if hidden > 0 else []))
+
+
+def show(value: Any, *, root: str = "tree", max_leaves: int = MAX_LEAVES) -> Shown:
+    """Show a state, or the result of `tree.diff`, as a collapsible tree in a notebook.
+
+    A leaf shows path, dtype, shape and bytes; a tensor of up to 100,000 elements also mean, standard deviation,
+    smallest and largest value, and the number of elements that are not finite.
+
+    Args:
+        value: any pytree, or `tree.Differences`.
+        root: the first part of each path.
+        max_leaves: the most leaves that are shown.
+
+    Returns:
+        A value that a notebook displays as HTML and a terminal prints as text.
+
+    Examples:
+        >>> show({"w": torch.ones(2, 3), "step": 7}, root="state")
+        state['step']: int 7
+        state['w']: float32[2, 3]
+    """
+    return Shown(value, root, max_leaves)
+
+
+# --- walking ----------------------------------------------------------------------------------------------------------
+
+
+def _children(value: Any) -> Iterable[tuple[str, Any]] | None:
+    """The children of a node, each with the suffix of its path; None for a leaf."""
+    if tree.node_name(type(value)) is not None:
+        return [(f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value) if _is_data(f)]
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", child) for key, child in _sorted_items(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(f".{name}", child) for name, child in zip(value._fields, value, strict=True)]
+    if isinstance(value, (list, tuple, deque)):
+        return [(f"[{i}]", child) for i, child in enumerate(value)]
+    return None
+
+
+def _is_data(field: dataclasses.Field[Any]) -> bool:
+    return not field.metadata.get("static")
+
+
+def _sorted_items(value: Mapping[Any, Any]) -> Sequence[tuple[Any, Any]]:
+    try:
+        return sorted(value.items(), key=lambda item: item[0])
+    except TypeError:  # keys of several types: in the order of the mapping
+        return list(value.items())
+
+
+def _static(value: Any) -> str:
+    """The static fields of a node, abbreviated: they are no leaves, so no other line shows them."""
+    if tree.node_name(type(value)) is None:
+        return ""
+    fields = [f for f in dataclasses.fields(value) if not _is_data(f)]
+    return ", ".join(f"{f.name}={_short(getattr(value, f.name))}" for f in fields)
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _lines(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    children = _children(value)
+    if children is None:
+        if value is not None:
+            yield path, tree.describe(value) if not isinstance(value, str) else f"str {_short(value)}"
+        return
+    for suffix, child in children:
+        yield from _lines(path + suffix, child)
+
+
+# --- markup -----------------------------------------------------------------------------------------------------------
+
+
+class _Budget:
+    """The number of leaves that may still be shown, and whether the output says that some are not."""
+
+    def __init__(self, leaves: int) -> None:
+        self.leaves = leaves
+        self.reported = False
+
+
+def _node(label: str, path: str, value: Any, level: int, budget: _Budget) -> Iterator[str]:
+    children = _children(value)
+    if children is None:
+        yield from _leaf(label, path, value, budget)
+        return
+    items = list(children)
+    unfolded = " open" if level < OPEN_LEVELS and len(items) <= FEW else ""
+    notes = [type(value).__name__, _size(value), _static(value)]
+    note = html.escape(" · ".join(item for item in notes if item))
+    yield f'<details{unfolded} style="margin-left:{1.2 if level else 0}em"><summary title="{html.escape(path)}">'
+    yield f'<b>{html.escape(label)}</b> <span style="opacity:.65">{note}</span></summary>'
+    for suffix, child in items:
+        if budget.leaves <= 0:
+            if not budget.reported:  # once, and not again for each node around this one
+                budget.reported = True
+                yield '<div style="margin-left:1.2em;opacity:.65">… more leaves than are shown</div>'
+            break
+        yield from _node(suffix.removeprefix("."), path + suffix, child, level + 1, budget)
+    yield "</details>"
+
+
+def _leaf(label: str, path: str, value: Any, budget: _Budget) -> Iterator[str]:
+    budget.leaves -= 1
+    text = (
+        "None"
+        if value is None
+        else tree.describe(value)
+        if _has_shape(value)
+        else f"{type(value).__name__} {_short(value)}"
+    )
+    notes = " · ".join(item for item in (_placement(value), _statistics(value)) if item)
+    yield f'<div style="margin-left:1.2em" title="{html.escape(path)}"><b>{html.escape(label)}</b> {html.escape(text)}'
+    yield f' <span style="opacity:.65">{html.escape(notes)}</span></div>'
+
+
+def _has_shape(value: object) -> TypeGuard[Tensor | np.ndarray | np.generic]:
+    return isinstance(value, (Tensor, np.ndarray, np.generic))
+
+
+def _size(value: object) -> str:
+    leaves = tree.leaves(value)
+    nbytes = sum(leaf.nbytes for leaf in leaves if _has_shape(leaf))
+    return f"{len(leaves):,} {'leaf' if len(leaves) == 1 else 'leaves'}, {nbytes:,} bytes"
+
+
+def _placement(value: object) -> str:
+    if not _has_shape(value):
+        return ""
+    device = f", {value.device}" if isinstance(value, Tensor) and value.device.type != "cpu" else ""
+    return f"{value.nbytes:,} bytes{device}"
+
+
+def _statistics(value: object) -> str:
+    """Mean, deviation and range of a small tensor; its value if it has one element; "" for one without storage."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind not in "biufc":
+            return ""
+        value = torch.as_tensor(np.array(value))
+    # A large tensor on a device would be copied to the host, for each display of a state.
+    if not isinstance(value, Tensor) or not 0 < value.numel() <= STATS_ELEMENTS:
+        return ""
+    try:
+        return _numbers(value.detach())
+    except (RuntimeError, TypeError):  # a meta, fake, traced or sharded tensor has no values in this process
+        return ""
+
+
+def _numbers(value: Tensor) -> str:
+    if value.is_complex():
+        return f"magnitude {_numbers(value.to(torch.complex128).abs())}"
+    if value.numel() == 1:
+        return f"= {value.item():.6g}" if value.is_floating_point() else f"= {value.item()}"
+    if value.dtype is torch.bool:
+        return f"{int(value.sum()):,} true"
+    wide = value.cpu().to(torch.float64)
+    finite = wide[wide.isfinite()]
+    texts = [f"{len(wide.flatten()) - len(finite):,} not finite"] if len(finite) < wide.numel() else []
+    if len(finite):
+        deviation = math.sqrt(float(finite.var(correction=0)))
+        texts.append(
+            f"{float(finite.mean()):.3g} ± {deviation:.3g}, in [{float(finite.min()):.3g}, {float(finite.max()):.3g}]"
+        )
+    return ", ".join(texts)
+
+
+def _differences(differences: tree.Differences) -> str:
+    if not differences:
+        return "equal"
+    head = "".join(f'<th style="text-align:left">{name}</th>' for name in _COLUMNS)
+    rows = "".join(f"<tr>{''.join(_cell(text) for text in _row(d))}</tr>" for d in differences[:MAX_LEAVES])
+    more = f"<div>… and {len(differences) - MAX_LEAVES:,} more</div>" if len(differences) > MAX_LEAVES else ""
+    count = f"{len(differences):,} {'path differs' if len(differences) == 1 else 'paths differ'}"
+    return f"<details open><summary>{count}</summary><table><tr>{head}</tr>{rows}</table>{more}</details>"
+
+
+_COLUMNS = ("path", "left", "right", "elements", "max abs", "max ulp")
+
+
+def _row(difference: tree.Difference) -> tuple[str, ...]:
+    max_abs = None if difference.max_abs is None else f"{difference.max_abs:.3g}"
+    numbers = (difference.elements, max_abs, difference.max_ulp)
+    return (
+        difference.path or "the root",
+        difference.left,
+        difference.right,
+        *("" if n is None else f"{n:,}" if isinstance(n, int) else n for n in numbers),
+    )
+
+
+def _cell(text: str) -> str:
+    return f'<td style="text-align:left">{html.escape(text)}</td>'

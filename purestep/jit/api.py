@@ -1,0 +1,103 @@
+"""`jit`: the function that users call. It checks what it is given and chooses how it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from purestep.arguments import checked
+from purestep.errors import ConfigError, explain
+from purestep.jit import backends
+from purestep.jit.backends import Backend, Mode
+from purestep.jit.function import Jit
+from purestep.jit.step import JitStep
+from purestep.step import Step
+from purestep.step_protocol import WrappedStep, facts_of
+
+
+@checked(ConfigError)
+def jit(
+    function: Callable[..., Any],
+    *,
+    donate: bool = False,
+    backend: Backend = "inductor",
+    static: int | str | Sequence[int | str] = (),
+    mode: Mode | None = None,
+) -> Any:
+    """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
+
+    The function is traced once for each combination of structure, shapes, dtypes, devices, strides and Python values of
+    its arguments, on tensors without memory, as `jax.jit` does. What it does besides tensor operations (printing,
+    counting) happens while tracing only. Numbers and strings in the arguments are constants of the graph: one that
+    changes is traced again, so keep a learning rate that moves in a tensor. Inside a transform, such as `vmap` or
+    `grad`, and inside another `jit`, it is the plain function.
+
+    Args:
+        function: any function of pytrees of tensors; a step of `make_step` or `make_eval`, or one written by hand. It
+            must be pure: it changes none of its arguments and reads no other tensors than those.
+        donate: consume the first argument. The state that is returned is written over its memory, and using the old
+            one again raises DonatedStateError. The function returns such a state, alone or first in a tuple. Tensors
+            taken out of the old state before show the new values; of plain dicts and lists around states, only the
+            states in them can be marked.
+        backend: "inductor" compiles the graph. "eager" runs the same graph operator by operator, with the bits of the
+            function itself. "aot_eager" and "dynamo" hand the traced graph to `torch.compile`, with its `aot_eager`
+            backend and its default one.
+        static: arguments, by position or name, that are no pytrees of tensors: they need a hash, and the function is
+            compiled for each of their values.
+        mode: as in `torch.compile`, for "inductor" and "dynamo". "reduce-overhead" and "max-autotune" record a donated
+            step on CUDA as one CUDA graph.
+
+    Returns:
+        An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),
+        `compile(*args)` (ahead of time, runs nothing), `graph(*args)` (the graph as code) and `clear()`.
+        A step of several microbatches is compiled in two pieces, `grads` and `update`.
+
+    Raises:
+        ConfigError: an unknown backend, mode or argument name; a function around a step that is compiled in pieces.
+        TraceError: when called: a captured tensor, a Python branch on the value of a tensor, an argument that is
+            changed in place.
+        StepError: when called: a donating function that returns no such state.
+        CompileError: when called: an operator that the backend cannot take.
+
+    Examples:
+        >>> import torch
+        >>> double = jit(lambda x: {"y": 2 * x}, backend="eager")
+        >>> double(torch.ones(3))
+        {'y': tensor([2., 2., 2.])}
+        >>> double(torch.ones(2))["y"].shape, double.retraces
+        (torch.Size([2]), ('x changed from float32[3] to float32[2]',))
+
+    References:
+        `jax.jit` and its `donate_argnums`, https://docs.jax.dev/en/latest/_autosummary/jax.jit.html
+    """
+    if not callable(function):
+        raise ConfigError(
+            explain(
+                "jit compiles a function",
+                where=f"{type(function).__name__} {function!r}",
+                instead="step = ps.jit(ps.make_step(loss_fn, tx))",
+            )
+        )
+    backends.check(backend, mode)
+    names: Sequence[int | str] = (static,) if isinstance(static, (int, str)) else tuple(static)
+    if any(isinstance(name, int) and name < 0 for name in names):
+        raise ConfigError(explain("static= counts arguments from 0 up", where=f"{static=}", instead="static=0"))
+    if isinstance(function, Step) and (function.microbatches not in (None, 1) or function.plan is not None):
+        return JitStep(function, bool(donate), backend, mode)
+    if isinstance(function, WrappedStep):
+        _check_one_graph(function)
+    return Jit(function, bool(donate), backend, names, mode)
+
+
+def _check_one_graph(function: WrappedStep) -> None:
+    """Refuse a function around a step that only goes into two graphs, with something between them."""
+    facts = facts_of(function)
+    if facts.backend is None and (facts.microbatches not in (None, 1) or (facts.plan and not facts.evaluates)):
+        raise ConfigError(
+            explain(
+                "a function around a step of several microbatches, or of a plan, does not go into one graph",
+                where=repr(function),
+                why="gradients are summed, and exchanged between ranks, outside of what is compiled",
+                instead="ps.wrap_step(ps.jit(step), function)   # compile the step, then put the function around it",
+            )
+        )

@@ -1,0 +1,362 @@
+"""`jit`: trace once, compile, call flat.
+
+Owns the compiled function, its cache and its call path: flatten, look up, run, unflatten. `trace` makes graphs,
+`donation` their epilogue, `backends` what runs them; a Step of several microbatches goes through `pieces`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import operator
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from purestep import _torch, transforms, tree
+from purestep.donation import consume, leaves_apart, memory_of, unaliased
+from purestep.errors import explain
+from purestep.jit import backends, cache_key, donation_graph, errors
+from purestep.jit._torch import set_grad_enabled
+from purestep.jit.donation_graph import Layout
+from purestep.jit.progress import progress
+from purestep.jit.static_arguments import Statics
+from purestep.jit.trace import Traced, trace
+from purestep.sharding.plan import Plan
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, name_of, resliced, signature_of
+from purestep.tree import Structure
+
+log = logging.getLogger("purestep.jit")
+_MANY = 8
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Names = Callable[[], list[str]]
+# What a call is known by besides its leaves: settings of torch, and static arguments.
+Extra = tuple[Hashable, tuple[tuple[str, type, Any], ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One compiled signature.
+
+    Attributes:
+        run: the compiled graph.
+        takes: picks the tensors among the leaves of a call; None where all are.
+        pick: picks the leaves of the result among (outputs, leaves, constants).
+        layout: where they come from.
+        structure: structure of the result.
+        code: the graph, as text.
+        held: static objects that the signature knows by identity, so that they stay alive.
+        fixed: whether only the first argument holds such objects.
+    """
+
+    run: backends.Run
+    takes: Callable[[Sequence[Any]], Sequence[Any]] | None
+    pick: Callable[[Sequence[Any]], Sequence[Any]]
+    layout: Layout
+    structure: Structure
+    code: str
+    held: tuple[Any, ...]
+    fixed: bool
+
+    def __call__(self, leaves: list[Any]) -> Sequence[Any]:
+        """Run on the leaves of the arguments and return the leaves of the result."""
+        tensors = leaves if self.takes is None else self.takes(leaves)
+        grad = torch.is_grad_enabled()
+        if grad:
+            set_grad_enabled(False)
+        try:
+            outputs = self.run([*tensors])
+        finally:
+            if grad:
+                set_grad_enabled(True)
+        return self.pick((*outputs, *leaves, *self.layout.constants))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Last:
+    """The state that the last call returned: if it comes back untouched, its signature is known."""
+
+    state: weakref.ref[object]
+    leaves: tuple[Any, ...]
+    structure: Structure
+    rest: list[Hashable]
+    extra: Extra
+    entry: Entry
+    owned: frozenset[int]
+
+
+class Jit(AnyStep):
+    """A compiled function. Made by `jit`; call it like the function.
+
+    Attributes:
+        function: the function.
+        donate: whether the first argument is consumed.
+        backend: name of the backend.
+        retraces: why each trace but the first was made, in order.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], donate: bool, backend: str, static: Sequence[int | str], mode: str | None
+    ) -> None:
+        self.function = function
+        self.__name__ = name_of(function)
+        self.__doc__ = function.__doc__
+        self.__signature__ = signature_of(function)
+        self.donate, self.backend, self.mode = donate, backend, mode
+        self._statics = Statics(function, static)
+        self._lock = threading.RLock()
+        self._fell_back = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything that was compiled."""
+        self._entries: dict[Hashable, Entry] = {}
+        self._shapes: list[cache_key.Shape] = []
+        self._last: _Last | None = None
+        self.retraces: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
+        return f"jit({self.function!r}, {options})"
+
+    # --- as a step ----------------------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> StepFacts:
+        """Those of the function, and how it is compiled."""
+        return dataclasses.replace(facts_of(self.function), donate=self.donate, backend=self.backend)
+
+    def bare(self, microbatches: int | None = None) -> StepFn:
+        return bare(self.function, microbatches)
+
+    def with_microbatches(self, count: int) -> Jit:
+        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode)
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
+    def identity(self) -> Callable[..., Any]:
+        """Return what a snapshot of a run records of it: the function. What compiled it is a condition of the run."""
+        return self.function
+
+    # --- calling ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if transforms.active() or _torch.dispatch_modes() > 0:
+            # Inside a transform or another trace, a compiled function is the function it was made of.
+            return self.function(*args, **kwargs)
+        args, kwargs, extra = self._split(args, kwargs)
+        leaves, structure = tree.flatten((args, kwargs))
+        last = self._last
+        if last is not None and args and last.state() is args[0]:
+            entry = self._again(last, leaves, structure, extra)
+            if entry is not None:
+                if self.donate:
+                    n = len(last.leaves)
+                    leaves[n:] = leaves_apart(leaves[n:], last.owned)
+                return self._run(entry, args, leaves, structure, extra, last)
+        entry = self._find(args, kwargs, leaves, structure, extra)
+        if self.donate:
+            leaves = unaliased(leaves, entry.layout.state_leaves)
+        return self._run(entry, args, leaves, structure, extra, None)
+
+    def _split(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Extra]:
+        """Return the traced arguments, and what else a call is known by: settings of torch and static arguments."""
+        if not self._statics:
+            return args, kwargs, (cache_key.ambient(), ())
+        args, kwargs, given = self._statics.split(args, kwargs)
+        return args, kwargs, (cache_key.ambient(), given)
+
+    def _again(self, last: _Last, leaves: list[Any], structure: Structure, extra: Extra) -> Entry | None:
+        """Return the entry of the last call if this one differs from it in the contents of the batch only."""
+        n = len(last.leaves)
+        if (
+            all(map(operator.is_, last.leaves, leaves))
+            and [cache_key.leaf_signature(leaf) for leaf in leaves[n:]] == last.rest
+            and extra == last.extra
+            and structure == last.structure
+        ):
+            return last.entry
+        return None
+
+    def _run(
+        self,
+        entry: Entry,
+        args: Args,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        last: _Last | None,
+    ) -> Any:
+        if not self.donate:
+            found = entry(leaves)
+            result = tree.unflatten(entry.structure, found)
+        else:
+            try:
+                found = entry(leaves)
+            except BaseException:
+                consume(args[0], f"{self.__name__}, which failed while it wrote over it")
+                raise
+            result = tree.unflatten(entry.structure, found)
+            consume(args[0], self.__name__)
+        n = entry.layout.state_leaves
+        if n and entry.fixed:
+            self._remember(
+                entry, result if entry.layout.alone else result[0], found[:n], leaves[n:], structure, extra, last
+            )
+        return result
+
+    def _remember(
+        self,
+        entry: Entry,
+        state: object,
+        found: Sequence[Any],
+        others: list[Any],
+        structure: Structure,
+        extra: Extra,
+        last: _Last | None,
+    ) -> None:
+        try:
+            reference = weakref.ref(state, self._forget)
+        except TypeError:
+            return
+        if last is not None:
+            rest, owned = last.rest, last.owned
+        else:
+            rest = [cache_key.leaf_signature(leaf) for leaf in others]
+            owned = memory_of(found) if self.donate else frozenset()
+        self._last = _Last(reference, tuple(found), structure, rest, extra, entry, owned)
+
+    def _forget(self, reference: weakref.ref[object]) -> None:
+        last = self._last
+        if last is not None and last.state is reference:
+            self._last = None
+
+    # --- looking up and compiling -------------------------------------------------------------------------------------
+
+    def _find(self, args: Args, kwargs: Kwargs, leaves: list[Any], structure: Structure, extra: Extra) -> Entry:
+        cache_key.check_whole(leaves, lambda: self._paths(args, kwargs))
+        objects = cache_key.static_values((args, kwargs))
+        signatures = tuple([cache_key.leaf_signature(leaf) for leaf in leaves])
+        key = (structure, extra, tuple(map(cache_key.fingerprint, objects)), signatures)
+        try:
+            entry = self._entries.get(key)
+        except TypeError:
+            cache_key.check_leaves(leaves, lambda: self._paths(args, kwargs))
+            raise
+        if entry is None:
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is None:
+                    entry = self._entries[key] = self._build(args, kwargs, leaves, structure, extra, objects)
+        return entry
+
+    def _build(
+        self,
+        args: Args,
+        kwargs: Kwargs,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        objects: list[Any],
+    ) -> Entry:
+        names = functools.cache(lambda: self._paths(args, kwargs))
+        cache_key.check_leaves(leaves, names)
+        # A dry run of a function that calls this one: what it costs to compile would be for nothing.
+        dry = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
+        if not dry:
+            self._explain_retrace(cache_key.Shape.of(names(), leaves, extra[1]))
+        with progress(self.__name__) as note:
+            backend = "eager" if self._fell_back or dry else self.backend
+            note(f"tracing {len(leaves)} leaves")
+            traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+            note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
+            try:
+                run = backends.compile(traced, backend, self.mode, donated=layout.state_leaves if self.donate else 0)
+            except Exception as error:
+                if not errors.no_compiler(error):
+                    raise errors.not_compiled(self.__name__, backend, error) from error
+                self._fell_back = True
+                warnings.warn(errors.no_compiler_message(self.__name__, error), stacklevel=5)
+                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+                run = backends.compile(traced, "eager", None, donated=0)
+        takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
+        fixed = not cache_key.static_values((args[1:], kwargs))
+        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed)
+
+    def _traced(
+        self,
+        args: Args,
+        kwargs: Kwargs,
+        leaves: list[Any],
+        structure: Structure,
+        extra: Extra,
+        names: Callable[[], list[str]],
+    ) -> tuple[Traced, Layout, str]:
+        function = self._statics.bound(self.function, extra[1])
+        traced = trace(
+            function,
+            leaves,
+            structure,
+            paths=names,
+            static=cache_key.static_values((args, kwargs)),
+        )
+        first = args[0] if args else None
+        layout = donation_graph.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
+        return traced, layout, traced.graph.print_readable(print_output=False)
+
+    def _paths(self, args: Args, kwargs: Kwargs) -> list[str]:
+        named = self._statics.names(len(args))
+        roots = [*zip(named, args, strict=True), *((k, kwargs[k]) for k in sorted(kwargs))]
+        return [path for name, value in roots for path in tree.paths(value, name)]
+
+    def _explain_retrace(self, shape: cache_key.Shape) -> None:
+        if self._shapes:
+            reason = cache_key.why(shape, self._shapes)
+            self.retraces = (*self.retraces, reason)
+            log.info("%s is traced again: %s", self.__name__, reason)
+            if len(self.retraces) == _MANY + 1:
+                warnings.warn(
+                    explain(
+                        f"{self.__name__} was traced more than {_MANY} times again, and each time costs a compilation",
+                        where=reason,
+                        why="one is kept for each combination of structure, shapes, dtypes and Python values",
+                        instead="pad batches to a few fixed sizes\n"
+                        "make a number that changes a tensor: torch.tensor(0.1)\n"
+                        "all reasons are in step.retraces",
+                    ),
+                    stacklevel=6,
+                )
+        self._shapes.append(shape)
+
+    # --- ahead of time ------------------------------------------------------------------------------------------------
+
+    def compile(self, *args: Any, **kwargs: Any) -> Jit:
+        """Compile for the signature of these arguments without running anything; they are not consumed.
+
+        Returns:
+            The compiled function itself.
+        """
+        self._entry_for(args, kwargs)
+        return self
+
+    def graph(self, *args: Any, **kwargs: Any) -> str:
+        """Return the traced graph of a call as code, the epilogue of a donation included."""
+        return self._entry_for(args, kwargs).code
+
+    def _entry_for(self, args: Args, kwargs: Kwargs) -> Entry:
+        args, kwargs, extra = self._split(args, kwargs)
+        leaves, structure = tree.flatten((args, kwargs))
+        return self._find(args, kwargs, leaves, structure, extra)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    if len(positions) >= 2:
+        return operator.itemgetter(*positions)
+    return lambda values: tuple([values[p] for p in positions])

@@ -1,0 +1,197 @@
+"""A step of several microbatches, compiled in two pieces.
+
+`grads` is compiled once and called for each microbatch, `update` once; the fixed tree sum of what the microbatches
+contribute runs between them, as they come. One graph of all microbatches would take several times as long to compile,
+and whoever computes a microbatch elsewhere runs the same piece, so it has the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import _torch, transforms
+from purestep.donation import consume
+from purestep.errors import ConfigError, explain
+from purestep.jit.function import Jit
+from purestep.microbatch import Gradients, MicrobatchExchange, accumulate, split_batch
+from purestep.optim.scope import only_shards
+from purestep.sharding import full_tensors, placement
+from purestep.sharding.plan import Plan
+from purestep.state import TrainState
+from purestep.step import Metrics, Step
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, name_of
+
+
+class JitStep(AnyStep):
+    """A compiled step of several microbatches. Made by `jit`; call it as `step(state, batch)`.
+
+    Attributes:
+        step: the step.
+        donate: whether the state is consumed.
+        backend: name of the backend.
+        grads, update: the two pieces, compiled functions themselves.
+    """
+
+    def __init__(self, step: Step, donate: bool, backend: str, mode: str | None) -> None:
+        self.step = step
+        self.__name__ = name_of(step)
+        self.donate, self.backend, self.mode = donate, backend, mode
+
+        def grads(state: TrainState, microbatch: Any, index: Tensor) -> Gradients:
+            return step.grads(state, microbatch, index)
+
+        def update(state: TrainState, total: Gradients) -> tuple[TrainState, Metrics]:
+            return step.update(state, _whole(state, total))
+
+        self.grads = Jit(grads, False, backend, (), mode)
+        self.update = Jit(update, donate, backend, (), mode)
+        self._index: list[Tensor] = []
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Return the state after one update, and the metrics of the batch."""
+        if transforms.active() or _torch.dispatch_modes() > 0:
+            return self.step(state, batch)
+        if self.step.plan is not None:
+            return self._planned(self.step.plan, state, batch)
+        return self.update(state, _changed(state, self._total(state, batch)))
+
+    def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Run the pieces of this rank's microbatches, with all gathers and sums outside of what is compiled."""
+        from purestep.parallel import microbatches as microbatches_module
+
+        step = self.step
+        microbatches_module.check(plan, step)
+        if plan.mesh.size(*plan.model_axes) > 1:
+            raise ConfigError(
+                explain(
+                    "a step whose ranks compute together cannot be compiled",
+                    where=repr(plan.mesh),
+                    why="DTensors of tensor parallelism do not go into a graph",
+                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
+                )
+            )
+        if plan.sync_batchnorm:
+            raise ConfigError(
+                explain(
+                    "a step with batch norm over ranks cannot be compiled",
+                    where=f"sync_batchnorm=True on {plan.mesh!r}",
+                    why="ranks exchange statistics in the middle of the model, outside of any graph",
+                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
+                )
+            )
+        # DTensors do not go into a graph: where any leaf is split, the pieces compute with the local shards.
+        view = placement.local(state) if microbatches_module.split_leaves(state) else state
+        indices = self._indices(step.microbatch_count, state.rng.device)
+
+        def compute(view: TrainState, microbatch: Any, index: int, exchange: MicrobatchExchange) -> Gradients:
+            full = exchange.gathered(view)
+            return exchange.taken(_whole(full, self.grads(full, microbatch, indices[index])), view)
+
+        gradients = microbatches_module.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
+        with full_tensors.updating(full_tensors.Whole(plan, state.params, state.opt_state)):
+            # What needs whole tensors gathers them, which no graph can hold.
+            compiled = view is state or only_shards(step.tx)
+            new, metrics = (self.update if compiled else step.update)(
+                view, _changed(view, gradients) if compiled else gradients
+            )
+        if view is state:
+            return new, metrics
+        new = placement.rewrap(new, state)
+        # The compiled update consumed the view, whose memory is that of the state; the state itself is left to consume.
+        if self.donate and compiled:
+            consume(state, self.__name__)
+        return new, metrics
+
+    def _total(self, state: TrainState, batch: Any, same: bool = False) -> Gradients:
+        """Run the first piece for each microbatch, or once for each size of them, and add up."""
+        microbatches = split_batch(batch, self.step.microbatch_count)
+        indices = self._indices(len(microbatches), state.rng.device)
+        total = accumulate(state, sum(size for _, size in microbatches), self.step.microbatch_count)
+        known: dict[int, Gradients] = {}
+        for index, (microbatch, size) in enumerate(microbatches):
+            part = known.get(size)
+            if part is None:
+                part = _whole(state, self.grads(state, microbatch, indices[index]))
+                if same:
+                    known[size] = part
+            total.add(part, index)
+        return total.result()
+
+    def _indices(self, count: int, device: torch.device) -> list[Tensor]:
+        """Numbers of microbatches as tensors, so that one graph serves all of them."""
+        if len(self._index) < count or self._index[0].device != device:
+            self._index = list(torch.arange(count, device=device).unbind())
+        return self._index[:count]
+
+    # --- as a step ----------------------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> StepFacts:
+        """Those of the step, and how it is compiled."""
+        return dataclasses.replace(self.step.facts, donate=self.donate, backend=self.backend)
+
+    def bare(self, microbatches: int | None = None) -> StepFn:
+        return self.step.bare(microbatches)
+
+    def with_microbatches(self, count: int) -> AnyStep:
+        settled = self.step.with_microbatches(count)
+        if count == 1 and self.step.plan is None:
+            return Jit(settled, self.donate, self.backend, (), self.mode)
+        return JitStep(settled, self.donate, self.backend, self.mode)
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
+    def identity(self) -> Step:
+        """Return what a snapshot of a run records of it: the step. What compiled it is a condition of the run."""
+        return self.step
+
+    # --- ahead of time ------------------------------------------------------------------------------------------------
+
+    @property
+    def retraces(self) -> tuple[str, ...]:
+        """Why each trace but the first was made, of either piece."""
+        return self.grads.retraces + self.update.retraces
+
+    def clear(self) -> None:
+        """Forget everything that was compiled."""
+        self.grads.clear()
+        self.update.clear()
+
+    def compile(self, state: TrainState, batch: Any) -> JitStep:
+        """Compile for the signature of these arguments; the state is not consumed. A step with a plan is compiled by
+        its first call.
+
+        The gradients of one microbatch are computed, because the second piece takes what the first returns.
+        """
+        self._pieces(state, batch)
+        return self
+
+    def graph(self, state: TrainState, batch: Any) -> str:
+        """Return the graphs of both pieces as code."""
+        return "\n".join(self._pieces(state, batch))
+
+    def _pieces(self, state: TrainState, batch: Any) -> tuple[str, str]:
+        (microbatch, _), *_ = split_batch(batch, self.step.microbatch_count)
+        first = self.grads.graph(state, microbatch, self._indices(1, state.rng.device)[0])
+        return first, self.update.graph(state, _changed(state, self._total(state, batch, same=True)))
+
+    def __repr__(self) -> str:
+        return f"jit({self.step!r}, donate={self.donate!r}, backend={self.backend!r})"
+
+
+def _whole(state: TrainState, part: Gradients) -> Gradients:
+    """Put back the buffers that were left out."""
+    return part.replace(buffers={**state.buffers, **part.buffers})  # type: ignore[attr-defined]
+
+
+def _changed(state: TrainState, part: Gradients) -> Gradients:
+    """Leave out what the second piece does not need: the weight, a number that would be a constant of the graph, and
+    the buffers that the forward pass did not touch (frozen parameters may be most of a model).
+    """
+    kept = {name: t for name, t in part.buffers.items() if t is not state.buffers[name]}
+    return part.replace(buffers=kept, weight=None)  # type: ignore[attr-defined]

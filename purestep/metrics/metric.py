@@ -1,0 +1,192 @@
+"""The metrics: monoids of one number, and `mean`, which makes the most common one.
+
+A metric is a pytree of sums, never a mean of means, so merging batches of different sizes in order is exact up to
+rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from purestep import transforms
+from purestep.arguments import checked
+from purestep.errors import MetricError
+from purestep.tree import pytree
+
+_WIDE = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
+Number = Any  # a 0-d tensor in a step, a Python number after the loop has read it; arithmetic is the same for both
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A metric: a pytree whose values of several batches merge, associatively, into the value of all of them.
+
+    Define one with `@ps.pytree`; its leaves are tensors of a fixed shape. `compute` returns a number, or a dict of
+    numbers.
+
+    Examples:
+        >>> @pytree
+        ... class AnyTrue:
+        ...     value: Tensor  # bool []
+        ...     def merge(self, other):
+        ...         return AnyTrue(self.value | other.value)
+        ...     def compute(self):
+        ...         return self.value
+        >>> isinstance(AnyTrue(torch.tensor(True)), Metric)
+        True
+    """
+
+    def merge(self, other: Self) -> Self: ...
+
+    def compute(self) -> Any: ...
+
+
+class _Scalar:
+    """Base of the metrics of one number: they print, and convert to `float`, as that number."""
+
+    value: Number
+
+    def compute(self) -> Number:
+        return self.value
+
+    def __float__(self) -> float:
+        return float(self.compute())
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec)
+
+
+@pytree
+class Mean(_Scalar):
+    """A weighted mean: `total / weight`.
+
+    Attributes:
+        total: sum of value times weight, at least float32.
+        weight: sum of weights.
+
+    Examples:
+        >>> a, b = mean(torch.tensor(1.0), weight=3), mean(torch.tensor(5.0), weight=1)
+        >>> float(a.merge(b))
+        2.0
+    """
+
+    total: Number
+    weight: Number
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def compute(self) -> Number:
+        # Python raises where a tensor gives NaN: for a mean over no samples.
+        if isinstance(self.weight, (int, float)):
+            return self.total / self.weight if self.weight else math.nan
+        return self.total / self.weight
+
+
+@pytree
+class Sum(_Scalar):
+    """A sum, for example of tokens.
+
+    Examples:
+        >>> Sum(2).merge(Sum(3)).compute()
+        5
+    """
+
+    value: Number
+
+    def merge(self, other: Sum) -> Sum:
+        return Sum(self.value + other.value)
+
+
+@pytree
+class Min(_Scalar):
+    """The smallest value seen; a NaN stays.
+
+    Examples:
+        >>> Min(2.0).merge(Min(3.0)).compute()
+        2.0
+    """
+
+    value: Number
+
+    def merge(self, other: Min) -> Min:
+        return Min(_extreme(self.value, other.value, torch.minimum, min))
+
+
+@pytree
+class Max(_Scalar):
+    """The largest value seen; a NaN stays.
+
+    Examples:
+        >>> Max(2.0).merge(Max(3.0)).compute()
+        3.0
+    """
+
+    value: Number
+
+    def merge(self, other: Max) -> Max:
+        return Max(_extreme(self.value, other.value, torch.maximum, max))
+
+
+def _extreme(
+    a: Number, b: Number, of_tensors: Callable[[Tensor, Tensor], Tensor], of_numbers: Callable[[float, float], float]
+) -> Number:
+    if isinstance(a, Tensor):
+        return of_tensors(a, b)
+    # Python's min and max drop a NaN or keep it depending on the order; torch's always keep it.
+    return math.nan if a != a or b != b else of_numbers(a, b)
+
+
+@pytree
+class Last(_Scalar):
+    """The value of the last batch, for example a learning rate.
+
+    Examples:
+        >>> Last(2.0).merge(Last(3.0)).compute()
+        3.0
+    """
+
+    value: Number
+
+    def merge(self, other: Last) -> Last:
+        return other
+
+
+@checked(MetricError, failed=True)
+def mean(value: Tensor | float, weight: Tensor | float | None = None) -> Mean:
+    """Make a `Mean`.
+
+    Args:
+        value: a mean over `weight` samples, 0-d; or one value a sample, of any shape.
+        weight: the number of samples or tokens, by default the number of elements of `value`. For a value with dims, a
+            tensor of the same shape (a mask, say) is the weight of each element. A NaN of weight 0 is ignored.
+
+    Returns:
+        `Mean`, with 0-d sums of at least float32, on the device of `value`, detached.
+
+    Examples:
+        >>> float(mean(torch.tensor([1.0, 2.0, 6.0])))
+        3.0
+        >>> float(mean(torch.tensor([1.0, 2.0, 6.0]), weight=torch.tensor([1, 1, 0])))
+        1.5
+    """
+    value = transforms.detached(value) if isinstance(value, Tensor) else torch.tensor(float(value))
+    if value.dtype not in _WIDE:
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+    if isinstance(weight, Tensor):
+        number = None
+        weight = transforms.detached(weight).to(value.device, value.dtype)
+    else:
+        number = 1.0 if weight is None else weight
+        # Filled on the device: a copy of a number from the host would synchronize with it.
+        weight = torch.full((), number, dtype=value.dtype, device=value.device)
+    total = value * weight
+    if not number:
+        # A value of weight 0 may be NaN (a mean over padding only), and NaN * 0 is NaN.
+        total = torch.where(weight == 0, 0.0, total)
+    return Mean(total, weight) if value.ndim == 0 else Mean(total.sum(), weight.expand_as(value).sum())

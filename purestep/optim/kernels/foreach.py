@@ -1,0 +1,302 @@
+"""Arithmetic over lists of tensors: the one place that knows `torch._foreach_*` and where it cannot be used.
+
+Each function returns a new list. With `reuse=True` it may overwrite its first argument, which the caller must have made
+itself, and with `between=` the result may lie in memory of that name, which the next call takes again (`scratch`); both
+only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
+(foreach has no batching rules, and its derivatives of 0-d tensors are wrong); under a tracer nothing is written in
+place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import _torch, transforms
+from purestep.optim import _torch as kernels
+from purestep.optim.kernels import workspace
+from purestep.sharding import full_tensors
+from purestep.tree import Structure
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+_PLAIN, _TRACED, _LEAFWISE = 0, 1, 2
+
+
+def _mode(*lists: Tensors) -> int:
+    if transforms.active():
+        return _LEAFWISE
+    if torch.is_grad_enabled() and any(x.requires_grad for xs in lists for x in xs):
+        return _LEAFWISE
+    return _TRACED if _torch.dispatch_modes() > 0 else _PLAIN
+
+
+def plain(*lists: Tensors) -> bool:
+    """Tell whether these tensors are ordinary ones in eager mode: nothing traces, maps or differentiates."""
+    return _mode(*lists) == _PLAIN
+
+
+def _unary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    fresh, inplace = kernels.foreach(name)
+
+    def apply(xs: Tensors, *, reuse: bool = False, between: str | None = None) -> list[Tensor]:
+        if not xs:
+            return []
+        mode = _mode(xs)
+        if mode == _LEAFWISE:
+            return [function(x) for x in xs]
+        if reuse and mode == _PLAIN:
+            inplace(xs)
+            return list(xs)
+        kept = workspace.into(between, function, xs) if between and mode == _PLAIN else None
+        return list(fresh(xs)) if kept is None else kept
+
+    apply.__name__ = name
+    apply.__doc__ = f"Return `{name}(x)` for each tensor."
+    return apply
+
+
+abs = _unary("abs", torch.abs)
+neg = _unary("neg", torch.neg)
+sqrt = _unary("sqrt", torch.sqrt)
+_sign = _unary("sign", torch.sign)
+reciprocal = _unary("reciprocal", torch.reciprocal)
+
+
+def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    fresh, inplace = kernels.foreach(name)
+
+    def apply(
+        xs: Tensors, other: Tensors | float | Tensor, *, reuse: bool = False, between: str | None = None
+    ) -> list[Tensor]:
+        if not xs:
+            return []
+        if isinstance(other, Tensor):
+            return _by_scalar_tensor(xs, other, reuse, between)
+        mode = _mode(xs) if isinstance(other, (int, float)) else _mode(xs, other)
+        if mode == _LEAFWISE:
+            if isinstance(other, (int, float)):
+                return [function(x, other) for x in xs]
+            return [function(x, y) for x, y in zip(xs, other, strict=True)]
+        if reuse and mode == _PLAIN:
+            inplace(xs, other)
+            return list(xs)
+        return list(fresh(xs, other))
+
+    def _by_scalar_tensor(xs: Tensors, scalar: Tensor, reuse: bool, between: str | None) -> list[Tensor]:
+        fitted = _fit(scalar, xs[0])
+        mode = _mode(xs, (scalar,))
+        if mode == _LEAFWISE or name in ("maximum", "minimum"):
+            return cast([function(x, fitted) for x in xs], xs)
+        if reuse and mode == _PLAIN:
+            inplace(xs, fitted)
+            return list(xs)
+        kept = workspace.into(between, function, xs, fitted) if between and mode == _PLAIN else None
+        return cast(fresh(xs, fitted), xs) if kept is None else kept
+
+    apply.__name__ = name
+    apply.__doc__ = f"Return `{name}(x, other)`; `other` is a list of tensors, a number or a 0-d tensor."
+    return apply
+
+
+mul = _binary("mul", torch.mul)
+div = _binary("div", torch.div)
+maximum = _binary("maximum", lambda x, y: torch.maximum(x, torch.as_tensor(y, dtype=x.dtype, device=x.device)))
+minimum = _binary("minimum", lambda x, y: torch.minimum(x, torch.as_tensor(y, dtype=x.dtype, device=x.device)))
+
+
+def add(
+    xs: Tensors, other: Tensors | float | Tensor, *, alpha: float | Tensor = 1, reuse: bool = False
+) -> list[Tensor]:
+    """Return `x + alpha * other`; `other` is a list of tensors, a number or a 0-d tensor."""
+    if not xs:
+        return []
+    if isinstance(other, (int, float)):
+        mode = _mode(xs)
+        if mode == _LEAFWISE:
+            return [x + other for x in xs]
+        if reuse and mode == _PLAIN:
+            kernels.foreach_add_(xs, other)
+            return list(xs)
+        return list(kernels.foreach_add(xs, other))
+    if isinstance(other, Tensor):
+        return cast([x + _fit(other, x) for x in xs], xs)
+    if isinstance(alpha, Tensor):
+        other, alpha = mul(other, alpha), 1
+    mode = _mode(xs, other)
+    if mode == _LEAFWISE:
+        return [torch.add(x, y, alpha=alpha) for x, y in zip(xs, other, strict=True)]
+    if reuse and mode == _PLAIN:
+        kernels.foreach_add_(xs, other, alpha=alpha)
+        return list(xs)
+    return list(kernels.foreach_add(xs, other, alpha=alpha))
+
+
+def sign(xs: Tensors) -> list[Tensor]:
+    """Return the sign of each element; NaN where it is not finite, which `torch.sign` would turn into 0 unseen."""
+    return add(_sign(xs), mul(xs, 0.0), reuse=True)
+
+
+def sub(xs: Tensors, ys: Tensors, *, reuse: bool = False) -> list[Tensor]:
+    """Return `x - y`."""
+    return add(xs, ys, alpha=-1, reuse=reuse)
+
+
+def lerp(xs: Tensors, ys: Tensors, weight: float | Tensor, *, reuse: bool = False) -> list[Tensor]:
+    """Return `x + weight * (y - x)`: the moving average of `x` towards `y`."""
+    if not xs:
+        return []
+    mode = _mode(xs, ys)
+    reuse = reuse and mode == _PLAIN
+    if isinstance(weight, Tensor):
+        return [(x.lerp_ if reuse else x.lerp)(y, weight.to(x.dtype)) for x, y in zip(xs, ys, strict=True)]
+    if mode == _LEAFWISE:
+        return [torch.lerp(x, y, weight) for x, y in zip(xs, ys, strict=True)]
+    if reuse:
+        kernels.foreach_lerp_(xs, ys, weight)
+        return list(xs)
+    return list(kernels.foreach_lerp(xs, ys, weight))
+
+
+def addcmul(xs: Tensors, a: Tensors, b: Tensors, *, value: float | Tensor = 1, reuse: bool = False) -> list[Tensor]:
+    """Return `x + value * a * b`."""
+    if not xs:
+        return []
+    if isinstance(value, Tensor):
+        return add(xs, mul(mul(a, b), value, reuse=True), reuse=reuse)
+    mode = _mode(xs, a, b)
+    if mode == _LEAFWISE:
+        return [torch.addcmul(x, y, z, value=value) for x, y, z in zip(xs, a, b, strict=True)]
+    if reuse and mode == _PLAIN:
+        kernels.foreach_addcmul_(xs, a, b, value)
+        return list(xs)
+    return list(kernels.foreach_addcmul(xs, a, b, value))
+
+
+def addcdiv(xs: Tensors, a: Tensors, b: Tensors, *, value: float | Tensor = 1, reuse: bool = False) -> list[Tensor]:
+    """Return `x + value * a / b`."""
+    if not xs:
+        return []
+    if isinstance(value, Tensor):
+        return add(xs, div(mul(a, value), b, reuse=True), reuse=reuse)
+    mode = _mode(xs, a, b)
+    if mode == _LEAFWISE:
+        return [torch.addcdiv(x, y, z, value=value) for x, y, z in zip(xs, a, b, strict=True)]
+    if reuse and mode == _PLAIN:
+        kernels.foreach_addcdiv_(xs, a, b, value)
+        return list(xs)
+    return list(kernels.foreach_addcdiv(xs, a, b, value))
+
+
+def average_of_squares(nu: Tensors, xs: Tensors, decay: float | Tensor, *, reuse: bool = False) -> list[Tensor]:
+    """Return `decay * nu + (1 - decay) * x**2`, in the order of operations of `torch.optim`."""
+    return addcmul(mul(nu, decay, reuse=reuse), xs, xs, value=1 - decay, reuse=True)
+
+
+def clamp(xs: Tensors, low: float | Tensor | None, high: float | Tensor | None) -> list[Tensor]:
+    """Return each tensor limited to `[low, high]`."""
+    result = list(xs)
+    if low is not None:
+        result = maximum(result, low)
+    if high is not None:
+        result = minimum(result, high)
+    return result
+
+
+def cast(xs: Tensors, like: Tensors) -> list[Tensor]:
+    """Return the tensors in the dtypes of others; those that have it already are passed on."""
+    return [x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
+
+
+def convert(xs: Tensors, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Return the tensors in other dtypes, with few kernels; those that have it already are passed on."""
+    result = list(xs)
+    at = [i for i, (x, dtype) in enumerate(zip(xs, dtypes, strict=True)) if x.dtype != dtype]
+    if _mode(xs) != _PLAIN or not any(xs[i].is_cuda for i in at):
+        for i in at:
+            result[i] = xs[i].to(dtypes[i])
+        return result
+    made = [torch.empty_like(xs[i], dtype=dtypes[i]) for i in at]
+    kernels.foreach_copy_(made, [xs[i] for i in at])
+    for i, x in zip(at, made, strict=True):
+        result[i] = x
+    return result
+
+
+def select(condition: Tensor, on_true: Tensors, on_false: Tensors) -> list[Tensor]:
+    """Return the tensors of one list or the other, by a 0-d bool tensor that the host never reads."""
+    return [torch.where(condition, x, y) for x, y in zip(on_true, on_false, strict=True)]
+
+
+def norms(xs: Tensors, order: float = 2.0) -> list[Tensor]:
+    """Return the norm of each tensor as a 0-d tensor of at least float32. Empty tensors have norm 0."""
+    at = [i for i, x in enumerate(xs) if x.numel() > 0]
+    filled = [xs[i] for i in at]
+    result = (
+        [torch.zeros((), dtype=accumulator(x.dtype), device=x.device) for x in xs] if len(at) < len(xs) else list(xs)
+    )
+    for i, norm in zip(at, _norms(filled, order), strict=True):
+        result[i] = norm
+    return result
+
+
+def _norms(xs: list[Tensor], order: float) -> list[Tensor]:
+    if _mode(xs) == _LEAFWISE:
+        return [torch.linalg.vector_norm(x, order, dtype=accumulator(x.dtype)) for x in xs]
+    found: list[Tensor] = list(xs)
+    for dtype in dict.fromkeys(x.dtype for x in xs):
+        at = [i for i, x in enumerate(xs) if x.dtype == dtype]
+        wider = None if accumulator(dtype) == dtype else accumulator(dtype)
+        for i, norm in zip(at, kernels.foreach_norm([xs[i] for i in at], order, dtype=wider), strict=True):
+            found[i] = norm
+    return found
+
+
+def global_norm(xs: Tensors, structure: Structure | None = None) -> Tensor:
+    """Return the 2-norm of all tensors together: a 0-d tensor of at least float32.
+
+    In the update of a step with a plan it is that of the whole tensors, the same bits wherever their parts are.
+
+    Args:
+        xs: the leaves of a tree.
+        structure: that tree's; it says by name which parameter each tensor is a part of.
+    """
+    if not xs:
+        return torch.zeros(())
+    behind = full_tensors.current()
+    if behind is not None and structure is not None:
+        return torch.sqrt(behind.squares(xs, structure).sum()).to(_widest(xs))
+    return torch.linalg.vector_norm(_stacked(norms(xs)))
+
+
+def all_finite(xs: Tensors) -> Tensor:
+    """Return a 0-d bool tensor: no tensor holds an infinity or a NaN. One pass over the memory, nothing read back."""
+    filled = [x for x in xs if x.numel() > 0]
+    finite = torch.isfinite(_stacked(norms(filled, math.inf))).all() if filled else torch.ones((), dtype=torch.bool)
+    behind = full_tensors.current()
+    if behind is None or not behind.split:
+        return finite
+    return behind.reduce(finite.to(torch.int32), "min") > 0
+
+
+def _stacked(scalars: list[Tensor]) -> Tensor:
+    widest = _widest(scalars)
+    return torch.stack([n.to(scalars[0].device, widest) for n in scalars])
+
+
+def _widest(xs: Tensors) -> torch.dtype:
+    return torch.float64 if any(accumulator(x.dtype) == torch.float64 for x in xs) else torch.float32
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over a tensor are kept: float32, or float64 for float64."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _fit(scalar: Tensor, x: Tensor) -> Tensor:
+    """Give a 0-d hyperparameter the dtype in which arithmetic with a tensor happens, so that it never promotes it."""
+    target: Any = accumulator(x.dtype)
+    return scalar if scalar.dtype == target else scalar.to(target)

@@ -1,0 +1,165 @@
+"""One update of all parameters; long ones go slice by slice, so that what lies between stays in the processor's cache.
+
+Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations of scope "element"
+are sliced. Memory that was donated is written over; nothing else is written into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.optim.base import GradientTransformation
+from purestep.optim.chain import Chain
+from purestep.optim.columns import Block, rows_of
+from purestep.optim.kernels import foreach as fx
+from purestep.optim.scope import scope_of
+
+# Elements from which a tensor is long. A slice is a quarter of them (`columns.PART`): a few of those, of gradient,
+# parameter, moments and what lies between, fill a core's own cache.
+_ON_CPU = 1 << 19
+# A device has no such cache, and a start of a kernel costs more than its slice: there it is about memory only.
+_ON_DEVICE = 1 << 26
+# Elements of the largest parameter from which it saves time to look after whose memory is written over.
+_WORTH = 1 << 14
+_ORDINARY = (Tensor, torch.nn.Parameter)
+_NOTHING: Any = object()
+
+
+def is_long(x: Tensor) -> bool:
+    """Tell whether a tensor is updated slice by slice."""
+    return type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
+
+
+def is_owned(x: Any) -> bool:
+    """Tell whether a leaf of parameters or optimizer state is written over where it is donated."""
+    return type(x) in _ORDINARY and x.dim() > 0 and not x.is_meta
+
+
+def worth_reusing(params: Iterable[Any]) -> bool:
+    """Tell whether parameters are large enough for their memory to be written over, and that of their state."""
+    return any(is_owned(x) and x.numel() >= _WORTH for x in params)
+
+
+def _limit(x: Tensor) -> int:
+    return _ON_CPU * torch.get_num_threads() if x.is_cpu else _ON_DEVICE
+
+
+def advance(
+    tx: GradientTransformation,
+    grads: Any,
+    state: Any,
+    params: Any,
+    *,
+    accept: Tensor | None = None,
+    reuse: bool = False,
+    **extra: Any,
+) -> tuple[Any, Any]:
+    """Return the parameters and the state of a transformation after an update.
+
+    Args:
+        tx: the transformation.
+        grads: gradients, of the structure of `params`.
+        state: of the transformation.
+        params: the parameters.
+        accept: 0-d bool: whether the update counts; otherwise parameters and state stay what they are. None: it does.
+        reuse: whether the tensors of `params` and `state` are donated: then the result takes their memory where it
+            can, and an error on the way leaves them half written.
+        **extra: what `tx.update` takes.
+    """
+    if type(params) is dict and any(map(is_long, params.values())):
+        if scope_of(tx) == "element":
+            done = None
+            if reuse or not tx.only_fused():
+                done = sliced(tx, grads, state, params, accept=accept, reuse=reuse, **extra)
+            if done is not None:
+                return done
+        elif isinstance(tx, Chain) and tx.transforms and scope_of(tx.transforms[-1]) == "element":
+            (first, before), (end, held) = tx.divided(state)
+            proposed, following = first.update(grads, before, params, **extra)
+            if accept is not None:
+                following = tree.select(accept, following, before)
+            params, held = advance(end, proposed, held, params, accept=accept, reuse=reuse, **extra)
+            return params, tx.joined(following, held)
+    new = tx.advance(grads, state, params, reuse=reuse and accept is None, **extra)
+    return new if accept is None else tree.select(accept, new, (params, state))
+
+
+def sliced(
+    tx: GradientTransformation,
+    grads: dict[str, Tensor],
+    state: Any,
+    params: dict[str, Tensor],
+    *,
+    accept: Tensor | None = None,
+    reuse: bool = False,
+    limit: int | None = None,
+    **extra: Any,
+) -> tuple[Any, Any] | None:
+    """Update slice by slice; None when the tensors are no ordinary ones, or the state cannot be sliced like them.
+
+    Args:
+        tx, grads, state, params, accept, reuse, **extra: as for `advance`; `tx` is of scope "element".
+        limit: elements above which a tensor is sliced; by default what its device takes.
+    """
+    leaves, structure = tree.flatten(state)
+    everything = (list(grads.values()), list(params.values()), leaves)
+    if not all(isinstance(x, Tensor) for xs in everything for x in xs) or not fx.plain(*everything):
+        return None
+    shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
+    limits = tuple(limit or _limit(p) for p in params.values())
+    # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
+    layout = rows_of(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx.only_fused())
+    if layout is None:
+        return None
+    result = _Result(params, leaves, accept, reuse)
+    for block in layout:
+        result.take(block, tx, grads, extra)
+    return {name: result.params[name] for name in params}, tree.unflatten(structure, result.leaves)
+
+
+class _Result:
+    """What an update comes to, filled block by block."""
+
+    def __init__(self, params: dict[str, Tensor], leaves: list[Tensor], accept: Tensor | None, reuse: bool) -> None:
+        self.old, self.old_leaves, self.accept, self.reuse = params, leaves, accept, reuse
+        self.params: dict[str, Tensor] = {}
+        self.leaves: list[Any] = [_NOTHING] * len(leaves)
+
+    def take(self, block: Block, tx: GradientTransformation, grads: dict[str, Tensor], extra: dict[str, Any]) -> None:
+        """Update one block."""
+        rows = block.rows
+        gs = {name: grads[name] if rows is None else grads[name][rows] for name in block.names}
+        ps = {name: self.old[name] if rows is None else self.old[name][rows] for name in block.names}
+        held = [self.old_leaves[i] if rows is None or not own else self.old_leaves[i][rows] for i, own in block.leaves]
+        reuse = self.reuse and self.accept is None
+        new, following = tx.advance(gs, tree.unflatten(block.structure, held), ps, reuse=reuse, **extra)
+        for name, old in ps.items():
+            if rows is None:
+                self.params[name] = self._chosen(new[name], old)
+            else:
+                if name not in self.params:
+                    self.params[name] = self._room(self.old[name])
+                self._write(self.params[name], rows, new[name], old)
+        for (i, own), value, old in zip(block.leaves, tree.leaves(following), held, strict=True):
+            if rows is None or not own:
+                if self.leaves[i] is _NOTHING:  # what all parameters share is the same in every block
+                    self.leaves[i] = self._chosen(value, old)
+            else:
+                if self.leaves[i] is _NOTHING:
+                    self.leaves[i] = self._room(self.old_leaves[i])
+                self._write(self.leaves[i], rows, value, old)
+
+    def _room(self, old: Tensor) -> Tensor:
+        return old if self.reuse else torch.empty_like(old)
+
+    def _chosen(self, new: Tensor, old: Tensor) -> Tensor:
+        return new if self.accept is None or new is old else torch.where(self.accept, new, old)
+
+    def _write(self, target: Tensor, rows: slice, new: Tensor, old: Tensor) -> None:
+        if new is not old or not self.reuse:
+            target[rows].copy_(self._chosen(new, old))

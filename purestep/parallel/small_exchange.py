@@ -1,0 +1,120 @@
+"""The small values of microbatches: metrics, weights and counters travel as bytes, and every rank adds them up itself.
+
+They merge by rules of their own (a maximum, the last), so they are not summed on the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purestep import tree
+from purestep.distributed import collectives
+from purestep.microbatch import Accumulation, Partial, merge
+from purestep.parallel.tree_reduce import Flat
+from purestep.treesum import Node, TreeSum
+
+_HEAD = 16  # bytes of what a rank tells of its batch
+
+
+def exchange_small(
+    nodes: Mapping[Node, Partial],
+    owners: Sequence[Sequence[Node]],
+    group: dist.ProcessGroup | None,
+    pattern: Partial,
+    sums: Accumulation,
+) -> Callable[[], Partial]:
+    """Begin to add up what all ranks hold, and return the function that waits and returns it, without its vector.
+
+    Args:
+        nodes: the parts of the tree that this rank holds.
+        owners: those of each rank of the group.
+        group: the ranks.
+        pattern: a part of that structure, for a rank that holds none.
+        sums: of the batch; its samples are the weight where there is no other, and it keeps what the others told.
+    """
+    whole = TreeSum(merge)
+    if group is None:
+        for node, part in nodes.items():
+            whole.put(node, _without_vector(part, *_leaves(part)))
+        return lambda: _weighing(whole.result(), sums.samples)
+    like, structure = _leaves(pattern)
+    flat = _bytes(tuple((x.shape, x.dtype, x.device) for x in like))
+    held = [flat.pack(_leaves(nodes[node])[0]) for own in owners for node in own if node in nodes]
+    most = max(len(own) for own in owners)
+    # The sizes of the batch go along, at no exchange of their own. On a GPU reading them would make the host wait.
+    head = [torch.tensor(sums.told).view(torch.uint8)] if flat.on_cpu else []
+    row = torch.cat([*head, *held, torch.zeros(flat.size * (most - len(held)), dtype=torch.uint8, device=flat.device)])
+    pending = collectives.gather(row, group)
+
+    def result() -> Partial:
+        rows = pending.wait()
+        if flat.on_cpu:
+            told = rows[:, :_HEAD].contiguous().view(torch.int64).tolist()
+            sums.heard = dict(zip(dist.get_process_group_ranks(group), map(tuple, told), strict=True))
+            rows = rows[:, _HEAD:]
+        for own, packed in zip(owners, rows, strict=True):
+            for node, values in zip(own, packed.split(flat.size), strict=False):
+                whole.put(node, _without_vector(pattern, flat.unpack(values), structure))
+        return _weighing(whole.result(), sums.samples)
+
+    return result
+
+
+def _leaves(part: Partial) -> tuple[list[Tensor], Any]:
+    weight = part.weight if isinstance(part.weight, Tensor) else None
+    leaves, structure = tree.flatten((weight, part.kept, dict(part.metrics)))
+    # Numbers become tensors on one process as on many, so that nothing depends on how many there are.
+    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=_wide(x)) for x in leaves], structure
+
+
+def _wide(number: Any) -> torch.dtype:
+    return torch.float64 if isinstance(number, float) else torch.int64
+
+
+def _without_vector(like: Partial, leaves: Sequence[Tensor], structure: tree.Structure) -> Partial:
+    weight, kept, metrics = tree.unflatten(structure, leaves)
+    return Partial([], like.weight if weight is None else weight, kept, metrics)
+
+
+def _weighing(part: Partial, samples: int) -> Partial:
+    if isinstance(part.weight, int):
+        part.weight = samples
+    return part
+
+
+class _Bytes:
+    """Small tensors of several dtypes as bytes, the widest first: each begins at a multiple of its size."""
+
+    def __init__(self, like: Sequence[Tensor], device: torch.device | None) -> None:
+        self.order = sorted(range(len(like)), key=lambda i: -like[i].element_size())
+        self.flat = Flat([like[i] for i in self.order])
+        self.lengths = [sum(n) * d.itemsize for n, d in zip(self.flat.lengths, self.flat.dtypes, strict=True)]
+        self.size = sum(self.lengths) + -sum(self.lengths) % 8
+        self.device = device
+        self.on_cpu = device is None or device.type == "cpu"
+        self.filling = torch.zeros(self.size - sum(self.lengths), dtype=torch.uint8, device=device)
+
+    def pack(self, values: Sequence[Tensor]) -> Tensor:
+        pieces = [x.view(torch.uint8) for x in self.flat.pack([values[i] for i in self.order])]
+        return torch.cat([*pieces, self.filling])
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        pieces = packed[: sum(self.lengths)].split(self.lengths)
+        found: list[Any] = [None] * len(self.order)
+        flats = [piece.view(dtype) for piece, dtype in zip(pieces, self.flat.dtypes, strict=True)]
+        for i, value in zip(self.order, self.flat.unpack(flats), strict=True):
+            found[i] = value
+        return found
+
+
+@functools.lru_cache(maxsize=256)
+def _bytes(kinds: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]) -> _Bytes:
+    """Return the layout of some leaves, made once for each list of kinds."""
+    like = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype, _ in kinds]
+    return _Bytes(like, kinds[0][2] if kinds else None)

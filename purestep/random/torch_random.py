@@ -1,0 +1,15 @@
+"""Randomness inside an `nn.Module`, drawn from a key instead of a global generator.
+
+`KeyedRandom` is what `functional.bind` enters; `host` sees to the generators of Python and numpy. Re-exports, and the
+one table that says which handler stands for which function of torch; `layers` has those of dropout, attention, RNNs,
+`samplers` those that create and fill tensors.
+"""
+
+from __future__ import annotations
+
+from purestep.random import torch_layers, torch_samplers
+from purestep.random.torch_mode import KeyedRandom as KeyedRandom
+from purestep.random.torch_mode import register
+
+register(torch_layers.HANDLERS)
+register(torch_samplers.HANDLERS)

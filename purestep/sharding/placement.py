@@ -1,0 +1,305 @@
+"""Placing a state: whole tensors to DTensors of local shards and back, and what part of a tensor is here.
+
+At rest a split leaf is a DTensor; a leaf that is whole on every rank stays a plain tensor. Inside of a step there are
+only the local tensors, which `local` takes out and `rewrap` puts back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from purestep import _torch, bits, tree
+from purestep.distributed.mesh import Mesh, check_world, this_rank
+from purestep.errors import ConfigError, explain
+from purestep.sharding.spec import Box, Layout, Spec, box, placements, spec_of
+from purestep.sharding.unmatched_rules import check_matches
+
+if TYPE_CHECKING:
+    from purestep.sharding._dtensor import DTensorSpec
+
+T = TypeVar("T")
+
+
+def place(plan: Layout, value: T) -> T:
+    """Return a state whose leaves live where a plan says.
+
+    It needs no communication when every rank holds the same whole values, as after `init` under one seed. Leaves that
+    are split already, by this or another plan, are taken as they are, or gathered and split anew: then every rank calls
+    it.
+
+    Args:
+        plan: the plan.
+        value: a state, or any pytree; see `Plan.specs`.
+
+    Returns:
+        The same tree. Leaves that are whole are the very tensors that were given; parts are copies.
+
+    Raises:
+        ConfigError: a rule or an entry of `units` matches nothing in a state, or the plan is for another job.
+
+    Examples:
+        >>> from purestep.sharding import fsdp
+        >>> params = {"w": torch.ones(4, 4)}
+        >>> place(fsdp(), params)["w"] is params["w"]    # one process holds everything
+        True
+    """
+    check_matches(plan, value)
+    specs = plan.specs(value)
+    # On one process nothing is sharded, and torch's DTensor, which takes seconds to import, is not needed.
+    if all(not spec.axes for spec in tree.leaves(specs)):
+        return gather(value)
+    check_world(plan.mesh)
+    return tree.map(lambda leaf, spec: _placed(plan, leaf, spec), value, specs)
+
+
+def _placed(plan: Layout, leaf: object, spec: Spec) -> object:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if is_split(leaf):
+        if _torch.layout_of(leaf).mesh == plan.mesh.device_mesh and spec_of_leaf(leaf) == spec:
+            return leaf
+        leaf = full(leaf)
+    if not spec.axes:
+        return leaf
+    return wrap(plan, cut(plan, leaf, spec), spec, tuple(leaf.shape))
+
+
+def cut(plan: Layout, whole: Tensor, spec: Spec) -> Tensor:
+    """Return a copy of the part of a whole tensor that this rank holds under a resolved spec, contiguous."""
+    sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
+    return (
+        slice_of(whole, box(spec, sizes, whole.shape, plan.mesh.coordinate()))
+        .detach()
+        .clone(memory_format=torch.contiguous_format)
+    )
+
+
+def slice_of(whole: Tensor, part: Box) -> Tensor:
+    """Return the view of a tensor at `(offset, shape)`."""
+    for dim, (start, length) in enumerate(zip(*part, strict=True)):
+        whole = whole.narrow(dim, start, length)
+    return whole
+
+
+def wrap(plan: Layout, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tensor:
+    """Return the DTensor of a shape whose part on this rank is `shard`."""
+    from purestep.sharding import _dtensor
+
+    sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
+    mesh, placed = plan.mesh.device_mesh, placements(spec, sizes)
+    layout = _dtensor.layout(mesh, placed, shape, _contiguous(shape), shard.dtype)
+    return _torch.from_part(_dtensor.DTensor, shard, layout)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+# --- in a step --------------------------------------------------------------------------------------------------------
+
+
+is_split = _torch.is_dtensor
+
+
+def part_of(leaf: T) -> T:
+    """Return the local part of a split leaf, and any other leaf itself."""
+    return cast(T, _torch.local_tensor(leaf)) if is_split(leaf) else leaf
+
+
+def local(value: T) -> T:
+    """Return a tree with the local part of each split leaf; other leaves are themselves."""
+    return tree.map(part_of, value)
+
+
+def rewrap(values: T, like: object) -> T:
+    """Return a tree of local tensors with each leaf split again as the leaf of `like` is; `local` undone.
+
+    Raises:
+        ConfigError: a local tensor does not have the shape of the part it stands for.
+    """
+    return cast(T, tree.map(_rewrapped, values, like))
+
+
+def _rewrapped(part: Tensor, like: object) -> Tensor:
+    if not is_split(like):
+        return part
+    here = _torch.local_tensor(like)
+    if part.shape != here.shape:
+        where = f"{tree.describe(part)} for {tree.describe(here)} of {tree.describe(like)}"
+        raise ConfigError(explain("a local tensor has another shape than the part it stands for", where=where))
+    layout = _torch.layout_of(like)
+    if part.dtype != like.dtype:
+        from purestep.sharding._dtensor import with_dtype
+
+        layout = with_dtype(layout, part.dtype)
+    return _torch.from_part(type(like), part, layout)
+
+
+# --- is it where it should be? ----------------------------------------------------------------------------------------
+
+
+def check_plain(state: object) -> None:
+    """Refuse a state with split parameters, where a step or an evaluation has no plan to gather them with.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    params = getattr(state, "params", None)
+    if not isinstance(params, dict) or not set(map(type, params.values())) - {Tensor}:
+        return
+    split = next((name for name, leaf in params.items() if is_split(leaf)), None)
+    if split is not None:
+        raise ConfigError(needs_plan(f"state.params[{split!r}]", params[split]))
+
+
+def needs_plan(path: str, leaf: Tensor) -> str:
+    """Return the text of the error about a split leaf that was given to a step without a plan."""
+    return explain(
+        "the state is placed by a plan, and the step has none",
+        where=f"{path}: {tree.describe(leaf)}, {spec_of_leaf(leaf)}",
+        why="this process holds a part of the tensor, and only the plan says how to compute with it",
+        instead="ps.make_step(loss_fn, tx, plan=plan), ps.make_eval(loss_fn, plan=plan)   # the plan of the state\n"
+        "or state = plan.gather(state)   # the whole state on every rank",
+    )
+
+
+def check_placed(plan: Layout, params: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that do not live where the plan of a step says, on a job of several processes.
+
+    Steps call it each time: a layout that was right before is only looked up.
+
+    Raises:
+        ConfigError: names the first parameter that does not.
+    """
+    layout = tuple([(n, x.shape, _layout(x)) for n, x in params.items()])
+    _check_layout(plan, plan.mesh.shape, layout)
+
+
+def _layout(leaf: Tensor) -> DTensorSpec | None:
+    return _torch.layout_of(leaf) if is_split(leaf) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _check_layout(
+    plan: Layout, sizes: tuple[int, ...], layout: tuple[tuple[str, torch.Size, DTensorSpec | None], ...]
+) -> None:
+    named = dict(zip(plan.mesh.axes, sizes, strict=True))
+    for name, shape, held in layout:
+        wanted = plan.spec(name, tuple(shape))
+        if held is None:
+            right = not wanted.axes
+        else:
+            here = held.mesh == plan.mesh.device_mesh
+            right = bool(wanted.axes) and here and tuple(held.placements) == placements(wanted, named)
+        if right:
+            continue
+        now = "whole on every rank" if held is None else f"placed by {held.placements} on {held.mesh}"
+        raise ConfigError(
+            explain(
+                "the state is not placed by the plan of the step",
+                where=f"state.params[{name!r}]: {list(shape)}, {now}; the plan says {wanted} on {plan.mesh!r}",
+                instead="state = ps.init(model, tx, seed=0, plan=plan)\n"
+                "or state = plan.place(state)   # a state that exists",
+            )
+        )
+
+
+# --- what is where ----------------------------------------------------------------------------------------------------
+
+
+def _sizes(leaf: Tensor) -> dict[str, int]:
+    mesh = _torch.layout_of(leaf).mesh
+    names = mesh.mesh_dim_names or tuple(str(i) for i in range(mesh.ndim))
+    return dict(zip(names, mesh.shape, strict=True))
+
+
+def spec_of_leaf(leaf: Tensor) -> Spec:
+    """Return the resolved spec of a split leaf."""
+    return spec_of(_torch.layout_of(leaf).placements, _sizes(leaf))
+
+
+def _coordinate(leaf: Tensor) -> Mapping[str, int]:
+    return dict(zip(_sizes(leaf), _torch.layout_of(leaf).mesh.get_coordinate() or (), strict=True))
+
+
+def shard_of(leaf: Tensor) -> Box:
+    """Return `(offset, shape)` of the part of a tensor that this rank holds: all of it for a plain tensor."""
+    if not is_split(leaf):
+        return (0,) * leaf.dim(), tuple(leaf.shape)
+    return box(spec_of_leaf(leaf), _sizes(leaf), leaf.shape, _coordinate(leaf))
+
+
+def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
+    """Tell whether this rank is the first of those that hold the same part of a tensor: the one that writes it.
+
+    Args:
+        leaf: a leaf of a state.
+        among: look only at the ranks along these axes of the mesh of a split leaf; at all by default.
+    """
+    if not is_split(leaf):
+        return this_rank() == 0
+    split, here = spec_of_leaf(leaf).axes, _coordinate(leaf)
+    return all(here[a] == 0 for a in here if a not in split and (among is None or a in among))
+
+
+def gather(value: T) -> T:
+    """Return a tree of whole plain tensors; every rank calls it when leaves are split."""
+    return tree.map(lambda x: full(x) if is_split(x) else x, value)
+
+
+def full(leaf: Tensor) -> Tensor:
+    """Return the whole of a split tensor, on every rank of its mesh; every rank calls it."""
+    sizes, spec = _sizes(leaf), spec_of_leaf(leaf)
+    shard = _torch.local_tensor(leaf)
+    boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
+    full_tensor = shard.new_empty(leaf.shape)
+    for received, (offset, shape) in zip(_exchanged(leaf, spec, sizes, boxes), boxes, strict=True):
+        slice_of(full_tensor, (offset, shape)).copy_(received)
+    return full_tensor
+
+
+# Digests, differences and `to_module` take the full tensor of a split leaf; only this file makes such leaves.
+bits.gather_split_with(full)
+
+
+def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """Return the coordinates along some axes, in the order of the mesh, the last axis fastest."""
+    grid: list[dict[str, int]] = [{}]
+    for axis in sizes:
+        if axis in axes:
+            grid = [c | {axis: i} for c in grid for i in range(sizes[axis])]
+    return grid
+
+
+def _exchanged(leaf: Tensor, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]) -> list[Tensor]:
+    """Return every part of a tensor, in the order of the grid, as bytes went over the wire: any dtype can be sent."""
+    shard = _torch.local_tensor(leaf).detach().contiguous()
+    width = shard.element_size()
+    # Uneven shards are filled up to the longest: an all-gather takes equal lengths.
+    lengths = [torch.Size(shape).numel() * width for _, shape in boxes]
+    sent = torch.zeros(max(lengths), dtype=torch.uint8, device=shard.device)
+    sent[: shard.numel() * width] = shard.reshape(-1).view(torch.uint8)
+    group = _group(leaf, spec)
+    received = [torch.empty_like(sent) for _ in boxes]
+    dist.all_gather(received, sent, group=group)
+    return [r[:n].view(shard.dtype).view(shape) for r, n, (_, shape) in zip(received, lengths, boxes, strict=True)]
+
+
+def _group(leaf: Tensor, spec: Spec) -> dist.ProcessGroup | None:
+    sizes = _sizes(leaf)
+    return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
+
+
+def part_like(whole: Tensor, leaf: Tensor) -> Tensor:
+    """Return a copy of the part of a whole tensor that this rank holds of a split leaf."""
+    return slice_of(whole, shard_of(leaf)).clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,104 @@
+"""What a plan does to a state, as a table: where each leaf lives and how many bytes of it a rank holds.
+
+It reads shapes and dtypes only, so the state may be on the meta device and the mesh may be of a machine that is not
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from purestep import tree
+from purestep.distributed.mesh import Mesh
+from purestep.sharding.leaf_roles import Kind, follow
+from purestep.sharding.spec import REPLICATED, Layout, Spec, box
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf of a state under a plan.
+
+    Attributes:
+        path: printed path.
+        kind: what it is: "params", "frozen", "buffers", "optimizer" or "other".
+        leaf: dtype and whole shape.
+        spec: where it lives.
+        local: shape of what one rank holds.
+        nbytes: bytes of that.
+        unit: with which submodule it is gathered; None for what is never gathered in a step.
+    """
+
+    path: str
+    kind: Kind
+    leaf: str
+    spec: Spec
+    local: tuple[int, ...]
+    nbytes: int
+    unit: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The rows of a state under a plan, on one rank; prints as a table."""
+
+    mesh: Mesh
+    rank: int
+    rows: tuple[Row, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state on the rank."""
+        return sum(row.nbytes for row in self.rows)
+
+    def placements(self) -> dict[str, Any]:
+        """Return where each leaf lives, as JSON values by path: what to keep in a test, so that no layout changes
+        unseen.
+        """
+        return {
+            row.path: {"leaf": row.leaf, "spec": [list(e) for e in row.spec.entries], "local": list(row.local)}
+            for row in self.rows
+        }
+
+    def __str__(self) -> str:
+        head = ("path", "leaf", "spec", "on a rank", "bytes")
+        body = [(r.path, r.leaf, str(r.spec), str(list(r.local)), f"{r.nbytes:,}") for r in self.rows]
+        foot = ("", "", "", "all", f"{self.nbytes:,}")
+        widths = [max(len(line[i]) for line in (head, *body, foot)) for i in range(len(head))]
+        lines = [_line(line, widths) for line in (head, *body, foot)]
+        return f"{self.mesh!r}, rank {self.rank} of {self.mesh.world}\n" + "\n".join(lines)
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    *texts, number = (
+        cell.rjust(w) if i == len(widths) - 1 else cell.ljust(w)
+        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join([*texts, number]).rstrip()
+
+
+def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:
+    """Return where each leaf of a state lives under a plan; see `Plan.describe`."""
+    sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
+    coordinate = plan.mesh.coordinate(rank)
+    rows = []
+    for followed, path, leaf in zip(follow(value), tree.paths(value), tree.leaves(value), strict=True):
+        own = followed.kind in ("params", "frozen")
+        spec = REPLICATED if followed.name is None else plan.spec(followed.name, followed.shape)
+        local = box(spec, sizes, followed.shape, coordinate)[1]
+        width = (
+            leaf.element_size() if isinstance(leaf, Tensor) else getattr(getattr(leaf, "dtype", None), "itemsize", 0)
+        )
+        nbytes = width * _product(local)
+        unit = plan.unit(followed.name) if own and followed.name is not None else None
+        rows.append(Row(path, followed.kind, tree.describe(leaf), spec, local, nbytes, unit))
+    return Description(plan.mesh, rank, tuple(rows))
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
