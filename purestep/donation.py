@@ -2,8 +2,8 @@
 
 A donating step donates its state for the time of one call, on this thread. The update writes over the memory of a
 donated state once the step says that it reads the state no more. Nothing here writes: `optim.kernels.sliced` does, and
-so does the epilogue of a compiled graph. Eager and compiled donation share the rest: giving each leaf memory of its own,
-moving other values out of the memory that is written over, and making the consumed state unusable.
+so does the epilogue of a compiled graph. Eager and compiled donation share the rest: giving each leaf memory of its
+own, moving other values out of the memory that is written over, and making the consumed state unusable.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Gradients: `grad_and_value`, and what keeps a value out of them.
 
 The engine is `torch.autograd.grad` over detached leaves; inside a torch.func transform it is
-`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. `accumulate` slices batches into
+`torch.func.grad_and_value`, so that steps compose with vmap, jvp and grad. `microbatch` slices batches into
 microbatches, and adds up the gradients of those.
 """
 

@@ -17,7 +17,7 @@ def named(page):
     text = re.sub(r"^```(python|text)\n.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"https?://\S+|\]\([^)]*\)", "", text)
     found = {path.rstrip("/") for path in re.findall(r"(?<=[`\s(])((?:\.?[a-z_-]+/)*[a-z_0-9]+\.py)\b", text)}
-    found |= {path for path in re.findall(r"`(\.?[a-z_]+(?:/[a-z_]+)*/)`", text)}
+    found |= set(re.findall(r"`(\.?[a-z_]+(?:/[a-z_]+)*/)`", text))
     return {path for path in found if not ELSEWHERE.match(path)}
 
 

@@ -1,7 +1,7 @@
 """Third-party loaders as sources: resumed from their own state where they have one, by skipping batches where not.
 
 Owns the adapters behind `as_source`. It knows protocols (`state_dict`, `get_state`, `set_epoch`), not packages, and
-imports none of them. `saved` defines the record of what such a source saves.
+imports none of them. `loader_state` defines the record of what such a source saves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`Batches`: the batches of a data set, as a value.
 
-Owns the arguments, their checks and their defaults. `order` computes which samples make up a batch; `columns` (tables
-of tensors), `samples` (one sample at a time) and `workers` (in worker processes) load them. The loop opens it as a
+Owns the arguments, their checks and their defaults. `sampler` computes which samples make up a batch; `columns` (tables
+of tensors), `loading` (one sample at a time) and `workers` (in worker processes) load them. The loop opens it as a
 `Source`.
 """
 
@@ -60,8 +60,8 @@ class Batches:
             sample, or "skip" it, which makes that batch smaller; the iterator lists them in `skipped`.
         pin_memory: put batches into page-locked memory, where there is an accelerator.
         limit: most batches an epoch, None for all; `take` sets it.
-        shard: the shard of the batches that this rank reads, None for all of them. With an `order.SampleShard` each
-            batch is a `LocalBatch` of some of its samples, with an `order.BatchShard` only every n-th batch is read.
+        shard: the shard of the batches that this rank reads, None for all of them. With a `sampler.SampleShard` each
+            batch is a `LocalBatch` of some of its samples, with a `sampler.BatchShard` only every n-th batch is read.
             A run sets it to another shard on each rank.
 
     Raises:

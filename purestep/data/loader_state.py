@@ -1,6 +1,6 @@
 """The saved state of a third-party loader: the loader's own state, and the position in the data where it was taken.
 
-Owns the form of that record, which is in the cursor of a run. `foreign` makes and restores it. Its field names are in
+Owns the form of that record, which is in the cursor of a run. `adapters` makes and restores it. Its field names are in
 snapshots on disk.
 """
 
@@ -29,9 +29,9 @@ class Saved:
         generators: initial seeds of the loader's generators.
         state_dict: what `state_dict()` returned, packed; None where the loader has none.
         get_state: what the iterator's `get_state()` returned, packed.
-        start: the states that `hidden` found in the loader's components, at the start of the epoch; by path.
+        start: the states that `hidden_state` found in the loader's components, at the start of the epoch; by path.
         now: the same, at the position.
-        changed: paths of the states that `hidden` found and could not capture.
+        changed: paths of the states that `hidden_state` found and could not capture.
     """
 
     place: Position | None = None

@@ -1,7 +1,7 @@
 """Loader states as plain pytrees, and back: what a snapshot can hold without pickle.
 
 Owns `pack` and `unpack`. Tuples, bytes, numpy values and dict keys that are not strings are written as tagged dicts, so
-that nothing is lost. `foreign` and `hidden` call it.
+that nothing is lost. `adapters` and `hidden_state` call it.
 """
 
 from __future__ import annotations

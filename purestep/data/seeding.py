@@ -1,7 +1,7 @@
 """Randomness of samples: keys and seeds as a function of (seed, epoch, index), and the global generators restored.
 
 Owns the 32-bit words of the keys and seeds under which third-party code (a data set, a collate function, a loader)
-runs. `samples` and `foreign` call it; `random.global_generators` seeds and restores the generators.
+runs. `loading` and `adapters` call it; `random.global_generators` seeds and restores the generators.
 """
 
 from __future__ import annotations

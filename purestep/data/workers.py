@@ -1,6 +1,6 @@
 """Worker processes: one torch `DataLoader` over a stream of requests, kept alive from epoch to epoch.
 
-Owns starting, reusing and ending workers, and the errors that say why they died. `samples` computes the batch of a
+Owns starting, reusing and ending workers, and the errors that say why they died. `loading` computes the batch of a
 request, so the result does not depend on the number of workers. `Batches` calls `PoolCache.serve`.
 
 A pool is one `DataLoader` with persistent workers whose sampler is a stream of requests. When shuffled, the stream

@@ -1,7 +1,7 @@
 """Private names of Inductor, torch's compiler, which has no public function that compiles a graph.
 
-Importing this file imports Inductor, which takes seconds: `backends`, `shelf` and `units` do where they compile. Seen
-to work on torch 2.11.0, 2.13.0 and 2.14.1.
+Importing this file imports Inductor, which takes seconds: `backends`, `disk_cache` and `compile_units` do where they
+compile. Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
 
     compile_fx_inner        compiles a functional graph of ATen operators. `torch.compile` would do it through Dynamo,
                             `torch._inductor.standalone_compile` (semi-public) with another calling convention.
@@ -14,7 +14,8 @@ to work on torch 2.11.0, 2.13.0 and 2.14.1.
     lowerings, POOL_FALLBACK
                             which operators Inductor writes loops for. Without them: its slow gradient of max_pool2d.
     AsyncCompile, CppCache, LambdaFuture, get_compile_threads
-                            how C++ kernels are compiled. `units` works without: each kernel in a file of its own.
+                            how C++ kernels are compiled. `compile_units` works without: each kernel in a file of its
+                            own.
     pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
                             taken from the shelf, and graphs are compiled anew.
 """

@@ -135,7 +135,7 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callab
     from purestep.jit import _inductor as inductor
 
     options: dict[str, Any] = {**inductor.list_mode_options(mode or "default")}
-    # CUDA graphs are recorded around the whole call (see `replay`), where inputs are known to stay in place.
+    # CUDA graphs are recorded around the whole call (see `cuda_graph`), where inputs are known to stay in place.
     options.pop("triton.cudagraphs", None)
     fake_mode = traced.mode
     device = traced.fakes[0].device if traced.fakes else None

@@ -1,7 +1,7 @@
 """What a compiled call is looked up by, and why a call did not find one.
 
 A signature is all that tracing may bake into a graph: structure, shapes, dtypes, devices, strides, Python values and
-the code of the modules inside. Nothing here traces or compiles; `call` asks.
+the code of the modules inside. Nothing here traces or compiles; `function` asks.
 """
 
 from __future__ import annotations

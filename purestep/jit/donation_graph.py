@@ -1,6 +1,7 @@
 """Donation in a graph: the epilogue that writes the new state over the memory of the old one.
 
-`epilogue` adds it, and says where each leaf of the result comes from. What donation needs at every call is in `given`.
+`epilogue` adds it, and says where each leaf of the result comes from. What donation needs at every call is in
+`donation`.
 """
 
 from __future__ import annotations

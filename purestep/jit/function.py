@@ -1,7 +1,7 @@
 """`jit`: trace once, compile, call flat.
 
 Owns the compiled function, its cache and its call path: flatten, look up, run, unflatten. `trace` makes graphs,
-`donation` their epilogue, `backends` what runs them; a Step of several microbatches goes through `pieces`.
+`donation_graph` their epilogue, `backends` what runs them; a Step of several microbatches goes through `step`.
 """
 
 from __future__ import annotations

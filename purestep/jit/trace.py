@@ -1,8 +1,8 @@
 """Tracing: from a function of pytrees to one functional graph of tensor operations, autograd included.
 
 `trace` runs the function once on fake tensors (shapes without memory), so nothing is computed and no input is touched.
-What cannot be in a graph is refused with the words of `refusals`. It compiles nothing; `donation` and `backends` go on
-from here.
+What cannot be in a graph is refused with the words of `errors`. It compiles nothing; `donation_graph` and `backends` go
+on from here.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-# Attention and recurrent kernels carry the tag for the dropout inside them, which `keyed` has replaced by then.
+# Attention and recurrent kernels carry the tag for the dropout inside them, which `random.torch_mode` has replaced by
+# then.
 _NOT_RANDOM = (
     "_scaled_dot_product",
     "_flash_attention",

@@ -2,7 +2,7 @@
 
 A snapshot of a run records it, in plain JSON. A resume compares it field by field with that of the run that goes on:
 changes are a warning, or an error with `strict=True`; a position that is no place in the data is always an error.
-`stable` describes the values, `run` asks.
+`stable_json` describes the values, `run` asks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `log` never waits: when `ROWS` rows wait already, the new one is dropped and counted. `flush`, before a snapshot, waits
 `FLUSH_SECONDS` at most, and not at all while the logger is still behind from the last time; `close` waits
-`CLOSE_SECONDS` in all. `outlets` puts every logger behind one, and gives it less time after a signal.
+`CLOSE_SECONDS` in all. `logging` puts every logger behind one, and gives it less time after a signal.
 """
 
 from __future__ import annotations

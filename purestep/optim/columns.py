@@ -1,6 +1,6 @@
 """Which part of an optimizer state belongs to some parameters, or to some rows of one: by name, without their values.
 
-Owns `Block`. `blocks` updates a state by rows, `scope` by tensors where an update needs those in full.
+Owns `Block`. `kernels.sliced` updates a state by rows, `scope` by tensors where an update needs those in full.
 """
 
 from __future__ import annotations

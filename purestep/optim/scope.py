@@ -1,7 +1,7 @@
 """What a transformation must see at once: one slice, one full tensor, or the full tree.
 
 Owns the three scopes, what they mean for a transformation that holds others, and the gather before an update that needs
-full tensors where a step holds shards. `blocks` asks it before it slices, a plan before it hands out shards.
+full tensors where a step holds shards. `kernels.sliced` asks it before it slices, a plan before it hands out shards.
 """
 
 from __future__ import annotations

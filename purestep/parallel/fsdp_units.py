@@ -1,7 +1,7 @@
 """Whole parameters for the time they are needed: one gather a unit, and its gradients summed back into parts.
 
 A unit is a submodule whose parameters travel together in one flat tensor. Between its calls the module holds stand-ins
-that refuse to be used. `unit_order` says when which unit is gathered. It knows no loss and no optimizer; `Session` is
+that refuse to be used. `fsdp_order` says when which unit is gathered. It knows no loss and no optimizer; `Session` is
 one microbatch.
 """
 

@@ -1,6 +1,6 @@
 """The microbatches of one rank under a plan, and the sum over all ranks: the same tree whoever computes what.
 
-Owns the order in which things are exchanged. `sharding` moves the tensors, `accumulate` says what is added and divided,
+Owns the order in which things are exchanged. `sharding` moves the tensors, `microbatch` says what is added and divided,
 `step` computes a microbatch and calls `total`.
 """
 

@@ -1,7 +1,8 @@
 """Functions of torch that compute in float32 inside a model that was cast to a half precision.
 
 Owns the lists of autocast as tables of handlers for `KeyedRandom`, the function mode that guards randomness and sees
-every function call of a pure call anyway. `casting` selects the table of a policy; without one no call is looked up.
+every function call of a pure call anyway. `cast_params` selects the table of a policy; without one no call is looked
+up.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hooks that cast the inputs and outputs of modules, for the duration of a `with` block.
 
-Owns the casting of nested values and the hooks; `casting` decides which module gets which dtype.
+Owns the casting of nested values and the hooks; `cast_params` decides which module gets which dtype.
 """
 
 from __future__ import annotations

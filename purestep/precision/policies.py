@@ -132,7 +132,8 @@ class Policy:
         return self.replace(rules=(*self.rules, added))
 
     def apply(self, state: S) -> S:
-        """Return a train state with the dtypes, master weights and loss scale of this policy; see `convert.apply`.
+        """Return a train state with the dtypes, master weights and loss scale of this policy; see
+        `convert_state.apply`.
 
         The state may be under any other policy. A widening cast is exact, so `bf16-true` -> `32` keeps every value, and
         under a policy without master weights those of the state become its parameters.

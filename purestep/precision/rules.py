@@ -1,6 +1,7 @@
 """Rules: the modules and tensors of a model that differ from the policy, and the settings of each one.
 
-Owns `Rule`, dtype words and the resolution of rules along a model. It casts nothing; `casting` and `convert` do.
+Owns `Rule`, dtype words and the resolution of rules along a model. It casts nothing; `cast_params` and `convert_state`
+do.
 """
 
 from __future__ import annotations

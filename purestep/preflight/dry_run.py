@@ -2,7 +2,7 @@
 
 They are meta tensors, several times quicker than torch's fake tensor mode. Owns what a dry run leaves behind (nothing:
 modules, generators and warnings are as before), which call of torch failed in it, and how many bytes it would have kept
-for the backward pass. What follows from that is said by `precheck` and `memory`.
+for the backward pass. What follows from that is said by `check` and `memory`.
 """
 
 from __future__ import annotations

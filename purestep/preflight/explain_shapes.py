@@ -1,6 +1,6 @@
 """What does not fit: from a dry run that failed to the module, the operation, and the shapes it expected and was given.
 
-`precheck` words the first batch with it, `guard` later ones.
+`check` words the first batch with it, `guard` later ones.
 """
 
 from __future__ import annotations

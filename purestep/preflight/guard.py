@@ -51,7 +51,7 @@ class Guard:
             What to warn of when memory is short.
 
         Raises:
-            StepError: see `precheck.check_step`.
+            StepError: see `check.check_step`.
         """
         self._remember(batch)
         if fit_memory.is_auto(self.step):

@@ -2,7 +2,7 @@
 
 Owns the comparison of a model's attributes before and after calls, and the words for one that a step changes. A cache
 that is built once and stays is fine; an attribute that the same call changes again, or whose first change makes the
-same call compute other numbers, is not. `dry`, `run` and `testing.check_pure` ask.
+same call compute other numbers, is not. `dry_run`, `run` and `testing.check_pure` ask.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A step as one process alone would run it on fake tensors: full parameters, its own samples, nothing exchanged.
 
-So every rank of a plan can check its part of a step without the others. `precheck`, `memory` and `guard` run what
-`lone` returns; what the ranks make of it together is up to `ranks`.
+So every rank of a plan can check its part of a step without the others. `check`, `memory` and `guard` run what
+`lone` returns; what the ranks make of it together is up to `loop.ranks`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Torch computes the shapes of meta tensors with Python kernels, which import symp
 process that compiles nothing. Within `small_kernels` a call is instead run on zeros of its shapes, and the caller gets
 meta tensors of the shapes that came out; of an elementwise call one element is enough. What is large, depends on values
 or fails is left to torch's kernels, and the imports are paid there. Nothing of torch is changed, and other threads see
-nothing of it. `dry` uses it.
+nothing of it. `dry_run` uses it.
 """
 
 from __future__ import annotations

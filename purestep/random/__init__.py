@@ -1,6 +1,7 @@
 """Randomness from keys: the same bits eager, compiled, under `vmap`, and for any slice of a larger draw.
 
-Re-exports only, and nothing of it touches a global generator; `generators` reads and seeds them, for other rooms.
+Re-exports only, and nothing of it touches a global generator; `global_generators` reads and seeds them, for other
+rooms.
 """
 
 from purestep.random.draws import bernoulli as bernoulli

@@ -1,6 +1,7 @@
 """The torch function mode that redirects random operations to a key.
 
-Owns `KeyedRandom` and what all handlers share. It knows no operation itself: `layers` and `samplers` register theirs.
+Owns `KeyedRandom` and what all handlers share. It knows no operation itself: `torch_layers` and `torch_samplers`
+register theirs.
 """
 
 from __future__ import annotations

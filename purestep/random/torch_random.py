@@ -1,8 +1,8 @@
 """Randomness inside an `nn.Module`, drawn from a key instead of a global generator.
 
-`KeyedRandom` is what `functional.bind` enters; `host` sees to the generators of Python and numpy. Re-exports, and the
-one table that says which handler stands for which function of torch; `layers` has those of dropout, attention, RNNs,
-`samplers` those that create and fill tensors.
+`KeyedRandom` is what `functional.bind` enters; `host_draws` sees to the generators of Python and numpy. Re-exports, and
+the one table that says which handler stands for which function of torch; `torch_layers` has those of dropout,
+attention, RNNs, `torch_samplers` those that create and fill tensors.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Under `recording` tensors are made on the meta device, but say that they are on the CPU; each operation is written down
 with the storages it reads and writes. `Tape.value` then computes one tensor by replaying what leads to it. Random
-operations have keys of their own, so a tensor has the same bits whichever others are computed. `deferred` calls it.
+operations have keys of their own, so a tensor has the same bits whichever others are computed. `deferred_init` calls
+it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plans: where each tensor of a state lives, and which process computes which microbatches.
 
 A `Plan` is a value of names and numbers: ordered rules from path globs to specs over the axes of a mesh. It moves
-nothing itself: `place` does, and steps, loops and snapshots ask it.
+nothing itself: `placement` does, and steps, loops and snapshots ask it.
 """
 
 from __future__ import annotations

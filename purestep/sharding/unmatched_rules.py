@@ -1,7 +1,7 @@
 """Rules and units of a plan that match nothing in a state: almost always a misspelt path, so they are errors.
 
-`place` and deferred init call it, where the names of all parameters are known. Rules that a preset brings match every
-name; only what a caller wrote can fail.
+`placement` and deferred init call it, where the names of all parameters are known. Rules that a preset brings match
+every name; only what a caller wrote can fail.
 """
 
 from __future__ import annotations

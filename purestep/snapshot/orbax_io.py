@@ -1,7 +1,8 @@
-"""Flat numpy arrays in a directory, written by Orbax, and read by it if `plain` cannot. The only importer of Orbax.
+"""Flat numpy arrays in a directory, written by Orbax, and read by it if `zarr_files` cannot. The only importer of
+Orbax.
 
-Its log, its threads and its import stay hidden from the rest of the program: reading an intact snapshot (`plain`) does
-not even import it. It does not know leaves or snapshots.
+Its log, its threads and its import stay hidden from the rest of the program: reading an intact snapshot (`zarr_files`)
+does not even import it. It does not know leaves or snapshots.
 """
 
 from __future__ import annotations

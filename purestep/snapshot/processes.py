@@ -1,7 +1,7 @@
 """The processes that write one store together, and how they get the same results and errors.
 
 Each rank sends its result to all; from the same results every rank computes the same answer. The caller passes the
-function that exchanges them; the background thread of a save may not call it, and uses the files of `meeting`.
+function that exchanges them; the background thread of a save may not call it, and uses the files of `rank_messages`.
 """
 
 from __future__ import annotations

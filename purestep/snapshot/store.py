@@ -1,7 +1,7 @@
 """One directory of snapshots: asynchronous saves, durable commits, verified restores, preservation policies.
 
 One process writes it, or all ranks of a job, which call it together and get the same results. Orbax writes the arrays
-(see `arrays`); this package commits, lists, verifies and deletes. The loop calls it; it knows nothing of training.
+(see `orbax_io`); this package commits, lists, verifies and deletes. The loop calls it; it knows nothing of training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Arrays that Orbax has written, read as plain files: an uncompressed zarr array of one chunk is a file of its bytes.
 
 Reading them costs a copy from the page cache; Orbax took some ten times as long. It reads arrays of exactly that form
-and leaves others to Orbax, which reads them or raises. It verifies no bytes: `pack` does.
+and leaves others to Orbax, which reads them or raises. It verifies no bytes: `packing` does.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def _broken(what: str, where: str, why: str | None = None, instead: str | None =
 
 
 def _sliced(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> Iterator[str]:
-    """Yield how updates slice by slice differ, as `blocks` does them for long tensors of flat parameters."""
+    """Yield how updates slice by slice differ, as `kernels.sliced` does them for long tensors of flat parameters."""
     for step in done:
         if type(step.params) is not dict:
             return

@@ -1,8 +1,8 @@
 """Arithmetic over lists of tensors: the one place that knows `torch._foreach_*` and where it cannot be used.
 
 Each function returns a new list. With `reuse=True` it may overwrite its first argument, which the caller must have made
-itself, and with `between=` the result may lie in memory of that name, which the next call takes again (`scratch`); both
-only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
+itself, and with `between=` the result may lie in memory of that name, which the next call takes again (`workspace`);
+both only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
 (foreach has no batching rules, and its derivatives of 0-d tensors are wrong); under a tracer nothing is written in
 place.
 """
