@@ -7,8 +7,7 @@ compile. Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             `torch._inductor.standalone_compile` (semi-public) with another calling convention.
     joint_graph_passes, decompositions
                             what `compile_fx` does before it. Without them: `compile_fx`.
-    config, cache_dir       settings, and where Inductor keeps what it compiled. The environment variables
-                            TORCHINDUCTOR_* are the documented half of them.
+    config                  settings. The environment variables TORCHINDUCTOR_* are the documented half of them.
     list_mode_options       what `torch.compile(mode=...)` means. Without it: `torch._inductor.config.patch` by hand.
     set_fake_mode, tracing  the context in which `compile_fx_inner` expects to be called.
     lowerings, POOL_FALLBACK
@@ -16,8 +15,6 @@ compile. Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     AsyncCompile, CppCache, LambdaFuture, get_compile_threads
                             how C++ kernels are compiled. `compile_units` works without: each kernel in a file of its
                             own.
-    pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
-                            taken from the disk cache, and graphs are compiled anew.
 """
 
 from __future__ import annotations
@@ -26,8 +23,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import torch
 
 # Torch warns of its own use of itself while the compiler is loaded, which `-W error` would take for the user's.
 with warnings.catch_warnings():
@@ -45,7 +40,6 @@ with warnings.catch_warnings():
     from torch._inductor.compile_fx import compile_fx_inner as compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table as decompositions
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes as joint_graph_passes
-    from torch._inductor.runtime.cache_dir_utils import cache_dir as cache_dir
     from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -60,10 +54,3 @@ def compiling(fake_mode: FakeTensorMode) -> Iterator[None]:
     """The context in which graphs traced under a fake mode are compiled."""
     with V.set_fake_mode(fake_mode), _tracing(TracingContext(fake_mode)):
         yield
-
-
-def pointer_function() -> int:
-    """Return the address of torch's C function that gives the address of a tensor's data."""
-    guards = torch._C._dynamo.guards
-    address: int = guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
-    return address

@@ -8,6 +8,12 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             which some torch refuses to nest.
     tracing_context         what tells torch's own code that it is being traced; a context of no effect where torch
                             has none, as 2.11: then checkpoints recompute in the way that `recompute` gives them.
+    inductor_config, inductor_cache_dir
+                            settings of Inductor, and where it keeps what it compiled, without the import of Inductor,
+                            which a graph from the disk cache does not need. The environment variables TORCHINDUCTOR_*
+                            are the documented half of them.
+    pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
+                            taken from the disk cache, and graphs are compiled anew.
     FakeTensorMode          tensors of shapes without memory. There is no public name; `torch.export` uses it.
     batch_norm_legit        batch norm that says in its schema what it writes.
 """
@@ -25,6 +31,27 @@ if TYPE_CHECKING:
 set_grad_enabled = torch._C._set_grad_enabled
 set_mkldnn_enabled = torch._C._set_mkldnn_enabled
 batch_norm_legit = torch.ops.aten._native_batch_norm_legit
+
+
+def inductor_config() -> Any:
+    """Return the module of Inductor's settings."""
+    from torch._inductor import config
+
+    return config
+
+
+def inductor_cache_dir() -> str:
+    """Return the directory in which Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
+def pointer_function() -> int:
+    """Return the address of torch's C function that gives the address of a tensor's data."""
+    guards = torch._C._dynamo.guards
+    address: int = guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
+    return address
 
 
 def tracing_context() -> contextlib.AbstractContextManager[Any]:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from purestep import _torch
+from purestep.jit._torch import inductor_cache_dir, inductor_config, pointer_function
 from purestep.jit.trace import Traced
 
 Run = Callable[[list[Tensor]], Sequence[Any]]
@@ -49,8 +50,7 @@ def key(traced: Traced, mode: str | None) -> str | None:
 
     None for graphs that are not kept: those with tensors in them, or that leave the CPU.
     """
-    from purestep.jit._inductor import config
-
+    config = inductor_config()
     if config.force_disable_caches or not config.fx_graph_cache:
         return None
     lines = [repr(_machine()), repr(mode), repr(_settings()), config.get_hash().hex()]
@@ -152,9 +152,7 @@ def put(name: str, call: Any) -> None:
 
 
 def _folder(name: str) -> Path:
-    from purestep.jit._inductor import cache_dir
-
-    return Path(cache_dir()) / "purestep" / name[:2] / name
+    return Path(inductor_cache_dir()) / "purestep" / name[:2] / name
 
 
 @dataclasses.dataclass
@@ -183,8 +181,6 @@ class Kept:
 
 
 def _module(path: Path) -> types.ModuleType:
-    from purestep.jit._inductor import pointer_function
-
     os.environ[_POINTER] = str(pointer_function())
     # The last part is the name of the function that Python looks for in the file.
     spec = importlib.util.spec_from_file_location(f"purestep_{path.parent.name}_{path.stem}.kernel", path)
