@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from purestep import loggers as loggers
     from purestep import loop as loop
     from purestep import precision as precision
+    from purestep import record as record
     from purestep import sharding as sharding
     from purestep import snapshot as snapshot
     from purestep import testing as testing
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from purestep.loop.cadence import steps as steps
     from purestep.loop.result import Result as Result
     from purestep.loop.resume import restore as restore
+    from purestep.record.run_record import open as open
+    from purestep.record.table import runs as runs
     from purestep.trainer import fit as fit
     from purestep.trainer import run as run
 

@@ -173,6 +173,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,
+        "runs.root": root,
         "restore.like": state,
         "loss": torch.tensor(1.0),
         "weight": 1.0,

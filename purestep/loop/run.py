@@ -19,6 +19,7 @@ import torch
 from purestep import data, metrics, portable, tree
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
+from purestep.loop import origin
 from purestep.loop import resume as resume_
 from purestep.loop.checks import check_names
 from purestep.loop.clock import Alone
@@ -80,6 +81,7 @@ class Run:
         self._guard = Guard(step)
         self._step, self._given = step, arguments.state
         self._resume, self._strict = arguments.resume, arguments.strict
+        self._program, self._settings = origin.caller(), arguments.settings or {}
         self.run_dir = None if arguments.run_dir is None else Path(arguments.run_dir).absolute()
         self._signals = Signals()
         self._ranks = Ranks.of(step)
@@ -104,6 +106,7 @@ class Run:
         self._checked = False
         self.loop = self.machine.init(arguments.state)
         self.reason: str | None = None
+        self._origin: origin.Origin | None = None
         self._events: Generator[Event, None, None] | None = None
 
     # --- iterating ------------------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ class Run:
             self._saving.open(stack)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)
-            identity = Identity(self._feed.source, self._step, self.callbacks)
+            identity = Identity(self._feed.source, self._step, self.callbacks, self._settings)
             self.loop, at = resume_.begin(
                 self.machine,
                 self._given,
@@ -166,15 +169,29 @@ class Run:
                 check_threads(device_of(self.loop.train))
             stack.enter_context(self._signals)
             stack.enter_context(self._outlets)
-            self._outlets.open(self.callbacks, self.loop, self._feed.length, resumed=at is not None)
+            self._outlets.open(
+                self.callbacks, self.loop, self._feed.length, resumed=at is not None, settings=self._settings
+            )
+            self._begin_origin(at)
             try:
                 yield from self._interpret(Started() if at is None else Resumed(at))
             except GeneratorExit:
                 raise
             except BaseException as error:
                 self._ranks.tell(error)
+                self._end_origin(f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": "))
                 self._outlets.event(Failed(f"{type(error).__name__}: {error}"), self.loop)
                 raise
+
+    def _begin_origin(self, at: int | None) -> None:
+        if self._ranks.first and self.run_dir is not None:
+            self._origin = origin.Origin(self.run_dir, self._program, self._settings)
+            self._origin.begin(at)
+
+    def _end_origin(self, reason: str) -> None:
+        # At the old path of a run directory that was moved there may be another one by now.
+        if self._origin is not None and not self._saving.is_moved():
+            self._origin.end(reason, self.loop.cursor.batches)
 
     def _interpret(self, first: Event) -> Iterator[Event]:
         outside = self._outside
@@ -326,6 +343,7 @@ class Run:
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
         yield from self._saving.finish(self.loop)
         self.reason = reason
+        self._end_origin(reason)
         yield from self._tell(Stopped(reason), queue)
 
 

@@ -135,8 +135,8 @@ class Saving:
             yield self._lost(SaveFailed(moved))
             return
         number = loop.cursor.batches
-        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": conditions(step)}
-        info["identity"] = self._identity
+        info: dict[str, Any] = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": conditions(step)}
+        info |= {"identity": self._identity, "updates": resume.applied_steps(loop), "stop": loop.status.stop}
         flush()
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do
@@ -162,6 +162,10 @@ class Saving:
             return None
         found: str | None = self.store.ranks.from_first(lambda: None if self._lock is None else self._lock.trouble())
         return found
+
+    def is_moved(self) -> bool:
+        """Tell, on the rank that locked it, whether the path of the run directory names another one by now."""
+        return self._lock is not None and self._lock.trouble() is not None
 
     def finish(self, loop: LoopState) -> Iterator[Event]:
         """Wait for the last snapshot, within the grace period after a signal."""
