@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from purestep import snapshot
-from purestep.errors import ConfigError, SaveFailed, SnapshotError, explain
+from purestep.errors import SaveFailed, SnapshotError, explain
 from purestep.loop import resume
 from purestep.loop.events import Callback, Event, LoopState, Saved, SaveLost
 from purestep.loop.identity import Identity, conditions
@@ -27,7 +27,7 @@ from purestep.loop.signals import Signals
 SLOW_DISK_SECONDS = 30.0
 _GOES_ON = "  training goes on, and the next snapshot is tried as planned; on_save_error='stop' ends a run instead"
 # Of the train state, and of the whole run without what the clock says: both are equal for equal runs.
-_DIGESTS = {
+DIGESTS = {
     "state": snapshot.Scope(under=".train"),
     "run": snapshot.Scope(without=(".elapsed", ".status.boundary")),
 }
@@ -61,10 +61,6 @@ class Saving:
         on_save_error: OnSaveError = "continue",
         grace: float | None = None,
     ) -> None:
-        if run_dir is None and any(isinstance(c, SnapshotPolicy) for c in callbacks):
-            raise ConfigError(
-                explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
-            )
         self._run_dir, self._keep = run_dir, _keep(callbacks)
         self._ranks, self._signals = ranks, signals
         self.on_save_error, self._grace = on_save_error, grace
@@ -141,7 +137,7 @@ class Saving:
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do
             # those of a future that the run has gone back from, or that could not be read.
-            self.store.save(number, loop, metrics=loop.status.metrics, info=info, digests=_DIGESTS, replace=True)
+            self.store.save(number, loop, metrics=loop.status.metrics, info=info, digests=DIGESTS, replace=True)
             self._saved = position
         except SaveFailed as error:
             yield self._lost(error)

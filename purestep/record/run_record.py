@@ -187,13 +187,14 @@ class RunRecord:
     def _facts(self) -> list[list[object]]:
         program = self.programs[-1] if self.programs else Program()
         commit = None if program.commit is None else program.commit[:12] + ("" if program.clean else ", changed")
+        settings: dict[str, object] = {name: str(value) for name, value in self.settings.items()}
         facts: list[list[object]] = [
             ["when", self.when],
             ["why it ended", self.why],
             ["updates", self.updates],
             ["snapshots", ", ".join(map(str, self.snapshots))],
-            *[[f"setting {name}", str(value)] for name, value in self.settings.items()],
-            *[[name, value] for name, value in self.summary.metrics.items()],
+            *([f"setting {name}", value] for name, value in settings.items()),
+            *([name, value] for name, value in self.summary.metrics.items()),
             ["parent", self.parent],
             ["program", " ".join(program.command)],
             ["commit", commit],
@@ -203,10 +204,10 @@ class RunRecord:
         return [fact for fact in facts if fact[1] not in (None, "")]
 
     def __repr__(self) -> str:
-        return shown.text_table(["run", self.name], self._facts())
+        return shown.text_table(["run", self.name], self._facts(), widest=shown.LINE)
 
     def _repr_html_(self) -> str:
-        return shown.html_table(["run", self.name], self._facts())
+        return shown.html_table(["run", self.name], self._facts(), widest=shown.LINE)
 
 
 @checked(ConfigError)
