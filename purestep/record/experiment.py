@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 from purestep import trainer
-from purestep.arguments import checked
+from purestep.arguments import Judge, checked
 from purestep.callbacks import log
 from purestep.errors import ConfigError, explain
+from purestep.loop import checks
 from purestep.loop.cadence import Until
 from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments
@@ -35,6 +36,9 @@ class Experiment:
         callbacks: features of the run.
         settings: hyperparameters, JSON by name; `ps.experiment` fills them in.
 
+    Raises:
+        ConfigError: one of them is not what it is called.
+
     Examples:
         >>> import torch
         >>> import purestep as ps
@@ -52,6 +56,14 @@ class Experiment:
     until: Until | None = None
     callbacks: Sequence[Callback] = ()
     settings: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        checks.check_step(self.step)
+        checks.check_callbacks(self.callbacks)
+        if self.until is not None:
+            checks.check_until(self.until)
+        # A copy: what the caller changes later is not what it was made with.
+        object.__setattr__(self, "settings", plain_settings({} if self.settings is None else self.settings))
 
     def fit(self, **options: Any) -> Result:
         """Run it: `ps.fit` with these arguments; `options` are others of `fit`, such as `run_dir` and `until`.
@@ -71,7 +83,12 @@ class Experiment:
         return RunArguments(self.step, self.state, self.data, **options)
 
 
-Makes = Experiment | Callable[..., Experiment]
+Makes = Annotated[
+    Experiment | Callable[..., Experiment],
+    Judge(
+        "an experiment, or a function that makes one", lambda value: isinstance(value, Experiment) or callable(value)
+    ),
+]
 
 
 @checked(ConfigError)
@@ -96,7 +113,11 @@ def experiment(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
         >>> linear(0.2).settings
         {'lr': 0.2, 'batch_size': 4}
     """
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        what = "experiment: function must be a function with arguments that it names"
+        raise ConfigError(explain(what, where=f"function={function!r}", why=str(error))) from error
 
     @functools.wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> Experiment:
@@ -125,7 +146,7 @@ def made(makes: object, settings: Mapping[str, Any]) -> Experiment:
         names = [n for n in settings if n in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())]
         chosen = {name: settings[name] for name in names}
         inspect.signature(makes).bind(**chosen)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(
             explain(
                 "the settings of the run are not the arguments of the function that is to make its experiment",

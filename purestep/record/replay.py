@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from purestep import metrics, tree
-from purestep.arguments import Whole, checked
+from purestep.arguments import Judge, Whole, checked
 from purestep.data import Batches
 from purestep.errors import ConfigError, explain
 from purestep.loop.cadence import steps
@@ -23,7 +23,13 @@ from purestep.record.run_record import RunRecord
 from purestep.record.run_record import open as open_run
 from purestep.snapshot import Manifest, Store, root_of
 
-Which = RunRecord | str | Path
+Which = Annotated[
+    RunRecord | str | Path,
+    Judge(
+        "a run of ps.open, or its directory",
+        lambda v: isinstance(v, (RunRecord, Path)) or (isinstance(v, str) and v != ""),
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
