@@ -36,18 +36,21 @@ class FirstBatch:
         places: (epoch, batch) of it in the data of each run.
         indices: the samples that it is of in each run, where the data says so.
         differences: of the batch of the first run (left) from that of the second (right), by leaf.
+        rows: the places in the batch of the samples that differ; () where batches differ in shape.
     """
 
     position: int
     places: tuple[tuple[int, int], tuple[int, int]]
     indices: tuple[Tensor | None, Tensor | None]
     differences: tree.Differences
+    rows: tuple[int, ...] = ()
 
     @property
-    def samples(self) -> list[int]:
-        """The places in the batch whose samples are of another index; [] where the data does not say."""
+    def samples(self) -> list[tuple[int, int]]:
+        """The index in the data set, of the first and of the second run, of each sample that differs; [] where the data
+        does not say."""
         a, b = self.indices
-        return [] if a is None or b is None or a.shape != b.shape else (a != b).nonzero().flatten().tolist()
+        return [] if a is None or b is None else [(int(a[row]), int(b[row])) for row in self.rows]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,8 +90,8 @@ class Bisection:
         if (found := self.batch) is not None:
             (epoch, number), _ = found.places
             rows.append(["first batch", f"step {found.position}: batch {number} of epoch {epoch}"])
-            if found.samples:
-                rows.append(["samples", f"at {', '.join(map(str, found.samples))} of it"])
+            if found.rows:
+                rows.append(["samples", _samples(found)])
             rows += [["", str(difference)] for difference in found.differences[:_LEAVES]]
         if self.position is None:
             rows.append(["states", f"equal up to {self.end}"])
@@ -210,8 +213,30 @@ def _walk(side: _Side, start: int, end: int) -> Iterator[Iterator[Replayed]]:
 
 def _first_batch(left: Replayed, right: Replayed) -> FirstBatch | None:
     differences = tree.diff(left.data, right.data, root="batch")
-    places = ((left.epoch, left.batch), (right.epoch, right.batch))
-    return FirstBatch(left.position, places, (left.indices, right.indices), differences) if differences else None
+    if not differences:
+        return None
+    places, indices = ((left.epoch, left.batch), (right.epoch, right.batch)), (left.indices, right.indices)
+    return FirstBatch(left.position, places, indices, differences, _differing_rows(left.data, right.data))
+
+
+def _differing_rows(left: Any, right: Any) -> tuple[int, ...]:
+    """Return along the leading dim of the tensors of two batches where they differ; () where there is no such dim."""
+    pairs = list(zip(tree.leaves(left), tree.leaves(right), strict=False))
+    if tree.paths(left) != tree.paths(right) or not all(isinstance(leaf, Tensor) for pair in pairs for leaf in pair):
+        return ()
+    if len({leaf.shape[:1] for pair in pairs for leaf in pair}) != 1 or any(a.shape != b.shape for a, b in pairs):
+        return ()
+    samples = pairs[0][0].shape[0] if pairs[0][0].dim() else 0
+    return tuple(row for row in range(samples) if tree.diff([a[row] for a, _ in pairs], [b[row] for _, b in pairs]))
+
+
+def _samples(found: FirstBatch) -> str:
+    """Name the samples that differ: by their index where the data says it, else by their place in the batch."""
+    named = [str(a) if a == b else f"{a} and {b}" for a, b in found.samples[:_LEAVES]]
+    more = ", ..." if len(found.rows) > _LEAVES else ""
+    if named:
+        return f"{', '.join(named)}{more} of the data set"
+    return f"{', '.join(map(str, found.rows[:_LEAVES]))}{more} of the batch"
 
 
 def _start(a: _Side, b: _Side) -> int:
