@@ -198,7 +198,7 @@ class Run:
 
     def _end_origin(self, reason: str) -> None:
         # At the old path of a run directory that was moved there may be another one by now.
-        if self._origin is not None and not self._saving.is_moved():
+        if self._origin is not None and self._saving.is_reachable():
             self._origin.end(reason, self.loop.cursor.batches)
 
     def _interpret(self, first: Event) -> Iterator[Event]:

@@ -159,9 +159,12 @@ class Saving:
         found: str | None = self.store.ranks.from_first(lambda: None if self._lock is None else self._lock.trouble())
         return found
 
-    def is_moved(self) -> bool:
-        """Tell, on the rank that locked it, whether the path of the run directory names another one by now."""
-        return self._lock is not None and self._lock.trouble() is not None
+    def is_reachable(self) -> bool:
+        """Tell, on the rank that locked it, whether the run directory can be written to.
+
+        It was not moved, and its disk has not kept the run waiting until the grace period was over.
+        """
+        return not self._abandoned and (self._lock is None or self._lock.trouble() is None)
 
     def finish(self, loop: LoopState) -> Iterator[Event]:
         """Wait for the last snapshot, within the grace period after a signal."""

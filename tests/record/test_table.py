@@ -169,6 +169,20 @@ def test_a_run_that_died_is_not_finished_and_one_that_raised_says_so(tmp_path):
     assert table_["raised"].why == "RuntimeError: no"
 
 
+def test_a_directory_that_was_moved_is_not_written_to_at_its_old_path(tmp_path):
+    def moved(event, loop):
+        if loop.cursor.batches == 3 and not (tmp_path / "new").exists():
+            (tmp_path / "run").rename(tmp_path / "new")
+            (tmp_path / "run").mkdir()
+
+    snapshots = ps.callbacks.snapshots(every=ps.every.steps(2))
+    taps = [ps.callbacks.tap(moved, every=ps.every.steps(1))]
+    with pytest.warns(UserWarning, match="was moved while"):
+        train(tmp_path / "run", 4, callbacks=[snapshots, *taps], loggers=[])
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert ps.open(tmp_path / "new").why == "not finished"
+
+
 def test_an_earlier_format_is_read(tmp_path):
     """Without `run.json`, and with a header that knows neither updates nor why it stopped."""
     train(tmp_path / "old", 4)
