@@ -30,7 +30,7 @@ def store_root(run_dir: str | Path) -> Path:
 
 def begin(
     machine: Machine,
-    train: Any,
+    train: object,
     store: snapshot.Store | None,
     resume: Resume,
     *,
@@ -79,7 +79,7 @@ def begin(
 
 
 def _other_run(error: TemplateMismatch, store: snapshot.Store, at: int, identity: Identity) -> str:
-    """The words of a snapshot that does not fit, for somebody who asked for no snapshot."""
+    """The words of a snapshot that does not fit, for a caller who asked for no snapshot."""
     changed: list[str] = []
     with contextlib.suppress(SnapshotError):
         changed = [line for line in differences(store.read_manifest(at), identity) if line.startswith("step")]
@@ -190,7 +190,7 @@ def restore(
     return found if policy is None else under_policy(policy_of(policy), found, like)
 
 
-def around(train: Any) -> LoopState:
+def around(train: object) -> LoopState:
     """Return the template of a run in which only the train state matters."""
     return LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
 

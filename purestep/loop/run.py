@@ -249,13 +249,13 @@ class Run:
     def _evaluator(self, name: str) -> Evaluator:
         callback = self._by_name.get(name)
         if not isinstance(callback, Evaluator):
-            raise _nobody_performs("Evaluate", name, "Evaluator", callback)
+            raise _no_performer("Evaluate", name, "Evaluator", callback)
         return callback
 
     def _transformer(self, name: str) -> Transformer:
         callback = self._by_name.get(name)
         if not isinstance(callback, Transformer):
-            raise _nobody_performs("Transform", name, "Transformer", callback)
+            raise _no_performer("Transform", name, "Transformer", callback)
         return callback
 
     def _train(self, effect: Train) -> Iterator[Event]:
@@ -275,7 +275,7 @@ class Run:
         yield from self._saving.durable()
 
     def _chunk(
-        self, state: Any, batches: Iterator[Any], elapsed: float | None
+        self, state: object, batches: Iterator[Any], elapsed: float | None
     ) -> tuple[Any, metrics.Recorder, bool, Any]:
         """Train on a chunk of batches; return whether it was cut short, and the last batch. No device is read here."""
         record, index, batch = metrics.Recorder(), self.loop.cursor.batches, None
@@ -310,13 +310,13 @@ class Run:
         """The metrics of a batch, and how many samples it lost: merged like the others, so that a resume is exact."""
         return {"skipped_samples": metrics.Sum(self._feed.left_out), **values}
 
-    def _explain(self, error: Exception, state: Any, batch: Any, index: int) -> None:
+    def _explain(self, error: Exception, state: object, batch: object, index: int) -> None:
         """Raise what there is to say of an error of the step besides itself."""
         explained = self._guard.explained(error, state, batch, index)
         if explained is not error:
             raise explained from error
 
-    def _check_first(self, state: Any, batch: Any) -> _First:
+    def _check_first(self, state: object, batch: object) -> _First:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
         contract = Contract(self._step, state)
 
@@ -363,7 +363,7 @@ class _First:
     attributes: Remembered
 
 
-def _nobody_performs(effect: str, name: str, role: str, callback: object) -> ConfigError:
+def _no_performer(effect: str, name: str, role: str, callback: object) -> ConfigError:
     there = "there is no callback of this name" if callback is None else f"{name!r} is a {type(callback).__name__}"
     return ConfigError(
         explain(
@@ -375,5 +375,5 @@ def _nobody_performs(effect: str, name: str, role: str, callback: object) -> Con
     )
 
 
-def _copied(leaf: Any) -> Any:
+def _copied(leaf: object) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf

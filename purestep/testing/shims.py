@@ -50,7 +50,7 @@ class Injector:
         self.tracing = any(s["do"] == "trace" for s in shims)
         self.counting = any(s["do"] == "count" for s in shims)
 
-    def note(self, kind: str, value: Any) -> None:
+    def note(self, kind: str, value: object) -> None:
         """Append a fact to the report, which survives whatever comes next; a limit on files is not for it."""
         with self._one_at_a_time:
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -259,7 +259,7 @@ def _limit_files(injector: Injector, shim: Shim) -> None:
 
 
 def _fill_disk(injector: Injector, shim: Shim) -> None:
-    """Somebody else takes all the room that is left on the disk."""
+    """Another program takes all the space that is left on the disk."""
     ballast = Path(shim["ballast"])
     descriptor, size = os.open(ballast, os.O_WRONLY | os.O_CREAT), 0
     with contextlib.suppress(OSError):
