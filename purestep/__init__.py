@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from purestep import loggers as loggers
     from purestep import loop as loop
     from purestep import precision as precision
+    from purestep import record as record
     from purestep import sharding as sharding
     from purestep import snapshot as snapshot
     from purestep import testing as testing
@@ -49,6 +50,15 @@ if TYPE_CHECKING:
     from purestep.loop.cadence import steps as steps
     from purestep.loop.result import Result as Result
     from purestep.loop.resume import restore as restore
+    from purestep.record.bisect import bisect as bisect
+    from purestep.record.compare import compare as compare
+    from purestep.record.experiment import Experiment as Experiment
+    from purestep.record.experiment import experiment as experiment
+    from purestep.record.fork import fork as fork
+    from purestep.record.replay import replay as replay
+    from purestep.record.run_record import open as open
+    from purestep.record.table import runs as runs
+    from purestep.record.verify import verify as verify
     from purestep.trainer import fit as fit
     from purestep.trainer import run as run
 

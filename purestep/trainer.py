@@ -68,6 +68,8 @@ def fit(arguments: RunArguments) -> Result:
         donate: update states in place, which the run alone owns: `ps.donate(step)` for a step that is not compiled. The
             state that is given stays as it is, and one that a callback or the caller kept from an earlier event cannot
             be used any more. The bits are the same.
+        settings: hyperparameters, JSON by name: recorded in the run directory and in snapshots, given to loggers, shown
+            by `ps.runs`. No bit depends on them; a resume says when they have changed.
 
     Returns:
         Result with state, metrics, reason and run_dir. After SIGINT or SIGTERM the run ends at the next step, with a

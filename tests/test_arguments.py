@@ -173,6 +173,12 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,
+        "runs.root": root,
+        **dict.fromkeys("run bisect.a bisect.b compare.a compare.b".split(), root / "run"),
+        **dict.fromkeys(["experiment", "experiment_a"], ps.Experiment(step, state, batches)),
+        "experiment.function": lambda lr=0.1: ps.Experiment(step, state, batches),
+        "first": 0,
+        "last": 2,
         "restore.like": state,
         "loss": torch.tensor(1.0),
         "weight": 1.0,
@@ -264,7 +270,7 @@ LEFT_OUT: dict[str, str] = {
         "works on a state, whose structure it checks: tests/optim, tests/test_functional.py",
     ),
     **dict.fromkeys(
-        "testing.check_faults testing.check_resume snapshot.consolidate restore".split(),
+        "testing.check_faults testing.check_resume snapshot.consolidate restore fork".split(),
         "writes, or needs a process: its own tests",
     ),
     "testing.check_transformation": "updates as often as it is told, 10**30 times as well: its own tests",
@@ -308,6 +314,8 @@ NAMED_OTHERWISE = {
     ("learning_curves", "source"): "columns|file",
     ("learning_curves", "keys"): "draw",
     ("summary", "state_or_module"): "summarise",
+    **dict.fromkeys([("bisect", "b"), ("compare", "b")], "run directory"),
+    **dict.fromkeys([("bisect", "experiment_a"), ("bisect", "experiment_b")], "experiment"),
 }
 
 accept(
@@ -348,6 +356,9 @@ accept(
     "every.steps.n every.epoch.n every.seconds.s steps.n epoch.n seconds.s fit.grace_seconds", ["10**30"], "never due"
 )
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
+accept("Experiment.state Experiment.data", EVERYTHING, "what `fit` is given: it checks them, with the step")
+accept("Experiment.step", ["function"], "a function")
+accept("experiment.function", ["function"], "it is called later")
 accept("summary.state_or_module", ["matrix"], "a tree of one tensor")
 accept("Policy.loss_scale", ["None"], "no loss scale")
 accept("matches.filter", ["{}"], "no glob")

@@ -50,6 +50,23 @@ def test_purity_page(capsys):
     assert "calls: 3.0" in out
 
 
+def test_record_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/record.md"):
+        exec(compile(block, "docs/record.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "reached 4 epochs" in out
+    assert "0.01@25" in out
+    assert "setting outlier" in out
+    assert "first batch  step" in out
+    assert "the same bits" in out
+    assert "DIFFERS" not in out
+    found = namespace["found"]
+    assert 5 in found.batch.indices[0].tolist()
+    assert found.position == found.batch.position
+
+
 @pytest.mark.slow
 def test_readme(tmp_path, monkeypatch, seed):
     """The first block trains for real; the hand-written step of the second takes its place in `fit`."""

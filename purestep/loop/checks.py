@@ -106,6 +106,14 @@ def _check_named(text: object, run_dir: object) -> None:
         )
 
 
+def check_place(run_dir: PurePath | None, callbacks: Sequence[Callback]) -> None:
+    """Refuse snapshots without a directory for them."""
+    if run_dir is None and any(isinstance(callback, SnapshotPolicy) for callback in callbacks):
+        raise ConfigError(
+            explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
+        )
+
+
 # --- callbacks and loggers --------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ class Identity:
         data: the source that it trains on.
         step: its step.
         callbacks: its callbacks; those that only look on are left out.
+        settings: what `fit(..., settings=)` was given, as JSON.
 
     Examples:
         >>> import purestep as ps
@@ -46,6 +47,7 @@ class Identity:
     data: Any
     step: Any
     callbacks: Sequence[Callback]
+    settings: Mapping[str, JSON] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def plain(self) -> dict[str, JSON]:
@@ -55,7 +57,9 @@ class Identity:
         watched = {name: said for name, said in found["callbacks"].items() if said is not None}
         version = getattr(sys.modules[__name__.partition(".")[0]], "__version__", None)
         code = {"purestep": version, "python": sys.version.split()[0]}
-        return {"data": found["data"], "step": found["step"], "callbacks": watched, "code": code}
+        said = {"data": found["data"], "step": found["step"], "callbacks": watched, "code": code}
+        # A run without settings says nothing of them, so that one which names them later is the same run.
+        return {**said, "settings": dict(self.settings)} if self.settings else said
 
 
 # --- conditions: what bits depend on besides the values of a run, and how to have it as it was ------------------------

@@ -71,6 +71,12 @@ class Backlog:
         except queue.Full:
             self.dropped += 1
 
+    def hparams(self, values: Mapping[str, Any]) -> None:
+        """Queue the hyperparameters; raise what the sink raised before."""
+        self._raise()
+        with contextlib.suppress(queue.Full):  # it is the first entry of its queue
+            self._queue.put_nowait(lambda: self._sink.hparams(values))
+
     def flush(self, seconds: float = FLUSH_SECONDS) -> None:
         """Wait until all rows so far are durable, for so many seconds at most."""
         self._raise()

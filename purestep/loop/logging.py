@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from purestep import loggers
 from purestep.loop.events import Callback, Event, LoopState
@@ -41,8 +41,19 @@ class Outlets:
         self._logs: dict[str, Backlog] = {}
         self._sinks: dict[str, EventSink] = {}
 
-    def open(self, callbacks: Sequence[Callback], loop: LoopState, length: int | None, *, resumed: bool) -> None:
-        """Open everything; rows beyond the step that a resumed run begins at are taken back by the loggers."""
+    def open(
+        self,
+        callbacks: Sequence[Callback],
+        loop: LoopState,
+        length: int | None,
+        *,
+        resumed: bool,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open everything; rows beyond the step that a resumed run begins at are taken back by the loggers.
+
+        They are given the settings of the run as its hyperparameters.
+        """
         if self._silent:
             return
         step = applied_steps(loop) if resumed else None
@@ -52,6 +63,8 @@ class Outlets:
         for callback in callbacks:
             if isinstance(callback, Observer):
                 self._sinks[callback.name] = callback.open_sink(self._run_dir, length)
+        if settings:
+            self._each(self._logs, lambda sink: sink.hparams(settings))
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Write a row to every logger."""

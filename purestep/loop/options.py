@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,6 +16,7 @@ from purestep.loggers import Logger
 from purestep.loop import checks
 from purestep.loop.cadence import Until
 from purestep.loop.events import Callback
+from purestep.loop.origin import plain_settings
 from purestep.loop.resume import Resume
 from purestep.loop.saving import OnSaveError
 
@@ -42,6 +43,7 @@ class RunOptions:
     strict: bool = False
     grace_seconds: float | None = None
     donate: bool = False
+    settings: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         checks.check_until(self.until)
@@ -52,6 +54,8 @@ class RunOptions:
         checks.check_loggers(self.loggers)
         checks.check_resume(self.resume)
         checks.check_callbacks(self.callbacks)
+        # A copy: what the caller changes later is not what the run began with.
+        object.__setattr__(self, "settings", plain_settings({} if self.settings is None else self.settings))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,10 +68,10 @@ def begin(
         return fresh, None
     wanted = resume if isinstance(resume, int) else None
     try:
-        restored = store.restore(like=_around(train), step=wanted, fallback=wanted is None)
+        restored = store.restore(like=around(train), step=wanted, fallback=wanted is None)
     except TemplateMismatch as error:
         raise TemplateMismatch(_other_run(error, store, steps[-1] if wanted is None else wanted, identity)) from error
-    adopted, saved = _adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
+    adopted, saved = adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
     check_resumed(saved, identity, adopted.cursor, machine.length, strict=strict, silent=silent)
     if wanted is not None:
         store.delete_after(wanted)
@@ -95,7 +95,7 @@ def _other_run(error: TemplateMismatch, store: snapshot.Store, at: int, identity
     )
 
 
-def _adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
+def adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
     """Give each callback its stored state; a new callback starts fresh, a removed one is forgotten."""
     owns = {}
     for name, own in fresh.callbacks.items():
@@ -184,13 +184,13 @@ def restore(
             )
     asked = like if policy is None else any_policy(like)
     whole = isinstance(like, LoopState) or not _is_of_a_run(store, step)
-    template = asked if whole else _around(asked)
+    template = asked if whole else around(asked)
     value = store.restore(like=template, step=step, fallback=step is None).value
     found = value if whole else value.train
     return found if policy is None else under_policy(policy_of(policy), found, like)
 
 
-def _around(train: object) -> LoopState:
+def around(train: object) -> LoopState:
     """Return the template of a run in which only the train state matters."""
     return LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
 

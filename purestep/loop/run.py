@@ -12,15 +12,16 @@ import dataclasses
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from purestep import data, metrics, portable, tree
+from purestep import data, metrics, portable, snapshot, tree
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
+from purestep.loop import origin
 from purestep.loop import resume as resume_
-from purestep.loop.checks import check_names
+from purestep.loop.checks import check_names, check_place
 from purestep.loop.clock import Alone
 from purestep.loop.events import (
     Effect,
@@ -74,12 +75,15 @@ class Run:
     """
 
     loop: LoopState
+    # Whether it speaks to the outside: takes snapshots, writes logs, answers signals. One that is re-executed does not.
+    _speaks: ClassVar[bool] = True
 
     def __init__(self, arguments: RunArguments) -> None:
         step = donate_(arguments.step) if arguments.donate else arguments.step
         self._guard = Guard(step)
         self._step, self._given = step, arguments.state
         self._resume, self._strict = arguments.resume, arguments.strict
+        self._program, self._settings = origin.caller(), arguments.settings or {}
         self.run_dir = None if arguments.run_dir is None else Path(arguments.run_dir).absolute()
         self._signals = Signals()
         self._ranks = Ranks.of(step)
@@ -88,6 +92,8 @@ class Run:
         source = self._ranks.share(data.as_source(arguments.train))
         self._feed = Feed(source, device_of(arguments.state), lambda: self._signals.unread, alone=self._ranks.alone)
         self.callbacks = tuple(arguments.callbacks)
+        if self._speaks:
+            check_place(self.run_dir, self.callbacks)
         self._by_name: dict[str, object] = {c.name: c for c in self.callbacks}
         self.machine = Machine(self.callbacks, arguments.until, self._feed.length)
         self._saving = Saving(
@@ -99,11 +105,15 @@ class Run:
             grace=arguments.grace_seconds,
         )
         self._outlets = Outlets(
-            arguments.loggers, self.run_dir, silent=not self._ranks.first, hurry=self._saving.grace_left
+            arguments.loggers,
+            self.run_dir,
+            silent=not (self._speaks and self._ranks.first),
+            hurry=self._saving.grace_left,
         )
         self._checked = False
         self.loop = self.machine.init(arguments.state)
         self.reason: str | None = None
+        self._origin: origin.Origin | None = None
         self._events: Generator[Event, None, None] | None = None
 
     # --- iterating ------------------------------------------------------------------------------------------------
@@ -143,18 +153,8 @@ class Run:
             self._saving.open(stack)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)
-            identity = Identity(self._feed.source, self._step, self.callbacks)
-            self.loop, at = resume_.begin(
-                self.machine,
-                self._given,
-                store,
-                self._resume,
-                identity=identity,
-                strict=self._strict,
-                silent=not self._ranks.first,
-            )
-            if at is not None and store is not None:
-                self._step = self._guard.step = resume_.settled(self._step, store.read_manifest(at))
+            identity = Identity(self._feed.source, self._step, self.callbacks, self._settings)
+            self.loop, at = self._begin(store, identity)
             self._feed.begin(self.loop.cursor.loader)
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
             self._saving.begin(self.loop, at, identity)
@@ -164,17 +164,42 @@ class Run:
             self._given = None
             if self._ranks.first:
                 check_threads(device_of(self.loop.train))
-            stack.enter_context(self._signals)
+            if self._speaks:
+                stack.enter_context(self._signals)
             stack.enter_context(self._outlets)
-            self._outlets.open(self.callbacks, self.loop, self._feed.length, resumed=at is not None)
+            self._outlets.open(
+                self.callbacks, self.loop, self._feed.length, resumed=at is not None, settings=self._settings
+            )
+            self._begin_origin(at)
             try:
                 yield from self._interpret(Started() if at is None else Resumed(at))
             except GeneratorExit:
                 raise
             except BaseException as error:
                 self._ranks.tell(error)
+                self._end_origin(f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": "))
                 self._outlets.event(Failed(f"{type(error).__name__}: {error}"), self.loop)
                 raise
+
+    def _begin(self, store: snapshot.Store | None, identity: Identity) -> tuple[LoopState, int | None]:
+        """Return the loop to begin with, and the snapshot it comes from; settle the microbatches of the step by it."""
+        silent = not self._ranks.first
+        loop, at = resume_.begin(
+            self.machine, self._given, store, self._resume, identity=identity, strict=self._strict, silent=silent
+        )
+        if at is not None and store is not None:
+            self._step = self._guard.step = resume_.settled(self._step, store.read_manifest(at))
+        return loop, at
+
+    def _begin_origin(self, at: int | None) -> None:
+        if self._ranks.first and self.run_dir is not None:
+            self._origin = origin.Origin(self.run_dir, self._program, self._settings)
+            self._origin.begin(at)
+
+    def _end_origin(self, reason: str) -> None:
+        # At the old path of a run directory that was moved there may be another one by now.
+        if self._origin is not None and self._saving.is_reachable():
+            self._origin.end(reason, self.loop.cursor.batches)
 
     def _interpret(self, first: Event) -> Iterator[Event]:
         outside = self._outside
@@ -326,6 +351,7 @@ class Run:
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
         yield from self._saving.finish(self.loop)
         self.reason = reason
+        self._end_origin(reason)
         yield from self._tell(Stopped(reason), queue)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from purestep import snapshot
-from purestep.errors import ConfigError, SaveFailed, SnapshotError, explain
+from purestep.errors import SaveFailed, SnapshotError, explain
 from purestep.loop import resume
 from purestep.loop.events import Callback, Event, LoopState, Saved, SaveLost
 from purestep.loop.identity import Identity, conditions
@@ -27,7 +27,7 @@ from purestep.loop.signals import Signals
 SLOW_DISK_SECONDS = 30.0
 _GOES_ON = "  training goes on, and the next snapshot is tried as planned; on_save_error='stop' ends a run instead"
 # Of the train state, and of the whole run without what the clock says: both are equal for equal runs.
-_DIGESTS = {
+DIGESTS = {
     "state": snapshot.Scope(under=".train"),
     "run": snapshot.Scope(without=(".elapsed", ".status.boundary")),
 }
@@ -61,10 +61,6 @@ class Saving:
         on_save_error: OnSaveError = "continue",
         grace: float | None = None,
     ) -> None:
-        if run_dir is None and any(isinstance(c, SnapshotPolicy) for c in callbacks):
-            raise ConfigError(
-                explain("snapshots need a place", where="run_dir=None", instead='ps.fit(..., run_dir="runs/name")')
-            )
         self._run_dir, self._keep = run_dir, _keep(callbacks)
         self._ranks, self._signals = ranks, signals
         self.on_save_error, self._grace = on_save_error, grace
@@ -135,13 +131,13 @@ class Saving:
             yield self._lost(SaveFailed(moved))
             return
         number = loop.cursor.batches
-        info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": conditions(step)}
-        info["identity"] = self._identity
+        info: dict[str, Any] = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": conditions(step)}
+        info |= {"identity": self._identity, "updates": resume.applied_steps(loop), "stop": loop.status.stop}
         flush()
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do
             # those of a future that the run has gone back from, or that could not be read.
-            self.store.save(number, loop, metrics=loop.status.metrics, info=info, digests=_DIGESTS, replace=True)
+            self.store.save(number, loop, metrics=loop.status.metrics, info=info, digests=DIGESTS, replace=True)
             self._saved = position
         except SaveFailed as error:
             yield self._lost(error)
@@ -162,6 +158,13 @@ class Saving:
             return None
         found: str | None = self.store.ranks.from_first(lambda: None if self._lock is None else self._lock.trouble())
         return found
+
+    def is_reachable(self) -> bool:
+        """Tell, on the rank that locked it, whether the run directory can be written to.
+
+        It was not moved, and its disk has not kept the run waiting until the grace period was over.
+        """
+        return not self._abandoned and (self._lock is None or self._lock.trouble() is None)
 
     def finish(self, loop: LoopState) -> Iterator[Event]:
         """Wait for the last snapshot, within the grace period after a signal."""

@@ -100,6 +100,21 @@ class Index:
         return entry
 
 
+def newest(root: Path) -> Entry | None:
+    """Return the newest intact snapshot and read no manifest besides; a damaged one where none is, None without any.
+
+    It is for tables of many runs. Where a writer is at work it may miss the newest.
+    """
+    damaged: Entry | None = None
+    for step, revision in reversed(_names(root)):
+        entry = _read(step, root / directory_name(step, revision), revision)
+        if entry.header is not None:
+            return entry
+        if damaged is None and is_ours(entry.path):
+            damaged = entry
+    return damaged
+
+
 def directory_name(step: int, revision: int = 0) -> str:
     """Return the name of the directory of a step that had been saved so many times before.
 

@@ -59,6 +59,7 @@ def test_after_the_grace_period_the_run_ends_and_keeps_its_lock_while_the_disk_s
     assert 0.3 <= time.monotonic() - began < 5
     assert (cut.reason, cut.exit_code, cut.unsaved) == ("SIGTERM", 143, True)
     assert ps.snapshot.steps(tmp_path / "a") == []
+    assert ps.open(tmp_path / "a").why == "not finished"  # nothing more is written to such a disk
     with pytest.raises(ConfigError, match="another run of this very process uses this run directory"):
         fit(job, tmp_path / "a")
     disk.set()

@@ -1,0 +1,256 @@
+"""`bisect`: the first batch in which two runs differ, and the first leaf of their train states.
+
+It goes from the last snapshot that is equal in both, and executes both again beside each other. Which operation of that
+step is the first to differ, a trace of the step says: `before` and `batches` of the result are what it is called with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import tree
+from purestep.arguments import checked
+from purestep.errors import ConfigError, explain
+from purestep.record import shown
+from purestep.record.compare import last_equal
+from purestep.record.experiment import Experiment, Makes, made
+from purestep.record.replay import Replayed, Which, begun, nearest, opened, positions, stored
+from purestep.record.run_record import RunRecord
+from purestep.step_protocol import facts_of
+
+_LEAVES = 12  # in a text
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstBatch:
+    """The first batch in which two runs differ.
+
+    Attributes:
+        position: batches consumed after it.
+        places: (epoch, batch) of it in the data of each run.
+        indices: the samples that it is of in each run, where the data says so.
+        differences: of the batch of the first run (left) from that of the second (right), by leaf.
+        rows: the places in the batch of the samples that differ; () where batches differ in shape.
+    """
+
+    position: int
+    places: tuple[tuple[int, int], tuple[int, int]]
+    indices: tuple[Tensor | None, Tensor | None]
+    differences: tree.Differences
+    rows: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> list[tuple[int, int]]:
+        """The index in the data set, of the first and of the second run, of each sample that differs; [] where the data
+        does not say."""
+        a, b = self.indices
+        return [] if a is None or b is None else [(int(a[row]), int(b[row])) for row in self.rows]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bisection:
+    """The result of `bisect`.
+
+    Attributes:
+        names: of the two runs.
+        start: the position of the last equal state from which both were executed again.
+        end: the last position that was compared.
+        batch: the first batch that differs, None when none does up to there.
+        position: of the first train state that differs, None when none does.
+        leaves: what differs of that state: the first run left, the second right.
+        before: the train states of both before that step; None where no state differs.
+        batches: the batches of that step of both.
+        metrics: what that step returned in both.
+    """
+
+    names: tuple[str, str]
+    start: int
+    end: int
+    batch: FirstBatch | None = None
+    position: int | None = None
+    leaves: tree.Differences = dataclasses.field(default_factory=tree.Differences)
+    before: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
+    batches: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
+    metrics: tuple[Any, Any] | None = None
+
+    def __bool__(self) -> bool:
+        """Whether the runs differ."""
+        return self.batch is not None or self.position is not None
+
+    def _rows(self) -> list[list[object]]:
+        rows: list[list[object]] = [["equal up to", self.start if self.position is None else self.position - 1]]
+        if self.position == self.start:
+            rows = [["equal up to", "nothing: the first states differ"]]
+        if (found := self.batch) is not None:
+            (epoch, number), _ = found.places
+            rows.append(["first batch", f"step {found.position}: batch {number} of epoch {epoch}"])
+            if found.rows:
+                rows.append(["samples", _samples(found)])
+            rows += [["", str(difference)] for difference in found.differences[:_LEAVES]]
+        if self.position is None:
+            rows.append(["states", f"equal up to {self.end}"])
+        else:
+            what = "1 leaf differs" if len(self.leaves) == 1 else f"{len(self.leaves)} leaves differ"
+            rows.append(["first state", f"step {self.position}: {what}"])
+            rows += [["", str(difference)] for difference in self.leaves[:_LEAVES]]
+        return rows
+
+    def __repr__(self) -> str:
+        rows = [[str(name), str(text)] for name, text in self._rows()]
+        return "\n".join(f"{name:12} {text}".rstrip() for name, text in [("runs", " and ".join(self.names)), *rows])
+
+    def _repr_html_(self) -> str:
+        return shown.html_table(["", " and ".join(self.names)], self._rows(), widest=shown.LINE)
+
+
+@checked(ConfigError)
+def bisect(a: Which, b: Which, experiment_a: Makes, experiment_b: Makes | None = None) -> Bisection:
+    """Find where two runs part: the first batch that differs, then the first leaves of the train state.
+
+    Both are executed again, beside each other, from the last position at which both have a snapshot of the same train
+    state, or at which one was forked from the other; else from their beginnings.
+
+    Args:
+        a: a run, or its directory.
+        b: another.
+        experiment_a: what the first was made of, or a function that makes it from the settings of the run.
+        experiment_b: of the second; that of the first by default, made with the settings of the second.
+
+    Raises:
+        ConfigError: there is no position to begin at.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> import purestep as ps
+        >>> @ps.experiment
+        ... def linear(changed=0.0):
+        ...     tx = ps.optim.sgd(0.01)
+        ...     x = torch.arange(16.0).reshape(8, 2)
+        ...     x[5, 1] += changed
+        ...     step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+        ...     data = ps.data.batches({"x": x}, 4, shuffle=False)
+        ...     return ps.Experiment(step, ps.init(lambda: torch.nn.Linear(2, 1), tx), data, until=ps.steps(4))
+        >>> root = tempfile.mkdtemp()
+        >>> for changed in (0.0, 1.0):
+        ...     _ = linear(changed).fit(run_dir=f"{root}/{changed}")
+        >>> found = ps.bisect(f"{root}/0.0", f"{root}/1.0", linear)
+        >>> found.batch.position, [d.path for d in found.batch.differences], found.position
+        (2, ["batch['x']"], 2)
+    """
+    records = opened(a), opened(b)
+    others = (experiment_a, experiment_a if experiment_b is None else experiment_b)
+    experiments = [made(makes, record.settings) for makes, record in zip(others, records, strict=True)]
+    sides = [_Side(record, experiment) for record, experiment in zip(records, experiments, strict=True)]
+    names = [side.record.name for side in sides]
+    if names[0] == names[1]:
+        names = [str(side.record.path) for side in sides]
+    return _bisect(sides[0], sides[1], (names[0], names[1]))
+
+
+@dataclasses.dataclass
+class _Side:
+    """One of two runs."""
+
+    record: RunRecord
+    experiment: Experiment
+
+    @property
+    def last(self) -> int:
+        return max(self.record.snapshots, default=0)
+
+    def state(self, at: int) -> Any:
+        """Return the state at a snapshot, or the first one."""
+        if at in self.record.snapshots:
+            return stored(self.record, self.experiment, at)[0].train
+        return self.experiment.state if at == 0 else None
+
+    def kept(self, state: Any) -> Any:
+        """Return a state that stays when the next step donates it."""
+        return tree.map(_copied, state) if facts_of(self.experiment.step).donate else state
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
+    start, end = _start(a, b), min(a.last, b.last)
+    found = Bisection(names, start, end)
+    before = (a.state(start), b.state(start))
+    if start == 0 and (leaves := tree.diff(*before, root="state")):
+        return dataclasses.replace(found, position=0, leaves=leaves, before=before)
+    if start >= end:
+        return found
+    with contextlib.ExitStack() as stack:
+        walks = [stack.enter_context(_walk(side, start, end)) for side in (a, b)]
+        for left, right in zip(*walks, strict=True):
+            if found.batch is None:
+                found = dataclasses.replace(found, batch=_first_batch(left, right))
+            if left.digest != right.digest:
+                return dataclasses.replace(
+                    found,
+                    position=left.position,
+                    leaves=tree.diff(left.state, right.state, root="state"),
+                    before=before,
+                    batches=(left.data, right.data),
+                    metrics=(left.metrics, right.metrics),
+                )
+            before = (a.kept(left.state), b.kept(right.state))
+    return found
+
+
+@contextlib.contextmanager
+def _walk(side: _Side, start: int, end: int) -> Iterator[Iterator[Replayed]]:
+    with begun(side.record, side.experiment, nearest(side.record, start), end) as replaying:
+        yield (step for step in positions(replaying, end) if step.position > start)
+
+
+def _first_batch(left: Replayed, right: Replayed) -> FirstBatch | None:
+    differences = tree.diff(left.data, right.data, root="batch")
+    if not differences:
+        return None
+    places, indices = ((left.epoch, left.batch), (right.epoch, right.batch)), (left.indices, right.indices)
+    return FirstBatch(left.position, places, indices, differences, _differing_rows(left.data, right.data))
+
+
+def _differing_rows(left: Any, right: Any) -> tuple[int, ...]:
+    """Return along the leading dim of the tensors of two batches where they differ; () where there is no such dim."""
+    pairs = list(zip(tree.leaves(left), tree.leaves(right), strict=False))
+    if tree.paths(left) != tree.paths(right) or not all(isinstance(leaf, Tensor) for pair in pairs for leaf in pair):
+        return ()
+    if len({leaf.shape[:1] for pair in pairs for leaf in pair}) != 1 or any(a.shape != b.shape for a, b in pairs):
+        return ()
+    samples = pairs[0][0].shape[0] if pairs[0][0].dim() else 0
+    return tuple(row for row in range(samples) if tree.diff([a[row] for a, _ in pairs], [b[row] for _, b in pairs]))
+
+
+def _samples(found: FirstBatch) -> str:
+    """Name the samples that differ: by their index where the data says it, else by their place in the batch."""
+    named = [str(a) if a == b else f"{a} and {b}" for a, b in found.samples[:_LEAVES]]
+    more = ", ..." if len(found.rows) > _LEAVES else ""
+    if named:
+        return f"{', '.join(named)}{more} of the data set"
+    return f"{', '.join(map(str, found.rows[:_LEAVES]))}{more} of the batch"
+
+
+def _start(a: _Side, b: _Side) -> int:
+    equal = last_equal(a.record, b.record)
+    if equal is not None:
+        return equal
+    for side in (a, b):
+        if side.record.parent is not None:
+            raise ConfigError(
+                explain(
+                    "there is no position at which both runs are equal",
+                    where=f"{side.record.path}: forked from {side.record.parent.run} at {side.record.parent.at}",
+                    why="what was before is not in its directory",
+                    instead="bisect the run that it was forked from",
+                )
+            )
+    return 0

@@ -1,0 +1,190 @@
+"""`compare`: two runs beside each other, from what they recorded; nothing is executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from purestep.arguments import checked
+from purestep.errors import ConfigError
+from purestep.record import shown
+from purestep.record.replay import Which, opened
+from purestep.record.run_record import Columns, RunRecord
+
+_STEPS = 12  # rows of the log in a text
+
+
+@dataclasses.dataclass(frozen=True)
+class Parted:
+    """The first row of the log in which two runs differ.
+
+    Attributes:
+        step: of the row.
+        values: the metrics that differ there, each of the first and of the second run; None where it was not logged.
+    """
+
+    step: int
+    values: Mapping[str, tuple[float | None, float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`.
+
+    Attributes:
+        names: of the two runs; their directories where the names are equal.
+        settings: what differs of them, by name: the values of both, None where one has none.
+        conditions: what differs of their identity and environment, by dotted name, in the same way.
+        metrics: of the newest snapshots, in the same way, equal ones too.
+        log: the rows that both have logged: step, and the values of each metric of both.
+        parted: where their logs part; None where one is the beginning of the other.
+        digests: of the train states of the newest snapshots.
+        last_equal: the last position at which both have a snapshot of the same train state, None without one.
+    """
+
+    names: tuple[str, str]
+    settings: Mapping[str, tuple[Any, Any]]
+    conditions: Mapping[str, tuple[Any, Any]]
+    metrics: Mapping[str, tuple[float | None, float | None]]
+    log: Mapping[str, list[Any]] = dataclasses.field(repr=False)
+    parted: Parted | None
+    digests: tuple[str, str]
+    last_equal: int | None
+
+    def _rows(self) -> list[list[object]]:
+        rows: list[list[object]] = [[f"setting {name}", *map(_text, pair)] for name, pair in self.settings.items()]
+        rows += [[name, *map(_text, pair)] for name, pair in self.conditions.items()]
+        rows += [[name, *pair] for name, pair in self.metrics.items()]
+        rows.append(["digest", *(digest[:12] for digest in self.digests)])
+        return rows
+
+    def _ends(self) -> list[str]:
+        equal = "no snapshot of both is equal" if self.last_equal is None else f"equal at {self.last_equal}"
+        if self.parted is None:
+            return [f"the logs do not part; {equal}"]
+        values = "; ".join(f"{name} {_text(a)} and {_text(b)}" for name, (a, b) in self.parted.values.items())
+        return [f"the logs part at step {self.parted.step}: {values}; {equal}"]
+
+    def _curves(self) -> list[list[object]]:
+        """The rows of the log around the place where they part, or the last ones."""
+        rows = [list(row) for row in zip(*self.log.values(), strict=True)] if self.log else []
+        at = next((n for n, row in enumerate(rows) if self.parted and row[0] >= self.parted.step), len(rows))
+        start = max(0, min(at - 2, len(rows) - _STEPS))
+        return rows[start : start + _STEPS]
+
+    def __repr__(self) -> str:
+        parts = [shown.text_table(["", *self.names], self._rows()), *self._ends()]
+        if curves := self._curves():
+            parts.append(shown.text_table(list(self.log), curves))
+        return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        first = shown.html_table(["", *self.names], self._rows(), title=" ".join(self._ends()))
+        return first + (shown.html_table(list(self.log), self._curves()) if self.log else "")
+
+
+@checked(ConfigError)
+def compare(a: Which, b: Which) -> Comparison:
+    """Compare two runs by what they recorded: settings, identity, environment, metrics and digests.
+
+    Args:
+        a: a run, or its directory.
+        b: another.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> import purestep as ps
+        >>> @ps.experiment
+        ... def linear(lr=0.1):
+        ...     tx = ps.optim.sgd(lr)
+        ...     step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+        ...     data = ps.data.batches({"x": torch.arange(16.0).reshape(8, 2)}, 4)
+        ...     return ps.Experiment(step, ps.init(lambda: torch.nn.Linear(2, 1), tx), data, until=ps.steps(4))
+        >>> root = tempfile.mkdtemp()
+        >>> for lr in (0.1, 0.2):
+        ...     _ = linear(lr).fit(run_dir=f"{root}/{lr}")
+        >>> found = compare(f"{root}/0.1", f"{root}/0.2")
+        >>> found.settings, found.parted.step
+        ({'lr': (0.1, 0.2)}, 2)
+    """
+    first, second = opened(a), opened(b)
+    names = (first.name, second.name) if first.name != second.name else (str(first.path), str(second.path))
+    conditions = {
+        f"{part}{path}": pair
+        for part in ("identity", "environment")
+        for path, pair in _differences("", getattr(first, part), getattr(second, part))
+        if not path.startswith(".settings")
+    }
+    return Comparison(
+        names=names,
+        settings={path[1:]: pair for path, pair in _differences("", first.settings, second.settings)},
+        conditions=conditions,
+        metrics=_pairs(first.summary.metrics, second.summary.metrics),
+        log=_beside(first.metrics, second.metrics),
+        parted=_parted(first.metrics, second.metrics),
+        digests=(first.digest, second.digest),
+        last_equal=last_equal(first, second),
+    )
+
+
+def last_equal(a: RunRecord, b: RunRecord) -> int | None:
+    """Return the last position at which both have a snapshot of one train state, or at which one is a fork of the
+    other; None without any."""
+    states = [{header.step: header.digests.get("state") for header in run.headers} for run in (a, b)]
+    for child, other, own in ((a, b, states[0]), (b, a, states[1])):
+        parent = child.parent
+        if parent is not None and parent.run == str(other.path) and own.get(parent.at) == parent.digest:
+            states[0][parent.at] = states[1][parent.at] = parent.digest
+    return max((step for step, digest in states[0].items() if digest and digest == states[1].get(step)), default=None)
+
+
+def _differences(path: str, a: Any, b: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for name in dict.fromkeys([*a, *b]):
+            yield from _differences(f"{path}.{name}", a.get(name), b.get(name))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(f"{path}[{index}]", x, y)
+    elif a != b:
+        yield path, (a, b)
+
+
+def _pairs(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, tuple[float | None, float | None]]:
+    return {name: (a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b])}
+
+
+def _rows_of(columns: Columns) -> dict[int, dict[str, float]]:
+    """Return what was logged by step, the later value of a name where there are several."""
+    rows: dict[int, dict[str, float]] = {}
+    names = [name for name in columns if name != "step"]
+    for place, step in enumerate(columns.get("step", [])):
+        row = {name: columns[name][place] for name in names}
+        rows.setdefault(step, {}).update({name: value for name, value in row.items() if value is not None})
+    return rows
+
+
+def _parted(a: Columns, b: Columns) -> Parted | None:
+    rows_a, rows_b = _rows_of(a), _rows_of(b)
+    for step in sorted(rows_a.keys() & rows_b.keys()):
+        pairs = _pairs(rows_a[step], rows_b[step])
+        # Of runs that log different metrics those of both are compared; as text, because NaN is not equal to itself.
+        differing = {n: p for n, p in pairs.items() if n in a and n in b and repr(p[0]) != repr(p[1])}
+        if differing:
+            return Parted(step, differing)
+    return None
+
+
+def _beside(a: Columns, b: Columns) -> dict[str, list[Any]]:
+    rows_a, rows_b = _rows_of(a), _rows_of(b)
+    steps = sorted(rows_a.keys() & rows_b.keys())
+    found: dict[str, list[Any]] = {"step": steps} if steps else {}
+    for name in [name for name in a if name in b and name != "step"] if steps else []:
+        found[f"{name}, first"] = [rows_a[step].get(name) for step in steps]
+        found[f"{name}, second"] = [rows_b[step].get(name) for step in steps]
+    return found
+
+
+def _text(value: object) -> object:
+    return value if value is None or isinstance(value, (float, str)) else json.dumps(value)

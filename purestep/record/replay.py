@@ -1,0 +1,183 @@
+"""`replay`: a span of a run, executed again a step at a time, with the bits that it had."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from torch import Tensor
+
+from purestep import metrics, tree
+from purestep.arguments import Judge, Whole, checked
+from purestep.data import Batches
+from purestep.errors import ConfigError, explain
+from purestep.loop.cadence import steps
+from purestep.loop.events import LoopState, Saved, StepsDone, Stopped
+from purestep.loop.replaying import Replaying
+from purestep.loop.resume import around
+from purestep.record.experiment import Experiment, Makes, made
+from purestep.record.run_record import RunRecord
+from purestep.record.run_record import open as open_run
+from purestep.snapshot import Manifest, Store, root_of
+
+Which = Annotated[
+    RunRecord | str | Path,
+    Judge(
+        "a run of ps.open, or its directory",
+        lambda v: isinstance(v, (RunRecord, Path)) or (isinstance(v, str) and v != ""),
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replayed:
+    """One step of a run, executed again.
+
+    Attributes:
+        position: batches consumed after it; a snapshot of this number holds `state`.
+        epoch, batch: the place of its batch in the data.
+        indices: which samples of the data set the batch is of, int64[b]; None where the data does not say.
+        data: the batch that the step was called with.
+        state: the train state after it, and after what callbacks made of it at this moment.
+        metrics: of this batch.
+    """
+
+    position: int
+    epoch: int
+    batch: int
+    indices: Tensor | None
+    data: Any = dataclasses.field(repr=False)
+    state: Any = dataclasses.field(repr=False)
+    metrics: Mapping[str, float]
+
+    @property
+    def digest(self) -> str:
+        """Of the train state, as a snapshot records it."""
+        return tree.digest(self.state)
+
+
+@checked(ConfigError)
+def replay(run: Which, experiment: Makes, first: Whole, last: Whole) -> Iterator[Replayed]:
+    """Execute a span of a run again: the steps that lead from position `first` to position `last`.
+
+    It begins at the snapshot at or before `first`, or at the beginning of the experiment where there is none, and goes
+    through the same loop, data and callbacks as the run did: evaluations and transforms are performed, snapshots and
+    logs are not written. The bits are those of the run, if the experiment is. What is not says `RunChangedWarning`.
+
+    A step that donates its state writes over the states that were given before: look at each before the next.
+
+    Args:
+        run: a run, or its directory.
+        experiment: what the run was made of, or a function that makes it from the settings of the run.
+        first: the position to begin at, in batches.
+        last: the position to end at.
+
+    Yields:
+        A `Replayed` for each of the positions first + 1, ..., last.
+
+    Raises:
+        ConfigError: `last` is before `first`, or the run ends before it.
+        TemplateMismatch: the state of the experiment is not that of the run.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> import purestep as ps
+        >>> @ps.experiment
+        ... def linear(lr=0.1):
+        ...     tx = ps.optim.sgd(lr)
+        ...     step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+        ...     data = ps.data.batches({"x": torch.arange(16.0).reshape(8, 2)}, 4)
+        ...     return ps.Experiment(step, ps.init(lambda: torch.nn.Linear(2, 1), tx), data, until=ps.steps(5))
+        >>> run_dir = tempfile.mkdtemp()
+        >>> digest = ps.digest(linear(lr=0.01).fit(run_dir=run_dir).state)
+        >>> for r in ps.replay(run_dir, linear, 3, 5):
+        ...     r.position, r.epoch, r.batch, r.indices.shape, r.digest == digest
+        (4, 1, 1, torch.Size([4]), False)
+        (5, 2, 0, torch.Size([4]), True)
+    """
+    record = opened(run)
+    if last < first:
+        raise ConfigError(explain("a span ends where it begins, or later", where=f"first={first}, last={last}"))
+    return _replay(record, made(experiment, record.settings), first, last)
+
+
+def _replay(record: RunRecord, experiment: Experiment, first: int, last: int) -> Generator[Replayed, None, None]:
+    if last > first:
+        with begun(record, experiment, nearest(record, first), last) as replaying:
+            yield from (step for step in positions(replaying, last) if step.position > first)
+
+
+def nearest(record: RunRecord, position: int) -> int:
+    """Return where to begin for a position: its snapshot or the one before it, else the beginning.
+
+    Raises:
+        ConfigError: the run is a fork that began after it.
+    """
+    start = max((step for step in record.snapshots if step <= position), default=0)
+    if start or record.parent is None:
+        return start
+    raise ConfigError(
+        explain(
+            f"the run began at {record.parent.at}, after {position}",
+            where=f"{record.path}: forked from {record.parent.run}",
+            instead="replay what was before from the run that it was forked from",
+        )
+    )
+
+
+def opened(run: Which) -> RunRecord:
+    """Return the record of a run that is given as a record or a directory."""
+    return run if isinstance(run, RunRecord) else open_run(run)
+
+
+@contextlib.contextmanager
+def begun(
+    record: RunRecord, experiment: Experiment, start: int, last: int, *, warn: bool = True, strict: bool = False
+) -> Iterator[Replaying]:
+    """Begin to execute a run again at a snapshot; without one there, and at 0, at its beginning."""
+    loop: LoopState | None = None
+    manifest: Manifest | None = None
+    if start in record.snapshots:
+        loop, manifest = stored(record, experiment, start)
+    elif record.snapshots:
+        manifest = Store(root_of(record.path)).read_manifest(record.snapshots[0])
+    replaying = Replaying(experiment.arguments(steps(max(last, 1)), strict=strict), loop, manifest, warn=warn)
+    del loop
+    with contextlib.closing(replaying):
+        yield replaying
+
+
+def stored(record: RunRecord, experiment: Experiment, step: int) -> tuple[LoopState, Manifest]:
+    """Return the loop in a snapshot, verified, and its manifest."""
+    store = Store(root_of(record.path))
+    return store.restore(like=around(experiment.state), step=step).value, store.read_manifest(step)
+
+
+def positions(replaying: Replaying, last: int) -> Iterator[Replayed]:
+    """Yield each step up to a position, at the moment at which a snapshot of it would be taken."""
+    source = replaying.source
+    done: StepsDone | None = None
+    epoch = batch = 0
+    for event in replaying:
+        cursor = replaying.loop.cursor
+        if isinstance(event, StepsDone) and event.count:
+            done, epoch, batch = event, cursor.epoch, cursor.batch - 1
+        elif isinstance(event, Saved) and done is not None:
+            found = metrics.compute(done.metrics[0])
+            indices = source.indices(epoch, batch) if isinstance(source, Batches) else None
+            state = replaying.loop.train
+            yield Replayed(cursor.batches, epoch, batch, indices, replaying.batch, state, found)
+            done = None
+            if cursor.batches >= last:
+                return
+        elif isinstance(event, Stopped):
+            raise ConfigError(
+                explain(
+                    f"the run ends at {cursor.batches}, before {last}",
+                    where=f"it ended because: {event.reason}",
+                    instead=f"last={cursor.batches}",
+                )
+            )

@@ -1,0 +1,196 @@
+"""`runs`: the runs under a directory as a table that sorts, filters and shows itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from purestep.arguments import Location, Name, checked
+from purestep.errors import ConfigError, explain
+from purestep.record import shown
+from purestep.record.summary import Summary, is_run, summarize
+
+DEPTH = 4  # levels below the root at which runs are looked for
+SHOWN = 100  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs(Sequence[Summary]):
+    """A table of runs. It iterates, and is indexed by a number or a name; `sort` and `filter` give another table.
+
+    Attributes:
+        rows: a `Summary` of each run.
+    """
+
+    rows: tuple[Summary, ...]
+
+    @overload
+    def __getitem__(self, key: int | str) -> Summary: ...
+    @overload
+    def __getitem__(self, key: slice) -> Runs: ...
+    def __getitem__(self, key: int | str | slice) -> Summary | Runs:
+        if isinstance(key, slice):
+            return Runs(self.rows[key])
+        if isinstance(key, int):
+            return self.rows[key]
+        for row in self.rows:
+            if row.name == key:
+                return row
+        names = ", ".join(row.name for row in self.rows[:20])
+        raise ConfigError(explain(f"there is no run named {key!r}", where=f"runs: {names or 'none'}"))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sort(self, by: Name, *, reverse: bool = False) -> Runs:
+        """Return the table sorted by a column: an attribute of `Summary`, a metric or a setting.
+
+        Runs without a value come last, NaN too.
+
+        Args:
+            by: "when", "updates", "name", ..., or the name of a metric or of a setting.
+            reverse: largest first.
+
+        Raises:
+            ConfigError: no run has such a column, or its values are of kinds that have no order.
+        """
+        if not any(_has(row, by) for row in self.rows) and self.rows:
+            names = dict.fromkeys([*_FIELDS, *(n for row in self.rows for n in (*row.settings, *row.metrics))])
+            raise ConfigError(
+                explain(f"no run has a column {by!r}", where=f"columns: {', '.join(names)}", instead='sort("when")')
+            )
+        with_value = [row for row in self.rows if _value(row, by) is not None]
+        try:
+            ordered = sorted(with_value, key=lambda row: _value(row, by), reverse=reverse)
+        except TypeError as error:
+            raise ConfigError(explain(f"the values of {by!r} have no order", why=str(error))) from error
+        return Runs((*ordered, *(row for row in self.rows if _value(row, by) is None)))
+
+    def filter(self, condition: Callable[[Summary], bool] | None = None, **values: Any) -> Runs:
+        """Return the runs that meet a condition, and have the values that are given.
+
+        Args:
+            condition: `condition(summary) -> bool`.
+            values: attributes of `Summary`, settings or metrics by name, and what they are equal to.
+        """
+        kept = [row for row in self.rows if condition is None or condition(row)]
+        return Runs(tuple(row for row in kept if all(_value(row, name) == wanted for name, wanted in values.items())))
+
+    def _table(self) -> tuple[list[str], list[list[object]]]:
+        rows = self.rows[:SHOWN]
+        settings = _names(row.settings for row in rows)
+        metrics = _names(row.metrics for row in rows)
+        parents = any(row.parent is not None for row in rows)
+        head = [
+            "run",
+            "when",
+            "why it ended",
+            "updates",
+            *settings,
+            *metrics,
+            *(["parent"] if parents else []),
+            "digest",
+        ]
+        body: list[list[object]] = []
+        for row in rows:
+            cells: list[object] = [row.name, row.when, row.why, row.updates]
+            cells += [_setting(row, name) for name in settings]
+            cells += [row.metrics.get(name) for name in metrics]
+            cells += [row.parent] if parents else []
+            body.append([*cells, row.digest[:8]])
+        return head, body
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return "no runs"
+        more = len(self.rows) - SHOWN
+        return shown.text_table(*self._table()) + (f"\n... and {more} more" if more > 0 else "")
+
+    def _repr_html_(self) -> str:
+        title = "no runs" if not self.rows else f"{len(self.rows):,} run{'s' if len(self.rows) > 1 else ''}"
+        if len(self.rows) > SHOWN:
+            title += f", the first {SHOWN}"
+        return shown.html_table(*self._table(), title=title)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Summary))
+
+
+def _has(row: Summary, name: str) -> bool:
+    return name in _FIELDS or name in row.settings or name in row.metrics
+
+
+def _value(row: Summary, name: str) -> Any:
+    """Return an attribute, a setting or a metric; None for one that is missing or NaN."""
+    value = getattr(row, name) if name in _FIELDS else row.settings.get(name, row.metrics.get(name))
+    return None if value != value else value
+
+
+def _setting(row: Summary, name: str) -> object:
+    """Return a setting for a table, where True is not 1 and a list is its text."""
+    value = row.settings.get(name)
+    return value if value is None or isinstance(value, float) else str(value)
+
+
+def _names(mappings: Any) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+@checked(ConfigError)
+def runs(root: Location) -> Runs:
+    """List the runs under a directory, itself included, in order of name.
+
+    Only what each run says of itself is read: `run.json` and the header of its newest snapshot. A run that is damaged
+    has a row that says so. Symbolic links are not followed.
+
+    Args:
+        root: the directory; runs are looked for up to four levels below.
+
+    Raises:
+        ConfigError: there is no such directory.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> import purestep as ps
+        >>> tx = ps.optim.sgd(0.1)
+        >>> step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for n in (2, 3):
+        ...     state = ps.init(lambda: torch.nn.Linear(2, 1), tx)
+        ...     data = ps.data.batches({"x": torch.ones(8, 2)}, 4)
+        ...     _ = ps.fit(step, state, data, until=ps.steps(n), run_dir=root / f"run{n}", settings={"n": n})
+        >>> table = runs(root)
+        >>> [(run.name, run.why, run.updates) for run in table.sort("updates", reverse=True)]
+        [('run3', 'reached 3 steps', 3), ('run2', 'reached 2 steps', 2)]
+        >>> table.filter(n=2)["run2"].settings
+        {'n': 2}
+    """
+    top = Path(root)
+    if not top.is_dir():
+        raise ConfigError(explain("there is no such directory", where=f"root={str(root)!r}"))
+    found = sorted(_found(top, DEPTH))
+    return Runs(tuple(summarize(path, _named(path, top)) for path in found))
+
+
+def _named(path: Path, top: Path) -> str:
+    return top.absolute().name if path == top else path.relative_to(top).as_posix()
+
+
+def _found(directory: Path, depth: int) -> Iterator[Path]:
+    if is_run(directory):
+        yield directory
+        return
+    if depth == 0:
+        return
+    try:
+        with os.scandir(directory) as items:
+            below = [
+                item.name for item in items if item.is_dir(follow_symlinks=False) and not item.name.startswith(".")
+            ]
+    except OSError:  # not ours to read
+        return
+    for name in below:
+        yield from _found(directory / name, depth - 1)
