@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from purestep.loop.cadence import steps as steps
     from purestep.loop.result import Result as Result
     from purestep.loop.resume import restore as restore
+    from purestep.record.compare_bits import compare_bits as compare_bits
+    from purestep.record.trace_bits import trace_bits as trace_bits
     from purestep.trainer import fit as fit
     from purestep.trainer import run as run
 
