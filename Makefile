@@ -32,7 +32,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,data,float8,export
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest lint format docs bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest setup-docs lint format docs bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -67,6 +67,8 @@ test-all: $(READY)  ## run the whole test suite
 setup-oldest: .venv-torch-$(OLDEST)/.ready
 
 setup-newest: .venv-torch-$(NEWEST)/.ready
+
+setup-docs: $(DOCS_READY)
 
 test-oldest: .venv-torch-$(OLDEST)/.ready  ## a selection of the tests on the oldest torch of the range
 	.venv-torch-$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) $(ENDS)

@@ -117,7 +117,7 @@ def main() -> int:
         return result.exit_code
 
     curves = args.run_dir / "learning_curves.png"
-    ps.ui.learning_curves(args.run_dir / "metrics.csv", curves)
+    ps.display.learning_curves(args.run_dir / "metrics.csv", curves)
     best = ps.restore(args.run_dir, like=state, best="val/accuracy", mode="max")
     report = {
         "why it ended": result.reason,

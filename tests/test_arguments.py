@@ -22,7 +22,7 @@ import purestep as ps
 from purestep.arguments import Count, Decay, Fraction, Judge, NonNegative, Range, check_of, checked
 from purestep.errors import ConfigError, PurestepError
 
-ROOMS = "callbacks data loggers metrics optim precision random sharding snapshot testing tree ui".split()
+ROOMS = "callbacks data loggers metrics optim precision random sharding snapshot testing tree display".split()
 
 VALUES: dict[str, Any] = {
     "None": None,
@@ -232,7 +232,7 @@ LEFT_OUT: dict[str, str] = {
         "Result TrainState metrics.Confusion metrics.Last metrics.Max metrics.Mean metrics.Min metrics.Series "
         "metrics.Sum "
         "optim.EmptyState precision.MasterWeightsState precision.NoLossScale sharding.LocalBatch snapshot.Manifest "
-        "snapshot.Restored testing.Report ui.Summary".split(),
+        "snapshot.Restored testing.Report display.Summary".split(),
         NODE,
     ),
     **dict.fromkeys(
@@ -242,7 +242,7 @@ LEFT_OUT: dict[str, str] = {
         "for the rooms of purestep",
     ),
     "data.concat": "sources by position, each of them what as_source takes",
-    **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope ui.ProgressSink metrics.Recorder".split(), MADE),
+    **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope display.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
         "callbacks.Callback callbacks.Evaluator callbacks.Observer callbacks.Reducer callbacks.SnapshotPolicy "
         "callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink metrics.Metric "

@@ -68,7 +68,7 @@ def test_cgroup_v1(machine, quota: str, cpus: int, mount: str) -> None:
 def test_auto_leaves_one_cpu_to_the_run(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     for cpus, workers in ((12, 11), (1, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cpus: set(range(n)), raising=False)
-        assert batches([1, 2], 1, num_workers="auto")._worker_options()["workers"] <= workers
+        assert batches([1, 2], 1, num_workers="auto")._pool_options().workers <= workers
 
 
 def test_memory_is_what_the_tightest_cgroup_leaves(machine) -> None:

@@ -210,9 +210,9 @@ def test_a_binding_that_cannot_be_entered_or_left_leaves_nothing_bound(fails, mo
         bound.given["0.running_mean"] = type("Bad", (), {"clone": broken})()
     elif fails in ("mode in", "mode out"):
         name = "__enter__" if fails == "mode in" else "__exit__"
-        monkeypatch.setattr(ps.keyed.KeyedRandom, name, broken)
+        monkeypatch.setattr(ps.random.torch_mode.KeyedRandom, name, broken)
     elif fails == "generators":
-        monkeypatch.setattr(ps.keyed.host.Guard, "enter", broken)
+        monkeypatch.setattr(ps.random.host_draws.Guard, "enter", broken)
     with pytest.raises(RuntimeError, match="mine"), bound:
         pass
     monkeypatch.undo()

@@ -54,7 +54,7 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
     def _source(self) -> data.Source:
         return data.as_source(self.data)
 
-    def check_first(self, train: Any) -> tuple[str, ...] | None:
+    def check_first(self, train: object) -> tuple[str, ...] | None:
         """Check the evaluation on the shapes of its first batch, where that can be read without disturbing anything.
 
         Returns:
@@ -74,7 +74,7 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
         return None
 
     def evaluate(
-        self, train: Any, interrupted: Callable[[], bool], peers: Peers | None = None
+        self, train: object, interrupted: Callable[[], bool], peers: Peers | None = None
     ) -> dict[str, float] | None:
         """Return the row of metrics over the whole set, or None when a signal cut it off.
 
@@ -95,7 +95,7 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
             )
         return metrics.compute(sums, prefix=f"{self.name}/")
 
-    def _alone(self, train: Any, interrupted: Callable[[], bool]) -> Sums | None:
+    def _alone(self, train: object, interrupted: Callable[[], bool]) -> Sums | None:
         device = device_of(train)
         sums: Sums = {}
         waiting: list[Any] = []
@@ -107,7 +107,7 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
                 return None
         return metrics.fold(sums, metrics.to_host(waiting))
 
-    def _together(self, train: Any, interrupted: Callable[[], bool], peers: Peers) -> Sums | None:
+    def _together(self, train: object, interrupted: Callable[[], bool], peers: Peers) -> Sums | None:
         if peers.plan not in self._shared:
             self._shared[peers.plan] = Shared(self._step_under(peers.plan), self._source, peers.plan)
         work = self._shared[peers.plan]
@@ -131,7 +131,7 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
 @checked(ConfigError)
 def evaluate(
     loss_fn: Callable[..., Any],
-    data: Any,
+    data: object,
     *,
     every: Every = every.epoch(),  # noqa: B008
     at_start: bool = False,

@@ -69,7 +69,7 @@ class TransformCallback(Recurring, Reducer, Transformer):
     def react(self, own: object, event: Event, view: View) -> Reaction:
         return own, ((Transform(self.name),) if self.every.due(event, view) else ())
 
-    def transform(self, train: Any) -> Any:
+    def transform(self, train: object) -> Any:
         return self.function(train)
 
 

@@ -48,7 +48,7 @@ class Shown:
         return "\n".join(lines[: self.max_leaves] + ([f"... and {hidden} more"] if hidden > 0 else []))
 
 
-def show(value: Any, *, root: str = "tree", max_leaves: int = MAX_LEAVES) -> Shown:
+def show(value: object, *, root: str = "tree", max_leaves: int = MAX_LEAVES) -> Shown:
     """Show a state, or the result of `tree.diff`, as a collapsible tree in a notebook.
 
     A leaf shows path, dtype, shape and bytes; a tensor of up to 100,000 elements also mean, standard deviation,
@@ -110,7 +110,7 @@ def _short(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _lines(path: str, value: Any) -> Iterator[tuple[str, str]]:
+def _lines(path: str, value: object) -> Iterator[tuple[str, str]]:
     children = _children(value)
     if children is None:
         if value is not None:
@@ -131,7 +131,7 @@ class _Budget:
         self.reported = False
 
 
-def _node(label: str, path: str, value: Any, level: int, budget: _Budget) -> Iterator[str]:
+def _node(label: str, path: str, value: object, level: int, budget: _Budget) -> Iterator[str]:
     children = _children(value)
     if children is None:
         yield from _leaf(label, path, value, budget)
@@ -152,7 +152,7 @@ def _node(label: str, path: str, value: Any, level: int, budget: _Budget) -> Ite
     yield "</details>"
 
 
-def _leaf(label: str, path: str, value: Any, budget: _Budget) -> Iterator[str]:
+def _leaf(label: str, path: str, value: object, budget: _Budget) -> Iterator[str]:
     budget.leaves -= 1
     text = (
         "None"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -82,7 +81,7 @@ class Summary:
 
 
 @checked(ConfigError)
-def summary(state_or_module: Any, *, depth: Count = 1) -> Summary:
+def summary(state_or_module: object, *, depth: Count = 1) -> Summary:
     """Count the parameters, bytes and dtypes of a model or of a state, by submodule.
 
     Tied weights are counted once, where they first appear. Frozen parameters are in the buffers of a `TrainState`; its
@@ -138,7 +137,7 @@ def _module(value: object) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def _tensors(value: Any, module: nn.Module | None) -> Iterator[tuple[str, Tensor, str]]:
+def _tensors(value: object, module: nn.Module | None) -> Iterator[tuple[str, Tensor, str]]:
     """Every tensor with its dotted name and its role, in the order of the model where there is one."""
     if isinstance(value, nn.Module):
         for name, parameter in value.named_parameters():

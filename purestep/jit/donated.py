@@ -112,6 +112,7 @@ def donate(step: Callable[..., Any]) -> Any:
         StepError: when called: what the step returned besides the state lies in memory that was written over.
 
     Examples:
+        >>> import torch
         >>> import purestep as ps
         >>> tx = ps.optim.adamw(1e-3)
         >>> step = donate(ps.make_step(lambda net, batch: net(batch).square().mean(), tx))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
@@ -26,7 +26,7 @@ def _whole(value: int, call: str) -> None:
         raise ConfigError(explain("steps and epochs are counted in a whole number", where=call.format(repr(value))))
 
 
-def _same_kind(a: Any, b: Any, kind: type, instead: str) -> None:
+def _same_kind(a: object, b: object, kind: type, instead: str) -> None:
     if not isinstance(b, kind):
         where = f"{a} with {b!r}"
         raise ConfigError(explain("a cadence is combined with a cadence of its own kind", where=where, instead=instead))

@@ -53,7 +53,7 @@ class Alone:
         """Tell, after a batch, whether the chunk of steps ends here."""
         return self._signals.unread or (deadline is not None and time.monotonic() - self._start >= deadline)
 
-    def meet(self, what: str, value: Any = None) -> list[Any]:
+    def meet(self, what: str, value: object = None) -> list[Any]:
         """Exchange a value with the other ranks, and with it signals and time."""
         return [value]
 
@@ -121,7 +121,7 @@ class Together(Alone):
         texts = {number: str(text) for number, text in enumerate(found)}
         control.refuse_different({f"batch {self._batches}": texts}, instead=SAME_DATA)
 
-    def meet(self, what: str, value: Any = None, *, deadline: float | None = None) -> list[Any]:
+    def meet(self, what: str, value: object = None, *, deadline: float | None = None) -> list[Any]:
         name = self._signals.read() if self._signals.unread else ""
         now = time.monotonic() - self._start
         found = control.gather((value, name, now, self._pace(now, deadline)), what=what)

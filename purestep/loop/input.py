@@ -58,7 +58,7 @@ class Feed:
                 )
             )
 
-    def begin(self, loader: Any) -> None:
+    def begin(self, loader: object) -> None:
         """Note the state that a resumed run has to open the source with; None at its beginning."""
         self._loader = loader
 
@@ -165,7 +165,7 @@ def _without_workers(source: data.Source) -> data.Source:
     return source.replace(num_workers=0) if isinstance(source, data.Batches) else source
 
 
-def device_of(train: Any) -> torch.device:
+def device_of(train: object) -> torch.device:
     """Return the device of the first tensor of a train state."""
     for leaf in tree.leaves(train):
         if isinstance(leaf, torch.Tensor):

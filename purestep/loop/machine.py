@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from purestep import metrics as metrics_
 from purestep.errors import ConfigError, explain
@@ -75,7 +74,7 @@ class Machine:
                     )
                 )
 
-    def init(self, train: Any) -> LoopState:
+    def init(self, train: object) -> LoopState:
         """Return the loop at the start of a run."""
         return LoopState(train, callbacks={c.name: c.init() for c in self.callbacks})
 

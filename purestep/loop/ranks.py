@@ -85,7 +85,7 @@ class Ranks:
         if not self.alone and self._cut is not None:
             control.agree_each({"the batch": self.seen()}, what="the first batch", instead=SAME_DATA)
 
-    def samples(self, batch: Any) -> int:
+    def samples(self, batch: object) -> int:
         """Return the number of samples of the global batch."""
         return batch.samples if isinstance(batch, LocalBatch) else metrics.sample_count(batch)
 
@@ -97,7 +97,7 @@ class Ranks:
 
     # --- the start and the end --------------------------------------------------------------------------------------
 
-    def placed(self, train: Any) -> Any:
+    def placed(self, train: object) -> Any:
         """Return the state as the plan of the step places it; every rank calls it.
 
         Raises:
@@ -191,7 +191,7 @@ class Ranks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.alone or error is None or isinstance(error, GeneratorExit):
             return
         if control.is_lost(error):
@@ -204,7 +204,7 @@ def _first_lines(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n  why:")[0][:1000]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """The repr of a configuration, without the addresses that differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 

@@ -30,7 +30,7 @@ def store_root(run_dir: str | Path) -> Path:
 
 def begin(
     machine: Machine,
-    train: Any,
+    train: object,
     store: snapshot.Store | None,
     resume: Resume,
     *,
@@ -190,7 +190,7 @@ def restore(
     return found if policy is None else under_policy(policy_of(policy), found, like)
 
 
-def _around(train: Any) -> LoopState:
+def _around(train: object) -> LoopState:
     """Return the template of a run in which only the train state matters."""
     return LoopState(train, cursor=..., callbacks=..., status=..., elapsed=0.0)  # type: ignore[arg-type]
 

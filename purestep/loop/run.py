@@ -250,7 +250,7 @@ class Run:
         yield from self._saving.durable()
 
     def _chunk(
-        self, state: Any, batches: Iterator[Any], elapsed: float | None
+        self, state: object, batches: Iterator[Any], elapsed: float | None
     ) -> tuple[Any, metrics.Recorder, bool, Any]:
         """Train on a chunk of batches; return whether it was cut short, and the last batch. No device is read here."""
         record, index, batch = metrics.Recorder(), self.loop.cursor.batches, None
@@ -285,13 +285,13 @@ class Run:
         """The metrics of a batch, and how many samples it lost: merged like the others, so that a resume is exact."""
         return {"skipped_samples": metrics.Sum(self._feed.left_out), **values}
 
-    def _explain(self, error: Exception, state: Any, batch: Any, index: int) -> None:
+    def _explain(self, error: Exception, state: object, batch: object, index: int) -> None:
         """Raise what there is to say of an error of the step besides itself."""
         explained = self._guard.explained(error, state, batch, index)
         if explained is not error:
             raise explained from error
 
-    def _check_first(self, state: Any, batch: Any) -> _First:
+    def _check_first(self, state: object, batch: object) -> _First:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
         contract = Contract(self._step, state)
 
@@ -349,5 +349,5 @@ def _nobody_performs(effect: str, name: str, role: str, callback: object) -> Con
     )
 
 
-def _copied(leaf: Any) -> Any:
+def _copied(leaf: object) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf

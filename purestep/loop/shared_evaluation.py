@@ -34,7 +34,7 @@ class Shared:
         self._shard = BatchShard(plan.index, plan.replicas)
         self._whole, self._source = source, shard_batches(source, self._shard)
 
-    def run(self, train: Any, meet: Callable[[Any], list[Any]]) -> Iterator[Sequence[Mapping[str, metrics.Metric]]]:
+    def run(self, train: object, meet: Callable[[Any], list[Any]]) -> Iterator[Sequence[Mapping[str, metrics.Metric]]]:
         """Evaluate all rounds; yield the metrics of all ranks' batches as they are exchanged, in order.
 
         Args:
@@ -62,7 +62,7 @@ class Shared:
         if count:
             yield self._exchange(meet, waiting, goal)[0]
 
-    def _spare(self, last: Any) -> Any:
+    def _spare(self, last: object) -> Any:
         if last is not None:
             return last
         batches = self._whole.open(0, 0, None)

@@ -6,7 +6,6 @@ Once in a streak the gradients of the last batch are computed again, outside of 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Skipped:
     def __init__(self, *, first: bool) -> None:
         self._first, self._row, self._told = first, 0, False
 
-    def look(self, step: StepFn, state: Any, batch: Any, steps: Series) -> None:
+    def look(self, step: StepFn, state: object, batch: object, steps: Series) -> None:
         """Look at the steps of a chunk, and warn, once in a streak, when nothing has been accepted for long.
 
         Args:

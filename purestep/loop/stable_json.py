@@ -61,7 +61,7 @@ class Identified(Protocol):
         None where a run is the same with and without it."""
 
 
-def stable(value: Any) -> JSON:
+def stable(value: object) -> JSON:
     """Describe a value as plain JSON.
 
     | value | description |
@@ -89,7 +89,7 @@ class _Describer:
         self._left = _NODES
         self._functions: dict[types.FunctionType, JSON] = {}
 
-    def of(self, value: Any, depth: int) -> JSON:
+    def of(self, value: object, depth: int) -> JSON:
         self._left -= 1
         if depth > _DEPTH or self._left < 0:
             return {"class": stable_name(type(value))}
@@ -119,7 +119,7 @@ class _Describer:
         said = value.identity()
         return self._object(value, said, depth) if isinstance(said, Mapping) else self.of(said, depth + 1)
 
-    def _object(self, value: Any, fields: Mapping[str, Any], depth: int) -> JSON:
+    def _object(self, value: object, fields: Mapping[str, Any], depth: int) -> JSON:
         shown = {str(name): self.of(field, depth + 1) for name, field in fields.items() if name not in _HARMLESS}
         return {"class": stable_name(type(value)), **shown}
 
@@ -169,7 +169,7 @@ class _Describer:
 # --- leaves ---------------------------------------------------------------------------------------------------------
 
 
-def _scalar(value: Any) -> JSON:
+def _scalar(value: object) -> JSON:
     if type(value) is float and not math.isfinite(value):
         return repr(value)  # NaN and infinity are no JSON
     if type(value) is int and value.bit_length() > _BITS:
@@ -228,7 +228,7 @@ def _dataclass_fields(value: Any) -> dict[str, Any]:
     }
 
 
-def _code(value: Any, name: str) -> dict[str, Any]:
+def _code(value: object, name: str) -> dict[str, Any]:
     """Return the method of an object that is what it does, where the script may have edited it."""
     method = getattr(type(value), name, None)
     return {name: method} if isinstance(method, types.FunctionType) and not _is_versioned(method) else {}
@@ -238,7 +238,7 @@ def _is_versioned(function: types.FunctionType) -> bool:
     return str(function.__module__).partition(".")[0] in _VERSIONED
 
 
-def _constructor_arguments(value: Any) -> dict[str, Any]:
+def _constructor_arguments(value: object) -> dict[str, Any]:
     """Return the arguments of the constructor that an object keeps as attributes of the same names."""
     init = inspect.unwrap(type(value).__init__)
     if not isinstance(init, types.FunctionType):
@@ -331,11 +331,11 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _nested(constant)
 
 
-def _is_function(value: Any) -> bool:
+def _is_function(value: object) -> bool:
     return isinstance(value, types.FunctionType)
 
 
-def _is_constant(value: Any) -> bool:
+def _is_constant(value: object) -> bool:
     if isinstance(value, tuple):
         return type(value) is tuple and len(value) <= _ITEMS and all(type(item) in _CONSTANTS for item in value)
     if isinstance(value, nn.Module):

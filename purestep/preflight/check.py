@@ -63,7 +63,7 @@ def check_arity(step: StepFn) -> None:
         ) from error
 
 
-def check_step(step: StepFn, state: Any, batch: Any) -> Dry | None:
+def check_step(step: StepFn, state: object, batch: object) -> Dry | None:
     """Run a step on fake tensors, and refuse what it could not return or run on.
 
     Args:
@@ -105,7 +105,7 @@ def check_step(step: StepFn, state: Any, batch: Any) -> Dry | None:
 
 
 def check_eval(
-    name: str, step: StepFn, state: Any, batch: Any, *, of: Callable[[Any], Any] | None = None
+    name: str, step: StepFn, state: object, batch: object, *, of: Callable[[Any], Any] | None = None
 ) -> tuple[str, ...] | None:
     """Run an evaluation step on fake tensors, for its first batch.
 
@@ -140,7 +140,7 @@ def check_eval(
 # --- surroundings and states that do not fit --------------------------------------------------------------------------
 
 
-def check_optimizer_state(step: StepFn, state: Any) -> None:
+def check_optimizer_state(step: StepFn, state: object) -> None:
     """Refuse a state whose optimizer state was made by another transformation than that of the step.
 
     Raises:
@@ -174,7 +174,7 @@ def check_optimizer_state(step: StepFn, state: Any) -> None:
     )
 
 
-def _shape(leaf: Any) -> Any:
+def _shape(leaf: object) -> Any:
     return tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf)
 
 

@@ -175,7 +175,7 @@ def _resetting_generator(generator: Any) -> Callable[[], Any]:
     return functools.partial(generator.set_state, generator.get_state())
 
 
-def _has_fields(value: Any) -> bool:
+def _has_fields(value: object) -> bool:
     # A module in a list is not part of the model; a closure may be made anew each time.
     without = (*_PLAIN, Tensor, nn.Module, types.ModuleType)
     return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, without)
@@ -187,7 +187,7 @@ class _Frozen:
     def __init__(self) -> None:
         self._budget = _BUDGET
 
-    def of(self, value: Any, depth: int = 0) -> Any:
+    def of(self, value: object, depth: int = 0) -> Any:
         """Return the value; beyond some depth, and some number of items in all, its type."""
         self._budget -= 1
         if isinstance(value, _PLAIN):
@@ -227,7 +227,7 @@ def _generator(value: Any) -> Any:
     return repr(value.bit_generator.state if isinstance(value, np.random.Generator) else value.get_state())
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and _same_numbers(a, b)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
@@ -243,7 +243,7 @@ def _same_numbers(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = type(value).__name__
     if isinstance(value, Tensor):
         text = tree.describe(value)

@@ -53,7 +53,12 @@ class small_kernels(_torch.DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        # A call that comes here has passed the function modes. What it is answered with may not go through them again:
+        # an operation that TorchScript hid from `random.torch_mode` would be refused there.
+        with _torch.no_torch_function():
+            return self._answer(func, args, kwargs or {})
+
+    def _answer(self, func: _torch.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if self._left > 0 and _is_answered_by_zeros(func, args, kwargs):
             began = time.thread_time()
             try:

@@ -72,7 +72,7 @@ class Store:
 
     Examples:
         >>> import tempfile, torch
-        >>> with tempfile.TemporaryDirectory() as root, Store(root, keep=keep.latest(2)) as store:
+        >>> with tempfile.TemporaryDirectory() as root, Store(root, keep=retention.latest(2)) as store:
         ...     for step in (10, 20, 30):
         ...         store.save(step, {"w": torch.full((2,), float(step)), "n": step}, metrics={"loss": 1 / step})
         ...     store.wait()

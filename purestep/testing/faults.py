@@ -225,7 +225,7 @@ def _row(fault: Fault, base: Straight, root: Path, seed: int, times: int) -> Row
     )
 
 
-def _job(target: Any, args: Sequence[str]) -> Job:
+def _job(target: object, args: Sequence[str]) -> Job:
     if isinstance(target, (str, Path)):
         return Job(Path(target).absolute(), None, tuple(args))
     name, module = getattr(target, "__qualname__", ""), sys.modules.get(getattr(target, "__module__", ""))

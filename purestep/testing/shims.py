@@ -50,7 +50,7 @@ class Injector:
         self.tracing = any(s["do"] == "trace" for s in shims)
         self.counting = any(s["do"] == "count" for s in shims)
 
-    def note(self, kind: str, value: Any) -> None:
+    def note(self, kind: str, value: object) -> None:
         """Append a fact to the report, which survives whatever comes next; a limit on files is not for it."""
         with self._one_at_a_time:
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -63,7 +63,7 @@ class _Tolerance:
 @checked(ConfigError)
 def check_transformation(
     tx: GradientTransformation,
-    params: Any = None,
+    params: object = None,
     *,
     value_fn: Callable[[Any], Any] | None = None,
     seeds: Count = 2,
@@ -139,7 +139,7 @@ def check_transformation(
         )
 
 
-def _check_params(params: Any) -> None:
+def _check_params(params: object) -> None:
     if params is None:
         return
     odd = [n for n, p in zip(tree.names(params), tree.leaves(params), strict=True) if not _is_number(p)]
@@ -153,7 +153,7 @@ def _check_params(params: Any) -> None:
         )
 
 
-def _is_number(p: Any) -> bool:
+def _is_number(p: object) -> bool:
     return isinstance(p, Tensor) and p.is_floating_point()
 
 
@@ -181,7 +181,7 @@ def _first(found: Iterator[str]) -> str | None:
 
 
 def _straight(
-    tx: GradientTransformation, params: Any, seed: int, steps: int, value_fn: Callable[[Any], Any] | None
+    tx: GradientTransformation, params: object, seed: int, steps: int, value_fn: Callable[[Any], Any] | None
 ) -> list[_Step]:
     """Return the updates in full, each of them held to the protocol."""
     state = tx.init(params)
@@ -200,7 +200,7 @@ def _straight(
 
 
 def _protocol(
-    tx: GradientTransformation, number: int, grads: Any, state: Any, params: Any, extra: dict[str, Any]
+    tx: GradientTransformation, number: int, grads: object, state: object, params: object, extra: dict[str, Any]
 ) -> _Step:
     """Update twice, and refuse what no step could bear."""
     kept = tree.map(_copy, (grads, state, params))
@@ -234,7 +234,7 @@ def _protocol(
     return _Step(number, grads, state, params, extra, updates, following)
 
 
-def _check_kept(what: str, old: Any, new: Any, root: str, *, dtypes: bool = True) -> None:
+def _check_kept(what: str, old: object, new: object, root: str, *, dtypes: bool = True) -> None:
     before, after = (dict(zip(tree.paths(x, root), tree.leaves(x), strict=True)) for x in (old, new))
     odd = next(iter(before.keys() ^ after.keys()), None)
     if odd is not None:
@@ -249,7 +249,7 @@ def _check_kept(what: str, old: Any, new: Any, root: str, *, dtypes: bool = True
         _broken(f"{what} has another structure than before", f"{root}: {tree.structure(old)} and {tree.structure(new)}")
 
 
-def _check_alias(tx: GradientTransformation, state: Any, params: Any) -> None:
+def _check_alias(tx: GradientTransformation, state: object, params: object) -> None:
     """Refuse an initial state that holds a tensor twice, or a parameter itself: neither could be donated."""
     seen: dict[int, str] = {}
     named = zip(tree.paths(params, "params") + tree.paths(state, "state"), tree.leaves((params, state)), strict=True)
@@ -408,7 +408,7 @@ class _Exchange:
         self.sent: list[tuple[str, Any]] = [("", None)] * size
         self.barrier = threading.Barrier(size, timeout=120)
 
-    def __call__(self, rank: int, what: str, value: Any = None) -> list[Any]:
+    def __call__(self, rank: int, what: str, value: object = None) -> list[Any]:
         self.sent[rank] = what, value
         self.barrier.wait()
         sent = list(self.sent)
@@ -440,7 +440,7 @@ class _Rank(full_tensors.Whole):
             mine.append(self._is_shard(name, value) or self.rank == 0)
         return exact_norm.squares(values, counts, mine, self.reduce)
 
-    def gathered(self, values: Any) -> Any:
+    def gathered(self, values: object) -> Any:
         leaves, structure = tree.flatten(values)
         full = [
             torch.cat(self.exchange(self.rank, f"the full {name}", x), self.shards.dim)
@@ -450,7 +450,7 @@ class _Rank(full_tensors.Whole):
         ]
         return tree.unflatten(structure, full)
 
-    def parted(self, values: Any, like: Any) -> Any:
+    def parted(self, values: object, like: object) -> Any:
         leaves, structure = tree.flatten(values)
         old, known = tree.flatten(like)
         if structure != known:
@@ -461,7 +461,7 @@ class _Rank(full_tensors.Whole):
         ]
         return tree.unflatten(structure, parts)
 
-    def _is_shard(self, name: str, value: Any) -> bool:
+    def _is_shard(self, name: str, value: object) -> bool:
         if not self.split or not isinstance(value, Tensor):
             return False
         full = self.shards.shapes.get(name)
@@ -505,7 +505,7 @@ def _draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def _gradients(params: Any, seed: int, value_fn: Callable[[Any], Any] | None) -> Any:
+def _gradients(params: object, seed: int, value_fn: Callable[[Any], Any] | None) -> Any:
     """Return gradients of sizes that differ from element to element, some of them 0; or those of a loss."""
     if value_fn is not None:
         return torch.func.grad(value_fn)(params)
@@ -518,5 +518,5 @@ def _gradients(params: Any, seed: int, value_fn: Callable[[Any], Any] | None) ->
     return tree.map(drawn, params)
 
 
-def _copy(x: Any) -> Any:
+def _copy(x: object) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x

@@ -378,8 +378,8 @@ def memory(directory):
     found = {name: estimate(name)[0] for name in ("ddp", "fsdp")}
     found |= {f"bf16 {name}": estimate(name, "bf16-mixed")[0] for name in ("ddp", "fsdp")}
     params = estimate("fsdp")[1].params.values()
-    found["local"] = sum(x.nbytes for x in sharding.place.local(list(params)))
-    found["copies"] = sum(2 * x.numel() for x in params if sharding.place.is_split(x))
+    found["local"] = sum(x.nbytes for x in sharding.placement.local(list(params)))
+    found["copies"] = sum(2 * x.numel() for x in params if sharding.placement.is_split(x))
     real = memory_.free_memory
     memory_.free_memory = lambda device: 100 if RANK >= 2 else 10**12
     try:

@@ -53,7 +53,7 @@ jobs = {{
 }}
 tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(1e-3))
 checked = []
-from purestep.loop import precheck
+from purestep.preflight import check as precheck
 inner = precheck.check_step
 precheck.check_step = lambda *given: checked.append(inner(*given))
 for name, (make, loss_fn, batch) in jobs.items():

@@ -14,6 +14,7 @@ import torch
 import purestep as ps
 from purestep import optim, tree
 from purestep.errors import OptimError
+from purestep.optim import _torch as kernels
 from purestep.optim.base import Wrapper
 from purestep.optim.kernels import sliced
 from purestep.optim.scope import fused_on_shards, inside, only_shards, scope_of
@@ -293,10 +294,10 @@ def fast_paths(tx: Any, monkeypatch: pytest.MonkeyPatch, *, reuse: bool) -> dict
         monkeypatch.setattr(owner, name, call)
 
     counting(sliced._Result, "take", "slices")
-    for name in ("_foreach_add", "_foreach_add_", "_foreach_lerp", "_foreach_lerp_"):
-        counting(torch, name, "foreach")
-    for name in ("_fused_sgd_", "_fused_adamw_"):
-        counting(torch, name, "fused")
+    for name in ("foreach_add", "foreach_add_", "foreach_lerp", "foreach_lerp_"):
+        counting(kernels, name, "foreach")
+    for name in ("fused_sgd", "fused_adamw"):
+        counting(kernels, name, "fused")
     params = {"w": torch.ones(16, 8), "b": torch.ones(3), "g": torch.ones(())}
     grads = tree.map(torch.ones_like, params)
     sliced.advance(tx, grads, tx.init(params), params, reuse=reuse, step=torch.zeros(()))

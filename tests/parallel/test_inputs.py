@@ -36,7 +36,7 @@ BATCH = "RankError: the ranks differ in the batch\n  where:   the batch: rank 0:
 SIZE = "RankError: the ranks differ in the size of the batch\n  where:   the size of the batch: rank 0: 8 samples"
 UNPLACED = "ConfigError: the state is not placed by the plan of the step\n  where:   state.params['0.weight']: [8, 6], "
 NO_PLAN = "ConfigError: the state is placed by a plan, and the step has none\n  where:   state.params['0."
-SAMPLER = "DataError: the sampler of a loader cuts the data by rank, and the plan of the step cuts each batch as well"
+SAMPLER = "DataError: the sampler of a loader shards the data by rank, and the plan of the step shards each batch again"
 LATER = {"size": (SIZE, "rank 1: 9 samples"), "shape": (SIZE, "rank 1: 8 samples"), "values": ("no error", "")}
 
 

@@ -84,7 +84,7 @@ def test_sizes_that_are_no_multiples_of_16_are_refused(layer, where):
         ps.make_step(loss_fn, TX, policy="float8")(ps.init(model, TX), make_batch())
     assert where in str(caught.value)
     assert 'policy.where("1.0", float8=False)' in str(caught.value)
-    ps.precision.casting.casting(policy("float8").where("1.0", float8=False), model)
+    ps.precision.cast_params.casting(policy("float8").where("1.0", float8=False), model)
 
 
 @pytest.mark.parametrize("rows", [1, 17, 40])

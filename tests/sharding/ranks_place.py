@@ -13,10 +13,9 @@ from torch import nn
 
 import purestep as ps
 from purestep import optim, tree
-from purestep.distributed import mesh
 from purestep.distributed.mesh import world_size
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, tensor_parallel
+from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel
 from purestep.sharding.placement import full, is_owner, is_split, local, rewrap, shard_of, slice_of
 
 RANK = int(sys.argv[1]) if __name__ == "__main__" else 0

@@ -12,8 +12,7 @@ from torch import nn
 
 import purestep as ps
 from purestep import optim
-from purestep.distributed import mesh
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, tensor_parallel
+from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel
 
 from .models import TENSOR_RULES, Llama, llama_70b, small
 

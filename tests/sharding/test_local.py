@@ -5,10 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purestep.distributed import mesh
 from purestep.errors import StepError
 from purestep.microbatch import split_batch
-from purestep.sharding import LocalBatch, ddp, hsdp, local_batch
+from purestep.sharding import LocalBatch, ddp, hsdp, local_batch, mesh
 from purestep.sharding.local_batches import aligned, microbatch_sizes, rows
 
 

@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
-from purestep.distributed import mesh
 from purestep.errors import ConfigError
-from purestep.sharding import Mesh, fsdp
+from purestep.sharding import Mesh, fsdp, mesh
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"data": 2, "fsdp": 3}, {"a": 2, "b": 1, "c": 4}])

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 import purestep as ps
 from purestep import tree
-from purestep.distributed import mesh
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, tensor_parallel
+from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel
 from purestep.treesum import TreeSum
 
 # name, plan on a mesh of its own, ranks, ranks that compute different microbatches

@@ -4,9 +4,8 @@ import pytest
 from torch import nn
 
 import purestep as ps
-from purestep.distributed import mesh
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, ddp, fsdp, tensor_parallel
+from purestep.sharding import Plan, Spec, ddp, fsdp, mesh, tensor_parallel
 
 TX = ps.optim.adamw(1e-3)
 

@@ -21,7 +21,7 @@ from purestep.snapshot.manifest import DATA, PIECES, TREE, dump, read_manifest
 
 STATE = """
 import sys, torch
-from purestep.snapshot import Store, latest, all_, disk
+from purestep.snapshot import Store, latest, all_, durable_directories as disk
 def value(step):
     return {"w": torch.arange(600_000) + step, "b": torch.full((5,), float(step)), "n": step}
 """
@@ -244,7 +244,7 @@ def test_nothing_heavy_is_imported_before_the_first_save(bare, tmp_path):
         """
 import sys
 import torch
-from purestep.snapshot import Store, restore, steps
+from purestep.snapshot import Store, steps
 store = Store(sys.argv[1] + "/new")
 assert steps(sys.argv[1]) == [] and store.steps() == []
 print(sorted({"jax", "orbax", "tensorstore", "xxhash", "ml_dtypes", "rich"} & set(sys.modules)))

@@ -37,7 +37,7 @@ from purestep.snapshot import writer
 write = writer.write
 def hasty(root, *args, **kwargs):
     for entry in strikes.Index(root).revisions():  # before the new one is durable
-        strikes.disk.remove(entry.path)
+        strikes.durable_directories.remove(entry.path)
     write(root, *args, **kwargs)
 writer.write = hasty
 one = strikes.Range(sys.argv[2], strikes.Path(sys.argv[3]))

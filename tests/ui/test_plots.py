@@ -92,8 +92,8 @@ def test_what_cannot_be_drawn_is_an_error(tmp_path):
 def test_pyplot_is_not_even_imported(bare, tmp_path):
     code = f"""
 import sys
-from purestep import ui
-ui.learning_curves({{"step": [1], "loss": [0.5]}}, {str(tmp_path / "a.png")!r})
+from purestep import display
+display.learning_curves({{"step": [1], "loss": [0.5]}}, {str(tmp_path / "a.png")!r})
 sys.exit("pyplot was imported" if "matplotlib.pyplot" in sys.modules else 0)
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "DISPLAY")}
