@@ -109,7 +109,8 @@ def trace_bits(
 
 
 def _check(step: Callable[..., Any], state: object, batch: object, values: object) -> None:
-    if not isinstance(values, bool) and not all(type(position) is int for position in values):  # type: ignore[attr-defined]
+    positions = isinstance(values, Collection) and all(type(position) is int for position in values)
+    if not isinstance(values, bool) and (not positions or isinstance(values, (str, bytes))):
         what = "values= is True, or the positions of operations"
         raise ConfigError(explain(what, where=f"values={values!r:.80}", instead="values=[41]"))
     backend = facts_of(step).backend
