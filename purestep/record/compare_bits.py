@@ -96,7 +96,7 @@ class BitsComparison:
             lines.append(("largest", f"at {list(largest.index)}: {largest.a!r} and {largest.b!r}{apart}"))
         else:
             lines.append(("distance", f"trace both with values=[{self.position}] to see it"))
-        lines.append(("after it", f"{self.differing} operations differ in all"))
+        lines.append(("in all", f"{self.differing} operations differ"))
         return f"the first operation that differs is {a}{apart}", lines
 
 
