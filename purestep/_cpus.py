@@ -32,7 +32,7 @@ def available_cpus(*, root: str | Path = "/") -> int:
 
 
 def available_memory(*, root: str | Path = "/") -> int | None:
-    """Return how many bytes of memory this process can still take; None where nobody says.
+    """Return how many bytes of memory this process can still take; None where the system does not say.
 
     It is the least of what the system calls available and of what the cgroups it lies in (v2 or v1) leave.
 

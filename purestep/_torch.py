@@ -146,7 +146,7 @@ def from_part(cls: type[Tensor], part: Tensor, layout: DTensorSpec) -> Tensor:
 
 
 def is_fake(value: object) -> bool:
-    """Tell whether a value is a fake tensor; as long as nobody has loaded those, nothing is."""
+    """Tell whether a value is a fake tensor; before their module is imported, nothing is."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is not None and isinstance(value, fake.FakeTensor)
 

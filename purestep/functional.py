@@ -257,7 +257,7 @@ class bind:
         return repeated
 
     def silent(self, others: list[bind]) -> bind:
-        """Return this binding for the backward pass, where nobody says which call is recomputed.
+        """Return this binding for the backward pass, where torch does not say which call is recomputed.
 
         So random operations are refused, and of a module that was called with several sets of tensors those that
         differ are replaced by tensors without data, with which a recomputation fails instead of giving other numbers.

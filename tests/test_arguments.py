@@ -242,7 +242,7 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
         "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
         "tree.find tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select "
-        "tree.tensor_bytes tree.unflatten".split(),
+        "tree.stable_name tree.tensor_bytes tree.unflatten".split(),
         "for the rooms of purestep",
     ),
     "data.concat": "sources by position, each of them what as_source takes",

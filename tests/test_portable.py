@@ -101,6 +101,7 @@ LESSER = {
 
 
 @needs_avx2
+@pytest.mark.slow
 def test_a_step_has_one_digest_on_lesser_processors_eager_and_compiled(tmp_path):
     code = STEP + "print(digest(step), digest(ps.jit(step)), portable.record(), portable.probe())"
     entered = "import purestep as ps; ps.bits.portable()\n" + code

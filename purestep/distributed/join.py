@@ -23,7 +23,7 @@ def join(backend: str, timeout: float) -> None:
         timeout: seconds for the others to come, and of every collective.
 
     Raises:
-        RuntimeError: of torch, or because somebody did not come in time.
+        RuntimeError: of torch, or because a process did not join in time.
     """
     limit = datetime.timedelta(seconds=timeout)
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
@@ -37,7 +37,7 @@ def _life(store: dist.Store, rank: int, size: int, timeout: float) -> str:
     """Return a name that all processes of this life know, and that none before had.
 
     Each says hello with a word of its own; rank 0 answers to that word with its own, until all have confirmed. A hello
-    that a dead process left is answered too, and nobody hears.
+    that a dead process left is answered too, and no process reads the answer.
     """
     mine, end = f"{os.getpid()}-{os.urandom(8).hex()}", time.monotonic() + timeout
     if rank:

@@ -17,7 +17,7 @@ compile. Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             how C++ kernels are compiled. `compile_units` works without: each kernel in a file of its
                             own.
     pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
-                            taken from the shelf, and graphs are compiled anew.
+                            taken from the disk cache, and graphs are compiled anew.
 """
 
 from __future__ import annotations

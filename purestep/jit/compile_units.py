@@ -127,7 +127,7 @@ class Kernel:
         self.get: Callable[[], Any] | None = None
 
     def result(self) -> Any:
-        """Compile if nobody has begun to, wait, and return the function."""
+        """Compile unless another thread has begun to, wait, and return the function."""
         if self.get is None:
             self.batch.start()
         get: Any = self.get

@@ -45,7 +45,7 @@ _HERE = Path(__file__).parent
 
 
 def key(traced: Traced, mode: str | None) -> str | None:
-    """Return the name of a graph on the shelf: a digest of all that its compiled form depends on.
+    """Return the name of a graph in the disk cache: a digest of all that its compiled form depends on.
 
     None for graphs that are not kept: those with tensors in them, or that leave the CPU.
     """
@@ -117,7 +117,7 @@ def _machine() -> tuple[Any, ...]:
 
 
 def take(name: str) -> Run | None:
-    """Return the compiled graph of a name, or None where it is not on the shelf or was damaged."""
+    """Return the compiled graph of a name, or None where it is not in the disk cache or was damaged."""
     folder = _folder(name)
     try:
         if os.name == "posix" and folder.stat().st_uid != os.getuid():

@@ -78,7 +78,7 @@ class Outlets:
                 del sinks[name]
                 if not closing:
                     with contextlib.suppress(Exception):
-                        sink.close()  # it holds a file or a connection, and nobody will ask it again
+                        sink.close()  # it holds a file or a connection, and the run will not use it again
                 warnings.warn(
                     f"{name} raised {type(error).__name__}: {error}\n  it is left out from here on; training goes on",
                     stacklevel=2,

@@ -79,7 +79,7 @@ def begin(
 
 
 def _other_run(error: TemplateMismatch, store: snapshot.Store, at: int, identity: Identity) -> str:
-    """The words of a snapshot that does not fit, for somebody who asked for no snapshot."""
+    """The words of a snapshot that does not fit, for a caller who asked for no snapshot."""
     changed: list[str] = []
     with contextlib.suppress(SnapshotError):
         changed = [line for line in differences(store.read_manifest(at), identity) if line.startswith("step")]

@@ -224,13 +224,13 @@ class Run:
     def _evaluator(self, name: str) -> Evaluator:
         callback = self._by_name.get(name)
         if not isinstance(callback, Evaluator):
-            raise _nobody_performs("Evaluate", name, "Evaluator", callback)
+            raise _no_performer("Evaluate", name, "Evaluator", callback)
         return callback
 
     def _transformer(self, name: str) -> Transformer:
         callback = self._by_name.get(name)
         if not isinstance(callback, Transformer):
-            raise _nobody_performs("Transform", name, "Transformer", callback)
+            raise _no_performer("Transform", name, "Transformer", callback)
         return callback
 
     def _train(self, effect: Train) -> Iterator[Event]:
@@ -337,7 +337,7 @@ class _First:
     attributes: Remembered
 
 
-def _nobody_performs(effect: str, name: str, role: str, callback: object) -> ConfigError:
+def _no_performer(effect: str, name: str, role: str, callback: object) -> ConfigError:
     there = "there is no callback of this name" if callback is None else f"{name!r} is a {type(callback).__name__}"
     return ConfigError(
         explain(

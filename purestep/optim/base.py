@@ -42,7 +42,7 @@ class GradientTransformation(Scoped):
         scope: what `update` must see at once to be right, of gradients, parameters and state alike.
             "element": any slice of any tensor by itself; an element's update depends on that element only, to the bit.
             "tensor": each tensor by itself, but in full: norms of a layer, matrix products.
-            "tree", the default: all tensors at once, in full: a global norm, a line search, or nobody looked.
+            "tree", the default: all tensors at once, in full: a global norm, a line search, or unknown.
             Steps slice long tensors, and plans hand out shards, only where this says that they may: "tree" is always
             right. `ps.testing.check_transformation` proves a narrower claim. A wrapper speaks of itself: a wrapper of
             scope "element" around a transformation of scope "tree" is of scope "tree".

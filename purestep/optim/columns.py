@@ -98,7 +98,7 @@ class _Cutter:
 
     def _cut(self, node: Any, names: frozenset[str]) -> Any:
         if type(node) is int and self.leaf_shapes[node] and self.leaf_shapes[node] in self.shapes.values():
-            raise _Uncuttable  # a tensor like a parameter that is under no name: whose it is nobody can tell
+            raise _Uncuttable  # a tensor like a parameter that is under no name: its parameter is unknown
         if node is None or type(node) is int:
             return node
         if type(node) is dict:

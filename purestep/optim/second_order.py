@@ -40,7 +40,7 @@ def value_and_grad(value_fn: ValueFn, params: Any) -> tuple[Tensor, Any]:
     xs, treedef = tree.flatten(params)
     nested = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     with torch.enable_grad():
-        # Nested: somebody differentiates through this update, so the gradient stays a function of the parameters.
+        # Nested: the caller differentiates through this update, so the gradient stays a function of the parameters.
         points = [x if nested and x.requires_grad else x.detach().requires_grad_() for x in xs]
         value = _scalar(value_fn(tree.unflatten(treedef, points)))
         grads = torch.autograd.grad(value, points, create_graph=nested, allow_unused=True, materialize_grads=True)

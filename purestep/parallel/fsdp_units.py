@@ -192,7 +192,7 @@ class Live:
         return full if wrap is None else {n: wrap(n, t) for n, t in full.items()}
 
     def release(self) -> None:
-        """Let go of the gathered memory. What somebody else still holds stays as it is."""
+        """Let go of the gathered memory. Tensors that other code still holds stay as they are."""
         if self.flat is not None:
             # The allocator may give the address to another tensor, which `_pack` would then take for this parameter.
             del self.session.by_memory[self.flat.untyped_storage().data_ptr()]
@@ -338,7 +338,7 @@ class Session:
             hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
             hooks.__enter__()
         elif top is not None and top[0] != self._pack and top[0].__module__ != "torch.utils.checkpoint":
-            # Somebody else decides what is saved, and may keep the tensor itself.
+            # The caller's hooks decide what is saved, and may keep the tensor itself.
             live.held = True
         self.stack.append((live, hooks))
 

@@ -1,6 +1,6 @@
 """What a step would need on a machine that is not here: memory of a rank by kind, and bytes it sends in a step.
 
-Arithmetic over the rows of `describe`; nothing is allocated and nobody is asked.
+Arithmetic over the rows of `describe`: no memory is allocated, and no rank is asked.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def updating(whole: Whole | None) -> Iterator[None]:
 
 
 class _Alone(Whole):
-    """Whole tensors on every rank: exact sums as before, and nobody to ask."""
+    """Whole tensors on every rank: exact sums as before, and no rank to ask."""
 
     def __init__(self, outer: Whole) -> None:
         super().__init__(outer.plan, {})

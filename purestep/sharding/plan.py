@@ -376,7 +376,7 @@ def _product(left: Plan, right: Plan) -> Plan:
     return Plan(mesh, _rules(left, right, batch), batch=batch, **settings)
 
 
-# What a plan has when nobody said otherwise; of two factors, the one that was told something decides.
+# The defaults of a plan; in a product of two, the factor whose value is no default decides.
 _SETTINGS: dict[str, Any] = {
     "fallback": "replicate",
     "min_size": 0,

@@ -24,12 +24,15 @@ import types
 from pathlib import Path
 from typing import Any
 
+_interrupts: Any = signal.default_int_handler  # what SIGINT did in this process when it began
+
 
 def main() -> None:
     """Be a zygote: `sys.argv` holds the number of a socket, and the modules to import first."""
     atexit.register(ending := _Ending())  # the first to be registered is the last to be called
     sys.path.pop(0)  # the directory it was started in, which no script would have there
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    global _interrupts
+    _interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor, modules = int(sys.argv[1]), sys.argv[2:]
     for name in modules:
         importlib.import_module(name)
@@ -108,7 +111,7 @@ def _settle(order: dict[str, Any], streams: list[int]) -> None:
         if descriptor > 2:
             os.close(descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupts)  # a job of a shell in the background ignores them, and so do its children
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])

@@ -174,6 +174,6 @@ ALL = (
     Fault("a callback raises", 3, _raising("react", (1,))),
     Fault("stdout is full", 2, _stdout("/dev/full")),
     Fault("stdout is closed", 2, _stdout("closed")),
-    Fault("nobody reads stdout any more", 2, _stdout("broken")),
+    Fault("no reader of stdout any more", 2, _stdout("broken")),
     Fault("two runs in one directory", 3, _two_at_once),
 )

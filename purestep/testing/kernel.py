@@ -228,6 +228,6 @@ def mount(place: Path, nbytes: int) -> None:
 
 
 def unmount(place: Path) -> None:
-    """Take a file system away, now or as soon as nobody uses it."""
+    """Take a file system away, now or as soon as no process uses it."""
     detach = 2
     _libc().umount2(os.fsencode(place), detach)

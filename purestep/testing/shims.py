@@ -259,7 +259,7 @@ def _limit_files(injector: Injector, shim: Shim) -> None:
 
 
 def _fill_disk(injector: Injector, shim: Shim) -> None:
-    """Somebody else takes all the room that is left on the disk."""
+    """Another program takes all the space that is left on the disk."""
     ballast = Path(shim["ballast"])
     descriptor, size = os.open(ballast, os.O_WRONLY | os.O_CREAT), 0
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""One update of all parameters; long ones go slice by slice, so that what lies between stays in the processor's cache.
+"""One update of all parameters; long ones go slice by slice, so that temporary buffers stay in the processor's cache.
 
 Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations of scope "element"
 are sliced. Memory that was donated is written over; nothing else is written into.
@@ -20,7 +20,7 @@ from purestep.optim.kernels import foreach as fx
 from purestep.optim.scope import scope_of
 
 # Elements from which a tensor is long. A slice is a quarter of them (`columns.PART`): a few of those, of gradient,
-# parameter, moments and what lies between, fill a core's own cache.
+# parameter, moments and temporary buffers, fill a core's own cache.
 _ON_CPU = 1 << 19
 # A device has no such cache, and a start of a kernel costs more than its slice: there it is about memory only.
 _ON_DEVICE = 1 << 26

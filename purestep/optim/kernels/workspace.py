@@ -1,7 +1,7 @@
-"""Memory for what lies between the operations of an update, kept from one update to the next.
+"""Temporary buffers of the operations of an update, kept from one update to the next.
 
 To take pages from the operating system and give them back costs more than the arithmetic on them. Owns one small store
-a thread; only updates in place use it, whose intermediate results nobody else sees.
+a thread; only updates in place use it, whose intermediate results no other code sees.
 """
 
 from __future__ import annotations
