@@ -36,6 +36,7 @@ _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 _FORWARD = frozenset([_OURS + "functional.py", _OURS + "grad.py"])  # what they call is a forward pass, if not backward
 _OBSERVING = _OURS + os.path.join("random", "host_draws.py")  # asks whether a generator moved, and computes nothing
+_IMPORT = "<frozen importlib"  # a module that is imported by the first call may make tensors
 _GRAPH = "<eval_with_key>"  # the name that torch.fx gives the code of a graph
 _LONGEST = 160  # characters of arguments and lines that are kept
 
@@ -360,7 +361,7 @@ class _Watch(_torch.Watcher):
     def _where(self, args: Any, kwargs: Any) -> tuple[str, tuple[str, str, str]]:
         """Return the phase of an operation, "" where it is none of the step, and its module, place and line of code."""
         frame, called_by = self._frame()
-        if called_by == "observer":
+        if called_by == "aside":
             return "", ("", "", "")
         if called_by == "graph":
             return "graph", ("", *_line(frame))
@@ -384,8 +385,8 @@ class _Watch(_torch.Watcher):
             file = frame.f_code.co_filename
             if file.startswith(_GRAPH):
                 return frame, "graph"
-            if file == _OBSERVING and ours is users is None:
-                return frame, "observer"
+            if file.startswith(_IMPORT) or (file == _OBSERVING and ours is users is None):
+                return frame, "aside"
             if file.startswith(_OURS):
                 if ours is None and not file.startswith(_HERE):
                     ours = frame

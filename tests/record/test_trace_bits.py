@@ -90,6 +90,7 @@ def names(trace):
 STEPS = {
     "eager": lambda: ps.make_step(loss_fn, TX),
     "microbatches": lambda: ps.make_step(loss_fn, TX, microbatches=2),
+    "plan": lambda: ps.make_step(loss_fn, TX, plan=ps.sharding.ddp(1)),
     "torch.func": lambda: ps.make_step(loss_fn, TX, engine="func"),
     "wrapped": lambda: ps.wrap_step(ps.make_step(loss_fn, TX), lambda step, state, batch: step(state, batch)),
     "by hand": lambda: by_hand,
@@ -191,6 +192,21 @@ def test_calls_of_other_threads_are_not_seen(state, batch):
 
     (operation,) = ps.trace_bits(step, torch.ones(3), batch).operations
     assert (operation.name, operation.module) == ("aten.relu", "")
+
+
+def test_what_an_import_computes_is_no_part_of_the_step(tmp_path, monkeypatch):
+    (tmp_path / "module_with_a_tensor.py").write_text("import torch\nONE = torch.ones(3) * 2")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def step(state, batch):
+        import module_with_a_tensor
+
+        return state + module_with_a_tensor.ONE, {}
+
+    try:
+        assert names(ps.trace_bits(step, torch.ones(3), ())) == ["aten.add.Tensor"]
+    finally:
+        sys.modules.pop("module_with_a_tensor", None)
 
 
 def test_a_mode_that_only_watches_counts_as_none():
