@@ -52,12 +52,14 @@ if TYPE_CHECKING:
     from purestep.loop.resume import restore as restore
     from purestep.record.bisect import bisect as bisect
     from purestep.record.compare import compare as compare
+    from purestep.record.compare_bits import compare_bits as compare_bits
     from purestep.record.experiment import Experiment as Experiment
     from purestep.record.experiment import experiment as experiment
     from purestep.record.fork import fork as fork
     from purestep.record.replay import replay as replay
     from purestep.record.run_record import open as open
     from purestep.record.table import runs as runs
+    from purestep.record.trace_bits import trace_bits as trace_bits
     from purestep.record.verify import verify as verify
     from purestep.trainer import fit as fit
     from purestep.trainer import run as run

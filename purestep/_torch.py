@@ -6,8 +6,8 @@ a later torch has it no more:
 
     transform_level         whether a torch.func transform is active. Public: none. Without it: a vmapped or
                             differentiated step would detach; look for a successor in `torch._functorch.pyfunctorch`.
-    dispatch_modes          how many dispatch modes are active (a trace is one). Without it:
-                            `len(torch.utils._python_dispatch._get_current_dispatch_mode_stack())`, ten times slower.
+    dispatch_modes          how many dispatch modes are active (a trace is one), those that only watch left out. Without
+                            it: the length of `torch.utils._python_dispatch._get_current_dispatch_mode_stack()`, slower.
     no_torch_function       a context in which no function mode and no `__torch_function__` looks. The documented
                             `DisableTorchFunctionSubclass` leaves modes on.
     no_torch_dispatch       the same for dispatch modes. Without it: leave the modes of the tape and enter them again.
@@ -60,6 +60,7 @@ from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch.utils import checkpoint as _checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as _mode_stack
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -74,10 +75,23 @@ Hooks = OrderedDict[Any, Callable[..., Any]]
 # --- modes and transforms ---------------------------------------------------------------------------------------------
 
 transform_level: Callable[[], int | None] = torch._C._functorch.maybe_current_level
-dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_all_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 no_torch_function = torch._C.DisableTorchFunction
 no_torch_dispatch = torch._C._DisableTorchDispatch
 autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+class Watcher(DispatchMode):
+    """A dispatch mode that looks on: code that asks whether it is traced runs as it would without."""
+
+
+def dispatch_modes() -> int:
+    """Return how many dispatch modes of this thread do more than watch."""
+    count = _all_modes()
+    if count:
+        count -= sum(isinstance(mode, Watcher) for mode in _mode_stack())
+    return count
+
 
 # --- modules ----------------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,11 @@ def backward_number() -> int | None:
     return None if node is None else int(node._sequence_nr())
 
 
+def backward_running() -> bool:
+    """Return whether this thread is in a backward pass, also between its nodes, where gradients are added up."""
+    return int(torch._C._current_graph_task_id()) != -1
+
+
 @functools.cache
 def processor() -> str:
     """Return the name of the processor as the system has it."""

@@ -269,6 +269,52 @@ def _max_ulp(a: torch.Tensor, b: torch.Tensor) -> int | None:
     return int((np.maximum(left, right) - np.minimum(left, right)).max()) if left.size else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The element of two tensors that is furthest apart.
+
+    Attributes:
+        index: where it is; of a complex number the last one is 0 for the real part and 1 for the imaginary one.
+        a, b: both values.
+        ulp: the distance in units in the last place; None where it has no meaning, as between NaN and a number.
+    """
+
+    index: tuple[int, ...]
+    a: float | int | bool
+    b: float | int | bool
+    ulp: int | None
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> Largest | None:
+    """Return the element of two tensors of one dtype and shape that is furthest apart; None where the bits are equal.
+
+    Elements of which one is NaN come first, then the distance in units in the last place, or of integers as such.
+
+    Examples:
+        >>> a = torch.tensor([1.0, 2.0])
+        >>> largest_difference(a, torch.nextafter(a, a.new_tensor([1.0, 3.0])))
+        Largest(index=(1,), a=2.0, b=2.000000238418579, ulp=1)
+    """
+    left, right = ((torch.view_as_real(x.resolve_conj()) if x.is_complex() else x) for x in (a, b))
+    (flat_a, flat_b), width = (_elements(left), _elements(right)), left.element_size()
+    unequal = (tensor_bytes(flat_a).reshape(-1, width) != tensor_bytes(flat_b).reshape(-1, width)).any(axis=1)
+    places = np.flatnonzero(unequal)
+    if not places.size:
+        return None
+    x, y = flat_a[torch.from_numpy(places)], flat_b[torch.from_numpy(places)]
+    if not x.is_floating_point():
+        apart = [abs(int(p) - int(q)) for p, q in zip(x.tolist(), y.tolist(), strict=True)]
+        chosen, ulp = max(range(len(apart)), key=apart.__getitem__), None
+    else:
+        p, q = _ordered(x), _ordered(y)
+        distance = np.maximum(p, q) - np.minimum(p, q)
+        strange = (torch.isnan(x.to(torch.float64)) | torch.isnan(y.to(torch.float64))).numpy()
+        chosen = int(strange.argmax()) if strange.any() else int(distance.argmax())
+        ulp = None if strange.any() else int(distance[chosen])
+    index = tuple(int(i) for i in np.unravel_index(places[chosen], tuple(left.shape)))
+    return Largest(index, x[chosen].item(), y[chosen].item(), ulp)
+
+
 def _ordered(values: torch.Tensor) -> np.ndarray:
     """Map floats to unsigned integers that grow with the float, neighbours one apart, and -0.0 and 0.0 the same."""
     bits = values.contiguous().view(_INTEGER[values.element_size()])

@@ -225,6 +225,10 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "rules": {"*": ps.sharding.Spec(None)},
         "project": "p",
         "state_or_module": state,
+        # records
+        **dict.fromkeys(
+            ("compare_bits.a", "compare_bits.b"), ps.trace_bits(lambda s, b: (s + 1, {}), torch.ones(2), ())
+        ),
     }
 
 
@@ -277,7 +281,14 @@ LEFT_OUT: dict[str, str] = {
 }
 
 # What is wrong with these values, only the user's own function can say, and its error is the one to see.
-USERS_OWN = {("check_pure", "batch"), ("check_pure", "step"), ("map", "function"), ("bind", "around")}
+USERS_OWN = {
+    ("check_pure", "batch"),
+    ("check_pure", "step"),
+    ("trace_bits", "batch"),
+    ("trace_bits", "step"),
+    ("map", "function"),
+    ("bind", "around"),
+}
 
 # Errors that speak of a parameter by another word.
 NAMED_OTHERWISE = {
@@ -311,6 +322,8 @@ NAMED_OTHERWISE = {
     ("assert_trees_close", "expected"): "trees",
     ("assert_trees_equal", "actual"): "trees",
     ("assert_trees_equal", "expected"): "trees",
+    ("compare_bits", "a"): "trace of bits",
+    ("compare_bits", "b"): "trace of bits",
     ("learning_curves", "source"): "columns|file",
     ("learning_curves", "keys"): "draw",
     ("summary", "state_or_module"): "summarise",
@@ -363,6 +376,7 @@ accept("summary.state_or_module", ["matrix"], "a tree of one tensor")
 accept("Policy.loss_scale", ["None"], "no loss scale")
 accept("matches.filter", ["{}"], "no glob")
 accept("check_pure.batch", [], "the batch is the step's")
+accept("trace_bits.values", ["[]", "{}", "()"], "no positions")
 
 
 def public() -> list[tuple[str, str]]:

@@ -1,10 +1,12 @@
 """The Python blocks of README and docs run, in order, page by page; optimizers have a page test of their own."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +67,28 @@ def test_record_page(capsys, tmp_path, monkeypatch):
     found = namespace["found"]
     assert 5 in found.batch.indices[0].tolist()
     assert found.position == found.batch.position
+
+
+def test_bits_page(tmp_path, monkeypatch, capsys):
+    """What is shown was seen on one machine; another one may round elsewhere, but says it in the same lines."""
+    (script,) = blocks("docs/bits.md")
+    (tmp_path / "train.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    try:
+        runpy.run_path("train.py")
+    finally:
+        torch.set_num_threads(before)
+    shown = re.search(
+        r"^the first operation that differs.*?(?=^```)", (ROOT / "docs/bits.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert _without_numbers(capsys.readouterr().out) == _without_numbers(shown.group())
+    assert (tmp_path / "1.bits").exists()
+
+
+def _without_numbers(text):
+    """The first words of each line, without what depends on the machine."""
+    return [line.split(" is ")[0] if i == 0 else line[:13] for i, line in enumerate(text.strip().splitlines())]
 
 
 @pytest.mark.slow

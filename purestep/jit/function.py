@@ -254,7 +254,9 @@ class Jit(AnyStep):
             with self._lock:
                 entry = self._entries.get(key)
                 if entry is None:
-                    entry = self._entries[key] = self._build(args, kwargs, leaves, structure, extra, objects)
+                    # A mode that watches the call is not to see how it is traced.
+                    with _torch.disable_current_modes():
+                        entry = self._entries[key] = self._build(args, kwargs, leaves, structure, extra, objects)
         return entry
 
     def _build(

@@ -4,9 +4,11 @@ from purestep.loop.origin import Program as Program
 from purestep.record.bisect import Bisection as Bisection
 from purestep.record.bisect import FirstBatch as FirstBatch
 from purestep.record.bisect import bisect as bisect
+from purestep.record.bits_trace import BitsTrace as BitsTrace
 from purestep.record.compare import Comparison as Comparison
 from purestep.record.compare import Parted as Parted
 from purestep.record.compare import compare as compare
+from purestep.record.compare_bits import BitsComparison as BitsComparison
 from purestep.record.experiment import Experiment as Experiment
 from purestep.record.experiment import experiment as experiment
 from purestep.record.fork import fork as fork
