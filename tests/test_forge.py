@@ -65,7 +65,7 @@ def test_hooks_have_the_versions_that_make_installs():
 
 def test_the_local_run_calls_make_only():
     lines = (ROOT / ".ci/run").read_text().splitlines()
-    called = [line.strip() for line in lines if line.strip().startswith("make ")]
+    called = [line.strip() for line in lines if line.strip().startswith("make ") and "$" not in line]
     assert {"make lint", "make docs"} <= set(called)
     assert [problem for problem in map(wrong, called) if problem] == []
 
