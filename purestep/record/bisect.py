@@ -1,7 +1,7 @@
 """`bisect`: the first batch in which two runs differ, and the first leaf of their train states.
 
-It goes from the last snapshot that is equal in both, and executes both again beside each other. Which operation of that
-step is the first to differ, a trace of the step says: `before` and `batches` of the result are what it is called with.
+It goes from the last snapshot that is equal in both, and executes both again beside each other. `Bisection.operation`
+then traces the step of both at which they part (`trace_bits`), and names the first operation that differs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 from purestep.record import shown
 from purestep.record.compare import last_equal
+from purestep.record.compare_bits import BitsComparison, compare_bits
 from purestep.record.experiment import Experiment, Makes, made
 from purestep.record.replay import Replayed, Which, begun, nearest, opened, positions, stored
 from purestep.record.run_record import RunRecord
+from purestep.record.trace_bits import trace_bits
 from purestep.step_protocol import facts_of
 
 _LEAVES = 12  # in a text
@@ -67,6 +69,7 @@ class Bisection:
         before: the train states of both before that step; None where no state differs.
         batches: the batches of that step of both.
         metrics: what that step returned in both.
+        steps: the steps of both runs.
     """
 
     names: tuple[str, str]
@@ -78,6 +81,25 @@ class Bisection:
     before: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
     batches: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
     metrics: tuple[Any, Any] | None = None
+    steps: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
+
+    def operation(self) -> BitsComparison | None:
+        """Execute the first step that differs once more in both, and compare the bits of all its operations.
+
+        Returns:
+            The first operation that differs, with its module, its line, both values and how far they are apart; None
+            where no step differs, or the first states do.
+
+        Raises:
+            ConfigError: a step is compiled by Inductor, whose kernels are no operations.
+        """
+        if self.steps is None or self.before is None or self.batches is None:
+            return None
+        traces = [
+            trace_bits(step, tree.map(_copied, state), batch, values=True)
+            for step, state, batch in zip(self.steps, self.before, self.batches, strict=True)
+        ]
+        return compare_bits(*traces)
 
     def __bool__(self) -> bool:
         """Whether the runs differ."""
@@ -142,6 +164,8 @@ def bisect(a: Which, b: Which, experiment_a: Makes, experiment_b: Makes | None =
         >>> found = ps.bisect(f"{root}/0.0", f"{root}/1.0", linear)
         >>> found.batch.position, [d.path for d in found.batch.differences], found.position
         (2, ["batch['x']"], 2)
+        >>> found.operation().a.name, found.operation().inputs_equal
+        ('aten.addmm', False)
     """
     records = opened(a), opened(b)
     others = (experiment_a, experiment_a if experiment_b is None else experiment_b)
@@ -200,6 +224,7 @@ def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
                     before=before,
                     batches=(left.data, right.data),
                     metrics=(left.metrics, right.metrics),
+                    steps=(a.experiment.step, b.experiment.step),
                 )
             before = (a.kept(left.state), b.kept(right.state))
     return found
