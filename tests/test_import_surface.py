@@ -39,6 +39,7 @@ def test_values_that_name_an_extra_do_not_load_it(bare):
     assert loaded_by(bare, code) == []
 
 
+@pytest.mark.slow
 def test_this_test_can_fail(bare):
     found = loaded_by(bare, "import purestep, rich, torch._dynamo")
     assert {"rich", "torch._dynamo"} <= set(found)

@@ -127,6 +127,7 @@ def fit(until):
 """
 
 
+@pytest.mark.slow
 @needs_avx2
 def test_a_run_records_its_bits_warns_when_resumed_under_others_and_checks_them(tmp_path):
     start = STEP + RESUMED.replace("RUN_DIR", repr(str(tmp_path / "run")))
@@ -150,6 +151,7 @@ def test_a_run_records_its_bits_warns_when_resumed_under_others_and_checks_them(
     assert "PURESTEP_BITS=portable" in warning
 
 
+@pytest.mark.slow
 @needs_avx2
 def test_replaced_kernels_agree_with_numpy_in_every_form():
     code = """

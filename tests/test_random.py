@@ -118,6 +118,7 @@ def test_a_tensor_folds_like_its_value(value):
     assert torch.equal(random.fold_in(k, torch.tensor(value), "x"), random.fold_in(k, value, "x"))
 
 
+@pytest.mark.slow
 def test_a_traced_fold_has_the_bits_of_a_folded_number():
     k, fold = random.key(3), lambda k, v: random.fold_in(k, v, "x", 4)
     traced = make_fx(fold)(k, torch.tensor(1))

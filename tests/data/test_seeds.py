@@ -7,7 +7,7 @@ import random as python_random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from purestep import random
@@ -18,6 +18,7 @@ def globals_now() -> tuple:
     return python_random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**64 - 1), indices=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=9))
 def test_sample_words_are_folded_keys(seed: int, indices: list[int]) -> None:
     key = random.fold_in(random.key(seed), "augment", 3)

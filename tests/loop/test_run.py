@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from shared_marks import slow_but
 
 import purestep as ps
 from purestep.errors import ConfigError, DataError, StepError, TemplateMismatch
@@ -343,7 +342,8 @@ def test_two_states_in_one_dict_train_together(job):
     check_resume(make, batches=6, at=[4])
 
 
-@pytest.mark.parametrize("donate", slow_but([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("donate", [False, True])
 def test_a_jitted_step_trains_and_resumes_and_the_given_state_stays_ours(job, tmp_path, donate):
     step = ps.jit(job()["step"], donate=donate, backend="eager")  # traced once: the runs differ in what they are given
 

@@ -105,9 +105,9 @@ def test_no_fault_changes_a_bit():
     ("function", "problem"),
     [
         pytest.param("depends_on_its_starts", "digest", marks=pytest.mark.slow),
-        ("loses_a_snapshot", "resumed from"),
+        pytest.param("loses_a_snapshot", "resumed from", marks=pytest.mark.slow),
         ("leaves_a_half", "half-written at the end: ['"),
-        ("says_that_all_is_well", "exit code 0, not (143,)"),
+        pytest.param("says_that_all_is_well", "exit code 0, not (143,)", marks=pytest.mark.slow),
         pytest.param("writes_another_log", "metrics.csv differs", marks=pytest.mark.slow),
         pytest.param("hangs", "it did not end within 5 seconds", marks=pytest.mark.slow),
     ],
@@ -137,6 +137,7 @@ def test_what_a_machine_cannot_do_is_said(monkeypatch):
     assert line.count(" - ") == 3
 
 
+@pytest.mark.slow
 def test_a_phase_that_never_comes_is_a_problem(zygote, tmp_path):
     base = Straight.of(zygote, Job(DEMO, "train", ("{run_dir}",)), tmp_path / "straight")
 
