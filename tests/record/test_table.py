@@ -248,6 +248,7 @@ def test_settings_that_are_no_json_are_refused(settings):
         train(None, 1, settings=settings, callbacks=[])
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_are_listed_at_once(tmp_path):
     train(tmp_path / "0", 4, settings={"lr": 0.1})
     for path in ("snapshots/2", "snapshots/4/parts"):

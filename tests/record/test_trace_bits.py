@@ -577,6 +577,7 @@ def test_traces_of_other_processes_and_bits_are_compared(tmp_path):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_split_tensors_are_refused(inside, zygote):
     script = f"""

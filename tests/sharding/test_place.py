@@ -12,6 +12,7 @@ from purestep.sharding import ddp, fsdp
 from purestep.sharding.placement import gather, is_owner, is_split, local, rewrap, shard_of
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 def test_four_processes(zygote, tmp_path):
     """One set of processes for all checks; see ranks_place.py."""
