@@ -459,10 +459,13 @@ def test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused():
 class Neighbour:
     """A thread that draws from the global generators all the time."""
 
+    def __init__(self, name=None):
+        self.name = name
+
     def __enter__(self):
         self.numbers, self.stop = [], threading.Event()
         python_random.seed(7), np.random.seed(7)
-        self.thread = threading.Thread(target=self.work)
+        self.thread = threading.Thread(target=self.work, name=self.name)
         self.thread.start()
         return self
 
@@ -476,13 +479,16 @@ class Neighbour:
         self.thread.join()
 
 
-def test_the_stream_of_another_thread_is_not_disturbed():
+# Orbax draws in the thread of a save, Weights & Biases in that of its logger.
+@pytest.mark.parametrize("name", ["neighbour", "purestep-save-1", "purestep-log-WandB(project='p')"])
+def test_the_stream_of_another_thread_is_not_disturbed(name):
     step, state = training(lambda: 0.5)
-    with Neighbour() as neighbour:
+    with Neighbour(name) as neighbour:
         for _ in range(50):
             state, _ = step(state, X)
-        with bind(nn.Linear(3, 1), {"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}) as net:
-            net(X)
+        for _ in range(300):  # one of these calls sees the generators move
+            with bind(nn.Linear(3, 1), {"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}) as net:
+                net(X)
     numbers = neighbour.numbers
     python_random.seed(7), np.random.seed(7)
     assert numbers
@@ -502,7 +508,7 @@ def test_a_model_is_keyed_beside_a_thread_that_draws():
     assert tree.digest(first) == tree.digest(again)
 
 
-@pytest.fixture(params=["a pool", "a waiting thread", "a save", "an ended thread of C"])
+@pytest.fixture(params=["a pool", "a waiting thread", "a hash", "an ended thread of C"])
 def leftover(request):
     """A thread that does not draw, as other libraries and earlier tests leave them behind."""
     stop, begun = threading.Event(), threading.Event()
@@ -521,8 +527,8 @@ def leftover(request):
         thread.start()
         yield
         stop.set(), thread.join()
-    elif request.param == "a save":
-        thread = threading.Thread(target=work, name="purestep-save-3")
+    elif request.param == "a hash":
+        thread = threading.Thread(target=work, name="purestep-hash-3")
         thread.start(), begun.wait()
         yield
         stop.set(), thread.join()

@@ -425,12 +425,10 @@ class _Lock:
         self._lock.release()
 
 
-# Threads of this package, which never run code that draws. Names of other libraries' threads are not listed: their
-# pools run the user's code too (`asyncio_0`, `grain-prefetch_0`), and the CPU time clears an idle one without a name.
-_SILENT_THREADS = (
-    *("purestep-log", "purestep-lock", "purestep-lease", "purestep-watch"),
-    *("purestep-save", "purestep-hash"),
-)
+# Threads that run only code of this package, which never draws. That of a save is not among them, because Orbax and the
+# modules that it imports draw there; nor are those of other libraries' loggers. Names of other libraries' threads are not listed: their pools run the user's code too
+# (`asyncio_0`, `grain-prefetch_0`), and the CPU time clears an idle one without a name.
+_SILENT_THREADS = ("purestep-log-Csv", "purestep-lock", "purestep-lease", "purestep-watch", "purestep-hash")
 
 
 def _other_threads() -> dict[int, int] | None:
