@@ -426,8 +426,9 @@ class _Lock:
 
 
 # Threads that run only code of this package, which never draws. That of a save is not among them, because Orbax and the
-# modules that it imports draw there; nor are those of other libraries' loggers. Names of other libraries' threads are not listed: their pools run the user's code too
-# (`asyncio_0`, `grain-prefetch_0`), and the CPU time clears an idle one without a name.
+# modules that it imports draw there; nor are those of other libraries' loggers. Names of other libraries' threads are
+# not listed: their pools run the user's code too (`asyncio_0`, `grain-prefetch_0`), and the CPU time clears an idle one
+# without a name.
 _SILENT_THREADS = ("purestep-log-Csv", "purestep-lock", "purestep-lease", "purestep-watch", "purestep-hash")
 
 
