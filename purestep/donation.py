@@ -157,3 +157,8 @@ def nodes(value: object) -> list[object]:
     if isinstance(value, (list, tuple)):
         return [node for child in value for node in nodes(child)]
     return []
+
+
+def copied(value: Any) -> Any:
+    """Return a tree with tensors of its own, which stay as they are when a step donates those of `value`."""
+    return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)

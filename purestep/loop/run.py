@@ -14,9 +14,8 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
-from purestep import data, metrics, portable, snapshot, tree
+from purestep import data, metrics, portable, snapshot
+from purestep.donation import copied
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
 from purestep.loop import origin
@@ -160,7 +159,7 @@ class Run:
             self._saving.begin(self.loop, at, identity)
             if at is None and facts_of(self._step).donate:
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
-                self.loop = self.loop.replace(train=tree.map(_copied, self.loop.train))
+                self.loop = self.loop.replace(train=copied(self.loop.train))
             self._given = None
             if self._ranks.first:
                 check_threads(device_of(self.loop.train))
@@ -373,7 +372,3 @@ def _no_performer(effect: str, name: str, role: str, callback: object) -> Config
             instead=f"class Own(ps.callbacks.Reducer, ps.callbacks.{role}): ...",
         )
     )
-
-
-def _copied(leaf: object) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf

@@ -11,11 +11,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from purestep import tree
 from purestep.arguments import checked
+from purestep.donation import copied
 from purestep.errors import ConfigError, explain
 from purestep.record import shown
 from purestep.record.compare import last_equal
@@ -96,7 +96,7 @@ class Bisection:
         if self.steps is None or self.before is None or self.batches is None:
             return None
         traces = [
-            trace_bits(step, tree.map(_copied, state), batch, values=True)
+            trace_bits(step, copied(state), batch, values=True)
             for step, state, batch in zip(self.steps, self.before, self.batches, strict=True)
         ]
         return compare_bits(*traces)
@@ -196,11 +196,7 @@ class _Side:
 
     def kept(self, state: Any) -> Any:
         """Return a state that stays when the next step donates it."""
-        return tree.map(_copied, state) if facts_of(self.experiment.step).donate else state
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+        return copied(state) if facts_of(self.experiment.step).donate else state
 
 
 def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
