@@ -241,8 +241,8 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
         "Result TrainState metrics.Confusion metrics.Last metrics.Max metrics.Mean metrics.Min metrics.Series "
         "metrics.Sum "
-        "optim.EmptyState precision.MasterWeightsState precision.NoLossScale sharding.LocalBatch snapshot.Manifest "
-        "snapshot.Restored testing.Report display.Summary".split(),
+        "optim.EmptyState precision.MasterWeightsState precision.ModuleDtypes precision.NoLossScale sharding.LocalBatch snapshot.Manifest "
+        "precision.PolicyDescription snapshot.Restored testing.Report display.Summary".split(),
         NODE,
     ),
     **dict.fromkeys(
@@ -326,6 +326,8 @@ NAMED_OTHERWISE = {
     ("compare_bits", "b"): "trace of bits",
     ("learning_curves", "source"): "columns|file",
     ("learning_curves", "keys"): "draw",
+    ("plot", "source"): "columns|file",
+    ("plot", "keys"): "draw",
     ("summary", "state_or_module"): "summarise",
     **dict.fromkeys([("bisect", "b"), ("compare", "b")], "run directory"),
     **dict.fromkeys([("bisect", "experiment_a"), ("bisect", "experiment_b")], "experiment"),
