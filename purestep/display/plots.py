@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from purestep import _cells
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, explain, import_extra
 from purestep.loggers import read_csv
@@ -71,7 +72,7 @@ def learning_curves(
         axes.set_xlim(*limits)
     if title is not None:
         figure.suptitle(title)
-    path = Path(out_png)
+    path = _cells.located(out_png)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
