@@ -44,6 +44,7 @@ class Result:
         return _SIGNAL_CODES.get(self.reason, int(self.unsaved))
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
+        shown = "".join(f", {name}={value:.4g}" for name, value in self.metrics.items())
         where = "" if self.run_dir is None else f", run_dir={str(self.run_dir)!r}"
-        return f"Result({self.reason!r}, batches={self.loop.cursor.batches}, {shown}{where})"
+        ended = f"{self.reason!r}, interrupted" if self.interrupted else repr(self.reason)
+        return f"Result({ended}, batches={self.loop.cursor.batches}{shown}{where})"
