@@ -28,6 +28,7 @@ from purestep.bits import diff_leaves
 from purestep.bits import digest_leaves as digest_leaves
 from purestep.bits import tensor_bytes as tensor_bytes
 from purestep.errors import DonatedStateError, TreeError, explain
+from purestep.views import Printed
 
 T = TypeVar("T")
 Structure = optree.PyTreeSpec
@@ -94,7 +95,7 @@ def _pytree(cls: Any, eq: bool) -> Any:
                 instead="@ps.pytree\nclass State: ...",
             )
         )
-    made: Any = dataclasses.dataclass(frozen=True, eq=eq)(cls)
+    made: Any = dataclasses.dataclass(frozen=True, eq=eq, repr=not issubclass(cls, Printed))(cls)
     if not hasattr(made, "replace"):
         made.replace = dataclasses.replace if hasattr(made, "__post_init__") else replaced
     _register(made)
@@ -463,14 +464,15 @@ def digest(tree: object) -> str:
 
 
 def diff(a: object, b: object, root: str = "") -> Differences:
-    """List each path at which two trees differ, with shape, dtype, largest absolute and ulp difference.
+    """List each path at which two trees differ, with shape, dtype, largest absolute, relative and ulp difference.
 
     Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not. Leaves that are split over processes
     are gathered, so every process calls it.
 
     Examples:
-        >>> print(diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params"))
-        params['w']: float32[2], 1 differ, max abs 2.38e-07, 1 ulp
+        >>> diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params")
+        path         leaf        differ    max abs    max rel  max ulp
+        params['w']  float32[2]       1  2.384e-07  1.192e-07        1
         >>> bool(diff([1, 2], [1, 2]))
         False
     """

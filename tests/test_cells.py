@@ -95,7 +95,7 @@ def test_an_interrupted_cell_leaves_a_result_and_goes_on(kernel, folder):
     assert (end.error, end.text) == ("", "next\n")
     assert "interrupted by SIGINT; saved in runs/cut: run the cell again to go on" in end.shown[-1]["text/plain"]
     assert kernel.run("result.interrupted, handlers() == before").text == "(True, True)"
-    assert kernel.run("repr(result).startswith(\"Result('SIGINT', interrupted, batches=\")").text == "True"
+    assert "SIGINT, interrupted" in kernel.run("result").text
     more = kernel.run(
         "n = result.loop.cursor.batches + 9\n"
         "result = ps.fit(step, new(), train, until=ps.steps(n), run_dir='runs/cut', callbacks=[quiet])\n"
@@ -165,7 +165,8 @@ def test_a_second_run_works_after_an_error_and_after_one_that_was_left(kernel):
     assert kernel.run(left).error == "KeyError: 'left'"
     mended = "def loss_fn(net, batch):\n    return net(batch['x']).square().mean()\n"
     done = kernel.run(mended + fit)  # the same names, defined anew
-    assert (done.error, done.text[:25]) == ("", "Result('reached 4 steps',")
+    assert done.error == ""
+    assert "reached 4 steps" in done.text
     assert kernel.run("handlers() == before").text == "True"
 
 
