@@ -29,10 +29,10 @@ def drawn(monkeypatch, *args, **kwargs):
     panels = {}
     original = plots._draw_panel
 
-    def spy(axes, family, series, colours):
-        original(axes, family, series, colours)
+    def spy(axes, panel):
+        original(axes, panel)
         lines = axes.get_lines()
-        panels[family] = {line.get_label(): (line.get_xydata().tolist(), line.get_color()) for line in lines}
+        panels[panel.title] = {line.get_label(): (line.get_xydata().tolist(), line.get_color()) for line in lines}
 
     monkeypatch.setattr(plots, "_draw_panel", spy)
     return display.learning_curves(*args, **kwargs), panels
