@@ -46,10 +46,13 @@ if TYPE_CHECKING:
     from purestep.display import notebook as notebook
     from purestep.loop.cadence import epochs as epochs
     from purestep.loop.cadence import every as every
+    from purestep.loop.cadence import hours as hours
+    from purestep.loop.cadence import minutes as minutes
     from purestep.loop.cadence import seconds as seconds
     from purestep.loop.cadence import steps as steps
     from purestep.loop.result import Result as Result
     from purestep.loop.resume import restore as restore
+    from purestep.loop.until_text import until as until
     from purestep.record.bisect import bisect as bisect
     from purestep.record.compare import compare as compare
     from purestep.record.compare_bits import compare_bits as compare_bits
