@@ -73,6 +73,10 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
             return check_eval(self.name, self._step, train, batch, of=self.of)
         return None
 
+    def limited(self, batches: int) -> EvaluateCallback:
+        """Return the same evaluation of the first batches only."""
+        return dataclasses.replace(self, data=data.take(self._source, batches))
+
     def evaluate(
         self, train: object, interrupted: Callable[[], bool], peers: Peers | None = None
     ) -> dict[str, float] | None:

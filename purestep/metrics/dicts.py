@@ -13,6 +13,7 @@ from torch import Tensor
 from purestep import transforms, tree
 from purestep.arguments import checked
 from purestep.errors import MetricError, explain
+from purestep.metrics.converted import refuse_unconverted
 from purestep.metrics.metric import Metric, Number, mean
 
 
@@ -117,6 +118,7 @@ def _metric(key: str, value: Any, samples: int) -> Metric:
                 instead=f"reduce it: {{{key!r}: value.mean()}}, or say how it merges: ps.metrics.Sum(value.sum())",
             )
         )
+    refuse_unconverted(key, value)
     if isinstance(value, (Tensor, int, float)):
         return mean(value, samples if not isinstance(value, Tensor) or value.ndim == 0 else None)
     raise MetricError(
