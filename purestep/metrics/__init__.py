@@ -14,6 +14,7 @@ from purestep.metrics.converted import from_torchmetrics as from_torchmetrics
 from purestep.metrics.dicts import are_plain as are_plain
 from purestep.metrics.dicts import as_metrics as as_metrics
 from purestep.metrics.dicts import compute as compute
+from purestep.metrics.dicts import entries as entries
 from purestep.metrics.dicts import merge as merge
 from purestep.metrics.dicts import sample_count as sample_count
 from purestep.metrics.metric import Growing as Growing

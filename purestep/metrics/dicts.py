@@ -5,7 +5,7 @@ Steps call `as_metrics`, the loop the others. Only `compute` reads values, which
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -184,18 +184,31 @@ def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]
     """
     row: dict[str, float] = {}
     for name, metric in metrics.items():
-        value = metric.compute()
-        entries: Iterable[tuple[str, Number]] = (
-            ((f"{name}/{key}", v) for key, v in value.items()) if isinstance(value, Mapping) else ((name, value),)
-        )
-        for entry, number in entries:
-            if isinstance(number, Tensor) and number.numel() != 1:
-                raise MetricError(
-                    explain(
-                        f"metric {name!r} computes to more than one number",
-                        where=tree.describe(number),
-                        instead="let compute() return a number, or a dict of numbers",
-                    )
-                )
-            row[prefix + entry] = float(number)
+        row |= {prefix + entry: float(number) for entry, number in entries(name, metric)}
     return row
+
+
+def entries(name: str, metric: Metric) -> Iterator[tuple[str, Number]]:
+    """Yield the names and numbers that a metric computes to; the numbers may be tensors of one element.
+
+    Raises:
+        MetricError: it computes to something else.
+
+    Examples:
+        >>> list(entries("loss", mean(2.0)))
+        [('loss', tensor(2.))]
+    """
+    value = metric.compute()
+    pairs: Iterable[tuple[str, Number]] = (
+        ((f"{name}/{key}", v) for key, v in value.items()) if isinstance(value, Mapping) else ((name, value),)
+    )
+    for entry, number in pairs:
+        if isinstance(number, Tensor) and number.numel() != 1:
+            raise MetricError(
+                explain(
+                    f"metric {name!r} computes to more than one number",
+                    where=tree.describe(number),
+                    instead="let compute() return a number, or a dict of numbers",
+                )
+            )
+        yield entry, number
