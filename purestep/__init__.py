@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from purestep import callbacks as callbacks
     from purestep import data as data
     from purestep import display as display
+    from purestep import interop as interop
     from purestep import loggers as loggers
     from purestep import loop as loop
     from purestep import precision as precision
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
     from purestep import snapshot as snapshot
     from purestep import testing as testing
     from purestep.display import notebook as notebook
+    from purestep.interop.export import export as export
+    from purestep.interop.lightning import from_lightning as from_lightning
+    from purestep.interop.weights import from_module as from_module
+    from purestep.interop.weights import load_weights as load_weights
+    from purestep.interop.weights import save_weights as save_weights
     from purestep.loop.cadence import epochs as epochs
     from purestep.loop.cadence import every as every
     from purestep.loop.cadence import seconds as seconds
