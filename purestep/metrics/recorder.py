@@ -236,6 +236,6 @@ def _totals(metric: Metric, columns: Columns, start: int) -> dict[str, Any]:
     for field, values in columns.items():
         total = metric.__dict__[field]
         for value in values[start:] if start else values:
-            total += value
+            total = total + value  # not in place: a tensor belongs to the step, or to the sums of a state before
         totals[field] = total
     return totals
