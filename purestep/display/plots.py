@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from purestep import _cells
 from purestep.arguments import Location, checked
 from purestep.display.curves import panels
 from purestep.errors import ConfigError, explain, import_extra
@@ -56,7 +57,7 @@ def learning_curves(
         'curves.png'
     """
     figure = plot(source, keys=keys, title=title)
-    path = Path(out_png)
+    path = _cells.located(out_png)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

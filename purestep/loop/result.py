@@ -91,4 +91,5 @@ class Result(Printed):
         ]
         facts += [] if self.run_dir is None else [["run directory", str(self.run_dir)]]
         facts += [["NOT SAVED", "the last snapshot is not durable"]] if self.unsaved else []
-        return [Table(["result", self.reason], facts, wide=True), *curves.shown(self._log() or {})]
+        ended = f"{self.reason}, interrupted" if self.interrupted else self.reason
+        return [Table(["result", ended], facts, wide=True), *curves.shown(self._log() or {})]

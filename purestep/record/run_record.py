@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from purestep import _cells
 from purestep.arguments import Location, checked
 from purestep.display import curves, plots
 from purestep.errors import ConfigError, SnapshotError, explain, import_extra
@@ -245,7 +246,7 @@ def open(run_dir: Location) -> RunRecord:
         >>> ps.digest(run.state(state)) == run.digest == ps.digest(result.state)
         True
     """
-    path = Path(run_dir).absolute()
+    path = _cells.located(run_dir)
     if not is_run(path):
         raise ConfigError(
             explain(
@@ -267,13 +268,13 @@ def open(run_dir: Location) -> RunRecord:
 def _program(start: Mapping[str, Any], told: Mapping[str, Any]) -> Program:
     """Return a recorded start; a field of another type than is written is left out."""
     sources = told.get("sources")
-    text = sources.get(start.get("source")) if isinstance(sources, dict) else None
+    texts = {n: sources.get(start.get(n)) if isinstance(sources, dict) else None for n in ("source", "session")}
     command = start.get("command")
-    words = {name: start.get(name) for name in ("module", "function", "file", "directory")}
+    plain = ("module", "function", "file", "directory", "cell", "notebook")
+    words = {**{name: start.get(name) for name in plain}, **texts}
     return Program(
         **{name: word for name, word in words.items() if isinstance(word, str)},
         line=start["line"] if isinstance(start.get("line"), int) else 0,
-        source=text if isinstance(text, str) else "",
         command=tuple(map(str, command)) if isinstance(command, list) else (),
         commit=str(start["commit"]) if start.get("commit") is not None else None,
         clean=start["clean"] if isinstance(start.get("clean"), bool) else None,

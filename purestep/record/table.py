@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from purestep import _cells
 from purestep.arguments import Location, Name, checked
 from purestep.display import curves, plots
 from purestep.errors import ConfigError, explain
@@ -191,7 +192,7 @@ def runs(root: Location) -> Runs:
         >>> table.filter(n=2)["run2"].settings
         {'n': 2}
     """
-    top = Path(root)
+    top = _cells.located(root)
     if not top.is_dir():
         raise ConfigError(explain("there is no such directory", where=f"root={str(root)!r}"))
     found = sorted(_found(top, DEPTH))
