@@ -244,7 +244,8 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
         "Result TrainState metrics.Confusion metrics.Last metrics.Max metrics.Mean metrics.Min metrics.Series "
         "metrics.Sum "
-        "optim.EmptyState precision.MasterWeightsState precision.ModuleDtypes precision.NoLossScale sharding.LocalBatch snapshot.Manifest "
+        "optim.EmptyState precision.MasterWeightsState precision.ModuleDtypes precision.NoLossScale "
+        "sharding.LocalBatch snapshot.Manifest "
         "precision.PolicyDescription snapshot.Restored testing.Report display.Summary".split(),
         NODE,
     ),

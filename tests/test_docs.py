@@ -75,6 +75,10 @@ def test_record_page(capsys, tmp_path, monkeypatch):
     assert "first batch  step" in out
     assert "the same bits" in out
     assert "DIFFERS" not in out
+    (tree,) = re.findall(
+        r"^```text\n(chain\n.*?)\n```", (ROOT / "docs/record.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert tree in out
     found = namespace["found"]
     assert 5 in found.batch.indices[0].tolist()
     assert found.position == found.batch.position

@@ -118,6 +118,18 @@ def test_a_result_shows_why_it_ended_its_metrics_and_its_curves(results, root):
     assert row.split()[1:3] == [f"{first:.4g}", f"{last:.4g}"]
 
 
+def test_runs_of_the_same_bits_show_the_same(tmp_path, monkeypatch):
+    """So a notebook that is executed again does not differ."""
+    shown = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        result = small().fit(run_dir=tmp_path / name / "runs" / "one")
+        shown.append((repr(result), result._repr_html_()))
+    assert shown[0] == shown[1]
+    assert page(result).fact("run directory") == "runs/one"
+
+
 def test_a_result_without_a_run_directory_shows_its_numbers_and_says_how_to_get_curves():
     result = small().fit(until=ps.steps(2), callbacks=[])
     shown = page(result)

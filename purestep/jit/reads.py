@@ -149,7 +149,9 @@ class Reads:
 
     # --- what a value is made of --------------------------------------------------------------------------------------
 
-    def _program(self, op: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., Any], tuple[int, ...]] | None:
+    def _program(
+        self, op: Callable[..., Any], args: Sequence[Any]
+    ) -> tuple[Callable[..., Any], tuple[int, ...]] | None:
         """Return what computes an operator from inputs of the graph, and which; None where that is not to be done."""
         nodes = [node_of(x) if isinstance(x, Tensor) else None for x in args]
         if any(isinstance(x, Tensor) and node is None for x, node in zip(args, nodes, strict=True)):
