@@ -276,6 +276,32 @@ def test_metrics_print_as_their_numbers():
     assert said == ["Mean(float32[], weight=2)"]
 
 
+def test_metrics_that_compute_more_print_as_what_they_compute():
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(37, 3, generator=draw), torch.randint(0, 3, (37,), generator=draw)
+    x, y = torch.randn(2, 37, generator=draw)
+    made = {
+        "RootMean": ps.metrics.rmse(x, y),
+        "R2": ps.metrics.r2(x, y),
+        "Pearson": ps.metrics.pearson(x, y),
+        "Perplexity": ps.metrics.perplexity(logits, labels),
+    }
+    for name, metric in made.items():
+        assert repr(metric) == f"{name}({float(metric):.6g})"
+    score = ps.metrics.f1(logits, labels)
+    assert repr(score) == f"f1({float(score):.6g}, average={score.average!r})"
+    evaluation = ps.evaluate(
+        ps.init(lambda: nn.Linear(2, 1), OPTIM.sgd(0.1)), evaluated, [{"x": torch.ones(4, 2)}], name="<b>"
+    )
+    shown = page(evaluation)
+    assert shown.rows == [["", "<b>"], ["loss", str(evaluation).split()[-1]]]
+    assert repr(evaluation) == repr(dict(evaluation))
+
+
+def evaluated(net, batch):
+    return net(batch["x"]).square().mean()
+
+
 def test_a_confusion_matrix_is_a_table():
     labels = torch.tensor([0, 1, 2, 2, 1])
     logits = nn.functional.one_hot(torch.tensor([0, 2, 2, 2, 1]), 3).float()

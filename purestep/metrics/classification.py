@@ -10,7 +10,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import MetricError, explain
-from purestep.metrics.metric import Mean, Number, mean
+from purestep.metrics.metric import Computed, Mean, Number, mean, written
 from purestep.tree import pytree, static
 from purestep.views import Block, Note, Printed, Table
 
@@ -65,7 +65,7 @@ class Confusion(Printed):
 
 
 @pytree
-class ClassScore:
+class ClassScore(Computed):
     """Precision, recall or F1, from counts by class. Made by `precision`, `recall` and `f1`.
 
     Attributes:
@@ -83,6 +83,9 @@ class ClassScore:
     def merge(self, other: ClassScore) -> ClassScore:
         counts = (self.hits + other.hits, self.predicted + other.predicted, self.labelled + other.labelled)
         return ClassScore(*counts, self.score, self.average)
+
+    def __repr__(self) -> str:
+        return f"{self.score}({written(self.compute())}, average={self.average!r})"
 
     def compute(self) -> Tensor:
         return self._averaged(*(counts.to(torch.float64) for counts in (self.hits, self.predicted, self.labelled)))
@@ -107,12 +110,9 @@ class ClassScore:
             return 2 * hits / (predicted + labelled).clamp(min=1)
         return hits / (predicted if self.score == "precision" else labelled).clamp(min=1)
 
-    def __float__(self) -> float:
-        return float(self.compute())
-
 
 @pytree
-class Perplexity:
+class Perplexity(Computed):
     """The exponential of a mean loss. Made by `perplexity`.
 
     Attributes:
@@ -128,9 +128,6 @@ class Perplexity:
 
     def compute(self) -> Tensor:
         return torch.exp(torch.as_tensor(self.total, dtype=torch.float64) / self.weight)
-
-    def __float__(self) -> float:
-        return float(self.compute())
 
 
 @checked(MetricError, failed=True)
