@@ -110,7 +110,7 @@ def evaluate(
     if plan is not None and isinstance(step, AnyStep):
         step = step.under(plan)
     performers = [callback(step, source, name=key, of=of) for key, source in sets.items()]
-    ranks = Ranks.of(step)
+    ranks = Ranks.of_inference(step)
     with ranks:
         placed, outside = ranks.placed(state), ranks.outside(Signals())
         row = Evaluation()

@@ -145,7 +145,7 @@ class _Work:
 
     def __init__(self, step: Callable[[Any, Any], Any], source: data_.Source, of: Callable[[Any], Any] | None) -> None:
         self.step, self.source, self.of = step, source, of
-        self.ranks = Ranks.of(step)
+        self.ranks = Ranks.of_inference(step)
         plan = self.ranks.plan
         alone = self.ranks.alone or plan is None
         self.shard = BatchShard(0, 1) if alone or plan is None else BatchShard(plan.index, plan.replicas)
