@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from purestep import callbacks as callbacks
     from purestep import data as data
     from purestep import display as display
+    from purestep import interop as interop
     from purestep import loggers as loggers
     from purestep import loop as loop
     from purestep import precision as precision
@@ -50,6 +51,11 @@ if TYPE_CHECKING:
     from purestep.inference.predict import predict as predict
     from purestep.inference.saved import Predictions as Predictions
     from purestep.inference.saved import load_predictions as load_predictions
+    from purestep.interop.export import export as export
+    from purestep.interop.lightning import from_lightning as from_lightning
+    from purestep.interop.weights import from_module as from_module
+    from purestep.interop.weights import load_weights as load_weights
+    from purestep.interop.weights import save_weights as save_weights
     from purestep.loop.cadence import epochs as epochs
     from purestep.loop.cadence import every as every
     from purestep.loop.cadence import hours as hours

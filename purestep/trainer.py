@@ -68,7 +68,7 @@ def _with_defaults(arguments: RunArguments) -> RunArguments:
     names = {callback.name for callback in arguments.callbacks}
     added: list[Callback] = [] if "log" in names else [callbacks.log()]
     if "progress" not in names:
-        added.append(callbacks.progress(epochs=arguments.until.epochs))
+        added.append(callbacks.progress(epochs=arguments.until.epochs, steps=arguments.until.steps))
     return dataclasses.replace(arguments, callbacks=(*arguments.callbacks, *added))
 
 

@@ -92,6 +92,14 @@ class EventSink(Protocol):
     def close(self) -> None: ...
 
 
+class RowSink(abc.ABC):
+    """An event sink that is shown the rows of the log, too."""
+
+    @abc.abstractmethod
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Take a row, at the step that the loggers write it at."""
+
+
 class Observer(abc.ABC):
     """A callback that shows a run to the outside. It cannot change the run; one that raises is left out."""
 

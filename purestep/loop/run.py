@@ -11,10 +11,9 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
-from purestep import data, metrics, portable, snapshot
+from purestep import _cells, data, metrics, portable, snapshot
 from purestep.donation import copied
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
@@ -83,7 +82,7 @@ class Run:
         self._step, self._given = step, arguments.state
         self._resume, self._strict = arguments.resume, arguments.strict
         self._program, self._settings = origin.caller(), arguments.settings or {}
-        self.run_dir = None if arguments.run_dir is None else Path(arguments.run_dir).absolute()
+        self.run_dir = None if arguments.run_dir is None else _cells.located(arguments.run_dir)
         self._signals = Signals()
         self._ranks = Ranks.of(step)
         self._skipped = Skipped(first=self._ranks.first)

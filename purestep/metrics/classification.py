@@ -12,12 +12,15 @@ from purestep.arguments import checked
 from purestep.errors import MetricError, explain
 from purestep.metrics.metric import Mean, Number, mean
 from purestep.tree import pytree, static
+from purestep.views import Block, Note, Printed, Table
 
 Average = Literal["micro", "macro", "weighted", "binary"]
 
+_SHOWN = 40  # classes of a table of counts
+
 
 @pytree
-class Confusion:
+class Confusion(Printed):
     """Counts of (label, prediction) pairs, from which accuracy and macro-averaged precision, recall and F1 follow.
 
     Attributes:
@@ -27,12 +30,25 @@ class Confusion:
         >>> c = confusion(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), torch.tensor([0, 1, 1]))
         >>> c.counts.tolist(), round(c.compute()["accuracy"], 3)
         ([[1, 0], [1, 1]], 0.667)
+        >>> c
+        label  0  1
+            0  1  0
+            1  1  1
+        accuracy 0.6667, precision 0.75, recall 0.75, f1 0.6667
     """
 
     counts: Tensor
 
     def merge(self, other: Confusion) -> Confusion:
         return Confusion(self.counts + other.counts)
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it: the counts, a row for each label, and what follows from them."""
+        if self.counts.is_meta or len(self.counts) > _SHOWN:
+            return [Note(f"Confusion({tree.describe(self.counts)})")]
+        rows = [[label, *row] for label, row in enumerate(self.counts.tolist())]
+        follows = ", ".join(f"{name} {value:.4g}" for name, value in self.compute().items())
+        return [Table(["label", *map(str, range(len(rows)))], rows), Note(follows)]
 
     def compute(self) -> dict[str, float]:
         counts = self.counts.to(torch.float64)

@@ -17,7 +17,8 @@ from torch import Tensor
 from purestep import transforms
 from purestep.arguments import checked
 from purestep.errors import MetricError
-from purestep.tree import pytree
+from purestep.tree import describe, pytree
+from purestep.views import Block, Note, Printed
 
 _WIDE = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
 Number = Any  # a 0-d tensor in a step, a Python number after the loop has read it; arithmetic is the same for both
@@ -63,7 +64,7 @@ class Growing(abc.ABC):
         """Return what merging with one after the other gives, bit for bit."""
 
 
-class _Scalar:
+class _Scalar(Printed):
     """Base of the metrics of one number: they print, and convert to `float`, as that number."""
 
     value: Number
@@ -77,6 +78,21 @@ class _Scalar:
     def __format__(self, spec: str) -> str:
         return format(float(self), spec)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_written(self.value)})"
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        return [Note(repr(self))]
+
+
+def _written(number: Number) -> str:
+    """Return a number that is read from the device for it; of a meta, fake or traced tensor what it is."""
+    try:
+        return f"{float(number):.6g}"
+    except (RuntimeError, TypeError, ValueError):
+        return describe(number)
+
 
 @pytree
 class Mean(_Scalar):
@@ -88,12 +104,15 @@ class Mean(_Scalar):
 
     Examples:
         >>> a, b = mean(torch.tensor(1.0), weight=3), mean(torch.tensor(5.0), weight=1)
-        >>> float(a.merge(b))
-        2.0
+        >>> a.merge(b)
+        Mean(2, weight=4)
     """
 
     total: Number
     weight: Number
+
+    def __repr__(self) -> str:
+        return f"Mean({_written(self.compute())}, weight={_written(self.weight)})"
 
     def merge(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.weight + other.weight)

@@ -142,7 +142,7 @@ def to_host(steps: Sequence[Mapping[str, Metric]]) -> Series:
     Examples:
         >>> series = to_host([{"loss": Mean(torch.tensor(2.0), torch.tensor(4.0))} for _ in range(3)])
         >>> len(series), series[0]
-        (3, {'loss': Mean(total=2.0, weight=4.0)})
+        (3, {'loss': Mean(0.5, weight=4)})
     """
     recorder = Recorder()
     for step in steps:
@@ -197,7 +197,7 @@ def fold(sums: Mapping[str, Metric], steps: Sequence[Mapping[str, Metric]]) -> M
     Examples:
         >>> steps = [{"loss": Mean(1.0, 1.0)}, {"loss": Mean(5.0, 3.0)}]
         >>> fold(fold({}, steps[:1]), steps[1:])["loss"]
-        Mean(total=6.0, weight=4.0)
+        Mean(1.5, weight=4)
     """
     # The fields of Mean and Sum are sums themselves, which are added column by column, in the order of the steps.
     if not isinstance(steps, Series) or not all(kind in (Mean, Sum) for kind in steps.kinds.values()):
@@ -236,6 +236,6 @@ def _totals(metric: Metric, columns: Columns, start: int) -> dict[str, Any]:
     for field, values in columns.items():
         total = metric.__dict__[field]
         for value in values[start:] if start else values:
-            total += value
+            total = total + value  # not in place: a tensor belongs to the step, or to the sums of a state before
         totals[field] = total
     return totals
