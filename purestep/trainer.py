@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from purestep import callbacks, data
 from purestep.arguments import checked
@@ -39,15 +40,13 @@ class _Unsaved(callbacks.Reducer):
 def _dry(arguments: RunArguments, batches: int) -> RunArguments:
     """The same run on a few batches, with everything that it does at some moment at their end, and no trace of it."""
 
-    def shortened(callback: Callback) -> Callback:
+    def shortened(callback: Any) -> Any:
         if isinstance(callback, SnapshotPolicy):
-            watched = callback.watches() if isinstance(callback, Watcher) else ()
-            return _Unsaved(callback.name, tuple(watched))
+            return _Unsaved(callback.name, tuple(callback.watches() if isinstance(callback, Watcher) else ()))
         if isinstance(callback, Evaluator):
-            limited = callback.limited(batches)
-            callback = callback if limited is None else limited  # type: ignore[assignment]
+            callback = callback.limited(batches) or callback
         if isinstance(callback, Recurring) and dataclasses.is_dataclass(callback):
-            callback = dataclasses.replace(callback, every=every.epoch())  # type: ignore[type-var]
+            callback = dataclasses.replace(callback, every=every.epoch())
         return callback
 
     return dataclasses.replace(

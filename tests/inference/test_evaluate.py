@@ -66,8 +66,8 @@ def test_it_prints_as_a_table_and_is_a_dict():
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: ps.evaluate(start(), loss_fn, {}), ConfigError, "one set, or a dict of sets"),
-        (lambda: ps.evaluate(start(), loss_fn, {1: VAL}), ConfigError, "one set, or a dict of sets"),
+        (lambda: ps.evaluate(start(), loss_fn, {}), ConfigError, "one set, or a dict of them"),
+        (lambda: ps.evaluate(start(), loss_fn, {1: VAL}), ConfigError, "one set, or a dict of them"),
         (
             lambda: ps.evaluate(start(), lambda net: 0, VAL),
             ConfigError,
