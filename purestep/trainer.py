@@ -40,25 +40,29 @@ class _Unsaved(callbacks.Reducer):
 def _dry(arguments: RunArguments, batches: int) -> RunArguments:
     """The same run on a few batches, with everything that it does at some moment at their end, and no trace of it."""
 
-    def shortened(callback: Any) -> Any:
-        if isinstance(callback, SnapshotPolicy):
-            return _Unsaved(callback.name, tuple(callback.watches() if isinstance(callback, Watcher) else ()))
-        if isinstance(callback, Evaluator):
-            callback = callback.limited(batches) or callback
-        if isinstance(callback, Recurring) and dataclasses.is_dataclass(callback):
-            callback = dataclasses.replace(callback, every=every.epoch())
-        return callback
-
     return dataclasses.replace(
         arguments,
         train=data.take(arguments.train, batches),
         until=_DryRunOver(1, batches),
-        callbacks=[shortened(callback) for callback in arguments.callbacks],
+        callbacks=[_shortened(callback, batches) for callback in arguments.callbacks],
         loggers=[],
         run_dir=None,
         resume="never",
         dry_run=None,
     )
+
+
+def _shortened(callback: Callback, batches: int) -> Any:
+    if isinstance(callback, SnapshotPolicy):
+        policy: Any = callback
+        return _Unsaved(policy.name, tuple(policy.watches() if isinstance(policy, Watcher) else ()))
+    limited: Any = callback.limited(batches) if isinstance(callback, Evaluator) else None
+    return _once(callback if limited is None else limited)
+
+
+def _once(callback: Any) -> Any:
+    recurs = isinstance(callback, Recurring) and dataclasses.is_dataclass(callback)
+    return dataclasses.replace(callback, every=every.epoch()) if recurs else callback
 
 
 def _with_defaults(arguments: RunArguments) -> RunArguments:

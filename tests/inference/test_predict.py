@@ -188,6 +188,28 @@ def test_bfloat16_goes_into_safetensors(tmp_path):
     assert torch.equal(ps.load_predictions(tmp_path).outputs, wanted().bfloat16())
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("given", ["batches", "list"])
+def test_the_parts_of_all_ranks_make_the_whole(count, given, tmp_path):
+    """Each rank's work, done here one after the other; the slow test does it in processes."""
+    from purestep.data.sampler import BatchShard
+    from purestep.inference.predict import _Work
+
+    source = ps.data.as_source(DATA if given == "batches" else list(DATA.replace(shuffle=False)))
+    for index in range(count):
+        work = _Work(ps.make_predict(both), source, None)
+        work.shard = BatchShard(index, count)
+        numbers = [number for number, _ in work._run(start(), 0)]
+        assert numbers == list(range(index, 10, count))
+        assert [number for number, _ in work._run(start(), count)] == numbers[1:]
+        with pytest.raises(SnapshotError, match=r"there are no predictions|not complete"):
+            ps.load_predictions(tmp_path)
+        work.write(start(), tmp_path, "safetensors", 2)
+    found = ps.load_predictions(tmp_path)
+    assert torch.equal(found.indices, torch.arange(37))
+    torch.testing.assert_close(found.outputs["logits"], wanted())
+
+
 # --- on two ranks -----------------------------------------------------------------------------------------------------
 
 
