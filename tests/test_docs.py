@@ -24,6 +24,18 @@ def test_loop_page(capsys):
     assert "loss below 0.5" in out
 
 
+def test_metrics_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/metrics.md"):
+        exec(compile(block, "docs/metrics.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "\nTrue\n" in out
+    assert "torch.Size([30]) torch.Size([30, 3])" in out
+    names = [name for name in namespace["row"] if name.startswith("val/")]
+    assert set(names) == {"val/loss", "val/auroc", "val/scores/recall", "val/scores/kappa"}
+
+
 def test_transforms_page(capsys):
     namespace = {"__name__": "page"}
     for block in blocks("docs/transforms.md"):

@@ -9,6 +9,7 @@ from purestep.arguments import Count, Name, checked
 from purestep.callbacks.evaluate import EvaluateCallback
 from purestep.callbacks.evaluate import evaluate as callback
 from purestep.errors import ConfigError, explain
+from purestep.loop.checks import check_counts
 from purestep.loop.ranks import Ranks
 from purestep.loop.signals import Signals
 from purestep.sharding.plan import Plan, check_plan
@@ -82,13 +83,15 @@ def evaluate(
         ['val/loss', 'test/loss']
     """
     check_plan(plan, "ps.evaluate")
+    check_counts(1, limit=limit)
     sets: dict[Any, Any] = dict(data) if isinstance(data, Mapping) else {name: data}
-    odd = [key for key in sets if not isinstance(key, str) or not key]
-    if odd or not sets:
+    if any(not isinstance(key, str) or not key for key in sets) or not sets:
         raise ConfigError(
             explain(
-                "data= is one set, or a dict of sets by their names",
-                where=f"data: {sets!r}"[:200],
+                "data= is one set, or a dict of them"
+                if isinstance(data, Mapping)
+                else "name= is that of the set, a string",
+                where=f"data: {sets!r}"[:200] if isinstance(data, Mapping) else f"name={name!r}"[:200],
                 instead='ps.evaluate(state, loss_fn, {"val": val, "test": test})',
             )
         )
@@ -96,7 +99,7 @@ def evaluate(
     if plan is not None and isinstance(step, AnyStep):
         step = step.under(plan)
     performers = [callback(step, source, name=key, of=of) for key, source in sets.items()]
-    ranks = Ranks.of(step)
+    ranks = Ranks.of_inference(step)
     with ranks:
         placed, outside = ranks.placed(state), ranks.outside(Signals())
         row = Evaluation()

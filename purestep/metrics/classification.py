@@ -14,6 +14,7 @@ from purestep.metrics.metric import Computed, Mean, Number, mean, written
 from purestep.tree import pytree, static
 from purestep.views import Block, Note, Printed, Table
 
+_NO_LABEL = -(2**62)
 Average = Literal["micro", "macro", "weighted", "binary"]
 
 _SHOWN = 40  # classes of a table of counts
@@ -273,9 +274,11 @@ def perplexity(logits: Tensor, labels: Tensor, *, ignore_index: int | None = Non
     # float32 at least: a sum over tokens in bf16 would have no digits left.
     wide = logits.reshape(-1, logits.shape[-1])
     wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-    ignored = {} if ignore_index is None else {"ignore_index": ignore_index}
-    losses = torch.nn.functional.cross_entropy(wide, labels.reshape(-1).to(torch.int64), reduction="none", **ignored)
-    counted = torch.ones_like(losses) if ignore_index is None else (labels.reshape(-1) != ignore_index).to(losses.dtype)
+    flat = labels.reshape(-1).to(torch.int64)
+    # Torch leaves out -100 unless told otherwise: here no label is left out unless the caller says so.
+    ignored = _NO_LABEL if ignore_index is None else ignore_index
+    losses = torch.nn.functional.cross_entropy(wide, flat, reduction="none", ignore_index=ignored)
+    counted = (flat != ignored).to(losses.dtype)
     found = mean(losses, counted)
     return Perplexity(found.total, found.weight)
 

@@ -189,13 +189,15 @@ class TorchmetricsFunction:
             if before is not None:
                 _check_attributes(self._template, before, _attributes(worker))
                 self._looked = True
+            # A tensor, because a number would be no output of a vmapped step.
+            updates = torch.ones((), dtype=torch.int64, device=device)
             states = {
                 f"{path}{state}": _taken(getattr(part, state), kinds, f"{type(part).__name__}.{state}")
                 for path, part in _parts(worker)
                 for state in sorted(_torch.defaults(part))
                 for kinds in [_torch.reduction(part, state)]
             }
-        return TorchmetricsState(states, 1, self.kinds, self.source)
+        return TorchmetricsState(states, updates, self.kinds, self.source)
 
     def value(self, state: TorchmetricsState) -> Any:
         """Return what `compute()` returns for the states."""
