@@ -48,8 +48,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED":
 # What an output may say otherwise each time. A notebook prints nothing of the kind; what purestep shows by itself does.
 VOLATILE = (
     (re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d\b"), "<date>"),  # when a run was started
-    (re.compile(r"[\d.,]+ batches/s"), "<rate>"),  # of a progress bar
-    (re.compile(r"\b\d+:\d\d left"), "<left>"),
 )
 PIXEL = 32  # of 255: how much a channel may differ before the pixel counts
 PIXELS = 0.002  # the share of pixels that may count; a line that moves is 0.5 %
