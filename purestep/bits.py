@@ -235,7 +235,7 @@ class Differences(Printed, tuple[Difference, ...]):
     def view(self) -> list[Block]:
         if not self:
             return [Note("equal")]
-        columns = {
+        columns: dict[str, list[Any]] = {
             "path": [d.path or "the root" for d in self[:_MOST_ROWS]],
             "leaf": [shortened(d.leaf, _LEAF) for d in self[:_MOST_ROWS]],
             "differ": [d.elements for d in self[:_MOST_ROWS]],
@@ -272,8 +272,7 @@ def _difference(path: str, a: Any, b: Any) -> Difference | None:
         if bytes_a == bytes_b:
             return None
         distance = _scalar_distance(a, b)
-        relative = None if distance is None else _relative(distance, max(abs(a), abs(b)))
-        return Difference(path, describe(a), describe(b), distance, max_rel=relative)
+        return Difference(path, describe(a), describe(b), distance, max_rel=_scalar_relative(a, b, distance))
     if np.array_equal(bytes_a, bytes_b):
         return None
     width = a.element_size() if isinstance(a, torch.Tensor) else a.dtype.itemsize
@@ -299,7 +298,12 @@ def _elements(leaf: torch.Tensor | np.ndarray | np.generic) -> torch.Tensor:
 
 
 def _scalar_distance(a: Any, b: Any) -> float | None:
-    return abs(a - b) if isinstance(a, (int, float, complex)) and not isinstance(a, bool) else None
+    if isinstance(a, bool) or not isinstance(a, (int, float, complex)):
+        return None
+    try:
+        return float(abs(a - b))
+    except OverflowError:  # an integer that no float is as large as
+        return math.inf
 
 
 def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -318,11 +322,10 @@ def _max_rel(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.where(larger == 0, 0.0, torch.where(apart.isinf(), apart, apart / larger)).max())
 
 
-def _relative(apart: float, larger: float) -> float:
-    try:
-        return apart if math.isinf(apart) else float(apart / larger) if larger else 0.0
-    except OverflowError:  # an integer that no float is as large as
-        return math.nan
+def _scalar_relative(a: Any, b: Any, apart: float | None) -> float | None:
+    if apart is None or (math.isinf(apart) and not isinstance(a, int)):
+        return apart
+    return float(abs(a - b) / max(abs(a), abs(b))) if a or b else 0.0  # of integers exact, whatever their size
 
 
 def _max_ulp(a: torch.Tensor, b: torch.Tensor) -> int | None:

@@ -158,6 +158,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "data": batches,
         "sources": [batches],
         "until": ps.steps(1),
+        "text": "5 epochs | 1000 steps",
         "loss_fn": lambda net, batch: net(batch["x"]).mean(),
         "model": lambda: nn.Linear(2, 1),
         "module": nn.Linear(2, 1),
@@ -170,6 +171,8 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "out": root / "model.pt",
         "out_png": root / "curves.png",
         "path": root / "run" / "metrics.csv",
+        "load_weights.path": ps.save_weights(state, root / "weights.pt"),
+        "save_weights.path": root / "saved.pt",
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,
@@ -274,8 +277,8 @@ LEFT_OUT: dict[str, str] = {
         "works on a state, whose structure it checks: tests/optim, tests/test_functional.py",
     ),
     **dict.fromkeys(
-        "testing.check_faults testing.check_resume snapshot.consolidate restore fork".split(),
-        "writes, or needs a process: its own tests",
+        "testing.check_faults testing.check_resume snapshot.consolidate restore fork export from_lightning".split(),
+        "writes, compiles, or needs a process or a library: its own tests",
     ),
     "testing.check_transformation": "updates as often as it is told, 10**30 times as well: its own tests",
 }
@@ -366,8 +369,11 @@ accept("confusion.logits", ["array"], "read by methods that both have")
 accept("masked.mask freeze.mask", "text, empty text, function".split(", "), "a filter")
 accept("local_batch.microbatches Store.verify", ["True"], "True is 1, or what it says")
 accept(
-    "every.steps.n every.epoch.n every.seconds.s steps.n epoch.n seconds.s fit.grace_seconds", ["10**30"], "never due"
+    "every.steps.n every.epoch.n every.seconds.s steps.n epoch.n seconds.s minutes.n hours.n fit.grace_seconds",
+    ["10**30"],
+    "never due",
 )
+accept("load_weights.rename", ["{}"], "nothing is renamed")
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("Experiment.state Experiment.data", EVERYTHING, "what `fit` is given: it checks them, with the step")
 accept("Experiment.step", ["function"], "a function")

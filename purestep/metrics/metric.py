@@ -6,8 +6,9 @@ rounding.
 
 from __future__ import annotations
 
+import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -45,6 +46,22 @@ class Metric(Protocol):
     def merge(self, other: Self) -> Self: ...
 
     def compute(self) -> Any: ...
+
+
+class Growing(abc.ABC):
+    """Base of a metric that may keep something of every sample, so that its tensors differ in size between batches.
+
+    Ranks exchange such a metric with the sizes, and the loop merges many batches of it at once.
+    """
+
+    @property
+    @abc.abstractmethod
+    def grows(self) -> bool:
+        """Whether this one does."""
+
+    @abc.abstractmethod
+    def merge_all(self, others: Sequence[Any]) -> Any:
+        """Return what merging with one after the other gives, bit for bit."""
 
 
 class _Scalar(Printed):
@@ -134,7 +151,7 @@ class Min(_Scalar):
     value: Number
 
     def merge(self, other: Min) -> Min:
-        return Min(_extreme(self.value, other.value, torch.minimum, min))
+        return Min(extreme(self.value, other.value, torch.minimum, min))
 
 
 @pytree
@@ -149,12 +166,13 @@ class Max(_Scalar):
     value: Number
 
     def merge(self, other: Max) -> Max:
-        return Max(_extreme(self.value, other.value, torch.maximum, max))
+        return Max(extreme(self.value, other.value, torch.maximum, max))
 
 
-def _extreme(
+def extreme(
     a: Number, b: Number, of_tensors: Callable[[Tensor, Tensor], Tensor], of_numbers: Callable[[float, float], float]
 ) -> Number:
+    """Return the smaller or larger of two numbers, or tensors of one shape; a NaN stays."""
     if isinstance(a, Tensor):
         return of_tensors(a, b)
     # Python's min and max drop a NaN or keep it depending on the order; torch's always keep it.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class PolicyDescription(Printed):
 
     def view(self) -> list[Block]:
         """Return the blocks that show it."""
-        columns = {
+        columns: dict[str, list[Any]] = {
             "module": [row.path or "the model" for row in self.rows],
             "type": [row.kind for row in self.rows],
             "elements": [row.elements or None for row in self.rows],

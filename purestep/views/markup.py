@@ -125,4 +125,5 @@ def unfolding(label: str, note: str, body: str, *, title: str = "", unfolded: bo
     attribute = f' title="{escaped(title)}"' if title else ""
     faint = f' <span class="faint">{escaped(note)}</span>' if note else ""
     head = f"<summary{attribute}><b>{escaped(label)}</b>{faint}</summary>"
-    return f"<details{' open' if unfolded else ''}>{head}{body}</details>"
+    state = ' open=""' if unfolded else ""  # as XML wants it, too
+    return f"<details{state}>{head}{body}</details>"

@@ -7,6 +7,7 @@ import os
 import sys
 
 import pytest
+from shared_marks import slow_but
 
 from purestep import display, loggers
 from purestep.display import plots
@@ -68,7 +69,7 @@ def test_from_a_run_directory_and_from_its_file(monkeypatch, tmp_path):
         assert panels["loss"]["loss"][0] == [[step, 1 / step] for step in range(1, 5)]
 
 
-@pytest.mark.parametrize("panels", range(1, 9))
+@pytest.mark.parametrize("panels", slow_but(range(1, 9), 1, 2, 5))
 def test_any_number_of_panels_and_points(tmp_path, panels):
     columns = {"step": [7]} | {f"metric_{i}": [float(i)] for i in range(panels)}
     assert display.learning_curves(columns, tmp_path / "a.png").exists()
