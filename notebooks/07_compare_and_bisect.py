@@ -25,9 +25,9 @@ plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.spines.top": False
 shutil.rmtree("runs/twins", ignore_errors=True)  # a run directory that is there would be continued
 
 # %% [markdown]
-# The training: how diabetes of 442 patients proceeds within a year, from ten measurements of each. The loss has a
-# small penalty on activations. `patient` adds a thousandth to one measurement of one patient. The file is what
-# two colleagues share.
+# The training: how diabetes of 442 patients proceeds within a year, from ten measurements of each. The loss keeps
+# the mean square of the activations near one. `patient` adds a thousandth to one measurement of one patient. The
+# file is what two colleagues share.
 
 # %%
 # %%writefile diabetes_experiment.py

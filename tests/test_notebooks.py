@@ -43,7 +43,8 @@ ELSEWHERE = re.compile(r"\b0x[0-9a-f]{6,}|(?<![\w.)<])/(tmp|home|root|work|usr|v
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_table_names_each_notebook_and_its_digest(source):
     digest = execute._parts(execute.read_committed(source).cells[-1].outputs[-1])[0][1].split()[-1]
-    rows = [line for line in (ROOT / "notebooks/README.md").read_text().splitlines() if f"({source.stem}.ipynb)" in line]
+    lines = (ROOT / "notebooks/README.md").read_text().splitlines()
+    rows = [line for line in lines if f"({source.stem}.ipynb)" in line]
     assert [row.split("|")[-2].strip() for row in rows] == [f"`{digest[:16]}`"]
 
 
@@ -136,6 +137,24 @@ def test_a_printed_number_is_compared_to_its_last_digit(source, text, differs):
 def test_dates_may_differ_and_nothing_else(source, text, other, differs):
     book = execute.read_source(source)
     assert bool(execute.compare("01_small", with_outputs(book, text), with_outputs(book, other))) == differs
+
+
+def test_html_is_compared_by_the_text_in_it(source):
+    def shown(markup):
+        book = with_outputs(execute.read_source(source))
+        book.cells[-1].outputs[0].data["text/html"] = (
+            f"<style>b{{{markup}}}</style><td {markup}>loss</td><td>0.25 &lt; 1</td>"
+        )
+        return book
+
+    assert execute.compare("01_small", shown("a"), shown("b")) == []
+    other = shown("a")
+    other.cells[-1].outputs[0].data["text/html"] += "<td>2</td>"
+    assert [(d.expected, d.got) for d in execute.compare("01_small", shown("a"), other)] == [
+        ("loss 0.25 < 1", "loss 0.25 < 1 2")
+    ]
+    execute.write_pair(source, shown("b"), shown("a"))  # but writing writes the markup of now
+    assert execute.read_committed(source) == shown("b")
 
 
 def test_pictures_are_compared_loosely(source):
