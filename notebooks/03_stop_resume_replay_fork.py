@@ -209,7 +209,8 @@ for one in table.filter(lambda one: one.name != "killed").sort("lr", reverse=Tru
         label=f"learning rate {one.settings['lr']}",
     )
 axis.axvline(498, color="black", linewidth=0.6, linestyle=":")
-axis.set(xlabel="step", ylabel="loss of the batch", yscale="log", title="the run, and three forks at step 498")
+axis.set(xlabel="step", ylabel="loss of the batch", yscale="log", ylim=(8e-4, 12))
+axis.set_title("the run, and three forks at step 498")
 axis.grid(alpha=0.25)
 _ = axis.legend(frameon=False, ncols=4, loc="upper left", fontsize=8)
 

@@ -32,7 +32,7 @@ SHOWN = (
         "benchmarks/*.txt",
         "benchmarks/results/*.md",
     ),
-    *("benchmarks/results/*.png", "examples/**/*"),
+    *("docs/site/*.css", "benchmarks/results/*.png", "examples/**/*"),
 )
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
@@ -57,7 +57,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_post_build(config: Any) -> None:
     """Refuse a site whose first page asks for a style sheet or a script that is not there."""
     site = Path(config.site_dir)
-    asked = re.findall(r'(?:href|src)="(assets/[^"?#]+)', (site / "index.html").read_text())
+    asked = re.findall(r'(?:href|src)="((?:assets|docs/site)/[^"?#]+)', (site / "index.html").read_text())
     if not asked or (missing := [path for path in asked if not (site / path).is_file()]):
         raise PluginError(f"the site lacks files of its theme: {', '.join(missing) if asked else 'all of them'}")
 
