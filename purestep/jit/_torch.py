@@ -23,6 +23,9 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     module_conversion, put_module_conversion
                             what `module.to(...)` and its like end in. Without it: a module that converts another in its
                             forward is refused.
+    script_source           the Python function that `torch.jit.script` compiled. Without it: constants inside of such a
+                            function are taken for tensors from outside.
+    aot_backend             the backend `aot_eager` of `torch.compile`, which records views anew, with a pass after it.
     READ_VALUE, UNIQUE, UNSAFE_VIEW
                             operators that ask for a value, whose shape depends on values, and which view a fresh
                             tensor. They have no other name.
@@ -67,6 +70,25 @@ def module_conversion() -> Conversion:
 def put_module_conversion(method: Conversion) -> None:
     """Replace that method."""
     nn.Module._apply = method  # type: ignore[method-assign,assignment]
+
+
+def script_source(function: torch.jit.ScriptFunction[..., Any]) -> Callable[..., Any] | None:
+    """Return the Python function that a scripted one was made of."""
+    return getattr(function, "_torchdynamo_inline", None)
+
+
+def aot_backend(mend: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
+    """Return a backend for `torch.compile` that runs the graph of AOTAutograd, changed by a pass, operator by operator."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
+        mend(graph)
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    backend: Callable[..., Any] = aot_autograd(fw_compiler=compiled, keep_inference_input_mutations=True)
+    return backend
 
 
 def inductor_config() -> Any:

@@ -14,13 +14,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from purestep import _torch, transforms, tree
 from purestep.donation import consume, leaves_apart, memory_of, unaliased
-from purestep.errors import explain
+from purestep.errors import RandomnessError, TraceError, explain
 from purestep.jit import backends, cache_key, donation_graph, errors
 from purestep.jit._torch import set_grad_enabled
 from purestep.jit.donation_graph import Layout
@@ -34,6 +34,7 @@ from purestep.tree import Structure
 
 log = logging.getLogger("purestep.jit")
 _MANY = 8
+Unjittable = Literal["error", "eager"]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Names = Callable[[], list[str]]
@@ -57,7 +58,7 @@ class Entry:
         guards: values of the batch that the graph was made for.
     """
 
-    run: backends.Run
+    run: backends.Run | None
     takes: Callable[[Sequence[Any]], Sequence[Any]] | None
     pick: Callable[[Sequence[Any]], Sequence[Any]]
     layout: Layout
@@ -81,7 +82,7 @@ class Entry:
         if grad:
             set_grad_enabled(False)
         try:
-            outputs = self.run([*tensors])
+            outputs = self.run([*tensors])  # type: ignore[misc]
         finally:
             if grad:
                 set_grad_enabled(True)
@@ -109,6 +110,7 @@ class Jit(AnyStep):
         donate: whether the first argument is consumed.
         backend: name of the backend.
         retraces: why each trace but the first was made, in order.
+        refusals: why a signature runs as the function itself, with `unjittable="eager"`.
     """
 
     def __init__(
@@ -120,13 +122,14 @@ class Jit(AnyStep):
         mode: str | None,
         *,
         reads: bool = True,
+        unjittable: Unjittable = "error",
     ) -> None:
         self.function = function
         self.__name__ = name_of(function)
         self.__doc__ = function.__doc__
         self.__signature__ = signature_of(function)
         self.donate, self.backend, self.mode = donate, backend, mode
-        self.reads = reads
+        self.reads, self.unjittable = reads, unjittable
         self._statics = Statics(function, static)
         self._lock = threading.RLock()
         self._fell_back = False
@@ -138,6 +141,7 @@ class Jit(AnyStep):
         self._shapes: list[cache_key.Shape] = []
         self._last: _Last | None = None
         self.retraces: tuple[str, ...] = ()
+        self.refusals: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
@@ -154,7 +158,9 @@ class Jit(AnyStep):
         return bare(self.function, microbatches)
 
     def with_microbatches(self, count: int) -> Jit:
-        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode)
+        return Jit(
+            resliced(self.function, count), self.donate, self.backend, (), self.mode, unjittable=self.unjittable
+        )
 
     def under(self, plan: Plan) -> StepFn:
         return self
@@ -180,6 +186,8 @@ class Jit(AnyStep):
                     leaves[n:] = leaves_apart(leaves[n:], last.owned)
                 return self._run(entry, args, leaves, structure, extra, last)
         entry = self._find(args, kwargs, leaves, structure, extra)
+        if entry.run is None:
+            return self._statics.bound(self.function, extra[1])(*args, **kwargs)
         if self.donate:
             leaves = unaliased(leaves, entry.layout.state_leaves)
         return self._run(entry, args, leaves, structure, extra, None)
@@ -307,7 +315,14 @@ class Jit(AnyStep):
         with progress(self.__name__) as note:
             backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
-            traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+            try:
+                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+            except (TraceError, RandomnessError) as error:
+                if self.unjittable == "error":
+                    raise
+                self.refusals = (*self.refusals, str(error))
+                log.warning("%s runs uncompiled: %s", self.__name__, error)
+                return _uncompiled(structure, objects)
             note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
             try:
                 run = backends.compile(traced, backend, self.mode, donated=layout.state_leaves if self.donate else 0)
@@ -388,6 +403,11 @@ class Jit(AnyStep):
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         return self._find(args, kwargs, leaves, structure, extra)
+
+
+def _uncompiled(structure: Structure, objects: list[Any]) -> Entry:
+    """The entry of a signature that runs as the function itself."""
+    return Entry(None, None, _picker(()), Layout((), (), 0, False), structure, "", tuple(objects), False)
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -108,12 +108,6 @@ class Reads:
             self.guards.append(Guard(value, compute, slots, calling_line()))
         return value
 
-    def read_list(self, tensor: Tensor) -> Any:
-        """Return `tensor.tolist()`, or NotImplemented."""
-        if tensor.is_floating_point() or tensor.is_complex():
-            return NotImplemented
-        return self.read(as_list, tensor)
-
     def replayed(self) -> _Replayed:
         """Return a mode in which reads are answered as they were in the trace."""
         return _Replayed(self.log)
@@ -172,11 +166,6 @@ class Reads:
         values = [x if node is None else copied[node] for x, node in zip(args, nodes, strict=True)]
         program.output(program.call_function(op, tuple(values)))
         return fx.GraphModule(proxy_root(), program), slots
-
-
-def as_list(tensor: Tensor) -> Any:
-    """Return the elements of a tensor as nested lists."""
-    return tensor.tolist()
 
 
 class _Replayed(_torch.DispatchMode):

@@ -133,7 +133,7 @@ class _Call:
             for i, tensor in zip(self.takes, tensors, strict=True):
                 values[i] = tensor
             args, kwargs = tree.unflatten(self.structure, values)
-            with traceable(library_branch=library_branch, read_list=reads.read_list):
+            with traceable(library_branch=library_branch):
                 result = self.function(*args, **kwargs)
             out, captured["structure"] = tree.flatten(result)
             captured["result"] = result
