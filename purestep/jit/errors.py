@@ -65,7 +65,8 @@ def explained(error: Exception) -> Exception:
                 instead=_known(error)
                 or "torch.where(mask, x, 0).sum() / mask.sum()   # in place of x[mask].mean()\n"
                 "F.cross_entropy(logits, torch.where(mask, y, -100))   # in place of logits[mask], y[mask]\n"
-                "or do it outside of the step, while the batch is made\n" + EAGER,
+                "or do it outside of the step, while the batch is made\n"
+                + EAGER,
             )
         )
     if name in _VALUE_ERRORS or any(part in text for part in _VALUE_TEXTS):
@@ -77,7 +78,8 @@ def explained(error: Exception) -> Exception:
                 "batch can be read, but not what the model computes, nor numbers with a fraction",
                 instead=_known(error)
                 or "torch.where(loss > 3, a, b)      # in place of: a if loss > 3 else b\n"
-                "return state, {'loss': loss}     # and read the metric outside of the step\n" + EAGER,
+                "return state, {'loss': loss}     # and read the metric outside of the step\n"
+                + EAGER,
             )
         )
     return error
@@ -91,7 +93,7 @@ def _known(error: BaseException) -> str | None:
         if code.co_filename.startswith(_TORCH):
             found = _READERS.get((os.path.basename(code.co_filename), code.co_name), found)
         trace = trace.tb_next
-    return None if found is None else found + "\n" + EAGER
+    return None if found is None else "\n".join(filter(None, (found, EAGER)))
 
 
 EAGER = 'ps.jit(step, unjittable="eager")   # gradients by the step as it is, only the update compiled'
@@ -100,8 +102,7 @@ _READERS = {
     ("batchnorm.py", "forward"): "nn.BatchNorm2d(channels, momentum=0.1)   # momentum=None divides by a counter",
     ("rnn.py", "pack_padded_sequence"): "out, _ = lstm(padded)                  # without packing\n"
     "out = out * (torch.arange(out.shape[1]) < lengths[:, None])[..., None]   # and mask what is padding",
-    ("functional.py", "ctc_loss"): "F.ctc_loss(log_probs, targets, in_lengths.tolist(), out_lengths.tolist())\n"
-    "# whole numbers of the batch may be read",
+    ("functional.py", "ctc_loss"): "",  # no form of it has fixed shapes
 }
 
 
@@ -210,7 +211,7 @@ def _free(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 _RENORM = (
     "F.embedding(ids, torch.renorm(net.embed.weight, 2, 0, max_norm))   # in place of max_norm= of the layer\n"
-    "or w = params['embed.weight'], renormalised with torch.renorm, in a transformation after the optimizer"
+    "# which has the gradient of the norm, too; or an embedding without max_norm="
 )
 
 
@@ -219,13 +220,17 @@ def check_mutation(graph: fx.GraphModule, mutable: list[fx.Node], names: list[st
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     memory = {_torch.storage_id(n.meta["val"].untyped_storage()): i for i, n in enumerate(inputs)}
     for node in mutable:
-        for target in _written(node):
+        for target in written(node):
             at = memory.get(_torch.storage_id(target.meta["val"].untyped_storage()))
             if at is not None:
                 operator = str(node.target.overloadpacket).removeprefix("aten.")  # type: ignore[union-attr]
-                instead = _RENORM if operator == "embedding_renorm_" else (
-                    f"x = x.{operator.rstrip('_')}(...)   # without the underscore, and return the result\n"
-                    "ps.jit(step, donate=True) then writes it into the old memory by itself"
+                instead = (
+                    _RENORM
+                    if operator == "embedding_renorm_"
+                    else (
+                        f"x = x.{operator.rstrip('_')}(...)   # without the underscore, and return the result\n"
+                        "ps.jit(step, donate=True) then writes it into the old memory by itself"
+                    )
                 )
                 raise TraceError(
                     explain(
@@ -237,7 +242,13 @@ def check_mutation(graph: fx.GraphModule, mutable: list[fx.Node], names: list[st
                 )
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
+def is_writer(node: fx.Node) -> bool:
+    """Tell whether an operator writes into one of its arguments."""
+    return isinstance(node.target, _torch.OpOverload) and _torch.schema_of(node.target).is_mutable
+
+
+def written(node: fx.Node) -> Iterator[fx.Node]:
+    """Return the arguments that an operator writes into."""
     arguments = _torch.schema_of(node.target).arguments  # type: ignore[arg-type]
     for position, argument in enumerate(arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

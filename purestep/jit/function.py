@@ -158,9 +158,7 @@ class Jit(AnyStep):
         return bare(self.function, microbatches)
 
     def with_microbatches(self, count: int) -> Jit:
-        return Jit(
-            resliced(self.function, count), self.donate, self.backend, (), self.mode, unjittable=self.unjittable
-        )
+        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode, unjittable=self.unjittable)
 
     def under(self, plan: Plan) -> StepFn:
         return self
@@ -335,7 +333,9 @@ class Jit(AnyStep):
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not cache_key.static_values((args[1:], kwargs))
-        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed, traced.guards)
+        return Entry(
+            run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed, traced.guards
+        )
 
     def _traced(
         self,

@@ -224,11 +224,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
-    return [
-        n
-        for n in graph.graph.nodes
-        if isinstance(n.target, _torch.OpOverload) and _torch.schema_of(n.target).is_mutable
-    ]
+    return [n for n in graph.graph.nodes if errors.is_writer(n)]
 
 
 # Attention and recurrent kernels carry the tag for the dropout inside them, which `random.torch_mode` has replaced by
