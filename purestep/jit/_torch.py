@@ -78,7 +78,7 @@ def script_source(function: torch.jit.ScriptFunction[..., Any]) -> Callable[...,
 
 
 def aot_backend(mend: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
-    """Return a backend for `torch.compile` that runs the graph of AOTAutograd, changed by a pass, operator by operator."""
+    """Return a backend for `torch.compile` that runs the graph of AOTAutograd by operators, after a pass over it."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 

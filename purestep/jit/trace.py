@@ -79,8 +79,8 @@ def trace(
         structure: structure of `(args, kwargs)`.
         paths: gives the printed path of each leaf, for errors.
         static: static values of the arguments, such as the model of a state; for errors, too.
-        state_leaves: how many of the leaves, the first ones, are those of a state: values of the others may be read, and
-            become guards. None: values of constants alone may be read.
+        state_leaves: how many of the leaves, the first ones, are those of a state: values of the others may be read,
+            and become guards. None: values of constants alone may be read.
 
     Raises:
         TraceError: the function captures a tensor, branches on values, changes an input or draws from a generator of

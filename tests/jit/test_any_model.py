@@ -77,7 +77,7 @@ class Causal(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(4, 2, 8, 0.1, batch_first=True)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
     def forward(self, x):
@@ -282,7 +282,7 @@ def test_a_library_is_told_of_a_compiler_only_where_its_own_way_cannot_be_traced
     step = ps.make_eval(square)
     found = ps.metrics.compute(jit(step, backend="eager")(state, batch()))["loss"]
     out = F.linear(batch()["x"], state.params["weight"], state.params["bias"])
-    assert torch.equal(torch.as_tensor(found), (out * 2 if readable else out + 1).square().mean())
+    assert found == pytest.approx(float((out * 2 if readable else out + 1).square().mean()), rel=1e-5)
     assert not torch.compiler.is_compiling()
 
 
