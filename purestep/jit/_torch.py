@@ -16,6 +16,8 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             taken from the disk cache, and graphs are compiled anew.
     node_of, proxy_root     the node of a graph in the making that stands for a tensor, and where its constants are.
                             Without them: no value is read while a function is traced.
+    track                   makes the tensor that a node of the graph in the making stands for. Without it: nothing is
+                            repeated in a graph, and every random draw is traced.
     compiling               what `torch.compiler.is_compiling()` answers. Torch sets the same flag in `torch.export`.
     uncompiled              runs modules that `torch.compile` wrapped as they are. Half of it is the public
                             `torch.compiler.set_stance`; the setting of Dynamo is what it says of `make_fx`.
@@ -30,12 +32,15 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             operators that ask for a value, whose shape depends on values, and which view a fresh
                             tensor. They have no other name.
     FakeTensorMode          tensors of shapes without memory. There is no public name; `torch.export` uses it.
-    batch_norm_legit        batch norm that says in its schema what it writes.
+    batch_norm_legit, batch_norm_functional
+                            batch norm that says in its schema what it writes, and the one that returns it.
+    overload_of             the name of an overload of an operator.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -49,6 +54,8 @@ if TYPE_CHECKING:
 set_grad_enabled = torch._C._set_grad_enabled
 set_mkldnn_enabled = torch._C._set_mkldnn_enabled
 batch_norm_legit = torch.ops.aten._native_batch_norm_legit
+batch_norm_functional = torch.ops.aten._native_batch_norm_legit_functional.default
+overload_of: Callable[[Any], str] = operator.attrgetter("_overloadname")
 
 
 READ_VALUE = torch.ops.aten._local_scalar_dense.default
@@ -133,6 +140,16 @@ def proxy_root() -> nn.Module:
     """Return the module that holds the constants of the graph in the making."""
     root: nn.Module = _proxy_mode().tracer.root  # type: ignore[union-attr]
     return root
+
+
+def track(node: fx.Node, like: Tensor) -> Tensor:
+    """Return a fresh fake tensor for a node of the graph in the making."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
+
+    tracer = _proxy_mode().tracer
+    with disable_proxy_modes_tracing():
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    return track_tensor_tree(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)
 
 
 def _proxy_mode() -> Any:

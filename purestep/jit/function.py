@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from purestep import _torch, transforms, tree
 from purestep.donation import consume, leaves_apart, memory_of, unaliased
@@ -52,7 +53,7 @@ class Entry:
         pick: picks the leaves of the result among (outputs, leaves, constants).
         layout: where they come from.
         structure: structure of the result.
-        code: the graph, as text.
+        graph: the graph, whose code a user may ask for.
         held: static objects that the signature knows by identity, so that they stay alive.
         fixed: whether only the first argument holds such objects.
         guards: values of the batch that the graph was made for.
@@ -63,7 +64,7 @@ class Entry:
     pick: Callable[[Sequence[Any]], Sequence[Any]]
     layout: Layout
     structure: Structure
-    code: str
+    graph: fx.GraphModule | None
     held: tuple[Any, ...]
     fixed: bool
     guards: tuple[Guard, ...] = ()
@@ -314,7 +315,7 @@ class Jit(AnyStep):
             backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
             try:
-                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+                traced, layout = self._traced(args, kwargs, leaves, structure, extra, names)
             except (TraceError, RandomnessError) as error:
                 if self.unjittable == "error":
                     raise
@@ -329,12 +330,12 @@ class Jit(AnyStep):
                     raise errors.not_compiled(self.__name__, backend, error) from error
                 self._fell_back = True
                 warnings.warn(errors.no_compiler_message(self.__name__, error), stacklevel=5)
-                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+                traced, layout = self._traced(args, kwargs, leaves, structure, extra, names)
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not cache_key.static_values((args[1:], kwargs))
         return Entry(
-            run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed, traced.guards
+            run, takes, _picker(layout.picks), layout, traced.structure, traced.graph, tuple(objects), fixed, traced.guards
         )
 
     def _traced(
@@ -345,7 +346,7 @@ class Jit(AnyStep):
         structure: Structure,
         extra: Extra,
         names: Callable[[], list[str]],
-    ) -> tuple[Traced, Layout, str]:
+    ) -> tuple[Traced, Layout]:
         function = self._statics.bound(self.function, extra[1])
         traced = trace(
             function,
@@ -357,7 +358,7 @@ class Jit(AnyStep):
         )
         first = args[0] if args else None
         layout = donation_graph.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
-        return traced, layout, traced.graph.print_readable(print_output=False)
+        return traced, layout
 
     def _paths(self, args: Args, kwargs: Kwargs) -> list[str]:
         named = self._statics.names(len(args))
@@ -397,7 +398,8 @@ class Jit(AnyStep):
 
     def graph(self, *args: Any, **kwargs: Any) -> str:
         """Return the traced graph of a call as code, the epilogue of a donation included."""
-        return self._entry_for(args, kwargs).code
+        graph = self._entry_for(args, kwargs).graph
+        return "" if graph is None else graph.print_readable(print_output=False)
 
     def _entry_for(self, args: Args, kwargs: Kwargs) -> Entry:
         args, kwargs, extra = self._split(args, kwargs)
@@ -407,7 +409,7 @@ class Jit(AnyStep):
 
 def _uncompiled(structure: Structure, objects: list[Any]) -> Entry:
     """The entry of a signature that runs as the function itself."""
-    return Entry(None, None, _picker(()), Layout((), (), 0, False), structure, "", tuple(objects), False)
+    return Entry(None, None, _picker(()), Layout((), (), 0, False), structure, None, tuple(objects), False)
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -26,6 +26,8 @@ from purestep.jit._torch import (
     uncompiled,
     validates_distributions,
 )
+from purestep.jit.repeats import Repeats
+from purestep.random.philox import philox
 from purestep.random.torch_mode import undispatched
 
 _lock = threading.RLock()
@@ -49,7 +51,7 @@ def traceable(*, library_branch: bool) -> Iterator[None]:
         stack.enter_context(uncompiled())
         if library_branch:
             stack.enter_context(compiling())
-        stack.enter_context(_Unasking())
+        stack.enter_context(_Traceable())
         yield
 
 
@@ -110,12 +112,18 @@ def _unscripted() -> Iterator[None]:
         kind.__call__ = own  # type: ignore[method-assign]
 
 
-class _Unasking(TorchFunctionMode):
-    """Functions of torch that ask for values where a trace has none."""
+class _Traceable(TorchFunctionMode):
+    """Runs functions of torch that ask for values as if they did not, and repeats the blocks of random draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeats = Repeats()
 
     def __torch_function__(
         self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is philox:
+            return self.repeats(philox, *args)
         if func is F.gaussian_nll_loss:
             func = _gaussian
         return func(*args, **kwargs) if kwargs else func(*args)

@@ -20,6 +20,7 @@ from purestep.errors import PurestepError, TraceError
 from purestep.jit import errors, layouts
 from purestep.jit._torch import batch_norm_legit, fake_tensor_mode, set_mkldnn_enabled, tracing_context
 from purestep.jit.errors import ValueReadError
+from purestep.jit.functional_graph import functionalized
 from purestep.jit.reads import Guard, Reads, Roots
 from purestep.jit.surroundings import traceable
 from purestep.random import host_draws
@@ -162,8 +163,7 @@ class _Call:
             errors.check_random(_random_nodes(graph))
             errors.check_mutation(graph, _mutable_nodes(graph), names)
             if _mutable_nodes(graph):
-                with mode:
-                    graph = make_fx(torch.func.functionalize(graph), decomposition_table=_TABLE)(*fakes)
+                graph = functionalized(graph, mode, fakes, _TABLE)
                 graph.graph.eliminate_dead_code()
             layouts.settle(graph)
         graph.recompile()
