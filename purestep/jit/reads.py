@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from purestep import _torch
 from purestep.jit._torch import READ_VALUE, UNIQUE, node_of, proxy_root
+from purestep.jit.errors import is_writer, written
 from purestep.random.host_draws import calling_line
 
 aten = torch.ops.aten
@@ -108,12 +109,6 @@ class Reads:
             self.guards.append(Guard(value, compute, slots, calling_line()))
         return value
 
-    def read_list(self, tensor: Tensor) -> Any:
-        """Return `tensor.tolist()`, or NotImplemented."""
-        if tensor.is_floating_point() or tensor.is_complex():
-            return NotImplemented
-        return self.read(as_list, tensor)
-
     def replayed(self) -> _Replayed:
         """Return a mode in which reads are answered as they were in the trace."""
         return _Replayed(self.log)
@@ -176,11 +171,6 @@ class Reads:
         return fx.GraphModule(proxy_root(), program), slots
 
 
-def as_list(tensor: Tensor) -> Any:
-    """Return the elements of a tensor as nested lists."""
-    return tensor.tolist()
-
-
 class _Replayed(_torch.DispatchMode):
     """Answers reads of fake tensors from a list."""
 
@@ -222,7 +212,7 @@ def _steps(wanted: Sequence[fx.Node]) -> dict[fx.Node, None] | None:
     What a later operation wrote into a tensor decides it, too.
     """
     order = list(wanted[0].graph.nodes)
-    writers = [node for node in order if _is_writer(node)]
+    writers = [node for node in order if is_writer(node)]
     needed: set[fx.Node] = set()
     pending = list(wanted)
     while pending:
@@ -236,13 +226,9 @@ def _steps(wanted: Sequence[fx.Node]) -> dict[fx.Node, None] | None:
     inputs = {m for node in order if node.op == "placeholder" for m in _memory(node)}
     for node in needed:
         drawn = isinstance(node.target, _torch.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        if drawn or (_is_writer(node) and inputs & _written(node)):
+        if drawn or (is_writer(node) and inputs & _written(node)):
             return None
     return {node: None for node in order if node in needed}
-
-
-def _is_writer(node: fx.Node) -> bool:
-    return isinstance(node.target, _torch.OpOverload) and _torch.schema_of(node.target).is_mutable
 
 
 def _memory(node: fx.Node) -> Iterator[int]:
@@ -253,4 +239,4 @@ def _memory(node: fx.Node) -> Iterator[int]:
 
 
 def _written(node: fx.Node) -> set[int]:
-    return {m for source in node.all_input_nodes for m in _memory(source)}
+    return {m for target in written(node) for m in _memory(target)}
