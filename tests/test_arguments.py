@@ -73,6 +73,7 @@ LEGAL = {
     "LossFn": "function class",
     "Transform": "function class",
     "ScalarOrSchedule": "function",
+    "Schedule": "function",
     "Condition": "function",
     "Sequence": "[] ()",
     "Rules": "[] ()",
@@ -272,8 +273,9 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(
         "optim.apply_updates optim.averaged optim.from_torch optim.get optim.set optim.to_torch "
-        "optim.schedule_free_eval_params optim.transformation apply to_module".split(),
-        "works on a state, whose structure it checks: tests/optim, tests/test_functional.py",
+        "optim.schedule_free_eval_params optim.transformation apply to_module freeze thaw refresh_batchnorm "
+        "callbacks.count_flops".split(),
+        "works on a state, whose structure it checks: tests/optim, tests/test_functional.py, tests/test_trainable.py",
     ),
     **dict.fromkeys(
         "testing.check_faults testing.check_resume snapshot.consolidate restore fork export from_lightning".split(),
