@@ -24,6 +24,7 @@ from purestep.state import TrainState as TrainState
 from purestep.state import init as init
 from purestep.state import to_module as to_module
 from purestep.step import make_eval as make_eval
+from purestep.step import make_predict as make_predict
 from purestep.step import make_step as make_step
 from purestep.step import weighted as weighted
 from purestep.step_protocol import wrap_step as wrap_step
@@ -46,6 +47,11 @@ if TYPE_CHECKING:
     from purestep import testing as testing
     from purestep.batchnorm import refresh_batchnorm as refresh_batchnorm
     from purestep.display import notebook as notebook
+    from purestep.inference.evaluate import Evaluation as Evaluation
+    from purestep.inference.evaluate import evaluate as evaluate
+    from purestep.inference.predict import predict as predict
+    from purestep.inference.saved import Predictions as Predictions
+    from purestep.inference.saved import load_predictions as load_predictions
     from purestep.interop.export import export as export
     from purestep.interop.lightning import from_lightning as from_lightning
     from purestep.interop.weights import from_module as from_module
@@ -53,10 +59,13 @@ if TYPE_CHECKING:
     from purestep.interop.weights import save_weights as save_weights
     from purestep.loop.cadence import epochs as epochs
     from purestep.loop.cadence import every as every
+    from purestep.loop.cadence import hours as hours
+    from purestep.loop.cadence import minutes as minutes
     from purestep.loop.cadence import seconds as seconds
     from purestep.loop.cadence import steps as steps
     from purestep.loop.result import Result as Result
     from purestep.loop.resume import restore as restore
+    from purestep.loop.until_text import until as until
     from purestep.record.bisect import bisect as bisect
     from purestep.record.compare import compare as compare
     from purestep.record.compare_bits import compare_bits as compare_bits

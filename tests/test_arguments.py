@@ -159,6 +159,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "data": batches,
         "sources": [batches],
         "until": ps.steps(1),
+        "text": "5 epochs | 1000 steps",
         "loss_fn": lambda net, batch: net(batch["x"]).mean(),
         "model": lambda: nn.Linear(2, 1),
         "module": nn.Linear(2, 1),
@@ -370,7 +371,9 @@ accept("confusion.logits", ["array"], "read by methods that both have")
 accept("masked.mask freeze.mask", "text, empty text, function".split(", "), "a filter")
 accept("local_batch.microbatches Store.verify", ["True"], "True is 1, or what it says")
 accept(
-    "every.steps.n every.epoch.n every.seconds.s steps.n epoch.n seconds.s fit.grace_seconds", ["10**30"], "never due"
+    "every.steps.n every.epoch.n every.seconds.s steps.n epoch.n seconds.s minutes.n hours.n fit.grace_seconds",
+    ["10**30"],
+    "never due",
 )
 accept("load_weights.rename", ["{}"], "nothing is renamed")
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from purestep.display.plots import learning_curves as learning_curves
+from purestep.display.plots import plot as plot
 from purestep.display.progress import ProgressSink as ProgressSink
 from purestep.display.summary import Summary as Summary
 from purestep.display.summary import summary as summary

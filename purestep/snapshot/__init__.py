@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from purestep import _cells
 from purestep.arguments import Location, checked
 from purestep.errors import SnapshotError
 from purestep.snapshot.digest import Scope as Scope
@@ -78,11 +79,12 @@ def consolidate(run_dir: Location, out: Location, *, step: int | None = None, on
         ...     torch.load(consolidate(run_dir, f"{run_dir}/all.pt", only="all"))
         {'w': tensor([0, 1, 2]), 'name': 'digits'}
     """
-    return _consolidate(root_of(run_dir), out, step=step, only=only)
+    return _consolidate(root_of(run_dir), _cells.located(out), step=step, only=only)
 
 
 @checked(SnapshotError)
 def root_of(run_dir: Location) -> Path:
     """Return the directory of the snapshots of a run; a directory that holds none below is taken for it."""
-    nested = Path(run_dir) / DIRECTORY
-    return nested if nested.is_dir() else Path(run_dir)
+    path = _cells.located(run_dir)
+    nested = path / DIRECTORY
+    return nested if nested.is_dir() else path
