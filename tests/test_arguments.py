@@ -128,7 +128,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         # optim
         **dict.fromkeys("learning_rate decay step_size clipping weight_decay eta gamma schedule base_lr".split(), 0.1),
         **dict.fromkeys("threshold max_norm max_delta value init_value peak_value max_lr power".split(), 1.0),
-        **dict.fromkeys("decay_rate end_value".split(), 0.5),
+        **dict.fromkeys("decay_rate end_value amount".split(), 0.5),
         **dict.fromkeys("decay_steps transition_steps total_steps T_max T_0".split(), 10),
         **dict.fromkeys("warmup_steps every n".split(), 2),
         "inner": tx,
