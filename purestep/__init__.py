@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from purestep import sharding as sharding
     from purestep import snapshot as snapshot
     from purestep import testing as testing
+    from purestep.batchnorm import refresh_batchnorm as refresh_batchnorm
     from purestep.display import notebook as notebook
     from purestep.inference.evaluate import Evaluation as Evaluation
     from purestep.inference.evaluate import evaluate as evaluate
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
     from purestep.record.table import runs as runs
     from purestep.record.trace_bits import trace_bits as trace_bits
     from purestep.record.verify import verify as verify
+    from purestep.trainable import freeze as freeze
+    from purestep.trainable import thaw as thaw
     from purestep.trainer import fit as fit
     from purestep.trainer import run as run
 

@@ -74,6 +74,7 @@ LEGAL = {
     "LossFn": "function class",
     "Transform": "function class",
     "ScalarOrSchedule": "function",
+    "Schedule": "function",
     "Condition": "function",
     "Sequence": "[] ()",
     "Rules": "[] ()",
@@ -128,7 +129,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         # optim
         **dict.fromkeys("learning_rate decay step_size clipping weight_decay eta gamma schedule base_lr".split(), 0.1),
         **dict.fromkeys("threshold max_norm max_delta value init_value peak_value max_lr power".split(), 1.0),
-        **dict.fromkeys("decay_rate end_value".split(), 0.5),
+        **dict.fromkeys("decay_rate end_value amount".split(), 0.5),
         **dict.fromkeys("decay_steps transition_steps total_steps T_max T_0".split(), 10),
         **dict.fromkeys("warmup_steps every n".split(), 2),
         "inner": tx,
@@ -284,8 +285,9 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(
         "optim.apply_updates optim.averaged optim.from_torch optim.get optim.set optim.to_torch "
-        "optim.schedule_free_eval_params optim.transformation apply to_module".split(),
-        "works on a state, whose structure it checks: tests/optim, tests/test_functional.py",
+        "optim.schedule_free_eval_params optim.transformation apply to_module freeze thaw refresh_batchnorm "
+        "callbacks.count_flops".split(),
+        "works on a state, whose structure it checks: tests/optim, tests/test_functional.py, tests/test_trainable.py",
     ),
     **dict.fromkeys(
         "testing.check_faults testing.check_resume snapshot.consolidate restore fork export from_lightning".split(),
