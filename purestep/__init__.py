@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from purestep.grad import grad_and_value as grad_and_value
     from purestep.jit import donate as donate
     from purestep.jit import jit as jit
+    from purestep.loop.cadence import Until as Until
     from purestep.loop.cadence import epochs as epochs
     from purestep.loop.cadence import every as every
     from purestep.loop.cadence import hours as hours

@@ -184,10 +184,11 @@ class RunRecord:
         """
         return restore(self.path, like, step=step, best=best, mode=mode, verify="digest")
 
-    def _facts(self) -> list[list[object]]:
+    def facts(self) -> list[list[object]]:
+        """Return names and values of what a reader asks first."""
         program = self.programs[-1] if self.programs else Program()
         commit = None if program.commit is None else program.commit[:12] + ("" if program.clean else ", changed")
-        settings: dict[str, object] = {name: str(value) for name, value in self.settings.items()}
+        settings: dict[str, object] = {name: shown.written(value) for name, value in self.settings.items()}
         facts: list[list[object]] = [
             ["when", self.when],
             ["why it ended", self.why],
@@ -204,10 +205,10 @@ class RunRecord:
         return [fact for fact in facts if fact[1] not in (None, "")]
 
     def __repr__(self) -> str:
-        return shown.text_table(["run", self.name], self._facts(), widest=shown.LINE)
+        return shown.text_table(["run", self.name], self.facts(), widest=shown.LINE)
 
     def _repr_html_(self) -> str:
-        return shown.html_table(["run", self.name], self._facts(), widest=shown.LINE)
+        return shown.html_table(["run", self.name], self.facts(), widest=shown.LINE)
 
 
 @checked(ConfigError)

@@ -46,12 +46,13 @@ class SettingError(ConfigError):
     Attributes:
         path: dotted name of the setting.
         problem: what is wrong with it, as the end of a sentence that begins with its name.
-        instead: what to write instead, "" where nothing is near.
+        instead: what to write instead, in words; "" where there is nothing to say.
+        nearest: a setting to write instead: its dotted name, or name and value; "" where none is near.
     """
 
-    def __init__(self, path: str, problem: str, instead: str = "") -> None:
-        super().__init__(explain(f"the setting {path} {problem}", instead=instead or None))
-        self.path, self.problem, self.instead = path, problem, instead
+    def __init__(self, path: str, problem: str, instead: str = "", *, nearest: str = "") -> None:
+        super().__init__(explain(f"the setting {path} {problem}", instead=nearest or instead or None))
+        self.path, self.problem, self.instead, self.nearest = path, problem, instead, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +120,16 @@ def makers_of(kind: type) -> dict[str, Maker]:
     return found
 
 
-def kind_of(hint: Any, *, scheduled: bool = False) -> Kind:
+def kind_of(hint: Any) -> Kind:
     """Return what a setting with an annotation may be.
 
     Args:
         hint: the annotation, evaluated.
-        scheduled: whether a function stands for a schedule: so it does in the arguments of an optimizer.
 
     Examples:
         >>> kind_of(float | None).plain, kind_of(float | None).optional
         (<class 'float'>, True)
-        >>> "cosine_decay_schedule" in kind_of(optim.ScalarOrSchedule, scheduled=True).makers
+        >>> "cosine_decay_schedule" in kind_of(optim.ScalarOrSchedule).makers
         True
     """
     options = [option for option in _options(hint) if option is not Tensor]
@@ -146,9 +146,8 @@ def kind_of(hint: Any, *, scheduled: bool = False) -> Kind:
             kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(GradientTransformation)})
         elif origin is Plan or (isinstance(origin, type) and issubclass(origin, ScheduleBase)):
             kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(origin)})
-        elif origin is collections.abc.Callable:
-            if scheduled or typing.get_args(hint) == typing.get_args(optim.Schedule):
-                kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(ScheduleBase)})
+        elif option == optim.Schedule:
+            kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(ScheduleBase)})
         elif dataclasses.is_dataclass(origin) and isinstance(origin, type):
             groups += [origin, *_subclasses(origin)]
         elif origin in _PLAIN or origin is typing.Literal or origin in (collections.abc.Sequence, Mapping):
@@ -234,7 +233,7 @@ def settings_of(maker: Maker) -> tuple[Setting, ...]:
             default = parameter.default
         if dataclasses.is_dataclass(owner):
             default = _default(owner, name, default)
-        kind = kind_of(hint, scheduled=ours)
+        kind = kind_of(hint)
         if kind.plain is None and not kind.makers and ours and tree.Filter in (hint, *typing.get_args(hint)):
             kind = dataclasses.replace(kind, plain=str)
         found.append(Setting(name, kind, default, described.get(name, "")))
@@ -445,8 +444,8 @@ def _inside(kind: Kind) -> Kind:
     for option in _options(kind.hint):
         for inner in typing.get_args(option):
             if inner is not Ellipsis:
-                makers |= kind_of(inner, scheduled=True).makers
-                makers |= _inside(kind_of(inner, scheduled=True)).makers
+                makers |= kind_of(inner).makers
+                makers |= _inside(kind_of(inner)).makers
     return dataclasses.replace(kind, makers=makers)
 
 
@@ -473,7 +472,8 @@ def decode(plain: Any, kind: Kind, path: str) -> Any:
         return _decoded_call(plain, kind, path)
     if kind.group is not None:
         if not isinstance(plain, Mapping):
-            raise SettingError(path, f"is a group of settings, not {plain!r}", _fields_of(kind.group, path))
+            name = settings_of(kind.group)[0].name
+            raise SettingError(path, f"is a group of settings, not {plain!r}", nearest=_joined(path, name))
         return called(kind.group, plain, path)
     if kind.text is not None and isinstance(plain, (str, int, float)) and not isinstance(plain, bool):
         try:
@@ -569,7 +569,7 @@ def _converted(plain: Any, option: Any, path: str) -> Any:
     if origin in (list, tuple, collections.abc.Sequence):
         if not isinstance(plain, (list, tuple)):
             return _NONE
-        kinds = [kind_of(kind, scheduled=True) for kind in inner if kind is not Ellipsis] or [kind_of(Any)]
+        kinds = [kind_of(kind) for kind in inner if kind is not Ellipsis] or [kind_of(Any)]
         kinds = kinds if origin is tuple and Ellipsis not in inner and len(kinds) > 1 else kinds[:1] * len(plain)
         if len(kinds) != len(plain):
             return _NONE
@@ -598,6 +598,9 @@ def _key(key: Any, kind: Kind) -> Any:
 # --- the texts of errors ----------------------------------------------------------------------------------------------
 
 
+_USUAL = ("adamw", "lion", "sgd", "cosine_decay_schedule", "warmup_cosine_decay_schedule")  # of many, in a message
+
+
 def wanted(kind: Kind) -> str:
     """Return what a setting must be, for an error and for help."""
     words = [kind.wanted] if kind.wanted else []
@@ -605,7 +608,8 @@ def wanted(kind: Kind) -> str:
         words.append(check_of(kind.plain)(object()) or "a value")
     if kind.makers:
         names = list(kind.makers)
-        words.append(f"a name such as {', '.join(names[:3])}" if len(names) > 6 else f"one of {', '.join(names)}")
+        usual = [name for name in _USUAL if name in kind.makers]
+        words.append(f"a name such as {', '.join(usual)}" if len(names) > 6 else f"one of {', '.join(names)}")
     return " or ".join([*words, *(["none"] if kind.optional else [])]) or "a value"
 
 
@@ -617,16 +621,18 @@ def near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 def _unknown(path: str, name: str, known: Mapping[str, Any]) -> SettingError:
     found = near(name, known)
-    instead = _joined(path, found) if found else f"one of {', '.join(known)}" if known else ""
-    return SettingError(_joined(path, name), "is no setting", instead)
+    instead = f"one of {', '.join(known)}" if known else ""
+    return SettingError(_joined(path, name), "is no setting", instead, nearest=_joined(path, found) if found else "")
 
 
 def _no_maker(text: str, kind: Kind, path: str) -> SettingError:
-    return SettingError(path, f"must be {wanted(kind)}, not {text!r}", near(text.partition("(")[0], kind.makers))
+    return not_a_value(path, kind, text, list(kind.makers))
 
 
-def _fields_of(group: type, path: str) -> str:
-    return ", ".join(_joined(path, setting.name) for setting in settings_of(group))
+def not_a_value(path: str, kind: Kind, text: str, names: Sequence[str] = ()) -> SettingError:
+    """Return the error of a text that is no value of a setting, with the name that it is nearest to."""
+    found = near(text.partition("(")[0], names)
+    return SettingError(path, f"must be {wanted(kind)}, not {text!r}", nearest=f"{path} {found}" if found else "")
 
 
 def _joined(path: str, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _LEFT = ' style="text-align:left"'
 WIDEST = 48  # characters of a cell of a table with many columns
@@ -38,6 +38,21 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[object]], *, title: 
     return f"<table>{caption}<tr>{top}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
+def written(value: object) -> str:
+    """Return a setting on one line: a call where it names a function, its fields by name where it has some.
+
+    Examples:
+        >>> written({"name": "lion", "learning_rate": 1e-4}), written({"width": 16, "depth": 2}), written([1, 2])
+        ('lion(learning_rate=0.0001)', 'width=16, depth=2', '[1, 2]')
+    """
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{name}={written(item)}" for name, item in value.items() if name != "name")
+        return f"{value['name']}({inner})" if "name" in value else inner
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
+    return str(value)
+
+
 def cell(value: object, widest: int = WIDEST) -> str:
     """Return a value on one line, short."""
     if value is None:
@@ -46,5 +61,7 @@ def cell(value: object, widest: int = WIDEST) -> str:
         return f"{value:.4g}"
     if isinstance(value, datetime.datetime):
         return value.astimezone().strftime("%Y-%m-%d %H:%M")
+    if isinstance(value, Mapping):
+        value = written(value)
     text = " ".join(str(value).split())
     return text if len(text) <= widest else text[: widest - 1] + "…"

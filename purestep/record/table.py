@@ -79,9 +79,18 @@ class Runs(Sequence[Summary]):
         kept = [row for row in self.rows if condition is None or condition(row)]
         return Runs(tuple(row for row in kept if all(_value(row, name) == wanted for name, wanted in values.items())))
 
-    def _table(self) -> tuple[list[str], list[list[object]]]:
+    def columns(self, *, shared: bool = True) -> tuple[list[str], list[list[object]]]:
+        """Return the names of the columns, and a row of values for each of the first hundred runs.
+
+        Args:
+            shared: whether settings that are equal in all of them have a column, too.
+        """
         rows = self.rows[:SHOWN]
-        settings = _names(row.settings for row in rows)
+        settings = [
+            name
+            for name in _names(row.settings for row in rows)
+            if shared or any(_setting(row, name) != _setting(rows[0], name) for row in rows)
+        ]
         metrics = _names(row.metrics for row in rows)
         parents = any(row.parent is not None for row in rows)
         head = [
@@ -107,13 +116,13 @@ class Runs(Sequence[Summary]):
         if not self.rows:
             return "no runs"
         more = len(self.rows) - SHOWN
-        return shown.text_table(*self._table()) + (f"\n... and {more} more" if more > 0 else "")
+        return shown.text_table(*self.columns()) + (f"\n... and {more} more" if more > 0 else "")
 
     def _repr_html_(self) -> str:
         title = "no runs" if not self.rows else f"{len(self.rows):,} run{'s' if len(self.rows) > 1 else ''}"
         if len(self.rows) > SHOWN:
             title += f", the first {SHOWN}"
-        return shown.html_table(*self._table(), title=title)
+        return shown.html_table(*self.columns(), title=title)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Summary))
@@ -132,7 +141,7 @@ def _value(row: Summary, name: str) -> Any:
 def _setting(row: Summary, name: str) -> object:
     """Return a setting for a table, where True is not 1 and a list is its text."""
     value = row.settings.get(name)
-    return value if value is None or isinstance(value, float) else str(value)
+    return value if value is None or isinstance(value, float) else shown.written(value)
 
 
 def _names(mappings: Any) -> list[str]:
