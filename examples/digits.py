@@ -28,6 +28,7 @@ WEIGHT_DECAY = 0.05
 PATIENCE = 12
 WORKERS = 2
 SEED = 0
+POLICY = ps.precision.policy("32")
 
 
 def load() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -89,7 +90,7 @@ class Settings:
     weight_decay: float = WEIGHT_DECAY
     epochs: int = EPOCHS
     until: ps.Until | None = None
-    policy: ps.precision.Policy = ps.precision.policy("32")
+    policy: ps.precision.Policy = POLICY
     workers: int = WORKERS
     seed: int = SEED
 
@@ -109,6 +110,7 @@ def experiment(settings: Settings) -> ps.Experiment:
     tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(schedule, weight_decay=settings.weight_decay))
     policy = settings.policy
     step = ps.make_step(loss_fn, tx, policy=policy)
+    evaluation = ps.make_eval(loss_fn, policy=policy)
     return ps.Experiment(
         step,
         policy.apply(ps.init(make_model, tx, seed=settings.seed)),
@@ -117,7 +119,7 @@ def experiment(settings: Settings) -> ps.Experiment:
         callbacks=[
             ps.callbacks.log(every=ps.every.steps(10)),
             ps.callbacks.learning_rate(step.tx, every=ps.every.steps(10)),
-            ps.callbacks.evaluate(ps.make_eval(loss_fn, policy=policy), held_out_data(held_out), every=ps.every.epoch()),
+            ps.callbacks.evaluate(evaluation, held_out_data(held_out), every=ps.every.epoch()),
             ps.callbacks.early_stopping("val/loss", patience=PATIENCE),
             ps.callbacks.snapshots(
                 every=ps.every.epoch(),

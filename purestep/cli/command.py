@@ -76,12 +76,14 @@ def _main(words: list[str], command: str) -> int:
 
         print(f"purestep {__version__}")
         return 0
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        raise UsageError(f"there is no option {words[0]} before a command", "purestep COMMAND " + words[0])
     if command and command not in COMMANDS:
         near = nearest(command, COMMANDS)
         raise UsageError(f"there is no command {command!r}", f"purestep {near}" if near else "purestep --help")
     if not command or words[0] != command:
-        parser().parse_args(words or ["--help"])  # help exits; what is left are options before a command
-        raise UsageError(f"options come after the command: {words[0]}", "purestep --help")
+        parser().print_help()
+        return 0
     file, function = COMMANDS[command][1].split(":")
     own = parser_of(command)
     pairs: list[tuple[str, str | None]] = []
@@ -206,7 +208,7 @@ def _arguments_of_run(own: Parser) -> None:
     own.add_argument("--dry-run", metavar="N", type=_count, help="train N batches, and write nothing")
     own.add_argument("--processes", metavar="N", type=_count, help="start N processes with torchrun")
     own.add_argument("--resume", metavar="HOW", default="auto", help="auto, must, never, or the number of a snapshot")
-    own.epilog = "--until END ends the run elsewhere: 5epochs, 1000steps, 2h.\nFILE's settings: purestep run FILE --help"
+    own.epilog = "--until END ends the run elsewhere: 5epochs, 1000steps, 2h.\nIts settings: purestep run FILE --help"
 
 
 def _arguments_of_sweep(own: Parser) -> None:

@@ -1,7 +1,7 @@
 """Settings from flags and YAML: the leaves of an experiment's signature, read by jsonargparse.
 
-`record.settings` says what each setting may be, and makes the values. Here text becomes JSON of the right type, names of
-functions and classes open up the flags of their arguments, and the help lists them.
+`record.settings` says what each setting may be, and makes the values. Here text becomes JSON of the right type, names
+of functions and classes open up the flags of their arguments, and the help lists them.
 """
 
 from __future__ import annotations

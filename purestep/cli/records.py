@@ -68,7 +68,9 @@ def diff(arguments: argparse.Namespace) -> int:
         if not run.snapshots:
             raise UsageError(f"{text} has no snapshots")
         if arguments.at is not None and arguments.at not in run.snapshots:
-            raise UsageError(f"{text} has no snapshot at {arguments.at}", f"one of {', '.join(map(str, run.snapshots))}")
+            raise UsageError(
+                f"{text} has no snapshot at {arguments.at}", f"one of {', '.join(map(str, run.snapshots))}"
+            )
         like = experiment_of(run, arguments.experiment).make(run.settings).state
         states.append(run.state(like, step=arguments.at))
     found = tree.diff(*states, root="state")

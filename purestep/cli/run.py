@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     loaded = load(arguments.file)
     settings, rest = settings_of(loaded, arguments, pairs)
     if wants_help:
-        return _help(loaded, settings)
+        return help_of("run", loaded, settings)
     if arguments.print_config:
         settings.check()
         print(settings.as_yaml(), end="")
@@ -137,9 +137,7 @@ def trained(
 ) -> int:
     """Train in a run directory, say what came of it, and return the exit code."""
     show.say(f"{run_dir}: until {experiment.until}")
-    result = loaded.fit(
-        experiment, run_dir=run_dir, loggers=loggers_of(arguments), strict=arguments.strict, **options
-    )
+    result = loaded.fit(experiment, run_dir=run_dir, loggers=loggers_of(arguments), strict=arguments.strict, **options)
     report(result, arguments)
     return int(result.exit_code)
 
@@ -187,10 +185,11 @@ def _dry_run(experiment: Experiment, arguments: argparse.Namespace) -> int:
     return int(result.exit_code)
 
 
-def _help(loaded: Loaded, settings: Settings) -> int:
+def help_of(command: str, loaded: Loaded, settings: Settings) -> int:
+    """Print what a command takes, and the settings of an experiment."""
     from purestep.cli.command import parser_of
 
-    print(parser_of("run").format_help())
+    print(parser_of(command).format_help())
     print(f"settings of {os.path.relpath(loaded.path)}:{loaded.name}, with their types and values:")
-    print(settings.help("purestep run"), end="")
+    print(settings.help(f"purestep {command}"), end="")
     return 0

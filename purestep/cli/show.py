@@ -11,7 +11,9 @@ from typing import Any
 from purestep.record import shown
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", widest: int = shown.WIDEST) -> None:
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", widest: int = shown.WIDEST
+) -> None:
     """Print a table."""
     if not sys.stdout.isatty():
         print(shown.text_table(head, rows, widest=widest))

@@ -60,7 +60,9 @@ def _sorted(table: Runs, by: str, *, reverse: bool) -> Runs:
     except ConfigError as error:
         names = {n for row in table for n in (*row.settings, *row.metrics)} | {"when", "updates", "name", "why"}
         near = nearest(by, names)
-        raise UsageError(f"no run has a column {by!r}", f"--sort {near}" if near else ", ".join(sorted(names))) from error
+        raise UsageError(
+            f"no run has a column {by!r}", f"--sort {near}" if near else ", ".join(sorted(names))
+        ) from error
 
 
 def near_run(path: Path) -> str:
@@ -111,7 +113,9 @@ def show_run(arguments: argparse.Namespace) -> int:
 
     run = open_run(run_directory(arguments.run))
     if arguments.json:
-        programs = [{"file": p.file, "function": p.function, "command": p.command, "commit": p.commit} for p in run.programs]
+        programs = [
+            {"file": p.file, "function": p.function, "command": p.command, "commit": p.commit} for p in run.programs
+        ]
         told = {"snapshots": list(run.snapshots), "programs": programs, "environment": dict(run.environment)}
         show.as_json({**_plain(run.summary), **told})
     else:
@@ -158,7 +162,9 @@ def plot(arguments: argparse.Namespace) -> int:
     for name in arguments.metric or ():
         if name not in known:
             near = nearest(name, known)
-            raise UsageError(f"{arguments.run} has logged no {name!r}", f"--metric {near}" if near else ", ".join(known))
+            raise UsageError(
+                f"{arguments.run} has logged no {name!r}", f"--metric {near}" if near else ", ".join(known)
+            )
     print(learning_curves(log, arguments.out or run / "learning_curves.png", keys=arguments.metric))
     return 0
 
@@ -182,7 +188,9 @@ def export(arguments: argparse.Namespace) -> int:
         known = {name for header in run.headers for name in header.metrics}
         if arguments.best not in known:
             near = nearest(arguments.best, known)
-            raise UsageError(f"no snapshot has the metric {arguments.best!r}", f"--best {near}" if near else ", ".join(known))
+            raise UsageError(
+                f"no snapshot has the metric {arguments.best!r}", f"--best {near}" if near else ", ".join(known)
+            )
         with snapshot.Store(snapshot.root_of(run.path)) as store:
             step = store.best(arguments.best, arguments.mode)
     out = snapshot.consolidate(run.path, arguments.out, step=step, only=arguments.only)

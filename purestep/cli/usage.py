@@ -38,7 +38,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def of_explained(error: BaseException) -> UsageError:
     """Return an error of purestep, which has four parts on several lines, as one of the command line."""
     lines = str(error).splitlines() or [type(error).__name__]
-    parts = {label: line.partition(label)[2].strip() for line in lines for label in ("where:", "instead:") if label in line}
+    parts = {
+        label: line.partition(label)[2].strip() for line in lines for label in ("where:", "instead:") if label in line
+    }
     where = f" ({parts['where:']})" if parts.get("where:") else ""
     return UsageError(f"{lines[0]}{where}", parts.get("instead:", ""))
 

@@ -374,7 +374,9 @@ def _by_label(printed: ast.expr, kind: Kind) -> dict[str, Any] | None:
     if label not in kind.makers:
         return None
     defaults = {setting.name: setting.default for setting in settings_of(kind.makers[label])}
-    return {NAME: label} | {name: values[name] for name in defaults if name in values and values[name] != defaults[name]}
+    return {NAME: label} | {
+        name: values[name] for name in defaults if name in values and values[name] != defaults[name]
+    }
 
 
 def call_of(text: str, kind: Kind, path: str) -> Any:
@@ -417,7 +419,7 @@ def _plain_call(node: ast.Call, kind: Kind, path: str, text: str) -> Any:
     if maker is None:
         raise _no_maker(name, kind, path)
     kinds = {setting.name: setting.kind for setting in settings_of(maker)}
-    places = [parameter for parameter in inspect.signature(maker).parameters.values()]
+    places = list(inspect.signature(maker).parameters.values())
     found: dict[str, Any] = {NAME: name}
     rest = next((p.name for p in places if p.kind is p.VAR_POSITIONAL), None)
     named = [p.name for p in places if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -516,8 +518,9 @@ def called(maker: Maker, plain: Mapping[str, Any], path: str) -> Any:
     except (PurestepError, TypeError, ValueError) as error:
         if isinstance(error, SettingError):
             raise
-        first = str(error).partition("\n")[0]
-        raise SettingError(path or "settings", f"cannot be made: {first}") from error
+        first, *more = str(error).splitlines() or [type(error).__name__]
+        where = next((f" ({line.partition('where:')[2].strip()})" for line in more if "where:" in line), "")
+        raise SettingError(path or "settings", f"cannot be made: {first}{where}") from error
 
 
 def arguments_of(maker: Maker, plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -531,9 +534,7 @@ def arguments_of(maker: Maker, plain: Mapping[str, Any]) -> dict[str, Any]:
         (name,) = inspect.signature(maker).parameters
         return {name: called(group, plain, "")}
     known = {setting.name: setting for setting in settings_of(maker)}
-    return {
-        name: decode(value, known[name].kind, name) if name in known else value for name, value in plain.items()
-    }
+    return {name: decode(value, known[name].kind, name) if name in known else value for name, value in plain.items()}
 
 
 def plain_of(maker: Maker, arguments: Mapping[str, Any]) -> dict[str, Any]:
