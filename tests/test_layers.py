@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "purestep"
 ROOMS = (
     "_torch _cpus _lazy errors arguments _torch_cpu portable_kernels portable bits transforms tree treesum recompute "
     "distributed random donation module_tensors metrics loggers display sharding functional optim precision data "
-    "snapshot state grad microbatch step_protocol parallel step jit preflight loop callbacks trainer record testing cli"
+    "snapshot state grad microbatch step_protocol parallel step jit preflight loop callbacks trainer record testing cli __main__"
 ).split()
 
 # Libraries with one importer. Keys are top-level modules, values the only file that may name them.

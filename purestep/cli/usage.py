@@ -48,13 +48,14 @@ def of_explained(error: BaseException) -> UsageError:
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are `UsageError`, with the nearest option or command."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, f"{self.prog} --help")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)
         if rest:
             raise self.unknown(rest[0])
