@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from purestep.cli.usage import Parser, UsageError, nearest
+from purestep.cli.usage import Parser, UsageError, nearest, version
 
 _DESCRIPTION = """\
 Train, look into runs, and prove what they did. An experiment is a function from typed settings to a ps.Experiment,
@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str], command: str) -> int:
     if "--version" in words[:1]:
-        from purestep import __version__
-
-        print(f"purestep {__version__}")
+        print(f"purestep {version()}")
         return 0
     if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
         raise UsageError(f"there is no option {words[0]} before a command", "purestep COMMAND " + words[0])

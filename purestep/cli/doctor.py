@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from purestep.cli import show
+from purestep.cli.usage import version
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 
@@ -59,11 +60,9 @@ def findings() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    from purestep import __version__
-
     ok = sys.version_info >= (3, 11)
     yield Finding("python", platform.python_version(), OK if ok else BAD, "" if ok else "Python 3.11 or later")
-    yield Finding("purestep", f"{__version__} in {Path(__file__).parents[1]}")
+    yield Finding("purestep", f"{version()} in {Path(__file__).parents[1]}")
     for name in ("torch", "numpy", "optree", "orbax-checkpoint", "rich", "xxhash", "jsonargparse"):
         try:
             yield Finding(name, importlib.metadata.version(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -49,6 +50,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are `UsageError`, with the nearest option or command."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
+        self._takes: dict[str, bool] = {}
         kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(prog, **kwargs)
 
@@ -68,6 +70,16 @@ class Parser(argparse.ArgumentParser):
         near = nearest(word.partition("=")[0], self.options())
         return UsageError(f"there is no option {word.partition('=')[0]}", near or f"{self.prog} --help")
 
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+        action = super().add_argument(*names, **kwargs)
+        self._takes |= {name: action.nargs != 0 for name in action.option_strings}
+        return action
+
     def options(self) -> dict[str, bool]:
         """Return the options by name, and whether each takes a value."""
-        return {name: action.nargs != 0 for action in self._actions for name in action.option_strings}
+        return self._takes
+
+
+def version() -> str:
+    """Return the version of purestep."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)  # type: ignore[attr-defined]
