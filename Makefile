@@ -18,6 +18,9 @@ DOCS_VENV := .venv-docs
 DOCS_PY := $(DOCS_VENV)/bin/python
 DOCS_READY := $(DOCS_VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
+# `make notebooks WRITE=1` writes outputs that differ; ONLY="01 03" takes some of the notebooks.
+WRITE ?=
+ONLY ?=
 # How many processes `make kills` kills.
 KILLS ?= 500
 # The ends of the range of torch in pyproject.toml, each tested in an environment of its own.
@@ -29,10 +32,10 @@ ENDS ?= -m "not slow" tests/jit tests/sharding tests/precision --ignore=tests/pr
 	optim/test_lift.py optim/test_foreach.py optim/test_blocks.py optim/test_second_order.py snapshot/test_codec.py \
 	snapshot/test_template.py parallel/test_same_bits.py loop/test_run.py loop/test_small_kernels.py)
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-EXTRAS := dev,examples,data,float8,export
+EXTRAS := dev,examples,notebooks,data,float8,export,metrics,parquet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest setup-docs lint format docs bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -84,6 +87,9 @@ lint: $(READY)  ## ruff check, ruff format --check, mypy
 format: $(READY)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+notebooks: $(READY)  ## execute the notebooks and compare with what is committed; WRITE=1 writes it, ONLY="01 03" chooses
+	$(PY) notebooks/execute.py $(if $(WRITE),--write) $(ONLY)
 
 docs: $(DOCS_READY)  ## build the site of the docs into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict --quiet

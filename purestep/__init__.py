@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from purestep import data as data
     from purestep import display as display
     from purestep import errors as errors
+    from purestep import interop as interop
     from purestep import loggers as loggers
     from purestep import loop as loop
     from purestep import metrics as metrics
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
     from purestep.functional import bind as bind
     from purestep.functional import checkpoint as checkpoint
     from purestep.grad import grad_and_value as grad_and_value
+    from purestep.inference.evaluate import Evaluation as Evaluation
+    from purestep.inference.evaluate import evaluate as evaluate
+    from purestep.inference.predict import predict as predict
+    from purestep.inference.saved import Predictions as Predictions
+    from purestep.inference.saved import load_predictions as load_predictions
+    from purestep.interop.export import export as export
+    from purestep.interop.lightning import from_lightning as from_lightning
+    from purestep.interop.weights import from_module as from_module
+    from purestep.interop.weights import load_weights as load_weights
+    from purestep.interop.weights import save_weights as save_weights
     from purestep.jit import donate as donate
     from purestep.jit import jit as jit
     from purestep.loop.cadence import Until as Until
@@ -62,6 +73,7 @@ if TYPE_CHECKING:
     from purestep.state import init as init
     from purestep.state import to_module as to_module
     from purestep.step import make_eval as make_eval
+    from purestep.step import make_predict as make_predict
     from purestep.step import make_step as make_step
     from purestep.step import weighted as weighted
     from purestep.step_protocol import wrap_step as wrap_step

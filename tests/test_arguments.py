@@ -171,6 +171,8 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "out": root / "model.pt",
         "out_png": root / "curves.png",
         "path": root / "run" / "metrics.csv",
+        "load_weights.path": ps.save_weights(state, root / "weights.pt"),
+        "save_weights.path": root / "saved.pt",
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,
@@ -275,8 +277,8 @@ LEFT_OUT: dict[str, str] = {
         "works on a state, whose structure it checks: tests/optim, tests/test_functional.py",
     ),
     **dict.fromkeys(
-        "testing.check_faults testing.check_resume snapshot.consolidate restore fork".split(),
-        "writes, or needs a process: its own tests",
+        "testing.check_faults testing.check_resume snapshot.consolidate restore fork export from_lightning".split(),
+        "writes, compiles, or needs a process or a library: its own tests",
     ),
     "testing.check_transformation": "updates as often as it is told, 10**30 times as well: its own tests",
 }
@@ -371,6 +373,7 @@ accept(
     ["10**30"],
     "never due",
 )
+accept("load_weights.rename", ["{}"], "nothing is renamed")
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("Experiment.state Experiment.data", EVERYTHING, "what `fit` is given: it checks them, with the step")
 accept("Experiment.step", ["function"], "a function")

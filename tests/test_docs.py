@@ -43,6 +43,17 @@ def test_sharding_page(capsys):
     assert "\n".join(table) in shown
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch about its own exporter
+def test_interop_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/interop.md"):
+        exec(compile(block, "docs/interop.md", "exec"), namespace)
+    assert capsys.readouterr().out == "32.0\n"
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".ckpt", ".pt", ".pt2", ".safetensors"]
+
+
 def test_purity_page(capsys):
     namespace = {"__name__": "page"}
     for block in blocks("docs/purity.md"):

@@ -274,6 +274,15 @@ def test_what_is_recorded_does_not_depend_on_when_it_is_asked_for(kind, values, 
         assert tree.digest(whole) == tree.digest(parts)
 
 
+def test_sums_of_metrics_with_several_numbers_are_new_tensors():
+    steps = to_host([{"loss": Sum(torch.full((3,), float(i)))} for i in (1, 2, 4)])
+    first = metrics.fold({}, steps)
+    second = metrics.fold(first, steps)
+    expanded = metrics.fold({}, to_host([{"loss": Sum(torch.ones(()).expand(3))}] * 2))  # as vmap returns constants
+    assert [float(steps[i]["loss"].value[0]) for i in range(3)] == [1, 2, 4]
+    assert [s["loss"].value.tolist() for s in (first, second, expanded)] == [[7] * 3, [14] * 3, [2] * 3]
+
+
 def test_what_lies_on_a_device_is_read_only_when_it_is_asked_for():
     """On the meta device there is nothing to read: any look at a value raises."""
     recorder = metrics.Recorder()

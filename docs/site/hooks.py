@@ -22,7 +22,15 @@ import api  # noqa: E402
 
 # What is on the site, by where it lies in the repository. Everything that a page links to has to be here.
 SHOWN = (
-    *("*.md", "docs/*.md", "docs/*.png", "benchmarks/*.md", "benchmarks/*.txt", "benchmarks/results/*.md"),
+    *(
+        "*.md",
+        "docs/*.md",
+        "docs/*.png",
+        "notebooks/*.md",
+        "benchmarks/*.md",
+        "benchmarks/*.txt",
+        "benchmarks/results/*.md",
+    ),
     *("benchmarks/results/*.png", "examples/**/*"),
 )
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
@@ -31,7 +39,7 @@ FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)
 def on_config(config: Any) -> Any:
     """Add the notebooks and the pages of the API to the navigation."""
     if notebooks := _notebooks():
-        config.nav.insert(2, {"Notebooks": notebooks})
+        config.nav.insert(2, {"Notebooks": ["notebooks/README.md", *notebooks]})
     config.nav.insert(-2, {"API": [{room: f"api/{room}.md"} for room in api.rooms(ROOT)]})
     return config
 

@@ -103,7 +103,7 @@ def _main(words: list[str], command: str) -> int:
 def _parsed(own: Parser, words: list[str]) -> argparse.Namespace | None:
     """Return what the words say; None when help was asked for."""
     try:
-        return own.parse_args(words)  # type: ignore[no-any-return]
+        return own.parse_args(words)
     except SystemExit:  # argparse's, after help
         return None
 

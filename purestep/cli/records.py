@@ -73,7 +73,8 @@ def diff(arguments: argparse.Namespace) -> int:
             )
         like = experiment_of(run, arguments.experiment).make(run.settings).state
         states.append(run.state(like, step=arguments.at))
-    found = tree.diff(*states, root="state")
+    first, second = states
+    found = tree.diff(first, second, root="state")
     if arguments.json:
         show.as_json([str(difference) for difference in found])
     else:

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from purestep.record import shown
+from purestep.views import plain
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", widest: int = shown.WIDEST
+    head: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", widest: int = plain.WIDEST
 ) -> None:
     """Print a table."""
     if not sys.stdout.isatty():
-        print(shown.text_table(head, rows, widest=widest))
+        print(plain.table(head, rows, widest=widest))
         return
     from rich import box
     from rich.console import Console
@@ -26,7 +26,7 @@ def table(
     for name in head:
         drawn.add_column(name, overflow="fold")
     for row in rows:
-        drawn.add_row(*(_escaped(shown.cell(value, widest)) for value in row))
+        drawn.add_row(*(_escaped(plain.cell(value, widest)) for value in row))
     Console().print(drawn)
 
 
@@ -35,14 +35,14 @@ def facts(rows: Mapping[str, object], *, title: str = "") -> None:
     kept = [(name, value) for name, value in rows.items() if value is not None]
     if not sys.stdout.isatty():
         width = max((len(name) for name, _ in kept), default=0)
-        print("\n".join(f"{name:<{width}}  {shown.cell(value, shown.LINE)}".rstrip() for name, value in kept))
+        print("\n".join(f"{name:<{width}}  {plain.cell(value, plain.LINE)}".rstrip() for name, value in kept))
         return
     from rich.console import Console
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 2))
     for name, value in kept:
-        grid.add_row(f"[bold]{_escaped(name)}", _escaped(shown.cell(value, shown.LINE)))
+        grid.add_row(f"[bold]{_escaped(name)}", _escaped(plain.cell(value, plain.LINE)))
     Console().print(grid)
 
 

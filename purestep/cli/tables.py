@@ -128,7 +128,7 @@ def snapshots(arguments: argparse.Namespace) -> int:
     from purestep.record.run_record import open as open_run
 
     run = open_run(run_directory(arguments.run))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "position": header.step,
             "updates": header.info.get("updates"),

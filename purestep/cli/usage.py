@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         action = super().add_argument(*names, **kwargs)
-        self._takes |= {name: action.nargs != 0 for name in action.option_strings}
+        self._takes |= dict.fromkeys(action.option_strings, action.nargs != 0)
         return action
 
     def options(self) -> dict[str, bool]:

@@ -14,6 +14,18 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             are the documented half of them.
     pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
                             taken from the disk cache, and graphs are compiled anew.
+    node_of, proxy_root     the node of a graph in the making that stands for a tensor, and where its constants are.
+                            Without them: no value is read while a function is traced.
+    compiling               what `torch.compiler.is_compiling()` answers. Torch sets the same flag in `torch.export`.
+    uncompiled              runs modules that `torch.compile` wrapped as they are. Half of it is the public
+                            `torch.compiler.set_stance`; the setting of Dynamo is what it says of `make_fx`.
+    validates_distributions whether distributions check their parameters where nothing is said. Without it: True.
+    module_conversion, put_module_conversion
+                            what `module.to(...)` and its like end in. Without it: a module that converts another in its
+                            forward is refused.
+    READ_VALUE, UNIQUE, UNSAFE_VIEW
+                            operators that ask for a value, whose shape depends on values, and which view a fresh
+                            tensor. They have no other name.
     FakeTensorMode          tensors of shapes without memory. There is no public name; `torch.export` uses it.
     batch_norm_legit        batch norm that says in its schema what it writes.
 """
@@ -21,9 +33,12 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, fx, nn
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -31,6 +46,27 @@ if TYPE_CHECKING:
 set_grad_enabled = torch._C._set_grad_enabled
 set_mkldnn_enabled = torch._C._set_mkldnn_enabled
 batch_norm_legit = torch.ops.aten._native_batch_norm_legit
+
+
+READ_VALUE = torch.ops.aten._local_scalar_dense.default
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+UNIQUE = torch.ops.aten._unique2.default
+Conversion = Callable[..., nn.Module]
+
+
+def validates_distributions() -> bool:
+    """Return what was given to `Distribution.set_default_validate_args`."""
+    return bool(torch.distributions.Distribution._validate_args)
+
+
+def module_conversion() -> Conversion:
+    """Return the method that all conversions of modules go through."""
+    return nn.Module._apply
+
+
+def put_module_conversion(method: Conversion) -> None:
+    """Replace that method."""
+    nn.Module._apply = method  # type: ignore[method-assign,assignment]
 
 
 def inductor_config() -> Any:
@@ -60,6 +96,56 @@ def tracing_context() -> contextlib.AbstractContextManager[Any]:
         torch.compiler, "_non_strict_tracing_context", contextlib.nullcontext
     )()
     return made
+
+
+def node_of(tensor: Tensor) -> fx.Node | None:
+    """Return the node of the graph in the making that a tensor stands for."""
+    mode = _proxy_mode()
+    if mode is None:
+        return None
+    found = _proxy_slot(tensor, mode.tracer, None)
+    return None if found is None else found.proxy.node
+
+
+def proxy_root() -> nn.Module:
+    """Return the module that holds the constants of the graph in the making."""
+    root: nn.Module = _proxy_mode().tracer.root  # type: ignore[union-attr]
+    return root
+
+
+def _proxy_mode() -> Any:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode()
+
+
+def _proxy_slot(*args: Any) -> Any:
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    return get_proxy_slot(*args)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Let `torch.compiler.is_compiling()` say yes in a `with` block."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let modules and functions that `torch.compile` wrapped run uncompiled in a `with` block."""
+    if "torch._dynamo" not in sys.modules:  # nothing is wrapped
+        yield
+        return
+    from torch._dynamo import config
+
+    with torch.compiler.set_stance("force_eager"), config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 def fake_tensor_mode(*, allow_non_fake_inputs: bool) -> FakeTensorMode:

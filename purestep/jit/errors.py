@@ -34,6 +34,10 @@ _VALUE_TEXTS = (
 )
 
 
+class ValueReadError(TraceError):
+    """A value or a shape was asked for that a trace does not have; another way to trace may not ask."""
+
+
 def user_line(error: BaseException) -> str | None:
     """Return the innermost line of the user's own code that an error passed through."""
     found = None
@@ -53,27 +57,31 @@ def explained(error: Exception) -> Exception:
     """Return the error to raise in place of one that tracing ran into; the user's own errors stay as they are."""
     name, text = type(error).__name__, str(error)
     if name in _SHAPE_ERRORS:
-        return TraceError(
+        return ValueReadError(
             explain(
                 "the shape of a result depends on the values of a tensor",
                 where=user_line(error),
                 why="jit traces the function once, on shapes without values, and the graph has fixed shapes",
                 instead="torch.where(mask, x, 0).sum() / mask.sum()   # in place of x[mask].mean()\n"
-                "or do it outside of the step, while the batch is made",
+                "F.cross_entropy(logits, torch.where(mask, y, -100))   # in place of logits[mask], y[mask]\n"
+                "or do it outside of the step, while the batch is made\n" + EAGER,
             )
         )
     if name in _VALUE_ERRORS or any(part in text for part in _VALUE_TEXTS):
-        return TraceError(
+        return ValueReadError(
             explain(
                 "the function asks for the value of a traced tensor",
                 where=user_line(error),
                 why="jit traces the function once, on shapes without values; `if loss > 3:`, .item(), float() and "
                 ".numpy() need a value",
                 instead="torch.where(loss > 3, a, b)      # in place of: a if loss > 3 else b\n"
-                "return state, {'loss': loss}     # and read the metric outside of the step",
+                "return state, {'loss': loss}     # and read the metric outside of the step\n" + EAGER,
             )
         )
     return error
+
+
+EAGER = 'ps.jit(step, unjittable="eager")   # gradients by the step as it is, only the update compiled'
 
 
 # --- captured tensors -------------------------------------------------------------------------------------------------

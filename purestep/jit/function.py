@@ -25,6 +25,7 @@ from purestep.jit import backends, cache_key, donation_graph, errors
 from purestep.jit._torch import set_grad_enabled
 from purestep.jit.donation_graph import Layout
 from purestep.jit.progress import progress
+from purestep.jit.reads import Guard
 from purestep.jit.static_arguments import Statics
 from purestep.jit.trace import Traced, trace
 from purestep.sharding.plan import Plan
@@ -53,6 +54,7 @@ class Entry:
         code: the graph, as text.
         held: static objects that the signature knows by identity, so that they stay alive.
         fixed: whether only the first argument holds such objects.
+        guards: values of the batch that the graph was made for.
     """
 
     run: backends.Run
@@ -63,6 +65,14 @@ class Entry:
     code: str
     held: tuple[Any, ...]
     fixed: bool
+    guards: tuple[Guard, ...] = ()
+
+    def broken(self, leaves: list[Any]) -> Guard | None:
+        """Return the first guard that a call does not pass."""
+        if not self.guards:
+            return None
+        tensors = leaves if self.takes is None else self.takes(leaves)
+        return next((guard for guard in self.guards if not guard.holds(tensors)), None)
 
     def __call__(self, leaves: list[Any]) -> Sequence[Any]:
         """Run on the leaves of the arguments and return the leaves of the result."""
@@ -102,13 +112,21 @@ class Jit(AnyStep):
     """
 
     def __init__(
-        self, function: Callable[..., Any], donate: bool, backend: str, static: Sequence[int | str], mode: str | None
+        self,
+        function: Callable[..., Any],
+        donate: bool,
+        backend: str,
+        static: Sequence[int | str],
+        mode: str | None,
+        *,
+        reads: bool = True,
     ) -> None:
         self.function = function
         self.__name__ = name_of(function)
         self.__doc__ = function.__doc__
         self.__signature__ = signature_of(function)
         self.donate, self.backend, self.mode = donate, backend, mode
+        self.reads = reads
         self._statics = Statics(function, static)
         self._lock = threading.RLock()
         self._fell_back = False
@@ -116,7 +134,7 @@ class Jit(AnyStep):
 
     def clear(self) -> None:
         """Forget everything that was compiled."""
-        self._entries: dict[Hashable, Entry] = {}
+        self._entries: dict[Hashable, list[Entry]] = {}
         self._shapes: list[cache_key.Shape] = []
         self._last: _Last | None = None
         self.retraces: tuple[str, ...] = ()
@@ -181,6 +199,7 @@ class Jit(AnyStep):
             and [cache_key.leaf_signature(leaf) for leaf in leaves[n:]] == last.rest
             and extra == last.extra
             and structure == last.structure
+            and last.entry.broken(leaves) is None
         ):
             return last.entry
         return None
@@ -246,18 +265,28 @@ class Jit(AnyStep):
         signatures = tuple([cache_key.leaf_signature(leaf) for leaf in leaves])
         key = (structure, extra, tuple(map(cache_key.fingerprint, objects)), signatures)
         try:
-            entry = self._entries.get(key)
+            entry, _ = self._fitting(key, leaves)
         except TypeError:
             cache_key.check_leaves(leaves, lambda: self._paths(args, kwargs))
             raise
         if entry is None:
             with self._lock:
-                entry = self._entries.get(key)
+                entry, broken = self._fitting(key, leaves)
                 if entry is None:
                     # A mode that watches the call is not to see how it is traced.
                     with _torch.disable_current_modes():
-                        entry = self._entries[key] = self._build(args, kwargs, leaves, structure, extra, objects)
+                        entry = self._build(args, kwargs, leaves, structure, extra, objects, broken)
+                    self._entries.setdefault(key, []).append(entry)
         return entry
+
+    def _fitting(self, key: Hashable, leaves: list[Any]) -> tuple[Entry | None, Guard | None]:
+        """Return the entry of a signature whose guards a call passes, or the guard that kept it from the last one."""
+        broken = None
+        for entry in self._entries.get(key, ()):
+            broken = entry.broken(leaves)
+            if broken is None:
+                return entry, None
+        return None, broken
 
     def _build(
         self,
@@ -267,13 +296,14 @@ class Jit(AnyStep):
         structure: Structure,
         extra: Extra,
         objects: list[Any],
+        broken: Guard | None,
     ) -> Entry:
         names = functools.cache(lambda: self._paths(args, kwargs))
         cache_key.check_leaves(leaves, names)
         # A dry run of a function that calls this one: what it costs to compile would be for nothing.
         dry = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
         if not dry:
-            self._explain_retrace(cache_key.Shape.of(names(), leaves, extra[1]))
+            self._explain_retrace(cache_key.Shape.of(names(), leaves, extra[1]), broken)
         with progress(self.__name__) as note:
             backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
@@ -290,7 +320,7 @@ class Jit(AnyStep):
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not cache_key.static_values((args[1:], kwargs))
-        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed)
+        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed, traced.guards)
 
     def _traced(
         self,
@@ -308,6 +338,7 @@ class Jit(AnyStep):
             structure,
             paths=names,
             static=cache_key.static_values((args, kwargs)),
+            state_leaves=len(tree.leaves(args[0])) if self.reads and args else None,
         )
         first = args[0] if args else None
         layout = donation_graph.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
@@ -318,9 +349,9 @@ class Jit(AnyStep):
         roots = [*zip(named, args, strict=True), *((k, kwargs[k]) for k in sorted(kwargs))]
         return [path for name, value in roots for path in tree.paths(value, name)]
 
-    def _explain_retrace(self, shape: cache_key.Shape) -> None:
+    def _explain_retrace(self, shape: cache_key.Shape, broken: Guard | None) -> None:
         if self._shapes:
-            reason = cache_key.why(shape, self._shapes)
+            reason = cache_key.why(shape, self._shapes) if broken is None else f"another value than {broken}"
             self.retraces = (*self.retraces, reason)
             log.info("%s is traced again: %s", self.__name__, reason)
             if len(self.retraces) == _MANY + 1:
@@ -330,6 +361,7 @@ class Jit(AnyStep):
                         where=reason,
                         why="one is kept for each combination of structure, shapes, dtypes and Python values",
                         instead="pad batches to a few fixed sizes\n"
+                        "keep what differs from batch to batch a tensor, instead of reading its value\n"
                         "make a number that changes a tensor: torch.tensor(0.1)\n"
                         "all reasons are in step.retraces",
                     ),

@@ -48,7 +48,8 @@ class JitStep(AnyStep):
             return step.update(state, _whole(state, total))
 
         self.grads = Jit(grads, False, backend, (), mode)
-        self.update = Jit(update, donate, backend, (), mode)
+        # A gradient is no batch: an update that asks for values is refused, in two pieces as in one.
+        self.update = Jit(update, donate, backend, (), mode, reads=False)
         self._index: list[Tensor] = []
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

@@ -149,6 +149,11 @@ class Until:
         """Number of epochs, where the end is known in epochs."""
         return None
 
+    @property
+    def steps(self) -> int | None:
+        """Number of batches, where the end is known in batches."""
+        return None
+
     def __or__(self, other: Until) -> Until:
         _same_kind(self, other, Until, "ps.epochs(2) | ps.steps(100)")
         return EitherUntil(self, other)
@@ -167,6 +172,10 @@ class UntilSteps(Until):
 
     def horizon(self, view: View) -> Horizon:
         return Horizon(max(self.n - view.cursor.batches, 0))
+
+    @property
+    def steps(self) -> int | None:
+        return self.n
 
     def __str__(self) -> str:
         return f"{self.n} steps"
@@ -216,6 +225,10 @@ class EitherUntil(Until):
     @property
     def epochs(self) -> int | None:
         return self.a.epochs if self.b.epochs is None else self.b.epochs
+
+    @property
+    def steps(self) -> int | None:
+        return self.a.steps if self.b.steps is None else self.b.steps
 
     def __str__(self) -> str:
         return f"{self.a} or {_grouped(self.b, EitherUntil)}"

@@ -59,6 +59,14 @@ class Evaluator(abc.ABC):
         """Check before the first step what can be checked, and return the names of the metrics; None if not known."""
         return None
 
+    def rereads(self) -> bool:
+        """Tell whether its data can be read once more, for a trial before the run, without disturbing anything."""
+        return False
+
+    def limited(self, batches: int) -> Evaluator | None:
+        """Return the same evaluation of the first batches only, for a trial before the run; None if there is none."""
+        return None
+
 
 class Transformer(abc.ABC):
     """A callback that performs the effect `Transform` of its name."""
@@ -82,6 +90,14 @@ class EventSink(Protocol):
     def receive(self, event: Event, loop: LoopState) -> None: ...
 
     def close(self) -> None: ...
+
+
+class RowSink(abc.ABC):
+    """An event sink that is shown the rows of the log, too."""
+
+    @abc.abstractmethod
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Take a row, at the step that the loggers write it at."""
 
 
 class Observer(abc.ABC):

@@ -106,7 +106,7 @@ _PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
 @functools.cache
-def makers_of(kind: type) -> dict[str, Maker]:
+def makers_of(kind: Any) -> dict[str, Maker]:
     """Return the functions of purestep that make a value of a type, by name: optimizers, schedules, plans."""
     if kind is Plan:
         return {"ddp": sharding.ddp, "fsdp": sharding.fsdp, "hsdp": sharding.hsdp}
@@ -170,7 +170,9 @@ def _options(hint: Any) -> list[Any]:
 
 
 def _subclasses(base: type) -> list[type]:
-    found = [sub for direct in base.__subclasses__() for sub in (direct, *_subclasses(direct))]
+    found: list[type] = []
+    for direct in base.__subclasses__():
+        found += [direct, *_subclasses(direct)]
     return [sub for sub in dict.fromkeys(found) if dataclasses.is_dataclass(sub)]
 
 
@@ -259,7 +261,8 @@ def _default(owner: Any, name: str, otherwise: Any) -> Any:
 
 @functools.cache
 def _hints(owner: Any) -> dict[str, Any]:
-    target = owner.__init__ if isinstance(owner, type) and not dataclasses.is_dataclass(owner) else owner
+    own_init = isinstance(owner, type) and not dataclasses.is_dataclass(owner)
+    target = owner.__init__ if own_init else owner  # type: ignore[misc]
     try:
         return typing.get_type_hints(target, include_extras=True)
     except (NameError, AttributeError, TypeError):
@@ -370,7 +373,8 @@ def _by_label(printed: ast.expr, kind: Kind) -> dict[str, Any] | None:
     calls = [node for node in ast.walk(printed) if isinstance(node, ast.Call)]
     values = {k.arg: k.value.value for c in reversed(calls) for k in c.keywords if isinstance(k.value, ast.Constant)}
     own = {k.arg: k.value for k in printed.keywords} if isinstance(printed, ast.Call) else {}
-    label = own[NAME].value if isinstance(own.get(NAME), ast.Constant) else ast.unparse(calls[0].func) if calls else ""
+    named = own.get(NAME)
+    label = named.value if isinstance(named, ast.Constant) else ast.unparse(calls[0].func) if calls else ""
     if label not in kind.makers:
         return None
     defaults = {setting.name: setting.default for setting in settings_of(kind.makers[label])}

@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from purestep import _cells
 from purestep.arguments import Location, checked
 from purestep.errors import SnapshotError
 from purestep.snapshot.header import DATA, Header, read_header
@@ -175,5 +176,6 @@ def _read(step: int, path: Path, revision: int) -> Entry:
 @checked(SnapshotError)
 def root_of(run_dir: Location) -> Path:
     """Return the directory of the snapshots of a run; a directory that holds none below is taken for it."""
-    nested = Path(run_dir) / DIRECTORY
-    return nested if nested.is_dir() else Path(run_dir)
+    path = _cells.located(run_dir)
+    nested = path / DIRECTORY
+    return nested if nested.is_dir() else path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from purestep import _cells
 from purestep.arguments import Location, checked
 from purestep.errors import SnapshotError
 from purestep.snapshot.export import Only
@@ -63,4 +64,4 @@ def consolidate(run_dir: Location, out: Location, *, step: int | None = None, on
         ...     torch.load(consolidate(run_dir, f"{run_dir}/all.pt", only="all"))
         {'w': tensor([0, 1, 2]), 'name': 'digits'}
     """
-    return _consolidate(root_of(run_dir), out, step=step, only=only)
+    return _consolidate(root_of(run_dir), _cells.located(out), step=step, only=only)
