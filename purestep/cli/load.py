@@ -14,8 +14,7 @@ from typing import Any
 
 from purestep.cli.usage import UsageError, nearest, of_explained
 from purestep.errors import PurestepError
-from purestep.record.experiment import Experiment, experiment
-from purestep.record.settings import arguments_of
+from purestep.record.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Loaded:
             UsageError: they are refused by what the function calls.
         """
         try:
-            return experiment(self.function)(**arguments_of(self.function, plain))
+            return Experiment.of(self.function, plain)
         except PurestepError as error:
             raise of_explained(error) from error
 

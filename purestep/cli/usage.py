@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         near = nearest(word.partition("=")[0], self.options())
         return UsageError(f"there is no option {word.partition('=')[0]}", near or f"{self.prog} --help")
 
-    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
         action = super().add_argument(*names, **kwargs)
         self._takes |= dict.fromkeys(action.option_strings, action.nargs != 0)
         return action
@@ -82,4 +82,4 @@ class Parser(argparse.ArgumentParser):
 
 def version() -> str:
     """Return the version of purestep."""
-    return str(sys.modules[__name__.partition(".")[0]].__version__)  # type: ignore[attr-defined]
+    return str(sys.modules[__name__.partition(".")[0]].__version__)

@@ -66,6 +66,34 @@ class Experiment:
         # A copy: what the caller changes later is not what it was made with.
         object.__setattr__(self, "settings", plain_settings({} if self.settings is None else self.settings))
 
+    @classmethod
+    def of(cls, makes: Callable[..., Experiment], settings: Mapping[str, Any]) -> Experiment:
+        """Make the experiment of settings that are given by name: a YAML file's, an OmegaConf, a sweep's.
+
+        Args:
+            makes: function that makes an experiment; its arguments are the settings.
+            settings: as a run records them, see `ps.experiment`; mappings and sequences of any kind, nested.
+
+        Raises:
+            ConfigError: they are not the arguments of the function.
+
+        Examples:
+            >>> import torch
+            >>> import purestep as ps
+            >>> def linear(tx: ps.optim.GradientTransformation, until: ps.Until = ps.steps(9)) -> ps.Experiment:
+            ...     step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+            ...     state = ps.init(lambda: torch.nn.Linear(2, 1), tx)
+            ...     return ps.Experiment(step, state, ps.data.batches({"x": torch.ones(8, 2)}, 4), until=until)
+            >>> ps.Experiment.of(linear, {"tx": {"name": "sgd", "learning_rate": 0.1}, "until": "3 steps"}).fit().reason
+            'reached 3 steps'
+        """
+        plain = {str(name): _json(value) for name, value in settings.items()}
+        made_ = experiment(makes)(**arguments_of(makes, plain))
+        # The call that was asked for: what it made may print as what it consists of.
+        named = {setting.name for setting in settings_of(makes) if setting.kind.makers}
+        asked = {name: value for name, value in plain.items() if name in named and isinstance(value, dict)}
+        return dataclasses.replace(made_, settings={**(made_.settings or {}), **asked})
+
     def fit(self, **options: Any) -> Result:
         """Run it: `ps.fit` with these arguments; `options` are others of `fit`, such as `run_dir` and `until`.
 
@@ -169,6 +197,15 @@ def _taken(makes: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, 
         return dict(settings)
     names = {setting.name for setting in settings_of(makes)}
     return {name: value for name, value in settings.items() if name in names}
+
+
+def _json(value: Any) -> Any:
+    """Return mappings and sequences of other libraries as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {str(name): _json(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_json(item) for item in value]
+    return value
 
 
 def _checked_experiment(found: object, function: object) -> Experiment:

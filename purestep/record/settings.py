@@ -538,6 +538,10 @@ def arguments_of(maker: Maker, plain: Mapping[str, Any]) -> dict[str, Any]:
         (name,) = inspect.signature(maker).parameters
         return {name: called(group, plain, "")}
     known = {setting.name: setting for setting in settings_of(maker)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(maker).parameters.values())
+    for name in plain:
+        if name not in known and not takes_any:
+            raise _unknown("", name, known)
     return {name: decode(value, known[name].kind, name) if name in known else value for name, value in plain.items()}
 
 
