@@ -24,6 +24,13 @@ def test_loop_page(capsys):
     assert "loss below 0.5" in out
 
 
+def test_cli_page(capsys):
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/cli.md"):
+        exec(compile(block, "docs/cli.md", "exec"), namespace)
+    assert capsys.readouterr().out == "reached 20 steps\n"
+
+
 def test_transforms_page(capsys):
     namespace = {"__name__": "page"}
     for block in blocks("docs/transforms.md"):
