@@ -36,6 +36,13 @@ def test_metrics_page(capsys, tmp_path, monkeypatch):
     assert set(names) == {"val/loss", "val/auroc", "val/scores/recall", "val/scores/kappa"}
 
 
+def test_cli_page(capsys):
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/cli.md"):
+        exec(compile(block, "docs/cli.md", "exec"), namespace)
+    assert capsys.readouterr().out == "reached 20 steps\n"
+
+
 def test_transforms_page(capsys):
     namespace = {"__name__": "page"}
     for block in blocks("docs/transforms.md"):
