@@ -24,7 +24,8 @@ def test_loop_page(capsys):
     assert "loss below 0.5" in out
 
 
-def test_cli_page(capsys):
+def test_cli_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     for block in blocks("docs/cli.md"):
         exec(compile(block, "docs/cli.md", "exec"), namespace)
