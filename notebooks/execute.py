@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 AT_ONCE = 2  # kernels
 CELL_SECONDS = 300
+LINES = 8  # of a cell in a difference
 FORMAT = "py:percent"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -66,7 +67,9 @@ class Difference:
     got: str
 
     def __str__(self) -> str:
-        code = "\n".join(f"    | {line}" for line in self.source.splitlines())
+        lines = self.source.splitlines()
+        shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} lines more"]
+        code = "\n".join(f"    | {line}" for line in shown)
         return (
             f"{self.notebook}, cell {self.cell}: {self.what}\n{code}\n"
             f"  expected: {_indented(self.expected)}\n  got:      {_indented(self.got)}"
