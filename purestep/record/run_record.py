@@ -25,7 +25,7 @@ from purestep.record.summary import Parent, Summary, is_run, started, summarize
 from purestep.snapshot import root_of
 from purestep.snapshot.listing import Index
 from purestep.snapshot.manifest import Header
-from purestep.views import Block, Note, Printed, Table
+from purestep.views import Block, Note, Printed, Table, written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -199,10 +199,11 @@ class RunRecord(Printed):
         """
         return plots.plot(self.metrics, keys=keys or None, title=self.name if title is None else title)
 
-    def _facts(self) -> list[list[object]]:
+    def facts(self) -> list[list[object]]:
+        """Return names and values of what a reader asks first."""
         program = self.programs[-1] if self.programs else Program()
         commit = None if program.commit is None else program.commit[:12] + ("" if program.clean else ", changed")
-        settings: dict[str, object] = {name: str(value) for name, value in self.settings.items()}
+        settings: dict[str, object] = {name: written(value) for name, value in self.settings.items()}
         facts: list[list[object]] = [
             ["when", self.when],
             ["why it ended", self.why],
@@ -211,7 +212,7 @@ class RunRecord(Printed):
             *([f"setting {name}", value] for name, value in settings.items()),
             *([name, value] for name, value in self.summary.metrics.items()),
             ["parent", self.parent],
-            ["program", " ".join(program.command)],
+            ["program", f"{program.cell} of a notebook" if program.cell else " ".join(program.command)],
             ["commit", commit],
             ["torch", self.environment.get("torch")],
             ["digest", self.digest],
@@ -219,7 +220,7 @@ class RunRecord(Printed):
         return [fact for fact in facts if fact[1] not in (None, "")]
 
     def view(self) -> list[Block]:
-        return [Table(["run", self.name], self._facts(), wide=True), *curves.shown(self.metrics)]
+        return [Table(["run", self.name], self.facts(), wide=True), *curves.shown(self.metrics)]
 
 
 @checked(ConfigError)

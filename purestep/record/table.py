@@ -14,7 +14,7 @@ from purestep.display import curves, plots
 from purestep.errors import ConfigError, explain
 from purestep.loggers import read_csv
 from purestep.record.summary import Summary, is_run, summarize
-from purestep.views import Block, Note, Printed, Table
+from purestep.views import Block, Note, Printed, Table, written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,9 +101,18 @@ class Runs(Printed, Sequence[Summary]):
         named = [(row.name, found) for row in self.rows if (found := _log(row))]
         return plots.draw(curves.beside(named, keys or None, together=False), title=title)
 
-    def _table(self) -> tuple[list[str], list[list[object]]]:
+    def columns(self, *, shared: bool = True) -> tuple[list[str], list[list[object]]]:
+        """Return the names of the columns, and a row of values for each of the first hundred runs.
+
+        Args:
+            shared: whether settings that are equal in all of them have a column, too.
+        """
         rows = self.rows[:SHOWN]
-        settings = _names(row.settings for row in rows)
+        settings = [
+            name
+            for name in _names(row.settings for row in rows)
+            if shared or any(_setting(row, name) != _setting(rows[0], name) for row in rows)
+        ]
         metrics = _names(row.metrics for row in rows)
         parents = any(row.parent is not None for row in rows)
         head = [
@@ -129,7 +138,7 @@ class Runs(Printed, Sequence[Summary]):
         if not self.rows:
             return [Note("no runs")]
         more = len(self.rows) - SHOWN
-        return [Table(*self._table()), *([Note(f"... and {more:,} more")] if more > 0 else [])]
+        return [Table(*self.columns()), *([Note(f"... and {more:,} more")] if more > 0 else [])]
 
 
 def _log(row: Summary) -> dict[str, list[Any]]:
@@ -156,7 +165,7 @@ def _value(row: Summary, name: str) -> Any:
 def _setting(row: Summary, name: str) -> object:
     """Return a setting for a table, where True is not 1 and a list is its text."""
     value = row.settings.get(name)
-    return value if value is None or isinstance(value, float) else str(value)
+    return value if value is None or isinstance(value, float) else written(value)
 
 
 def _names(mappings: Any) -> list[str]:

@@ -26,3 +26,5 @@ from purestep.views.markup import unfolding as unfolding
 from purestep.views.plain import cell as cell
 from purestep.views.plain import shortened as shortened
 from purestep.views.plain import sparkline as sparkline
+from purestep.views.plain import table as table
+from purestep.views.plain import written as written

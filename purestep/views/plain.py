@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 WIDEST = 48  # characters of a cell of a table with many columns
 LINE = 160  # of one with few
@@ -27,7 +27,20 @@ def cell(value: object, widest: int = WIDEST) -> str:
         return f"{value:,}"
     if isinstance(value, datetime.datetime):
         return value.astimezone().strftime("%Y-%m-%d %H:%M")
-    return shortened(str(value), widest)
+    return shortened(written(value), widest)
+
+
+def written(value: object) -> str:
+    """Return a setting as text: a call where it names a function, its fields by name where it has some.
+
+    Examples:
+        >>> written({"name": "lion", "learning_rate": 1e-4}), written({"width": 16, "depth": 2}), written([1, 2])
+        ('lion(learning_rate=0.0001)', 'width=16, depth=2', '[1, 2]')
+    """
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{name}={written(item)}" for name, item in value.items() if name != "name")
+        return f"{value['name']}({inner})" if "name" in value else inner
+    return f"[{', '.join(map(written, value))}]" if isinstance(value, list) else str(value)
 
 
 def shortened(text: str, widest: int) -> str:
