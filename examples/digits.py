@@ -3,11 +3,13 @@
 Run it, kill it, run it again: it continues where it was and ends with the same digest.
 
     python examples/digits.py --run-dir runs/digits
+    purestep run examples/digits.py --lr 1e-3 --until 5epochs
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ WEIGHT_DECAY = 0.05
 PATIENCE = 12
 WORKERS = 2
 SEED = 0
+POLICY = ps.precision.policy("32")
 
 
 def load() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -69,6 +72,63 @@ def loss_fn(net: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
     return cross_entropy(logits, batch["label"]), {"accuracy": ps.metrics.accuracy(logits, batch["label"])}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What one may change.
+
+    Args:
+        lr: peak of the learning rate.
+        weight_decay: of AdamW.
+        epochs: of the learning rate's schedule; the run ends after them.
+        until: another end of the run.
+        policy: precision.
+        workers: processes that load data.
+        seed: of everything random.
+    """
+
+    lr: float = LEARNING_RATE
+    weight_decay: float = WEIGHT_DECAY
+    epochs: int = EPOCHS
+    until: ps.Until | None = None
+    policy: ps.precision.Policy = POLICY
+    workers: int = WORKERS
+    seed: int = SEED
+
+
+def held_out_data(held_out: dict[str, np.ndarray]) -> ps.data.Batches:
+    return ps.data.batches(held_out, 256, shuffle=False, drop_last=False)
+
+
+@ps.experiment
+def experiment(settings: Settings) -> ps.Experiment:
+    torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
+    train_set, held_out = load()
+    train = ps.data.batches(train_set, BATCH, seed=settings.seed, transform=shift, num_workers=settings.workers)
+
+    total = settings.epochs * len(train)
+    schedule = ps.optim.warmup_cosine_decay_schedule(0.0, settings.lr, warmup_steps=total // 10, decay_steps=total)
+    tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(schedule, weight_decay=settings.weight_decay))
+    policy = settings.policy
+    step = ps.make_step(loss_fn, tx, policy=policy)
+    evaluation = ps.make_eval(loss_fn, policy=policy)
+    return ps.Experiment(
+        step,
+        policy.apply(ps.init(make_model, tx, seed=settings.seed)),
+        train,
+        until=settings.until or ps.epochs(settings.epochs),
+        callbacks=[
+            ps.callbacks.log(every=ps.every.steps(10)),
+            ps.callbacks.learning_rate(step.tx, every=ps.every.steps(10)),
+            ps.callbacks.evaluate(evaluation, held_out_data(held_out), every=ps.every.epoch()),
+            ps.callbacks.early_stopping("val/loss", patience=PATIENCE),
+            ps.callbacks.snapshots(
+                every=ps.every.epoch(),
+                keep=ps.snapshot.best("val/accuracy", 2, mode="max") | ps.snapshot.latest(1),
+            ),
+        ],
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/digits"))
@@ -78,52 +138,25 @@ def main() -> int:
     parser.add_argument("--precision", default="32", choices=[n for n in ps.precision.NAMES if n != "float8"])
     parser.add_argument("--bits", default=ps.bits.mode(), choices=["portable", "native"], help="see docs/bits.md")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
     if args.bits == "portable":
         ps.bits.portable()
 
-    train_set, held_out = load()
-    train = ps.data.batches(train_set, BATCH, seed=args.seed, transform=shift, num_workers=args.workers)
-    val = ps.data.batches(held_out, 256, shuffle=False, drop_last=False)
-
-    total = args.epochs * len(train)
-    schedule = ps.optim.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup_steps=total // 10, decay_steps=total)
-    tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(schedule, weight_decay=WEIGHT_DECAY))
     policy = ps.precision.policy(args.precision)
-    step = ps.make_step(loss_fn, tx, policy=policy)
-    state = policy.apply(ps.init(make_model, tx, seed=args.seed))
-    eval_step = ps.make_eval(loss_fn, policy=policy)
-
-    result = ps.fit(
-        step,
-        state,
-        train,
-        until=ps.epochs(args.epochs),
-        run_dir=args.run_dir,
-        loggers=[ps.loggers.csv(), ps.loggers.tensorboard()],
-        callbacks=[
-            ps.callbacks.log(every=ps.every.steps(10)),
-            ps.callbacks.learning_rate(step.tx, every=ps.every.steps(10)),
-            ps.callbacks.evaluate(eval_step, val, every=ps.every.epoch()),
-            ps.callbacks.early_stopping("val/loss", patience=PATIENCE),
-            ps.callbacks.snapshots(
-                every=ps.every.epoch(),
-                keep=ps.snapshot.best("val/accuracy", 2, mode="max") | ps.snapshot.latest(1),
-            ),
-        ],
-    )
+    digits = experiment(Settings(epochs=args.epochs, workers=args.workers, seed=args.seed, policy=policy))
+    result = digits.fit(run_dir=args.run_dir, loggers=[ps.loggers.csv(), ps.loggers.tensorboard()])
     if result.interrupted:
         print(f"interrupted by {result.reason} after {result.loop.cursor.batches} batches; run it again to continue")
         return result.exit_code
 
     curves = args.run_dir / "learning_curves.png"
     ps.display.learning_curves(args.run_dir / "metrics.csv", curves)
-    best = ps.restore(args.run_dir, like=state, best="val/accuracy", mode="max")
+    best = ps.restore(args.run_dir, like=digits.state, best="val/accuracy", mode="max")
+    accuracy = evaluate(ps.make_eval(loss_fn, policy=policy), best, held_out_data(load()[1]))
     report = {
         "why it ended": result.reason,
         "epochs, updates": f"{result.loop.cursor.epoch}, {int(result.state.step)}",
         "held-out accuracy, last": f"{result.metrics['val/accuracy']:.2%}",
-        "held-out accuracy, best kept": f"{evaluate(eval_step, best, val):.2%}",
+        "held-out accuracy, best kept": f"{accuracy:.2%}",
         "digest of the last state": ps.digest(result.state),
         "time in training": f"{result.loop.elapsed:.1f} s",
         "learning curves": str(curves),

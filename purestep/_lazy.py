@@ -7,9 +7,11 @@ So importing purestep, in every worker process too, does not build what most pro
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 
@@ -22,12 +24,9 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
     Raises:
         AttributeError: when a name is used that the package does not list.
     """
-    table: dict[str, tuple[str, str]] = {}
 
     def names() -> dict[str, tuple[str, str]]:
-        if not table:
-            table.update(_listed(package))
-        return table
+        return _listed(package)
 
     def get(name: str) -> Any:
         if name.startswith("__") or name not in names():
@@ -43,9 +42,26 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
     def directory() -> list[str]:
         return sorted({*vars(sys.modules[package]), *names()})
 
+    sys.modules[package].__class__ = _Package
     return get, directory
 
 
+class _Package(ModuleType):
+    """A package in which a listed name stays what is listed when a submodule of the same name is imported.
+
+    `purestep.jit` is a function of the module `purestep.jit`. Python binds a module to its package when it is imported,
+    by whomever.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}":
+            home, original = _listed(self.__name__).get(name, (self.__name__, name))
+            if (home, original) != (self.__name__, name):
+                return
+        super().__setattr__(name, value)
+
+
+@functools.cache
 def _listed(package: str) -> dict[str, tuple[str, str]]:
     """Read the imports under `if TYPE_CHECKING:` from the source of a package."""
     source = sys.modules[package].__loader__.get_source(package)  # type: ignore[union-attr]

@@ -20,17 +20,18 @@ import numbers
 import operator
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, TypeVar
 
 from purestep.errors import PurestepError, explain
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,7 +91,7 @@ Seed = Annotated[int, Range(0, 2**64, "[)")]
 Name = Annotated[str, Judge("a string that is not empty", lambda value: isinstance(value, str) and value != "")]
 Location = Annotated[str | Path, Judge("a path that is not empty", lambda value: _is_path(value))]
 Device = Annotated[
-    torch.device | str | int,
+    "torch.device | str | int",
     Judge("a device such as 'cpu' or 'cuda:0' that torch knows", lambda value: _is_device(value)),
 ]
 
@@ -277,8 +278,8 @@ def _judge(kind: object, within: Range | None) -> Judge | None:
     if typing.get_origin(kind) is Annotated or _is_union(kind):
         check = check_of(kind, within)
         return Judge(check(object()) or "a value", lambda value: check(value) is None)
-    if kind in _SIMPLE:
-        return _SIMPLE[kind](within)
+    if kind in _SIMPLE or kind in _of_torch():
+        return (_SIMPLE.get(kind) or _of_torch()[kind])(within)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return Judge(" or ".join(map(repr, inner)), lambda value: _is_choice(value, inner))
@@ -317,8 +318,8 @@ def _integer(within: Range | None) -> Judge:
 def _tensor(within: Range | None) -> Judge:
     """A tensor; one that stands for a number is 0-d. It is not read: that would wait for the device."""
     if within is None:
-        return Judge("a tensor", lambda value: isinstance(value, Tensor))
-    return Judge("a 0-d tensor", lambda value: isinstance(value, Tensor) and value.dim() == 0 and _is_ordered(value))
+        return Judge("a tensor", _is_tensor)
+    return Judge("a 0-d tensor", lambda value: _is_tensor(value) and value.dim() == 0 and _is_ordered(value))
 
 
 def _simple(wanted: str, kind: type) -> Callable[[Range | None], Judge]:
@@ -328,15 +329,37 @@ def _simple(wanted: str, kind: type) -> Callable[[Range | None], Judge]:
 _SIMPLE: dict[Any, Callable[[Range | None], Judge]] = {
     float: _number,
     int: _integer,
-    Tensor: _tensor,
     bool: _simple("True or False", bool),
     str: _simple("a string", str),
     None: _simple("None", type(None)),
     type(None): _simple("None", type(None)),
-    torch.dtype: _simple("a dtype such as torch.float32", torch.dtype),
-    torch.device: _simple("a device such as torch.device('cpu')", torch.device),
     os.PathLike: _simple("a path", os.PathLike),
 }
+
+
+def _of_torch() -> dict[Any, Callable[[Range | None], Judge]]:
+    """Return the judges of torch's types; none while torch is not imported, because no annotation is one of them then.
+
+    The command lists runs without it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    return {
+        torch.Tensor: _tensor,
+        torch.dtype: _simple("a dtype such as torch.float32", torch.dtype),
+        torch.device: _simple("a device such as torch.device('cpu')", torch.device),
+    }
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_array(value: object) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def _is_real(value: object) -> bool:
@@ -361,6 +384,8 @@ def _is_path(value: object) -> bool:
 
 
 def _is_device(value: Any) -> bool:
+    import torch
+
     try:
         return not isinstance(value, bool) and torch.device(value) is not None
     except (RuntimeError, TypeError, ValueError, OverflowError):
@@ -368,7 +393,7 @@ def _is_device(value: Any) -> bool:
 
 
 def _is_ordered(value: Tensor) -> bool:
-    return not value.is_complex() and value.dtype != torch.bool
+    return not value.is_complex() and str(value.dtype) != "torch.bool"
 
 
 def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
@@ -399,7 +424,7 @@ def _iterable(inner: tuple[object, ...], within: Range | None) -> Judge:
     def fits(value: object) -> bool:
         if isinstance(value, collections.abc.Sequence):
             return elements.fits(value)
-        return isinstance(value, collections.abc.Iterable) and not isinstance(value, (Tensor, np.ndarray))
+        return isinstance(value, collections.abc.Iterable) and not _is_tensor(value) and not _is_array(value)
 
     return Judge(elements.wanted, fits)
 
@@ -422,7 +447,7 @@ def _class_name(kind: type) -> str:
 
 def _shown(value: object) -> str:
     """Return a short repr of an argument; a tensor is described by shape and dtype, not printed."""
-    if isinstance(value, Tensor):
+    if _is_tensor(value):
         return f"a tensor of shape {tuple(value.shape)} and dtype {str(value.dtype).removeprefix('torch.')}"
     try:
         text = repr(value)

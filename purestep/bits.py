@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from purestep.errors import TreeError, explain
 from purestep.portable import mode as mode
 from purestep.portable import portable as portable
 from purestep.portable import portable_here as portable_here
+from purestep.views import Block, Note, Printed, Table, shortened
 
 BLOCK = 1 << 20  # bytes; longer leaves are hashed by blocks of this size, which threads and ranks can share
 _HASH_THREADS = 4
@@ -184,6 +186,8 @@ class Difference:
         max_ulp: largest distance in units in the last place over the elements that are numbers on both sides; None for
             anything but floating point of one dtype.
         elements: number of elements that differ in their bytes, None where shapes differ.
+        max_rel: largest difference of an element from its counterpart, relative to the larger magnitude of the two, so
+            at most 2; None and NaN as for `max_abs`.
     """
 
     path: str
@@ -192,10 +196,15 @@ class Difference:
     max_abs: float | None = None
     max_ulp: int | None = None
     elements: int | None = None
+    max_rel: float | None = None
+
+    @property
+    def leaf(self) -> str:
+        """What the leaf is; on both sides, where that differs."""
+        return self.left if self.left == self.right else f"{self.left} != {self.right}"
 
     def __str__(self) -> str:
-        kinds = self.left if self.left == self.right else f"{self.left} != {self.right}"
-        parts = [f"{self.path or 'the root'}: {kinds}"]
+        parts = [f"{self.path or 'the root'}: {self.leaf}"]
         if self.elements is not None:
             parts.append(f"{self.elements} differ")
         if self.max_abs is not None:
@@ -205,11 +214,39 @@ class Difference:
         return ", ".join(parts)
 
 
-class Differences(tuple[Difference, ...]):
-    """The result of `diff`: a tuple that prints one difference a line. Empty (and false) when the trees are equal."""
+_MOST_ROWS = 200  # of a table of differences
+_LEAF = 60  # characters of a leaf in it
 
-    def __str__(self) -> str:
-        return "\n".join(str(d) for d in self) if self else "equal"
+
+class Differences(Printed, tuple[Difference, ...]):
+    """The result of `diff`: a tuple that shows itself as a table. Empty (and false) when the trees are equal.
+
+    The columns: path; what the leaf is, on both sides where they differ in that; how many of its elements differ; the
+    largest absolute and relative difference, and the largest distance in units in the last place.
+
+    Examples:
+        >>> a = Difference("a", "float32[2]", "float32[2]", 0.5, 4194304, 1, 0.5)
+        >>> Differences([a, Difference("b", "int 1", "missing")])
+        path  leaf              differ  max abs  max rel    max ulp
+        a     float32[2]             1      0.5      0.5  4,194,304
+        b     int 1 != missing
+    """
+
+    def view(self) -> list[Block]:
+        if not self:
+            return [Note("equal")]
+        columns: dict[str, list[Any]] = {
+            "path": [d.path or "the root" for d in self[:_MOST_ROWS]],
+            "leaf": [shortened(d.leaf, _LEAF) for d in self[:_MOST_ROWS]],
+            "differ": [d.elements for d in self[:_MOST_ROWS]],
+            "max abs": [d.max_abs for d in self[:_MOST_ROWS]],
+            "max rel": [d.max_rel for d in self[:_MOST_ROWS]],
+            "max ulp": [d.max_ulp for d in self[:_MOST_ROWS]],
+        }
+        kept = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+        table: Block = Table(list(kept), list(zip(*kept.values(), strict=True)), wide=True)
+        more = len(self) - _MOST_ROWS
+        return [table, Note(f"... and {more:,} more")] if more > 0 else [table]
 
 
 def diff_leaves(left: Mapping[str, object], right: Mapping[str, object]) -> Differences:
@@ -232,13 +269,24 @@ def _difference(path: str, a: Any, b: Any) -> Difference | None:
     if kind_a != kind_b:
         return Difference(path, describe(a), describe(b))
     if isinstance(bytes_a, bytes):
-        return None if bytes_a == bytes_b else Difference(path, describe(a), describe(b), _scalar_distance(a, b))
+        if bytes_a == bytes_b:
+            return None
+        distance = _scalar_distance(a, b)
+        return Difference(path, describe(a), describe(b), distance, max_rel=_scalar_relative(a, b, distance))
     if np.array_equal(bytes_a, bytes_b):
         return None
     width = a.element_size() if isinstance(a, torch.Tensor) else a.dtype.itemsize
     unequal = (bytes_a.reshape(-1, width) != bytes_b.reshape(-1, width)).any(axis=1)
     left, right = (_elements(x)[torch.from_numpy(unequal)] for x in (a, b))
-    return Difference(path, describe(a), describe(b), _max_abs(left, right), _max_ulp(left, right), int(unequal.sum()))
+    return Difference(
+        path,
+        describe(a),
+        describe(b),
+        _max_abs(left, right),
+        _max_ulp(left, right),
+        int(unequal.sum()),
+        _max_rel(left, right),
+    )
 
 
 def _elements(leaf: torch.Tensor | np.ndarray | np.generic) -> torch.Tensor:
@@ -250,7 +298,12 @@ def _elements(leaf: torch.Tensor | np.ndarray | np.generic) -> torch.Tensor:
 
 
 def _scalar_distance(a: Any, b: Any) -> float | None:
-    return abs(a - b) if isinstance(a, (int, float, complex)) and not isinstance(a, bool) else None
+    if isinstance(a, bool) or not isinstance(a, (int, float, complex)):
+        return None
+    try:
+        return float(abs(a - b))
+    except OverflowError:  # an integer that no float is as large as
+        return math.inf
 
 
 def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -259,6 +312,20 @@ def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a.to(wide) - b.to(wide)).abs().max())
     # Python integers: float64 cannot tell large neighbours apart, and int64 overflows.
     return float(max(abs(int(x) - int(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)))
+
+
+def _max_rel(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference relative to the larger magnitude; 0 for -0.0 and 0.0, infinite where one side is."""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    x, y = a.to(wide), b.to(wide)
+    apart, larger = (x - y).abs(), torch.maximum(x.abs(), y.abs())
+    return float(torch.where(larger == 0, 0.0, torch.where(apart.isinf(), apart, apart / larger)).max())
+
+
+def _scalar_relative(a: Any, b: Any, apart: float | None) -> float | None:
+    if apart is None or (math.isinf(apart) and not isinstance(a, int)):
+        return apart
+    return float(abs(a - b) / max(abs(a), abs(b))) if a or b else 0.0  # of integers exact, whatever their size
 
 
 def _max_ulp(a: torch.Tensor, b: torch.Tensor) -> int | None:

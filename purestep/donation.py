@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import _cells, tree
 
 T = TypeVar("T")
 
@@ -143,9 +143,10 @@ def consume(value: object, by: str, kept: Sequence[object] = ()) -> None:
         by: who wrote over it.
         kept: nodes that stay usable, because the step returned them as they are.
     """
+    place = _cells.place()
     for node in nodes(value):
         if not any(node is other for other in kept):
-            tree.consume(node, by)
+            tree.consume(node, by, place)
 
 
 def nodes(value: object) -> list[object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random as python_random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -24,13 +24,14 @@ from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.optim.kernels.sliced import advance
 from purestep.random import global_generators
 from purestep.tree import Filter, pytree, static
+from purestep.views import Block, Printed
 
 if TYPE_CHECKING:
     from purestep.sharding import Plan
 
 
 @pytree
-class TrainState:
+class TrainState(Printed):
     """All that a step reads and writes. Extend it by subclassing with `@ps.pytree`, or use any pytree of several.
 
     Attributes:
@@ -114,10 +115,11 @@ class TrainState:
                 buffers = tree.select(applied, buffers, self.buffers)
         return self.replace(step=step, params=params, buffers=buffers, opt_state=opt_state)
 
-    def _repr_html_(self) -> str:
+    def view(self) -> Iterable[Block]:
+        """Return the blocks that show it: each leaf with its path, dtype and shape."""
         from purestep.display import notebook
 
-        return notebook.show(self)._repr_html_()
+        return notebook.show(self, root="state").view()
 
 
 def _check_same(what: str, given: Any, field: str, own: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Steps: pure functions `(state, batch) -> (state, metrics)` made from a loss function and a gradient transformation.
 
 A step is two pure pieces, `grads(state, microbatch, index)` and `update(state, gradients)`; accumulation and data
-parallelism put a fixed-order sum between them. `make_eval` makes the read-only counterpart.
+parallelism put a fixed-order sum between them. `make_eval` and `make_predict` make the read-only counterparts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import bind
 from purestep.grad import Engine, grad_and_value
 from purestep.metrics import Metric, as_metrics, sample_count
+from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
 from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.optim.base import GradientTransformation, check_transformation
@@ -38,6 +39,7 @@ from purestep.step_protocol import AnyStep, StepFacts, StepFn, no_microbatches
 
 LossFn = Callable[[Any, Any], Any]
 Metrics = dict[str, Metric]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +291,7 @@ def make_step(
 
 
 def _check_arity(loss_fn: LossFn) -> None:
+    refuse_captured(loss_fn)
     try:
         signature = inspect.signature(loss_fn)
     except (TypeError, ValueError):
@@ -382,8 +385,8 @@ def _loss_message(loss_fn: LossFn, out: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Eval(AnyStep):
-    """An evaluation step. Made by `make_eval`; call it as `eval_step(state, batch)`."""
+class _Inference(AnyStep):
+    """A model that is called in evaluation mode, without gradients; nothing is changed."""
 
     loss_fn: LossFn
     policy: Policy | None = None
@@ -398,23 +401,18 @@ class Eval(AnyStep):
         """Return what a snapshot of a run records of its evaluations: not where they run."""
         return {"loss_fn": self.loss_fn, "policy": self.policy}
 
-    @property
-    def facts(self) -> StepFacts:
-        """What callbacks and the checks before the first batch know of it."""
-        return StepFacts(self.loss_fn, policy=self.policy, plan=self.plan, evaluates=True)
-
-    def bare(self, microbatches: int | None = None) -> Eval:
+    def bare(self, microbatches: int | None = None) -> Self:
         return dataclasses.replace(self, plan=None)
 
     def with_microbatches(self, count: int) -> AnyStep:
         raise no_microbatches(self)
 
-    def under(self, plan: Plan) -> Eval:
+    def under(self, plan: Plan) -> Self:
         return self if self.plan is not None else dataclasses.replace(self, plan=plan)
 
-    def __call__(self, state: TrainState, batch: Any) -> Metrics:
-        """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
-        samples, cast = _samples(batch), casting(self.policy, definition(state).module)
+    def _call(self, state: TrainState, batch: Any, call: Callable[[bind, Any], T]) -> T:
+        """Return `call(bound, batch)` with the model bound to the state, and the batch as the policy has it."""
+        cast = casting(self.policy, definition(state).module)
         if self.plan is None:
             placement.check_plain(state)
         view = state if self.plan is None else placement.local(state)
@@ -427,9 +425,65 @@ class Eval(AnyStep):
 
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
             bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
-            return read_loss(
-                on_plan(self.plan, self.loss_fn), bound, cast.batch(batch), samples, alone=self.plan is None
-            )[2]
+            return call(bound, cast.batch(batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(_Inference):
+    """An evaluation step. Made by `make_eval`; call it as `eval_step(state, batch)`."""
+
+    @property
+    def facts(self) -> StepFacts:
+        """What callbacks and the checks before the first batch know of it."""
+        return StepFacts(self.loss_fn, policy=self.policy, plan=self.plan, evaluates=True)
+
+    def __call__(self, state: TrainState, batch: Any) -> Metrics:
+        """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
+        samples, loss_fn = _samples(batch), on_plan(self.plan, self.loss_fn)
+        return self._call(
+            state, batch, lambda bound, given: read_loss(loss_fn, bound, given, samples, alone=self.plan is None)[2]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict(_Inference):
+    """A prediction step. Made by `make_predict`; call it as `predict_step(state, batch)`."""
+
+    @property
+    def facts(self) -> StepFacts:
+        """What is known of it: it has no loss."""
+        return StepFacts(policy=self.policy, plan=self.plan)
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        """Return what the function computes for a batch, with the model in evaluation mode; nothing is changed."""
+        samples, function = _samples(batch), on_plan(self.plan, self.loss_fn)
+
+        def call(bound: bind, given: Any) -> Any:
+            if self.plan is None:
+                return bound.run(lambda net: function(net, given))
+            with bound as net:
+                return function(net, given)
+
+        return _one_a_sample(self.loss_fn, self._call(state, batch, call), samples)
+
+
+def _one_a_sample(function: LossFn, outputs: Any, samples: int) -> Any:
+    leaves = tree.leaves(outputs)
+    odd = [
+        f"{path}: {tree.describe(leaf)}"
+        for path, leaf in zip(tree.paths(outputs, "output"), leaves, strict=True)
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != samples
+    ]
+    if odd or not leaves:
+        raise StepError(
+            explain(
+                "a prediction is a tensor with the samples of the batch as dim 0, or a dict or tuple of them",
+                where=", ".join(odd[:5]) or f"{getattr(function, '__name__', 'function')} returned {outputs!r}"[:200],
+                why=f"the batch has {samples} samples, and each output belongs to one of them",
+                instead="lambda net, batch: net(batch['x']).argmax(-1)",
+            )
+        )
+    return outputs
 
 
 @checked(StepError)
@@ -454,3 +508,30 @@ def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan
     check_plan(plan, "ps.make_eval")
     _check_arity(loss_fn)
     return Eval(loss_fn, None if policy is None else policy_of(policy), plan)
+
+
+@checked(StepError)
+def make_predict(
+    function: Callable[[Any, Any], Any], *, policy: Policy | str | None = None, plan: Plan | None = None
+) -> Predict:
+    """Make a pure prediction step `(state, batch) -> outputs`; `ps.predict` makes one of a function.
+
+    Args:
+        function: `function(net, batch)` returns a tensor with the samples of the batch as dim 0, or a pytree of them.
+            It runs in evaluation mode without gradients.
+        policy: precision policy to predict under, or the name of one.
+        plan: the plan that the state is placed by, as of `make_eval`.
+
+    Raises:
+        StepError: the function does not take two arguments; when called: an output is not one a sample.
+
+    Examples:
+        >>> from torch import nn
+        >>> import purestep as ps
+        >>> state = ps.init(lambda: nn.Linear(3, 2), ps.optim.sgd(0.1))
+        >>> make_predict(lambda net, batch: net(batch).argmax(-1))(state, torch.ones(4, 3)).shape
+        torch.Size([4])
+    """
+    check_plan(plan, "ps.make_predict")
+    _check_arity(function)
+    return Predict(function, None if policy is None else policy_of(policy), plan)

@@ -3,21 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from purestep import callbacks
+from purestep import callbacks, data
 from purestep.arguments import checked
 from purestep.errors import ConfigError
+from purestep.loop.cadence import UntilEpochs, every
 from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments, takes
 from purestep.loop.result import Result
+from purestep.loop.roles import Evaluator, Recurring, SnapshotPolicy, Watcher
 from purestep.loop.run import Run
 
 
+@dataclasses.dataclass(frozen=True)
+class _DryRunOver(UntilEpochs):
+    """The end of the one epoch, of a few batches, that a dry run has."""
+
+    batches: int
+
+    def __str__(self) -> str:
+        return f"the end of a dry run of {self.batches} batches"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unsaved(callbacks.Reducer):
+    """In place of a callback that says which snapshots stay: a dry run has none, but names are checked."""
+
+    name: str
+    watched: tuple[str, ...]
+
+    def watches(self) -> tuple[str, ...]:
+        return self.watched
+
+
+def _dry(arguments: RunArguments, batches: int) -> RunArguments:
+    """The same run on a few batches, with everything that it does at some moment at their end, and no trace of it."""
+
+    return dataclasses.replace(
+        arguments,
+        train=data.take(arguments.train, batches),
+        until=_DryRunOver(1, batches),
+        callbacks=[_shortened(callback, batches) for callback in arguments.callbacks],
+        loggers=[],
+        run_dir=None,
+        resume="never",
+        dry_run=None,
+    )
+
+
+def _shortened(callback: Callback, batches: int) -> Any:
+    if isinstance(callback, SnapshotPolicy):
+        policy: Any = callback
+        return _Unsaved(policy.name, tuple(policy.watches() if isinstance(policy, Watcher) else ()))
+    limited: Any = callback.limited(batches) if isinstance(callback, Evaluator) else None
+    return _once(callback if limited is None else limited)
+
+
+def _once(callback: Any) -> Any:
+    recurs = isinstance(callback, Recurring) and dataclasses.is_dataclass(callback)
+    return dataclasses.replace(callback, every=every.epoch()) if recurs else callback
+
+
 def _with_defaults(arguments: RunArguments) -> RunArguments:
+    if arguments.dry_run is not None:
+        arguments = _dry(arguments, arguments.dry_run)
     names = {callback.name for callback in arguments.callbacks}
     added: list[Callback] = [] if "log" in names else [callbacks.log()]
     if "progress" not in names:
-        added.append(callbacks.progress(epochs=arguments.until.epochs))
+        added.append(callbacks.progress(epochs=arguments.until.epochs, steps=arguments.until.steps))
     return dataclasses.replace(arguments, callbacks=(*arguments.callbacks, *added))
 
 
@@ -53,7 +107,8 @@ def fit(arguments: RunArguments) -> Result:
         step: pure function `(state, batch) -> (state, metrics)`, from `make_step` or written by hand.
         state: the first state; a resumed run takes its structure, shapes and dtypes, not its values.
         train: `data.batches(...)`, a DataLoader, any iterable of batches, or a `data.Source`.
-        until: where the run ends: `steps(n)`, `epochs(n)`, `seconds(s)`, combined with `|` and `&`.
+        until: where the run ends: `steps(n)`, `epochs(n)`, `seconds(s)`, `minutes(n)`, `hours(n)`, combined with `|`
+            and `&`; or what `ps.until` reads from text.
         callbacks: features of the run, see `purestep.callbacks`. `log()` and `progress()` are added when absent.
         loggers: where rows go, see `purestep.loggers`; a CSV file in `run_dir` when None.
         run_dir: directory of everything the run writes; None writes nothing (and cannot resume).
@@ -70,6 +125,12 @@ def fit(arguments: RunArguments) -> Result:
             be used any more. The bits are the same.
         settings: hyperparameters, JSON by name: recorded in the run directory and in snapshots, given to loggers, shown
             by `ps.runs`. No bit depends on them; a resume says when they have changed.
+        dry_run: run so many batches of everything instead: train, then each evaluation on as many, and each callback
+            that recurs, once. Nothing is written: no run directory, no snapshot, no row of a logger. `state` stays as
+            it is; the result has the trained one.
+        check_evaluation: batches of each evaluation to compute before the first step, so that one that fails does so
+            at once; 0 for none. By default 1, where shapes without values do not tell and the data are those of
+            `data.batches` or a list.
 
     Returns:
         Result with state, metrics, reason and run_dir. After SIGINT or SIGTERM the run ends at the next step, with a

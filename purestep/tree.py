@@ -18,6 +18,7 @@ import numpy as np
 import optree
 import torch
 
+from purestep import _cells
 from purestep._torch import pytree as torch_pytree
 from purestep.arguments import checked
 from purestep.bits import Difference as Difference
@@ -27,6 +28,7 @@ from purestep.bits import diff_leaves
 from purestep.bits import digest_leaves as digest_leaves
 from purestep.bits import tensor_bytes as tensor_bytes
 from purestep.errors import DonatedStateError, TreeError, explain
+from purestep.views import Printed
 
 T = TypeVar("T")
 Structure = optree.PyTreeSpec
@@ -93,7 +95,7 @@ def _pytree(cls: Any, eq: bool) -> Any:
                 instead="@ps.pytree\nclass State: ...",
             )
         )
-    made: Any = dataclasses.dataclass(frozen=True, eq=eq)(cls)
+    made: Any = dataclasses.dataclass(frozen=True, eq=eq, repr=not issubclass(cls, Printed))(cls)
     if not hasattr(made, "replace"):
         made.replace = dataclasses.replace if hasattr(made, "__post_init__") else replaced
     _register(made)
@@ -218,26 +220,32 @@ class Consumed:
 
     def __repr__(self) -> str:
         values = object.__getattribute__(self, "__dict__")
-        return f"<{values['was']}, consumed by {values['by']}>"
+        return f"<{values['was']}, consumed by {_consumer(values)}>"
 
 
 def _consumed_message(node: object, use: str) -> str:
     values = object.__getattribute__(node, "__dict__")
     return explain(
-        f"this {values['was']} was consumed by {values['by']}",
-        where=f"{values['was']}{use}",
+        f"this {values['was']} was consumed by {_consumer(values)}",
+        where=f"{values['was']}{use}" + ("" if values["place"] is None else f"; donated {values['place'].told()}"),
         why="a donating step writes the new state over the memory of the one it was given",
         instead="state, metrics = step(state, batch)   # go on with the state that was returned\n"
         "or the same step without donation, which keeps the old state and needs its memory",
     )
 
 
-def consume(node: object, by: str) -> None:
-    """Make a `pytree` node unusable, because its tensors now belong to another; `by` names who took them."""
+def _consumer(values: Mapping[str, Any]) -> str:
+    """Name the step, and the cell: a notebook has its cells in view."""
+    place: _cells.Place | None = values["place"]
+    return f"{values['by']}{'' if place is None or not place.cell else f' in cell {place.cell}'}"
+
+
+def consume(node: object, by: str, place: _cells.Place | None = None) -> None:
+    """Make a `pytree` node unusable, because its tensors now belong to another; `by` names who took them, and where."""
     values = node.__dict__
     was = type(node).__name__
     values.clear()
-    values.update(was=was, by=by)
+    values.update(was=was, by=by, place=place)
     object.__setattr__(node, "__class__", Consumed)
 
 
@@ -437,14 +445,15 @@ def digest(tree: object) -> str:
 
 
 def diff(a: object, b: object, root: str = "") -> Differences:
-    """List each path at which two trees differ, with shape, dtype, largest absolute and ulp difference.
+    """List each path at which two trees differ, with shape, dtype, largest absolute, relative and ulp difference.
 
     Equality is of bits: NaNs of the same payload are equal, 0.0 and -0.0 are not. Leaves that are split over processes
     are gathered, so every process calls it.
 
     Examples:
-        >>> print(diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params"))
-        params['w']: float32[2], 1 differ, max abs 2.38e-07, 1 ulp
+        >>> diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params")
+        path         leaf        differ    max abs    max rel  max ulp
+        params['w']  float32[2]       1  2.384e-07  1.192e-07        1
         >>> bool(diff([1, 2], [1, 2]))
         False
     """

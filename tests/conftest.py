@@ -22,6 +22,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from _pytest.doctest import DoctestModule
 from shared_interpreter import Interpreter
 
 from purestep.testing.zygote import Zygotes
@@ -29,6 +30,28 @@ from purestep.testing.zygote import Zygotes
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+PACKAGE = Path(__file__).parents[1] / "purestep"
+
+
+class Doctests:
+    """Looks for examples only where there are some, because pytest imports a file to find none."""
+
+    @pytest.hookimpl
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        within = collection_path.suffix == ".py" and PACKAGE in collection_path.parents
+        return True if within and ">>>" not in collection_path.read_text() else None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collect_file(self, file_path: Path) -> Iterator[None]:
+        found = yield
+        return found if PACKAGE in file_path.parents else [x for x in found if not isinstance(x, DoctestModule)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # As a plugin, because the hooks of this file see only the files beside it.
+    config.pluginmanager.register(Doctests())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -192,12 +192,20 @@ def test_nan_inf_and_large_integers():
 def test_the_text_of_differences():
     a = {"w": torch.zeros(3, 4), "n": 1, "gone": 2.0}
     b = {"w": torch.zeros(4, 3), "n": 3, "new": torch.zeros((), dtype=torch.bfloat16)}
-    assert str(diff(a, b, "s")).splitlines() == [
+    assert [str(d) for d in diff(a, b, "s")] == [
         "s['gone']: float 2.0 != missing",
         "s['n']: int 1 != int 3, max abs 2",
         "s['w']: float32[3, 4] != float32[4, 3]",
         "s['new']: missing != bfloat16[]",
     ]
+    assert str(diff(a, b, "s")).splitlines() == [
+        "path       leaf                            max abs  max rel",
+        "s['gone']  float 2.0 != missing",
+        "s['n']     int 1 != int 3                        2   0.6667",
+        "s['w']     float32[3, 4] != float32[4, 3]",
+        "s['new']   missing != bfloat16[]",
+    ]
+    assert repr(diff(a, b, "s")) == str(diff(a, b, "s"))
     assert str(diff(a, a)) == "equal"
     assert describe(np.zeros(2, np.int8)) == "int8[2]"
 

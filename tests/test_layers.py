@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parents[1] / "purestep"
 
 # The order of rooms: each may import from those before it, and from itself. `__init__` stands above all.
 ROOMS = (
-    "_torch _cpus _lazy errors arguments _torch_cpu portable_kernels portable bits transforms tree treesum recompute "
-    "distributed random donation module_tensors metrics loggers display sharding functional optim precision data "
-    "snapshot state grad microbatch step_protocol parallel step jit preflight loop callbacks trainer record testing cli"
+    "_torch _cpus _lazy _cells errors views arguments _torch_cpu portable_kernels portable bits transforms tree "
+    "treesum recompute distributed random donation module_tensors metrics loggers display sharding functional optim "
+    "precision data snapshot state trainable batchnorm grad microbatch step_protocol parallel step jit preflight loop "
+    "callbacks inference interop trainer record testing cli __main__"
 ).split()
 
 # Libraries with one importer. Keys are top-level modules, values the only file that may name them.
@@ -170,7 +171,7 @@ def private_torch(source: str, relative: Path) -> list[str]:
                 if not level and f.split(".")[0] == "torch" and any(map(is_private, f.split(".")))
             ]
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
-            if root_of(node.value) in torchs or node.attr not in own | OURS:
+            if root_of(node.value) in torchs or node.attr not in own | ours():
                 uses.append((line, ast.unparse(node)))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if re.match(r"torch(\.\w+)*\._[a-z]", node.value):
@@ -261,11 +262,20 @@ def test_state_of_a_thread_is_caught():
 
 RULES = [wrong_imports, forbidden_words, no_docstring, private_torch, thread_local]
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-# Private names of ours that one file uses of another's class; not those that torch has, too.
-OURS = set(NOT_TORCHS).union(*(own_names((PACKAGE / r).read_text()) for r in FILES if r.name not in PRIVATE_FILES))
-OURS -= {
-    name for r in FILES if r.name in PRIVATE_FILES for name in re.findall(r"\b_[a-z]\w+", (PACKAGE / r).read_text())
-}
+
+
+@functools.cache
+def ours():
+    """Return private names of ours that one file uses of another's class; not those that torch has, too."""
+    names = set(NOT_TORCHS)
+    torchs = set()
+    for path in FILES:
+        text = (PACKAGE / path).read_text()
+        if path.name in PRIVATE_FILES:
+            torchs.update(re.findall(r"\b_[a-z]\w+", text))
+        else:
+            names |= own_names(text)
+    return names - torchs
 
 
 def test_no_file_imports_itself_over_others():

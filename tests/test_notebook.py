@@ -35,7 +35,7 @@ class Reader(HTMLParser):
         assert self.stack.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        self.text += data if self.stack[-1:] != ["style"] else ""
 
 
 @pytree
@@ -88,7 +88,7 @@ def test_nothing_is_taken_for_markup():
         {evil: torch.ones(2), "x": evil, "d": Part(torch.ones(1), [], {evil: 1}, name=evil)}, root=evil
     )
     reader = Reader(view._repr_html_())
-    assert {tag for tag, _ in reader.tags} == {"div", "details", "summary", "b", "span"}
+    assert {tag for tag, _ in reader.tags} == {"div", "style", "details", "summary", "b", "span"}
     assert "<script" not in view._repr_html_()
     differences = tree.diff({evil: torch.ones(2)}, {evil: torch.zeros(2)}, root=evil)
     assert "<script" not in notebook.show(differences)._repr_html_()
@@ -153,10 +153,9 @@ def test_differences_are_a_table():
     right = {"a": torch.tensor([1.0, 2.0000002]), "b": torch.ones(3), "d": 1, "same": 0}
     found = tree.diff(left, right, root="p")
     reader = read(found)
-    assert "4 paths differ" in reader.text
     assert sum(tag == "tr" for tag, _ in reader.tags) == 5
-    for text in ["p['a']", "2.38e-07", "float32[3]", "missing"]:
+    for text in ["p['a']", "2.384e-07", "1.192e-07", "float32[3]", "missing"]:
         assert text in reader.text
     assert repr(notebook.show(found)) == str(found)
-    assert "1 path differs" in read(tree.diff({"a": 1}, {"a": 2})).text
+    assert found._repr_html_() == notebook.show(found)._repr_html_()
     assert read(tree.diff(left, left)).text == "equal"

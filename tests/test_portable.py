@@ -68,7 +68,10 @@ needs_avx2 = pytest.mark.skipif(not available(), reason="portable bits need AVX2
 @needs_avx2
 @pytest.mark.parametrize(
     ("before", "name"),
-    [("torch.ones(3) + 1", "torch's kernels"), ("torch.ones(9, 9) @ torch.ones(9, 9)", "MKL's branch")],
+    [
+        ("torch.ones(3) + 1", "torch's kernels"),
+        pytest.param("torch.ones(9, 9) @ torch.ones(9, 9)", "MKL's branch", marks=pytest.mark.slow),
+    ],
 )
 def test_too_late_is_refused(before, name):
     code = f"import torch; {before}; import purestep as ps; ps.bits.portable()"

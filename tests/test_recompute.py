@@ -115,7 +115,7 @@ def test_a_step_has_the_bits_of_the_model_without_checkpoints(form, p, microbatc
     ("form", "p"),
     [
         ("ours", 0.3),
-        ("reentrant", 0.0),
+        pytest.param("reentrant", 0.0, marks=pytest.mark.slow),
         pytest.param("reentrant", 0.3, marks=pytest.mark.slow),
         pytest.param("not reentrant", 0.3, marks=pytest.mark.slow),
     ],
@@ -132,6 +132,7 @@ def test_under_a_precision_policy_and_a_loss_scale(form, policy):
     assert not ps.diff(trained(lambda: Net(form), **options), plain(**options))
 
 
+@pytest.mark.slow
 def test_compiled_under_a_precision_policy():
     options = {"policy": "16-mixed", "steps": 1}
     assert not ps.diff(

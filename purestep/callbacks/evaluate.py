@@ -60,18 +60,26 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
         Returns:
             The names of its metrics, None where they are not known.
         """
-        from purestep.data.adapters import BatchSequence
-        from purestep.data.batches import Batches
         from purestep.preflight.check import check_eval
 
         source = self._source
-        if isinstance(source, Batches):
-            source = source.replace(num_workers=0)
-        elif not isinstance(source, BatchSequence):
+        if not self.rereads():
             return None
+        if isinstance(source, data.Batches):
+            source = source.replace(num_workers=0)
         for batch in source.open(0, 0, None):
             return check_eval(self.name, self._step, train, batch, of=self.of)
         return None
+
+    def rereads(self) -> bool:
+        """Tell whether the data are batches of a data set, or a list of them."""
+        from purestep.data.adapters import BatchSequence
+
+        return isinstance(self._source, (data.Batches, BatchSequence))
+
+    def limited(self, batches: int) -> EvaluateCallback:
+        """Return the same evaluation of the first batches only."""
+        return dataclasses.replace(self, data=data.take(self._source, batches))
 
     def evaluate(
         self, train: object, interrupted: Callable[[], bool], peers: Peers | None = None

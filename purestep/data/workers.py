@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -22,18 +21,15 @@ import pickle
 import signal
 import sys
 import threading
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 
-from purestep.data import _torch
+from purestep.data import _torch, sending
 from purestep.data.loading import Loaded, Loader
 from purestep.data.sampler import BatchOrder, Request
 from purestep.errors import DataError, explain
@@ -65,8 +61,23 @@ class _RequestedBatches:
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __getitem__(self, request: Request) -> Loaded:
+    def __getitem__(self, request: Request) -> Any:
         return self.loader.load(request)
+
+
+class _DefinedHere(_RequestedBatches):
+    """The same for a loader that workers cannot import: its definitions are sent with it."""
+
+    def __reduce__(self) -> tuple[Callable[[bytes], _RequestedBatches], tuple[bytes]]:
+        return _defined_there, (sending.packed(self.loader),)
+
+    def __getitem__(self, request: Request) -> Any:
+        loaded = self.loader.load(request)
+        return loaded if sending.is_plain(loaded.batch) else sending.Returned(loaded)
+
+
+def _defined_there(content: bytes) -> _RequestedBatches:
+    return _DefinedHere(sending.unpacked(content))
 
 
 class _RequestStream:
@@ -99,12 +110,12 @@ class Pool:
         from torch.utils.data import DataLoader
 
         _refuse_in_bootstrap()
-        _check_picklable(loader)
+        self.sent = sending.Sent.of(loader)
         self.order = order
         self._stream = _RequestStream(order)
         with _more_workers_than_cpus():
             self._loader: Any = DataLoader(
-                _RequestedBatches(loader),  # type: ignore[arg-type]
+                (_DefinedHere if self.sent.by_value else _RequestedBatches)(loader),  # type: ignore[arg-type]
                 sampler=self._stream,
                 batch_size=None,  # each request is a batch already
                 collate_fn=_unchanged,  # type: ignore[arg-type]
@@ -205,6 +216,9 @@ class PoolCache:
         # A pool serves one iterator at a time: while this one reads, a second iterator finds no idle pool and makes
         # its own. Of two that end, the first returns to the cache.
         pool, self._idle = self._idle, None
+        if pool is not None and not pool.sent.is_current(loader):
+            pool.close()
+            pool = None
         if pool is None:
             pool = Pool(order, loader, options())
         try:
@@ -281,53 +295,6 @@ def _refuse_in_bootstrap() -> None:
                 where=str(getattr(sys.modules.get("__mp_main__"), "__file__", "__main__")),
                 why="workers that are not forked import the main script, so what it runs must be guarded",
                 instead=_GUARD,
-            )
-        )
-
-
-class _PickleCheck(ForkingPickler):
-    """Pickles everything but the arrays, to find what cannot be sent to a worker, and what is defined in `__main__`."""
-
-    def __init__(self) -> None:
-        super().__init__(io.BytesIO())
-        self.in_main: list[str] = []
-
-    def persistent_id(self, value: object) -> str | None:
-        # Arrays always pickle; leaving them out makes the check cost nothing however large the data set is.
-        if isinstance(value, (torch.Tensor, np.ndarray)):
-            return "array"
-        if isinstance(value, (type, types.FunctionType)) and value.__module__ == "__main__":
-            self.in_main.append(value.__qualname__)
-        return None
-
-
-def _check_picklable(loader: Loader) -> None:
-    check, field = _PickleCheck(), ""
-    try:
-        for field in ("dataset", "transform", "collate"):
-            check.dump(getattr(loader, field))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        value = getattr(loader, field)
-        named = value if hasattr(value, "__qualname__") else type(value)
-        raise DataError(
-            explain(
-                f"the {field} of a loader cannot be sent to worker processes",
-                where=f"{field}: {named.__module__}.{named.__qualname__}",
-                why=f"{type(error).__name__}: {error}",
-                instead="functions and classes at the top level of a module, files opened in __getitem__; "
-                "or num_workers=0",
-            )
-        ) from error
-    except RuntimeError:
-        # Locks, queues and shared values can be pickled only while a process starts; this check is made before that.
-        return
-    if check.in_main and not hasattr(sys.modules.get("__main__"), "__file__"):
-        raise DataError(
-            explain(
-                "worker processes cannot import what a notebook or an interactive session defines",
-                where=f"__main__.{check.in_main[0]}",
-                why="a worker is a new process, and no file holds the definition that it would have to import",
-                instead="define it in a .py file and import it from there, or num_workers=0",
             )
         )
 

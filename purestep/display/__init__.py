@@ -1,8 +1,14 @@
 """What people look at: the progress bar, the table of a model, learning curves."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from purestep.display.plots import learning_curves as learning_curves
-from purestep.display.progress import ProgressSink as ProgressSink
-from purestep.display.summary import Summary as Summary
-from purestep.display.summary import summary as summary
+from purestep._lazy import attach
+
+if TYPE_CHECKING:
+    from purestep.display.plots import learning_curves as learning_curves
+    from purestep.display.plots import plot as plot
+    from purestep.display.progress import ProgressSink as ProgressSink
+    from purestep.display.summary import Summary as Summary
+    from purestep.display.summary import summary as summary
+
+__getattr__, __dir__ = attach(__name__)

@@ -1,13 +1,12 @@
-"""States and differences as collapsible HTML, for notebooks.
+"""Any pytree as a tree that folds, for notebooks, and as a line for each leaf elsewhere.
 
-Owns the markup: plain `<details>`, no script, everything escaped. It reads the values of small tensors only, and
-changes none. `TrainState._repr_html_` and users in notebooks call it.
+Owns what is said of a leaf. It reads the values of small tensors only, and changes none. `TrainState` and users in
+notebooks call it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,9 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.errors import MetricError
+from purestep.metrics import Metric
+from purestep.views import Block, Printed, leaf_line, shortened, unfolding
 
 STATS_ELEMENTS = 100_000  # statistics are computed of tensors with at most so many elements
 MAX_LEAVES = 2_000  # leaves in one output; a notebook with more becomes slow
@@ -25,27 +27,35 @@ OPEN_LEVELS = 2  # levels of nodes that start open, if they have few children
 FEW = 24  # children
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Shown(Printed):
     """The result of `show`: HTML in a notebook, one line a leaf elsewhere."""
 
     value: Any
     root: str = "tree"
     max_leaves: int = MAX_LEAVES
 
-    def _repr_html_(self) -> str:
-        body = _differences(self.value) if isinstance(self.value, tree.Differences) else self._tree()
-        return f'<div style="font-family:monospace;font-size:90%;line-height:1.5">{body}</div>'
-
-    def _tree(self) -> str:
-        return "".join(_node(self.root, self.root, self.value, 0, _Budget(self.max_leaves)))
-
-    def __repr__(self) -> str:
+    def view(self) -> Iterable[Block]:
         if isinstance(self.value, tree.Differences):
-            return str(self.value)
+            return self.value.view()
+        return (Leaves(self.value, self.root, self.max_leaves),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """A block: the leaves of a pytree, each with its path."""
+
+    value: Any
+    root: str
+    most: int = MAX_LEAVES
+
+    def html(self) -> str:
+        return "".join(_node(self.root, self.root, self.value, 0, _Budget(self.most)))
+
+    def text(self) -> str:
         lines = [f"{path}: {text}" for path, text in _lines(self.root, self.value)]
-        hidden = len(lines) - self.max_leaves
-        return "\n".join(lines[: self.max_leaves] + ([f"... and {hidden} more"] if hidden > 0 else []))
+        hidden = len(lines) - self.most
+        return "\n".join(lines[: self.most] + ([f"... and {hidden} more"] if hidden > 0 else []))
 
 
 def show(value: object, *, root: str = "tree", max_leaves: int = MAX_LEAVES) -> Shown:
@@ -105,9 +115,8 @@ def _static(value: Any) -> str:
     return ", ".join(f"{f.name}={_short(getattr(value, f.name))}" for f in fields)
 
 
-def _short(value: object, limit: int = 60) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _short(value: object) -> str:
+    return shortened(repr(value), 60)
 
 
 def _lines(path: str, value: object) -> Iterator[tuple[str, str]]:
@@ -134,36 +143,42 @@ class _Budget:
 def _node(label: str, path: str, value: object, level: int, budget: _Budget) -> Iterator[str]:
     children = _children(value)
     if children is None:
-        yield from _leaf(label, path, value, budget)
+        yield _leaf(label, path, value, budget)
         return
     items = list(children)
-    unfolded = " open" if level < OPEN_LEVELS and len(items) <= FEW else ""
-    notes = [type(value).__name__, _size(value), _static(value)]
-    note = html.escape(" · ".join(item for item in notes if item))
-    yield f'<details{unfolded} style="margin-left:{1.2 if level else 0}em"><summary title="{html.escape(path)}">'
-    yield f'<b>{html.escape(label)}</b> <span style="opacity:.65">{note}</span></summary>'
+    inside: list[str] = []
     for suffix, child in items:
         if budget.leaves <= 0:
             if not budget.reported:  # once, and not again for each node around this one
                 budget.reported = True
-                yield '<div style="margin-left:1.2em;opacity:.65">… more leaves than are shown</div>'
+                inside.append(leaf_line("", note="… more leaves than are shown"))
             break
-        yield from _node(suffix.removeprefix("."), path + suffix, child, level + 1, budget)
-    yield "</details>"
+        inside += _node(suffix.removeprefix("."), path + suffix, child, level + 1, budget)
+    notes = [type(value).__name__, *_computed(value), _size(value), _static(value)]
+    note = " · ".join(item for item in notes if item)
+    unfolded = level < OPEN_LEVELS and len(items) <= FEW and not isinstance(value, Metric)
+    yield unfolding(label, note, "".join(inside), title=path, unfolded=unfolded)
 
 
-def _leaf(label: str, path: str, value: object, budget: _Budget) -> Iterator[str]:
+def _leaf(label: str, path: str, value: object, budget: _Budget) -> str:
     budget.leaves -= 1
-    text = (
-        "None"
-        if value is None
-        else tree.describe(value)
-        if _has_shape(value)
-        else f"{type(value).__name__} {_short(value)}"
-    )
+    if value is None:
+        text = "None"
+    else:
+        text = tree.describe(value) if _has_shape(value) else f"{type(value).__name__} {_short(value)}"
     notes = " · ".join(item for item in (_placement(value), _statistics(value)) if item)
-    yield f'<div style="margin-left:1.2em" title="{html.escape(path)}"><b>{html.escape(label)}</b> {html.escape(text)}'
-    yield f' <span style="opacity:.65">{html.escape(notes)}</span></div>'
+    return leaf_line(label, text, notes, title=path)
+
+
+def _computed(value: object) -> list[str]:
+    """The value of a metric, which is what one wants to see of it, where it is one number."""
+    if not isinstance(value, Metric):
+        return []
+    try:
+        number = value.compute()
+        return [] if isinstance(number, Mapping) else [f"= {float(number):.6g}"]
+    except (MetricError, RuntimeError, TypeError, ValueError):  # a meta, fake or traced tensor has no value
+        return []
 
 
 def _has_shape(value: object) -> TypeGuard[Tensor | np.ndarray | np.generic]:
@@ -214,31 +229,3 @@ def _numbers(value: Tensor) -> str:
             f"{float(finite.mean()):.3g} ± {deviation:.3g}, in [{float(finite.min()):.3g}, {float(finite.max()):.3g}]"
         )
     return ", ".join(texts)
-
-
-def _differences(differences: tree.Differences) -> str:
-    if not differences:
-        return "equal"
-    head = "".join(f'<th style="text-align:left">{name}</th>' for name in _COLUMNS)
-    rows = "".join(f"<tr>{''.join(_cell(text) for text in _row(d))}</tr>" for d in differences[:MAX_LEAVES])
-    more = f"<div>… and {len(differences) - MAX_LEAVES:,} more</div>" if len(differences) > MAX_LEAVES else ""
-    count = f"{len(differences):,} {'path differs' if len(differences) == 1 else 'paths differ'}"
-    return f"<details open><summary>{count}</summary><table><tr>{head}</tr>{rows}</table>{more}</details>"
-
-
-_COLUMNS = ("path", "left", "right", "elements", "max abs", "max ulp")
-
-
-def _row(difference: tree.Difference) -> tuple[str, ...]:
-    max_abs = None if difference.max_abs is None else f"{difference.max_abs:.3g}"
-    numbers = (difference.elements, max_abs, difference.max_ulp)
-    return (
-        difference.path or "the root",
-        difference.left,
-        difference.right,
-        *("" if n is None else f"{n:,}" if isinstance(n, int) else n for n in numbers),
-    )
-
-
-def _cell(text: str) -> str:
-    return f'<td style="text-align:left">{html.escape(text)}</td>'

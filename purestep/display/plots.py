@@ -1,7 +1,7 @@
-"""Learning curves as a PNG: one panel for each family of metrics, with training and validation in the same panel.
+"""Learning curves with matplotlib: a figure to show or to change, or a picture on disk.
 
-Owns the layout and colours. It draws on matplotlib's Agg canvas, so it needs no display and does not change pyplot's
-state. An extra: matplotlib is imported by the first drawing.
+Owns the drawing; `curves` chooses the panels. It draws on matplotlib's Agg canvas, so it needs no display and does not
+change pyplot's state. An extra: matplotlib is imported by the first drawing.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from purestep import _cells
 from purestep.arguments import Location, checked
+from purestep.display.curves import panels
 from purestep.errors import ConfigError, explain, import_extra
 from purestep.loggers import read_csv
+from purestep.views import LIGHT, Panel
 
-# The palette of Okabe and Ito: its colours differ for colour-blind readers and in grey print, too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PANEL_INCHES = (4.6, 3.2)
-Points = list[tuple[float, float]]
+_KEYS = 8  # names in a legend inside of a panel
+_MOST_KEYS = 24  # beside the panels
 
 
 @checked(ConfigError, failed=True)
@@ -30,10 +35,7 @@ def learning_curves(
     keys: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draw the metrics of a run against `step`.
-
-    The family of a metric is its name after the last slash: `loss`, `train/loss` and `val/loss` share a panel. A sparse
-    series (an evaluation an epoch) is drawn with markers; values that are not finite leave a gap.
+    """Draw the metrics of a run against `step` into a PNG; `plot` says how, and returns the figure.
 
     Args:
         source: a `metrics.csv`, a run directory, or columns as `loggers.read_csv` returns them, with `step`.
@@ -54,24 +56,8 @@ def learning_curves(
         >>> learning_curves(columns, Path(tempfile.mkdtemp()) / "curves.png").name
         'curves.png'
     """
-    if title is not None and not isinstance(title, str):
-        raise ConfigError(explain("title= is a string, or None", where=f"{title=}"))
-    columns = source if isinstance(source, Mapping) else read_csv(source)
-    panels = families(columns, keys)
-    figure_module = import_extra("matplotlib.figure", extra="plots", needed_by="ui.learning_curves")
-    agg = import_extra("matplotlib.backends.backend_agg", extra="plots", needed_by="ui.learning_curves")
-    colours, limits = _colours(panels), _limits(panels)
-    across = min(len(panels), 3 if len(panels) != 4 else 2)
-    down = math.ceil(len(panels) / across)
-    figure = figure_module.Figure(figsize=(PANEL_INCHES[0] * across, PANEL_INCHES[1] * down), layout="constrained")
-    agg.FigureCanvasAgg(figure)
-    for index, (family, series) in enumerate(panels.items()):
-        axes = figure.add_subplot(down, across, index + 1)
-        _draw_panel(axes, family, series, colours)
-        axes.set_xlim(*limits)
-    if title is not None:
-        figure.suptitle(title)
-    path = Path(out_png)
+    figure = plot(source, keys=keys, title=title)
+    path = _cells.located(out_png)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -82,77 +68,140 @@ def learning_curves(
     return path
 
 
-def families(
-    columns: Mapping[str, Sequence[float | None]], keys: Sequence[str] | None = None
-) -> dict[str, dict[str, Points]]:
-    """Group the columns into panels: by family, then by name, the points (step, value) of the rows with a value.
+@checked(ConfigError, failed=True)
+def plot(
+    source: Location | Mapping[str, Sequence[Any]], *, keys: Sequence[str] | None = None, title: str | None = None
+) -> Figure:
+    """Draw the metrics of a run against `step`: a panel for each metric, training and held-out data together.
+
+    `loss`, `train/loss`, `train/loss_epoch` and `val/loss` share a panel. Epochs are on a second axis. A sparse series
+    (an evaluation an epoch) is drawn with markers; values that are not finite leave a gap. A loss that spans more than
+    a factor of 300 has a logarithmic axis.
+
+    Args:
+        source: a `metrics.csv`, a run directory, or columns as `loggers.read_csv` returns them, with `step`.
+        keys: the names to draw, in this order; by default all.
+        title: of the picture; none by default.
+
+    Returns:
+        A `matplotlib.figure.Figure`, which a notebook shows; `figure.savefig("curves.svg")` writes it, `figure.axes`
+        are the panels, to change them.
 
     Raises:
-        ConfigError: a key is not among the columns, or no column has a value.
+        ConfigError: a key is not in the source, or there is nothing to draw.
+        MissingExtra: matplotlib is not installed (`pip install "purestep[plots]"`).
 
     Examples:
-        >>> families({"step": [1, 2], "loss": [0.5, None], "val/loss": [None, 0.4]})
-        {'loss': {'loss': [(1, 0.5)], 'val/loss': [(2, 0.4)]}}
+        >>> figure = plot({"step": [1, 2], "loss": [0.9, 0.5], "val/loss": [None, 0.6], "val/accuracy": [None, 0.4]})
+        >>> [axes.get_title() for axes in figure.axes]
+        ['loss', 'accuracy']
     """
-    known = [name for name in columns if name != "step"]
-    missing = [key for key in keys or [] if key not in known]
-    if "step" not in columns or missing:
-        what = f"there is no column {(missing or ['step'])[0]!r} to draw"
-        raise ConfigError(explain(what, where=f"columns: {', '.join(columns) or 'none'}"))
-    panels: dict[str, dict[str, Points]] = {}
-    for name in known if keys is None else keys:
-        pairs = zip(columns["step"], columns[name], strict=True)
-        points = [(step, value) for step, value in pairs if step is not None and value is not None]
-        if points:
-            panels.setdefault(name.rsplit("/", 1)[-1], {})[name] = points
-    if not panels:
-        what = "there is nothing to draw yet"
-        raise ConfigError(explain(what, where=f"columns: {', '.join(columns)}", why="no row has a value"))
-    return panels
+    if title is not None and not isinstance(title, str):
+        raise ConfigError(explain("title= is a string, or None", where=f"{title=}"))
+    return draw(panels(source if isinstance(source, Mapping) else read_csv(source), keys), title=title)
 
 
-def _draw_panel(axes: Any, family: str, series: Mapping[str, Points], colours: Mapping[str, str]) -> None:
-    longest = max(len(points) for points in series.values())
-    for name, points in series.items():
-        steps, values = zip(*points, strict=True)
-        sparse = len(points) <= 40 and (len(points) < longest or longest <= 15)
-        finite = [value if math.isfinite(value) else math.nan for value in values]
+def draw(made: Sequence[Panel], *, title: str | None = None) -> Figure:
+    """Draw panels of curves.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    import_extra("matplotlib.figure", extra="plots", needed_by="plot()")
+    from purestep.display.figures import CurvesFigure
+
+    across = min(len(made), 3 if len(made) != 4 else 2)
+    down = math.ceil(len(made) / across)
+    figure = CurvesFigure(PANEL_INCHES[0] * across, PANEL_INCHES[1] * down)
+    for number, panel in enumerate(made):
+        _draw_panel(figure.add_subplot(down, across, number + 1), panel)
+    if len(made[0].lines) > _KEYS and all(_names(panel) == _names(made[0]) for panel in made):
+        _draw_keys_beside(figure, made[0])
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    colours = _colours(panel)
+    for line in panel.lines:
+        steps, values = zip(*line.points, strict=True)
         axes.plot(
             steps,
-            finite,
-            color=colours[name],
-            linewidth=1.6,
-            marker="o" if sparse else None,
+            [value if math.isfinite(value) else math.nan for value in values],
+            color=colours[line.colour],
+            linewidth=1.0 if line.faint else 1.7,
+            alpha=0.45 if line.faint else 1.0,
+            linestyle=(0, (4, 2)) if line.dashed else "-",
+            marker="o" if line.markers else None,
             markersize=3.5,
-            label=name,
+            label=line.name,
         )
-    axes.set_title(family, fontsize=11)
-    axes.set_xlabel("step")
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel(panel.axis, fontsize=9)
+    axes.tick_params(labelsize=9)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if _wide_range(series):
+    if panel.log:
         axes.set_yscale("log")
-    if len(series) > 1 or next(iter(series)) != family:
-        axes.legend(fontsize=8, frameon=False)
+    axes.set_xlim(*panel.limits)
+    if panel.epochs:
+        _draw_epochs(axes, panel)
+    if panel.mark is not None:
+        _draw_mark(axes, panel)
+    if len(panel.lines) <= _KEYS and (len(panel.lines) > 1 or panel.lines[0].name != panel.title):
+        axes.legend(fontsize=8, frameon=True, framealpha=0.75, edgecolor="none")
 
 
-def _wide_range(series: Mapping[str, Points]) -> bool:
-    """Whether losses, all positive, span so many powers of ten that a linear axis would hide the small ones."""
-    values = [value for points in series.values() for _, value in points if math.isfinite(value)]
-    return bool(values) and min(values) > 0 and max(values) / min(values) > 300 and "loss" in " ".join(series)
+def _draw_epochs(axes: Any, panel: Panel) -> None:
+    places, numbers = zip(*panel.epochs, strict=True)
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(places, numbers)
+    above.tick_params(labelsize=8, length=3, colors="#777777")
+    above.spines["top"].set_color("#bbbbbb")
+    above.set_xlabel("epoch", fontsize=8, color="#777777", loc="left", labelpad=2)
 
 
-def _colours(panels: Mapping[str, Mapping[str, Points]]) -> dict[str, str]:
-    """The colour of each name: one for each prefix before the last slash (train, val), the same in every panel."""
-    names = [name for series in panels.values() for name in series]
-    prefixes = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
-    return {name: COLOURS[prefixes.index(name.rpartition("/")[0]) % len(COLOURS)] for name in names}
+def _draw_mark(axes: Any, panel: Panel) -> None:
+    if panel.mark is None:
+        return
+    axes.axvline(panel.mark.x, color="#333333", linewidth=1.0, linestyle=(0, (2, 2)), zorder=1.5)
+    last = panel.mark.x > sum(panel.limits) / 2
+    axes.annotate(
+        panel.mark.text,
+        (panel.mark.x, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4 if last else 4, -3),
+        textcoords="offset points",
+        ha="right" if last else "left",
+        va="top",
+        fontsize=8,
+    )
 
 
-def _limits(panels: Mapping[str, Mapping[str, Points]]) -> tuple[float, float]:
-    """One range of steps for all panels, so that they can be compared."""
-    steps = [step for series in panels.values() for points in series.values() for step, _ in points]
-    margin = 0.03 * (max(steps) - min(steps)) or 1.0
-    return min(steps) - margin, max(steps) + margin
+def _names(panel: Panel) -> list[str]:
+    return [line.name for line in panel.lines]
+
+
+def _draw_keys_beside(figure: Any, panel: Panel) -> None:
+    """One legend for all panels, right of them, where many curves would lie under it."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    more = len(names) - _MOST_KEYS
+    legend = figure.legend(
+        handles[:_MOST_KEYS], names[:_MOST_KEYS], loc="outside right upper", fontsize=8, frameon=False
+    )
+    if more > 0:
+        legend.set_title(f"{len(names)}, the first {_MOST_KEYS}:", {"size": 8})
+
+
+def _colours(panel: Panel) -> Sequence[Any]:
+    """The colours by number; of many runs shades in their order, so that a sorted table of runs can be read."""
+    count = 1 + max(line.colour for line in panel.lines)
+    if count <= len(LIGHT):
+        return LIGHT
+    import matplotlib
+
+    shades = matplotlib.colormaps["viridis"]
+    return [shades(0.9 * number / (count - 1)) for number in range(count)]

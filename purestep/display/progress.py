@@ -6,13 +6,15 @@ the loop, whose `progress` callback calls it. rich is imported when a bar is fir
 
 from __future__ import annotations
 
-import html
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from purestep import _cells
+from purestep.display.frame import Frame
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,50 +23,26 @@ REFRESH_SECONDS = 0.1
 BAR_WIDTH = 24  # characters
 
 
-class Renderer(Protocol):
-    """Draws frames on one kind of output. `ProgressSink` chooses one, and catches its errors."""
+Where = Literal["auto", "terminal", "notebook", "none"]
+VARIABLE = "PURESTEP_DISPLAY"  # of the environment: where to show what is to choose for itself
 
+
+class Renderer(Protocol):
+    """Draws frames on one kind of output. `ProgressSink` chooses one, and catches its errors.
+
+    Attributes:
+        pause: seconds between two frames, at least.
+        draws_ends_of_epochs: whether the last batch of an epoch is drawn without that pause.
+    """
+
+    pause: float
+    draws_ends_of_epochs: bool
+
+    def log(self, step: int, row: Mapping[str, float]) -> None: ...
     def draw(self, frame: Frame) -> None: ...
+    def finish(self, frame: Frame, ending: str) -> None: ...
     def print(self, text: str) -> None: ...
     def close(self) -> None: ...
-
-
-class Frame:
-    """The content of the bar at one moment, as text and numbers."""
-
-    def __init__(
-        self,
-        *,
-        epoch: int,
-        epochs: int | None,
-        batch: int,
-        length: int | None,
-        metrics: Mapping[str, float],
-        rate: float | None,
-        note: str,
-    ) -> None:
-        # After the last epoch all are complete, and the bar still names the last one.
-        self.title = f"epoch {epoch + 1}" if epochs is None else f"epoch {min(epoch + 1, epochs)}/{epochs}"
-        self.batch, self.length = batch, length
-        self.position = f"{batch}/{length}" if length is not None else f"{batch} batches"
-        numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
-        self.rate = "" if rate is None else f"{rate:.1f} batches/s" if rate < 100 else f"{rate:,.0f} batches/s"
-        self.left = ""
-        if rate and length is not None and batch < length:
-            self.left = f"{duration((length - batch) / rate)} left"
-        self.text = "  ".join([*numbers, *([note] if note else [])])
-
-
-def duration(seconds: float) -> str:
-    """Return a number of seconds as minutes and seconds, or hours, minutes and seconds.
-
-    Examples:
-        >>> duration(7.2), duration(83), duration(7384)
-        ('0:07', '1:23', '2:03:04')
-    """
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class ProgressSink:
@@ -75,6 +53,7 @@ class ProgressSink:
 
     Args:
         console: a rich console to draw on; by default one on stdout.
+        where: "terminal", "notebook" or "none"; "auto" is what `PURESTEP_DISPLAY` says, and without it what there is.
 
     Examples:
         >>> bar = ProgressSink()
@@ -82,12 +61,13 @@ class ProgressSink:
         >>> bar.close()
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console
+    def __init__(self, console: Console | None = None, *, where: Where = "auto") -> None:
+        self._console, self._where = console, where
         self._renderer: Renderer | None = None
         self._started = self._closed = False
         self._drawn = float("-inf")
         self._pending: Frame | None = None
+        self._latest: Frame | None = None
 
     def update(
         self,
@@ -99,6 +79,11 @@ class ProgressSink:
         metrics: Mapping[str, float],
         rate: float | None,
         note: str = "",
+        batches: int = 0,
+        total: int | None = None,
+        run_left: float | None = None,
+        place: str = "",
+        now: bool = False,
     ) -> None:
         """Show the progress of the run.
 
@@ -110,27 +95,59 @@ class ProgressSink:
             metrics: the latest numbers, by name.
             rate: batches a second; None before it is measured.
             note: what the run does besides training, such as "evaluating".
+            batches: number of batches of the run so far.
+            total: number of batches of the run, None if it is unknown.
+            run_left: seconds until its end, None if they are unknown.
+            place: where it writes, for a notebook.
+            now: draw at once, however short the time since the last frame.
         """
-        if self._closed:
+        if not self._is_open():
             return
-        if not self._started:
-            self._start()
-        if self._renderer is None:
+        frame = Frame(
+            epoch=epoch,
+            epochs=epochs,
+            batch=batch,
+            length=length,
+            metrics=metrics,
+            rate=rate,
+            note=note,
+            batches=batches,
+            total=total,
+            run_left=run_left,
+            place=place,
+        )
+        self._latest, moment = frame, time.monotonic()
+        renderer = self._renderer
+        if renderer is None:
             return
-        frame = Frame(epoch=epoch, epochs=epochs, batch=batch, length=length, metrics=metrics, rate=rate, note=note)
-        # The last batch of an epoch is always drawn: an evaluation may follow, and a stale bar would stand meanwhile.
-        now = time.monotonic()
-        if now - self._drawn < REFRESH_SECONDS and batch != length:
+        # On a terminal the end of an epoch is always drawn: an evaluation may follow, and a stale bar would stand.
+        now = now or (renderer.draws_ends_of_epochs and batch == length)
+        if moment - self._drawn < renderer.pause and not now:
             self._pending = frame
             return
-        self._drawn, self._pending = now, None
-        self._shielded(self._renderer.draw, frame)
+        self._drawn, self._pending = moment, None
+        self._shielded(renderer.draw, frame)
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Add a row of the log to the curves, where there are any."""
+        if self._is_open() and self._renderer is not None:
+            self._shielded(self._renderer.log, step, row)
+
+    def finish(self, ending: str) -> None:
+        """Show how the run ended, in place of the times of the last frame, and close."""
+        if self._latest is not None and self._renderer is not None and not self._closed:
+            self._pending = None
+            self._shielded(self._renderer.finish, self._latest, ending)
+        self.close()
+
+    def _is_open(self) -> bool:
+        if not self._started and not self._closed:
+            self._start()
+        return not self._closed and self._renderer is not None
 
     def print(self, text: str) -> None:
         """Print a line above the bar, where there is one."""
-        if not self._started and not self._closed:
-            self._start()
-        if self._renderer is not None:
+        if self._is_open() and self._renderer is not None:
             self._shielded(self._renderer.print, text)
 
     def close(self) -> None:
@@ -145,7 +162,7 @@ class ProgressSink:
     def _start(self) -> None:
         self._started = True
         try:
-            self._renderer = _choose(self._console)
+            self._renderer = _choose(self._console, self._where)
         except Exception:  # closed stdout, another live display, a broken install: the run goes on without a bar
             self._renderer = None
 
@@ -158,31 +175,50 @@ class ProgressSink:
                 broken.abandon()
 
 
-def _choose(console: Console | None) -> Renderer | None:
+def shown_in(where: Where = "auto") -> Where:
+    """Return where progress is shown: "terminal", "notebook" or "none".
+
+    Args:
+        where: what was asked for; "auto" looks into the environment variable `PURESTEP_DISPLAY`, and where that is not
+            set, at the process: a Jupyter kernel, or a stdout that is a terminal.
+
+    Examples:
+        >>> shown_in("notebook"), shown_in("none")
+        ('notebook', 'none')
+    """
+    asked = where if where != "auto" else os.environ.get(VARIABLE, "auto")
+    for known in get_args(Where):
+        if asked == known != "auto":
+            return known
+    if _cells.in_kernel():
+        return "notebook"
+    if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return "none"
+    return "terminal"
+
+
+def _choose(console: Console | None, where: Where) -> Renderer | None:
     if console is None:
-        if display := _notebook_display():
-            return NotebookBar(display)
-        if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        shown = shown_in(where)
+        if shown == "none":
             return None
+        if shown == "notebook":
+            from IPython.display import display
+
+            from purestep.display.live import LiveCell
+
+            return LiveCell(display)
         from rich.console import Console
 
-        console = Console()
+        console = Console(force_terminal=True if where == "terminal" else None)
     return TerminalBar(console) if console.is_terminal and not console.is_dumb_terminal else None
-
-
-def _notebook_display() -> Callable[..., Any] | None:
-    """`IPython.display.display` in a notebook kernel, else None. A kernel has imported IPython, so this never does."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    if shell is None or not hasattr(shell, "kernel"):
-        return None
-    from IPython.display import display
-
-    return display
 
 
 class TerminalBar:
     """A live line drawn by rich."""
+
+    pause = REFRESH_SECONDS
+    draws_ends_of_epochs = True
 
     def __init__(self, console: Console) -> None:
         from rich import progress
@@ -220,6 +256,12 @@ class TerminalBar:
         self._bar.update(self._task, total=frame.length, completed=frame.batch, visible=True, **fields)
         self._bar.refresh()
 
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Nothing to do: a line has no curves."""
+
+    def finish(self, frame: Frame, ending: str) -> None:
+        self.draw(frame)
+
     def print(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -238,28 +280,3 @@ def _shortened(text: str, limit: int) -> str:
 
 def _raise_broken_pipe() -> None:
     raise BrokenPipeError("the reader of the progress bar has closed its pipe")
-
-
-class NotebookBar:
-    """One output of a cell, replaced at each draw. It needs no widgets."""
-
-    def __init__(self, display: Callable[..., Any]) -> None:
-        self._display = display
-        self._handle: Any = None
-
-    def draw(self, frame: Frame) -> None:
-        texts = (frame.title, frame.position, frame.rate, frame.left, frame.text)
-        text = "  ".join(item for item in texts if item)
-        limits = f"value='{frame.batch}' max='{frame.length}'" if frame.length else ""
-        bar = f"<progress {limits} style='width:16em;vertical-align:middle'></progress>"
-        bundle = {"text/plain": text, "text/html": f"{bar} <code style='white-space:pre'>{html.escape(text)}</code>"}
-        if self._handle is None:
-            self._handle = self._display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)
-
-    def print(self, text: str) -> None:
-        self._display({"text/plain": text}, raw=True)
-
-    def close(self) -> None:
-        """Nothing to do: the last frame stays in the output."""

@@ -1,6 +1,6 @@
 """A table of a model or state by submodule: parameters, bytes, dtypes, trained or frozen.
 
-Owns the counting and the layout, as plain text that needs no terminal. It runs no model and reads no values.
+Owns the counting. It runs no model and reads no values.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from purestep import tree
 from purestep.arguments import Count, checked
 from purestep.bits import human_bytes
 from purestep.errors import ConfigError, TreeError, explain
+from purestep.views import Block, Note, Printed, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Group:
         return "yes" if not self.frozen else "in part" if self.trained else "no"
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Summary(Printed):
     """The result of `summary`: groups and their total; `print` shows the table.
 
     Attributes:
@@ -68,16 +69,14 @@ class Summary:
     total: Group
     optimizer_bytes: int | None = None
 
-    def __str__(self) -> str:
-        header = ("name", "type", "params", "buffers", "bytes", "dtype", "trained")
-        body = [_cells(row) for row in self.rows]
-        lines = _layout([header, *body, _cells(self.total)], rule_after=(0, len(body)))
-        lines.append(f"{self.total.trained:,} trained and {self.total.frozen:,} frozen parameters")
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        head = ("name", "type", "params", "buffers", "bytes", "dtype", "trained")
+        table = Table(head, [_cells(row) for row in self.rows], foot=_cells(self.total), right=(2, 3, 4))
+        lines = [f"{self.total.trained:,} trained and {self.total.frozen:,} frozen parameters"]
         if self.optimizer_bytes is not None:
             lines.append(f"{human_bytes(self.optimizer_bytes)} of optimizer state")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return [table, Note("\n".join(lines))]
 
 
 @checked(ConfigError)
@@ -182,15 +181,3 @@ def _cells(row: Group) -> tuple[str, ...]:
         ", ".join(row.dtypes),
         row.trainable(),
     )
-
-
-def _layout(table: list[tuple[str, ...]], *, rule_after: tuple[int, ...]) -> list[str]:
-    """Align the columns (numbers to the right) and draw a rule after some rows."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = []
-    for number, row in enumerate(table):
-        cells = [c.rjust(w) if i in (2, 3, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-        if number in rule_after:
-            lines.append("  ".join("-" * w for w in widths))
-    return lines

@@ -14,16 +14,39 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             are the documented half of them.
     pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
                             taken from the disk cache, and graphs are compiled anew.
+    node_of, proxy_root     the node of a graph in the making that stands for a tensor, and where its constants are.
+                            Without them: no value is read while a function is traced.
+    track                   makes the tensor that a node of the graph in the making stands for. Without it: nothing is
+                            repeated in a graph, and every random draw is traced.
+    compiling               what `torch.compiler.is_compiling()` answers. Torch sets the same flag in `torch.export`.
+    uncompiled              runs modules that `torch.compile` wrapped as they are. Half of it is the public
+                            `torch.compiler.set_stance`; the setting of Dynamo is what it says of `make_fx`.
+    validates_distributions whether distributions check their parameters where nothing is said. Without it: True.
+    module_conversion, put_module_conversion
+                            what `module.to(...)` and its like end in. Without it: a module that converts another in its
+                            forward is refused.
+    script_source           the Python function that `torch.jit.script` compiled. Without it: constants inside of such a
+                            function are taken for tensors from outside.
+    aot_backend             the backend `aot_eager` of `torch.compile`, which records views anew, with a pass after it.
+    READ_VALUE, UNIQUE, UNSAFE_VIEW
+                            operators that ask for a value, whose shape depends on values, and which view a fresh
+                            tensor. They have no other name.
     FakeTensorMode          tensors of shapes without memory. There is no public name; `torch.export` uses it.
-    batch_norm_legit        batch norm that says in its schema what it writes.
+    batch_norm_legit, batch_norm_functional
+                            batch norm that says in its schema what it writes, and the one that returns it.
+    overload_of             the name of an overload of an operator.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, fx, nn
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -31,6 +54,48 @@ if TYPE_CHECKING:
 set_grad_enabled = torch._C._set_grad_enabled
 set_mkldnn_enabled = torch._C._set_mkldnn_enabled
 batch_norm_legit = torch.ops.aten._native_batch_norm_legit
+batch_norm_functional = torch.ops.aten._native_batch_norm_legit_functional.default
+overload_of: Callable[[Any], str] = operator.attrgetter("_overloadname")
+
+
+READ_VALUE = torch.ops.aten._local_scalar_dense.default
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+UNIQUE = torch.ops.aten._unique2.default
+Conversion = Callable[..., nn.Module]
+
+
+def validates_distributions() -> bool:
+    """Return what was given to `Distribution.set_default_validate_args`."""
+    return bool(torch.distributions.Distribution._validate_args)
+
+
+def module_conversion() -> Conversion:
+    """Return the method that all conversions of modules go through."""
+    return nn.Module._apply
+
+
+def put_module_conversion(method: Conversion) -> None:
+    """Replace that method."""
+    nn.Module._apply = method  # type: ignore[method-assign,assignment]
+
+
+def script_source(function: torch.jit.ScriptFunction[..., Any]) -> Callable[..., Any] | None:
+    """Return the Python function that a scripted one was made of."""
+    return getattr(function, "_torchdynamo_inline", None)
+
+
+def aot_backend(mend: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
+    """Return a backend for `torch.compile` that runs the graph of AOTAutograd by operators, after a pass over it."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
+        mend(graph)
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    backend: Callable[..., Any] = aot_autograd(fw_compiler=compiled, keep_inference_input_mutations=True)
+    return backend
 
 
 def inductor_config() -> Any:
@@ -60,6 +125,66 @@ def tracing_context() -> contextlib.AbstractContextManager[Any]:
         torch.compiler, "_non_strict_tracing_context", contextlib.nullcontext
     )()
     return made
+
+
+def node_of(tensor: Tensor) -> fx.Node | None:
+    """Return the node of the graph in the making that a tensor stands for."""
+    mode = _proxy_mode()
+    if mode is None:
+        return None
+    found = _proxy_slot(tensor, mode.tracer, None)
+    return None if found is None else found.proxy.node
+
+
+def proxy_root() -> nn.Module:
+    """Return the module that holds the constants of the graph in the making."""
+    root: nn.Module = _proxy_mode().tracer.root  # type: ignore[union-attr]
+    return root
+
+
+def track(node: fx.Node, like: Tensor) -> Tensor:
+    """Return a fresh fake tensor for a node of the graph in the making."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
+
+    tracer = _proxy_mode().tracer
+    with disable_proxy_modes_tracing():
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    return track_tensor_tree(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+
+
+def _proxy_mode() -> Any:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode()
+
+
+def _proxy_slot(*args: Any) -> Any:
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    return get_proxy_slot(*args)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Let `torch.compiler.is_compiling()` say yes in a `with` block."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let modules and functions that `torch.compile` wrapped run uncompiled in a `with` block."""
+    if "torch._dynamo" not in sys.modules:  # nothing is wrapped
+        yield
+        return
+    from torch._dynamo import config
+
+    with torch.compiler.set_stance("force_eager"), config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 def fake_tensor_mode(*, allow_non_fake_inputs: bool) -> FakeTensorMode:

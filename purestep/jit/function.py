@@ -14,17 +14,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from purestep import _torch, transforms, tree
 from purestep.donation import consume, leaves_apart, memory_of, unaliased
-from purestep.errors import explain
+from purestep.errors import RandomnessError, TraceError, explain
 from purestep.jit import backends, cache_key, donation_graph, errors
 from purestep.jit._torch import set_grad_enabled
 from purestep.jit.donation_graph import Layout
 from purestep.jit.progress import progress
+from purestep.jit.reads import Guard
 from purestep.jit.static_arguments import Statics
 from purestep.jit.trace import Traced, trace
 from purestep.sharding.plan import Plan
@@ -33,6 +35,7 @@ from purestep.tree import Structure
 
 log = logging.getLogger("purestep.jit")
 _MANY = 8
+Unjittable = Literal["error", "eager"]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Names = Callable[[], list[str]]
@@ -50,19 +53,28 @@ class Entry:
         pick: picks the leaves of the result among (outputs, leaves, constants).
         layout: where they come from.
         structure: structure of the result.
-        code: the graph, as text.
+        graph: the graph, whose code a user may ask for.
         held: static objects that the signature knows by identity, so that they stay alive.
         fixed: whether only the first argument holds such objects.
+        guards: values of the batch that the graph was made for.
     """
 
-    run: backends.Run
+    run: backends.Run | None
     takes: Callable[[Sequence[Any]], Sequence[Any]] | None
     pick: Callable[[Sequence[Any]], Sequence[Any]]
     layout: Layout
     structure: Structure
-    code: str
+    graph: fx.GraphModule | None
     held: tuple[Any, ...]
     fixed: bool
+    guards: tuple[Guard, ...] = ()
+
+    def broken(self, leaves: list[Any]) -> Guard | None:
+        """Return the first guard that a call does not pass."""
+        if not self.guards:
+            return None
+        tensors = leaves if self.takes is None else self.takes(leaves)
+        return next((guard for guard in self.guards if not guard.holds(tensors)), None)
 
     def __call__(self, leaves: list[Any]) -> Sequence[Any]:
         """Run on the leaves of the arguments and return the leaves of the result."""
@@ -71,7 +83,7 @@ class Entry:
         if grad:
             set_grad_enabled(False)
         try:
-            outputs = self.run([*tensors])
+            outputs = self.run([*tensors])  # type: ignore[misc]
         finally:
             if grad:
                 set_grad_enabled(True)
@@ -99,16 +111,26 @@ class Jit(AnyStep):
         donate: whether the first argument is consumed.
         backend: name of the backend.
         retraces: why each trace but the first was made, in order.
+        refusals: why a signature runs as the function itself, with `unjittable="eager"`.
     """
 
     def __init__(
-        self, function: Callable[..., Any], donate: bool, backend: str, static: Sequence[int | str], mode: str | None
+        self,
+        function: Callable[..., Any],
+        donate: bool,
+        backend: str,
+        static: Sequence[int | str],
+        mode: str | None,
+        *,
+        reads: bool = True,
+        unjittable: Unjittable = "error",
     ) -> None:
         self.function = function
         self.__name__ = name_of(function)
         self.__doc__ = function.__doc__
         self.__signature__ = signature_of(function)
         self.donate, self.backend, self.mode = donate, backend, mode
+        self.reads, self.unjittable = reads, unjittable
         self._statics = Statics(function, static)
         self._lock = threading.RLock()
         self._fell_back = False
@@ -116,10 +138,11 @@ class Jit(AnyStep):
 
     def clear(self) -> None:
         """Forget everything that was compiled."""
-        self._entries: dict[Hashable, Entry] = {}
+        self._entries: dict[Hashable, list[Entry]] = {}
         self._shapes: list[cache_key.Shape] = []
         self._last: _Last | None = None
         self.retraces: tuple[str, ...] = ()
+        self.refusals: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
@@ -136,7 +159,7 @@ class Jit(AnyStep):
         return bare(self.function, microbatches)
 
     def with_microbatches(self, count: int) -> Jit:
-        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode)
+        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode, unjittable=self.unjittable)
 
     def under(self, plan: Plan) -> StepFn:
         return self
@@ -162,6 +185,8 @@ class Jit(AnyStep):
                     leaves[n:] = leaves_apart(leaves[n:], last.owned)
                 return self._run(entry, args, leaves, structure, extra, last)
         entry = self._find(args, kwargs, leaves, structure, extra)
+        if entry.run is None:
+            return self._statics.bound(self.function, extra[1])(*args, **kwargs)
         if self.donate:
             leaves = unaliased(leaves, entry.layout.state_leaves)
         return self._run(entry, args, leaves, structure, extra, None)
@@ -181,6 +206,7 @@ class Jit(AnyStep):
             and [cache_key.leaf_signature(leaf) for leaf in leaves[n:]] == last.rest
             and extra == last.extra
             and structure == last.structure
+            and last.entry.broken(leaves) is None
         ):
             return last.entry
         return None
@@ -246,18 +272,28 @@ class Jit(AnyStep):
         signatures = tuple([cache_key.leaf_signature(leaf) for leaf in leaves])
         key = (structure, extra, tuple(map(cache_key.fingerprint, objects)), signatures)
         try:
-            entry = self._entries.get(key)
+            entry, _ = self._fitting(key, leaves)
         except TypeError:
             cache_key.check_leaves(leaves, lambda: self._paths(args, kwargs))
             raise
         if entry is None:
             with self._lock:
-                entry = self._entries.get(key)
+                entry, broken = self._fitting(key, leaves)
                 if entry is None:
                     # A mode that watches the call is not to see how it is traced.
                     with _torch.disable_current_modes():
-                        entry = self._entries[key] = self._build(args, kwargs, leaves, structure, extra, objects)
+                        entry = self._build(args, kwargs, leaves, structure, extra, objects, broken)
+                    self._entries.setdefault(key, []).append(entry)
         return entry
+
+    def _fitting(self, key: Hashable, leaves: list[Any]) -> tuple[Entry | None, Guard | None]:
+        """Return the entry of a signature whose guards a call passes, or the guard that kept it from the last one."""
+        broken = None
+        for entry in self._entries.get(key, ()):
+            broken = entry.broken(leaves)
+            if broken is None:
+                return entry, None
+        return None, broken
 
     def _build(
         self,
@@ -267,17 +303,25 @@ class Jit(AnyStep):
         structure: Structure,
         extra: Extra,
         objects: list[Any],
+        broken: Guard | None,
     ) -> Entry:
         names = functools.cache(lambda: self._paths(args, kwargs))
         cache_key.check_leaves(leaves, names)
         # A dry run of a function that calls this one: what it costs to compile would be for nothing.
         dry = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
         if not dry:
-            self._explain_retrace(cache_key.Shape.of(names(), leaves, extra[1]))
+            self._explain_retrace(cache_key.Shape.of(names(), leaves, extra[1]), broken)
         with progress(self.__name__) as note:
             backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
-            traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+            try:
+                traced, layout = self._traced(args, kwargs, leaves, structure, extra, names)
+            except (TraceError, RandomnessError) as error:
+                if self.unjittable == "error":
+                    raise
+                self.refusals = (*self.refusals, str(error))
+                log.warning("%s runs uncompiled: %s", self.__name__, error)
+                return _uncompiled(structure, objects)
             note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
             try:
                 run = backends.compile(traced, backend, self.mode, donated=layout.state_leaves if self.donate else 0)
@@ -286,11 +330,21 @@ class Jit(AnyStep):
                     raise errors.not_compiled(self.__name__, backend, error) from error
                 self._fell_back = True
                 warnings.warn(errors.no_compiler_message(self.__name__, error), stacklevel=5)
-                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+                traced, layout = self._traced(args, kwargs, leaves, structure, extra, names)
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not cache_key.static_values((args[1:], kwargs))
-        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed)
+        return Entry(
+            run,
+            takes,
+            _picker(layout.picks),
+            layout,
+            traced.structure,
+            traced.graph,
+            tuple(objects),
+            fixed,
+            traced.guards,
+        )
 
     def _traced(
         self,
@@ -300,7 +354,7 @@ class Jit(AnyStep):
         structure: Structure,
         extra: Extra,
         names: Callable[[], list[str]],
-    ) -> tuple[Traced, Layout, str]:
+    ) -> tuple[Traced, Layout]:
         function = self._statics.bound(self.function, extra[1])
         traced = trace(
             function,
@@ -308,19 +362,20 @@ class Jit(AnyStep):
             structure,
             paths=names,
             static=cache_key.static_values((args, kwargs)),
+            state_leaves=len(tree.leaves(args[0])) if self.reads and args else None,
         )
         first = args[0] if args else None
         layout = donation_graph.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
-        return traced, layout, traced.graph.print_readable(print_output=False)
+        return traced, layout
 
     def _paths(self, args: Args, kwargs: Kwargs) -> list[str]:
         named = self._statics.names(len(args))
         roots = [*zip(named, args, strict=True), *((k, kwargs[k]) for k in sorted(kwargs))]
         return [path for name, value in roots for path in tree.paths(value, name)]
 
-    def _explain_retrace(self, shape: cache_key.Shape) -> None:
+    def _explain_retrace(self, shape: cache_key.Shape, broken: Guard | None) -> None:
         if self._shapes:
-            reason = cache_key.why(shape, self._shapes)
+            reason = cache_key.why(shape, self._shapes) if broken is None else f"another value than {broken}"
             self.retraces = (*self.retraces, reason)
             log.info("%s is traced again: %s", self.__name__, reason)
             if len(self.retraces) == _MANY + 1:
@@ -330,6 +385,7 @@ class Jit(AnyStep):
                         where=reason,
                         why="one is kept for each combination of structure, shapes, dtypes and Python values",
                         instead="pad batches to a few fixed sizes\n"
+                        "keep what differs from batch to batch a tensor, instead of reading its value\n"
                         "make a number that changes a tensor: torch.tensor(0.1)\n"
                         "all reasons are in step.retraces",
                     ),
@@ -350,12 +406,18 @@ class Jit(AnyStep):
 
     def graph(self, *args: Any, **kwargs: Any) -> str:
         """Return the traced graph of a call as code, the epilogue of a donation included."""
-        return self._entry_for(args, kwargs).code
+        graph = self._entry_for(args, kwargs).graph
+        return "" if graph is None else graph.print_readable(print_output=False)
 
     def _entry_for(self, args: Args, kwargs: Kwargs) -> Entry:
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         return self._find(args, kwargs, leaves, structure, extra)
+
+
+def _uncompiled(structure: Structure, objects: list[Any]) -> Entry:
+    """The entry of a signature that runs as the function itself."""
+    return Entry(None, None, _picker(()), Layout((), (), 0, False), structure, None, tuple(objects), False)
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

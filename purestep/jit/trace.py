@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from purestep import _torch, tree
-from purestep.errors import PurestepError
-from purestep.jit import errors
+from purestep.errors import PurestepError, TraceError
+from purestep.jit import errors, layouts
 from purestep.jit._torch import batch_norm_legit, fake_tensor_mode, set_mkldnn_enabled, tracing_context
+from purestep.jit.errors import ValueReadError
+from purestep.jit.functional_graph import functionalized
+from purestep.jit.reads import Guard, Reads, Roots
+from purestep.jit.surroundings import traceable
 from purestep.random import host_draws
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ class Traced:
         structure: structure of the result.
         result: the result with its fake tensors, to compare structures and shapes with.
         mode: the mode that the fake tensors belong to.
+        guards: values of the batch that are constants of the graph.
     """
 
     graph: fx.GraphModule
@@ -46,6 +51,7 @@ class Traced:
     structure: tree.Structure
     result: Any
     mode: FakeTensorMode
+    guards: tuple[Guard, ...] = ()
 
     def nodes(self) -> tuple[list[fx.Node], fx.Node, list[fx.Node]]:
         """Return the inputs, the output node, and the nodes that are returned."""
@@ -60,59 +66,126 @@ def trace(
     *,
     paths: Callable[[], list[str]],
     static: Sequence[Any] = (),
+    state_leaves: int | None = None,
 ) -> Traced:
     """Trace a function of `(args, kwargs)` into one functional graph.
 
+    Where the function asks for a value that no guard can hold, it is traced once more as libraries ask to be traced:
+    what `torch.compiler.is_compiling()` switches may round otherwise, so it comes second.
+
     Args:
-        function: called as `function(*args, **kwargs)` on fake tensors, once; again only for the words of an error.
+        function: called as `function(*args, **kwargs)` on fake tensors, once; again for a second way, and for the words
+            of an error.
         leaves: leaves of `(args, kwargs)`; those that are not tensors are constants of the graph.
         structure: structure of `(args, kwargs)`.
         paths: gives the printed path of each leaf, for errors.
         static: static values of the arguments, such as the model of a state; for errors, too.
+        state_leaves: how many of the leaves, the first ones, are those of a state: values of the others may be read,
+            and become guards. None: values of constants alone may be read.
 
     Raises:
         TraceError: the function captures a tensor, branches on values, changes an input or draws from a generator of
             Python or numpy.
         RandomnessError: it draws from a global generator of torch.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     takes = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    captured: dict[str, Any] = {}
+    roots = _roots([leaves[i] for i in takes], takes, state_leaves)
+    call = _Call(function, leaves, structure, takes, paths, static)
+    try:
+        return call.traced(roots, library_branch=False)
+    except ValueReadError as error:
+        refused = error
+    try:
+        return call.traced(roots, library_branch=True)
+    except ValueReadError as error:
+        raise TraceError(str(error)) from error.__cause__
+    except TraceError:
+        raise TraceError(str(refused)) from refused.__cause__
 
-    def flat(*tensors: Tensor) -> list[Tensor]:
-        values = list(leaves)
-        for i, tensor in zip(takes, tensors, strict=True):
-            values[i] = tensor
-        args, kwargs = tree.unflatten(structure, values)
-        result = function(*args, **kwargs)
-        out, captured["structure"] = tree.flatten(result)
-        captured["result"] = result
-        captured["leaves"] = [None if isinstance(x, Tensor) else x for x in out]
-        return [x.detach() if x.requires_grad else x for x in out if isinstance(x, Tensor)]
 
-    mode = fake_tensor_mode(allow_non_fake_inputs=True)
-    with mode:
-        fakes = [_fake(leaves[i]) for i in takes]
-    with _quiet():
-        try:
-            with host_draws.refused(errors.host_draw, lambda: _on_fakes(flat, fakes)), mode:
-                graph = make_fx(flat, decomposition_table=_TABLE)(*fakes)
-        except PurestepError:
-            raise
-        except Exception as error:
-            raise errors.explained(error) from error
-        graph.graph.eliminate_dead_code()
-        errors.check_captured(graph, lambda: _strictly(flat, fakes), [function, *static])
-        names = [paths()[i] for i in takes] if _mutable_nodes(graph) or _random_nodes(graph) else []
-        errors.check_random(_random_nodes(graph))
-        errors.check_mutation(graph, _mutable_nodes(graph), names)
-        if _mutable_nodes(graph):
-            with mode:
-                graph = make_fx(torch.func.functionalize(graph), decomposition_table=_TABLE)(*fakes)
+def _roots(tensors: list[Tensor], takes: list[int], state_leaves: int | None) -> Roots:
+    if state_leaves is None:
+        return Roots(tensors)
+    slots = list(enumerate(takes))
+    batch = frozenset(slot for slot, leaf in slots if leaf >= state_leaves)
+    exact = frozenset(s for s, x in enumerate(tensors) if not (x.is_floating_point() or x.is_complex()))
+    return Roots(tensors, batch, batch | exact)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call that is to be traced, in one way or another."""
+
+    function: Callable[..., Any]
+    leaves: Sequence[Any]
+    structure: tree.Structure
+    takes: list[int]
+    paths: Callable[[], list[str]]
+    static: Sequence[Any]
+
+    def traced(self, roots: Roots, *, library_branch: bool) -> Traced:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        reads = Reads(roots)
+        captured: dict[str, Any] = {}
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            values = list(self.leaves)
+            for i, tensor in zip(self.takes, tensors, strict=True):
+                values[i] = tensor
+            args, kwargs = tree.unflatten(self.structure, values)
+            with traceable(library_branch=library_branch):
+                result = self.function(*args, **kwargs)
+            out, captured["structure"] = tree.flatten(result)
+            captured["result"] = result
+            captured["leaves"] = [None if isinstance(x, Tensor) else x for x in out]
+            return [x.detach() if x.requires_grad else x for x in out if isinstance(x, Tensor)]
+
+        def again(*, real: bool = True) -> None:
+            """Run the function on fake tensors of its own, `real` ones besides them or not."""
+            with fake_tensor_mode(allow_non_fake_inputs=real), reads.replayed():
+                flat(*[_fake(x) for x in fakes])
+
+        mode = fake_tensor_mode(allow_non_fake_inputs=True)
+        with mode:
+            fakes = [_fake(self.leaves[i]) for i in self.takes]
+        with _quiet():
+            try:
+                with host_draws.refused(errors.host_draw, again), mode:
+                    graph = make_fx(flat, decomposition_table={**_TABLE, **reads.table()})(*fakes)
+            except PurestepError:
+                raise
+            except Exception as error:
+                raise errors.explained(error) from error
             graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return Traced(graph, fakes, takes, captured["leaves"], captured["structure"], captured["result"], mode)
+            errors.check_captured(graph, lambda: _raised(again), [self.function, *self.static])
+            names = [self.paths()[i] for i in self.takes] if _mutable_nodes(graph) or _random_nodes(graph) else []
+            errors.check_random(_random_nodes(graph))
+            errors.check_mutation(graph, _mutable_nodes(graph), names)
+            if _mutable_nodes(graph):
+                graph = functionalized(graph, mode, fakes, _TABLE)
+                graph.graph.eliminate_dead_code()
+            layouts.settle(graph)
+        graph.recompile()
+        return Traced(
+            graph,
+            fakes,
+            self.takes,
+            captured["leaves"],
+            captured["structure"],
+            captured["result"],
+            mode,
+            tuple(reads.guards),
+        )
+
+
+def _raised(again: Callable[..., None]) -> BaseException | None:
+    """Run the function where a real tensor is an error, to learn which line of it uses one."""
+    try:
+        again(real=False)
+    except Exception as error:
+        return error
+    return None
 
 
 def _batch_norm(
@@ -150,27 +223,8 @@ def _quiet() -> Iterator[None]:
         set_mkldnn_enabled(onednn)
 
 
-def _strictly(flat: Callable[..., Any], fakes: list[Tensor]) -> BaseException | None:
-    """Run the function where a real tensor is an error, to learn which line of it uses one."""
-    try:
-        _on_fakes(flat, fakes, real=False)
-    except Exception as error:
-        return error
-    return None
-
-
-def _on_fakes(flat: Callable[..., Any], fakes: list[Tensor], *, real: bool = True) -> None:
-    """Run the function on fake tensors of its own, `real` ones besides them or not."""
-    with fake_tensor_mode(allow_non_fake_inputs=real):
-        flat(*[_fake(x) for x in fakes])
-
-
 def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
-    return [
-        n
-        for n in graph.graph.nodes
-        if isinstance(n.target, _torch.OpOverload) and _torch.schema_of(n.target).is_mutable
-    ]
+    return [n for n in graph.graph.nodes if errors.is_writer(n)]
 
 
 # Attention and recurrent kernels carry the tag for the dropout inside them, which `random.torch_mode` has replaced by

@@ -1,11 +1,16 @@
 """Loggers: where the rows of a run go. `csv()` and the others are values; the loop opens and feeds their sinks."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from purestep.loggers.base import Logger as Logger
-from purestep.loggers.base import Sink as Sink
-from purestep.loggers.csv import csv as csv
-from purestep.loggers.csv import read_csv as read_csv
-from purestep.loggers.mlflow import mlflow as mlflow
-from purestep.loggers.tensorboard import tensorboard as tensorboard
-from purestep.loggers.wandb import wandb as wandb
+from purestep._lazy import attach
+
+if TYPE_CHECKING:
+    from purestep.loggers.base import Logger as Logger
+    from purestep.loggers.base import Sink as Sink
+    from purestep.loggers.csv import csv as csv
+    from purestep.loggers.csv import read_csv as read_csv
+    from purestep.loggers.mlflow import mlflow as mlflow
+    from purestep.loggers.tensorboard import tensorboard as tensorboard
+    from purestep.loggers.wandb import wandb as wandb
+
+__getattr__, __dir__ = attach(__name__)

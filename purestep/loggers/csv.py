@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from purestep._cells import located
 from purestep.arguments import Location, Name, checked
 from purestep.errors import ConfigError, explain
 from purestep.loggers.base import STEP, Logger, Sink, remove_partials, write_atomically
@@ -170,7 +171,7 @@ def read_csv(path: Location) -> dict[str, list[Any]]:
         >>> read_csv(path)
         {'step': [1, 2], 'loss': [0.5, nan], 'val/loss': [None, 0.75]}
     """
-    path = Path(path)
+    path = located(path)
     path = path / "metrics.csv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(explain("there is no such file", where=f"path={str(path)!r}"))

@@ -149,6 +149,11 @@ class Until:
         """Number of epochs, where the end is known in epochs."""
         return None
 
+    @property
+    def steps(self) -> int | None:
+        """Number of batches, where the end is known in batches."""
+        return None
+
     def __or__(self, other: Until) -> Until:
         _same_kind(self, other, Until, "ps.epochs(2) | ps.steps(100)")
         return EitherUntil(self, other)
@@ -167,6 +172,10 @@ class UntilSteps(Until):
 
     def horizon(self, view: View) -> Horizon:
         return Horizon(max(self.n - view.cursor.batches, 0))
+
+    @property
+    def steps(self) -> int | None:
+        return self.n
 
     def __str__(self) -> str:
         return f"{self.n} steps"
@@ -198,7 +207,8 @@ class UntilSeconds(Until):
         return Horizon(None, self.s)
 
     def __str__(self) -> str:
-        return f"{self.s:g} seconds"
+        short = f"{self.s:g}"
+        return f"{short if float(short) == self.s else repr(self.s)} seconds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,8 +226,12 @@ class EitherUntil(Until):
     def epochs(self) -> int | None:
         return self.a.epochs if self.b.epochs is None else self.b.epochs
 
+    @property
+    def steps(self) -> int | None:
+        return self.a.steps if self.b.steps is None else self.b.steps
+
     def __str__(self) -> str:
-        return f"{self.a} or {self.b}"
+        return f"{self.a} or {_grouped(self.b, EitherUntil)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +247,12 @@ class BothUntil(Until):
         return open_[0] & open_[-1] if open_ else Horizon()
 
     def __str__(self) -> str:
-        return f"{self.a} and {self.b}"
+        return f"{_grouped(self.a, EitherUntil)} and {_grouped(self.b, EitherUntil, BothUntil)}"
+
+
+def _grouped(end: Until, *kinds: type[Until]) -> str:
+    """An end as part of another one, in parentheses where `ps.until` would read the whole differently without."""
+    return f"({end})" if isinstance(end, kinds) else str(end)
 
 
 @checked(ConfigError)
@@ -257,6 +276,33 @@ def epochs(n: int) -> Until:
 
 @checked(ConfigError)
 def seconds(s: float) -> Until:
-    """End at the first boundary after s seconds of training, over all processes that took part."""
+    """End at the first batch after s seconds of training, over all processes that took part, with a snapshot.
+
+    Which batch that is depends on the speed of the machine: no bit of the run up to there does.
+    """
     _positive(s, "seconds({})")
     return UntilSeconds(s)
+
+
+@checked(ConfigError)
+def minutes(n: float) -> Until:
+    """End after n minutes of training, as `seconds(60 * n)`.
+
+    Examples:
+        >>> print(epochs(5) | minutes(30))
+        5 epochs or 1800 seconds
+    """
+    _positive(n, "minutes({})")
+    return UntilSeconds(60 * n)
+
+
+@checked(ConfigError)
+def hours(n: float) -> Until:
+    """End after n hours of training, as `seconds(3600 * n)`.
+
+    Examples:
+        >>> hours(1.5) == minutes(90)
+        True
+    """
+    _positive(n, "hours({})")
+    return UntilSeconds(3600 * n)

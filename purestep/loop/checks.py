@@ -83,6 +83,15 @@ def check_flags(**flags: object) -> None:
             raise ConfigError(explain(f"{name}= is True or False", where=f"{name}={flag!r}"))
 
 
+def check_counts(least: int, **counts: object) -> None:
+    """Refuse a number of batches that is none."""
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not least <= count < 2**63):
+            raise ConfigError(
+                explain(f"{name}= is a number of batches", where=f"{name}={count!r}", instead=f"{name}=2, or None")
+            )
+
+
 def check_run_dir(run_dir: object) -> None:
     """Refuse a run directory that is no path, or names no directory."""
     if not isinstance(run_dir, (str, os.PathLike, type(None))):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import os
 import socket
@@ -77,6 +78,8 @@ class Lock:
         self._holder: _Holder | None = None
 
     def __enter__(self) -> Self:
+        if _is_held(self.run_dir):
+            gc.collect()  # a run that a cell has left by an error holds itself, in a cycle with its generator
         with _changing:
             self._directory = os.open(self.run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -154,6 +157,13 @@ def _refused_here(run_dir: Path) -> ConfigError:
             "or another run_dir=",
         )
     )
+
+
+def _is_held(run_dir: Path) -> bool:
+    try:
+        return _identity(os.stat(run_dir)) in _held
+    except OSError:
+        return False
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

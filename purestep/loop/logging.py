@@ -13,7 +13,7 @@ from purestep import loggers
 from purestep.loop.events import Callback, Event, LoopState
 from purestep.loop.log_queue import CLOSE_SECONDS, FLUSH_SECONDS, Backlog
 from purestep.loop.resume import applied_steps
-from purestep.loop.roles import EventSink, Observer
+from purestep.loop.roles import EventSink, Observer, RowSink
 
 Sink = TypeVar("Sink", Backlog, EventSink)
 _MOMENT = 0.1  # seconds: what a logger that is not behind needs to close, even where no time is left
@@ -70,6 +70,7 @@ class Outlets:
         """Write a row to every logger."""
         if self._logs:
             self._each(self._logs, lambda sink: sink.log(step, row))
+        self._each(self._sinks, lambda sink: sink.log(step, row) if isinstance(sink, RowSink) else None)
 
     def flush(self) -> None:
         """Put all rows on the disk, so that a snapshot taken now never knows of rows that a power cut could lose.
@@ -79,9 +80,12 @@ class Outlets:
         self._each(self._logs, lambda sink: sink.flush(min(FLUSH_SECONDS, self._hurry() / 4)))
 
     def event(self, event: Event, loop: LoopState) -> None:
-        """Show an event to every sink."""
+        """Show an event to every sink, and write the rows that they return."""
+        rows: list[Mapping[str, float]] = []
         if self._sinks:
-            self._each(self._sinks, lambda sink: sink.receive(event, loop))
+            self._each(self._sinks, lambda sink: rows.append(sink.receive(event, loop) or {}))
+        for row in filter(None, rows):
+            self.log(applied_steps(loop), {"epoch": loop.cursor.epoch, **row})
 
     def _each(self, sinks: dict[str, Sink], call: Callable[[Sink], None], *, closing: bool = False) -> None:
         for name, sink in list(sinks.items()):

@@ -44,8 +44,12 @@ class RunOptions:
     grace_seconds: float | None = None
     donate: bool = False
     settings: Mapping[str, Any] | None = None
+    dry_run: int | None = None
+    check_evaluation: int | None = None
 
     def __post_init__(self) -> None:
+        checks.check_counts(1, dry_run=self.dry_run)
+        checks.check_counts(0, check_evaluation=self.check_evaluation)
         checks.check_until(self.until)
         checks.check_on_save_error(self.on_save_error)
         checks.check_grace(self.grace_seconds)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import linecache
 import math
 import os
 import subprocess
@@ -19,9 +18,9 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from purestep import _cells
 from purestep.errors import ConfigError, explain
 from purestep.loggers.base import remove_partials, write_atomically
 
@@ -41,6 +40,9 @@ class Program:
         file: its path, or the name that a notebook gave the cell.
         line: of the call.
         source: the text of that file or cell, "" where it is not known.
+        cell: the name of the cell, such as "In[7]"; "" where it is no cell.
+        notebook: the file of the notebook, "" where the front end does not name it.
+        session: the cells that had run until then in a notebook, that one included: they define what it uses.
         command: the command line of the process.
         directory: the working directory.
         commit: of the git repository that holds the file, None where there is none.
@@ -52,6 +54,9 @@ class Program:
     file: str = ""
     line: int = 0
     source: str = ""
+    cell: str = ""
+    notebook: str = ""
+    session: str = ""
     command: tuple[str, ...] = ()
     directory: str = ""
     commit: str | None = None
@@ -60,22 +65,26 @@ class Program:
 
 def caller() -> Program:
     """Describe the nearest caller that is not purestep itself; its commit is not asked for yet."""
-    frame: FrameType | None = sys._getframe(1)
-    package = __name__.partition(".")[0]
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
-        frame = frame.f_back
+    frame = _cells.caller()
     if frame is None:
         return Program(command=tuple(sys.orig_argv), directory=_working_directory())
-    file = frame.f_code.co_filename
+    notebook = _cells.notebook()
     return Program(
         module=str(frame.f_globals.get("__name__", "")),
         function=frame.f_code.co_qualname,
-        file=file,
+        file=frame.f_code.co_filename,
         line=frame.f_lineno,
-        source="".join(linecache.getlines(file, frame.f_globals)),
+        source=_cells.source(frame),
+        cell=_cells.cell_name(frame.f_code.co_filename),
+        notebook="" if notebook is None else str(notebook),
+        session=_cells.session(),
         command=tuple(sys.orig_argv),
         directory=_working_directory(),
     )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() if text else ""
 
 
 def _working_directory() -> str:
@@ -87,7 +96,8 @@ def _working_directory() -> str:
 
 def with_commit(program: Program) -> Program:
     """Return the program with the commit that its file is at, as far as git says so in time."""
-    directory = Path(program.file).parent if Path(program.file).is_file() else Path(program.directory or ".")
+    file = Path(program.notebook or program.file)
+    directory = file.parent if file.is_file() else Path(program.directory or ".")
     # A file system monitor that the repository configures would be a program that it starts.
     command = ["git", "-c", "core.fsmonitor=false", "-C", str(directory.absolute())]
     command += ["status", "--porcelain=v2", "--branch", "--untracked-files=no"]
@@ -203,14 +213,14 @@ class Origin:
         program = with_commit(self._program)
         start = {**dataclasses.asdict(program), "time": time.time(), "at": at or 0}
         # A source is kept once for all starts that had it.
-        digest = hashlib.sha256(program.source.encode("utf-8", "replace")).hexdigest()
-        start["source"] = digest
+        texts = {_digest(text): text for text in (program.source, program.session) if text}
+        start["source"], start["session"] = _digest(program.source), _digest(program.session)
         earlier = known.get("starts", []) if at is not None else []
         earlier = [old for old in earlier if isinstance(old, dict)] if isinstance(earlier, list) else []
         starts = [*earlier[:1], *earlier[1:][-(_STARTS - 2) :], start]
         old = known.get("sources")
-        sources = {**(old if isinstance(old, dict) else {}), digest: program.source}
-        used = {item.get("source") for item in starts}
+        sources = {**(old if isinstance(old, dict) else {}), **texts}
+        used = {item.get(name) for item in starts for name in ("source", "session")}
         self._content = {
             "settings": dict(self._settings),
             "parent": known.get("parent"),

@@ -59,6 +59,14 @@ class Evaluator(abc.ABC):
         """Check before the first step what can be checked, and return the names of the metrics; None if not known."""
         return None
 
+    def rereads(self) -> bool:
+        """Tell whether its data can be read once more, for a trial before the run, without disturbing anything."""
+        return False
+
+    def limited(self, batches: int) -> Evaluator | None:
+        """Return the same evaluation of the first batches only, for a trial before the run; None if there is none."""
+        return None
+
 
 class Transformer(abc.ABC):
     """A callback that performs the effect `Transform` of its name."""
@@ -79,9 +87,19 @@ class SnapshotPolicy(abc.ABC):
 class EventSink(Protocol):
     """What an observer opens: it is shown every event, after the machine."""
 
-    def receive(self, event: Event, loop: LoopState) -> None: ...
+    def receive(self, event: Event, loop: LoopState) -> Mapping[str, float] | None:
+        """Take an event and the loop after it. A row that is returned goes to the loggers and nowhere else: what was
+        measured with a clock would make states, and metrics that callbacks wait for, differ between two runs."""
 
     def close(self) -> None: ...
+
+
+class RowSink(abc.ABC):
+    """An event sink that is shown the rows of the log, too."""
+
+    @abc.abstractmethod
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Take a row, at the step that the loggers write it at."""
 
 
 class Observer(abc.ABC):

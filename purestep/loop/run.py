@@ -11,10 +11,9 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
-from purestep import data, metrics, portable, snapshot
+from purestep import _cells, data, metrics, portable, snapshot
 from purestep.donation import copied
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
@@ -83,7 +82,7 @@ class Run:
         self._step, self._given = step, arguments.state
         self._resume, self._strict = arguments.resume, arguments.strict
         self._program, self._settings = origin.caller(), arguments.settings or {}
-        self.run_dir = None if arguments.run_dir is None else Path(arguments.run_dir).absolute()
+        self.run_dir = None if arguments.run_dir is None else _cells.located(arguments.run_dir)
         self._signals = Signals()
         self._ranks = Ranks.of(step)
         self._skipped = Skipped(first=self._ranks.first)
@@ -110,6 +109,7 @@ class Run:
             hurry=self._saving.grace_left,
         )
         self._checked = False
+        self._trial = arguments.check_evaluation
         self.loop = self.machine.init(arguments.state)
         self.reason: str | None = None
         self._origin: origin.Origin | None = None
@@ -319,7 +319,7 @@ class Run:
         """Check what can be checked before the first real step; the step's own microbatches are settled by it."""
         contract = Contract(self._step, state)
 
-        def check() -> str | None:
+        def check() -> tuple[str | None, list[str]]:
             short = self._guard.first(state, batch)
             counted = () if self._feed.left_out is None else ("skipped_samples",)
             known: dict[str, Sequence[str] | None] = {
@@ -329,14 +329,34 @@ class Run:
                 if self._ranks.first and isinstance(callback, Evaluator):
                     known[callback.name] = callback.check_first(state)
             check_names(self.callbacks, known)
-            return short
+            return short, [name for name, names in known.items() if names is None]
 
-        shortages = self._ranks.agreed(check, "the check before the first step")
+        found = self._ranks.agreed(check, "the check before the first step")
+        if self._speaks:
+            self._try_evaluations(state, unproven=found[0][1])
         self._ranks.compare_batch()
         self._step = self._guard.step
         if self._ranks.first:
-            memory.warn(shortages)
+            memory.warn([short for short, _ in found])
         return _First(contract, self._guard.attributes(state))
+
+    def _try_evaluations(self, state: object, unproven: Sequence[str]) -> None:
+        """Evaluate a few batches for real, as all ranks do it, so that what fails does so before the first step.
+
+        Unless the caller says how many, it is one batch where shapes without values did not tell, as rank 0 found.
+        """
+        known: dict[str, Sequence[str] | None] = {}
+        for callback in self.callbacks:
+            if not isinstance(callback, Evaluator):
+                continue
+            count = self._trial
+            if count is None:
+                count = int(callback.name in unproven and callback.rereads())
+            trial = callback.limited(count) if count else None
+            if trial is not None:
+                row = self._ranks.evaluate(trial, state, self._outside)
+                known[callback.name] = row and [name.removeprefix(f"{callback.name}/") for name in row]
+        check_names(self.callbacks, known)
 
     def _check_returned(self, first: _First, state: Any, batch: Any, returned: Any) -> None:
         """Check what the first real step returned, and what it left in the attributes of models."""

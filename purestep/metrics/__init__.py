@@ -1,13 +1,23 @@
 """Metrics as monoids: values with `merge` and `compute`. Re-exports only."""
 
+from purestep.metrics.classification import ClassScore as ClassScore
 from purestep.metrics.classification import Confusion as Confusion
+from purestep.metrics.classification import Perplexity as Perplexity
 from purestep.metrics.classification import accuracy as accuracy
 from purestep.metrics.classification import confusion as confusion
+from purestep.metrics.classification import f1 as f1
+from purestep.metrics.classification import perplexity as perplexity
+from purestep.metrics.classification import precision as precision
+from purestep.metrics.classification import recall as recall
+from purestep.metrics.converted import TorchmetricsState as TorchmetricsState
+from purestep.metrics.converted import from_torchmetrics as from_torchmetrics
 from purestep.metrics.dicts import are_plain as are_plain
 from purestep.metrics.dicts import as_metrics as as_metrics
 from purestep.metrics.dicts import compute as compute
+from purestep.metrics.dicts import entries as entries
 from purestep.metrics.dicts import merge as merge
 from purestep.metrics.dicts import sample_count as sample_count
+from purestep.metrics.metric import Growing as Growing
 from purestep.metrics.metric import Last as Last
 from purestep.metrics.metric import Max as Max
 from purestep.metrics.metric import Mean as Mean
@@ -19,3 +29,12 @@ from purestep.metrics.recorder import Recorder as Recorder
 from purestep.metrics.recorder import Series as Series
 from purestep.metrics.recorder import fold as fold
 from purestep.metrics.recorder import to_host as to_host
+from purestep.metrics.regression import R2 as R2
+from purestep.metrics.regression import Moments as Moments
+from purestep.metrics.regression import Pearson as Pearson
+from purestep.metrics.regression import RootMean as RootMean
+from purestep.metrics.regression import mae as mae
+from purestep.metrics.regression import mse as mse
+from purestep.metrics.regression import pearson as pearson
+from purestep.metrics.regression import r2 as r2
+from purestep.metrics.regression import rmse as rmse

@@ -5,7 +5,7 @@ Steps call `as_metrics`, the loop the others. Only `compute` reads values, which
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from purestep import transforms, tree
 from purestep.arguments import checked
 from purestep.errors import MetricError, explain
+from purestep.metrics.converted import refuse_unconverted
 from purestep.metrics.metric import Metric, Number, mean
 
 
@@ -117,6 +118,7 @@ def _metric(key: str, value: Any, samples: int) -> Metric:
                 instead=f"reduce it: {{{key!r}: value.mean()}}, or say how it merges: ps.metrics.Sum(value.sum())",
             )
         )
+    refuse_unconverted(key, value)
     if isinstance(value, (Tensor, int, float)):
         return mean(value, samples if not isinstance(value, Tensor) or value.ndim == 0 else None)
     raise MetricError(
@@ -182,18 +184,31 @@ def compute(metrics: Mapping[str, Metric], prefix: str = "") -> dict[str, float]
     """
     row: dict[str, float] = {}
     for name, metric in metrics.items():
-        value = metric.compute()
-        entries: Iterable[tuple[str, Number]] = (
-            ((f"{name}/{key}", v) for key, v in value.items()) if isinstance(value, Mapping) else ((name, value),)
-        )
-        for entry, number in entries:
-            if isinstance(number, Tensor) and number.numel() != 1:
-                raise MetricError(
-                    explain(
-                        f"metric {name!r} computes to more than one number",
-                        where=tree.describe(number),
-                        instead="let compute() return a number, or a dict of numbers",
-                    )
-                )
-            row[prefix + entry] = float(number)
+        row |= {prefix + entry: float(number) for entry, number in entries(name, metric)}
     return row
+
+
+def entries(name: str, metric: Metric) -> Iterator[tuple[str, Number]]:
+    """Yield the names and numbers that a metric computes to; the numbers may be tensors of one element.
+
+    Raises:
+        MetricError: it computes to something else.
+
+    Examples:
+        >>> list(entries("loss", mean(2.0)))
+        [('loss', tensor(2.))]
+    """
+    value = metric.compute()
+    pairs: Iterable[tuple[str, Number]] = (
+        ((f"{name}/{key}", v) for key, v in value.items()) if isinstance(value, Mapping) else ((name, value),)
+    )
+    for entry, number in pairs:
+        if isinstance(number, Tensor) and number.numel() != 1:
+            raise MetricError(
+                explain(
+                    f"metric {name!r} computes to more than one number",
+                    where=tree.describe(number),
+                    instead="let compute() return a number, or a dict of numbers",
+                )
+            )
+        yield entry, number

@@ -6,8 +6,9 @@ rounding.
 
 from __future__ import annotations
 
+import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from purestep import transforms
 from purestep.arguments import checked
-from purestep.errors import MetricError
-from purestep.tree import pytree
+from purestep.errors import MetricError, explain
+from purestep.tree import describe, pytree
+from purestep.views import Block, Note, Printed
 
 _WIDE = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
 Number = Any  # a 0-d tensor in a step, a Python number after the loop has read it; arithmetic is the same for both
@@ -46,19 +48,57 @@ class Metric(Protocol):
     def compute(self) -> Any: ...
 
 
-class _Scalar:
-    """Base of the metrics of one number: they print, and convert to `float`, as that number."""
+class Growing(abc.ABC):
+    """Base of a metric that may keep something of every sample, so that its tensors differ in size between batches.
 
-    value: Number
+    Ranks exchange such a metric with the sizes, and the loop merges many batches of it at once.
+    """
+
+    @property
+    @abc.abstractmethod
+    def grows(self) -> bool:
+        """Whether this one does."""
+
+    @abc.abstractmethod
+    def merge_all(self, others: Sequence[Any]) -> Any:
+        """Return what merging with one after the other gives, bit for bit."""
+
+
+class Computed(Printed):
+    """Internal: base of metrics that compute to one number: they print, and convert to `float`, as that number."""
 
     def compute(self) -> Number:
-        return self.value
+        raise MetricError(explain(f"{type(self).__name__} computes nothing", instead="override `compute(self)`"))
 
     def __float__(self) -> float:
         return float(self.compute())
 
     def __format__(self, spec: str) -> str:
         return format(float(self), spec)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({written(self.compute())})"
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        return [Note(repr(self))]
+
+
+def written(number: Number) -> str:
+    """Return a number that is read from the device for it; of a meta, fake or traced tensor what it is."""
+    try:
+        return f"{float(number):.6g}"
+    except (RuntimeError, TypeError, ValueError):
+        return describe(number)
+
+
+class _Scalar(Computed):
+    """Base of the metrics that are one number."""
+
+    value: Number
+
+    def compute(self) -> Number:
+        return self.value
 
 
 @pytree
@@ -71,12 +111,15 @@ class Mean(_Scalar):
 
     Examples:
         >>> a, b = mean(torch.tensor(1.0), weight=3), mean(torch.tensor(5.0), weight=1)
-        >>> float(a.merge(b))
-        2.0
+        >>> a.merge(b)
+        Mean(2, weight=4)
     """
 
     total: Number
     weight: Number
+
+    def __repr__(self) -> str:
+        return f"Mean({written(self.compute())}, weight={written(self.weight)})"
 
     def merge(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.weight + other.weight)
@@ -115,7 +158,7 @@ class Min(_Scalar):
     value: Number
 
     def merge(self, other: Min) -> Min:
-        return Min(_extreme(self.value, other.value, torch.minimum, min))
+        return Min(extreme(self.value, other.value, torch.minimum, min))
 
 
 @pytree
@@ -130,12 +173,13 @@ class Max(_Scalar):
     value: Number
 
     def merge(self, other: Max) -> Max:
-        return Max(_extreme(self.value, other.value, torch.maximum, max))
+        return Max(extreme(self.value, other.value, torch.maximum, max))
 
 
-def _extreme(
+def extreme(
     a: Number, b: Number, of_tensors: Callable[[Tensor, Tensor], Tensor], of_numbers: Callable[[float, float], float]
 ) -> Number:
+    """Return the smaller or larger of two numbers, or tensors of one shape; a NaN stays."""
     if isinstance(a, Tensor):
         return of_tensors(a, b)
     # Python's min and max drop a NaN or keep it depending on the order; torch's always keep it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import MetricError, explain
 from purestep.metrics.dicts import merge
-from purestep.metrics.metric import Mean, Metric, Sum
+from purestep.metrics.metric import Growing, Mean, Metric, Sum
 
 Columns = dict[str, Sequence[Any]]  # by field, the values of all steps
 _NUMBERS = frozenset((float, int, bool))
@@ -142,7 +142,7 @@ def to_host(steps: Sequence[Mapping[str, Metric]]) -> Series:
     Examples:
         >>> series = to_host([{"loss": Mean(torch.tensor(2.0), torch.tensor(4.0))} for _ in range(3)])
         >>> len(series), series[0]
-        (3, {'loss': Mean(total=2.0, weight=4.0)})
+        (3, {'loss': Mean(0.5, weight=4)})
     """
     recorder = Recorder()
     for step in steps:
@@ -197,13 +197,11 @@ def fold(sums: Mapping[str, Metric], steps: Sequence[Mapping[str, Metric]]) -> M
     Examples:
         >>> steps = [{"loss": Mean(1.0, 1.0)}, {"loss": Mean(5.0, 3.0)}]
         >>> fold(fold({}, steps[:1]), steps[1:])["loss"]
-        Mean(total=6.0, weight=4.0)
+        Mean(1.5, weight=4)
     """
     # The fields of Mean and Sum are sums themselves, which are added column by column, in the order of the steps.
     if not isinstance(steps, Series) or not all(kind in (Mean, Sum) for kind in steps.kinds.values()):
-        for step in steps:
-            sums = merge(sums, step) if sums else dict(step)
-        return sums
+        return _merged(sums, steps)
     if not len(steps):
         return sums
     if not sums:
@@ -213,6 +211,24 @@ def fold(sums: Mapping[str, Metric], steps: Sequence[Mapping[str, Metric]]) -> M
         if sums.keys() != steps.kinds.keys():
             merge(sums, steps[0])
     return {name: kind(**_totals(sums[name], steps.columns[name], start)) for name, kind in steps.kinds.items()}
+
+
+def _merged(sums: Mapping[str, Metric], steps: Sequence[Mapping[str, Metric]]) -> Mapping[str, Metric]:
+    """Merge step by step, but what keeps every sample at once: each merge would copy all that came before."""
+    every = [sums, *steps] if sums else list(steps)
+    if not every or not any(isinstance(metric, Growing) for metric in every[0].values()):
+        for step in steps:
+            sums = merge(sums, step) if sums else dict(step)
+        return sums
+    first, *rest = every
+    growing = {name for name, metric in first.items() if isinstance(metric, Growing)}
+    others = {name: metric for name, metric in first.items() if name not in growing}
+    for step in rest:
+        if step.keys() != first.keys():
+            merge(first, step)
+        others = merge(others, {name: step[name] for name in others})
+    whole = {name: first[name].merge_all([step[name] for step in rest]) for name in growing}  # type: ignore[attr-defined]
+    return {name: whole[name] if name in growing else others[name] for name in first}
 
 
 def _totals(metric: Metric, columns: Columns, start: int) -> dict[str, Any]:

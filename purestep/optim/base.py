@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import ConfigError, OptimError, explain
 from purestep.optim.kernels import foreach as fx
-from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scoped, check_scope
+from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scoped, check_scope, inside
 from purestep.tree import Structure
+from purestep.views import Block, Curves, Panel, Tree, View
 
 Scalar = float | Tensor
 StepNumber = int | Tensor  # updates applied so far: 0-d int64 in a train state
@@ -32,7 +33,14 @@ class EmptyState:
     """The state of a transformation that remembers nothing."""
 
 
-class GradientTransformation(Scoped):
+@runtime_checkable
+class Drawable(Protocol):
+    """A hyperparameter that can be drawn over the steps: a schedule."""
+
+    def panel(self, title: str) -> Panel | None: ...
+
+
+class GradientTransformation(Scoped, View):
     """A pure rule that turns gradients into updates, as a frozen value: it prints, compares and pickles.
 
     Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
@@ -127,6 +135,29 @@ class GradientTransformation(Scoped):
     def only_fused(self) -> bool:
         """Whether `advance` is one run of a fused kernel and nothing else: slices would save no memory."""
         return isinstance(self, Kernel) and self.fused
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it: the tree of what it is made of, and the curves of its schedules."""
+        panels = [panel for name, schedule in _schedules(self) if (panel := schedule.panel(name)) is not None]
+        return [self.outline(), *([Curves(panels)] if panels else [])]
+
+    def outline(self, label: str = "") -> Tree:
+        """Return it with all that is in it, and the arguments of each.
+
+        Args:
+            label: what it is called by what holds it; its own name by default.
+        """
+        named = label if label in ("", self.name) else f"{label}: {self.name}"
+        members = [member for member in inside(self) if isinstance(member, GradientTransformation)]
+        return Tree(named or self.name, self._note(members), self._branches(members))
+
+    def _note(self, members: list[GradientTransformation]) -> str:
+        if not members:  # as it prints itself, without its name
+            return repr(self).removeprefix(f"{self.name}(").removesuffix(")")
+        return _arguments(self, without=members)
+
+    def _branches(self, members: list[GradientTransformation]) -> tuple[Tree, ...]:
+        return tuple(member.outline() for member in members)
 
     def __repr__(self) -> str:
         return f"{self.name}({_arguments(self)})"
@@ -282,10 +313,21 @@ def _snake(name: str) -> str:
     return "".join(("_" + c.lower() if c.isupper() and i else c.lower()) for i, c in enumerate(name))
 
 
-def _arguments(value: Any) -> str:
+def _schedules(tx: Any) -> list[tuple[str, Drawable]]:
+    """The schedules among the arguments of a transformation and of all that is in it, each once."""
+    names = [field.name for field in dataclasses.fields(tx)] if dataclasses.is_dataclass(tx) else []
+    found = [(name, value) for name in names if isinstance(value := getattr(tx, name), Drawable)]
+    found += [pair for member in inside(tx) for pair in _schedules(member)]
+    return list({id(schedule): (name, schedule) for name, schedule in found}.values())
+
+
+def _arguments(value: Any, without: Sequence[Any] = ()) -> str:
     shown = []
     for field in dataclasses.fields(value):
         content = getattr(value, field.name)
+        held = content if isinstance(content, tuple) else (content,)
+        if any(item is member for item in held for member in without):
+            continue
         if field.default is not dataclasses.MISSING and _same(content, field.default):
             continue
         shown.append(f"{field.name}={content!r}")

@@ -17,6 +17,7 @@ from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation, Scalar, StepNumber, transformation
 from purestep.optim.named_states import parts, parts_class, unique
 from purestep.optim.scope import Combinator, scope_of
+from purestep.views import Tree
 
 
 @transformation
@@ -62,6 +63,12 @@ class Several(Combinator, GradientTransformation):  # type: ignore[override]  # 
             for name, value in transform.hyperparams(own, step).items():
                 result[name if name not in result else f"{member}.{name}"] = value
         return result
+
+    def _note(self, members: list[GradientTransformation]) -> str:
+        return ""
+
+    def _branches(self, members: list[GradientTransformation]) -> tuple[Tree, ...]:
+        return tuple(t.outline(name) for name, t in zip(self.names, self.transforms, strict=True))
 
     def _members(self, state: Any) -> Iterator[tuple[str, GradientTransformation, Any]]:
         for name, transform in zip(self.names, self.transforms, strict=True):

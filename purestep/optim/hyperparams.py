@@ -24,6 +24,7 @@ from purestep.optim.base import (
     value_at,
     wide,
 )
+from purestep.views import Tree
 
 
 @tree.pytree
@@ -94,6 +95,11 @@ class InjectHyperparams(ElementWrapper):
     def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         now = {name: value_at(s, step, name) for name, s in self.schedules} if step is not None else state.scheduled
         return {**state.hyperparams, **now}
+
+    def outline(self, label: str = "") -> Tree:
+        """Return it as a leaf: what is in it is made anew, of the hyperparameters in the state."""
+        numbers = ", ".join(f"{n}={v!r}" for n, v in (*self.fixed, *self.numbers, *self.schedules))
+        return Tree(f"{label}: {self.name}" if label not in ("", self.name) else self.name, f"{numbers}; in the state")
 
     def _one_pass(self) -> bool:
         return self.inner._one_pass()

@@ -8,6 +8,7 @@ traced and mapped.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect as python_inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from purestep.optim.base import (
 )
 from purestep.optim.kernels import foreach as fx
 from purestep.optim.masks import by_name
+from purestep.optim.schedules.base import ScheduleBase
 from purestep.optim.weight_decay import fixed_filter
 from purestep.tree import static
 
@@ -73,12 +75,14 @@ class Lift(GradientTransformation):
     ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, repr(self)), treedef, updates, "params")
+        if ps and all(p.is_meta for p in ps):
+            # The dry run before the first step: nothing is there to compute, and every shape is known.
+            return tree.map(torch.empty_like, params), dataclasses.replace(state, count=state.count + 1)
         self._check_context(gs, ps)
         named, grads = by_name(params), by_name(updates)
-        rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
-        moved, slots, groups = self._stepped(named, grads, state, rate)
+        moved, slots, groups = self._stepped(named, grads, state, step)
         if state.first_differs:
-            fresh, first, first_groups = self._stepped(named, grads, state, rate, anew=True)
+            fresh, first, first_groups = self._stepped(named, grads, state, step, anew=True)
             new = state.count == 0
             moved, slots, groups = tree.select(new, (fresh, first, first_groups), (moved, slots, groups))
         us = fx.sub([moved[name] for name in named], list(named.values()))
@@ -97,13 +101,19 @@ class Lift(GradientTransformation):
             )
 
     def _stepped(
-        self, named: dict[str, Tensor], grads: dict[str, Tensor], state: LiftedState, rate: Any, *, anew: bool = False
+        self,
+        named: dict[str, Tensor],
+        grads: dict[str, Tensor],
+        state: LiftedState,
+        step: StepNumber | None,
+        *,
+        anew: bool = False,
     ) -> tuple[dict[str, Tensor], Slots, dict[str, dict[str, Tensor]]]:
         """Let the optimizer take one step over copies, from the state, or anew: a new optimizer's first step."""
         copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
         for name, copy in copies.items():
             copy.grad = grads[name].detach().to(copy.dtype).clone()
-        optimizer = self._made(copies, rate)
+        optimizer = self._made(copies, step)
         if not anew:
             for key, values in state.slots.items():
                 for name, value in values.items():
@@ -117,10 +127,10 @@ class Lift(GradientTransformation):
         }
         return {n: c.detach() for n, c in copies.items()}, _slots(optimizer, copies), groups
 
-    def _made(self, copies: dict[str, Tensor], rate: Any) -> torch.optim.Optimizer:
-        arguments = dict(self.arguments)
-        if rate is not None:
-            arguments["lr"] = float(rate)
+    def _made(self, copies: dict[str, Tensor], step: StepNumber | None) -> torch.optim.Optimizer:
+        arguments = {name: _argument_at(value, step, name) for name, value in self.arguments}
+        if self.learning_rate is not None:
+            arguments["lr"] = float(value_at(self.learning_rate, step))
         members: list[list[Tensor]] = [[] for _ in range(len(self.param_groups) + 1)]
         for name, copy in copies.items():
             found = (i for i, group in enumerate(self.param_groups) if tree.matches(dict(group)["params"], name))
@@ -134,8 +144,7 @@ class Lift(GradientTransformation):
         copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
         for copy in copies.values():
             copy.grad = torch.zeros_like(copy)
-        rate = None if self.learning_rate is None else value_at(self.learning_rate, 0)
-        optimizer = self._made(copies, rate)
+        optimizer = self._made(copies, 0)
         # Some, as Adagrad, fill their state where they are made, and need not fill it in a step that finds it empty.
         made = {copy: _FirstValues(values) for copy, values in optimizer.state.items()}
         optimizer.state = defaultdict(_FirstValues, made)
@@ -158,10 +167,9 @@ class Lift(GradientTransformation):
     def _first_differs(self, named: dict[str, Tensor], slots: Slots, groups: Any, numbers: tuple[str, ...]) -> bool:
         """Compare a new optimizer's first step with a step from the initial state that was found."""
         grads = {n: torch.sin(torch.arange(1.0, p.numel() + 1)).reshape(p.shape).to(p) for n, p in named.items()}
-        rate = None if self.learning_rate is None else value_at(self.learning_rate, 0)
         start = LiftedState(torch.zeros(()), slots, groups, numbers, False)
-        fresh = self._stepped(named, grads, start, rate, anew=True)
-        continued = self._stepped(named, grads, start, rate)
+        fresh = self._stepped(named, grads, start, 0, anew=True)
+        continued = self._stepped(named, grads, start, 0)
         if tree.structure(fresh[1]) != tree.structure(continued[1]) or tree.structure(continued[1]) != tree.structure(
             slots
         ):
@@ -200,7 +208,8 @@ def lift(
         lr: its learning rate: a number, or a schedule of the number of applied updates; None for the class's default.
         param_groups: torch's param groups, with a filter of dotted names in place of the parameters: `[{"params":
             "*bias", "weight_decay": 0.0}]`. The first that matches wins; what is left forms a last group.
-        **arguments: the other arguments of the class.
+        **arguments: the other arguments of the class; a schedule of `ps.optim` stands for a number that changes, in a
+            tuple such as `betas` too.
 
     Returns:
         A transformation with the state `LiftedState(count, slots, groups)`; `update` needs `params`. It runs eagerly
@@ -240,6 +249,13 @@ def lift(
             )
     groups = tuple(tuple((k, fixed_filter(v)) for k, v in group.items()) for group in param_groups)
     return Lift(optimizer, lr, tuple(arguments.items()), groups)
+
+
+def _argument_at(value: Any, step: StepNumber | None, name: str) -> Any:
+    """Return an argument at a step: schedules are called, other functions (a closure, a hook) are arguments."""
+    if isinstance(value, tuple):
+        return tuple(_argument_at(item, step, name) for item in value)
+    return float(value_at(value, step, name)) if isinstance(value, ScheduleBase) else value
 
 
 class _FirstValues(dict[str, Any]):

@@ -128,6 +128,9 @@ class Partition(Several):
     labels: Any
     label: str = "partition"
 
+    def _note(self, members: list[GradientTransformation]) -> str:
+        return f"by {self.labels!r}" if _are_filters(self.labels) else "by a function" if callable(self.labels) else ""
+
     def init(self, params: Any) -> Any:
         if not callable(self.labels) and not _are_filters(self.labels):
             check_same_names(by_name(self.labels), by_name(params), "tree of labels")

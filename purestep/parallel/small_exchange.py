@@ -1,11 +1,13 @@
 """The small values of microbatches: metrics, weights and counters travel as bytes, and every rank adds them up itself.
 
-They merge by rules of their own (a maximum, the last), so they are not summed on the way.
+They merge by rules of their own (a maximum, the last), so they are not summed on the way. Metrics that keep every
+sample differ in size from rank to rank: they follow as pickles, after their lengths.
 """
 
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.distributed import collectives
+from purestep.metrics import Growing
 from purestep.microbatch import Accumulation, Partial, merge
 from purestep.parallel.tree_reduce import Flat
 from purestep.treesum import Node, TreeSum
@@ -43,14 +46,16 @@ def exchange_small(
         for node, part in nodes.items():
             whole.put(node, _without_vector(part, *_leaves(part)))
         return lambda: _weighing(whole.result(), sums.samples)
-    like, structure = _leaves(pattern)
+    growing = _growing(pattern)
+    like, structure = _leaves(pattern, growing)
     flat = _bytes(tuple((x.shape, x.dtype, x.device) for x in like))
-    held = [flat.pack(_leaves(nodes[node])[0]) for own in owners for node in own if node in nodes]
+    held = [flat.pack(_leaves(nodes[node], growing)[0]) for own in owners for node in own if node in nodes]
     most = max(len(own) for own in owners)
     # The sizes of the batch go along, at no exchange of their own. On a GPU reading them would make the host wait.
     head = [torch.tensor(sums.told).view(torch.uint8)] if flat.on_cpu else []
     row = torch.cat([*head, *held, torch.zeros(flat.size * (most - len(held)), dtype=torch.uint8, device=flat.device)])
     pending = collectives.gather(row, group)
+    kept = _gather_growing(nodes, owners, group, growing, row.device) if growing else None
 
     def result() -> Partial:
         rows = pending.wait()
@@ -58,19 +63,29 @@ def exchange_small(
             told = rows[:, :_HEAD].contiguous().view(torch.int64).tolist()
             sums.heard = dict(zip(dist.get_process_group_ranks(group), map(tuple, told), strict=True))
             rows = rows[:, _HEAD:]
+        found = {} if kept is None else kept()
         for own, packed in zip(owners, rows, strict=True):
             for node, values in zip(own, packed.split(flat.size), strict=False):
-                whole.put(node, _without_vector(pattern, flat.unpack(values), structure))
+                part = _without_vector(pattern, flat.unpack(values), structure)
+                if growing and node in found:
+                    both = {**part.metrics, **found[node]}
+                    part.metrics = {name: both[name] for name in pattern.metrics}
+                whole.put(node, part)
         return _weighing(whole.result(), sums.samples)
 
     return result
 
 
-def _leaves(part: Partial) -> tuple[list[Tensor], Any]:
+def _leaves(part: Partial, left_out: frozenset[str] = frozenset()) -> tuple[list[Tensor], Any]:
     weight = part.weight if isinstance(part.weight, Tensor) else None
-    leaves, structure = tree.flatten((weight, part.kept, dict(part.metrics)))
-    # Numbers become tensors on one process as on many, so that nothing depends on how many there are.
-    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=_wide(x)) for x in leaves], structure
+    metrics = {name: metric for name, metric in part.metrics.items() if name not in left_out}
+    leaves, structure = tree.flatten((weight, part.kept, metrics))
+    return [_tensor(x) for x in leaves], structure
+
+
+def _tensor(leaf: Any) -> Tensor:
+    """Numbers become tensors on one process as on many, so that nothing depends on how many there are."""
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=_wide(leaf))
 
 
 def _wide(number: Any) -> torch.dtype:
@@ -86,6 +101,45 @@ def _weighing(part: Partial, samples: int) -> Partial:
     if isinstance(part.weight, int):
         part.weight = samples
     return part
+
+
+# --- metrics that keep every sample -----------------------------------------------------------------------------------
+
+
+def _growing(part: Partial) -> frozenset[str]:
+    """The names of the metrics whose tensors differ in size from rank to rank; every rank finds the same."""
+    return frozenset(name for name, m in part.metrics.items() if isinstance(m, Growing) and m.grows)
+
+
+def _gather_growing(
+    nodes: Mapping[Node, Partial],
+    owners: Sequence[Sequence[Node]],
+    group: dist.ProcessGroup,
+    names: frozenset[str],
+    device: torch.device,
+) -> Callable[[], dict[Node, dict[str, Any]]]:
+    """Begin to exchange such metrics; the function that is returned waits, and gives them by part of the tree."""
+    mine = [
+        {name: tree.map(lambda x: _tensor(x).cpu(), nodes[node].metrics[name]) for name in sorted(names)}
+        for own in owners
+        for node in own
+        if node in nodes
+    ]
+    data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+    lengths = collectives.numbers(len(data), group, device)
+    filling = torch.zeros(max(lengths) - len(data), dtype=torch.uint8)
+    pending = collectives.gather(torch.cat([data, filling]).to(device), group)
+
+    def result() -> dict[Node, dict[str, Any]]:
+        found: dict[Node, dict[str, Any]] = {}
+        for own, row, length in zip(owners, pending.wait().cpu(), lengths, strict=True):
+            theirs = pickle.loads(row[:length].numpy().tobytes())
+            found |= {
+                node: tree.map(lambda x: x.to(device), metrics) for node, metrics in zip(own, theirs, strict=False)
+            }
+        return found
+
+    return result
 
 
 class _Bytes:

@@ -1,5 +1,7 @@
 """Precision policies as transforms of the state, loss scales, master weights, float8. Re-exports only."""
 
+from purestep.precision.describe import ModuleDtypes as ModuleDtypes
+from purestep.precision.describe import PolicyDescription as PolicyDescription
 from purestep.precision.loss_scale import DynamicLossScale as DynamicLossScale
 from purestep.precision.loss_scale import LossScale as LossScale
 from purestep.precision.loss_scale import NoLossScale as NoLossScale

@@ -114,10 +114,7 @@ class Casting(Uncast):
     def _hooks(self, module: nn.Module) -> Hooks:
         casts: list[tuple[nn.Module, CastInputs | None, CastOutputs | None]] = []
         for path, submodule in module.named_modules():
-            inner = self.settings.of_module(path, "compute", self.policy.compute)
-            parent = path.rpartition(".")[0]
-            outer = self.settings.of_module(parent, "compute", self.policy.compute) if path else None
-            output: torch.dtype = self.settings.of_module_itself(path, "output") or outer or self.policy.output
+            inner, outer, output = self.settings.casts(path, self.policy.compute, self.policy.output)
             # Inputs are cast where the dtype changes from the parent's, and where a module has tensors to combine with
             # them: the caller may pass another dtype there. Containers between the two cast nothing.
             before = CastInputs(inner) if inner != outer or _has_tensors(submodule) else None

@@ -38,7 +38,7 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
         PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert. Calls of the copy
             raise it for a number of rows to train on that is no multiple of 16, and on a CPU if torch lacks the recipe.
     """
-    chosen = {path: m for path, m in module.named_modules() if type(m) is nn.Linear and _taken(settings, path)}
+    chosen = {path: m for path, m in module.named_modules() if converts(m, path, settings)}
     for path, linear in chosen.items():
         _check_sizes(path, linear)
     if not chosen:
@@ -63,8 +63,9 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
     return copied
 
 
-def _taken(settings: Settings, path: str) -> bool:
-    return bool(settings.of_module(path, "float8", True))
+def converts(module: nn.Module, path: str, settings: Settings) -> bool:
+    """Tell whether a module is a linear layer that multiplies in float8, under a policy with float8."""
+    return type(module) is nn.Linear and bool(settings.of_module(path, "float8", True))
 
 
 def _check_sizes(path: str, linear: nn.Linear) -> None:

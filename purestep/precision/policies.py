@@ -14,9 +14,11 @@ import torch
 from purestep.arguments import Judge, checked
 from purestep.errors import PrecisionError, explain
 from purestep.precision import convert_state
+from purestep.precision.describe import PolicyDescription, describe
 from purestep.precision.float8 import RECIPES
 from purestep.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale
 from purestep.precision.rules import NORMS, DType, Rule, Where, dtype_of, rule, word
+from purestep.views import Block, Table, View
 
 S = TypeVar("S")
 
@@ -29,7 +31,7 @@ Word = Annotated[
 
 @checked(PrecisionError)
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class Policy(View):
     """The dtypes of a step. Made by `policy`; `replace` and `where` return a changed one.
 
     Attributes:
@@ -158,6 +160,49 @@ class Policy:
             True
         """
         return convert_state.apply(self, state)
+
+    def describe(self, value: object) -> PolicyDescription:
+        """Return what this policy does to each module of a model: dtypes at rest, of the computation, of the result.
+
+        Args:
+            value: a `TrainState`, under any policy, or a module; on the meta device too. It is not changed.
+
+        Returns:
+            A value that shows itself as a table of the modules that have tensors of their own, or a rule.
+
+        Raises:
+            PrecisionError: a rule matches nothing, or there is no model whose modules the rules could go by.
+
+        Examples:
+            >>> from torch import nn
+            >>> chosen = policy("bf16-mixed", rules=()).where(nn.LayerNorm, compute="f32")
+            >>> chosen.describe(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)))
+            params=f32,compute=bf16,output=f32,reduce=f32,[LayerNorm:compute=f32]
+            module     type        elements  at rest  computes in  returns  by rule
+            the model  Sequential                     bf16         f32
+            0          Linear            16  f32      bf16         bf16
+            1          LayerNorm          8  f32      f32          bf16     LayerNorm:compute=f32
+            96 B at rest
+            gradients of microbatches are summed in f32
+        """
+        return describe(self, value)
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        fields: list[tuple[str, object]] = [
+            ("parameters at rest", word(self.param)),
+            (
+                "modules compute in",
+                f"{word(self.compute)}, by operator (autocast)" if self.autocast else word(self.compute),
+            ),
+            ("the model returns", word(self.output)),
+            ("gradients of microbatches are summed in", word(self.reduce)),
+            ("master weights", None if self.master is None else word(self.master)),
+            ("linear layers multiply in float8", self.float8),
+            ("loss scale", None if isinstance(self.loss_scale, NoLossScale) else repr(self.loss_scale)),
+            *((f"rule {number}", str(rule)) for number, rule in enumerate(self.rules)),
+        ]
+        return [Table(("policy", self.name), [field for field in fields if field[1] is not None], wide=True)]
 
     def cast_to_param(self, values: S) -> S:
         """Return a tree with its floating-point leaves in the dtype at rest; rules by name apply to names of leaves.

@@ -161,6 +161,19 @@ class Settings:
         """Return the setting of a module: of the last rule that applies and has a value for it, else the default."""
         return self._last(self._matching[path], field, default)
 
+    def casts(
+        self, path: str, compute: torch.dtype, output: torch.dtype
+    ) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
+        """Return what a module computes in, what the module around it does (None for the model), and what it returns.
+
+        Args:
+            path: of the module.
+            compute, output: those of the policy.
+        """
+        inner: torch.dtype = self.of_module(path, "compute", compute)
+        outer = self.of_module(path.rpartition(".")[0], "compute", compute) if path else None
+        return inner, outer, self.of_module_itself(path, "output") or outer or output
+
     def of_tensor(self, name: str, field: str, default: Any) -> Any:
         """Return the setting of a parameter or a buffer, in the same way."""
         named = frozenset(i for i, r in enumerate(self.rules) if r.names(name))

@@ -134,7 +134,16 @@ def check_eval(
     )
     if found:
         raise found from dry.error
-    return tuple(dry.result) if dry.error is None and isinstance(dry.result, Mapping) else None
+    if dry.error is not None or not isinstance(dry.result, Mapping):
+        return None
+    try:
+        for metric_name, metric in dry.result.items():
+            list(metrics.entries(metric_name, metric))
+    except PurestepError:
+        raise
+    except Exception:
+        return None  # its value cannot be computed without values; what it is, a trial on a real batch tells
+    return tuple(dry.result)
 
 
 # --- surroundings and states that do not fit --------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from purestep import tree
 from purestep.arguments import checked
 from purestep.donation import copied
 from purestep.errors import ConfigError, explain
-from purestep.record import shown
 from purestep.record.compare import last_equal
 from purestep.record.compare_bits import BitsComparison, compare_bits
 from purestep.record.experiment import Experiment, Makes, made
@@ -25,12 +24,13 @@ from purestep.record.replay import Replayed, Which, begun, nearest, opened, posi
 from purestep.record.run_record import RunRecord
 from purestep.record.trace_bits import trace_bits
 from purestep.step_protocol import facts_of
+from purestep.views import Block, Printed, Table
 
 _LEAVES = 12  # in a text
 
 
-@dataclasses.dataclass(frozen=True)
-class FirstBatch:
+@dataclasses.dataclass(frozen=True, repr=False)
+class FirstBatch(Printed):
     """The first batch in which two runs differ.
 
     Attributes:
@@ -54,9 +54,19 @@ class FirstBatch:
         a, b = self.indices
         return [] if a is None or b is None else [(int(a[row]), int(b[row])) for row in self.rows]
 
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        return [Table(["", ""], self.facts(), wide=True), *self.differences.view()]
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Bisection:
+    def facts(self) -> list[list[object]]:
+        """Return where it is and which samples differ, as rows of a table."""
+        (epoch, number), _ = self.places
+        place: list[list[object]] = [["first batch", f"step {self.position}: batch {number} of epoch {epoch}"]]
+        return place + ([["samples", _samples(self)]] if self.rows else [])
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Bisection(Printed):
     """The result of `bisect`.
 
     Attributes:
@@ -105,30 +115,21 @@ class Bisection:
         """Whether the runs differ."""
         return self.batch is not None or self.position is not None
 
-    def _rows(self) -> list[list[object]]:
-        rows: list[list[object]] = [["equal up to", self.start if self.position is None else self.position - 1]]
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        equal: object = f"step {self.start if self.position is None else self.position - 1}"
         if self.position == self.start:
-            rows = [["equal up to", "nothing: the first states differ"]]
-        if (found := self.batch) is not None:
-            (epoch, number), _ = found.places
-            rows.append(["first batch", f"step {found.position}: batch {number} of epoch {epoch}"])
-            if found.rows:
-                rows.append(["samples", _samples(found)])
-            rows += [["", str(difference)] for difference in found.differences[:_LEAVES]]
+            equal = "nothing: the first states differ"
+        rows: list[list[object]] = [["equal up to", equal]]
+        rows += [] if self.batch is None else self.batch.facts()
         if self.position is None:
             rows.append(["states", f"equal up to {self.end}"])
         else:
             what = "1 leaf differs" if len(self.leaves) == 1 else f"{len(self.leaves)} leaves differ"
             rows.append(["first state", f"step {self.position}: {what}"])
-            rows += [["", str(difference)] for difference in self.leaves[:_LEAVES]]
-        return rows
-
-    def __repr__(self) -> str:
-        rows = [[str(name), str(text)] for name, text in self._rows()]
-        return "\n".join(f"{name:12} {text}".rstrip() for name, text in [("runs", " and ".join(self.names)), *rows])
-
-    def _repr_html_(self) -> str:
-        return shown.html_table(["", " and ".join(self.names)], self._rows(), widest=shown.LINE)
+        blocks: list[Block] = [Table(["runs", " and ".join(self.names)], rows, wide=True)]
+        blocks += [] if self.batch is None else self.batch.differences.view()
+        return blocks + (self.leaves.view() if self.leaves else [])
 
 
 @checked(ConfigError)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from purestep.arguments import checked
+from purestep.display import curves, plots
 from purestep.errors import ConfigError
-from purestep.record import shown
 from purestep.record.replay import Which, opened
 from purestep.record.run_record import Columns, RunRecord
+from purestep.views import Block, Curves, Mark, Note, Panel, Printed, Table
 
-_STEPS = 12  # rows of the log in a text
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STEPS = 12  # rows of the log that are shown
+_RUNS = ("first", "second")  # in the names of the columns of the joined log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Parted:
     values: Mapping[str, tuple[float | None, float | None]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison(Printed):
     """The result of `compare`.
 
     Attributes:
@@ -42,6 +47,7 @@ class Comparison:
         parted: where their logs part; None where one is the beginning of the other.
         digests: of the train states of the newest snapshots.
         last_equal: the last position at which both have a snapshot of the same train state, None without one.
+        logs: what each of them has logged.
     """
 
     names: tuple[str, str]
@@ -52,6 +58,24 @@ class Comparison:
     parted: Parted | None
     digests: tuple[str, str]
     last_equal: int | None
+    logs: tuple[Columns, Columns] = dataclasses.field(default=(Columns({}), Columns({})), compare=False)
+
+    def plot(self, *keys: str, title: str | None = None) -> Figure:
+        """Draw the metrics of both over each other, with a line at the first step where their logs part.
+
+        Args:
+            *keys: names of metrics; those that both have logged by default.
+            title: of the picture; none by default.
+
+        Raises:
+            ConfigError: none of the two has logged a key, or there is no metric that both have.
+            MissingExtra: matplotlib is not installed.
+        """
+        return plots.draw(self._panels(keys or None), title=title)
+
+    def _panels(self, keys: tuple[str, ...] | None = None) -> tuple[Panel, ...]:
+        mark = None if self.parted is None else Mark(self.parted.step, f"they part at {self.parted.step}")
+        return curves.beside(zip(self.names, self.logs, strict=True), keys, mark)
 
     def _rows(self) -> list[list[object]]:
         rows: list[list[object]] = [[f"setting {name}", *map(_text, pair)] for name, pair in self.settings.items()]
@@ -67,22 +91,20 @@ class Comparison:
         values = "; ".join(f"{name} {_text(a)} and {_text(b)}" for name, (a, b) in self.parted.values.items())
         return [f"the logs part at step {self.parted.step}: {values}; {equal}"]
 
-    def _curves(self) -> list[list[object]]:
-        """The rows of the log around the place where they part, or the last ones."""
-        rows = [list(row) for row in zip(*self.log.values(), strict=True)] if self.log else []
+    def _log_table(self) -> Table:
+        """The rows of the log around the place where they part, of the metrics that differ there; or the last ones."""
+        parted = None if self.parted is None else {f"{n}, {run}" for n in self.parted.values for run in _RUNS}
+        log = {name: column for name, column in self.log.items() if parted is None or name in parted or name == "step"}
+        rows = [list(row) for row in zip(*log.values(), strict=True)]
         at = next((n for n, row in enumerate(rows) if self.parted and row[0] >= self.parted.step), len(rows))
         start = max(0, min(at - 2, len(rows) - _STEPS))
-        return rows[start : start + _STEPS]
+        return Table(list(log), rows[start : start + _STEPS])
 
-    def __repr__(self) -> str:
-        parts = [shown.text_table(["", *self.names], self._rows()), *self._ends()]
-        if curves := self._curves():
-            parts.append(shown.text_table(list(self.log), curves))
-        return "\n".join(parts)
-
-    def _repr_html_(self) -> str:
-        first = shown.html_table(["", *self.names], self._rows(), title=" ".join(self._ends()))
-        return first + (shown.html_table(list(self.log), self._curves()) if self.log else "")
+    def view(self) -> list[Block]:
+        blocks: list[Block] = [Table(["", *self.names], self._rows()), *map(Note, self._ends())]
+        if len(self.log) > 1:  # more than the steps
+            blocks += [Curves(self._panels()), self._log_table()]
+        return blocks
 
 
 @checked(ConfigError)
@@ -126,6 +148,7 @@ def compare(a: Which, b: Which) -> Comparison:
         parted=_parted(first.metrics, second.metrics),
         digests=(first.digest, second.digest),
         last_equal=last_equal(first, second),
+        logs=(first.metrics, second.metrics),
     )
 
 
@@ -180,9 +203,9 @@ def _beside(a: Columns, b: Columns) -> dict[str, list[Any]]:
     rows_a, rows_b = _rows_of(a), _rows_of(b)
     steps = sorted(rows_a.keys() & rows_b.keys())
     found: dict[str, list[Any]] = {"step": steps} if steps else {}
-    for name in [name for name in a if name in b and name != "step"] if steps else []:
-        found[f"{name}, first"] = [rows_a[step].get(name) for step in steps]
-        found[f"{name}, second"] = [rows_b[step].get(name) for step in steps]
+    for name in [name for name in curves.metrics_of(a) if name in b] if steps else []:
+        for run, rows in zip(_RUNS, (rows_a, rows_b), strict=True):
+            found[f"{name}, {run}"] = [rows[step].get(name) for step in steps]
     return found
 
 

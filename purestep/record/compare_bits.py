@@ -12,12 +12,13 @@ from purestep import bits
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError
 from purestep.record.bits_trace import BitsTrace, Operation
+from purestep.views import Block, Facts, Note, Printed
 
 Kind = Literal["equal", "bits", "operation", "result"]
 
 
-@dataclasses.dataclass(frozen=True)
-class BitsComparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class BitsComparison(Printed):
     """Where two traces of a step part. Made by `ps.compare_bits`; it prints itself.
 
     Attributes:
@@ -54,7 +55,12 @@ class BitsComparison:
         """Whether every operation, and what the steps returned, has the same bits."""
         return self.kind == "equal"
 
-    def __str__(self) -> str:
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        head, facts = self._facts()
+        return [Note(head), Facts(facts)]
+
+    def _facts(self) -> tuple[str, list[tuple[str, str]]]:
         count = f"{self.operations[0]} operations"
         lines = [] if not self.given else [("given", f"other bits: {', '.join(self.given[:4])}{_more(self.given, 4)}")]
         if self.kind == "equal":
@@ -70,7 +76,7 @@ class BitsComparison:
             head, lines = self._first(lines)
         different = "; ".join(f"{name} {a} and {b}" for name, (a, b) in self.conditions.items())
         lines += [("made with", different)] if different else []
-        return "\n".join([head, *(f"  {label + ':':<10} {text}" for label, text in lines)])
+        return head, lines
 
     def _first(self, lines: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
         a, b = self.a, self.b

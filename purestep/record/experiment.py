@@ -18,6 +18,7 @@ from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments
 from purestep.loop.origin import plain_settings
 from purestep.loop.result import Result
+from purestep.record.settings import arguments_of, plain_of, settings_of
 from purestep.step_protocol import StepFn
 
 P = ParamSpec("P")
@@ -65,6 +66,34 @@ class Experiment:
         # A copy: what the caller changes later is not what it was made with.
         object.__setattr__(self, "settings", plain_settings({} if self.settings is None else self.settings))
 
+    @classmethod
+    def of(cls, makes: Callable[..., Experiment], settings: Mapping[str, Any]) -> Experiment:
+        """Make the experiment of settings that are given by name: a YAML file's, an OmegaConf, a sweep's.
+
+        Args:
+            makes: function that makes an experiment; its arguments are the settings.
+            settings: as a run records them, see `ps.experiment`; mappings and sequences of any kind, nested.
+
+        Raises:
+            ConfigError: they are not the arguments of the function.
+
+        Examples:
+            >>> import torch
+            >>> import purestep as ps
+            >>> def linear(tx: ps.optim.GradientTransformation, until: ps.Until = ps.steps(9)) -> ps.Experiment:
+            ...     step = ps.make_step(lambda net, batch: net(batch["x"]).square().mean(), tx)
+            ...     state = ps.init(lambda: torch.nn.Linear(2, 1), tx)
+            ...     return ps.Experiment(step, state, ps.data.batches({"x": torch.ones(8, 2)}, 4), until=until)
+            >>> ps.Experiment.of(linear, {"tx": {"name": "sgd", "learning_rate": 0.1}, "until": "3 steps"}).fit().reason
+            'reached 3 steps'
+        """
+        plain = {str(name): _json(value) for name, value in settings.items()}
+        made_ = experiment(makes)(**arguments_of(makes, plain))
+        # The call that was asked for: what it made may print as what it consists of.
+        named = {setting.name for setting in settings_of(makes) if setting.kind.makers}
+        asked = {name: value for name, value in plain.items() if name in named and isinstance(value, dict)}
+        return dataclasses.replace(made_, settings={**(made_.settings or {}), **asked})
+
     def fit(self, **options: Any) -> Result:
         """Run it: `ps.fit` with these arguments; `options` are others of `fit`, such as `run_dir` and `until`.
 
@@ -99,7 +128,12 @@ def experiment(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
     a run again: they call the function with the settings of the run.
 
     Args:
-        function: its arguments are JSON: numbers, strings, lists.
+        function: its arguments are JSON (numbers, strings, lists), or what their annotations say that text stands for:
+            an `Until`, a policy, an optimizer, a schedule or a plan of ps, a dtype, a path, an enum, a dataclass of
+            these. The fields of one dataclass that is the only argument are the settings.
+
+    Raises:
+        ConfigError: an argument is something else; when the function is called.
 
     Examples:
         >>> import torch
@@ -123,7 +157,7 @@ def experiment(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
     def make(*args: P.args, **kwargs: P.kwargs) -> Experiment:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        settings = plain_settings(bound.arguments)
+        settings = plain_settings(plain_of(function, bound.arguments))
         made_ = _checked_experiment(function(*args, **kwargs), function)
         return dataclasses.replace(made_, settings={**settings, **(made_.settings or {})})
 
@@ -142,10 +176,8 @@ def made(makes: object, settings: Mapping[str, Any]) -> Experiment:
         what = "an experiment is a ps.Experiment, or a function that makes one from the settings of the run"
         raise ConfigError(explain(what, where=f"experiment={makes!r}", instead="ps.Experiment(step, state, data)"))
     try:
-        taken = inspect.signature(makes).parameters
-        names = [n for n in settings if n in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())]
-        chosen = {name: settings[name] for name in names}
-        inspect.signature(makes).bind(**chosen)
+        arguments = arguments_of(makes, _taken(makes, settings))
+        inspect.signature(makes).bind(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             explain(
@@ -156,7 +188,24 @@ def made(makes: object, settings: Mapping[str, Any]) -> Experiment:
                 "or pass what it returns: experiment=make(lr=0.1)",
             )
         ) from error
-    return _checked_experiment(makes(**chosen), makes)
+    return _checked_experiment(makes(**arguments), makes)
+
+
+def _taken(makes: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the settings of a run that the function takes; an experiment may have added others."""
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(makes).parameters.values()):
+        return dict(settings)
+    names = {setting.name for setting in settings_of(makes)}
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def _json(value: Any) -> Any:
+    """Return mappings and sequences of other libraries as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {str(name): _json(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_json(item) for item in value]
+    return value
 
 
 def _checked_experiment(found: object, function: object) -> Experiment:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from purestep import tree
+from purestep import _cells, tree
 from purestep.arguments import Count, Location, checked
 from purestep.errors import ConfigError, SnapshotError, explain
 from purestep.loggers import csv
@@ -66,7 +66,7 @@ def fork(run: Which, *, at: Count, run_dir: Location, experiment: Makes) -> RunR
         >>> [str(run.parent) for run in ps.runs(root)]
         ['None', 'first@3']
     """
-    record, target = opened(run), Path(run_dir).absolute()
+    record, target = opened(run), _cells.located(run_dir)
     if at < 1:
         what = "fork: at must be a whole number >= 1"
         raise ConfigError(

@@ -11,22 +11,27 @@ import datetime
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from purestep import _cells
 from purestep.arguments import Location, checked
+from purestep.display import curves, plots
 from purestep.errors import ConfigError, SnapshotError, explain, import_extra
 from purestep.loggers import read_csv
 from purestep.loop import origin
 from purestep.loop.origin import Program
 from purestep.loop.resume import restore
-from purestep.record import shown
 from purestep.record.summary import Parent, Summary, is_run, started, summarize
 from purestep.snapshot import root_of
 from purestep.snapshot.listing import Index
 from purestep.snapshot.manifest import Header
+from purestep.views import Block, Note, Printed, Table, written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-class Columns(Mapping[str, list[Any]]):
+class Columns(Printed, Mapping[str, list[Any]]):
     """The log of a run: a list for each metric, with None where it was not logged, and "step".
 
     Examples:
@@ -35,8 +40,8 @@ class Columns(Mapping[str, list[Any]]):
         ([0.5, None], {})
         >>> columns
         step  loss
-        1     0.5
-        2
+           1   0.5
+           2
     """
 
     def __init__(self, columns: Mapping[str, list[Any]]) -> None:
@@ -71,15 +76,12 @@ class Columns(Mapping[str, list[Any]]):
         rows = [list(row) for row in zip(*self._columns.values(), strict=True)]
         return rows if len(rows) <= most else [*rows[: most // 2], ["…"] * len(self._columns), *rows[-most // 2 :]]
 
-    def __repr__(self) -> str:
-        return shown.text_table(list(self._columns), self._rows(20)) if self._columns else "nothing was logged"
-
-    def _repr_html_(self) -> str:
-        return shown.html_table(list(self._columns), self._rows(20))
+    def view(self) -> list[Block]:
+        return [Table(list(self._columns), self._rows(20))] if self._columns else [Note("nothing was logged")]
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
+@dataclasses.dataclass(frozen=True, repr=False)
+class RunRecord(Printed):
     """A run, read-only. Made by `ps.open`; it is as of the moment when it was opened.
 
     Attributes:
@@ -184,10 +186,24 @@ class RunRecord:
         """
         return restore(self.path, like, step=step, best=best, mode=mode, verify="digest")
 
-    def _facts(self) -> list[list[object]]:
+    def plot(self, *keys: str, title: str | None = None) -> Figure:
+        """Draw what the run logged; see `ps.display.plot`, which says how.
+
+        Args:
+            *keys: names of metrics, in this order; all by default.
+            title: the name of the run by default.
+
+        Raises:
+            ConfigError: the run has logged nothing, or not a key.
+            MissingExtra: matplotlib is not installed.
+        """
+        return plots.plot(self.metrics, keys=keys or None, title=self.name if title is None else title)
+
+    def facts(self) -> list[list[object]]:
+        """Return names and values of what a reader asks first."""
         program = self.programs[-1] if self.programs else Program()
         commit = None if program.commit is None else program.commit[:12] + ("" if program.clean else ", changed")
-        settings: dict[str, object] = {name: str(value) for name, value in self.settings.items()}
+        settings: dict[str, object] = {name: written(value) for name, value in self.settings.items()}
         facts: list[list[object]] = [
             ["when", self.when],
             ["why it ended", self.why],
@@ -196,18 +212,15 @@ class RunRecord:
             *([f"setting {name}", value] for name, value in settings.items()),
             *([name, value] for name, value in self.summary.metrics.items()),
             ["parent", self.parent],
-            ["program", " ".join(program.command)],
+            ["program", f"{program.cell} of a notebook" if program.cell else " ".join(program.command)],
             ["commit", commit],
             ["torch", self.environment.get("torch")],
             ["digest", self.digest],
         ]
         return [fact for fact in facts if fact[1] not in (None, "")]
 
-    def __repr__(self) -> str:
-        return shown.text_table(["run", self.name], self._facts(), widest=shown.LINE)
-
-    def _repr_html_(self) -> str:
-        return shown.html_table(["run", self.name], self._facts(), widest=shown.LINE)
+    def view(self) -> list[Block]:
+        return [Table(["run", self.name], self.facts(), wide=True), *curves.shown(self.metrics)]
 
 
 @checked(ConfigError)
@@ -234,7 +247,7 @@ def open(run_dir: Location) -> RunRecord:
         >>> ps.digest(run.state(state)) == run.digest == ps.digest(result.state)
         True
     """
-    path = Path(run_dir).absolute()
+    path = _cells.located(run_dir)
     if not is_run(path):
         raise ConfigError(
             explain(
@@ -256,13 +269,13 @@ def open(run_dir: Location) -> RunRecord:
 def _program(start: Mapping[str, Any], told: Mapping[str, Any]) -> Program:
     """Return a recorded start; a field of another type than is written is left out."""
     sources = told.get("sources")
-    text = sources.get(start.get("source")) if isinstance(sources, dict) else None
+    texts = {n: sources.get(start.get(n)) if isinstance(sources, dict) else None for n in ("source", "session")}
     command = start.get("command")
-    words = {name: start.get(name) for name in ("module", "function", "file", "directory")}
+    plain = ("module", "function", "file", "directory", "cell", "notebook")
+    words = {**{name: start.get(name) for name in plain}, **texts}
     return Program(
         **{name: word for name, word in words.items() if isinstance(word, str)},
         line=start["line"] if isinstance(start.get("line"), int) else 0,
-        source=text if isinstance(text, str) else "",
         command=tuple(map(str, command)) if isinstance(command, list) else (),
         commit=str(start["commit"]) if start.get("commit") is not None else None,
         clean=start["clean"] if isinstance(start.get("clean"), bool) else None,

@@ -16,11 +16,9 @@ from typing import Any
 
 from purestep.errors import SnapshotError
 from purestep.loop import origin
-from purestep.loop.events import LoopState
-from purestep.snapshot import listing, root_of
-from purestep.snapshot.codec import from_text
-from purestep.snapshot.manifest import Header, read_manifest
-from purestep.tree import node_name
+from purestep.snapshot import listing
+from purestep.snapshot.header import Header
+from purestep.snapshot.listing import root_of
 
 UNFINISHED = "not finished"
 
@@ -147,6 +145,12 @@ def _why(told: Mapping[str, Any], entry: listing.Entry | None) -> str:
 
 def _stored_stop(path: Path, header: Header) -> object:
     """Return why a run ended from the loop state in its last snapshot: of versions that said it nowhere else."""
+    # Here, as a table of runs of this version needs none of them, nor torch.
+    from purestep.loop.events import LoopState
+    from purestep.snapshot.codec import from_text
+    from purestep.snapshot.manifest import read_manifest
+    from purestep.tree import node_name
+
     with contextlib.suppress(SnapshotError, ValueError, KeyError):
         manifest = read_manifest(path)
         root = manifest.structure

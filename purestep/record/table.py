@@ -6,19 +6,25 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
+from purestep import _cells
 from purestep.arguments import Location, Name, checked
+from purestep.display import curves, plots
 from purestep.errors import ConfigError, explain
-from purestep.record import shown
+from purestep.loggers import read_csv
 from purestep.record.summary import Summary, is_run, summarize
+from purestep.views import Block, Note, Printed, Table, written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEPTH = 4  # levels below the root at which runs are looked for
 SHOWN = 100  # rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Runs(Sequence[Summary]):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Runs(Printed, Sequence[Summary]):
     """A table of runs. It iterates, and is indexed by a number or a name; `sort` and `filter` give another table.
 
     Attributes:
@@ -79,9 +85,34 @@ class Runs(Sequence[Summary]):
         kept = [row for row in self.rows if condition is None or condition(row)]
         return Runs(tuple(row for row in kept if all(_value(row, name) == wanted for name, wanted in values.items())))
 
-    def _table(self) -> tuple[list[str], list[list[object]]]:
+    def plot(self, *keys: Name, title: str | None = None) -> Figure:
+        """Draw metrics of all runs over each other, a panel for each metric.
+
+        Of up to 7 runs each has a colour of its own; more are shades in the order of the table, so `sort("lr")` first.
+
+        Args:
+            *keys: names of metrics; those that several of the runs have logged by default.
+            title: of the picture; none by default.
+
+        Raises:
+            ConfigError: no run has logged a key, or there is nothing to draw.
+            MissingExtra: matplotlib is not installed.
+        """
+        named = [(row.name, found) for row in self.rows if (found := _log(row))]
+        return plots.draw(curves.beside(named, keys or None, together=False), title=title)
+
+    def columns(self, *, shared: bool = True) -> tuple[list[str], list[list[object]]]:
+        """Return the names of the columns, and a row of values for each of the first hundred runs.
+
+        Args:
+            shared: whether settings that are equal in all of them have a column, too.
+        """
         rows = self.rows[:SHOWN]
-        settings = _names(row.settings for row in rows)
+        settings = [
+            name
+            for name in _names(row.settings for row in rows)
+            if shared or any(_setting(row, name) != _setting(rows[0], name) for row in rows)
+        ]
         metrics = _names(row.metrics for row in rows)
         parents = any(row.parent is not None for row in rows)
         head = [
@@ -103,17 +134,19 @@ class Runs(Sequence[Summary]):
             body.append([*cells, row.digest[:8]])
         return head, body
 
-    def __repr__(self) -> str:
+    def view(self) -> list[Block]:
         if not self.rows:
-            return "no runs"
+            return [Note("no runs")]
         more = len(self.rows) - SHOWN
-        return shown.text_table(*self._table()) + (f"\n... and {more} more" if more > 0 else "")
+        return [Table(*self.columns()), *([Note(f"... and {more:,} more")] if more > 0 else [])]
 
-    def _repr_html_(self) -> str:
-        title = "no runs" if not self.rows else f"{len(self.rows):,} run{'s' if len(self.rows) > 1 else ''}"
-        if len(self.rows) > SHOWN:
-            title += f", the first {SHOWN}"
-        return shown.html_table(*self._table(), title=title)
+
+def _log(row: Summary) -> dict[str, list[Any]]:
+    """Return what a run logged; nothing of one without a log, or with a damaged one, which its row says."""
+    try:
+        return read_csv(row.path)
+    except (OSError, ConfigError):
+        return {}
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Summary))
@@ -132,7 +165,7 @@ def _value(row: Summary, name: str) -> Any:
 def _setting(row: Summary, name: str) -> object:
     """Return a setting for a table, where True is not 1 and a list is its text."""
     value = row.settings.get(name)
-    return value if value is None or isinstance(value, float) else str(value)
+    return value if value is None or isinstance(value, float) else written(value)
 
 
 def _names(mappings: Any) -> list[str]:
@@ -168,7 +201,7 @@ def runs(root: Location) -> Runs:
         >>> table.filter(n=2)["run2"].settings
         {'n': 2}
     """
-    top = Path(root)
+    top = _cells.located(root)
     if not top.is_dir():
         raise ConfigError(explain("there is no such directory", where=f"root={str(root)!r}"))
     found = sorted(_found(top, DEPTH))

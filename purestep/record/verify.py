@@ -11,17 +11,15 @@ from pathlib import Path
 from purestep import tree
 from purestep.arguments import Count, checked
 from purestep.errors import ConfigError, CorruptSnapshot, PurestepError
-from purestep.record import shown
 from purestep.record.experiment import Experiment, Makes, made
 from purestep.record.replay import Replayed, Which, begun, opened, positions
 from purestep.record.run_record import RunRecord
 from purestep.record.run_record import open as open_run
+from purestep.views import Block, Note, Printed, Table
 
-_LEAVES = 20  # that are named in a text
 
-
-@dataclasses.dataclass(frozen=True)
-class Span:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Span(Printed):
     """What came of executing one span again.
 
     Attributes:
@@ -53,9 +51,13 @@ class Span:
         count = len(self.differences)
         return f"{count} {'leaf differs' if count == 1 else 'leaves differ'}: {self.differences[0]}"
 
+    def view(self) -> list[Block]:
+        table = self.differences.view() if self.differences else []
+        return [Note(f"at {self.last}, computed from {self.first}: {self.found}"), *table]
 
-@dataclasses.dataclass(frozen=True)
-class Verification:
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Verification(Printed):
     """The result of `verify`.
 
     Attributes:
@@ -79,18 +81,9 @@ class Verification:
     def _rows(self) -> list[list[object]]:
         return [[f"{span.first} to {span.last}", span.found if span.equal else "DIFFERS"] for span in self.spans]
 
-    def __repr__(self) -> str:
-        lines = [shown.text_table(["steps", self.path.name], self._rows())]
-        if (span := self.first) is not None:
-            lines += [f"at {span.last}, computed from {span.first}: {span.found}"]
-            lines += [f"  {difference}" for difference in span.differences[1:_LEAVES]]
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        rows: list[list[object]] = [[f"{span.first} to {span.last}", span.found] for span in self.spans]
-        return shown.html_table(
-            ["steps", self.path.name], rows, title="verified" if self.ok else "NOT verified", widest=shown.LINE
-        )
+    def view(self) -> list[Block]:
+        table = Table(["steps", self.path.name], self._rows())
+        return [table, *([Note("verified")] if self.first is None else self.first.view())]
 
 
 @checked(ConfigError)
@@ -124,6 +117,7 @@ def verify(run: Which, experiment: Makes, *, every: Count = 1) -> Verification:
         steps   linear
         0 to 2  the same bits
         2 to 4  the same bits
+        verified
     """
     record = opened(run)
     return Verification(record.path, tuple(_spans(record, made(experiment, record.settings), every)))

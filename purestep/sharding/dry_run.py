@@ -14,6 +14,7 @@ import torch
 from purestep.bits import human_bytes
 from purestep.sharding.report import Description, Row, describe
 from purestep.sharding.spec import Layout
+from purestep.views import Block, Note, Printed, Table
 
 
 class Costed(Layout, Protocol):
@@ -35,8 +36,8 @@ class Costed(Layout, Protocol):
         """Return the numbers of the microbatches that a rank computes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DryRun:
+@dataclasses.dataclass(frozen=True, repr=False)
+class DryRun(Printed):
     """What one rank needs for a step; prints as a table.
 
     Attributes:
@@ -57,15 +58,18 @@ class DryRun:
         """Bytes of memory a rank needs, without activations."""
         return sum(self.memory.values())
 
-    def __str__(self) -> str:
-        def table(values: dict[str, int]) -> list[str]:
-            return [
-                f"  {name:<10} {human_bytes(n):>10}" for name, n in (values | {"all": sum(values.values())}).items()
-            ]
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
 
-        return "\n".join(
-            [repr(self.description.mesh), "memory of a rank", *table(self.memory), "sent in a step", *table(self.sent)]
-        )
+        def table(title: str, values: dict[str, int]) -> Table:
+            rows = [(name, human_bytes(count)) for name, count in values.items()]
+            return Table(("", ""), rows, title=title, foot=("all", human_bytes(sum(values.values()))), right=(1,))
+
+        return [
+            Note(repr(self.description.mesh)),
+            table("memory of a rank", self.memory),
+            table("sent in a step", self.sent),
+        ]
 
 
 def dry_run(

@@ -22,6 +22,7 @@ from purestep.sharding import placement as placing
 from purestep.sharding import report as descriptions
 from purestep.sharding.leaf_roles import follow
 from purestep.sharding.spec import REPLICATED, Both, Fallback, Rules, Spec, resolve
+from purestep.views import Block, Note, Table, View
 
 T = TypeVar("T")
 Reduction = Literal["tree", "fast"]
@@ -29,7 +30,7 @@ Reduction = Literal["tree", "fast"]
 
 @checked(ConfigError)
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(View):
     """Where each tensor of a state lives, and who computes which microbatches.
 
     Args:
@@ -191,8 +192,10 @@ class Plan:
             >>> print(fsdp(4).describe({"w": torch.zeros(8, 2), "b": torch.zeros(2)}))
             mesh({'fsdp': 4}), rank 0 of 4
             path   leaf           spec          on a rank  bytes
+            -----  -------------  ------------  ---------  -----
             ['b']  float32[2]     Spec()        [2]            8
             ['w']  float32[8, 2]  Spec('fsdp')  [2, 2]        16
+            -----  -------------  ------------  ---------  -----
                                                 all           24
         """
         return descriptions.describe(self, value, rank=rank)
@@ -226,6 +229,27 @@ class Plan:
         return dry_runs.dry_run(
             plan, value, microbatches=microbatches, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype
         )
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it: the axes of its mesh, its rules, and its settings."""
+        axes = [
+            (axis, "the rest" if size == -1 else size, self._splits(axis))
+            for axis, size in zip(self.mesh.axes, self.mesh.sizes, strict=True)
+        ]
+        rules = [(_filter_text(filter), str(spec)) for filter, spec in self.rules]
+        if "*" not in [filter for filter, _ in self.rules]:
+            rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
+        names = ("fallback", "min_size", "units", "reshard_after_forward", "reduction", "sync_batchnorm")
+        settings = [(name, str(getattr(self, name))) for name in names]
+        return [
+            Table(("axis", "ranks", "splits"), axes),
+            Table(("parameters", "where they live"), rules),
+            Note(", ".join(f"{name}={value}" for name, value in settings)),
+        ]
+
+    def _splits(self, axis: str) -> str:
+        over = ["microbatches"] if axis in self.batch else []
+        return " and ".join([*over, *(["parameters"] if axis in self._named else [])]) or "nothing"
 
     def __mul__(self, other: Plan) -> Plan:
         """Return the plan that does both: the axes of both meshes, each tensor split by the specs of both.
@@ -280,6 +304,14 @@ def check_plan(plan: object, where: str) -> None:
 
 def _names(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _filter_text(filter: tree.Filter) -> str:
+    if isinstance(filter, Both):
+        return f"{_filter_text(filter.first)} and {_filter_text(filter.second)}"
+    if callable(filter):
+        return str(getattr(filter, "__qualname__", type(filter).__name__))
+    return filter if isinstance(filter, str) else " or ".join(filter)
 
 
 def _is_rule(rule: object) -> bool:

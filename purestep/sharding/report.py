@@ -15,6 +15,7 @@ from purestep import tree
 from purestep.distributed.mesh import Mesh
 from purestep.sharding.leaf_roles import Kind, follow
 from purestep.sharding.spec import REPLICATED, Layout, Spec, box
+from purestep.views import Block, Note, Printed, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Row:
     unit: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Description(Printed):
     """The rows of a state under a plan, on one rank; prints as a table."""
 
     mesh: Mesh
@@ -62,21 +63,12 @@ class Description:
             for row in self.rows
         }
 
-    def __str__(self) -> str:
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        rows = [(r.path, r.leaf, str(r.spec), str(list(r.local)), r.nbytes) for r in self.rows]
         head = ("path", "leaf", "spec", "on a rank", "bytes")
-        body = [(r.path, r.leaf, str(r.spec), str(list(r.local)), f"{r.nbytes:,}") for r in self.rows]
-        foot = ("", "", "", "all", f"{self.nbytes:,}")
-        widths = [max(len(line[i]) for line in (head, *body, foot)) for i in range(len(head))]
-        lines = [_line(line, widths) for line in (head, *body, foot)]
-        return f"{self.mesh!r}, rank {self.rank} of {self.mesh.world}\n" + "\n".join(lines)
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    *texts, number = (
-        cell.rjust(w) if i == len(widths) - 1 else cell.ljust(w)
-        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([*texts, number]).rstrip()
+        where = Note(f"{self.mesh!r}, rank {self.rank} of {self.mesh.world}")
+        return [where, Table(head, rows, foot=("", "", "", "all", self.nbytes), wide=True)]
 
 
 def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:

@@ -1,88 +1,30 @@
 """Snapshots: a tree on disk, committed atomically, with a manifest of checksums.
 
 `Store` writes and reads one directory; the functions here look into the snapshots of a run, which `ps.restore` reads.
-Importing this loads no Orbax.
+Importing this loads neither Orbax nor torch.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from pathlib import Path
+from purestep._lazy import attach
 
-from purestep.arguments import Location, checked
-from purestep.errors import SnapshotError
-from purestep.snapshot.digest import Scope as Scope
-from purestep.snapshot.export import Only
-from purestep.snapshot.export import consolidate as _consolidate
-from purestep.snapshot.manifest import Manifest as Manifest
-from purestep.snapshot.manifest import environment as environment
-from purestep.snapshot.processes import Ranks as Ranks
-from purestep.snapshot.reader import Restored as Restored
-from purestep.snapshot.reader import Verify as Verify
-from purestep.snapshot.retention import Keep as Keep
-from purestep.snapshot.retention import all_ as all_
-from purestep.snapshot.retention import best as best
-from purestep.snapshot.retention import every_steps as every_steps
-from purestep.snapshot.retention import latest as latest
-from purestep.snapshot.store import Store as Store
+if TYPE_CHECKING:
+    from purestep.snapshot.digest import Scope as Scope
+    from purestep.snapshot.listing import DIRECTORY as DIRECTORY
+    from purestep.snapshot.listing import root_of as root_of
+    from purestep.snapshot.manifest import Manifest as Manifest
+    from purestep.snapshot.manifest import environment as environment
+    from purestep.snapshot.of_run import consolidate as consolidate
+    from purestep.snapshot.of_run import manifest as manifest
+    from purestep.snapshot.of_run import steps as steps
+    from purestep.snapshot.processes import Ranks as Ranks
+    from purestep.snapshot.reader import Restored as Restored
+    from purestep.snapshot.reader import Verify as Verify
+    from purestep.snapshot.retention import Keep as Keep
+    from purestep.snapshot.retention import all_ as all_
+    from purestep.snapshot.retention import best as best
+    from purestep.snapshot.retention import every_steps as every_steps
+    from purestep.snapshot.retention import latest as latest
+    from purestep.snapshot.store import Store as Store
 
-DIRECTORY = "snapshots"  # where a run keeps them, under its run directory
-
-
-@checked(SnapshotError)
-def steps(run_dir: Location) -> list[int]:
-    """Return the steps of the snapshots of a run, in order."""
-    return Store(root_of(run_dir)).steps()
-
-
-@checked(SnapshotError)
-def manifest(run_dir: Location, step: int) -> Manifest:
-    """Return all that a snapshot of a run says about itself, without reading arrays.
-
-    Raises:
-        CorruptSnapshot: a file of it is missing or is not what was written.
-        SnapshotError: there is no snapshot of that step.
-    """
-    return Store(root_of(run_dir)).read_manifest(step)
-
-
-@checked(SnapshotError, failed=True)
-def consolidate(run_dir: Location, out: Location, *, step: int | None = None, only: Only = "params") -> Path:
-    """Write a snapshot of any number of ranks to one file that other programs read.
-
-    Names are dotted: those of the model's `state_dict` for "params" and "model", paths in the stored tree for "all". A
-    tree with several train states prefixes each name with the path of its state. Everything is verified.
-
-    Args:
-        run_dir: the directory of a run, or of its snapshots.
-        out: the file: `.safetensors` (needs `pip install "purestep[export]"`), `.pt` or `.pth` for `torch.load`.
-        step: which snapshot; the newest by default.
-        only: "params"; "model" for params and buffers; "all" for every leaf of the stored tree. Numbers and strings are
-            values for `torch.load` (complex numbers, bytes and integers above 63 bits: text), and JSON under
-            `value:<name>` in the metadata of safetensors.
-
-    Returns:
-        The path of the file, which is complete, or not there.
-
-    Raises:
-        ConfigError: `only` or the suffix of `out` is unknown.
-        CorruptSnapshot: stored bytes are missing or changed.
-        MissingExtra: safetensors is not installed.
-        SnapshotError: there is no snapshot, or safetensors has no name for a dtype.
-        TreeError: the snapshot holds no train state.
-
-    Examples:
-        >>> import tempfile, torch
-        >>> with tempfile.TemporaryDirectory() as run_dir:
-        ...     with Store(run_dir) as store:
-        ...         store.save(5, {"w": torch.arange(3), "name": "digits"})
-        ...     torch.load(consolidate(run_dir, f"{run_dir}/all.pt", only="all"))
-        {'w': tensor([0, 1, 2]), 'name': 'digits'}
-    """
-    return _consolidate(root_of(run_dir), out, step=step, only=only)
-
-
-@checked(SnapshotError)
-def root_of(run_dir: Location) -> Path:
-    """Return the directory of the snapshots of a run; a directory that holds none below is taken for it."""
-    nested = Path(run_dir) / DIRECTORY
-    return nested if nested.is_dir() else Path(run_dir)
+__getattr__, __dir__ = attach(__name__)

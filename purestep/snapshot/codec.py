@@ -18,8 +18,8 @@ import torch
 from purestep import _torch, tree
 from purestep.errors import TreeError, explain
 from purestep.sharding import placement as placement_module
+from purestep.snapshot.json_fields import JSON as JSON
 
-JSON = Any  # None, bool, int, float, str, list or dict of JSON
 PYTHON_KINDS = ("bool", "int", "float", "complex", "str", "bytes")
 Stored = torch.Tensor | np.ndarray  # the value of a leaf that has bytes
 DEPTH = 300  # levels of a tree: walking it takes two Python calls a level, of the 1000 that Python allows

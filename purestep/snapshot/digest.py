@@ -8,7 +8,6 @@ from the disk, one leaf at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,38 +15,14 @@ import numpy as np
 from purestep import bits, tree
 from purestep.errors import SnapshotError, explain
 from purestep.snapshot.codec import JSON, Encoded, Leaf, from_text, show
+from purestep.snapshot.header import Scope as Scope
 from purestep.snapshot.packing import Piece, materialize, unpack
 from purestep.snapshot.shards import OwnedShard, copy_overlap, count, full_box, width
 
 Row = tuple[str, int, bytes]  # kind, number of bytes, condensed bytes
 ReadArrays = Callable[[Path, Sequence[str]], dict[str, np.ndarray]]
 STATE = "parts/{}/state"
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Which leaves of a tree a digest covers: those under a path, without others; paths count from there.
-
-    Examples:
-        >>> Scope(".train").path(".train.params['w']"), Scope("", (".elapsed",)).path(".elapsed")
-        (".params['w']", None)
-    """
-
-    under: str = ""
-    without: tuple[str, ...] = ()
-
-    def path(self, path: str) -> str | None:
-        """Return the path of a leaf in the scope, None when it is not in it."""
-        if not _inside(path, self.under) or any(_inside(path, other) for other in self.without):
-            return None
-        return path[len(self.under) :]
-
-    def to_json(self) -> JSON:
-        return {"under": self.under, "without": list(self.without)}
-
-
-def _inside(path: str, under: str) -> bool:
-    return path.startswith(under) and (not under or path[len(under) : len(under) + 1] in ("", ".", "["))
+_WHOLE = Scope()
 
 
 def row_of(leaf: Leaf, content: np.ndarray) -> Row:
@@ -71,7 +46,7 @@ def from_json(rows: JSON) -> dict[int, Row]:
     return {index: (kind, size, bytes.fromhex(content)) for index, kind, size, content in rows}
 
 
-def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = Scope()) -> str:
+def total(encoded: Encoded, rows: Mapping[int, Row], scope: Scope = _WHOLE) -> str:
     """Return the digest of a tree, or of a scope of it, from the rows of all leaves that have bytes.
 
     Raises:

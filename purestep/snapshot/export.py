@@ -28,7 +28,9 @@ Named = dict[str, int]  # dotted name -> index of the leaf
 
 def consolidate(root: Path, out: str | Path, *, step: int | None = None, only: Only = "params") -> Path:
     """Write the leaves of a snapshot under their dotted names. See `purestep.snapshot.consolidate`."""
-    target = _checked(Path(out), only)
+    if only not in get_args(Only):
+        raise ConfigError(explain("only= is 'params', 'model' or 'all'", where=f"only={only!r}"))
+    target = _checked(out)
     index = Index(root)
     if step is None:
         steps = index.steps()
@@ -55,12 +57,27 @@ def consolidate(root: Path, out: str | Path, *, step: int | None = None, only: O
     return target
 
 
-def _checked(out: Path, only: str) -> Path:
-    if only not in get_args(Only):
-        raise ConfigError(explain("only= is 'params', 'model' or 'all'", where=f"only={only!r}"))
+def write_file(out: str | Path, values: dict[str, Any], metadata: dict[str, str]) -> Path:
+    """Write named tensors and plain values as one file, complete or not at all, and return its absolute path.
+
+    Args:
+        out: ends in `.safetensors`, `.pt` or `.pth`, which says what kind of file is written.
+        values: by name.
+        metadata: texts, of which only a `.safetensors` has a place.
+
+    Raises:
+        ConfigError: another suffix.
+    """
+    target = _checked(out)
+    _write(target, values, metadata)
+    return target
+
+
+def _checked(given: str | Path) -> Path:
+    out = Path(given)
     if out.suffix not in (".safetensors", ".pt", ".pth"):
         what = "the suffix says what kind of file is written"
-        raise ConfigError(explain(what, where=str(out), instead="out='model.safetensors', or .pt for torch.load"))
+        raise ConfigError(explain(what, where=f"path: {out}", instead="'model.safetensors', or .pt for torch.load"))
     return out.absolute()
 
 

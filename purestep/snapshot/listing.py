@@ -13,10 +13,13 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from purestep import _cells
+from purestep.arguments import Location, checked
 from purestep.errors import SnapshotError
-from purestep.snapshot.manifest import DATA, Header, read_header
+from purestep.snapshot.header import DATA, Header, read_header
 from purestep.snapshot.retention import Record
 
+DIRECTORY = "snapshots"  # where a run keeps them, under its run directory
 _Stamp = tuple[int, int, int]
 _NAME = re.compile(r"(0|[1-9][0-9]{0,18})(?:[.]([1-9][0-9]{0,18}))?", re.ASCII)
 _LISTINGS = 5  # how often a directory is listed again that a writer changes during the listing
@@ -168,3 +171,11 @@ def _read(step: int, path: Path, revision: int) -> Entry:
         reason = f"{path} holds the snapshot of step {header.step}: it was copied or renamed"
         return Entry(step, path, None, reason, revision)
     return Entry(step, path, header, revision=revision)
+
+
+@checked(SnapshotError)
+def root_of(run_dir: Location) -> Path:
+    """Return the directory of the snapshots of a run; a directory that holds none below is taken for it."""
+    path = _cells.located(run_dir)
+    nested = path / DIRECTORY
+    return nested if nested.is_dir() else path

@@ -18,6 +18,7 @@ import torch
 
 from purestep.errors import CorruptSnapshot, explain
 from purestep.snapshot.codec import Leaf, Stored, show
+from purestep.snapshot.header import checksum as checksum
 from purestep.snapshot.shards import Box, OwnedShard, count, width
 
 SMALL = 1 << 20  # bytes; a smaller leaf goes into an arena
@@ -67,13 +68,6 @@ class Packed:
 
     arrays: dict[str, np.ndarray]
     pieces: list[Piece]
-
-
-def checksum(data: bytes | np.ndarray) -> str:
-    """Return the xxh3 (64 bit) of some bytes, in hex."""
-    import xxhash
-
-    return xxhash.xxh3_64_hexdigest(data)  # type: ignore[arg-type]
 
 
 def checksums(contents: Iterable[np.ndarray]) -> list[str]:

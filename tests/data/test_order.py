@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from shared_marks import slow_but
 
 from purestep import random
 from purestep.data.sampler import BatchOrder, permutation
@@ -43,14 +44,14 @@ def test_any_position_alone_equals_its_place_in_a_block(n: int, seed: int) -> No
     assert ((together >= 0) & (together < n)).all()
 
 
-@pytest.mark.parametrize("n", [3, 4, 5])
+@pytest.mark.parametrize("n", slow_but([3, 4, 5], 4))
 def test_small_permutations_are_uniform(n: int) -> None:
     index = {p: i for i, p in enumerate(itertools.permutations(range(n)))}
     found = np.bincount([index[tuple(o)] for o in orders(n, 1500).tolist()], minlength=math.factorial(n))
     assert stats.chisquare(found).pvalue > 1e-4
 
 
-@pytest.mark.parametrize("n", [7, 100, 300])
+@pytest.mark.parametrize("n", slow_but([7, 100, 300], 7))
 def test_every_sample_is_equally_likely_at_every_position(n: int) -> None:
     found = orders(n, 1500, start=10**6)
     for position in (0, 1, n // 2, n - 1):

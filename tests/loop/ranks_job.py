@@ -62,9 +62,27 @@ def narrow():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
+@ps.pytree
+class Median(ps.metrics.Growing):
+    """Keeps every sample, so that its tensor has another length on each rank."""
+
+    values: torch.Tensor
+    grows = True
+
+    def merge(self, other):
+        return self.merge_all([other])
+
+    def merge_all(self, others):
+        return Median(torch.cat([self.values, *(other.values for other in others)]))
+
+    def compute(self):
+        return self.values.median() + 1e-3 * self.values[len(self.values) // 3]  # the order of samples counts, too
+
+
 def loss_fn(net, batch):
     logits = net(batch["x"])
     values = {"accuracy": ps.metrics.accuracy(logits, batch["y"]), "last": ps.metrics.Last(logits[-1, 0])}
+    values["median"] = Median(logits[:, 1])
     return cross_entropy(logits, batch["y"]), values
 
 
@@ -257,7 +275,7 @@ def seconds(directory):
             return inner(state, batch)
 
         began = real()
-        result = ps.fit(**{**options, "step": ps.wrap_step(options["step"], around)}, until=ps.seconds(1.0))
+        result = ps.fit(**{**options, "step": ps.wrap_step(options["step"], around)}, until=ps.seconds(0.3))
         return summary(result) | {"seconds": real() - began}
     finally:
         time.monotonic = real
@@ -312,38 +330,47 @@ def plan_of(name):
     return sharding.hsdp(fsdp=min(SIZE, 2)) if name == "hsdp" else getattr(sharding, name)()
 
 
-def wrong(directory):
-    """Programs that cannot work, under each plan; and what only one rank gets wrong."""
+def batches(width=6, at=0):
     data = table(59, 0)
+    narrow = {"x": data["x"][:12, :width], "y": data["y"][:12]}
+    return [narrow if i >= at else {n: c[:12] for n, c in data.items()} for i in range(5)]
 
-    def batches(width=6, at=0):
-        narrow = {"x": data["x"][:12, :width], "y": data["y"][:12]}
-        return [narrow if i >= at else {n: c[:12] for n, c in data.items()} for i in range(5)]
 
-    def refused(loss=loss_fn, *, plan="ddp", tx=None, made_by=None, train=None, callbacks=()):
-        tx, plan = tx or ps.optim.adamw(0.02), plan_of(plan)
-        step = ps.make_step(loss, tx, microbatches=12, plan=plan)
-        state = plan.place(ps.init(narrow, made_by or tx, seed=0))
-        train = batches() if train is None else train
-        return error_of(lambda: ps.fit(step, state, train, until=ps.steps(4), callbacks=callbacks))
+def refused(loss=loss_fn, *, plan="ddp", tx=None, made_by=None, train=None, callbacks=()):
+    tx, plan = tx or ps.optim.adamw(0.02), plan_of(plan)
+    step = ps.make_step(loss, tx, microbatches=12, plan=plan)
+    state = plan.place(ps.init(narrow, made_by or tx, seed=0))
+    train = batches() if train is None else train
+    return error_of(lambda: ps.fit(step, state, train, until=ps.steps(4), callbacks=callbacks))
 
-    found = {}
-    for plan in ("ddp", "fsdp", "hsdp"):
-        devices = set()
 
-        def seen(net, batch, devices=devices):
-            devices.add(batch["x"].device.type)
-            return {"loss": loss_fn(net, batch)[0]}
+def wrong_under(plan):
+    """Programs that cannot work under any plan."""
+    devices = set()
 
-        found[plan] = {
-            "loss": refused(seen, plan=plan),
-            "model": refused(plan=plan, train=batches(width=5)),
-            "tx": refused(plan=plan, made_by=ps.optim.sgd(0.1, momentum=0.9)),
-            "metric": refused(lambda net, batch: (loss_fn(net, batch)[0], {3: 1.0}), plan=plan),
-            "devices": sorted(devices),
-        }
+    def seen(net, batch):
+        devices.add(batch["x"].device.type)
+        return {"loss": loss_fn(net, batch)[0]}
+
+    return {
+        "loss": refused(seen, plan=plan),
+        "model": refused(plan=plan, train=batches(width=5)),
+        "tx": refused(plan=plan, made_by=ps.optim.sgd(0.1, momentum=0.9)),
+        "metric": refused(lambda net, batch: (loss_fn(net, batch)[0], {3: 1.0}), plan=plan),
+        "devices": sorted(devices),
+    }
+
+
+def wrong_on_two_axes(directory):
+    return wrong_under("hsdp")
+
+
+def wrong(directory):
+    """Programs that cannot work; and what only one rank gets wrong."""
+    found = {plan: wrong_under(plan) for plan in ("ddp", "fsdp")}
     found["later"] = refused(plan="fsdp", train=batches(width=4, at=2))
     found["one"] = refused(lambda net, batch: {"loss": 1.0} if RANK == 2 else loss_fn(net, batch), plan="fsdp")
+    data = table(59, 0)
     val = ps.callbacks.evaluate(loss_fn, [{n: c[:4, :5] if c.ndim > 1 else c[:4] for n, c in data.items()}])
     found["evaluation"] = refused(plan="fsdp", callbacks=[val])
     found["alone"] = None

@@ -1,4 +1,8 @@
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import purestep as ps
 from purestep.errors import ConfigError
@@ -56,7 +60,7 @@ def test_until_combines_with_or_and_and():
 
 @pytest.mark.parametrize(
     "make",
-    [ps.every.steps, ps.every.epoch, ps.every.seconds, ps.steps, ps.epochs, ps.seconds],
+    [ps.every.steps, ps.every.epoch, ps.every.seconds, ps.steps, ps.epochs, ps.seconds, ps.minutes, ps.hours],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("bad", [0, -1, "3", True, None, float("nan")])
@@ -69,3 +73,68 @@ def test_cadences_are_positive_numbers(make, bad):
 def test_counts_are_whole_numbers(make):
     with pytest.raises(ConfigError, match="whole number"):
         make(2.5)
+
+
+# --- from text --------------------------------------------------------------------------------------------------------
+
+ENDS = st.recursive(
+    st.integers(1, 10**12).map(ps.steps)
+    | st.integers(1, 10**12).map(ps.epochs)
+    | st.floats(0, exclude_min=True, allow_nan=False).map(ps.seconds)
+    | st.integers(1, 10**9).map(ps.minutes),
+    lambda inner: st.builds(lambda a, b, either: a | b if either else a & b, inner, inner, st.booleans()),
+    max_leaves=6,
+)
+
+
+@given(ENDS)
+def test_an_end_prints_and_is_read_back(end):
+    assert ps.until(str(end)) == end
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("5 epochs | 1000 steps", ps.epochs(5) | ps.steps(1000)),
+        ("1 epoch", ps.epochs(1)),
+        ("10_000 STEPS", ps.steps(10_000)),
+        ("5epochs|2h", ps.epochs(5) | ps.hours(2)),
+        ("1h30m", ps.minutes(90)),
+        ("1 day 2 hours 3 min 4.5 s", ps.seconds(93784.5)),
+        ("00:02:00", ps.minutes(2)),
+        ("01:00:00:30", ps.seconds(86430)),
+        ("1 step or 2 epochs and 3s", ps.steps(1) | (ps.epochs(2) & ps.seconds(3))),
+        ("(1 step | 2 epochs) & 3s", (ps.steps(1) | ps.epochs(2)) & ps.seconds(3)),
+        ("0.5h", ps.minutes(30)),
+    ],
+)
+def test_words_of_a_command_line(text, end):
+    assert ps.until(text) == end
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("", "at its end"),
+        ("5", "at '5'"),
+        ("5 parsecs", "at '5 parsecs'"),
+        ("5 epochs |", "at its end"),
+        ("5 epochs 3 steps", "at '3 steps'"),
+        ("(5 epochs", "at its end"),
+        ("| 3 steps", "at '| 3 steps'"),
+        ("ps.epochs(5)", "at 'ps.epochs(5)'"),
+    ],
+)
+def test_what_is_no_end_is_refused_with_its_place(text, place):
+    with pytest.raises(
+        ConfigError, match=f"this text is no end of a run\n  where:   text={re.escape(repr(text))}, {re.escape(place)}"
+    ):
+        ps.until(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("2.5 steps", "whole number"), ("0 epochs", "a cadence is a positive number")]
+)
+def test_numbers_of_a_text_are_checked_as_those_of_the_functions(text, message):
+    with pytest.raises(ConfigError, match=message):
+        ps.until(text)

@@ -27,7 +27,7 @@ def averaged():
 TXS = {"averaged": averaged, "skipping": lambda: None, "fused": lambda: ps.optim.adamw(1e-2, fused=True)}
 
 
-@pytest.fixture(params=TXS)
+@pytest.fixture(params=slow_but(TXS, "averaged"))
 def made(request, job):
     """The job, with evaluations, a snapshot after every second step, and averages of the parameters evaluated, too."""
 
@@ -67,7 +67,7 @@ def test_it_resumes_with_the_same_bits(made):
     check_resume(lambda: made(donate=True), batches=8, at=[1, 4, 7])
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", slow_but([True, False], True))
 def test_a_run_is_resumed_donated_or_not(made, first, tmp_path):
     straight = ps.fit(**made(), until=ps.steps(9), run_dir=tmp_path / "straight")
     ps.fit(**made(donate=first), until=ps.steps(5), run_dir=tmp_path / "resumed")

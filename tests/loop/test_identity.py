@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -244,7 +245,7 @@ def is_replay(caught):
     return issubclass(caught.category, ps.data.ReplayWarning)
 
 
-@pytest.mark.parametrize("case", SILENT)
+@pytest.mark.parametrize("case", slow_but(SILENT, *list(SILENT)[::2]))
 @pytest.mark.filterwarnings("ignore::purestep.data.ReplayWarning")
 def test_what_does_not_make_it_another_run_is_not_told(case, tmp_path):
     first, second = SILENT[case]
@@ -253,7 +254,7 @@ def test_what_does_not_make_it_another_run_is_not_told(case, tmp_path):
     assert run(tmp_path, 9, **first, strict=True).loop.cursor.batches == 9
 
 
-@pytest.mark.parametrize("case", WARNED)
+@pytest.mark.parametrize("case", slow_but(WARNED, *list(WARNED)[::3]))
 def test_a_change_is_a_warning_and_with_strict_an_error(case, tmp_path):
     first, second, lines = WARNED[case]
     run(tmp_path, 7, **first)

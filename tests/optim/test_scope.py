@@ -55,6 +55,7 @@ def answers(zygote: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
     return {rank: json.loads((directory / f"{rank[0]}-{rank[1]}.json").read_text()) for rank in ranks}
 
 
+@pytest.mark.slow
 def test_what_users_write_has_the_bits_of_one_process_under_fsdp(answers: Any) -> None:
     reference = {name.partition("|")[0]: digest for name, digest in answers[1, 0].items()}
     assert len(reference) == 12

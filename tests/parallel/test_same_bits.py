@@ -5,24 +5,26 @@ import os
 from pathlib import Path
 
 import pytest
-from shared_marks import slow_but
 
 JOB = Path(__file__).with_name("bits_job.py")
 CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed fifty skipped muon finite large six twelve
 evaluated""".split()
-QUICK = "plain skipped".split()  # what `make test` runs, with what is asked of several processes besides bits
+# What `make test` runs of them, with what is asked of several processes besides bits.
+QUICK = "plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipped|fsdp".split(";")
 
 
 @pytest.fixture(scope="session")
 def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
-    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, "fast", "live", "refusals", "tensor"])
+    return _asked(
+        zygote, once, "bits", "4,2,1", [*QUICK, "fast", "live", "refusals", "tensor|none", "tensor|fsdp x tensor"]
+    )
 
 
 @pytest.fixture(scope="session")
 def more_answers(zygote, once):
-    """The same of the others."""
-    return _asked(zygote, once, "more-bits", "4,3,2,1", [*(case for case in CASES if case not in QUICK), "synced"])
+    """The same of all cases."""
+    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "tensor"])
 
 
 def _asked(zygote, once, name, sizes, cases):
@@ -36,7 +38,7 @@ def _ask(zygote, directory, sizes, cases):
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     arguments = str(directory), sizes
     children = [
-        zygote.popen(JOB, *arguments, str(rank), ",".join(cases), env=quiet, preload=zygote.RANKS) for rank in range(4)
+        zygote.popen(JOB, *arguments, str(rank), ";".join(cases), env=quiet, preload=zygote.RANKS) for rank in range(4)
     ]
     for child in children:
         with child:
@@ -44,16 +46,25 @@ def _ask(zygote, directory, sizes, cases):
             assert (child.returncode, errors) == (0, "")
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, *QUICK))
-def test_the_bits_do_not_depend_on_ranks_or_plan(request, case):
-    answers = request.getfixturevalue("answers" if case in QUICK else "more_answers")
+@pytest.mark.parametrize("case", ["plain", "skipped"])
+def test_the_bits_do_not_depend_on_ranks_or_plan(answers, case):
+    check_bits(answers, case, 14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_do_not_depend_on_ranks_or_any_plan(more_answers, case):
+    check_bits(more_answers, case, 9)
+
+
+def check_bits(answers, case, least):
     found = {
         (size, rank, name): value
         for (size, rank), checks in answers.items()
         for name, value in checks.items()
         if name.partition("|")[0] == case
     }
-    assert len(found) >= 9
+    assert len(found) >= least
     assert len(set(found.values())) == 1, "\n".join(f"{k}: {v[-800:]}" for k, v in found.items())
 
 
@@ -87,10 +98,19 @@ def test_what_a_plan_cannot_do_is_refused(answers):
 
 
 def test_tensor_parallel_ranks_agree_with_one_process(answers):
-    reference = answers[1, 0]["tensor|none"]
-    for size, label in ((2, "tensor"), (4, "tensor"), (4, "fsdp x tensor")):
-        for rank in range(size):
-            assert answers[size, rank][f"tensor|{label}"] == pytest.approx(reference, rel=1e-5, abs=1e-5), label
+    check_tensor_parallel(answers, 4, "fsdp x tensor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel_ranks_alone_agree_with_one_process(more_answers, size):
+    check_tensor_parallel(more_answers, size, "tensor")
+
+
+def check_tensor_parallel(answers, size, label):
+    for rank in range(size):
+        reference = pytest.approx(answers[1, 0]["tensor|none"], rel=1e-5, abs=1e-5)
+        assert answers[size, rank][f"tensor|{label}"] == reference, (label, rank)
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ def check_placing(plan: Plan, state: ps.TrainState, digest: str) -> None:
         else:
             assert leaf is whole, name
     assert ps.digest(placed) == digest
+    assert ps.digest(ps.from_module(placed, ps.to_module(placed))) == digest
     assert ps.digest(plan.gather(placed)) == digest
     assert not any(is_split(x) for x in tree.leaves(plan.gather(placed)))
     module = ps.to_module(placed)

@@ -59,7 +59,7 @@ def problems(zygote, tmp_path):
     return found
 
 
-@pytest.mark.parametrize("name", slow_but(SCENARIOS, "saves", "trains"))
+@pytest.mark.parametrize("name", slow_but(SCENARIOS, "saves"))
 def test_nothing_is_lost_at_some_operations(name, problems, seed):
     assert problems(SAMPLE, name, str(seed)) == []
 
@@ -70,6 +70,7 @@ def test_nothing_is_lost_at_every_fifth_operation(name, problems, seed):
     assert problems(EVERY_FIFTH, name, str(seed)) == []
 
 
-@pytest.mark.parametrize("name", slow_but(["saves", "replaces"], "saves"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["saves", "replaces"])
 def test_a_store_that_deletes_too_early_is_caught(name, problems):
     assert any("the newest whole snapshot is None" in problem for problem in problems(HASTY, name))

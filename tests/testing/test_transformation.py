@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 
 import purestep as ps
@@ -164,7 +165,7 @@ TRUE = {
 }
 
 
-@pytest.mark.parametrize("name", TRUE)
+@pytest.mark.parametrize("name", slow_but(TRUE, *list(TRUE)[::3]))
 def test_a_true_claim_passes(name):
     check_transformation(TRUE[name])
 

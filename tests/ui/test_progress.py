@@ -13,7 +13,7 @@ import types
 import pytest
 from rich.console import Console
 
-from purestep.display import progress
+from purestep.display import live, progress
 from purestep.display.progress import ProgressSink
 
 STATE = {"epoch": 0, "epochs": 5, "batch": 10, "length": 100, "metrics": {"loss": 0.51239, "acc": 1.0}, "rate": 20.0}
@@ -242,41 +242,127 @@ print("end")
     assert text.splitlines()[-1] == "end"
 
 
-def test_a_notebook_gets_one_output_that_is_replaced(clock, monkeypatch):
-    outputs: list[dict[str, str]] = []
+class Cell:
+    """What a cell of a notebook shows."""
 
-    class Handle:
-        def __init__(self):
-            self.place = len(outputs) - 1
+    def __init__(self) -> None:
+        self.outputs: list[dict[str, str]] = []
+        self.shown = 0
 
-        def update(self, bundle, raw):
-            assert raw
-            outputs[self.place] = bundle
-
-    def display(bundle, raw, display_id=False):
+    def display(self, bundle, raw, display_id=False):
         assert raw
-        outputs.append(bundle)
+        self.outputs.append(bundle)
+        self.shown += 1
+        place = len(self.outputs) - 1
+
+        class Handle:
+            def update(handle, bundle, raw):
+                assert raw
+                self.outputs[place] = bundle
+                self.shown += 1
+
         return Handle() if display_id else None
 
-    package, part = types.ModuleType("IPython"), types.ModuleType("IPython.display")
-    package.get_ipython = lambda: types.SimpleNamespace(kernel=object())
-    part.display = display
-    monkeypatch.setitem(sys.modules, "IPython", package)
+
+@pytest.fixture
+def cell(monkeypatch):
+    """A notebook around this process, in which drawing takes no time."""
+    cell, part = Cell(), types.ModuleType("IPython.display")
+    part.display = cell.display
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", part)
+    monkeypatch.setattr(progress._cells, "in_kernel", lambda: True)
+    monkeypatch.setattr(live.time, "perf_counter", lambda: 0.0)
+    return cell
+
+
+def test_a_notebook_gets_one_output_that_is_replaced(clock, cell):
     bar = ProgressSink()
-    bar.update(**STATE, note="<script>")
+    bar.update(**STATE, note="<script>", batches=10, total=500, run_left=61.0, place="/home/<me>/runs/a")
     bar.print("above")
     clock.seconds += 1
-    bar.update(**STATE | {"batch": 20}, note="<script>")
+    bar.update(**STATE | {"batch": 20}, note="<script>", batches=20, total=500, run_left=61.0)
     bar.close()
-    assert [o["text/plain"].split("  ")[:2] for o in outputs] == [["epoch 1/5", "20/100"], ["above"]]
-    assert "value='20' max='100'" in outputs[0]["text/html"]
-    assert "&lt;script&gt;" in outputs[0]["text/html"]
-    assert "<script>" not in outputs[0]["text/html"]
+    assert [o["text/plain"].split("  ")[:2] for o in cell.outputs] == [["epoch 1/5", "20/100"], ["above"]]
+    assert "1:01 left" in cell.outputs[0]["text/plain"]
+    assert 'value="20" max="500"' in cell.outputs[0]["text/html"]
+    assert "&lt;script&gt;" in cell.outputs[0]["text/html"]
+    assert "<script>" not in cell.outputs[0]["text/html"]
+
+
+def test_a_notebook_keeps_the_end_of_a_run_without_times(clock, cell):
+    bar = ProgressSink()
+    for step in range(1, 2001):
+        bar.log(step, {"train/loss": 1 / step, "epoch": step / 100})
+    bar.log(2000, {"val/loss": 0.5})
+    bar.update(**STATE, batches=10, total=500, run_left=61.0, place="/runs/a")
+    bar.finish("reached <5> epochs; runs/a")
+    (output,) = cell.outputs
+    assert output["text/plain"] == "epoch 1/5  10 batches  loss 0.5124  acc 1\nreached <5> epochs; runs/a"
+    assert "reached &lt;5&gt; epochs" in output["text/html"]
+    assert output["text/html"].count("<polyline") == 1
+    assert len(output["text/html"]) < 12_000
+    bar.update(**STATE)
+    bar.finish("again")
+    assert cell.shown == 2
+
+
+def test_a_notebook_is_not_flooded(clock, cell, monkeypatch):
+    bar = ProgressSink()
+    for epoch in range(1000):  # of one batch each
+        bar.update(**STATE | {"epoch": epoch, "batch": 100})
+        clock.seconds += 0.001
+    assert cell.shown == 4
+    monkeypatch.setattr(live.time, "perf_counter", iter([0.0, 0.02]).__next__)  # the next one takes 20 ms
+    clock.seconds += 1
+    bar.update(**STATE)
+    clock.seconds += 1.9
+    bar.update(**STATE)
+    assert cell.shown == 5
+    clock.seconds += 0.2
+    monkeypatch.setattr(live.time, "perf_counter", lambda: 0.0)
+    bar.update(**STATE)
+    assert cell.shown == 6
+
+
+def test_a_long_history_keeps_its_spikes():
+    history = live.History()
+    values = [0.001 * ((7 * step) % 100) for step in range(10_000)]
+    values[4321], values[8765] = 50.0, -50.0
+    for step, value in enumerate(values):
+        history.add(step, {"loss": value})
+    columns = history.columns()
+    assert len(columns["step"]) <= 1200
+    assert columns["step"] == sorted(columns["step"])
+    assert {50.0, -50.0} <= set(columns["loss"])
+    assert columns["loss"][columns["step"].index(4321)] == 50.0
+
+
+@pytest.mark.parametrize(
+    ("where", "variable", "shown"),
+    [
+        ("auto", None, "none"),  # under pytest stdout is no terminal
+        ("auto", "notebook", "notebook"),
+        ("auto", "auto", "none"),
+        ("none", "notebook", "none"),
+        ("terminal", None, "terminal"),
+    ],
+)
+def test_where_it_is_shown(monkeypatch, where, variable, shown):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.delenv("PURESTEP_DISPLAY", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("PURESTEP_DISPLAY", variable)
+    assert progress.shown_in(where) == shown
 
 
 def test_ipython_in_a_terminal_is_no_notebook(monkeypatch):
-    package = types.ModuleType("IPython")
-    package.get_ipython = lambda: types.SimpleNamespace()
+    package, zmq = types.ModuleType("IPython"), types.ModuleType("ipykernel.zmqshell")
+    zmq.ZMQInteractiveShell = type("ZMQInteractiveShell", (), {})
+    package.get_ipython = types.SimpleNamespace
     monkeypatch.setitem(sys.modules, "IPython", package)
-    assert progress._notebook_display() is None
+    assert not progress._cells.in_kernel()
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", zmq)
+    assert not progress._cells.in_kernel()
+    package.get_ipython = zmq.ZMQInteractiveShell
+    assert progress._cells.in_kernel()

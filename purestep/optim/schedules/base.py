@@ -7,7 +7,7 @@ reads nothing but the step it is given.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from purestep.errors import OptimError, explain
 from purestep.optim.base import _arguments, _snake, as_scalar, wide
+from purestep.views import Block, Curves, Line, Note, Panel, View
 
 T = TypeVar("T")
 
 
-class ScheduleBase:
+class ScheduleBase(View):
     """A schedule: call it with the step.
 
     An int gives a float. A tensor of any shape gives a float32 tensor of that shape, on its device; the formula is
@@ -39,9 +40,40 @@ class ScheduleBase:
             return torch.as_tensor(self.at(wide(step))).to(torch.float32).expand(step.shape)
         return float(self.at(torch.tensor(float(step), dtype=torch.float64)))
 
+    def horizon(self) -> int:
+        """Return after how many steps all that is characteristic has happened: how far it is drawn."""
+        return max(_whole_numbers([getattr(self, field.name) for field in dataclasses.fields(self)]), default=100)  # type: ignore[arg-type]
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it: its arguments, and its values up to a little more than its horizon."""
+        panel = self.panel("value")
+        return [Note(repr(self)), *([Curves((panel,))] if panel is not None else [])]
+
+    def panel(self, title: str) -> Panel | None:
+        """Return its curve; None where it cannot be called with a step alone."""
+        last = max(2, self.horizon() + self.horizon() // 10)
+        steps = sorted({round(i * last / _DRAWN) for i in range(_DRAWN + 1)})
+        try:
+            points = [(step, float(self(step))) for step in steps]
+        except Exception:  # a function of the user's may fail with anything: the arguments are shown all the same
+            return None
+        return Panel(title, (Line(title, points),), limits=(0, last))
+
     def __repr__(self) -> str:
         name = type(self).__name__
         return f"{name if name.endswith(('LR', 'Restarts')) else _snake(name)}({_arguments(self)})"
+
+
+_DRAWN = 240  # points of a curve
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """The positive integers in the arguments of a schedule: its steps."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _whole_numbers(item)
 
 
 @dataclass_transform(frozen_default=True)

@@ -43,6 +43,10 @@ class PolynomialSchedule(ScheduleBase):
     transition_steps: int
     transition_begin: int = 0
 
+    def horizon(self) -> int:
+        """Return the end of the transition."""
+        return max(1, self.transition_begin + self.transition_steps)
+
     def at(self, t: Tensor) -> Tensor:
         if self.transition_steps <= 0:
             return torch.zeros_like(t) + self.init_value
@@ -105,6 +109,10 @@ class ExponentialDecay(ScheduleBase):
     transition_begin: int = 0
     staircase: bool = False
     end_value: float | None = None
+
+    def horizon(self) -> int:
+        """Return the end of the fourth transition; none is the last."""
+        return max(1, self.transition_begin + 4 * self.transition_steps)
 
     def at(self, t: Tensor) -> Tensor:
         if self.transition_steps <= 0 or self.decay_rate == 0:

@@ -49,6 +49,10 @@ class StepLR(ScheduleBase):
     step_size: Count
     gamma: Finite[float] = 0.1
 
+    def horizon(self) -> int:
+        """Return the end of the fourth stair; none is the last."""
+        return 4 * self.step_size
+
     def at(self, t: Tensor) -> Tensor:
         return self.base_lr * torch.pow(self.gamma, torch.floor(t / self.step_size))
 
@@ -126,6 +130,10 @@ class ExponentialLR(ScheduleBase):
     base_lr: NonNegative[float]
     gamma: Finite[float]
 
+    def horizon(self) -> int:
+        """Return when a hundredth is left, where it falls."""
+        return min(10**7, math.ceil(math.log(0.01) / math.log(self.gamma))) if 0 < self.gamma < 1 else 100
+
     def at(self, t: Tensor) -> Tensor:
         return self.base_lr * torch.pow(self.gamma, t)
 
@@ -185,6 +193,10 @@ class CosineAnnealingWarmRestarts(ScheduleBase):
     def __post_init__(self) -> None:
         where = f"T_0={self.T_0}, T_mult={self.T_mult}"
         need(self.T_0 >= 1 and self.T_mult >= 1, "cycles need a length of at least 1", where, "T_0=10, T_mult=2")
+
+    def horizon(self) -> int:
+        """Return the end of the third cycle; none is the last."""
+        return self.T_0 * (1 + self.T_mult + self.T_mult**2)
 
     def at(self, t: Tensor) -> Tensor:
         if self.T_mult == 1:
@@ -265,6 +277,10 @@ class CyclicLR(ScheduleBase):
     def __post_init__(self) -> None:
         known = self.mode in ("triangular", "triangular2", "exp_range")
         need(known, "there is no such mode", f"mode={self.mode!r}", '"triangular", "triangular2" or "exp_range"')
+
+    def horizon(self) -> int:
+        """Return the end of the second cycle; none is the last."""
+        return 2 * (self.step_size_up + (self.step_size_down or self.step_size_up))
 
     def at(self, t: Tensor) -> Tensor:
         up = float(self.step_size_up)

@@ -29,6 +29,10 @@ class TableSchedule(ScheduleBase):
     values: tuple[float, ...]
     source: str = ""
 
+    def horizon(self) -> int:
+        """Return how many values there are."""
+        return max(1, len(self.values))
+
     def at(self, t: Tensor) -> Tensor:
         index = t.to(torch.int64).clamp(0, len(self.values) - 1)
         traced = _torch.dispatch_modes() > 0 or transforms.active()

@@ -29,6 +29,11 @@ class JoinSchedules(ScheduleBase):
     schedules: tuple[Callable[[Any], Any], ...]
     boundaries: tuple[int, ...]
 
+    def horizon(self) -> int:
+        """Return when the last of its parts that say so has ended."""
+        starts = zip((0, *self.boundaries), self.schedules, strict=True)
+        return max(s + (part.horizon() if isinstance(part, ScheduleBase) else 1) for s, part in starts)
+
     def at(self, t: Tensor) -> Tensor:
         value = evaluate(self.schedules[0], t)
         for boundary, part in zip(self.boundaries, self.schedules[1:], strict=True):

@@ -1,0 +1,111 @@
+"""The experiment of a Python file: found, imported as its worker processes will import it, and called with settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from purestep.cli.usage import UsageError, nearest, of_explained
+from purestep.errors import PurestepError
+from purestep.record.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A function that makes an experiment from settings.
+
+    Attributes:
+        path: of its file.
+        name: of the function.
+        function: it.
+    """
+
+    path: Path
+    name: str
+    function: Callable[..., Experiment]
+
+    @property
+    def stem(self) -> str:
+        """What runs of it are called."""
+        return self.path.stem if self.name == "experiment" else self.name
+
+    def make(self, plain: Mapping[str, Any]) -> Experiment:
+        """Make the experiment of settings that are given as JSON.
+
+        Raises:
+            UsageError: they are refused by what the function calls.
+        """
+        try:
+            return Experiment.of(self.function, plain)
+        except PurestepError as error:
+            raise of_explained(error) from error
+
+    def fit(self, of: Experiment, **options: Any) -> Any:
+        """Call `of.fit(**options)` as code of the file of the experiment, which the record of the run then names."""
+        function: Any = inspect.unwrap(self.function)
+        line = function.__code__.co_firstlineno
+        code = compile("\n" * (line - 1) + "_fit(**_options)", str(self.path), "eval")
+        code = code.replace(co_qualname=self.name, co_name=self.name)
+        names = {"__name__": function.__module__, "__file__": str(self.path)}
+        return eval(code, {**names, "_fit": of.fit, "_options": options})
+
+
+def load(spec: str) -> Loaded:
+    """Import a file, and return the function in it that makes an experiment.
+
+    The file is a module of its name, and its directory is the first of `sys.path`, as Python has it for a script: so
+    worker processes find its functions.
+
+    Args:
+        spec: FILE.py or FILE.py:NAME.
+
+    Raises:
+        UsageError: there is no such file or function, or several functions make one.
+    """
+    text, _, name = spec.partition(":")
+    path = Path(text).absolute()
+    if not path.is_file() or path.suffix != ".py":
+        problem = f"there is no such file: {text}" if path.suffix == ".py" else f"FILE is a Python file, not {text!r}"
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise UsageError(problem, str(Path(text).parent / near) if near else "FILE.py or FILE.py:NAME")
+    module = _imported(path)
+    found = {key: value for key, value in vars(module).items() if _makes_experiment(value, module)}
+    if name:
+        chosen = getattr(module, name, None)
+        if not callable(chosen):
+            near = nearest(name, found) or ", ".join(found)
+            raise UsageError(f"{text} has no function {name!r}", f"{text}:{near}" if near else "")
+        return Loaded(path, name, chosen)
+    if "experiment" in found or len(found) == 1:
+        name = "experiment" if "experiment" in found else next(iter(found))
+        return Loaded(path, name, found[name])
+    if not found:
+        instead = "def experiment(settings: Settings) -> ps.Experiment: ..."
+        raise UsageError(f"{text} has no function that is annotated to return a ps.Experiment", instead)
+    raise UsageError(f"{text} has several experiments", " or ".join(f"{text}:{key}" for key in found))
+
+
+def _makes_experiment(value: object, module: ModuleType) -> bool:
+    if not isinstance(value, FunctionType) or value.__module__ != module.__name__:
+        return False
+    try:
+        return typing.get_type_hints(value).get("return") is Experiment
+    except Exception:  # an annotation for type checkers only
+        return "Experiment" in str(value.__annotations__.get("return"))
+
+
+def _imported(path: Path) -> ModuleType:
+    known = sys.modules.get(path.stem)
+    if known is not None and Path(getattr(known, "__file__", None) or "/").absolute() != path:
+        raise UsageError(f"a module is called {path.stem!r} already, which {path.name} would hide", "another file name")
+    if not path.stem.isidentifier():
+        raise UsageError(f"{path.name} is no name of a module, which worker processes import", "letters, digits and _")
+    sys.path.insert(0, str(path.parent))
+    return importlib.import_module(path.stem)

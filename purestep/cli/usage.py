@@ -1,0 +1,85 @@
+"""What a command line gets wrong, in one or two lines; exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+
+class UsageError(Exception):
+    """The command line, or a file that it names, is not what the command takes.
+
+    Args:
+        problem: one line.
+        instead: what to write instead, one line; "" where there is nothing to say.
+    """
+
+    def __init__(self, problem: str, instead: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.instead = _line(problem), _line(instead)
+
+    def __str__(self) -> str:
+        return self.problem + (f"\n  instead: {self.instead}" if self.instead else "")
+
+
+def _line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 240 else text[:239] + "…"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the known word that one is nearest to, "" where none is near."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return found[0] if found else ""
+
+
+def of_explained(error: BaseException) -> UsageError:
+    """Return an error of purestep, which has four parts on several lines, as one of the command line."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    parts = {
+        label: line.partition(label)[2].strip() for line in lines for label in ("where:", "instead:") if label in line
+    }
+    where = f" ({parts['where:']})" if parts.get("where:") else ""
+    return UsageError(f"{lines[0]}{where}", parts.get("instead:", ""))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are `UsageError`, with the nearest option or command."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        self._takes: dict[str, bool] = {}
+        kwargs |= {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"{self.prog} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise self.unknown(rest[0])
+        return found
+
+    def unknown(self, word: str) -> UsageError:
+        """Return the error of a word that the command does not take."""
+        if not word.startswith("-"):
+            return UsageError(f"there is no argument {word!r}", f"{self.prog} --help")
+        near = nearest(word.partition("=")[0], self.options())
+        return UsageError(f"there is no option {word.partition('=')[0]}", near or f"{self.prog} --help")
+
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*names, **kwargs)
+        self._takes |= dict.fromkeys(action.option_strings, action.nargs != 0)
+        return action
+
+    def options(self) -> dict[str, bool]:
+        """Return the options by name, and whether each takes a value."""
+        return self._takes
+
+
+def version() -> str:
+    """Return the version of purestep."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)

@@ -1,0 +1,156 @@
+"""`from_lightning`: a LightningModule as what `fit` takes, so that a project can move in an afternoon.
+
+Owns the value that holds the parts, and its making. Nothing here imports Lightning: a module of it brings it along.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from purestep.arguments import Count, Name, Seed, Whole, checked
+from purestep.callbacks.evaluate import EvaluateCallback, evaluate
+from purestep.errors import ConfigError, explain
+from purestep.interop import lightning_hooks
+from purestep.interop.lightning_optimizers import Length, transformation
+from purestep.interop.lightning_steps import EvaluationStep, LightningStep, TrainingStep, converted_metrics, renamed
+from purestep.loop.cadence import Every, every
+from purestep.optim.base import GradientTransformation
+from purestep.state import TrainState, init
+from purestep.step import Step, make_eval, make_step
+from purestep.step_protocol import wrap_step
+
+Part = Literal["validation", "test"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FromLightning:
+    """The parts of a LightningModule. Made by `from_lightning`.
+
+    Attributes:
+        module: a copy of the module: `ps.init(lit.module, lit.tx, plan=plan)` makes a state of another kind.
+        loss_fn: its `training_step`: `ps.make_step(lit.loss_fn, lit.tx, microbatches=4, policy="bf16")` makes another
+            step.
+        tx: its optimizer and schedulers.
+        seed: of `state`.
+        settings: what `save_hyperparameters` noted, as far as it is JSON, for `fit(..., settings=lit.settings)`.
+    """
+
+    module: Any = dataclasses.field(repr=False)
+    loss_fn: Callable[..., Any]
+    tx: GradientTransformation
+    seed: int
+    settings: dict[str, Any]
+    base: type[nn.Module] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The first state, with the weights of the module."""
+        return init(self.module, self.tx, seed=self.seed)
+
+    @functools.cached_property
+    def step(self) -> Step:
+        """The step: loss, gradients, update."""
+        return make_step(self.loss_fn, self.tx)
+
+    @checked(ConfigError)
+    def evaluate(
+        self,
+        data: object,
+        *,
+        part: Part = "validation",
+        name: Name | None = None,
+        dataloader_idx: Whole = 0,
+        every: Every = every.epoch(),  # noqa: B008
+        at_start: bool = False,
+    ) -> EvaluateCallback:
+        """Return the callback that runs `validation_step` over a held-out set, as `ps.callbacks.evaluate` does.
+
+        What the step logs by `self.log("val_loss", ...)` is the metric `val/val_loss`, under the name that it has. A
+        loss that it returns is `val/loss`.
+
+        Args:
+            data: what `fit` takes as data.
+            part: which step runs.
+            name: of the callback, and prefix of its metrics; "val" or "test" by default. Several sets need several.
+            dataloader_idx: what the step gets as that argument, where it has one.
+            every: when.
+            at_start: also before the first step.
+
+        Raises:
+            ConfigError: the module has no such step.
+        """
+        method = f"{part}_step"
+        if not lightning_hooks.overridden(self.module, method, self.base):
+            raise ConfigError(explain(f"the module has no {method}", where=type(self.module).__qualname__))
+        loss_fn = _step(EvaluationStep, self.module, method, self.base, dataloader_idx)
+        step = wrap_step(make_eval(loss_fn), renamed)
+        return evaluate(step, data, every=every, at_start=at_start, name=name or {"validation": "val"}.get(part, part))
+
+
+def _step(kind: type[LightningStep], module: Any, method: str, base: type[nn.Module], dataloader_idx: int = 0) -> Any:
+    transfer = lightning_hooks.overridden(module, "on_after_batch_transfer", base)
+    return kind(getattr(type(module), method), base, dataloader_idx, transfer, converted_metrics(module))
+
+
+@checked(ConfigError)
+def from_lightning(
+    module: nn.Module,
+    *,
+    epochs: Count | None = None,
+    steps_per_epoch: Count | None = None,
+    tx: GradientTransformation | None = None,
+    without: Sequence[Name] = (),
+    seed: Seed = 0,
+) -> FromLightning:
+    """Take a LightningModule apart into what `fit` takes: state, step, transformation, evaluations.
+
+    `training_step` becomes the loss function, `self.log` its metrics, `validation_step` and `test_step` evaluations,
+    `configure_optimizers` the transformation: `ps.optim.lift` of the torch optimizer, with schedulers run ahead as
+    Lightning would step them. A step that draws no random numbers has the losses that `Trainer.fit` has on the same
+    batches; dropout draws from the key of the state instead of the global generator. `on_after_batch_transfer` is
+    called in the step.
+
+    Args:
+        module: of `lightning` or `pytorch_lightning`. It is copied and not changed.
+        epochs, steps_per_epoch: the length of the training, where schedulers or `self.trainer.max_epochs`,
+            `.estimated_stepping_batches` and the like in `configure_optimizers` ask for it.
+        tx: a transformation in place of `configure_optimizers`: one of `ps.optim`'s own can be jitted and split over
+            ranks, a lifted one runs eagerly.
+        without: overridden hooks that may be left out; all others that a step does not call are an error that lists
+            them.
+        seed: of the state.
+
+    Raises:
+        ConfigError: no LightningModule, manual optimization, several optimizers, ReduceLROnPlateau, or hooks that would
+            be lost. While training, StepError says where a step reads `self.trainer` or `batch_idx`.
+
+    Examples:
+        `lit = ps.from_lightning(LitModel())`, then
+        `ps.fit(lit.step, lit.state, train, until=ps.epochs(5), callbacks=[lit.evaluate(val)])`.
+
+    Reference: Lightning 2.6, `LightningModule`.
+    """
+    base = lightning_hooks.check_kind(module)
+    lightning_hooks.check(module, base, tuple(without))
+    copied = copy.deepcopy(module)
+    if tx is None:
+        tx = transformation(copy.deepcopy(module), Length(epochs, steps_per_epoch))
+    loss_fn = _step(TrainingStep, copied, "training_step", base)
+    return FromLightning(copied, loss_fn, tx, seed, _settings(copied), base)
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, value in dict(module.hparams).items():
+        try:
+            plain[str(name)] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            plain[str(name)] = repr(value)
+    return plain

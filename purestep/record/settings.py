@@ -1,0 +1,648 @@
+"""Settings: the arguments of an experiment as JSON, and back.
+
+Owns which types an argument may have that is no JSON by itself: `Until` as the text that it prints as, a policy by its
+name, an optimizer, a schedule or a plan by the name of its function and the arguments of that, dataclasses by field.
+`experiment` encodes what a run was made with; whoever makes the experiment of a run again decodes it. No text is ever
+evaluated: a call is parsed, and its name looked up in the tables below.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import contextlib
+import dataclasses
+import difflib
+import enum
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import optim, precision, sharding, tree
+from purestep.arguments import check_of
+from purestep.errors import ConfigError, PurestepError, explain
+from purestep.loop.cadence import Until
+from purestep.loop.until_text import until
+from purestep.optim.base import GradientTransformation
+from purestep.optim.schedules.base import ScheduleBase
+from purestep.precision import Policy
+from purestep.sharding.plan import Plan
+
+NAME = "name"  # the key of a mapping that says which function or class its other keys are the arguments of
+REQUIRED = inspect.Parameter.empty
+Maker = Callable[..., Any]
+
+
+class SettingError(ConfigError):
+    """A setting has a name or a value that the experiment does not take.
+
+    Attributes:
+        path: dotted name of the setting.
+        problem: what is wrong with it, as the end of a sentence that begins with its name.
+        instead: what to write instead, in words; "" where there is nothing to say.
+        nearest: a setting to write instead: its dotted name, or name and value; "" where none is near.
+    """
+
+    def __init__(self, path: str, problem: str, instead: str = "", *, nearest: str = "") -> None:
+        super().__init__(explain(f"the setting {path} {problem}", instead=nearest or instead or None))
+        self.path, self.problem, self.instead, self.nearest = path, problem, instead, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a setting may be, from the annotation of an argument; several of these at once for a union.
+
+    Attributes:
+        hint: the annotation.
+        text: reads it from text, for what is written as text; it raises an error of purestep for a wrong one.
+        wanted: what an error calls such a text.
+        makers: the functions or classes that make it, by name.
+        group: the dataclass whose fields are settings of their own.
+        plain: what of the annotation JSON holds as it is, None where nothing does.
+        optional: whether it may be None.
+    """
+
+    hint: Any
+    text: Callable[[str], Any] | None = None
+    wanted: str = ""
+    makers: Mapping[str, Maker] = dataclasses.field(default_factory=dict)
+    group: type | None = None
+    plain: Any = None
+    optional: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether a value can be written as text at all."""
+        return self.text is not None or bool(self.makers) or self.group is not None or self.plain is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """An argument of an experiment, or of what one is made with.
+
+    Attributes:
+        name: of the argument.
+        kind: what it may be.
+        default: as Python has it; `REQUIRED` where there is none.
+        help: what the docstring says of it.
+    """
+
+    name: str
+    kind: Kind
+    default: Any = REQUIRED
+    help: str = ""
+
+
+# --- from an annotation to a kind -------------------------------------------------------------------------------------
+
+_PLAIN = (bool, int, float, str, list, tuple, dict)
+
+
+@functools.cache
+def makers_of(kind: Any) -> dict[str, Maker]:
+    """Return the functions of purestep that make a value of a type, by name: optimizers, schedules, plans."""
+    if kind is Plan:
+        return {"ddp": sharding.ddp, "fsdp": sharding.fsdp, "hsdp": sharding.hsdp}
+    found: dict[str, Maker] = {}
+    for name in dir(optim):
+        value = None if name.startswith("_") else getattr(optim, name)
+        if isinstance(value, types.FunctionType) and name not in ("lift", "lift_scheduler", "from_torch"):
+            made = _hints(value).get("return")
+            if isinstance(made, type) and issubclass(made, kind):
+                found[name] = value
+    return found
+
+
+def kind_of(hint: Any) -> Kind:
+    """Return what a setting with an annotation may be.
+
+    Args:
+        hint: the annotation, evaluated.
+
+    Examples:
+        >>> kind_of(float | None).plain, kind_of(float | None).optional
+        (<class 'float'>, True)
+        >>> "cosine_decay_schedule" in kind_of(optim.ScalarOrSchedule).makers
+        True
+    """
+    options = [option for option in _options(hint) if option is not Tensor]
+    optional = type(None) in options
+    options = [option for option in options if option is not type(None)]
+    kind = Kind(hint, optional=optional)
+    plain: list[Any] = []
+    groups: list[type] = []
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if found := _text_kind(origin):
+            kind = dataclasses.replace(kind, text=found[1], wanted=found[0])
+        elif isinstance(origin, type) and issubclass(origin, GradientTransformation):
+            kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(GradientTransformation)})
+        elif origin is Plan or (isinstance(origin, type) and issubclass(origin, ScheduleBase)):
+            kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(origin)})
+        elif option == optim.Schedule:
+            kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(ScheduleBase)})
+        elif dataclasses.is_dataclass(origin) and isinstance(origin, type):
+            groups += [origin, *_subclasses(origin)]
+        elif origin in _PLAIN or origin is typing.Literal or origin in (collections.abc.Sequence, Mapping):
+            plain.append(option)
+    if len(groups) == 1:
+        kind = dataclasses.replace(kind, group=groups[0])
+    elif groups:
+        kind = dataclasses.replace(kind, makers={**kind.makers, **{group.__name__: group for group in groups}})
+    return dataclasses.replace(kind, plain=typing.Union[tuple(plain)]) if plain else kind  # noqa: UP007
+
+
+def _options(hint: Any) -> list[Any]:
+    """Return the alternatives of an annotation, without what `Annotated` adds."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _options(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [option for part in typing.get_args(hint) for option in _options(part)]
+    return [type(None) if hint is None else hint]
+
+
+def _subclasses(base: type) -> list[type]:
+    found: list[type] = []
+    for direct in base.__subclasses__():
+        found += [direct, *_subclasses(direct)]
+    return [sub for sub in dict.fromkeys(found) if dataclasses.is_dataclass(sub)]
+
+
+def _text_kind(kind: Any) -> tuple[str, Callable[[str], Any]] | None:
+    """Return what a type that is written as text is called, and what reads it."""
+    if not isinstance(kind, type):
+        return None
+    if issubclass(kind, Until):
+        return "the end of a run, such as 5epochs, 1000steps or 2h", until
+    if issubclass(kind, Policy):
+        return f"a precision policy: {', '.join(precision.NAMES)}", precision.policy
+    if kind is torch.dtype:
+        return "a dtype such as bfloat16", _dtype
+    if kind is torch.device:
+        return "a device such as cpu or cuda:0", _device
+    if issubclass(kind, Path):
+        return "a path", kind
+    if issubclass(kind, enum.Enum):
+        return f"one of {', '.join(kind.__members__)}", lambda text: kind[text]
+    return None
+
+
+def _dtype(text: str) -> torch.dtype:
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"torch has no dtype {text}")
+    return found
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise ConfigError(str(error).partition("\n")[0]) from error
+
+
+# --- the settings of a function ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def settings_of(maker: Maker) -> tuple[Setting, ...]:
+    """Return the arguments of a function or a class as settings. Those of one dataclass, alone, are its fields.
+
+    Examples:
+        >>> [(s.name, s.default) for s in settings_of(optim.lion)][:2]
+        [('learning_rate', <class 'inspect._empty'>), ('b1', 0.9)]
+    """
+    whole = group_of(maker)
+    owner = maker if whole is None else whole
+    hints, described = _hints(owner), _described(owner)
+    ours = str(getattr(owner, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
+    found = []
+    for name, parameter in inspect.signature(owner).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        hint = hints.get(name, Any)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            hint, default = list[hint], ()  # type: ignore[valid-type]
+        else:
+            default = parameter.default
+        if dataclasses.is_dataclass(owner):
+            default = _default(owner, name, default)
+        kind = kind_of(hint)
+        if kind.plain is None and not kind.makers and ours and tree.Filter in (hint, *typing.get_args(hint)):
+            kind = dataclasses.replace(kind, plain=str)
+        found.append(Setting(name, kind, default, described.get(name, "")))
+    return tuple(found)
+
+
+def group_of(maker: Maker) -> type | None:
+    """Return the dataclass that is the only argument of a function, None for any other function."""
+    if isinstance(maker, type):
+        return None
+    parameters = list(inspect.signature(maker).parameters.values())
+    hint = _hints(maker).get(parameters[0].name) if len(parameters) == 1 else None
+    found = kind_of(hint).group if hint is not None else None
+    return found
+
+
+def _default(owner: Any, name: str, otherwise: Any) -> Any:
+    for field in dataclasses.fields(owner):
+        if field.name == name and field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+    return otherwise
+
+
+@functools.cache
+def _hints(owner: Any) -> dict[str, Any]:
+    own_init = isinstance(owner, type) and not dataclasses.is_dataclass(owner)
+    target = owner.__init__ if own_init else owner  # type: ignore[misc]
+    try:
+        return typing.get_type_hints(target, include_extras=True)
+    except (NameError, AttributeError, TypeError):
+        return _one_by_one(target)
+
+
+def _one_by_one(target: Any) -> dict[str, Any]:
+    """Return the annotations that can be evaluated, where some name what is there for type checkers only."""
+    names, found = getattr(inspect.unwrap(target), "__globals__", {}), {}
+    for name, text in getattr(inspect.unwrap(target), "__annotations__", {}).items():
+        with contextlib.suppress(Exception):
+            found[name] = eval(text, dict(names)) if isinstance(text, str) else text
+    return found
+
+
+def _described(owner: Any) -> dict[str, str]:
+    """Return what the docstring of a function or class says of each argument, on one line each."""
+    import docstring_parser
+
+    found: dict[str, str] = {}
+    for documented in reversed([owner, *getattr(owner, "__mro__", [])]):
+        text = inspect.getdoc(documented) if documented is not object else None
+        for parameter in docstring_parser.parse(text or "").params:
+            for name in parameter.arg_name.replace("*", "").split(","):
+                found[name.strip()] = " ".join((parameter.description or "").split())
+    return found
+
+
+# --- values as JSON ---------------------------------------------------------------------------------------------------
+
+
+def encode(value: Any, kind: Kind, path: str) -> Any:
+    """Return a value as JSON, from which `decode` makes an equal one.
+
+    Args:
+        value: of an argument.
+        kind: what the argument may be.
+        path: its name, for errors.
+
+    Raises:
+        SettingError: nothing that JSON holds stands for it.
+
+    Examples:
+        >>> encode(optim.lion(1e-4), kind_of(GradientTransformation), "optimizer")
+        {'name': 'lion', 'learning_rate': 0.0001}
+    """
+    if isinstance(value, Until):
+        return str(value)
+    if isinstance(value, (GradientTransformation, ScheduleBase)):
+        return _encoded_call(value, kind, path)
+    if isinstance(value, Plan):
+        return _encoded_plan(value, path)
+    if isinstance(value, Policy):
+        for text in (value.name, str(value)):
+            with contextlib.suppress(PurestepError):
+                if text and precision.policy(text) == value:
+                    return text
+        raise SettingError(path, "is a policy that has no name", "one of the names, or its long form")
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {s.name: encode(getattr(value, s.name), s.kind, f"{path}.{s.name}") for s in settings_of(type(value))}
+        return {NAME: type(value).__name__, **own} if type(value).__name__ in kind.makers else own
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, kind, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item, kind, f"{path}[{index}]") for index, item in enumerate(value)]
+    return value
+
+
+def _encoded_plan(value: Plan, path: str) -> dict[str, Any]:
+    sizes = dict(zip(value.mesh.axes, value.mesh.sizes, strict=True))
+    for name, arguments in (
+        ("ddp", {"size": sizes.get("data")}),
+        ("fsdp", {"size": sizes.get("fsdp")}),
+        ("hsdp", {"fsdp": sizes.get("fsdp"), "data": sizes.get("data")}),
+    ):
+        if None not in arguments.values() and makers_of(Plan)[name](**arguments) == value:
+            return {NAME: name, **{key: size for key, size in arguments.items() if size != -1}}
+    raise SettingError(path, "is a plan that has no name", "its name as a string, from which the experiment makes it")
+
+
+def _encoded_call(value: Any, kind: Kind, path: str) -> Any:
+    """Return an optimizer or a schedule as the call that it prints as."""
+    kind = kind if kind.makers else kind_of(GradientTransformation | ScheduleBase)
+    try:
+        tree_ = ast.parse(repr(value), mode="eval").body
+    except SyntaxError:
+        tree_ = ast.Constant(None)
+    for guess in (lambda: _by_label(tree_, kind), lambda: _plain(tree_, kind, path, repr(value))):
+        with contextlib.suppress(PurestepError, TypeError):
+            found = guess()
+            if found is not None and decode(found, kind, path) == value:
+                return found
+    instead = "its name and arguments, or a function of the experiment that makes it from numbers"
+    raise SettingError(path, "is no call of the functions of ps.optim, and no text stands for it", instead)
+
+
+def _by_label(printed: ast.expr, kind: Kind) -> dict[str, Any] | None:
+    """Return what a function made out of others as a call of that function, with the arguments that it passed on.
+
+    It is a guess, by the names of the arguments; the caller makes the value of it and compares.
+    """
+    calls = [node for node in ast.walk(printed) if isinstance(node, ast.Call)]
+    values = {k.arg: k.value.value for c in reversed(calls) for k in c.keywords if isinstance(k.value, ast.Constant)}
+    own = {k.arg: k.value for k in printed.keywords} if isinstance(printed, ast.Call) else {}
+    named = own.get(NAME)
+    label = named.value if isinstance(named, ast.Constant) else ast.unparse(calls[0].func) if calls else ""
+    if label not in kind.makers:
+        return None
+    defaults = {setting.name: setting.default for setting in settings_of(kind.makers[label])}
+    return {NAME: label} | {
+        name: values[name] for name in defaults if name in values and values[name] != defaults[name]
+    }
+
+
+def call_of(text: str, kind: Kind, path: str) -> Any:
+    """Return text that names a function, with or without arguments, as JSON; a number or None as it is.
+
+    Raises:
+        SettingError: it is neither, or the function is none of those that make such a value.
+
+    Examples:
+        >>> call_of("adamw(3e-3)", kind_of(GradientTransformation), "optimizer")
+        {'name': 'adamw', 'learning_rate': 0.003}
+    """
+    try:
+        found = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise _no_maker(text, kind, path) from None
+    return _plain(found, kind, path, text)
+
+
+def _plain(node: ast.expr, kind: Kind, path: str, text: str) -> Any:
+    if isinstance(node, ast.Name) and node.id in kind.makers:
+        return {NAME: node.id}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _plain_call(node, kind, path, text)
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_plain(item, _inside(kind), path, text) for item in node.elts]
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+        return node.attr
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):
+        return float(node.id)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise _no_maker(ast.unparse(node), kind, path) from None
+
+
+def _plain_call(node: ast.Call, kind: Kind, path: str, text: str) -> Any:
+    name = node.func.id  # type: ignore[attr-defined]
+    maker = kind.makers.get(name)
+    if maker is None:
+        raise _no_maker(name, kind, path)
+    kinds = {setting.name: setting.kind for setting in settings_of(maker)}
+    places = list(inspect.signature(maker).parameters.values())
+    found: dict[str, Any] = {NAME: name}
+    rest = next((p.name for p in places if p.kind is p.VAR_POSITIONAL), None)
+    named = [p.name for p in places if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for index, argument in enumerate(node.args):
+        key = named[index] if index < len(named) else rest
+        if key is None:
+            raise SettingError(path, f"gives {name} more arguments than it takes: {text}")
+        below = _plain(argument, _inside(kinds[key]) if key == rest else kinds[key], f"{path}.{key}", text)
+        if key == rest:
+            found.setdefault(key, []).append(below)
+        else:
+            found[key] = below
+    for keyword in node.keywords:
+        if keyword.arg not in kinds:
+            raise _unknown(path, str(keyword.arg), kinds)
+        key = f"{NAME}_" if keyword.arg == NAME else str(keyword.arg)
+        found[key] = _plain(keyword.value, kinds[str(keyword.arg)], f"{path}.{keyword.arg}", text)
+    return found
+
+
+def _inside(kind: Kind) -> Kind:
+    """Return the kind of what is inside a sequence, with all that makes any part of it."""
+    makers = dict(kind.makers)
+    for option in _options(kind.hint):
+        for inner in typing.get_args(option):
+            if inner is not Ellipsis:
+                makers |= kind_of(inner).makers
+                makers |= _inside(kind_of(inner)).makers
+    return dataclasses.replace(kind, makers=makers)
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+def decode(plain: Any, kind: Kind, path: str) -> Any:
+    """Return the value that JSON stands for.
+
+    Raises:
+        SettingError: it stands for none of this kind.
+
+    Examples:
+        >>> decode({"name": "lion", "learning_rate": 0.0001}, kind_of(GradientTransformation), "optimizer").name
+        'lion'
+        >>> decode("5 epochs", kind_of(Until), "until")
+        UntilEpochs(n=5)
+    """
+    if plain is None and kind.optional:
+        return None
+    if kind.makers and isinstance(plain, str):
+        plain = call_of(plain, kind, path)
+    if kind.makers and isinstance(plain, Mapping):
+        return _decoded_call(plain, kind, path)
+    if kind.group is not None:
+        if not isinstance(plain, Mapping):
+            name = settings_of(kind.group)[0].name
+            raise SettingError(path, f"is a group of settings, not {plain!r}", nearest=_joined(path, name))
+        return called(kind.group, plain, path)
+    if kind.text is not None and isinstance(plain, (str, int, float)) and not isinstance(plain, bool):
+        try:
+            return kind.text(str(plain))
+        except (PurestepError, KeyError, ValueError) as error:
+            if kind.plain is None:
+                raise SettingError(path, f"must be {kind.wanted}, not {str(plain)!r}") from error
+    if kind.plain is not None or not kind.known:
+        return _decoded_plain(plain, kind, path)
+    raise SettingError(path, f"must be {wanted(kind)}, not {plain!r}")
+
+
+def _decoded_call(plain: Mapping[str, Any], kind: Kind, path: str) -> Any:
+    name = plain.get(NAME)
+    maker = kind.makers.get(name) if isinstance(name, str) else None
+    if maker is None:
+        raise _no_maker(str(name), kind, path)
+    arguments = {NAME if key == f"{NAME}_" else key: value for key, value in plain.items() if key != NAME}
+    return called(maker, arguments, path)
+
+
+def called(maker: Maker, plain: Mapping[str, Any], path: str) -> Any:
+    """Call a function or class with arguments that are given as JSON.
+
+    Raises:
+        SettingError: they are not its arguments.
+    """
+    known = {setting.name: setting for setting in settings_of(maker)}
+    for name in plain:
+        if name not in known:
+            raise _unknown(path, name, known)
+    for name, setting in known.items():
+        if setting.default is REQUIRED and name not in plain:
+            raise SettingError(_joined(path, name), "has no default and is not given")
+    values = {name: decode(value, known[name].kind, _joined(path, name)) for name, value in plain.items()}
+    rest = [p.name for p in inspect.signature(maker).parameters.values() if p.kind is p.VAR_POSITIONAL]
+    positional = [item for name in rest for item in values.pop(name, ())]
+    try:
+        return maker(*positional, **values)
+    except (PurestepError, TypeError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
+        first, *more = str(error).splitlines() or [type(error).__name__]
+        where = next((f" ({line.partition('where:')[2].strip()})" for line in more if "where:" in line), "")
+        raise SettingError(path or "settings", f"cannot be made: {first}{where}") from error
+
+
+def arguments_of(maker: Maker, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a function that makes an experiment, from the settings of a run.
+
+    Raises:
+        SettingError: they are not its arguments.
+    """
+    group = group_of(maker)
+    if group is not None:
+        (name,) = inspect.signature(maker).parameters
+        return {name: called(group, plain, "")}
+    known = {setting.name: setting for setting in settings_of(maker)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(maker).parameters.values())
+    for name in plain:
+        if name not in known and not takes_any:
+            raise _unknown("", name, known)
+    return {name: decode(value, known[name].kind, name) if name in known else value for name, value in plain.items()}
+
+
+def plain_of(maker: Maker, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a function that makes an experiment as settings of a run.
+
+    Raises:
+        SettingError: nothing that JSON holds stands for one of them.
+    """
+    group = group_of(maker)
+    if group is not None:
+        (value,) = arguments.values()
+        arguments = {setting.name: getattr(value, setting.name) for setting in settings_of(group)}
+    kinds = {setting.name: setting.kind for setting in settings_of(maker)}
+    return {name: encode(value, kinds.get(name, kind_of(Any)), name) for name, value in arguments.items()}
+
+
+def _decoded_plain(plain: Any, kind: Kind, path: str) -> Any:
+    if kind.plain is None:
+        return plain
+    for option in _options(kind.plain):
+        found = _converted(plain, option, path)
+        if found is not _NONE and check_of(option)(found) is None:
+            return found
+    raise SettingError(path, f"must be {wanted(kind)}, not {plain!r}")
+
+
+_NONE = object()
+
+
+def _converted(plain: Any, option: Any, path: str) -> Any:
+    """Return JSON as one type holds it, element by element; `_NONE` where it does not."""
+    origin, inner = typing.get_origin(option) or option, typing.get_args(option)
+    if origin in (list, tuple, collections.abc.Sequence):
+        if not isinstance(plain, (list, tuple)):
+            return _NONE
+        kinds = [kind_of(kind) for kind in inner if kind is not Ellipsis] or [kind_of(Any)]
+        kinds = kinds if origin is tuple and Ellipsis not in inner and len(kinds) > 1 else kinds[:1] * len(plain)
+        if len(kinds) != len(plain):
+            return _NONE
+        items = [decode(item, kind, f"{path}[{i}]") for i, (item, kind) in enumerate(zip(plain, kinds, strict=True))]
+        return items if origin is list else tuple(items)
+    if origin in (dict, Mapping):
+        if isinstance(plain, list) and all(isinstance(item, list) and len(item) == 2 for item in plain):
+            plain = dict(plain)
+        if not isinstance(plain, Mapping):
+            return _NONE
+        key_kind, kind = (kind_of(each) for each in (inner if len(inner) == 2 else (Any, Any)))
+        return {_key(key, key_kind): decode(item, kind, f"{path}.{key}") for key, item in plain.items()}
+    if option is float and isinstance(plain, int) and not isinstance(plain, bool):
+        return float(plain)
+    return plain
+
+
+def _key(key: Any, kind: Kind) -> Any:
+    """Return a key as its annotation has it: in JSON it is text."""
+    if kind.plain in (int, float) and isinstance(key, str):
+        with contextlib.suppress(ValueError):
+            return kind.plain(key)
+    return key
+
+
+# --- the texts of errors ----------------------------------------------------------------------------------------------
+
+
+_USUAL = ("adamw", "lion", "sgd", "cosine_decay_schedule", "warmup_cosine_decay_schedule")  # of many, in a message
+
+
+def wanted(kind: Kind) -> str:
+    """Return what a setting must be, for an error and for help."""
+    words = [kind.wanted] if kind.wanted else []
+    if kind.plain is not None:
+        words.append(check_of(kind.plain)(object()) or "a value")
+    if kind.makers:
+        names = list(kind.makers)
+        usual = [name for name in _USUAL if name in kind.makers]
+        words.append(f"a name such as {', '.join(usual)}" if len(names) > 6 else f"one of {', '.join(names)}")
+    return " or ".join([*words, *(["none"] if kind.optional else [])]) or "a value"
+
+
+def near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return the known name that a word is nearest to, "" where none is near."""
+    found = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.6)
+    return found[0] if found else ""
+
+
+def _unknown(path: str, name: str, known: Mapping[str, Any]) -> SettingError:
+    found = near(name, known)
+    instead = f"one of {', '.join(known)}" if known else ""
+    return SettingError(_joined(path, name), "is no setting", instead, nearest=_joined(path, found) if found else "")
+
+
+def _no_maker(text: str, kind: Kind, path: str) -> SettingError:
+    return not_a_value(path, kind, text, list(kind.makers))
+
+
+def not_a_value(path: str, kind: Kind, text: str, names: Sequence[str] = ()) -> SettingError:
+    """Return the error of a text that is no value of a setting, with the name that it is nearest to."""
+    found = near(text.partition("(")[0], names)
+    return SettingError(path, f"must be {wanted(kind)}, not {text!r}", nearest=f"{path} {found}" if found else "")
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,30 @@
+"""How values show themselves: blocks of text, tables, trees and curves, each as HTML and as plain text.
+
+Owns the markup and its style sheet: no script, everything escaped, as light or as dark as the page around it. It knows
+nothing of training: the rooms below say in blocks what there is to see of their values.
+"""
+
+from __future__ import annotations
+
+from purestep.views.blocks import Block as Block
+from purestep.views.blocks import Curves as Curves
+from purestep.views.blocks import Facts as Facts
+from purestep.views.blocks import Note as Note
+from purestep.views.blocks import Printed as Printed
+from purestep.views.blocks import Table as Table
+from purestep.views.blocks import Tree as Tree
+from purestep.views.blocks import View as View
+from purestep.views.chart import Line as Line
+from purestep.views.chart import Mark as Mark
+from purestep.views.chart import Panel as Panel
+from purestep.views.markup import DARK as DARK
+from purestep.views.markup import LIGHT as LIGHT
+from purestep.views.markup import escaped as escaped
+from purestep.views.markup import leaf_line as leaf_line
+from purestep.views.markup import page as page
+from purestep.views.markup import unfolding as unfolding
+from purestep.views.plain import cell as cell
+from purestep.views.plain import shortened as shortened
+from purestep.views.plain import sparkline as sparkline
+from purestep.views.plain import table as table
+from purestep.views.plain import written as written
