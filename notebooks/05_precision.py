@@ -258,8 +258,8 @@ for k, kind in enumerate(("params", "optimizer state", "saved for backward, 1,02
     right.barh(list(memory), sizes, left=offset, height=0.6, color=("tab:blue", "tab:orange", "0.6")[k], label=kind)
     offset = [a + b for a, b in zip(offset, sizes, strict=True)]
 right.invert_yaxis()
-right.set(xlabel="MiB", title="Memory", xlim=(0, 1.3 * max(offset)))
-right.legend(fontsize=8, loc="lower right")
+right.set(xlabel="MiB", title="Memory", xlim=(0, None))
+right.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(-0.25, -0.16), columnspacing=1)
 figure.tight_layout()
 plt.show()
 
