@@ -36,7 +36,8 @@ def test_metrics_page(capsys, tmp_path, monkeypatch):
     assert set(names) == {"val/loss", "val/auroc", "val/scores/recall", "val/scores/kappa"}
 
 
-def test_cli_page(capsys):
+def test_cli_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     for block in blocks("docs/cli.md"):
         exec(compile(block, "docs/cli.md", "exec"), namespace)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,11 +175,7 @@ def report(result: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _dry_run(experiment: Experiment, arguments: argparse.Namespace) -> int:
-    from purestep.loop.cadence import steps
-
-    with tempfile.TemporaryDirectory() as run_dir:  # of callbacks that write
-        result = experiment.fit(until=steps(arguments.dry_run), run_dir=run_dir, loggers=[])
-    result = dataclasses.replace(result, run_dir=None)
+    result = experiment.fit(dry_run=arguments.dry_run)
     report(result, arguments)
     return int(result.exit_code)
 

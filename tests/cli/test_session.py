@@ -162,8 +162,7 @@ def test_hydra_refuses_what_no_setting_is(tmp_path):
     pytest.importorskip("hydra")
     from omegaconf import OmegaConf
 
-    @ps.experiment
-    def make(tx: ps.optim.GradientTransformation, *, until: ps.Until = ps.epochs(1)) -> ps.Experiment:
+    def make(tx: ps.optim.GradientTransformation, *, seed: int = 0) -> ps.Experiment:
         raise AssertionError("it is not called")
 
     with pytest.raises(ps.errors.ConfigError, match=r"the setting tx\.lr is no setting"):
