@@ -251,7 +251,7 @@ styles |= {"bf16-true": ("tab:red", "-", 2), "bf16-master": ("tab:orange", "--",
 for name, losses in curves.items():
     left.plot(range(1, 13), losses, color=styles[name][0], ls=styles[name][1], lw=styles[name][2], label=name)
 left.set(xlabel="epoch", ylabel="held-out loss", title="AdamW at a learning rate of 1e-4")
-left.legend()
+left.legend(loc="lower left")
 offset = [0.0] * len(memory)
 for k, kind in enumerate(("params", "optimizer state", "saved for backward, 1,024 samples")):
     sizes = [row[k] / 2**20 for row in memory.values()]
