@@ -12,13 +12,11 @@ import shutil
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.utils.capture import capture_output
 from sklearn.datasets import load_wine
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import purestep as ps
-from purestep.display.notebook import show
 
 ps.bits.portable()
 plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -76,7 +74,7 @@ def step(state, batch, radius=0.05):
 
 first = ps.init(make_model, tx, seed=0)
 state = Averaged(**vars(first), average=first.params)
-show(state, root="state")
+state
 
 # %% [markdown]
 # `check_pure` calls the step twice and compares everything: the outputs, the inputs before and after, the global
@@ -191,10 +189,9 @@ def by_state(state, batch):
 
 
 def sharpness(make, name, stops):
-    with capture_output():  # six progress bars
-        for stop in stops:
-            each = ps.callbacks.log(every=ps.every.steps(1))
-            ps.fit(make(), state, train, until=ps.steps(stop), run_dir=f"runs/pure/{name}", callbacks=[each])
+    callbacks = [ps.callbacks.log(every=ps.every.steps(1)), ps.callbacks.progress(display="none")]
+    for stop in stops:
+        ps.fit(make(), state, train, until=ps.steps(stop), run_dir=f"runs/pure/{name}", callbacks=callbacks)
     run = ps.open(f"runs/pure/{name}")
     return run.metrics["train/sharpness"], run.digest
 
@@ -214,8 +211,8 @@ axes[0].set_ylabel("sharpness: loss uphill - loss")
 _ = axes[0].legend(frameon=False)
 
 # %% [markdown]
-# Left the second process computes other numbers from its first step on, and nothing in its log says so. Right both
-# runs end with this digest.
+# Left the second process computes other numbers from its first step on, and nothing in its log says so. Right
+# both runs end with this digest.
 
 # %%
 print("digest", digest)

@@ -14,6 +14,7 @@ import warnings
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import display
 from IPython.utils.capture import capture_output
 from torch import nn
 
@@ -24,9 +25,9 @@ plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.spines.top": False
 shutil.rmtree("runs/twins", ignore_errors=True)  # a run directory that is there would be continued
 
 # %% [markdown]
-# The training: how diabetes of 442 patients proceeds within a year, from ten measurements of each. The loss has a
-# small penalty on activations. `patient` adds a thousandth to one measurement of one patient. The file is what
-# two colleagues share.
+# The training: how diabetes of 442 patients proceeds within a year, from ten measurements of each. The loss keeps
+# the mean square of the activations near one. `patient` adds a thousandth to one measurement of one patient. The
+# file is what two colleagues share.
 
 # %%
 # %%writefile diabetes_experiment.py
@@ -88,7 +89,7 @@ print(first.reason, ps.digest(first.state)[:16])
 # %%
 with capture_output():
     on.diabetes(patient=229).fit(run_dir="runs/twins/sample")
-print(ps.compare("runs/twins/first", "runs/twins/sample"))
+ps.compare("runs/twins/first", "runs/twins/sample")
 
 # %% [markdown]
 # Had the setting not been recorded, the logs would still part somewhere. `bisect` executes both again from the
@@ -96,15 +97,14 @@ print(ps.compare("runs/twins/first", "runs/twins/sample"))
 
 # %%
 found = ps.bisect("runs/twins/first", "runs/twins/sample", on.diabetes)
-print(found)
-print("patients", found.batch.samples)
+found
 
 # %% [markdown]
-# Patient 229. `found.operation()` executes that one step again in both, and compares what each operation of torch
-# reads and returns.
+# `found.batch.samples` names patient 229. `found.operation()` executes that one step again in both, and compares
+# what each operation of torch reads and returns.
 
 # %%
-print(found.operation())
+found.operation()
 
 # %% [markdown]
 # ## A changed line of code
@@ -121,8 +121,7 @@ def edited(patient=None):
 with capture_output():
     edited().fit(run_dir="runs/twins/line")
 found = ps.bisect("runs/twins/first", "runs/twins/line", on.diabetes, edited)
-print(found)
-print(found.operation())
+display(found, found.operation())
 
 # %% [markdown]
 # ## Another number of threads
@@ -133,7 +132,7 @@ print(found.operation())
 code = "import diabetes_experiment as on; on.diabetes().fit(run_dir='runs/twins/threads')"
 two = {**os.environ, "PURESTEP_BITS": "portable:2"}
 subprocess.run([sys.executable, "-c", code], env=two, check=True)
-print(ps.compare("runs/twins/first", "runs/twins/threads"))
+ps.compare("runs/twins/first", "runs/twins/threads")
 
 # %% [markdown]
 # `bisect` cannot find this one: it executes both here, with one thread, and both come out as the first did.
@@ -142,8 +141,8 @@ print(ps.compare("runs/twins/first", "runs/twins/threads"))
 # %%
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    print(ps.bisect("runs/twins/first", "runs/twins/threads", on.diabetes))
-    print(ps.verify("runs/twins/threads", on.diabetes))
+    display(ps.bisect("runs/twins/first", "runs/twins/threads", on.diabetes))
+    display(ps.verify("runs/twins/threads", on.diabetes))
 print(said[0].message)
 
 # %% [markdown]
@@ -163,7 +162,7 @@ ps.trace_bits(experiment.step, experiment.state, batch, file, values=True)
 """
 exec(trace, {"file": "one.bits"})
 subprocess.run([sys.executable, "-c", "file = 'two.bits'" + trace], env=two, check=True)
-print(ps.compare_bits("one.bits", "two.bits"))
+ps.compare_bits("one.bits", "two.bits")
 
 # %% [markdown]
 # ## How far they part

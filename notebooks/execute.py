@@ -15,6 +15,7 @@ import asyncio
 import base64
 import dataclasses
 import hashlib
+import html
 import io
 import os
 import re
@@ -37,6 +38,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 AT_ONCE = 2  # kernels
 CELL_SECONDS = 300
+LINES = 8  # of a cell in a difference
 FORMAT = "py:percent"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -48,8 +50,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED":
 # What an output may say otherwise each time. A notebook prints nothing of the kind; what purestep shows by itself does.
 VOLATILE = (
     (re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d\b"), "<date>"),  # when a run was started
-    (re.compile(r"[\d.,]+ batches/s"), "<rate>"),  # of a progress bar
-    (re.compile(r"\b\d+:\d\d left"), "<left>"),
 )
 PIXEL = 32  # of 255: how much a channel may differ before the pixel counts
 PIXELS = 0.002  # the share of pixels that may count; a line that moves is 0.5 %
@@ -67,7 +67,9 @@ class Difference:
     got: str
 
     def __str__(self) -> str:
-        code = "\n".join(f"    | {line}" for line in self.source.splitlines())
+        lines = self.source.splitlines()
+        shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} lines more"]
+        code = "\n".join(f"    | {line}" for line in shown)
         return (
             f"{self.notebook}, cell {self.cell}: {self.what}\n{code}\n"
             f"  expected: {_indented(self.expected)}\n  got:      {_indented(self.got)}"
@@ -167,7 +169,8 @@ def compare(name: str, committed: nbformat.NotebookNode, executed: nbformat.Note
     return found
 
 
-def _differing(old: Sequence[Any], new: Sequence[Any]) -> Iterator[tuple[str, str, str]]:
+def _differing(old: Sequence[Any], new: Sequence[Any], *, markup: bool = False) -> Iterator[tuple[str, str, str]]:
+    """Yield of what kind each output is that differs, and both; with `markup` also HTML that shows the same text."""
     a, b = ([part for output in outputs for part in _parts(output)] for outputs in (old, new))
     if [kind for kind, _ in a] != [kind for kind, _ in b]:
         yield "other outputs", *("\n".join(f"{kind}: {_short(kind, text)}" for kind, text in side) for side in (a, b))
@@ -176,8 +179,11 @@ def _differing(old: Sequence[Any], new: Sequence[Any]) -> Iterator[tuple[str, st
         if kind.startswith("image/"):
             if reason := different_images(expected, got):
                 yield kind, "the committed picture", reason
-        elif settled(expected) != settled(got):
-            yield kind, expected, got
+        else:
+            if kind == "text/html" and not markup:
+                expected, got = visible(expected), visible(got)
+            if settled(expected) != settled(got):
+                yield kind, expected, got
 
 
 def _parts(output: Any) -> list[tuple[str, str]]:
@@ -198,6 +204,11 @@ def settled(text: str) -> str:
     for pattern, word in VOLATILE:
         text = pattern.sub(word, text)
     return text
+
+
+def visible(markup: str) -> str:
+    """Return what HTML shows as text; how it looks is not compared."""
+    return " ".join(html.unescape(re.sub(r"<style>.*?</style>|<[^>]*>", " ", markup, flags=re.DOTALL)).split())
 
 
 def different_images(expected: str, got: str) -> str:
@@ -228,24 +239,45 @@ async def _one(source: Path, write: bool, places: asyncio.Semaphore) -> bool:
     found: list[Any] = list(disagreements(source))
     if committed is not None and not found:
         found = compare(source.name, committed, book)
-    if found and write:
-        write_pair(source, book, committed)
-    elif found:
-        print(*found, sep="\n")
-    what = "as committed" if not found else "written" if write else "NOT as committed; WRITE=1 writes what it is now"
+    if write:
+        what = "written" if write_pair(source, book, committed) else "as committed"
+    else:
+        print(*found, sep="\n", end="\n" if found else "")
+        what = "NOT as committed; WRITE=1 writes what it is now" if found else "as committed"
     print(f"{source.name}: {what} ({seconds:.0f} s)", flush=True)
     return write or not found
 
 
-def write_pair(source: Path, book: nbformat.NotebookNode, committed: nbformat.NotebookNode | None) -> None:
-    """Write the notebook of a source and its pictures. An output that differs in a date alone stays as it was."""
+def write_pair(source: Path, book: nbformat.NotebookNode, committed: nbformat.NotebookNode | None) -> bool:
+    """Write the notebook of a source and its pictures, and return whether it is another one now.
+
+    An output that differs in a date alone stays as it was.
+    """
     before = {} if committed is None else {cell.id: cell.get("outputs", []) for cell in committed.cells}
     for cell in book.cells:
-        if cell.cell_type == "code" and not list(_differing(before.get(cell.id, []), cell.outputs)):
+        if cell.cell_type == "code" and not list(_differing(before.get(cell.id, []), cell.outputs, markup=True)):
             cell.outputs = before.get(cell.id, [])
-    nbformat.write(book, source.with_suffix(".ipynb"))
-    for path, image in pictures(book):
-        path.write_bytes(image)
+    path = source.with_suffix(".ipynb")
+    old = path.read_bytes() if path.exists() else b""
+    nbformat.write(book, path)
+    for picture, image in pictures(book):
+        picture.write_bytes(image)
+    _write_digest(source, book)
+    return path.read_bytes() != old
+
+
+def digest_of(book: nbformat.NotebookNode) -> str:
+    """Return the digest that a notebook ends with, "" where it has none."""
+    found = re.findall(r"\b[0-9a-f]{64}\b", str(book.cells[-1].get("outputs", "")))
+    return found[-1] if found else ""
+
+
+def _write_digest(source: Path, book: nbformat.NotebookNode) -> None:
+    """Write the first digits of the digest into the row of the notebook in the README beside it, where there is one."""
+    page = source.with_name("README.md")
+    if page.exists():
+        row = rf"(\({source.stem}\.ipynb\).*\| `)[0-9a-f]*(` \|\n)"
+        page.write_text(re.sub(row, rf"\g<1>{digest_of(book)[:16]}\g<2>", page.read_text()))
 
 
 async def _all(chosen: Sequence[Path], write: bool) -> list[bool]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from purestep import snapshot as snapshot
     from purestep import testing as testing
     from purestep import tree as tree
+    from purestep.batchnorm import refresh_batchnorm as refresh_batchnorm
     from purestep.display import notebook as notebook
     from purestep.functional import apply as apply
     from purestep.functional import bind as bind
@@ -77,6 +78,8 @@ if TYPE_CHECKING:
     from purestep.step import make_step as make_step
     from purestep.step import weighted as weighted
     from purestep.step_protocol import wrap_step as wrap_step
+    from purestep.trainable import freeze as freeze
+    from purestep.trainable import thaw as thaw
     from purestep.trainer import fit as fit
     from purestep.trainer import run as run
     from purestep.tree import diff as diff

@@ -59,6 +59,10 @@ class Place:
     entry: str = ""
     cell: str = ""
 
+    def told(self) -> str:
+        """Return it as the end of a sentence: "by fit in train.py:12"."""
+        return f"{f'by {self.entry} ' if self.entry else ''}in {self}"
+
     def __str__(self) -> str:
         """Name the cell and the line, or the file and the line."""
         if not self.cell:

@@ -143,10 +143,10 @@ def consume(value: object, by: str, kept: Sequence[object] = ()) -> None:
         by: who wrote over it.
         kept: nodes that stay usable, because the step returned them as they are.
     """
-    consumer = tree.Consumer(by, _cells.place())
+    place = _cells.place()
     for node in nodes(value):
         if not any(node is other for other in kept):
-            tree.consume(node, consumer)
+            tree.consume(node, by, place)
 
 
 def nodes(value: object) -> list[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from purestep import callbacks, data
 from purestep.arguments import checked
@@ -39,27 +40,29 @@ class _Unsaved(callbacks.Reducer):
 def _dry(arguments: RunArguments, batches: int) -> RunArguments:
     """The same run on a few batches, with everything that it does at some moment at their end, and no trace of it."""
 
-    def shortened(callback: Callback) -> Callback:
-        if isinstance(callback, SnapshotPolicy):
-            watched = callback.watches() if isinstance(callback, Watcher) else ()
-            return _Unsaved(callback.name, tuple(watched))
-        if isinstance(callback, Evaluator):
-            limited = callback.limited(batches)
-            callback = callback if limited is None else limited  # type: ignore[assignment]
-        if isinstance(callback, Recurring) and dataclasses.is_dataclass(callback):
-            callback = dataclasses.replace(callback, every=every.epoch())  # type: ignore[type-var]
-        return callback
-
     return dataclasses.replace(
         arguments,
         train=data.take(arguments.train, batches),
         until=_DryRunOver(1, batches),
-        callbacks=[shortened(callback) for callback in arguments.callbacks],
+        callbacks=[_shortened(callback, batches) for callback in arguments.callbacks],
         loggers=[],
         run_dir=None,
         resume="never",
         dry_run=None,
     )
+
+
+def _shortened(callback: Callback, batches: int) -> Any:
+    if isinstance(callback, SnapshotPolicy):
+        policy: Any = callback
+        return _Unsaved(policy.name, tuple(policy.watches() if isinstance(policy, Watcher) else ()))
+    limited: Any = callback.limited(batches) if isinstance(callback, Evaluator) else None
+    return _once(callback if limited is None else limited)
+
+
+def _once(callback: Any) -> Any:
+    recurs = isinstance(callback, Recurring) and dataclasses.is_dataclass(callback)
+    return dataclasses.replace(callback, every=every.epoch()) if recurs else callback
 
 
 def _with_defaults(arguments: RunArguments) -> RunArguments:

@@ -210,31 +210,6 @@ def replaced(node: T, **changes: object) -> T:
 # --- consumed nodes ---------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Consumer:
-    """What took the tensors of a node.
-
-    Attributes:
-        name: of the step.
-        place: the line that called it, where that is known.
-    """
-
-    name: str
-    place: _cells.Place | None = None
-
-    @property
-    def shown(self) -> str:
-        """Name the step, and the cell: a notebook has its cells in view."""
-        return f"{self.name}{'' if self.place is None or not self.place.cell else f' in cell {self.place.cell}'}"
-
-    @property
-    def where(self) -> str:
-        """Name the line; "" where it is not known."""
-        if self.place is None:
-            return ""
-        return f"donated {f'by {self.place.entry} ' if self.place.entry else ''}in {self.place}"
-
-
 class Consumed:
     """What a node becomes when its tensors were donated: it prints; any other use raises DonatedStateError."""
 
@@ -245,26 +220,32 @@ class Consumed:
 
     def __repr__(self) -> str:
         values = object.__getattribute__(self, "__dict__")
-        return f"<{values['was']}, consumed by {values['by'].shown}>"
+        return f"<{values['was']}, consumed by {_consumer(values)}>"
 
 
 def _consumed_message(node: object, use: str) -> str:
     values = object.__getattribute__(node, "__dict__")
     return explain(
-        f"this {values['was']} was consumed by {values['by'].shown}",
-        where="; ".join(text for text in (f"{values['was']}{use}", values["by"].where) if text),
+        f"this {values['was']} was consumed by {_consumer(values)}",
+        where=f"{values['was']}{use}" + ("" if values["place"] is None else f"; donated {values['place'].told()}"),
         why="a donating step writes the new state over the memory of the one it was given",
         instead="state, metrics = step(state, batch)   # go on with the state that was returned\n"
         "or the same step without donation, which keeps the old state and needs its memory",
     )
 
 
-def consume(node: object, by: Consumer) -> None:
-    """Make a `pytree` node unusable, because its tensors now belong to another; `by` names who took them."""
+def _consumer(values: Mapping[str, Any]) -> str:
+    """Name the step, and the cell: a notebook has its cells in view."""
+    place: _cells.Place | None = values["place"]
+    return f"{values['by']}{'' if place is None or not place.cell else f' in cell {place.cell}'}"
+
+
+def consume(node: object, by: str, place: _cells.Place | None = None) -> None:
+    """Make a `pytree` node unusable, because its tensors now belong to another; `by` names who took them, and where."""
     values = node.__dict__
     was = type(node).__name__
     values.clear()
-    values.update(was=was, by=by)
+    values.update(was=was, by=by, place=place)
     object.__setattr__(node, "__class__", Consumed)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import types
 import warnings
 from typing import Annotated, Any
 
@@ -73,6 +74,7 @@ LEGAL = {
     "LossFn": "function class",
     "Transform": "function class",
     "ScalarOrSchedule": "function",
+    "Schedule": "function",
     "Condition": "function",
     "Sequence": "[] ()",
     "Rules": "[] ()",
@@ -127,7 +129,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         # optim
         **dict.fromkeys("learning_rate decay step_size clipping weight_decay eta gamma schedule base_lr".split(), 0.1),
         **dict.fromkeys("threshold max_norm max_delta value init_value peak_value max_lr power".split(), 1.0),
-        **dict.fromkeys("decay_rate end_value".split(), 0.5),
+        **dict.fromkeys("decay_rate end_value amount".split(), 0.5),
         **dict.fromkeys("decay_steps transition_steps total_steps T_max T_0".split(), 10),
         **dict.fromkeys("warmup_steps every n".split(), 2),
         "inner": tx,
@@ -158,6 +160,13 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "data": batches,
         "sources": [batches],
         "until": ps.steps(1),
+        "directory": ps.predict(state, lambda net, batch: net(batch["x"]), batches, to=root / "predictions"),
+        "predict.function": lambda net, batch: net(batch["x"]),
+        "make_predict.function": lambda net, batch: net(batch["x"]),
+        **dict.fromkeys("preds target".split(), torch.tensor([1.0, 2.0, 4.0])),
+        **dict.fromkeys(
+            "precision.labels recall.labels f1.labels perplexity.labels".split(), torch.tensor([0, 1, 2, 0])
+        ),
         "text": "5 epochs | 1000 steps",
         "loss_fn": lambda net, batch: net(batch["x"]).mean(),
         "model": lambda: nn.Linear(2, 1),
@@ -243,15 +252,17 @@ TREE = "takes any tree"
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
         "Result TrainState metrics.Confusion metrics.Last metrics.Max metrics.Mean metrics.Min metrics.Series "
-        "metrics.Sum "
-        "optim.EmptyState precision.MasterWeightsState precision.NoLossScale sharding.LocalBatch snapshot.Manifest "
+        "metrics.Sum metrics.ClassScore metrics.Perplexity metrics.R2 metrics.Moments metrics.Pearson metrics.RootMean "
+        "metrics.TorchmetricsState Predictions Evaluation "
+        "optim.EmptyState precision.MasterWeightsState precision.ModuleDtypes precision.NoLossScale "
+        "precision.PolicyDescription sharding.LocalBatch snapshot.Manifest "
         "snapshot.Restored testing.Report display.Summary".split(),
         NODE,
     ),
     **dict.fromkeys(
         "tree.Difference tree.Differences tree.consume tree.diff_leaves tree.digest_leaves tree.map_with_name "
         "tree.find tree.node_build tree.node_class tree.node_fields tree.node_name tree.replaced tree.select "
-        "tree.stable_name tree.tensor_bytes tree.unflatten".split(),
+        "tree.stable_name tree.tensor_bytes tree.unflatten metrics.entries".split(),
         "for the rooms of purestep",
     ),
     "data.concat": "sources by position, each of them what as_source takes",
@@ -259,7 +270,8 @@ LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
         "callbacks.Callback callbacks.Evaluator callbacks.Observer callbacks.Reducer callbacks.SnapshotPolicy "
         "callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink metrics.Metric "
-        "optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale snapshot.Keep".split(),
+        "metrics.Growing optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale "
+        "snapshot.Keep".split(),
         BASE,
     ),
     **dict.fromkeys(
@@ -273,13 +285,15 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(
         "optim.apply_updates optim.averaged optim.from_torch optim.get optim.set optim.to_torch "
-        "optim.schedule_free_eval_params optim.transformation apply to_module".split(),
-        "works on a state, whose structure it checks: tests/optim, tests/test_functional.py",
+        "optim.schedule_free_eval_params optim.transformation apply to_module freeze thaw refresh_batchnorm "
+        "callbacks.count_flops".split(),
+        "works on a state, whose structure it checks: tests/optim, tests/test_functional.py, tests/test_trainable.py",
     ),
     **dict.fromkeys(
         "testing.check_faults testing.check_resume snapshot.consolidate restore fork export from_lightning".split(),
         "writes, compiles, or needs a process or a library: its own tests",
     ),
+    "metrics.from_torchmetrics": "imports torchmetrics, which takes two seconds: tests/metrics",
     "testing.check_transformation": "updates as often as it is told, 10**30 times as well: its own tests",
 }
 
@@ -291,6 +305,10 @@ USERS_OWN = {
     ("trace_bits", "step"),
     ("map", "function"),
     ("bind", "around"),
+    ("evaluate", "loss_fn"),
+    ("evaluate", "of"),
+    ("predict", "function"),
+    ("predict", "of"),
 }
 
 # Errors that speak of a parameter by another word.
@@ -300,6 +318,13 @@ NAMED_OTHERWISE = {
     ("init", "model"): "module|model",
     ("policy", "spec"): "policy",
     ("take", "n"): "limit",
+    ("evaluate", "data"): "data|batch",
+    ("load_predictions", "directory"): "no predictions",
+    ("evaluate", "loss_fn"): "loss function|loss_fn",
+    ("evaluate", "of"): "of|state",
+    ("predict", "data"): "data|batch",
+    ("predict", "function"): "function|prediction",
+    ("predict", "of"): "of|state",
     ("lars", "trust_mask"): "mask",
     ("lift", "lr"): "learning_rate",
     ("partition", "transforms"): "transformation",
@@ -329,6 +354,8 @@ NAMED_OTHERWISE = {
     ("compare_bits", "b"): "trace of bits",
     ("learning_curves", "source"): "columns|file",
     ("learning_curves", "keys"): "draw",
+    ("plot", "source"): "columns|file",
+    ("plot", "keys"): "draw",
     ("summary", "state_or_module"): "summarise",
     **dict.fromkeys([("bisect", "b"), ("compare", "b")], "run directory"),
     **dict.fromkeys([("bisect", "experiment_a"), ("bisect", "experiment_b")], "experiment"),
@@ -340,7 +367,7 @@ accept(
     "a function",
 )
 accept(
-    "evaluate.data as_source.data prefetch.data stream.data take.data run.train zip.sources",
+    "evaluate.data predict.data as_source.data prefetch.data stream.data take.data run.train zip.sources",
     ITERABLE,
     "batches, or a function",
 )
@@ -361,11 +388,12 @@ accept(
 )
 accept(
     "bernoulli.p categorical.dim dropout.rate permutation.x randint.low randint.high split.n uniform.maxval "
-    "accuracy.top_k confusion.ignore_index accuracy.ignore_index",
+    "accuracy.top_k confusion.ignore_index accuracy.ignore_index "
+    "precision.ignore_index recall.ignore_index f1.ignore_index perplexity.ignore_index",
     ["True"],
     "called in every step: True is 1, as for Python",
 )
-accept("confusion.logits", ["array"], "read by methods that both have")
+accept("confusion.logits precision.logits recall.logits f1.logits", ["array"], "read by methods that both have")
 accept("masked.mask freeze.mask", "text, empty text, function".split(", "), "a filter")
 accept("local_batch.microbatches Store.verify", ["True"], "True is 1, or what it says")
 accept(
@@ -432,6 +460,8 @@ def use(value: Any) -> None:
     elif isinstance(value, ps.bind):
         with value:
             pass
+    elif isinstance(value, types.GeneratorType):  # predictions
+        next(value, None)
     elif isinstance(value, ps.trainer.Run):
         for _ in value:
             pass

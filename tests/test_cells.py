@@ -7,11 +7,9 @@ import sys
 import time
 
 import pytest
+from shared_kernel import Kernel
 
 from purestep import _cells
-
-pytest.importorskip("ipykernel")
-from shared_kernel import Kernel
 
 SETUP = """
 import os, signal, time
@@ -133,8 +131,15 @@ def test_paths_are_those_of_the_notebook_wherever_a_cell_has_gone(kernel, folder
         assert kernel.run("[run.name for run in ps.runs('runs') if run.name == 'here']").text == "['here']"
         assert kernel.run("ps.open('runs/here').updates, ps.snapshot.steps('runs/here')").text == "(60, [60])"
         assert kernel.run("ps.loggers.read_csv('runs/here')['step']").text == "[50]"
+        # VS Code says it in a variable. A kernel that was started by another one inherits the environment of that.
+        located = "str(ps._cells.located('runs'))"
+        (folder / "elsewhere" / "code.ipynb").write_text("{}")
+        kernel.run(f"__vsc_ipynb_file__ = {str(folder / 'elsewhere' / 'code.ipynb')!r}; os.chdir('/')")
+        assert kernel.run(located).text == repr(str(folder / "elsewhere" / "runs"))
+        kernel.run("del __vsc_ipynb_file__; began, get_ipython().starting_dir = get_ipython().starting_dir, '/usr'")
+        assert kernel.run(located).text == "'/runs'"
     finally:
-        kernel.run("os.chdir('..')")
+        kernel.run(f"get_ipython().starting_dir = began; os.chdir({str(folder)!r})")
 
 
 def test_a_run_remembers_its_cell_and_those_before(kernel, folder):
@@ -226,7 +231,8 @@ def test_data_of_a_cell_in_workers_interrupted_and_defined_anew(kernel):
 @pytest.mark.slow
 def test_a_stored_notebook_is_executed_and_keeps_the_last_output(folder):
     """As `jupyter execute` does it: another client, an interpreter of its own, and the file that is left."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    import nbclient
+    import nbformat
     from nbformat import v4
 
     cells = [

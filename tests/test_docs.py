@@ -24,6 +24,18 @@ def test_loop_page(capsys):
     assert "loss below 0.5" in out
 
 
+def test_metrics_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/metrics.md"):
+        exec(compile(block, "docs/metrics.md", "exec"), namespace)
+    out = capsys.readouterr().out
+    assert "\nTrue\n" in out
+    assert "torch.Size([30]) torch.Size([30, 3])" in out
+    names = [name for name in namespace["row"] if name.startswith("val/")]
+    assert set(names) == {"val/loss", "val/auroc", "val/scores/recall", "val/scores/kappa"}
+
+
 def test_cli_page(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
@@ -83,6 +95,10 @@ def test_record_page(capsys, tmp_path, monkeypatch):
     assert "first batch  step" in out
     assert "the same bits" in out
     assert "DIFFERS" not in out
+    (tree,) = re.findall(
+        r"^```text\n(chain\n.*?)\n```", (ROOT / "docs/record.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert tree in out
     found = namespace["found"]
     assert 5 in found.batch.indices[0].tolist()
     assert found.position == found.batch.position

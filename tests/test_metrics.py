@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import sklearn.metrics
 import torch
@@ -37,6 +39,8 @@ KINDS = {
     "Max": lambda a, b: Max(a),
     "Last": lambda a, b: Last(a),
     "Confusion": lambda a, b: Confusion(torch.tensor([[abs(a), abs(b)], [0, 1]])),
+    "Perplexity": lambda a, b: metrics.Perplexity(a, abs(b)),
+    "RootMean": lambda a, b: metrics.RootMean(a, abs(b)),
 }
 
 
@@ -134,6 +138,60 @@ def test_accuracy_and_confusion_are_those_of_sklearn(seed_):
     assert row["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
 
 
+def batched(function, cuts, *columns):
+    """Merge a metric over uneven batches, read to the host as the loop does."""
+    steps = [{"m": function(*(c[i:j] for c in columns))} for i, j in itertools.pairwise(cuts)]
+    return metrics.fold({}, to_host(steps))["m"]
+
+
+@pytest.mark.parametrize("seed_", range(3))
+def test_scores_over_uneven_batches_are_those_of_sklearn_on_all_samples(seed_):
+    g = torch.Generator().manual_seed(seed_)
+    classes, n, cuts = 2 + 2 * seed_, 61, [0, 1, 14, 40, 61]
+    logits = torch.randn(n, classes, generator=g)
+    labels = torch.randint(0, max(classes - seed_, 2), (n,), generator=g)
+    for name, sklearn_name in (("precision", "precision_score"), ("recall", "recall_score"), ("f1", "f1_score")):
+        for average in ("macro", "micro", "weighted", *(["binary"] if classes == 2 else [])):
+            oracle = getattr(sklearn.metrics, sklearn_name)
+            wanted = oracle(labels, logits.argmax(-1), average=average, zero_division=0)
+            made = functools.partial(getattr(metrics, name), average=average, ignore_index=-1)
+            found = batched(made, cuts, logits, labels)
+            assert float(found) == pytest.approx(wanted), (name, average)
+            ignored = batched(
+                made, [0, 30, 70], torch.cat([logits, logits[:9]]), torch.cat([labels, labels[:9] * 0 - 1])
+            )
+            assert float(ignored) == pytest.approx(wanted)
+        wanted = oracle(labels, logits.argmax(-1), average=None, labels=range(classes), zero_division=0)
+        assert found.by_class().tolist() == pytest.approx(list(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_perplexity_and_moments_over_uneven_batches_are_those_of_all_samples(dtype):
+    g = torch.Generator().manual_seed(0)
+    logits, tokens = torch.randn(23, 6, 9, generator=g).to(dtype), torch.randint(0, 9, (23, 6), generator=g)
+    tokens[3, 2:] = -100
+    cuts, exact = [0, 4, 5, 23], {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1e-5}[dtype]
+    loss = torch.nn.functional.cross_entropy(logits.double().reshape(-1, 9), tokens.reshape(-1))
+    found = batched(lambda x, y: metrics.perplexity(x, y, ignore_index=-100), cuts, logits, tokens)
+    assert float(found) == pytest.approx(math.exp(loss), rel=exact)
+    with pytest.raises(IndexError):
+        metrics.perplexity(logits, tokens)  # -100 is a label like others, and there is no such class
+    # A large mean: differences of sums of squares would have no digits left.
+    offset = 0 if dtype is torch.bfloat16 else 1000
+    x = (offset + torch.randn(23, generator=g)).to(dtype).to(torch.promote_types(dtype, torch.float32))
+    y = x + torch.randn(23, generator=g).to(x.dtype)
+    x64, y64 = x.double().numpy(), y.double().numpy()
+    loose = max(exact, 1e-9) * 100
+    assert float(batched(metrics.r2, cuts, x, y)) == pytest.approx(sklearn.metrics.r2_score(y64, x64), rel=loose)
+    assert float(batched(metrics.pearson, cuts, x, y)) == pytest.approx(float(np.corrcoef(x64, y64)[0, 1]), rel=loose)
+    for name, wanted in (
+        ("mse", sklearn.metrics.mean_squared_error(y64, x64)),
+        ("mae", sklearn.metrics.mean_absolute_error(y64, x64)),
+        ("rmse", sklearn.metrics.root_mean_squared_error(y64, x64)),
+    ):
+        assert float(batched(getattr(metrics, name), cuts, x, y)) == pytest.approx(wanted, rel=loose), name
+
+
 def test_ignored_labels_do_not_count():
     logits, labels = torch.randn(5, 7, 4), torch.randint(0, 4, (5, 7))
     ignored = torch.rand(5, 7) < 0.4
@@ -159,6 +217,17 @@ def test_ignored_labels_do_not_count():
         (
             lambda: accuracy(torch.zeros(4, 3), torch.zeros(4), top_k=4),
             r"top_k lies between 1 and the number of classes",
+        ),
+        (
+            lambda: metrics.precision(torch.zeros(4, 3), torch.zeros(4), average="binary"),
+            r"average='binary' is the score of class 1 of two(.|\n)*float32\[4, 3\]",
+        ),
+        (lambda: metrics.f1(torch.zeros(4, 3), torch.zeros(4), average=None), r"average is 'micro'(.|\n)*by_class\(\)"),
+        (lambda: metrics.recall(torch.zeros(4, 3), torch.zeros(5)), r"recall needs one label for each row"),
+        (lambda: metrics.perplexity(torch.zeros(4, 3), torch.zeros(5)), r"perplexity needs one label for each row"),
+        (
+            lambda: metrics.r2(torch.zeros(4, 1), torch.zeros(4)),
+            r"r2 compares numbers of one shape(.|\n)*float32\[4, 1\], target: float32\[4\](.|\n)*squeeze",
         ),
         (lambda: as_metrics([1], 2), r"metrics are a dict of names to values, not list"),
         (lambda: as_metrics({1: 2.0}, 2), r"the name of a metric is a string(.|\n)*1 of type int"),

@@ -118,6 +118,18 @@ def test_a_result_shows_why_it_ended_its_metrics_and_its_curves(results, root):
     assert row.split()[1:3] == [f"{first:.4g}", f"{last:.4g}"]
 
 
+def test_runs_of_the_same_bits_show_the_same(tmp_path, monkeypatch):
+    """So a notebook that is executed again does not differ."""
+    shown = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        result = small().fit(run_dir=tmp_path / name / "runs" / "one")
+        shown.append((repr(result), result._repr_html_()))
+    assert shown[0] == shown[1]
+    assert page(result).fact("run directory") == "runs/one"
+
+
 def test_a_result_without_a_run_directory_shows_its_numbers_and_says_how_to_get_curves():
     result = small().fit(until=ps.steps(2), callbacks=[])
     shown = page(result)
@@ -262,6 +274,32 @@ def test_metrics_print_as_their_numbers():
     said = []
     torch.vmap(lambda x: (said.append(repr(ps.metrics.mean(x))), x)[1])(torch.ones(3, 2))
     assert said == ["Mean(float32[], weight=2)"]
+
+
+def test_metrics_that_compute_more_print_as_what_they_compute():
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(37, 3, generator=draw), torch.randint(0, 3, (37,), generator=draw)
+    x, y = torch.randn(2, 37, generator=draw)
+    made = {
+        "RootMean": ps.metrics.rmse(x, y),
+        "R2": ps.metrics.r2(x, y),
+        "Pearson": ps.metrics.pearson(x, y),
+        "Perplexity": ps.metrics.perplexity(logits, labels),
+    }
+    for name, metric in made.items():
+        assert repr(metric) == f"{name}({float(metric):.6g})"
+    score = ps.metrics.f1(logits, labels)
+    assert repr(score) == f"f1({float(score):.6g}, average={score.average!r})"
+    evaluation = ps.evaluate(
+        ps.init(lambda: nn.Linear(2, 1), OPTIM.sgd(0.1)), evaluated, [{"x": torch.ones(4, 2)}], name="<b>"
+    )
+    shown = page(evaluation)
+    assert shown.rows == [["", "<b>"], ["loss", str(evaluation).split()[-1]]]
+    assert repr(evaluation) == repr(dict(evaluation))
+
+
+def evaluated(net, batch):
+    return net(batch["x"]).square().mean()
 
 
 def test_a_confusion_matrix_is_a_table():

@@ -128,3 +128,24 @@ def test_a_sweep_of_learning_rates_is_differentiated_under_vmap():
     found = torch.vmap(torch.func.grad(trained))(rates)
     expected = torch.stack([slope(trained, lr, torch.ones_like(lr)) for lr in rates])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_run_of_an_ensemble_logs_saves_and_resumes(tmp_path):
+    tx = ps.optim.adamw(1e-2)
+    step = ps.make_step(loss_fn, tx)
+    members = [ps.init(model, tx, seed=seed) for seed in range(3)]
+    ensemble = ps.tree.map(lambda *leaves: torch.stack(leaves), *members)
+    train = ps.data.batches({name: t[:8] for name, t in batch(0).items()}, 2, seed=0)
+
+    def ensemble_step(states, b):
+        states, metrics = torch.vmap(step, in_dims=(0, None))(states, b)
+        return states, {"loss": metrics["loss"].compute().mean()}
+
+    def run(steps, run_dir):
+        return ps.fit(ensemble_step, ensemble, train, until=ps.steps(steps), run_dir=run_dir)
+
+    straight = run(5, None).state
+    run(2, tmp_path)
+    assert straight.step.tolist() == [5] * 3
+    assert ps.digest(run(5, tmp_path).state) == ps.digest(straight)
+    assert ps.open(tmp_path).metrics["step"] == [4]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
@@ -31,7 +32,7 @@ SHOWN = (
         "benchmarks/*.txt",
         "benchmarks/results/*.md",
     ),
-    *("benchmarks/results/*.png", "examples/**/*"),
+    *("docs/site/*.css", "benchmarks/results/*.png", "examples/**/*"),
 )
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
@@ -49,7 +50,16 @@ def on_files(files: Files, config: Any) -> Files:
     """Return the files of the site; those of the theme stay as they are."""
     shown = [File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in [*_shown(), *_notebooks()]]
     pages = [File.generated(config, f"api/{room}.md", content=api.page(ROOT, room)) for room in api.rooms(ROOT)]
-    return Files([*shown, *pages])
+    theme = [file for file in files if file.src_dir != config.docs_dir]  # style sheets, scripts, icons
+    return Files([*shown, *pages, *theme])
+
+
+def on_post_build(config: Any) -> None:
+    """Refuse a site whose first page asks for a style sheet or a script that is not there."""
+    site = Path(config.site_dir)
+    asked = re.findall(r'(?:href|src)="((?:assets|docs/site)/[^"?#]+)', (site / "index.html").read_text())
+    if not asked or (missing := [path for path in asked if not (site / path).is_file()]):
+        raise PluginError(f"the site lacks files of its theme: {', '.join(missing) if asked else 'all of them'}")
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -75,7 +75,7 @@ class TransformCallback(Recurring, Reducer, Transformer):
 
 @checked(ConfigError)
 def transform(function: Callable[[Any], Any], *, every: Every, name: Name) -> TransformCallback:
-    """Replace the train state by a pure function of it at certain moments: thaw a layer, reset an optimizer state.
+    """Replace the train state by a pure function of it at certain moments: reset an optimizer state, prune weights.
 
     It is done before the evaluations of the same moment.
 

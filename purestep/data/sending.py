@@ -108,7 +108,7 @@ def _session() -> types.ModuleType | None:
 # --- by value ---------------------------------------------------------------------------------------------------------
 
 
-class _Values(cloudpickle.Pickler):  # type: ignore[misc]
+class _Values(cloudpickle.Pickler):
     """Pickles definitions by value, and tensors and locks as multiprocessing does.
 
     Attributes:
@@ -117,7 +117,9 @@ class _Values(cloudpickle.Pickler):  # type: ignore[misc]
 
     def __init__(self, file: io.BytesIO, *, arrays: bool = True) -> None:
         # pickle reads the table once, in its constructor.
-        self.dispatch_table = collections.ChainMap(self.dispatch_table, ForkingPickler(io.BytesIO()).dispatch_table)
+        self.dispatch_table = collections.ChainMap(
+            cloudpickle.Pickler.dispatch_table, ForkingPickler(io.BytesIO()).dispatch_table
+        )
         super().__init__(file)
         self._arrays = arrays
         self.classes: dict[int, type] = {}

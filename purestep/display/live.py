@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from purestep.display import curves
+from purestep.display.frame import Frame
 from purestep.views import Curves, escaped, page
-
-if TYPE_CHECKING:
-    from purestep.display.progress import Frame
 
 REFRESH_SECONDS = 0.25  # between two updates, at least
 SHARE = 100  # times as long as an update took pass before the next: it costs at most a hundredth of the time

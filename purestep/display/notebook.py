@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep.errors import MetricError
 from purestep.metrics import Metric
 from purestep.views import Block, Printed, leaf_line, shortened, unfolding
 
@@ -176,7 +177,7 @@ def _computed(value: object) -> list[str]:
     try:
         number = value.compute()
         return [] if isinstance(number, Mapping) else [f"= {float(number):.6g}"]
-    except (RuntimeError, TypeError, ValueError):  # a meta, fake or traced tensor has no value
+    except (MetricError, RuntimeError, TypeError, ValueError):  # a meta, fake or traced tensor has no value
         return []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +9,16 @@ from purestep.arguments import Count, Name, checked
 from purestep.callbacks.evaluate import EvaluateCallback
 from purestep.callbacks.evaluate import evaluate as callback
 from purestep.errors import ConfigError, explain
+from purestep.loop.checks import check_counts
 from purestep.loop.ranks import Ranks
 from purestep.loop.signals import Signals
 from purestep.sharding.plan import Plan, check_plan
 from purestep.step import make_eval
 from purestep.step_protocol import AnyStep, facts_of
+from purestep.views import Block, Table, View
 
 
-class Evaluation(dict[str, float]):
+class Evaluation(View, dict[str, float]):
     """Metrics by name, `<set>/<metric>`, as a run logs them. It prints as a table with a column for each set.
 
     Examples:
@@ -27,26 +28,12 @@ class Evaluation(dict[str, float]):
         accuracy  0.5000
     """
 
-    def _table(self) -> list[list[str]]:
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
         sets = list(dict.fromkeys(name.partition("/")[0] for name in self))
         names = list(dict.fromkeys(name.partition("/")[2] for name in self))
-        cells = [[_shown(self.get(f"{of}/{name}")) for of in sets] for name in names]
-        return [["", *sets], *([name, *row] for name, row in zip(names, cells, strict=True))]
-
-    def __str__(self) -> str:
-        table = self._table()
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in table
-        ]
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _repr_html_(self) -> str:
-        head, *rows = [[html.escape(cell) for cell in row] for row in self._table()]
-        top = "".join(f"<th>{cell}</th>" for cell in head)
-        body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+        rows = [[name, *(_shown(self.get(f"{of}/{name}")) for of in sets)] for name in names]
+        return [Table(["", *sets], rows, right=range(1, len(sets) + 1))]
 
 
 def _shown(value: float | None) -> str:
@@ -96,13 +83,15 @@ def evaluate(
         ['val/loss', 'test/loss']
     """
     check_plan(plan, "ps.evaluate")
+    check_counts(1, limit=limit)
     sets: dict[Any, Any] = dict(data) if isinstance(data, Mapping) else {name: data}
-    odd = [key for key in sets if not isinstance(key, str) or not key]
-    if odd or not sets:
+    if any(not isinstance(key, str) or not key for key in sets) or not sets:
         raise ConfigError(
             explain(
-                "data= is one set, or a dict of sets by their names",
-                where=f"data: {sets!r}"[:200],
+                "data= is one set, or a dict of them"
+                if isinstance(data, Mapping)
+                else "name= is that of the set, a string",
+                where=f"data: {sets!r}"[:200] if isinstance(data, Mapping) else f"name={name!r}"[:200],
                 instead='ps.evaluate(state, loss_fn, {"val": val, "test": test})',
             )
         )
@@ -110,7 +99,7 @@ def evaluate(
     if plan is not None and isinstance(step, AnyStep):
         step = step.under(plan)
     performers = [callback(step, source, name=key, of=of) for key, source in sets.items()]
-    ranks = Ranks.of(step)
+    ranks = Ranks.of_inference(step)
     with ranks:
         placed, outside = ranks.placed(state), ranks.outside(Signals())
         row = Evaluation()

@@ -22,6 +22,7 @@ from purestep.distributed import control
 from purestep.errors import ConfigError, DataError, explain
 from purestep.inference import saved
 from purestep.inference.saved import Format, Predictions
+from purestep.loop.checks import check_counts
 from purestep.loop.input import device_of
 from purestep.loop.ranks import Ranks
 from purestep.loop.stable_json import stable
@@ -109,6 +110,8 @@ def predict(
         [[0, 1], [2, 3], [4]]
     """
     check_plan(plan, "ps.predict")
+    check_counts(1, limit=limit, batches_per_file=-1 if batches_per_file is None else batches_per_file)
+    saved.check_format(format)
     step = function if _is_step(function) else make_predict(function)
     if plan is not None and isinstance(step, AnyStep):
         step = step.under(plan)
@@ -145,7 +148,7 @@ class _Work:
 
     def __init__(self, step: Callable[[Any, Any], Any], source: data_.Source, of: Callable[[Any], Any] | None) -> None:
         self.step, self.source, self.of = step, source, of
-        self.ranks = Ranks.of(step)
+        self.ranks = Ranks.of_inference(step)
         plan = self.ranks.plan
         alone = self.ranks.alone or plan is None
         self.shard = BatchShard(0, 1) if alone or plan is None else BatchShard(plan.index, plan.replicas)

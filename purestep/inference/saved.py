@@ -61,6 +61,16 @@ def named(outputs: Any) -> dict[str, Tensor]:
     return found
 
 
+def check_format(format: object) -> None:
+    """Refuse a format that is none.
+
+    Raises:
+        ConfigError: with those that there are.
+    """
+    if not isinstance(format, str) or format not in get_args(Format):
+        raise ConfigError(explain("format= is 'safetensors', 'npy' or 'parquet'", where=f"format={format!r}"[:200]))
+
+
 class Writer:
     """The files of one rank.
 
@@ -82,10 +92,6 @@ class Writer:
     def __init__(
         self, directory: Path, format: Format, batches_per_file: int, place: tuple[int, int], *, of: dict[str, Any]
     ) -> None:
-        if format not in get_args(Format):
-            raise ConfigError(
-                explain("format= is 'safetensors', 'npy' or 'parquet'", where=f"predict(format={format!r})")
-            )
         _import(format)
         self._directory, self._format, self._rank = directory, format, place[0]
         durable_directories.make_root(directory)

@@ -19,7 +19,7 @@ from purestep.callbacks.evaluate import EvaluateCallback, evaluate
 from purestep.errors import ConfigError, explain
 from purestep.interop import lightning_hooks
 from purestep.interop.lightning_optimizers import Length, transformation
-from purestep.interop.lightning_steps import EvaluationStep, LightningStep, TrainingStep, renamed
+from purestep.interop.lightning_steps import EvaluationStep, LightningStep, TrainingStep, converted_metrics, renamed
 from purestep.loop.cadence import Every, every
 from purestep.optim.base import GradientTransformation
 from purestep.state import TrainState, init
@@ -96,7 +96,7 @@ class FromLightning:
 
 def _step(kind: type[LightningStep], module: Any, method: str, base: type[nn.Module], dataloader_idx: int = 0) -> Any:
     transfer = lightning_hooks.overridden(module, "on_after_batch_transfer", base)
-    return kind(getattr(type(module), method), base, dataloader_idx, transfer)
+    return kind(getattr(type(module), method), base, dataloader_idx, transfer, converted_metrics(module))
 
 
 @checked(ConfigError)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from purestep import metrics
+from purestep._torch import children_of
 from purestep.errors import MetricError, StepError, explain
 from purestep.metrics import Metric
+from purestep.metrics.converted import theirs
 from purestep.step_protocol import StepFn
 
 _MEANS = ("mean", "avg", torch.mean)
@@ -69,6 +71,123 @@ for _operation in (
     setattr(NoIndex, f"__{_operation}__", _refused)
 
 
+class PureMetric:
+    """Stands for a metric of torchmetrics in a module while a step runs: what it is called with becomes a value that
+    merges.
+
+    Args:
+        name: its path in the module.
+        convert: what `ps.metrics.from_torchmetrics` made of it.
+    """
+
+    def __init__(self, name: str, convert: Callable[..., Metric]) -> None:
+        self._name, self._convert = name, convert
+        self.value: Metric | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the value of this call, as a metric: to be logged, exact over the batches."""
+        new = self._convert(*args, **kwargs)
+        self.value = new if self.value is None else self.value.merge(new)
+        return new
+
+    forward = update = __call__
+
+    def compute(self) -> Any:
+        """Return the value of this batch, as a metric."""
+        return self.logged()
+
+    def reset(self) -> None:
+        """Nothing is remembered from one batch to the next."""
+
+    def logged(self) -> Metric:
+        """Return what `self.log` of it logs."""
+        if self.value is None:
+            raise MetricError(
+                explain(
+                    f"self.{self._name} is logged, and was not called in this step",
+                    instead=f"self.{self._name}(preds, target)   # before self.log",
+                )
+            )
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        raise StepError(
+            explain(
+                f"the step reads self.{self._name}.{name}",
+                why="a metric of torchmetrics is a pure value here, which has no states of its own",
+                instead=f"self.{self._name}(preds, target), and self.log('name', self.{self._name})",
+            )
+        )
+
+
+class PureCollection:
+    """Stands for a `MetricCollection`: its metrics by name."""
+
+    def __init__(self, metrics_by_name: dict[str, PureMetric]) -> None:
+        self._metrics = metrics_by_name
+        self.items, self.keys, self.values = metrics_by_name.items, metrics_by_name.keys, metrics_by_name.values
+
+    def __getitem__(self, name: str) -> PureMetric:
+        return self._metrics[name]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Metric]:
+        """Return the values of this call, as metrics: for `self.log_dict`."""
+        return {name: metric(*args, **kwargs) for name, metric in self.items()}
+
+    forward = update = __call__
+
+    def compute(self) -> dict[str, Metric]:
+        """Return the values of this batch, as metrics."""
+        return {name: metric.compute() for name, metric in self.items()}
+
+    def reset(self) -> None:
+        """Nothing is remembered from one batch to the next."""
+
+
+# By path in the module: the converted metric, or those of a collection by name.
+Converted = tuple[tuple[str, Any], ...]
+
+
+def converted_metrics(module: nn.Module) -> Converted:
+    """Convert the metrics of torchmetrics in a module, the outermost of nested ones.
+
+    Raises:
+        MetricError: one has no value that can be merged over batches.
+    """
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        kind = theirs(part)
+        if kind is None or any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        collection: Any = part
+        found[path] = (
+            metrics.from_torchmetrics(part)
+            if kind == "Metric"
+            else {name: metrics.from_torchmetrics(metric) for name, metric in collection.items(copy_state=False)}
+        )
+    return tuple(found.items())
+
+
+@contextlib.contextmanager
+def _pure_metrics(net: nn.Module, converted: Converted) -> Iterator[None]:
+    """Put pure metrics in the places of those of torchmetrics."""
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, convert in converted:
+            owner, _, name = path.rpartition(".")
+            children: dict[str, Any] = children_of(net.get_submodule(owner))
+            replaced.append((children, name, children[name]))
+            children[name] = (
+                PureCollection({key: PureMetric(path, made) for key, made in convert.items()})
+                if isinstance(convert, dict)
+                else PureMetric(path, convert)
+            )
+        yield
+    finally:
+        for children, name, module in reversed(replaced):
+            children[name] = module
+
+
 class Recorder:
     """What takes the place of `self.log`: the metrics of one batch by name."""
 
@@ -102,7 +221,14 @@ class Recorder:
             metric = self.metrics[name].merge(metric)
         self.metrics[name], self.values[name] = metric, value
 
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        """Note several values."""
+        for name, value in dictionary.items():
+            self.log(name, value, *args, **kwargs)
+
     def _metric(self, name: str, value: Any, reduce_fx: Any, weight: int) -> Metric:
+        if isinstance(value, PureMetric):
+            return value.logged()
         if isinstance(value, nn.Module):
             raise MetricError(
                 explain(
@@ -136,19 +262,20 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recording(net: nn.Module, samples: int, base: type[nn.Module]) -> Iterator[Recorder]:
-    """Give a module, and the LightningModules in it, a `log` that records and a trainer that refuses."""
+def recording(net: nn.Module, samples: int, base: type[nn.Module], converted: Converted = ()) -> Iterator[Recorder]:
+    """Give a module, and the LightningModules in it, a `log` that records, a trainer that refuses, and pure metrics."""
     recorder, trainer = Recorder(samples), NoTrainer()
     inner: list[Any] = [m for m in net.modules() if isinstance(m, base)]
     for module in inner:
         module.trainer = trainer
-        module.log = recorder.log
+        module.log, module.log_dict = recorder.log, recorder.log_dict
     try:
-        yield recorder
+        with _pure_metrics(net, converted):
+            yield recorder
     finally:
         for module in inner:
             module.trainer = None
-            del module.log
+            del module.log, module.log_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +287,14 @@ class LightningStep:
         base: the class `LightningModule`.
         dataloader_idx: what an evaluation step with that argument is called with.
         transfer: whether the module has `on_after_batch_transfer`, which is called first.
+        converted: its metrics of torchmetrics.
     """
 
     function: Callable[..., Any]
     base: type[nn.Module] = dataclasses.field(repr=False)
     dataloader_idx: int = 0
     transfer: bool = False
+    converted: Converted = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def __name__(self) -> str:
@@ -177,7 +306,7 @@ class LightningStep:
 
     def called(self, net: Any, batch: Any) -> tuple[Any, Recorder]:
         """Return what the method returns, and what it logged."""
-        with recording(net, metrics.sample_count(batch), self.base) as recorder:
+        with recording(net, metrics.sample_count(batch), self.base, self.converted) as recorder:
             if self.transfer:
                 batch = net.on_after_batch_transfer(batch, self.dataloader_idx)
             return self.function(net, *self._arguments(batch)), recorder

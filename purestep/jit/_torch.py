@@ -16,6 +16,8 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             taken from the disk cache, and graphs are compiled anew.
     node_of, proxy_root     the node of a graph in the making that stands for a tensor, and where its constants are.
                             Without them: no value is read while a function is traced.
+    track                   makes the tensor that a node of the graph in the making stands for. Without it: nothing is
+                            repeated in a graph, and every random draw is traced.
     compiling               what `torch.compiler.is_compiling()` answers. Torch sets the same flag in `torch.export`.
     uncompiled              runs modules that `torch.compile` wrapped as they are. Half of it is the public
                             `torch.compiler.set_stance`; the setting of Dynamo is what it says of `make_fx`.
@@ -23,16 +25,22 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     module_conversion, put_module_conversion
                             what `module.to(...)` and its like end in. Without it: a module that converts another in its
                             forward is refused.
+    script_source           the Python function that `torch.jit.script` compiled. Without it: constants inside of such a
+                            function are taken for tensors from outside.
+    aot_backend             the backend `aot_eager` of `torch.compile`, which records views anew, with a pass after it.
     READ_VALUE, UNIQUE, UNSAFE_VIEW
                             operators that ask for a value, whose shape depends on values, and which view a fresh
                             tensor. They have no other name.
     FakeTensorMode          tensors of shapes without memory. There is no public name; `torch.export` uses it.
-    batch_norm_legit        batch norm that says in its schema what it writes.
+    batch_norm_legit, batch_norm_functional
+                            batch norm that says in its schema what it writes, and the one that returns it.
+    overload_of             the name of an overload of an operator.
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -46,6 +54,8 @@ if TYPE_CHECKING:
 set_grad_enabled = torch._C._set_grad_enabled
 set_mkldnn_enabled = torch._C._set_mkldnn_enabled
 batch_norm_legit = torch.ops.aten._native_batch_norm_legit
+batch_norm_functional = torch.ops.aten._native_batch_norm_legit_functional.default
+overload_of: Callable[[Any], str] = operator.attrgetter("_overloadname")
 
 
 READ_VALUE = torch.ops.aten._local_scalar_dense.default
@@ -67,6 +77,25 @@ def module_conversion() -> Conversion:
 def put_module_conversion(method: Conversion) -> None:
     """Replace that method."""
     nn.Module._apply = method  # type: ignore[method-assign,assignment]
+
+
+def script_source(function: torch.jit.ScriptFunction[..., Any]) -> Callable[..., Any] | None:
+    """Return the Python function that a scripted one was made of."""
+    return getattr(function, "_torchdynamo_inline", None)
+
+
+def aot_backend(mend: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
+    """Return a backend for `torch.compile` that runs the graph of AOTAutograd by operators, after a pass over it."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
+        mend(graph)
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    backend: Callable[..., Any] = aot_autograd(fw_compiler=compiled, keep_inference_input_mutations=True)
+    return backend
 
 
 def inductor_config() -> Any:
@@ -111,6 +140,16 @@ def proxy_root() -> nn.Module:
     """Return the module that holds the constants of the graph in the making."""
     root: nn.Module = _proxy_mode().tracer.root  # type: ignore[union-attr]
     return root
+
+
+def track(node: fx.Node, like: Tensor) -> Tensor:
+    """Return a fresh fake tensor for a node of the graph in the making."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
+
+    tracer = _proxy_mode().tracer
+    with disable_proxy_modes_tracing():
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    return track_tensor_tree(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)
 
 
 def _proxy_mode() -> Any:

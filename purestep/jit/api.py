@@ -9,7 +9,7 @@ from purestep.arguments import checked
 from purestep.errors import ConfigError, explain
 from purestep.jit import backends
 from purestep.jit.backends import Backend, Mode
-from purestep.jit.function import Jit
+from purestep.jit.function import Jit, Unjittable
 from purestep.jit.step import JitStep
 from purestep.step import Step
 from purestep.step_protocol import WrappedStep, facts_of
@@ -23,6 +23,7 @@ def jit(
     backend: Backend = "inductor",
     static: int | str | Sequence[int | str] = (),
     mode: Mode | None = None,
+    unjittable: Unjittable = "error",
 ) -> Any:
     """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
 
@@ -46,6 +47,10 @@ def jit(
             compiled for each of their values.
         mode: as in `torch.compile`, for "inductor" and "dynamo". "reduce-overhead" and "max-autotune" record a donated
             step on CUDA as one CUDA graph.
+        unjittable: what to do with a function that cannot be traced. "error" refuses it. "eager" computes the gradients
+            of a step uncompiled then, with the bits of the step itself, and only its update compiled; a step is
+            compiled in two pieces in any case. An evaluation, or any other function that donates nothing, runs as it
+            is. `refusals` says why.
 
     Returns:
         An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),
@@ -82,11 +87,20 @@ def jit(
     names: Sequence[int | str] = (static,) if isinstance(static, (int, str)) else tuple(static)
     if any(isinstance(name, int) and name < 0 for name in names):
         raise ConfigError(explain("static= counts arguments from 0 up", where=f"{static=}", instead="static=0"))
-    if isinstance(function, Step) and (function.microbatches not in (None, 1) or function.plan is not None):
-        return JitStep(function, bool(donate), backend, mode)
+    pieces = unjittable == "eager" or (isinstance(function, Step) and function.microbatches not in (None, 1))
+    if isinstance(function, Step) and (pieces or function.plan is not None):
+        return JitStep(function, bool(donate), backend, mode, unjittable=unjittable)
+    if unjittable == "eager" and donate:
+        raise ConfigError(
+            explain(
+                "only a step of make_step donates its state where its gradients cannot be compiled",
+                where=f"{unjittable=}, {donate=}, {function!r:.80}",
+                instead='ps.wrap_step(ps.jit(step, donate=True, unjittable="eager"), function)',
+            )
+        )
     if isinstance(function, WrappedStep):
         _check_one_graph(function)
-    return Jit(function, bool(donate), backend, names, mode)
+    return Jit(function, bool(donate), backend, names, mode, unjittable=unjittable)
 
 
 def _check_one_graph(function: WrappedStep) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
-from purestep.jit import disk_cache, errors
+from purestep.jit import disk_cache, errors, layouts
+from purestep.jit._torch import aot_backend
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
 from purestep.jit.hoist import hoist_scalars
@@ -89,7 +90,7 @@ def _eager(traced: Traced, mode: str | None) -> Run:
 def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], Run]:
     def build(traced: Traced, mode: str | None) -> Run:
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-        options |= {"backend": name} if name else {"mode": mode}
+        options |= {"backend": aot_backend(layouts.settle)} if name else {"mode": mode}
         compiled = torch.compile(traced.graph, **options)
         ready = False
 

@@ -62,9 +62,11 @@ def explained(error: Exception) -> Exception:
                 "the shape of a result depends on the values of a tensor",
                 where=user_line(error),
                 why="jit traces the function once, on shapes without values, and the graph has fixed shapes",
-                instead="torch.where(mask, x, 0).sum() / mask.sum()   # in place of x[mask].mean()\n"
+                instead=_known(error)
+                or "torch.where(mask, x, 0).sum() / mask.sum()   # in place of x[mask].mean()\n"
                 "F.cross_entropy(logits, torch.where(mask, y, -100))   # in place of logits[mask], y[mask]\n"
-                "or do it outside of the step, while the batch is made\n" + EAGER,
+                "or do it outside of the step, while the batch is made\n"
+                + EAGER,
             )
         )
     if name in _VALUE_ERRORS or any(part in text for part in _VALUE_TEXTS):
@@ -72,16 +74,36 @@ def explained(error: Exception) -> Exception:
             explain(
                 "the function asks for the value of a traced tensor",
                 where=user_line(error),
-                why="jit traces the function once, on shapes without values; `if loss > 3:`, .item(), float() and "
-                ".numpy() need a value",
-                instead="torch.where(loss > 3, a, b)      # in place of: a if loss > 3 else b\n"
-                "return state, {'loss': loss}     # and read the metric outside of the step\n" + EAGER,
+                why="jit traces the function once, on shapes without values; a truth value or a whole number of the "
+                "batch can be read, but not what the model computes, nor numbers with a fraction",
+                instead=_known(error)
+                or "torch.where(loss > 3, a, b)      # in place of: a if loss > 3 else b\n"
+                "return state, {'loss': loss}     # and read the metric outside of the step\n"
+                + EAGER,
             )
         )
     return error
 
 
+def _known(error: BaseException) -> str | None:
+    """Return what to write in place of a layer or function of torch that reads values itself."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename.startswith(_TORCH):
+            found = _READERS.get((os.path.basename(code.co_filename), code.co_name), found)
+        trace = trace.tb_next
+    return None if found is None else "\n".join(filter(None, (found, EAGER)))
+
+
 EAGER = 'ps.jit(step, unjittable="eager")   # gradients by the step as it is, only the update compiled'
+# Functions of torch that read values, by file and name.
+_READERS = {
+    ("batchnorm.py", "forward"): "nn.BatchNorm2d(channels, momentum=0.1)   # momentum=None divides by a counter",
+    ("rnn.py", "pack_padded_sequence"): "out, _ = lstm(padded)                  # without packing\n"
+    "out = out * (torch.arange(out.shape[1]) < lengths[:, None])[..., None]   # and mask what is padding",
+    ("functional.py", "ctc_loss"): "",  # no form of it has fixed shapes
+}
 
 
 # --- captured tensors -------------------------------------------------------------------------------------------------
@@ -187,27 +209,46 @@ def _free(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 # --- inputs, randomness -----------------------------------------------------------------------------------------------
 
 
+_RENORM = (
+    "F.embedding(ids, torch.renorm(net.embed.weight, 2, 0, max_norm))   # in place of max_norm= of the layer\n"
+    "# which has the gradient of the norm, too; or an embedding without max_norm="
+)
+
+
 def check_mutation(graph: fx.GraphModule, mutable: list[fx.Node], names: list[str]) -> None:
     """Refuse a graph that writes into one of its inputs."""
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     memory = {_torch.storage_id(n.meta["val"].untyped_storage()): i for i, n in enumerate(inputs)}
     for node in mutable:
-        for target in _written(node):
+        for target in written(node):
             at = memory.get(_torch.storage_id(target.meta["val"].untyped_storage()))
             if at is not None:
                 operator = str(node.target.overloadpacket).removeprefix("aten.")  # type: ignore[union-attr]
+                instead = (
+                    _RENORM
+                    if operator == "embedding_renorm_"
+                    else (
+                        f"x = x.{operator.rstrip('_')}(...)   # without the underscore, and return the result\n"
+                        "ps.jit(step, donate=True) then writes it into the old memory by itself"
+                    )
+                )
                 raise TraceError(
                     explain(
                         "the function changes one of its arguments in place",
                         where=f"{names[at]}: {tree.describe(inputs[at].meta['val'])}, by {operator}",
                         why="a step is pure: it returns a new state and leaves the old one as it was",
-                        instead=f"x = x.{operator.rstrip('_')}(...)   # without the underscore, and return the result\n"
-                        "ps.jit(step, donate=True) then writes it into the old memory by itself",
+                        instead=instead,
                     )
                 )
 
 
-def _written(node: fx.Node) -> Iterator[fx.Node]:
+def is_writer(node: fx.Node) -> bool:
+    """Tell whether an operator writes into one of its arguments."""
+    return isinstance(node.target, _torch.OpOverload) and _torch.schema_of(node.target).is_mutable
+
+
+def written(node: fx.Node) -> Iterator[fx.Node]:
+    """Return the arguments that an operator writes into."""
     arguments = _torch.schema_of(node.target).arguments  # type: ignore[arg-type]
     for position, argument in enumerate(arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

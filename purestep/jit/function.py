@@ -14,13 +14,14 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from purestep import _torch, transforms, tree
 from purestep.donation import consume, leaves_apart, memory_of, unaliased
-from purestep.errors import explain
+from purestep.errors import RandomnessError, TraceError, explain
 from purestep.jit import backends, cache_key, donation_graph, errors
 from purestep.jit._torch import set_grad_enabled
 from purestep.jit.donation_graph import Layout
@@ -34,6 +35,7 @@ from purestep.tree import Structure
 
 log = logging.getLogger("purestep.jit")
 _MANY = 8
+Unjittable = Literal["error", "eager"]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Names = Callable[[], list[str]]
@@ -51,18 +53,18 @@ class Entry:
         pick: picks the leaves of the result among (outputs, leaves, constants).
         layout: where they come from.
         structure: structure of the result.
-        code: the graph, as text.
+        graph: the graph, whose code a user may ask for.
         held: static objects that the signature knows by identity, so that they stay alive.
         fixed: whether only the first argument holds such objects.
         guards: values of the batch that the graph was made for.
     """
 
-    run: backends.Run
+    run: backends.Run | None
     takes: Callable[[Sequence[Any]], Sequence[Any]] | None
     pick: Callable[[Sequence[Any]], Sequence[Any]]
     layout: Layout
     structure: Structure
-    code: str
+    graph: fx.GraphModule | None
     held: tuple[Any, ...]
     fixed: bool
     guards: tuple[Guard, ...] = ()
@@ -81,7 +83,7 @@ class Entry:
         if grad:
             set_grad_enabled(False)
         try:
-            outputs = self.run([*tensors])
+            outputs = self.run([*tensors])  # type: ignore[misc]
         finally:
             if grad:
                 set_grad_enabled(True)
@@ -109,6 +111,7 @@ class Jit(AnyStep):
         donate: whether the first argument is consumed.
         backend: name of the backend.
         retraces: why each trace but the first was made, in order.
+        refusals: why a signature runs as the function itself, with `unjittable="eager"`.
     """
 
     def __init__(
@@ -120,13 +123,14 @@ class Jit(AnyStep):
         mode: str | None,
         *,
         reads: bool = True,
+        unjittable: Unjittable = "error",
     ) -> None:
         self.function = function
         self.__name__ = name_of(function)
         self.__doc__ = function.__doc__
         self.__signature__ = signature_of(function)
         self.donate, self.backend, self.mode = donate, backend, mode
-        self.reads = reads
+        self.reads, self.unjittable = reads, unjittable
         self._statics = Statics(function, static)
         self._lock = threading.RLock()
         self._fell_back = False
@@ -138,6 +142,7 @@ class Jit(AnyStep):
         self._shapes: list[cache_key.Shape] = []
         self._last: _Last | None = None
         self.retraces: tuple[str, ...] = ()
+        self.refusals: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in (("donate", self.donate), ("backend", self.backend)))
@@ -154,7 +159,7 @@ class Jit(AnyStep):
         return bare(self.function, microbatches)
 
     def with_microbatches(self, count: int) -> Jit:
-        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode)
+        return Jit(resliced(self.function, count), self.donate, self.backend, (), self.mode, unjittable=self.unjittable)
 
     def under(self, plan: Plan) -> StepFn:
         return self
@@ -180,6 +185,8 @@ class Jit(AnyStep):
                     leaves[n:] = leaves_apart(leaves[n:], last.owned)
                 return self._run(entry, args, leaves, structure, extra, last)
         entry = self._find(args, kwargs, leaves, structure, extra)
+        if entry.run is None:
+            return self._statics.bound(self.function, extra[1])(*args, **kwargs)
         if self.donate:
             leaves = unaliased(leaves, entry.layout.state_leaves)
         return self._run(entry, args, leaves, structure, extra, None)
@@ -307,7 +314,14 @@ class Jit(AnyStep):
         with progress(self.__name__) as note:
             backend = "eager" if self._fell_back or dry else self.backend
             note(f"tracing {len(leaves)} leaves")
-            traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+            try:
+                traced, layout = self._traced(args, kwargs, leaves, structure, extra, names)
+            except (TraceError, RandomnessError) as error:
+                if self.unjittable == "error":
+                    raise
+                self.refusals = (*self.refusals, str(error))
+                log.warning("%s runs uncompiled: %s", self.__name__, error)
+                return _uncompiled(structure, objects)
             note(f"compiling {len(traced.graph.graph.nodes)} operations with {backend}")
             try:
                 run = backends.compile(traced, backend, self.mode, donated=layout.state_leaves if self.donate else 0)
@@ -316,11 +330,21 @@ class Jit(AnyStep):
                     raise errors.not_compiled(self.__name__, backend, error) from error
                 self._fell_back = True
                 warnings.warn(errors.no_compiler_message(self.__name__, error), stacklevel=5)
-                traced, layout, code = self._traced(args, kwargs, leaves, structure, extra, names)
+                traced, layout = self._traced(args, kwargs, leaves, structure, extra, names)
                 run = backends.compile(traced, "eager", None, donated=0)
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not cache_key.static_values((args[1:], kwargs))
-        return Entry(run, takes, _picker(layout.picks), layout, traced.structure, code, tuple(objects), fixed, traced.guards)
+        return Entry(
+            run,
+            takes,
+            _picker(layout.picks),
+            layout,
+            traced.structure,
+            traced.graph,
+            tuple(objects),
+            fixed,
+            traced.guards,
+        )
 
     def _traced(
         self,
@@ -330,7 +354,7 @@ class Jit(AnyStep):
         structure: Structure,
         extra: Extra,
         names: Callable[[], list[str]],
-    ) -> tuple[Traced, Layout, str]:
+    ) -> tuple[Traced, Layout]:
         function = self._statics.bound(self.function, extra[1])
         traced = trace(
             function,
@@ -342,7 +366,7 @@ class Jit(AnyStep):
         )
         first = args[0] if args else None
         layout = donation_graph.epilogue(traced, first, len(leaves), donate=self.donate, name=self.__name__)
-        return traced, layout, traced.graph.print_readable(print_output=False)
+        return traced, layout
 
     def _paths(self, args: Args, kwargs: Kwargs) -> list[str]:
         named = self._statics.names(len(args))
@@ -382,12 +406,18 @@ class Jit(AnyStep):
 
     def graph(self, *args: Any, **kwargs: Any) -> str:
         """Return the traced graph of a call as code, the epilogue of a donation included."""
-        return self._entry_for(args, kwargs).code
+        graph = self._entry_for(args, kwargs).graph
+        return "" if graph is None else graph.print_readable(print_output=False)
 
     def _entry_for(self, args: Args, kwargs: Kwargs) -> Entry:
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         return self._find(args, kwargs, leaves, structure, extra)
+
+
+def _uncompiled(structure: Structure, objects: list[Any]) -> Entry:
+    """The entry of a signature that runs as the function itself."""
+    return Entry(None, None, _picker(()), Layout((), (), 0, False), structure, None, tuple(objects), False)
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

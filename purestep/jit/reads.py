@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from purestep import _torch
 from purestep.jit._torch import READ_VALUE, UNIQUE, node_of, proxy_root
+from purestep.jit.errors import is_writer, written
 from purestep.random.host_draws import calling_line
 
 aten = torch.ops.aten
@@ -108,12 +109,6 @@ class Reads:
             self.guards.append(Guard(value, compute, slots, calling_line()))
         return value
 
-    def read_list(self, tensor: Tensor) -> Any:
-        """Return `tensor.tolist()`, or NotImplemented."""
-        if tensor.is_floating_point() or tensor.is_complex():
-            return NotImplemented
-        return self.read(as_list, tensor)
-
     def replayed(self) -> _Replayed:
         """Return a mode in which reads are answered as they were in the trace."""
         return _Replayed(self.log)
@@ -149,7 +144,9 @@ class Reads:
 
     # --- what a value is made of --------------------------------------------------------------------------------------
 
-    def _program(self, op: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., Any], tuple[int, ...]] | None:
+    def _program(
+        self, op: Callable[..., Any], args: Sequence[Any]
+    ) -> tuple[Callable[..., Any], tuple[int, ...]] | None:
         """Return what computes an operator from inputs of the graph, and which; None where that is not to be done."""
         nodes = [node_of(x) if isinstance(x, Tensor) else None for x in args]
         if any(isinstance(x, Tensor) and node is None for x, node in zip(args, nodes, strict=True)):
@@ -172,11 +169,6 @@ class Reads:
         values = [x if node is None else copied[node] for x, node in zip(args, nodes, strict=True)]
         program.output(program.call_function(op, tuple(values)))
         return fx.GraphModule(proxy_root(), program), slots
-
-
-def as_list(tensor: Tensor) -> Any:
-    """Return the elements of a tensor as nested lists."""
-    return tensor.tolist()
 
 
 class _Replayed(_torch.DispatchMode):
@@ -220,7 +212,7 @@ def _steps(wanted: Sequence[fx.Node]) -> dict[fx.Node, None] | None:
     What a later operation wrote into a tensor decides it, too.
     """
     order = list(wanted[0].graph.nodes)
-    writers = [node for node in order if _is_writer(node)]
+    writers = [node for node in order if is_writer(node)]
     needed: set[fx.Node] = set()
     pending = list(wanted)
     while pending:
@@ -234,13 +226,9 @@ def _steps(wanted: Sequence[fx.Node]) -> dict[fx.Node, None] | None:
     inputs = {m for node in order if node.op == "placeholder" for m in _memory(node)}
     for node in needed:
         drawn = isinstance(node.target, _torch.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-        if drawn or (_is_writer(node) and inputs & _written(node)):
+        if drawn or (is_writer(node) and inputs & _written(node)):
             return None
     return {node: None for node in order if node in needed}
-
-
-def _is_writer(node: fx.Node) -> bool:
-    return isinstance(node.target, _torch.OpOverload) and _torch.schema_of(node.target).is_mutable
 
 
 def _memory(node: fx.Node) -> Iterator[int]:
@@ -251,4 +239,4 @@ def _memory(node: fx.Node) -> Iterator[int]:
 
 
 def _written(node: fx.Node) -> set[int]:
-    return {m for source in node.all_input_nodes for m in _memory(source)}
+    return {m for target in written(node) for m in _memory(target)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from purestep import _torch, transforms
 from purestep.donation import consume
 from purestep.errors import ConfigError, explain
-from purestep.jit.function import Jit
+from purestep.jit.function import Jit, Unjittable
 from purestep.microbatch import Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.optim.scope import only_shards
 from purestep.sharding import full_tensors, placement
@@ -36,8 +36,11 @@ class JitStep(AnyStep):
         grads, update: the two pieces, compiled functions themselves.
     """
 
-    def __init__(self, step: Step, donate: bool, backend: str, mode: str | None) -> None:
+    def __init__(
+        self, step: Step, donate: bool, backend: str, mode: str | None, *, unjittable: Unjittable = "error"
+    ) -> None:
         self.step = step
+        self.unjittable = unjittable
         self.__name__ = name_of(step)
         self.donate, self.backend, self.mode = donate, backend, mode
 
@@ -47,7 +50,7 @@ class JitStep(AnyStep):
         def update(state: TrainState, total: Gradients) -> tuple[TrainState, Metrics]:
             return step.update(state, _whole(state, total))
 
-        self.grads = Jit(grads, False, backend, (), mode)
+        self.grads = Jit(grads, False, backend, (), mode, unjittable=unjittable)
         # A gradient is no batch: an update that asks for values is refused, in two pieces as in one.
         self.update = Jit(update, donate, backend, (), mode, reads=False)
         self._index: list[Tensor] = []
@@ -140,9 +143,9 @@ class JitStep(AnyStep):
 
     def with_microbatches(self, count: int) -> AnyStep:
         settled = self.step.with_microbatches(count)
-        if count == 1 and self.step.plan is None:
+        if count == 1 and self.step.plan is None and self.unjittable == "error":
             return Jit(settled, self.donate, self.backend, (), self.mode)
-        return JitStep(settled, self.donate, self.backend, self.mode)
+        return JitStep(settled, self.donate, self.backend, self.mode, unjittable=self.unjittable)
 
     def under(self, plan: Plan) -> StepFn:
         return self
@@ -157,6 +160,11 @@ class JitStep(AnyStep):
     def retraces(self) -> tuple[str, ...]:
         """Why each trace but the first was made, of either piece."""
         return self.grads.retraces + self.update.retraces
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why gradients are computed uncompiled, with `unjittable="eager"`."""
+        return self.grads.refusals
 
     def clear(self) -> None:
         """Forget everything that was compiled."""

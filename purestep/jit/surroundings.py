@@ -22,16 +22,19 @@ from purestep.jit._torch import (
     compiling,
     module_conversion,
     put_module_conversion,
+    script_source,
     uncompiled,
     validates_distributions,
 )
+from purestep.jit.repeats import Repeats
+from purestep.random.philox import philox
 from purestep.random.torch_mode import undispatched
 
 _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def traceable(*, library_branch: bool, read_list: Callable[[Tensor], Any]) -> Iterator[None]:
+def traceable(*, library_branch: bool) -> Iterator[None]:
     """Be in surroundings in which models of torch and of others can be traced.
 
     One thread at a time: what is changed belongs to the process, and other threads see it, too, but for `.to`.
@@ -39,16 +42,16 @@ def traceable(*, library_branch: bool, read_list: Callable[[Tensor], Any]) -> It
     Args:
         library_branch: whether `torch.compiler.is_compiling()` says yes, on which libraries take the branch that they
             keep for compilers.
-        read_list: stands for `tolist` of a traced tensor.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock)
         stack.enter_context(_unvalidated())
         stack.enter_context(_converted())
+        stack.enter_context(_unscripted())
         stack.enter_context(uncompiled())
         if library_branch:
             stack.enter_context(compiling())
-        stack.enter_context(_Redirected(read_list))
+        stack.enter_context(_Traceable())
         yield
 
 
@@ -89,21 +92,39 @@ def _converted() -> Iterator[None]:
         put_module_conversion(own)
 
 
-class _Redirected(TorchFunctionMode):
-    """Functions of torch that ask for values where a trace has none."""
+@contextlib.contextmanager
+def _unscripted() -> Iterator[None]:
+    """Let functions that `torch.jit.script` compiled run as the Python they were made of.
 
-    def __init__(self, read_list: Callable[[Tensor], Any]) -> None:
+    TorchScript makes its constants where no trace can tell them from tensors that the function took from outside.
+    """
+    kind, here = torch.jit.ScriptFunction, threading.get_ident()
+    own = kind.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        source = script_source(self) if threading.get_ident() == here else None
+        return own(self, *args, **kwargs) if source is None else source(*args, **kwargs)
+
+    kind.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.__call__ = own  # type: ignore[method-assign]
+
+
+class _Traceable(TorchFunctionMode):
+    """Runs functions of torch that ask for values as if they did not, and repeats the blocks of random draws."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.read_list = read_list
+        self.repeats = Repeats()
 
     def __torch_function__(
         self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.tolist:
-            found = self.read_list(args[0])
-            if found is not NotImplemented:
-                return found
-        elif func is F.gaussian_nll_loss:
+        if func is philox:
+            return self.repeats(philox, *args)
+        if func is F.gaussian_nll_loss:
             func = _gaussian
         return func(*args, **kwargs) if kwargs else func(*args)
 

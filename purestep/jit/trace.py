@@ -20,6 +20,7 @@ from purestep.errors import PurestepError, TraceError
 from purestep.jit import errors, layouts
 from purestep.jit._torch import batch_norm_legit, fake_tensor_mode, set_mkldnn_enabled, tracing_context
 from purestep.jit.errors import ValueReadError
+from purestep.jit.functional_graph import functionalized
 from purestep.jit.reads import Guard, Reads, Roots
 from purestep.jit.surroundings import traceable
 from purestep.random import host_draws
@@ -79,8 +80,8 @@ def trace(
         structure: structure of `(args, kwargs)`.
         paths: gives the printed path of each leaf, for errors.
         static: static values of the arguments, such as the model of a state; for errors, too.
-        state_leaves: how many of the leaves, the first ones, are those of a state: values of the others may be read, and
-            become guards. None: values of constants alone may be read.
+        state_leaves: how many of the leaves, the first ones, are those of a state: values of the others may be read,
+            and become guards. None: values of constants alone may be read.
 
     Raises:
         TraceError: the function captures a tensor, branches on values, changes an input or draws from a generator of
@@ -133,7 +134,7 @@ class _Call:
             for i, tensor in zip(self.takes, tensors, strict=True):
                 values[i] = tensor
             args, kwargs = tree.unflatten(self.structure, values)
-            with traceable(library_branch=library_branch, read_list=reads.read_list):
+            with traceable(library_branch=library_branch):
                 result = self.function(*args, **kwargs)
             out, captured["structure"] = tree.flatten(result)
             captured["result"] = result
@@ -162,8 +163,7 @@ class _Call:
             errors.check_random(_random_nodes(graph))
             errors.check_mutation(graph, _mutable_nodes(graph), names)
             if _mutable_nodes(graph):
-                with mode:
-                    graph = make_fx(torch.func.functionalize(graph), decomposition_table=_TABLE)(*fakes)
+                graph = functionalized(graph, mode, fakes, _TABLE)
                 graph.graph.eliminate_dead_code()
             layouts.settle(graph)
         graph.recompile()
@@ -224,11 +224,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
-    return [
-        n
-        for n in graph.graph.nodes
-        if isinstance(n.target, _torch.OpOverload) and _torch.schema_of(n.target).is_mutable
-    ]
+    return [n for n in graph.graph.nodes if errors.is_writer(n)]
 
 
 # Attention and recurrent kernels carry the tag for the dropout inside them, which `random.torch_mode` has replaced by

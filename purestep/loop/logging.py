@@ -80,9 +80,12 @@ class Outlets:
         self._each(self._logs, lambda sink: sink.flush(min(FLUSH_SECONDS, self._hurry() / 4)))
 
     def event(self, event: Event, loop: LoopState) -> None:
-        """Show an event to every sink."""
+        """Show an event to every sink, and write the rows that they return."""
+        rows: list[Mapping[str, float]] = []
         if self._sinks:
-            self._each(self._sinks, lambda sink: sink.receive(event, loop))
+            self._each(self._sinks, lambda sink: rows.append(sink.receive(event, loop) or {}))
+        for row in filter(None, rows):
+            self.log(applied_steps(loop), {"epoch": loop.cursor.epoch, **row})
 
     def _each(self, sinks: dict[str, Sink], call: Callable[[Sink], None], *, closing: bool = False) -> None:
         for name, sink in list(sinks.items()):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from purestep.arguments import Count, Whole
 from purestep.errors import ConfigError, explain
 from purestep.loggers import Logger
 from purestep.loop import checks
@@ -46,8 +45,8 @@ class RunOptions:
     donate: bool = False
     settings: Mapping[str, Any] | None = None
     free_settings: Sequence[str] = ()
-    dry_run: Count | None = None
-    check_evaluation: Whole | None = None
+    dry_run: int | None = None
+    check_evaluation: int | None = None
 
     def __post_init__(self) -> None:
         checks.check_counts(1, dry_run=self.dry_run)

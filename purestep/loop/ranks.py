@@ -58,6 +58,12 @@ class Ranks:
         facts = facts_of(step)
         return cls(facts.plan, facts.microbatches if isinstance(facts.microbatches, int) else 1)
 
+    @classmethod
+    def of_inference(cls, step: StepFn) -> Self:
+        """Return the same for a step that evaluates or predicts: ranks share whole batches, so any number fits."""
+        plan = facts_of(step).plan
+        return cls(plan, 1 if plan is None else plan.replicas)
+
     def outside(self, signals: Signals) -> Alone:
         """Return signals and clock as all ranks see them."""
         return Alone(signals) if self.alone else Together(signals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,15 +82,25 @@ class Result(Printed):
             return None
 
     def view(self) -> list[Block]:
-        """Return the blocks that show it: why it ended, how far it came, its latest metrics, its curves."""
+        """Return the blocks that show it: why it ended, how far it came, its latest metrics, its curves.
+
+        No time is among them (`loop.elapsed` has it): runs of the same bits show the same.
+        """
         cursor = self.loop.cursor
         facts: list[list[object]] = [
             ["epochs", cursor.epoch],
             ["batches", cursor.batches],
-            ["time in training", f"{self.loop.elapsed:.1f} s"],
             *([name, value] for name, value in self.metrics.items()),
         ]
-        facts += [] if self.run_dir is None else [["run directory", str(self.run_dir)]]
+        facts += [] if self.run_dir is None else [["run directory", _from_here(self.run_dir)]]
         facts += [["NOT SAVED", "the last snapshot is not durable"]] if self.unsaved else []
         ended = f"{self.reason}, interrupted" if self.interrupted else self.reason
         return [Table(["result", ended], facts, wide=True), *curves.shown(self._log() or {})]
+
+
+def _from_here(path: Path) -> str:
+    """Return a path as one would type it: relative to the working directory if it is below that."""
+    with contextlib.suppress(OSError):  # the working directory was deleted
+        if path.is_absolute() and path.is_relative_to(here := Path.cwd()):
+            return str(path.relative_to(here))
+    return str(path)

@@ -205,6 +205,9 @@ def _is_of_a_run(store: snapshot.Store, step: int | None) -> bool:
 
 
 def applied_steps(loop: LoopState) -> int:
-    """Return the x-axis of the logs: `state.step`, or the batches consumed when the train state has no step."""
+    """Return the x-axis of the logs: `state.step`, or the batches consumed when the train state has no step.
+
+    Of states that are stacked for `vmap` it is the largest step, as one of them may have skipped updates.
+    """
     states = tree.find(loop.train, TrainState)
-    return int(states[0][1].step) if states else loop.cursor.batches
+    return int(states[0][1].step.max()) if states else loop.cursor.batches

@@ -87,7 +87,9 @@ class SnapshotPolicy(abc.ABC):
 class EventSink(Protocol):
     """What an observer opens: it is shown every event, after the machine."""
 
-    def receive(self, event: Event, loop: LoopState) -> None: ...
+    def receive(self, event: Event, loop: LoopState) -> Mapping[str, float] | None:
+        """Take an event and the loop after it. A row that is returned goes to the loggers and nowhere else: what was
+        measured with a clock would make states, and metrics that callbacks wait for, differ between two runs."""
 
     def close(self) -> None: ...
 

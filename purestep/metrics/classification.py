@@ -10,10 +10,11 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import checked
 from purestep.errors import MetricError, explain
-from purestep.metrics.metric import Mean, Number, mean
+from purestep.metrics.metric import Computed, Mean, Number, mean, written
 from purestep.tree import pytree, static
 from purestep.views import Block, Note, Printed, Table
 
+_NO_LABEL = -(2**62)
 Average = Literal["micro", "macro", "weighted", "binary"]
 
 _SHOWN = 40  # classes of a table of counts
@@ -65,7 +66,7 @@ class Confusion(Printed):
 
 
 @pytree
-class ClassScore:
+class ClassScore(Computed):
     """Precision, recall or F1, from counts by class. Made by `precision`, `recall` and `f1`.
 
     Attributes:
@@ -83,6 +84,9 @@ class ClassScore:
     def merge(self, other: ClassScore) -> ClassScore:
         counts = (self.hits + other.hits, self.predicted + other.predicted, self.labelled + other.labelled)
         return ClassScore(*counts, self.score, self.average)
+
+    def __repr__(self) -> str:
+        return f"{self.score}({written(self.compute())}, average={self.average!r})"
 
     def compute(self) -> Tensor:
         return self._averaged(*(counts.to(torch.float64) for counts in (self.hits, self.predicted, self.labelled)))
@@ -107,12 +111,9 @@ class ClassScore:
             return 2 * hits / (predicted + labelled).clamp(min=1)
         return hits / (predicted if self.score == "precision" else labelled).clamp(min=1)
 
-    def __float__(self) -> float:
-        return float(self.compute())
-
 
 @pytree
-class Perplexity:
+class Perplexity(Computed):
     """The exponential of a mean loss. Made by `perplexity`.
 
     Attributes:
@@ -128,9 +129,6 @@ class Perplexity:
 
     def compute(self) -> Tensor:
         return torch.exp(torch.as_tensor(self.total, dtype=torch.float64) / self.weight)
-
-    def __float__(self) -> float:
-        return float(self.compute())
 
 
 @checked(MetricError, failed=True)
@@ -276,9 +274,11 @@ def perplexity(logits: Tensor, labels: Tensor, *, ignore_index: int | None = Non
     # float32 at least: a sum over tokens in bf16 would have no digits left.
     wide = logits.reshape(-1, logits.shape[-1])
     wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-    ignored = {} if ignore_index is None else {"ignore_index": ignore_index}
-    losses = torch.nn.functional.cross_entropy(wide, labels.reshape(-1).to(torch.int64), reduction="none", **ignored)
-    counted = torch.ones_like(losses) if ignore_index is None else (labels.reshape(-1) != ignore_index).to(losses.dtype)
+    flat = labels.reshape(-1).to(torch.int64)
+    # Torch leaves out -100 unless told otherwise: here no label is left out unless the caller says so.
+    ignored = _NO_LABEL if ignore_index is None else ignore_index
+    losses = torch.nn.functional.cross_entropy(wide, flat, reduction="none", ignore_index=ignored)
+    counted = (flat != ignored).to(losses.dtype)
     found = mean(losses, counted)
     return Perplexity(found.total, found.weight)
 

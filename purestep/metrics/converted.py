@@ -25,8 +25,9 @@ from purestep import transforms, tree
 from purestep.arguments import checked
 from purestep.errors import MetricError, explain
 from purestep.metrics import _torch
-from purestep.metrics.metric import Growing, extreme
+from purestep.metrics.metric import Growing, extreme, written
 from purestep.tree import pytree, static
+from purestep.views import Block, Note, Printed
 
 if TYPE_CHECKING:
     from torchmetrics import Metric as Theirs
@@ -53,8 +54,12 @@ _NO_MONOID = {
 _MADE: dict[str, TorchmetricsFunction] = {}
 
 
+def _said(value: object) -> str:
+    return value if isinstance(value, str) else written(value)
+
+
 @pytree
-class TorchmetricsState(Growing):
+class TorchmetricsState(Growing, Printed):
     """The states of a torchmetrics metric over some batches. Made by the function that `from_torchmetrics` returns.
 
     Attributes:
@@ -69,6 +74,19 @@ class TorchmetricsState(Growing):
     updates: Any
     kinds: tuple[tuple[str, str], ...] = static()
     source: str = static()
+
+    def __repr__(self) -> str:
+        try:
+            value = self.compute()
+        except Exception:  # of a metric of others, or of tensors without values: its states can be shown all the same
+            value = {name: tree.describe(state) for name, state in self.states.items() if isinstance(state, Tensor)}
+        numbers = [f"{name} {_said(x)}" for name, x in value.items()] if isinstance(value, Mapping) else [_said(value)]
+        name = self.source.partition("#")[0].rpartition(".")[2]
+        return f"{name}({', '.join([*numbers, f'batches={_said(self.updates)}'])})"
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it."""
+        return [Note(repr(self))]
 
     @property
     def grows(self) -> bool:
@@ -171,13 +189,15 @@ class TorchmetricsFunction:
             if before is not None:
                 _check_attributes(self._template, before, _attributes(worker))
                 self._looked = True
+            # A tensor, because a number would be no output of a vmapped step.
+            updates = torch.ones((), dtype=torch.int64, device=device)
             states = {
                 f"{path}{state}": _taken(getattr(part, state), kinds, f"{type(part).__name__}.{state}")
                 for path, part in _parts(worker)
                 for state in sorted(_torch.defaults(part))
                 for kinds in [_torch.reduction(part, state)]
             }
-        return TorchmetricsState(states, 1, self.kinds, self.source)
+        return TorchmetricsState(states, updates, self.kinds, self.source)
 
     def value(self, state: TorchmetricsState) -> Any:
         """Return what `compute()` returns for the states."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purestep import transforms
 from purestep.arguments import checked
-from purestep.errors import MetricError
+from purestep.errors import MetricError, explain
 from purestep.tree import describe, pytree
 from purestep.views import Block, Note, Printed
 
@@ -64,13 +64,11 @@ class Growing(abc.ABC):
         """Return what merging with one after the other gives, bit for bit."""
 
 
-class _Scalar(Printed):
-    """Base of the metrics of one number: they print, and convert to `float`, as that number."""
-
-    value: Number
+class Computed(Printed):
+    """Internal: base of metrics that compute to one number: they print, and convert to `float`, as that number."""
 
     def compute(self) -> Number:
-        return self.value
+        raise MetricError(explain(f"{type(self).__name__} computes nothing", instead="override `compute(self)`"))
 
     def __float__(self) -> float:
         return float(self.compute())
@@ -79,19 +77,28 @@ class _Scalar(Printed):
         return format(float(self), spec)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({_written(self.value)})"
+        return f"{type(self).__name__}({written(self.compute())})"
 
     def view(self) -> list[Block]:
         """Return the blocks that show it."""
         return [Note(repr(self))]
 
 
-def _written(number: Number) -> str:
+def written(number: Number) -> str:
     """Return a number that is read from the device for it; of a meta, fake or traced tensor what it is."""
     try:
         return f"{float(number):.6g}"
     except (RuntimeError, TypeError, ValueError):
         return describe(number)
+
+
+class _Scalar(Computed):
+    """Base of the metrics that are one number."""
+
+    value: Number
+
+    def compute(self) -> Number:
+        return self.value
 
 
 @pytree
@@ -112,7 +119,7 @@ class Mean(_Scalar):
     weight: Number
 
     def __repr__(self) -> str:
-        return f"Mean({_written(self.compute())}, weight={_written(self.weight)})"
+        return f"Mean({written(self.compute())}, weight={written(self.weight)})"
 
     def merge(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.weight + other.weight)

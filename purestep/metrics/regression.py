@@ -13,12 +13,12 @@ from torch import Tensor
 from purestep import transforms, tree
 from purestep.arguments import checked
 from purestep.errors import MetricError, explain
-from purestep.metrics.metric import Mean, Number, mean
+from purestep.metrics.metric import Computed, Mean, Number, mean
 from purestep.tree import pytree
 
 
 @pytree
-class RootMean:
+class RootMean(Computed):
     """The square root of a weighted mean. Made by `rmse`.
 
     Attributes:
@@ -34,9 +34,6 @@ class RootMean:
     def compute(self) -> Number:
         value = Mean(self.total, self.weight).compute()
         return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
-
-    def __float__(self) -> float:
-        return float(self.compute())
 
 
 @pytree
@@ -73,7 +70,7 @@ class Moments:
 
 
 @pytree
-class R2:
+class R2(Computed):
     """The coefficient of determination. Made by `r2`.
 
     Attributes:
@@ -90,12 +87,9 @@ class R2:
     def compute(self) -> Tensor:
         return 1 - torch.as_tensor(self.residual, dtype=torch.float64) / self.moments.yy
 
-    def __float__(self) -> float:
-        return float(self.compute())
-
 
 @pytree
-class Pearson:
+class Pearson(Computed):
     """The correlation of predictions and targets. Made by `pearson`.
 
     Attributes:
@@ -112,9 +106,6 @@ class Pearson:
             torch.as_tensor(v, dtype=torch.float64) for v in (self.moments.xx, self.moments.yy, self.moments.xy)
         )
         return (xy / (xx.sqrt() * yy.sqrt())).clamp(-1, 1)
-
-    def __float__(self) -> float:
-        return float(self.compute())
 
 
 @checked(MetricError, failed=True)

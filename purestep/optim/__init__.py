@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from purestep.optim.optimizers.sophia import scale_by_sophia as scale_by_sophia
     from purestep.optim.optimizers.sophia import sophia as sophia
     from purestep.optim.plateau import reduce_on_plateau as reduce_on_plateau
+    from purestep.optim.pruning import prune as prune
     from purestep.optim.regularize import add_noise as add_noise
     from purestep.optim.regularize import centralize as centralize
     from purestep.optim.regularize import keep_params_nonnegative as keep_params_nonnegative

@@ -10,7 +10,17 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Count, Decay, NonNegative, checked
 from purestep.errors import OptimError, explain
-from purestep.optim.base import ElementWrapper, GradientTransformation, Scalar, new_count, same_leaves, transformation
+from purestep.optim.base import (
+    ElementWrapper,
+    GradientTransformation,
+    Scalar,
+    Schedule,
+    StepNumber,
+    new_count,
+    same_leaves,
+    transformation,
+    value_at,
+)
 from purestep.optim.chain import all_applied
 from purestep.optim.kernels import foreach as fx
 from purestep.optim.rule import Memory, Rule
@@ -93,7 +103,7 @@ class AccumulateState:
 @transformation
 class Accumulate(ElementWrapper):
     inner: GradientTransformation
-    every: int
+    every: int | Schedule
     use_mean: bool = True
 
     def init(self, params: Any) -> AccumulateState:
@@ -101,13 +111,18 @@ class Accumulate(ElementWrapper):
         count = new_count(params)
         return AccumulateState(count, total, torch.zeros_like(count, dtype=torch.bool), self.inner.init(params))
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
+        every = value_at(self.every, step, "every")
         before = same_leaves(state.total, treedef, updates, "accumulated gradients")
         total = fx.add(before, fx.cast(gs, before))
-        due = state.mini_step + 1 == self.every
-        used = fx.cast(fx.div(total, float(self.every)) if self.use_mean else total, gs)
-        proposed, inner = self.inner.update(tree.unflatten(treedef, used), state.inner, params, **extra)
+        # A schedule cannot change within a sum: the number of updates stands still until it is complete.
+        due = state.mini_step + 1 >= every
+        count = float(every) if isinstance(every, int) else (state.mini_step + 1).to(torch.float32)
+        used = fx.cast(fx.div(total, count) if self.use_mean else total, gs)
+        proposed, inner = self.inner.update(tree.unflatten(treedef, used), state.inner, params, step=step, **extra)
         us, out = tree.flatten(proposed)
         following = AccumulateState(
             torch.where(due, torch.zeros_like(state.mini_step), state.mini_step + 1),
@@ -126,7 +141,9 @@ class Accumulate(ElementWrapper):
 
 
 @checked(OptimError)
-def accumulate(inner: GradientTransformation, every: Count, *, use_mean: bool = True) -> GradientTransformation:
+def accumulate(
+    inner: GradientTransformation, every: Count | Schedule, *, use_mean: bool = True
+) -> GradientTransformation:
     """Sum gradients over several calls and update on the last of them; the calls between return zeros.
 
     `state.step` of a train state counts the updates, not the calls. For microbatches of one batch use `make_step(...,
@@ -134,7 +151,8 @@ def accumulate(inner: GradientTransformation, every: Count, *, use_mean: bool = 
 
     Args:
         inner: the transformation that gets the accumulated gradients.
-        every: calls per update, at least 1.
+        every: calls per update, at least 1; or a schedule of the number of applied updates, such as
+            `piecewise_constant_schedule(8.0, {1000: 0.5})`: 8 calls until update 1000, then 4. One below 1 counts as 1.
         use_mean: pass on the mean; otherwise the sum.
 
     Returns:
@@ -142,7 +160,7 @@ def accumulate(inner: GradientTransformation, every: Count, *, use_mean: bool = 
         least float32.
 
     Raises:
-        OptimError: `every` is not a positive integer.
+        OptimError: `every` is neither a positive integer nor a function.
 
     Examples:
         >>> from purestep.optim import sgd
@@ -155,7 +173,8 @@ def accumulate(inner: GradientTransformation, every: Count, *, use_mean: bool = 
 
     Reference: `optax.MultiSteps`.
     """
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+    is_schedule = callable(every) and not isinstance(every, type)
+    if not is_schedule and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise OptimError(
             explain("every must be a positive integer", where=f"{every=}", instead="accumulate(tx, every=4)")
         )

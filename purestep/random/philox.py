@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -32,6 +34,11 @@ def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, A
         >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0))]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
+    tensors = [word for word in (*counter, *key) if isinstance(word, Tensor)]
+    if tensors and has_torch_function(tensors):
+        # A trace has a mode for it: two hundred operations are traced once, and repeated in the graph after that.
+        words: tuple[Any, Any, Any, Any] = handle_torch_function(philox, tensors, counter, key)
+        return words
     c0, c1, c2, c3 = counter
     k0, k1 = key
     if getattr(k0, "device", None) is not None and k0.device.type == "meta":

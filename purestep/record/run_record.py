@@ -212,7 +212,7 @@ class RunRecord(Printed):
             *([f"setting {name}", value] for name, value in settings.items()),
             *([name, value] for name, value in self.summary.metrics.items()),
             ["parent", self.parent],
-            ["program", " ".join(program.command)],
+            ["program", f"{program.cell} of a notebook" if program.cell else " ".join(program.command)],
             ["commit", commit],
             ["torch", self.environment.get("torch")],
             ["digest", self.digest],

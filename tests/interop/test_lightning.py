@@ -20,6 +20,7 @@ from purestep.errors import ConfigError, MetricError, StepError
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Lightning about its own imports
     import lightning.pytorch as pl
+    import torchmetrics
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning about workers, logging and the like
 
@@ -164,6 +165,16 @@ def test_the_run_of_lightning_is_ours(row, data, tmp_path):
     assert all(torch.equal(loaded.params[name], p) for name, p in module.named_parameters())
 
 
+def test_a_lifted_optimizer_sees_the_very_numbers_of_the_scheduler(data):
+    rates = lit_of(Lit("SGD", "step"), data).tx
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for i in range(EPOCHS * 5):
+        assert rates.hyperparams(None, torch.tensor(i))["learning_rate"].item() == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+
 def test_the_test_step_and_its_returned_loss(data):
     lit = lit_of(Lit(), data)
     row = lit.evaluate(data[1], part="test").evaluate(lit.state, lambda: False)
@@ -180,6 +191,7 @@ def test_it_resumes_and_is_pure(data, tmp_path):
     ps.testing.check_pure(lit.step, lit.state, next(iter(data[0])))
 
 
+@pytest.mark.slow
 def test_a_transformation_of_ours_can_be_jitted(data):
     lit = lit_of(Lit(), data, tx=ps.optim.adamw(1e-2))
     batch = next(iter(data[0]))
@@ -187,6 +199,66 @@ def test_a_transformation_of_ours_can_be_jitted(data):
     compiled, metrics = ps.jit(lit.step, backend="eager")(lit.state, batch)
     ps.testing.assert_trees_close(compiled.params, eager.params, rtol=1e-5, atol=1e-6)
     assert {"loss", "train_loss", "largest", "weighted"} <= set(metrics)
+
+
+class Measured(Lit):
+    """Metrics as Lightning's guides write them: called and logged as objects, in a collection, in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.train_acc = torchmetrics.Accuracy(task="multiclass", num_classes=3)
+        self.val_auroc = torchmetrics.AUROC(task="multiclass", num_classes=3)
+        several = {"f1": torchmetrics.F1Score(task="multiclass", num_classes=3, average="macro")}
+        self.val_several = torchmetrics.MetricCollection(several, prefix="val_")
+        self.listed = nn.ModuleList([torchmetrics.MeanMetric()])
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.train_acc(logits, batch[1])
+        self.log("acc", self.train_acc, on_step=False, on_epoch=True)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.val_auroc.update(logits.softmax(1), batch[1])
+        self.val_several(logits, batch[1])
+        self.log("auroc", self.val_auroc)
+        self.log_dict(self.val_several)
+        self.listed[0](batch[0].mean(1))
+        self.log("listed", self.listed[0])
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_torchmetrics_objects_are_exact_values(compiled, data, tmp_path):
+    module = Measured()
+    lit = lit_of(module, data)
+    trainer, _ = by_lightning(module, data, tmp_path)
+    result, _ = by_us(lit, data)
+    for name in ("auroc", "val_f1", "listed"):
+        assert result.metrics[f"val/{name}"] == pytest.approx(float(trainer.callback_metrics[name]), rel=1e-5), name
+    assert result.metrics["train/acc_epoch"] == pytest.approx(float(trainer.callback_metrics["acc"]), rel=1e-6)
+    assert isinstance(lit.state.model.module.train_acc, torchmetrics.Metric)
+    if compiled:
+        ours = lit_of(module, data, tx=ps.optim.sgd(0.1))
+        batch = next(iter(data[0]))
+        metrics = ps.jit(ours.step, backend="eager")(ours.state, batch)[1]
+        assert float(metrics["acc"].compute()) == float(ours.step(ours.state, batch)[1]["acc"].compute())
+
+
+def test_a_metric_that_was_not_called_cannot_be_logged(data):
+    class Wrong(Measured):
+        def training_step(self, batch, batch_idx):
+            self.log("acc", self.train_acc)
+            return self(batch[0]).mean()
+
+    class Reads(Measured):
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).mean() * self.train_acc.num_classes
+
+    for variant, error, text in ((Wrong, MetricError, "was not called"), (Reads, StepError, "train_acc.num_classes")):
+        lit = lit_of(variant(), data)
+        with pytest.raises(error, match=text):
+            lit.step(lit.state, next(iter(data[0])))
 
 
 def test_settings_are_the_hyperparameters(data):

@@ -164,6 +164,15 @@ def test_an_update_that_reads_no_values_goes_into_a_graph(name):
     assert found.compute() == function(*given).compute() if name != "confusion" else True
 
 
+def test_members_of_an_ensemble_have_metrics_of_their_own():
+    columns = theirs().table(12, 4)
+    function = converted("f1")
+    logits = torch.stack([columns["logits"], columns["logits"].flip(0), -columns["logits"]])
+    found = torch.vmap(lambda x: function(x, columns["label"]))(logits)
+    for i in range(3):
+        assert tree.equal(tree.map(lambda x, i=i: x[i], found), function(logits[i], columns["label"]))
+
+
 def test_an_update_that_reads_values_says_so_under_jit():
     columns = theirs().table(9, 3)
     function = converted("binary accuracy")

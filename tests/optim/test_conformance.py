@@ -137,6 +137,7 @@ ROWS = [
         value_fn=True,
     ),
     Row("lbfgs line search", lambda: optim.lbfgs(max_linesearch_steps=4), value_fn=True, smooth=False),
+    Row("prune", lambda: optim.prune(optim.sgd(LR, 0.9), 0.25), smooth=False),
     Row(
         "lookahead",
         lambda: optim.lookahead(optim.sgd(LR), 5, slow_step_size=0.5),

@@ -158,6 +158,21 @@ def test_accumulate_gives_the_update_of_the_mean_gradient(use_mean: bool) -> Non
         assert all((t == 0).all() for t in state.total.values())
 
 
+def test_accumulate_takes_a_schedule_of_updates() -> None:
+    """Three calls an update, then two, then one: the schedule never moves within a sum."""
+    params, grads = draw(5), [draw(10 + i) for i in range(9)]
+    tx = optim.accumulate(optim.sgd(0.1), optim.piecewise_constant_schedule(3.0, {2: 2 / 3, 3: 0.5}))
+    state, step, applied = tx.init(params), torch.zeros((), dtype=torch.int64), []
+    for g in grads:
+        updates, state = tx.update(g, state, params, step=step)
+        applied.append(bool(tx.applied(state)))
+        step = step + applied[-1]
+    assert applied == [False, False, True] * 2 + [False, True, True]
+    assert tree.equal(updates, tree.map(lambda g: -0.1 * g, grads[-1]))
+    with pytest.raises(OptimError, match="every is a schedule, and `update` was called without a step"):
+        tx.update(grads[0], state, params)
+
+
 def test_accumulate_sums_bfloat16_in_float32() -> None:
     tx = optim.accumulate(optim.scale(1.0), 257, use_mean=False)
     grads = {"w": torch.ones(1, dtype=torch.bfloat16)}

@@ -1,0 +1,102 @@
+"""`device_stats`: memory of the device and of the process, and how busy the process is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from purestep.arguments import Name, checked
+from purestep.callbacks.base import Reducer
+from purestep.errors import ConfigError
+from purestep.loop.cadence import Every, every
+from purestep.loop.events import Event, LoopState, StepsDone, View
+from purestep.loop.input import device_of
+from purestep.loop.roles import Observer, Recurring
+
+_STATM = Path("/proc/self/statm")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceStats(Recurring, Reducer, Observer):
+    """See `device_stats`."""
+
+    every: Every
+    name: str
+
+    def identity(self) -> None:
+        """Return None: it only looks at the machine."""
+
+    def open_sink(self, run_dir: Path | None, length: int | None) -> _Stats:
+        return _Stats(self, length)
+
+
+class _Stats:
+    """Reads the counters of the process and of the device when a row is due."""
+
+    def __init__(self, settings: DeviceStats, length: int | None) -> None:
+        self._settings, self._length = settings, length
+        self._cpu, self._time, self._boundary = _cpu_seconds(), time.monotonic(), 0.0
+
+    def receive(self, event: Event, loop: LoopState) -> Mapping[str, float] | None:
+        status = loop.status.replace(boundary=self._boundary)
+        due = self._settings.every.due(event, View(loop.replace(status=status), self._length))
+        if isinstance(event, StepsDone):
+            self._boundary = loop.elapsed
+        if not due:
+            return None
+        row = {**self._process(), **_device(device_of(loop.train))}
+        return {f"{self._settings.name}/{what}": float(value) for what, value in row.items()}
+
+    def _process(self) -> dict[str, float]:
+        cpu, now = _cpu_seconds(), time.monotonic()
+        busy = (cpu - self._cpu) / max(now - self._time, 1e-9)
+        self._cpu, self._time = cpu, now
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        row = {"cpus_busy": busy, "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        if _STATM.exists():
+            row["process_bytes"] = int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return row
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def _device(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    return {
+        "allocated_bytes": stats["allocated_bytes.all.current"],
+        "peak_bytes": stats["allocated_bytes.all.peak"],
+        "reserved_bytes": stats["reserved_bytes.all.current"],
+        "retries": stats["num_alloc_retries"],
+    }
+
+
+@checked(ConfigError)
+def device_stats(*, every: Every = every.steps(50), name: Name = "device") -> DeviceStats:  # noqa: B008
+    """Log what the run takes of its machine: `device/process_bytes`, `device/cpus_busy`, `device/allocated_bytes`, ...
+
+    Rows go to the loggers and into no state. They are of the process of rank 0. On CUDA the allocator's counters are
+    read on the host, which does not wait for the device; `retries` counts how often memory had to be freed first.
+
+    Args:
+        every: when.
+        name: of the callback, and prefix of the rows.
+
+    Reference: `lightning.pytorch.callbacks.DeviceStatsMonitor`.
+    """
+    return DeviceStats(every, name)
