@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ _OWN = ("device",)  # options that are settings of an experiment that has such a
 def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     """Train an experiment."""
     if arguments.processes and not (wants_help or arguments.print_config):
-        return processes.launch(arguments.processes, sys.orig_argv, arguments)
+        return processes.launch(arguments.processes, arguments.words)
     processes.join_slurm()
     prepare(arguments)
     loaded = load(arguments.file)
