@@ -335,7 +335,15 @@ class Jit(AnyStep):
         takes = None if len(traced.takes) == len(leaves) else _picker(traced.takes)
         fixed = not cache_key.static_values((args[1:], kwargs))
         return Entry(
-            run, takes, _picker(layout.picks), layout, traced.structure, traced.graph, tuple(objects), fixed, traced.guards
+            run,
+            takes,
+            _picker(layout.picks),
+            layout,
+            traced.structure,
+            traced.graph,
+            tuple(objects),
+            fixed,
+            traced.guards,
         )
 
     def _traced(
