@@ -1,5 +1,4 @@
-"""Which architectures of transformers, timm and torchvision `ps.jit` traces, whether the bits are those of the step, and
-how long a trace takes.
+"""Which architectures of transformers, timm and torchvision `ps.jit` traces, with which bits, and in which time.
 
 Random weights, tiny configurations, no download. It has an environment of its own, `benchmarks/zoo-requirements.txt`:
 
