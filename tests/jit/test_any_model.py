@@ -408,6 +408,12 @@ def views_after(x):
     return y, z.transpose(1, 2), y.t() @ y
 
 
+def broadcast_after(x):
+    y = x.clone()
+    y.mul_(2)
+    return y[None].expand(3, -1, -1) * 2
+
+
 def filled(x):
     y = torch.empty_like(x)
     y.copy_(x.sin())
@@ -416,7 +422,7 @@ def filled(x):
     return before, y, y.view(-1)[:2]
 
 
-@pytest.mark.parametrize("function", [views_after, filled])
+@pytest.mark.parametrize("function", [views_after, broadcast_after, filled])
 def test_operations_in_place_become_values(function):
     compiled, x = jit(function, backend="eager"), torch.randn(3, 4)
     assert_trees_equal(compiled(x), function(x))
