@@ -9,6 +9,7 @@ from typing import Literal
 from purestep.arguments import Finite, Name, Whole, checked
 from purestep.callbacks.base import Reaction, Reducer
 from purestep.errors import ConfigError, MetricError, explain
+from purestep.loop.cadence import Until
 from purestep.loop.events import EpochDone, Evaluated, Event, Resumed, Stop, View
 from purestep.tree import pytree
 
@@ -40,6 +41,7 @@ class EarlyStopping(Reducer):
     stopping_threshold: float | None
     divergence_threshold: float | None
     name: str
+    not_before: Until | None = None
 
     def init(self) -> Patience:
         return Patience(math.inf if self.mode == "min" else -math.inf)
@@ -53,7 +55,8 @@ class EarlyStopping(Reducer):
         elif not isinstance(event, Resumed) or self.monitor.split("/")[0] in view.loop.status.due:
             # An evaluation that was cut off is done first after a resume, and may be better.
             return own, ()
-        reason = self._reason(own)
+        early = self.not_before is not None and not self.not_before.reached(view)
+        reason = None if early else self._reason(own)
         return own, (() if reason is None else (Stop(f"early stopping: {reason}"),))
 
     def _speaks(self, event: Evaluated | EpochDone) -> bool:
@@ -103,6 +106,7 @@ def early_stopping(
     check_finite: bool = True,
     stopping_threshold: Finite[float] | None = None,
     divergence_threshold: Finite[float] | None = None,
+    not_before: Until | None = None,
     name: Name = "early_stopping",
 ) -> EarlyStopping:
     """End the run when a metric has not improved for some checks. Each argument means what it means in Lightning.
@@ -116,6 +120,8 @@ def early_stopping(
         check_finite: stop when it is NaN or infinite.
         stopping_threshold: stop once it is better than this.
         divergence_threshold: stop once it is worse than this.
+        not_before: a moment, as `ps.epochs(5)`. Checks before it count and stop nothing; the first one from then on
+            judges by what holds then.
         name: of the callback.
 
     A resumed run goes by the settings it is given now: a larger patience continues a run that had stopped.
@@ -142,5 +148,5 @@ def early_stopping(
             )
         )
     return EarlyStopping(
-        monitor, patience, min_delta, mode, check_finite, stopping_threshold, divergence_threshold, name
+        monitor, patience, min_delta, mode, check_finite, stopping_threshold, divergence_threshold, name, not_before
     )

@@ -31,6 +31,9 @@ class Result(Printed):
         run_dir: the run directory, None without one.
         loop: the whole run in one value.
         unsaved: whether its last snapshot was not durable when it ended: it failed, or the grace period was over.
+        seconds: where the wall time of this call went, in this process: `"data"` is waiting for batches, `"step"` steps
+            and reading their metrics, `"check"` what is checked before the first one, `"evaluate"`, `"transform"`, and
+            `"save"` what training waits for of snapshots. On a GPU `"step"` is what the host waits for.
     """
 
     state: Any
@@ -39,6 +42,7 @@ class Result(Printed):
     run_dir: Path | None
     loop: LoopState
     unsaved: bool = False
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def interrupted(self) -> bool:

@@ -53,6 +53,7 @@ from purestep.loop.roles import Evaluator, Transformer
 from purestep.loop.saving import Saving
 from purestep.loop.signals import Signals
 from purestep.loop.skipped_updates import Skipped
+from purestep.loop.stopwatch import Stopwatch
 from purestep.preflight import hidden_attributes, memory
 from purestep.preflight.check import check_threads
 from purestep.preflight.contract import Contract
@@ -84,7 +85,7 @@ class Run:
         self._program, self._settings = origin.caller(), arguments.settings or {}
         self._free = frozenset(arguments.free_settings)
         self.run_dir = None if arguments.run_dir is None else _cells.located(arguments.run_dir)
-        self._signals = Signals()
+        self._signals, self._watch = Signals(), Stopwatch()
         self._ranks = Ranks.of(step)
         self._skipped = Skipped(first=self._ranks.first)
         self._outside: Alone = self._ranks.outside(self._signals)
@@ -143,7 +144,9 @@ class Run:
     def result(self) -> Result:
         """Return what the run has come to; complete once the iteration is over."""
         reason = self.reason or "not finished"
-        return Result(self.loop.train, self.loop.status.metrics, reason, self.run_dir, self.loop, self._saving.unsaved)
+        train, metrics = self.loop.train, self.loop.status.metrics
+        seconds = dict(self._watch.seconds)
+        return Result(train, metrics, reason, self.run_dir, self.loop, self._saving.unsaved, seconds)
 
     def _run(self) -> Generator[Event, None, None]:
         with contextlib.ExitStack() as stack:
@@ -236,14 +239,18 @@ class Run:
         if isinstance(effect, Train):
             yield from self._train(effect)
         elif isinstance(effect, Evaluate):
-            row = self._ranks.evaluate(self._evaluator(effect.name), self.loop.train, self._outside)
+            with self._watch.part("evaluate"):
+                row = self._ranks.evaluate(self._evaluator(effect.name), self.loop.train, self._outside)
             yield Ticked(self._outside.elapsed())
             if row is not None:
                 yield Evaluated(effect.name, row)
         elif isinstance(effect, Transform):
-            yield Transformed(effect.name, self._transformer(effect.name).transform(self.loop.train))
+            with self._watch.part("transform"):
+                transformed = self._transformer(effect.name).transform(self.loop.train)
+            yield Transformed(effect.name, transformed)
         elif isinstance(effect, Save):
-            yield from self._saving.save(self.loop, self._step, self._feed.loader_state, self._outlets.flush)
+            saved = self._saving.save(self.loop, self._step, self._feed.loader_state, self._outlets.flush)
+            yield from self._watch.over("save", saved)
         elif isinstance(effect, Log):
             self._outlets.log(resume_.applied_steps(self.loop), {"epoch": self.loop.cursor.epoch, **effect.row})
 
@@ -261,8 +268,11 @@ class Run:
 
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
-        state, record, cut, last = self._chunk(self.loop.train, self._feed.take(cursor, effect.n), effect.elapsed)
-        steps = record.series()
+        with self._watch.part("step"):
+            batches = self._watch.over("data", self._feed.take(cursor, effect.n))
+            state, record, cut, last = self._chunk(self.loop.train, batches, effect.elapsed)
+            del batches
+            steps = record.series()
         self._skipped.look(self._step, state, last, steps)
         short = len(steps) < effect.n and not cut and not self._outside.unread
         end = self._feed.at_end(cursor.batch + len(steps), short)
@@ -273,7 +283,7 @@ class Run:
         if end:
             self._feed.end_epoch()
             yield EpochDone()
-        yield from self._saving.durable()
+        yield from self._watch.over("save", self._saving.durable())
 
     def _chunk(
         self, state: object, batches: Iterator[Any], elapsed: float | None
@@ -286,7 +296,8 @@ class Run:
             if self._checked:
                 same(batch, index)
             else:
-                first = self._check_first(state, batch)
+                with self._watch.part("check"):
+                    first = self._check_first(state, batch)
                 step = self._step  # the check has settled the number of its microbatches
             try:
                 returned = step(state, batch)
@@ -370,7 +381,7 @@ class Run:
         self._checked = True
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
-        yield from self._saving.finish(self.loop)
+        yield from self._watch.over("save", self._saving.finish(self.loop))
         self.reason = reason
         self._end_origin(reason)
         yield from self._tell(Stopped(reason), queue)

@@ -6,7 +6,7 @@ import pytest
 
 import purestep as ps
 from purestep.errors import ConfigError, MetricError
-from purestep.loop import Evaluated, LoopState, Resumed, Status, Stop, View
+from purestep.loop import Cursor, Evaluated, LoopState, Resumed, Status, Stop, View
 
 VIEW = View(LoopState(None), 10)
 
@@ -37,6 +37,23 @@ def feed(callback, values, own=None):
 )
 def test_semantics(settings, values, expected):
     assert feed(ps.callbacks.early_stopping("val/loss", **settings), values)[1] == [bool(e) for e in expected]
+
+
+def test_not_before_holds_a_stop_back_and_forgets_it_when_the_metric_improves():
+    callback = ps.callbacks.early_stopping("val/loss", patience=1, not_before=ps.steps(30) & ps.epochs(2))
+
+    def at(own, value, batches, epoch=3):
+        view = View(LoopState(None, Cursor(epoch, 0, batches)), 10)
+        own, effects = callback.react(own, Evaluated("val", {"val/loss": value}), view)
+        return own, bool(effects)
+
+    own, stopped = at(callback.init(), 2.0, 10)
+    own, stopped = at(own, 3.0, 20)
+    assert (own.wait, stopped) == (1, False)
+    assert at(own, 3.0, 30)[1]
+    assert not at(own, 3.0, 30, epoch=1)[1]
+    own, stopped = at(own, 1.0, 30)
+    assert (own.wait, stopped) == (0, False)
 
 
 def test_patience_counts_checks_and_an_improvement_starts_anew():
