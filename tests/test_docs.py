@@ -50,6 +50,7 @@ def test_tune_page(capsys):
         exec(compile(block, "docs/tune.md", "exec"), namespace)
     assert {"suggestion", "fits"} <= set(capsys.readouterr().out.split())
     assert 1e-4 < namespace["found"].suggestion < 1.0
+    assert [row.left_at for row in namespace["sweep"].rows].count("") == 1
     assert (namespace["sizes"].size, len(namespace["figure"].axes)) == (256, 1)
 
 

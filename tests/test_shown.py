@@ -408,3 +408,11 @@ def test_a_model_is_summarised():
     found = ps.display.summary(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     assert page(found).rows[-1] == ["total", "", "24", "9", "136 B", "float32, int64", "yes"]
     assert repr(found) == str(found)
+
+
+def test_predictions_are_names_and_shapes():
+    found = ps.Predictions(torch.arange(300), {EVIL: torch.rand(300, 4), "label": torch.zeros(300, dtype=torch.int64)})
+    shown = page(found)
+    assert any("300 samples" in text for text in shown.texts)
+    assert "predictions.outputs['label']: int64[300]" in repr(found).splitlines()
+    assert len(repr(found).splitlines()) == 4

@@ -215,6 +215,11 @@ def _arguments_of_sweep(own: Parser) -> None:
     _training(own)
     own.add_argument("--run-dir", metavar="DIR", help="under which the runs are; by default runs/FILE-sweep")
     own.add_argument("--jobs", metavar="N", type=_count, default=1, help="runs at the same time")
+    own.add_argument("--metric", metavar="NAME", help="by which runs are compared, such as val/loss")
+    own.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more of it is better")
+    own.add_argument(
+        "--halving", metavar="N", type=_count, help="go on with the best one in N after a part of the length"
+    )
     own.epilog = "Settings take several values: --lr 1e-4,1e-3 --seed 0..7. The same command continues the sweep."
 
 

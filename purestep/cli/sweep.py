@@ -1,7 +1,8 @@
 """`purestep sweep`: an experiment under every combination of settings, each in a run directory of its own.
 
 A run that reached its end is not started again, so the same command continues a sweep; one that was interrupted is
-resumed from its last snapshot. Workers run one after the other in processes that have imported torch once.
+resumed from its last snapshot: `tune.sweep` decides that. Workers train one run after the other in processes that have
+imported torch once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import itertools
 import multiprocessing
 import re
 import signal
@@ -26,14 +26,13 @@ from typing import Any
 from purestep.cli import run as run_command
 from purestep.cli import show
 from purestep.cli.flags import Pairs, Settings
-from purestep.cli.load import load
-from purestep.cli.usage import UsageError
-from purestep.errors import PurestepError
-from purestep.record.summary import is_run, summarize
+from purestep.cli.load import Loaded, load
+from purestep.cli.usage import UsageError, of_explained
+from purestep.errors import ConfigError, PurestepError
+from purestep.loop.cadence import Until
+from purestep.tune.sweep import INTERRUPTED, Halving, Member, Sweep, combinations, is_done, name_of, perform, rungs
 
 Axes = Mapping[str, Sequence[str]]
-_INTERRUPTED = {130: "SIGINT", 143: "SIGTERM"}
-_ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +64,45 @@ def sweep(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     axes = axes_of(pairs, settings)
     root = Path(arguments.run_dir or f"runs/{loaded.stem}-sweep")
     jobs = list(_jobs(settings, axes, root, arguments))
-    if len({job.run_dir for job in jobs}) < len(jobs):
+    by_run = {job.run_dir: job for job in jobs}
+    if len(by_run) < len(jobs):
         raise UsageError("two runs of the sweep have the same settings", "each value once")
     # Every error of settings comes before the first run.
     for job in jobs:
         checked = copy.copy(settings)
         checked.plain = dict(job.plain)
         checked.check()
-    run_command.until_of({"until": jobs[0].until} if jobs[0].until else {})
-    todo = [job for job in jobs if not is_done(job.run_dir)]
+    end = run_command.until_of({"until": jobs[0].until} if jobs[0].until else {})
+    members = [Member(job.values, job.run_dir) for job in jobs]
+    todo = [member for member in members if not is_done(member.run_dir)]
     show.say(f"{len(jobs)} runs in {root}, {len(jobs) - len(todo)} of them done")
-    code = _in_turn(todo) if arguments.jobs == 1 or len(todo) < 2 else _side_by_side(todo, arguments.jobs)
-    return _report(jobs, arguments) or code
+
+    def train_all(some: Sequence[Member], until: Until | None) -> int:
+        chosen = [by_run[member.run_dir] for member in some]
+        if until is not None:
+            chosen = [dataclasses.replace(job, until=str(until)) for job in chosen]
+        return _in_turn(chosen) if arguments.jobs == 1 or len(chosen) < 2 else _side_by_side(chosen, arguments.jobs)
+
+    options = {"halving": _halving(arguments, end, loaded, jobs), "metric": arguments.metric, "mode": arguments.mode}
+    try:
+        found, code = perform(members, root, train_all, **options)
+    except ConfigError as error:
+        raise of_explained(error) from error
+    return _report(found, arguments) or code
+
+
+def _halving(arguments: argparse.Namespace, end: Until | None, loaded: Loaded, jobs: Sequence[Job]) -> Halving | None:
+    """Return the rungs of `--halving`, None without it."""
+    if arguments.halving is None:
+        return None
+    if arguments.metric is None or arguments.halving < 2:
+        raise UsageError("--halving keeps one run in two or more, by a metric", "--halving 3 --metric val/loss")
+    last = end or run_command.adapted(loaded.make(jobs[0].plain), arguments).until
+    try:
+        ends = rungs(last, len(jobs), arguments.halving)
+    except ConfigError as error:
+        raise of_explained(error) from error
+    return Halving(arguments.halving, ends, arguments.metric, arguments.mode)
 
 
 def axes_of(pairs: Pairs, settings: Settings) -> dict[str, list[str]]:
@@ -130,35 +156,13 @@ def _takes_list(settings: Settings, name: str) -> bool:
 
 
 def _jobs(settings: Settings, axes: Axes, root: Path, arguments: argparse.Namespace) -> Iterator[Job]:
-    several = [name for name, values in axes.items() if len(values) > 1] or list(axes)
-    for combination in itertools.product(*axes.values()):
-        values = dict(zip(axes, combination, strict=True))
+    for values, several in combinations(axes):
         one = copy.copy(settings)
         one.plain = copy.deepcopy(settings.plain)
         until = None if "until" in settings else values.get("until")
         one.read_flags([(name, text) for name, text in values.items() if name != "until" or until is None])
         shown = {name: values[name] for name in several}
         yield Job(shown, one.plain, until, root / name_of(shown), arguments)
-
-
-def name_of(values: Mapping[str, str]) -> str:
-    """Return the name of the directory of a run: the settings that differ.
-
-    Examples:
-        >>> name_of({"lr": "1e-3", "optimizer": "lion(1e-4)"})
-        'lr=1e-3,optimizer=lion(1e-4)'
-    """
-    text = ",".join(f"{name}={value}" for name, value in values.items())
-    return re.sub(r"[^\w.,=()+-]+", "_", text)[:200] or "run"
-
-
-def is_done(run_dir: Path) -> bool:
-    """Tell whether a run reached its end: it was neither interrupted, nor ended by an error."""
-    if not is_run(run_dir):
-        return False
-    row = summarize(run_dir, run_dir.name)
-    unfinished = row.why in ("not finished", "not started", *_INTERRUPTED.values())
-    return not (unfinished or row.damage or _ERROR.match(row.why))
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def _in_turn(jobs: Sequence[Job]) -> int:
     for number, job in enumerate(jobs):
         show.say(f"[{number + 1}/{len(jobs)}] {job.run_dir}")
         code = max(code, found := _train(job))
-        if found in _INTERRUPTED:
+        if found in INTERRUPTED:
             break
     return code
 
@@ -241,33 +245,22 @@ def _result(future: Future[int], job: Job) -> int:
         return 1
 
 
-def _report(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
+def _report(found: Sweep, arguments: argparse.Namespace) -> int:
     """Print the table; return 1 where a run did not reach its end."""
-    rows = [(job, summarize(job.run_dir, job.run_dir.name) if is_run(job.run_dir) else None) for job in jobs]
     if arguments.json:
         show.as_json(
             [
                 {
-                    "run_dir": str(job.run_dir),
-                    "values": dict(job.values),
-                    "why": "not started" if row is None else row.why,
-                    "batches": None if row is None else row.batches,
-                    "metrics": {} if row is None else dict(row.metrics),
-                    "digest": "" if row is None else row.digest,
+                    "run_dir": str(row.run_dir),
+                    "values": dict(row.values),
+                    "why": row.why,
+                    "batches": None if row.summary is None else row.summary.batches,
+                    "metrics": {} if row.summary is None else dict(row.summary.metrics),
+                    "digest": "" if row.summary is None else row.summary.digest,
                 }
-                for job, row in rows
+                for row in found.rows
             ]
         )
     else:
-        metrics = list(dict.fromkeys(name for _, row in rows if row is not None for name in row.metrics))
-        head = [*jobs[0].values, "why it ended", "batches", *metrics, "digest"]
-        show.table(
-            head,
-            [
-                [*job.values.values(), "not started", *[None] * (len(metrics) + 2)]
-                if row is None
-                else [*job.values.values(), row.why, row.batches, *map(row.metrics.get, metrics), row.digest[:8]]
-                for job, row in rows
-            ],
-        )
-    return int(not all(is_done(job.run_dir) for job in jobs))
+        show.table(*found.columns())
+    return int(not found.done)

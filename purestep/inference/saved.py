@@ -22,6 +22,7 @@ from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, SnapshotError, explain, import_extra
 from purestep.snapshot import durable_directories
 from purestep.tree import pytree
+from purestep.views import Block, Note, Printed
 
 Format = Literal["safetensors", "npy", "parquet"]
 _INDEX = "index"
@@ -29,7 +30,7 @@ _ONLY = "output"  # the name of an output that is one tensor
 
 
 @pytree
-class Predictions:
+class Predictions(Printed):
     """Outputs of a model, one for each of some samples.
 
     Attributes:
@@ -39,6 +40,14 @@ class Predictions:
 
     indices: Tensor
     outputs: Any
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it: each tensor with its dtype and shape, and how many samples there are."""
+        from purestep.display import notebook
+
+        samples = len(self.indices)
+        said = f"predictions for {samples} {'sample' if samples == 1 else 'samples'}"
+        return [Note(said), *notebook.show(self, root="predictions").view()]
 
 
 def named(outputs: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -25,12 +25,13 @@ from purestep.optim.base import GradientTransformation
 from purestep.state import TrainState, init
 from purestep.step import Step, make_eval, make_step
 from purestep.step_protocol import wrap_step
+from purestep.views import Block, Printed, Table, written
 
 Part = Literal["validation", "test"]
 
 
-@dataclasses.dataclass(frozen=True)
-class FromLightning:
+@dataclasses.dataclass(frozen=True, repr=False)
+class FromLightning(Printed):
     """The parts of a LightningModule. Made by `from_lightning`.
 
     Attributes:
@@ -42,12 +43,26 @@ class FromLightning:
         settings: what `save_hyperparameters` noted, as far as it is JSON, for `fit(..., settings=lit.settings)`.
     """
 
-    module: Any = dataclasses.field(repr=False)
+    module: Any
     loss_fn: Callable[..., Any]
     tx: GradientTransformation
     seed: int
     settings: dict[str, Any]
-    base: type[nn.Module] = dataclasses.field(repr=False)
+    base: type[nn.Module]
+
+    def view(self) -> list[Block]:
+        """Return the blocks that show it: the parts by name, and the settings."""
+        has = [part for part in get_args(Part) if lightning_hooks.overridden(self.module, f"{part}_step", self.base)]
+        calls = [f"lit.evaluate(data{'' if part == 'validation' else f', part={part!r}'})" for part in has]
+        rows = [
+            ["lit.module", f"{sum(p.numel() for p in self.module.parameters()):,} parameters"],
+            ["lit.loss_fn", "training_step"],
+            ["lit.tx", str(self.tx)],
+            ["lit.state, lit.step", f"of seed {self.seed}"],
+            *([call, f"{part}_step"] for call, part in zip(calls, has, strict=True)),
+            *([f"setting {name}", written(value)] for name, value in self.settings.items()),
+        ]
+        return [Table(["LightningModule", type(self.module).__qualname__], rows, wide=True)]
 
     @functools.cached_property
     def state(self) -> TrainState:

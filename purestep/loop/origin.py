@@ -53,10 +53,10 @@ class Program:
     function: str = ""
     file: str = ""
     line: int = 0
-    source: str = ""
+    source: str = dataclasses.field(default="", repr=False)
     cell: str = ""
     notebook: str = ""
-    session: str = ""
+    session: str = dataclasses.field(default="", repr=False)
     command: tuple[str, ...] = ()
     directory: str = ""
     commit: str | None = None
@@ -204,6 +204,8 @@ class Origin:
         self.run_dir = run_dir
         self._program, self._settings = program, settings
         self._content: dict[str, Any] = {}
+        self._known: dict[str, Any] = {}  # what was recorded before, by starts that trained what there is
+        self._at = 0
 
     def begin(self, at: int | None) -> None:
         """Note a start, at the snapshot `at` or at the beginning."""
@@ -217,6 +219,7 @@ class Origin:
         start["source"], start["session"] = _digest(program.source), _digest(program.session)
         earlier = known.get("starts", []) if at is not None else []
         earlier = [old for old in earlier if isinstance(old, dict)] if isinstance(earlier, list) else []
+        self._known, self._at = known if earlier else {}, at or 0
         starts = [*earlier[:1], *earlier[1:][-(_STARTS - 2) :], start]
         old = known.get("sources")
         sources = {**(old if isinstance(old, dict) else {}), **texts}
@@ -231,7 +234,16 @@ class Origin:
         write(self.run_dir, self._content)
 
     def end(self, reason: str, batches: int) -> None:
-        """Note why and where the run ended."""
-        if self._content:
-            self._content["end"] = {"reason": reason, "time": time.time(), "batches": batches}
-            write(self.run_dir, self._content)
+        """Note why and where the run ended.
+
+        A start that trained nothing leaves the settings as they were: what is stored was not computed with its own. One
+        that found the run at its end leaves nothing at all.
+        """
+        if not self._content:
+            return
+        self._content["end"] = {"reason": reason, "time": time.time(), "batches": batches}
+        if self._known and batches == self._at:
+            old = self._known.get("end")
+            ended = isinstance(old, dict) and (old.get("reason"), old.get("batches")) == (reason, batches)
+            self._content = self._known if ended else {**self._content, "settings": self._known.get("settings")}
+        write(self.run_dir, self._content)

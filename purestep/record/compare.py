@@ -85,7 +85,8 @@ class Comparison(Printed):
         return rows
 
     def _ends(self) -> list[str]:
-        equal = "no snapshot of both is equal" if self.last_equal is None else f"equal at {self.last_equal}"
+        at = self.last_equal
+        equal = "no snapshot of both is equal" if at is None else f"last snapshots equal at {at}"
         if self.parted is None:
             return [f"the logs do not part; {equal}"]
         values = "; ".join(f"{name} {_text(a)} and {_text(b)}" for name, (a, b) in self.parted.values.items())

@@ -137,7 +137,16 @@ def opened(run: Which) -> RunRecord:
 def begun(
     record: RunRecord, experiment: Experiment, start: int, last: int, *, warn: bool = True, strict: bool = False
 ) -> Iterator[Replaying]:
-    """Begin to execute a run again at a snapshot; without one there, and at 0, at its beginning."""
+    """Begin to execute a run again at a snapshot; without one there, and at 0, at its beginning.
+
+    Raises:
+        ConfigError: the run reached its end before `last`.
+    """
+    end = record.summary.batches
+    # One that was interrupted, or failed, has steps to come, which are those that it will have when it goes on.
+    if end is not None and last > end and record.why.startswith("reached "):
+        what, where = f"the run ends at {end}, before {last}", f"{record.path}: {record.why}"
+        raise ConfigError(explain(what, where=where, instead=f"{end} at most, or go on with it: fit(until=...)"))
     loop: LoopState | None = None
     manifest: Manifest | None = None
     if start in record.snapshots:

@@ -51,9 +51,15 @@ class Span(Printed):
         count = len(self.differences)
         return f"{count} {'leaf differs' if count == 1 else 'leaves differ'}: {self.differences[0]}"
 
+    @property
+    def steps(self) -> str:
+        """Its positions, as text."""
+        return f"{self.first} to {self.last}" if self.first < self.last else f"{self.first}, of the parent"
+
     def view(self) -> list[Block]:
         table = self.differences.view() if self.differences else []
-        return [Note(f"at {self.last}, computed from {self.first}: {self.found}"), *table]
+        how = f"computed from {self.first}" if self.first < self.last else "where the fork began"
+        return [Note(f"at {self.last}, {how}: {self.found}"), *table]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -79,7 +85,7 @@ class Verification(Printed):
         return next((span for span in self.spans if not span.equal), None)
 
     def _rows(self) -> list[list[object]]:
-        return [[f"{span.first} to {span.last}", span.found if span.equal else "DIFFERS"] for span in self.spans]
+        return [[span.steps, span.found if span.equal else "DIFFERS"] for span in self.spans]
 
     def view(self) -> list[Block]:
         table = Table(["steps", self.path.name], self._rows())

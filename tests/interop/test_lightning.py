@@ -265,6 +265,16 @@ def test_settings_are_the_hyperparameters(data):
     assert lit_of(Lit(lr=0.5), data).settings == {"optimizer": "Adam", "scheduler": "none", "groups": False, "lr": 0.5}
 
 
+def test_it_prints_as_its_parts(data):
+    lines = repr(lit_of(Lit(lr=0.5), data)).splitlines()
+    assert lines[0].split() == ["LightningModule", "Lit"]
+    assert [line.split("  ")[0] for line in lines[-6:]] == [
+        "lit.evaluate(data)",
+        "lit.evaluate(data, part='test')",
+        *(f"setting {name}" for name in ("optimizer", "scheduler", "groups", "lr")),
+    ]
+
+
 def test_the_module_is_left_as_it_was(data):
     module = Lit()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}

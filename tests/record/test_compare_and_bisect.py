@@ -87,7 +87,7 @@ def test_equal_runs_and_identities(root, tmp_path):
     found = ps.compare(root / "plain", tmp_path / "plain")
     assert (found.settings, found.conditions, found.parted, found.last_equal) == ({}, {}, None, 12)
     assert found.names == (str(root / "plain"), str(tmp_path / "plain"))
-    assert "the logs do not part; equal at 12" in repr(found)
+    assert "the logs do not part; last snapshots equal at 12" in repr(found)
     for lr in (1e-2, 2e-2):
         small(lr, donate=True).fit(run_dir=tmp_path / str(lr))
     found = ps.compare(tmp_path / "0.01", tmp_path / "0.02")

@@ -146,6 +146,8 @@ def test_a_flipped_bit_where_a_fork_began_is_found(tmp_path, gone):
         (tmp_path / "parent").rename(tmp_path / "elsewhere")
     found = ps.verify(child.path, small)
     assert [(span.first, span.last, span.equal) for span in found.spans] == [(6, 6, False), (6, 9, True), (9, 12, True)]
+    assert "6, of the parent  DIFFERS" in repr(found)
+    assert "at 6, where the fork began: " in repr(found)
     if gone:
         assert found.first.found == "not the state of the parent"
     else:

@@ -136,6 +136,16 @@ def test_what_makes_no_sense_is_refused(run):
         list(ps.replay(run, ps.Experiment(digits().step, {"w": torch.ones(1)}, digits().data), 4, 5))
 
 
+def test_what_comes_after_the_end_was_never_trained(run, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"the run ends at 17, before 18\n  where:   .*: reached 17 steps\n  instead: "
+    ):
+        list(ps.replay(run, digits, 16, 18))
+    with pytest.raises(ConfigError, match="the run ends at 17, before 99"):
+        ps.fork(run, at=99, run_dir=tmp_path / "child", experiment=digits)
+    assert not (tmp_path / "child").exists()
+
+
 def test_a_run_that_ended_early_has_no_later_positions(tmp_path):
     made = digits()
     stop = ps.callbacks.early_stopping("train/loss_epoch", patience=1, min_delta=1e9)

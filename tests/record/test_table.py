@@ -110,6 +110,23 @@ def test_a_resume_is_another_start_and_settings_may_change_with_a_warning(tmp_pa
     assert len(told["sources"]) == 1
 
 
+def test_a_start_that_trains_nothing_leaves_the_record_as_it_was(tmp_path):
+    train(tmp_path, 4, settings={"lr": 1})
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.warns(ps.loop.RunChangedWarning, match=r"settings.lr: saved with 1, now 2"):
+        train(tmp_path, 4, settings={"lr": 2})
+    assert (tmp_path / "run.json").read_bytes() == before
+
+    def broken(state, batch):
+        raise ps.errors.StepError("no")
+
+    data = ps.data.batches(table(), 4)
+    with pytest.warns(ps.loop.RunChangedWarning), pytest.raises(ps.errors.StepError):
+        ps.fit(broken, first_state(), data, until=ps.steps(6), run_dir=tmp_path, settings={"lr": 3})
+    run = ps.open(tmp_path)
+    assert (run.settings, run.why, len(run.programs)) == ({"lr": 1}, "StepError: no", 2)
+
+
 def test_loggers_are_given_the_settings(root):
     assert json.loads((root / "a" / "hparams.json").read_text())["lr"] == 1e-2
 
