@@ -116,6 +116,7 @@ def experiment(settings: Settings) -> ps.Experiment:
         policy.apply(ps.init(make_model, tx, seed=settings.seed)),
         train,
         until=settings.until or ps.epochs(settings.epochs),
+        free_settings=["workers"],  # a resume may change it: no bit depends on it
         callbacks=[
             ps.callbacks.log(every=ps.every.steps(10)),
             ps.callbacks.learning_rate(step.tx, every=ps.every.steps(10)),

@@ -2,6 +2,7 @@
 
     python examples/gpt.py
     torchrun --nproc-per-node=4 examples/gpt.py --plan fsdp
+    purestep run examples/gpt.py --processes 4 --plan fsdp
 
 The loss and the digest at the end are the same either way: plans and processes change where the work is done, and
 nothing else. `--plan none` is the step without a plan; its norm is summed in another order, so its bits are its own.
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import math
 import sysconfig
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -103,29 +106,44 @@ def make_plan(name: str) -> ps.sharding.Plan | None:
     return {"ddp": ps.sharding.ddp, "fsdp": ps.sharding.fsdp}[name]()
 
 
-def train(
-    plan: str = "ddp",
-    *,
-    steps: int = 200,
-    microbatches: int = 4,
-    precision: str = "32",
-    run_dir: Path | None = None,
-    jit: bool = False,
-    megabytes: float = 1.0,
-    schedule_steps: int | None = None,
-) -> ps.Result:
-    """Train for so many steps; a run directory with snapshots in it continues, whatever plan they were taken under."""
-    text = read(megabytes)
+@dataclass(frozen=True)
+class Settings:
+    """What one may change.
+
+    Args:
+        plan: which process holds and computes what.
+        steps: batches until the end.
+        microbatches: of a batch; fix it where the number of processes may change.
+        precision: policy.
+        jit: compile the step.
+        megabytes: of source code to read.
+        schedule_steps: of the learning rate's schedule; those of the run by default.
+    """
+
+    plan: Literal["none", "ddp", "fsdp", "hsdp"] = "ddp"
+    steps: int = 200
+    microbatches: int = 4
+    precision: str = "32"
+    jit: bool = False
+    megabytes: float = 1.0
+    schedule_steps: int | None = None
+
+
+@ps.experiment
+def experiment(settings: Settings) -> ps.Experiment:
+    torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
+    steps = settings.steps
+    text = read(settings.megabytes)
     cut = int(len(text) * (1 - HELD_OUT))
     data = ps.data.batches(windows(text[:cut]), BATCH, seed=SEED)
     held_out = ps.data.batches(windows(text[cut:]), 4 * BATCH, shuffle=False, drop_last=False).take(8)
 
-    total = schedule_steps or steps
+    total = settings.schedule_steps or steps
     schedule = ps.optim.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup_steps=total // 10, decay_steps=total)
     tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(schedule, weight_decay=0.1))
-    policy = ps.precision.policy(precision)
-    placement = make_plan(plan)
-    step = ps.make_step(loss_fn, tx, microbatches=microbatches, policy=policy, plan=placement)
+    policy = ps.precision.policy(settings.precision)
+    placement = make_plan(settings.plan)
+    step = ps.make_step(loss_fn, tx, microbatches=settings.microbatches, policy=policy, plan=placement)
     state = policy.apply(ps.init(GPT, tx, seed=SEED))
     if placement is not None:
         state = placement.place(state)
@@ -134,10 +152,18 @@ def train(
         ps.callbacks.log(every=ps.every.steps(min(20, steps))),
         ps.callbacks.evaluate(evaluate, held_out, every=ps.every.steps(max(total // 4, 1))),
     ]
-    if run_dir is not None:
-        callbacks.append(ps.callbacks.snapshots(every=ps.every.steps(max(total // 4, 1))))
-    step = ps.jit(step) if jit else step
-    return ps.fit(step, state, data, until=ps.steps(steps), callbacks=callbacks, run_dir=run_dir)
+    callbacks.append(ps.callbacks.snapshots(every=ps.every.steps(max(total // 4, 1))))
+    step = ps.jit(step) if settings.jit else step
+    free = ["plan", "steps"]  # a resume may change where it runs and where it ends
+    return ps.Experiment(step, state, data, until=ps.steps(steps), callbacks=callbacks, free_settings=free)
+
+
+def train(plan: str = "ddp", *, run_dir: Path | None = None, **settings: Any) -> ps.Result:
+    """Train for so many steps; a run directory with snapshots in it continues, whatever plan they were taken under."""
+    gpt = experiment(Settings(plan=plan, **settings))
+    if run_dir is None:
+        gpt = replace(gpt, callbacks=gpt.callbacks[:-1])  # without snapshots
+    return gpt.fit(run_dir=run_dir)
 
 
 def main() -> int:
@@ -150,7 +176,6 @@ def main() -> int:
     parser.add_argument("--megabytes", type=float, default=1.0, help="of source code to read")
     parser.add_argument("--jit", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
 
     result = train(**vars(args))
     digest = ps.digest(result.state)  # of the whole state: every process takes part

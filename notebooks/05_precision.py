@@ -251,15 +251,15 @@ styles |= {"bf16-true": ("tab:red", "-", 2), "bf16-master": ("tab:orange", "--",
 for name, losses in curves.items():
     left.plot(range(1, 13), losses, color=styles[name][0], ls=styles[name][1], lw=styles[name][2], label=name)
 left.set(xlabel="epoch", ylabel="held-out loss", title="AdamW at a learning rate of 1e-4")
-left.legend()
+left.legend(loc="lower left")
 offset = [0.0] * len(memory)
 for k, kind in enumerate(("params", "optimizer state", "saved for backward, 1,024 samples")):
     sizes = [row[k] / 2**20 for row in memory.values()]
     right.barh(list(memory), sizes, left=offset, height=0.6, color=("tab:blue", "tab:orange", "0.6")[k], label=kind)
     offset = [a + b for a, b in zip(offset, sizes, strict=True)]
 right.invert_yaxis()
-right.set(xlabel="MiB", title="Memory", xlim=(0, 1.3 * max(offset)))
-right.legend(fontsize=8, loc="lower right")
+right.set(xlabel="MiB", title="Memory", xlim=(0, None))
+right.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(-0.25, -0.16), columnspacing=1)
 figure.tight_layout()
 plt.show()
 

@@ -208,7 +208,7 @@ left.axvline(80, color="0.3", lw=1, ls="--", zorder=0.5)
 left.set(yticks=range(len(needs)), yticklabels=list(needs), xlim=(0, 110), xlabel="GiB on a rank")
 left.set_title("70.6 billion parameters on 1,024 ranks")
 left.invert_yaxis()
-left.legend(loc="lower right")
+left.legend(loc="lower right", frameon=True, edgecolor="none", framealpha=1)
 
 sizes = [2**k for k in range(3, 12)]
 by_size = [fsdp().dry_run(llama, {"fsdp": n}, compute_dtype=torch.bfloat16) for n in sizes]

@@ -135,8 +135,9 @@ subprocess.run([sys.executable, "-c", code], env=two, check=True)
 ps.compare("runs/twins/first", "runs/twins/threads")
 
 # %% [markdown]
-# `bisect` cannot find this one: it executes both here, with one thread, and both come out as the first did.
-# `verify` says so. It executes a run again and compares with the digests that its snapshots recorded.
+# `bisect` executes both here, with one thread, and both come out alike, though what they recorded is not. So the
+# cause is not in what was executed but in where. `verify` executes each span of one run again, compares with the
+# digests in its snapshots, and names the run that computes otherwise here.
 
 # %%
 with warnings.catch_warnings(record=True) as said:

@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 AT_ONCE = 2  # kernels
 CELL_SECONDS = 300
+LINES = 8  # of a cell in a difference
 FORMAT = "py:percent"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -66,7 +67,9 @@ class Difference:
     got: str
 
     def __str__(self) -> str:
-        code = "\n".join(f"    | {line}" for line in self.source.splitlines())
+        lines = self.source.splitlines()
+        shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], f"... and {len(lines) - LINES + 1} lines more"]
+        code = "\n".join(f"    | {line}" for line in shown)
         return (
             f"{self.notebook}, cell {self.cell}: {self.what}\n{code}\n"
             f"  expected: {_indented(self.expected)}\n  got:      {_indented(self.got)}"
@@ -259,7 +262,22 @@ def write_pair(source: Path, book: nbformat.NotebookNode, committed: nbformat.No
     nbformat.write(book, path)
     for picture, image in pictures(book):
         picture.write_bytes(image)
+    _write_digest(source, book)
     return path.read_bytes() != old
+
+
+def digest_of(book: nbformat.NotebookNode) -> str:
+    """Return the digest that a notebook ends with, "" where it has none."""
+    found = re.findall(r"\b[0-9a-f]{64}\b", str(book.cells[-1].get("outputs", "")))
+    return found[-1] if found else ""
+
+
+def _write_digest(source: Path, book: nbformat.NotebookNode) -> None:
+    """Write the first digits of the digest into the row of the notebook in the README beside it, where there is one."""
+    page = source.with_name("README.md")
+    if page.exists():
+        row = rf"(\({source.stem}\.ipynb\).*\| `)[0-9a-f]*(` \|\n)"
+        page.write_text(re.sub(row, rf"\g<1>{digest_of(book)[:16]}\g<2>", page.read_text()))
 
 
 async def _all(chosen: Sequence[Path], write: bool) -> list[bool]:

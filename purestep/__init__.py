@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from purestep import snapshot as snapshot
     from purestep import testing as testing
     from purestep import tree as tree
+    from purestep import tune as tune
     from purestep.batchnorm import refresh_batchnorm as refresh_batchnorm
     from purestep.display import notebook as notebook
     from purestep.functional import apply as apply

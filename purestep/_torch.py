@@ -31,6 +31,8 @@ a later torch has it no more:
     is_dtensor, local_tensor, layout_of, from_part
                             the shard of a DTensor and its spec, without the autograd node of `to_local`. Without
                             them: `x.to_local().detach()`; `x.device_mesh` and `x.placements`.
+    writes                  how often a tensor was written into, to see that a model leaves its parameters alone. Without
+                            it: compare their bytes after the first call of a model.
     is_fake                 what FakeTensorMode makes. Without it: `type(x).__name__`.
     run_backward            what `torch.autograd.grad` comes to; None where it is gone: then that is called.
     saved_tensor_hooks      the hooks that are active, to see whose they are. Without it: no unit is freed after its
@@ -149,6 +151,12 @@ def is_fake(value: object) -> bool:
     """Tell whether a value is a fake tensor; before their module is imported, nothing is."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is not None and isinstance(value, fake.FakeTensor)
+
+
+def writes(tensor: Tensor) -> int:
+    """Return how often a tensor was written into; 0 of those whose writes torch does not count, or counts otherwise."""
+    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return tensor._version if plain and not tensor.is_inference() else 0
 
 
 def schema_of(op: Callable[..., Any]) -> torch._C.FunctionSchema:

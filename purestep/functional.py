@@ -70,7 +70,7 @@ class bind:
         new_buffers: after the block, the buffers as the call left them, by name.
 
     Raises:
-        StepError: a name is missing or unknown.
+        StepError: a name is missing or unknown; or, on leaving, the model has written into a parameter.
 
     Examples:
         >>> model = nn.BatchNorm1d(2)
@@ -181,6 +181,7 @@ class bind:
     def _put(self) -> None:
         # A buffer may be written in place by the module; a frozen parameter among the buffers is never written.
         given = self.given | {n: self.given[n].clone() for n in self.buffer_names if n in self.slots.buffers}
+        self._versions = {} if self.slots.writes_nothing else self._counted()
         for group in (self.slots.params, self.slots.buffers):
             for name, places in group.items():
                 tensor = given[name]
@@ -209,12 +210,32 @@ class bind:
                 finally:
                     self._keep_buffers()
                     self._take_out()
+                    if kind is None and not self.slots.writes_nothing:
+                        self._check_written()
                     self.repeat = self.host.exit(error is not None)
             scope = getattr(_local, "scope", None)
             if scope is not None and not self.repeat:
                 scope.append(self)
         finally:
             self._release()
+
+    def _counted(self) -> dict[str, int]:
+        """Return how often each parameter was written into, as far as torch counts it here."""
+        return {name: _torch.writes(self.given[name]) for name in self.slots.params}
+
+    def _check_written(self) -> None:
+        """Refuse a model that writes into its parameters, as far as its first call shows it."""
+        if written := [name for name, writes in self._counted().items() if writes != self._versions[name]]:
+            raise StepError(
+                explain(
+                    "a model writes into its parameters while it is called",
+                    where=", ".join(map(repr, written)),
+                    why="the state that a call is given stays as it is: it may be kept, saved, or trained from again",
+                    instead="F.embedding(ids, torch.renorm(net.embed.weight, 2, 0, max_norm))   # not max_norm= of the "
+                    "layer\nself.register_buffer(...)   # for what a call changes",
+                )
+            )
+        self.slots.writes_nothing = True
 
     def _keep_buffers(self) -> None:
         for name in self.buffer_names:

@@ -37,6 +37,8 @@ class Slots:
         # A bound module belongs to one thread; another one waits until it is put back.
         self.lock = threading.RLock()
         self.habits = Habits()
+        # Whether a call has shown that the model leaves its parameters as they are.
+        self.writes_nothing = False
 
     def stale(self) -> bool:
         """Tell whether a submodule was added, removed or replaced since the places were found."""

@@ -125,6 +125,7 @@ def fit(arguments: RunArguments) -> Result:
             be used any more. The bits are the same.
         settings: hyperparameters, JSON by name: recorded in the run directory and in snapshots, given to loggers, shown
             by `ps.runs`. No bit depends on them; a resume says when they have changed.
+        free_settings: names of those that a resume may change without a word: where a run ends, how many workers load.
         dry_run: run so many batches of everything instead: train, then each evaluation on as many, and each callback
             that recurs, once. Nothing is written: no run directory, no snapshot, no row of a logger. `state` stays as
             it is; the result has the trained one.

@@ -36,11 +36,21 @@ def test_metrics_page(capsys, tmp_path, monkeypatch):
     assert set(names) == {"val/loss", "val/auroc", "val/scores/recall", "val/scores/kappa"}
 
 
-def test_cli_page(capsys):
+def test_cli_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     for block in blocks("docs/cli.md"):
         exec(compile(block, "docs/cli.md", "exec"), namespace)
     assert capsys.readouterr().out == "reached 20 steps\n"
+
+
+def test_tune_page(capsys):
+    namespace = {"__name__": "page"}
+    for block in blocks("docs/tune.md"):
+        exec(compile(block, "docs/tune.md", "exec"), namespace)
+    assert {"suggestion", "fits"} <= set(capsys.readouterr().out.split())
+    assert 1e-4 < namespace["found"].suggestion < 1.0
+    assert (namespace["sizes"].size, len(namespace["figure"].axes)) == (256, 1)
 
 
 def test_transforms_page(capsys):

@@ -462,3 +462,32 @@ def test_two_calls_with_other_tensors_in_one_loss(how):
     (own(x) * other(x)).mean().backward()
     for name, p in own.named_parameters():
         torch.testing.assert_close(grads[name], p.grad)
+
+
+class Writing(nn.Module):
+    """Writes into its weight: by torch's own layers, or by hand."""
+
+    def __init__(self, kind):
+        super().__init__()
+        layers = {"embedding": nn.Embedding(5, 3, max_norm=0.5), "bag": nn.EmbeddingBag(5, 3, max_norm=0.5)}
+        self.layer, self.by_hand = layers.get(kind, nn.Embedding(5, 3)), kind == "by hand"
+
+    def forward(self, x):
+        if self.by_hand:
+            with torch.no_grad():
+                self.layer.weight.clamp_(-0.5, 0.5)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "bag", "by hand"])
+def test_a_model_that_writes_into_its_parameters_is_refused(kind):
+    batch = torch.tensor([[0, 1], [2, 2]])
+    tx = ps.optim.sgd(0.1)
+    state = ps.init(lambda: Writing(kind), tx, seed=3)
+    before = ps.digest(state)
+    data = [{"x": batch}] * 3
+    with pytest.raises(StepError, match=r"writes into its parameters while it is called\n  where:   'layer.weight'"):
+        ps.fit(ps.make_step(lambda net, b: net(b["x"]).square().mean(), tx), state, data, until=ps.steps(2))
+    assert ps.digest(state) == before  # the check before the first step has no memory to write into
+    with pytest.raises(StepError, match="F.embedding"):
+        ps.apply(Writing(kind), state.params, state.buffers, batch, train=False)

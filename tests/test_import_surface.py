@@ -10,8 +10,8 @@ import pytest
 
 # Modules that nothing may load before it is used. A dotted name forbids only that part of its package.
 FORBIDDEN = (
-    "grain jax jaxlib matplotlib mlflow optax orbax pandas rich scipy sklearn tensorboard tensorstore torchdata wandb "
-    "torch._dynamo torch._inductor torch.utils.tensorboard IPython hypothesis pytest"
+    "grain jax jaxlib matplotlib mlflow optax orbax pandas pyarrow rich scipy sklearn tensorboard tensorstore "
+    "torchdata torchmetrics wandb torch._dynamo torch._inductor torch.utils.tensorboard IPython hypothesis pytest"
 ).split()
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
 # What is on no disk of this repository: what a run writes, other people's files, and what `make docs` fills.
 ELSEWHERE = re.compile(
-    r"^(runs|train|val|test|snapshots|meta|parts|state|site|notebooks|benchmarks/results|step|script\.py|train\.py)\b|^/"
+    r"^(runs|train|val|test|snapshots|meta|parts|state|site|notebooks|benchmarks/results|step|script\.py|train\.py|sine\.py)\b|^/"
 )
 
 

@@ -42,10 +42,11 @@ ELSEWHERE = re.compile(r"\b0x[0-9a-f]{6,}|(?<![\w.)<])/(tmp|home|root|work|usr|v
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_table_names_each_notebook_and_its_digest(source):
-    digest = execute._parts(execute.read_committed(source).cells[-1].outputs[-1])[0][1].split()[-1]
     lines = (ROOT / "notebooks/README.md").read_text().splitlines()
     rows = [line for line in lines if f"({source.stem}.ipynb)" in line]
-    assert [row.split("|")[-2].strip() for row in rows] == [f"`{digest[:16]}`"]
+    assert [row.split("|")[-2].strip() for row in rows] == [
+        f"`{execute.digest_of(execute.read_committed(source))[:16]}`"
+    ]
 
 
 def test_no_other_notebook_is_committed():
@@ -183,6 +184,15 @@ def test_writing_leaves_what_differs_in_a_date_alone(source, monkeypatch, tmp_pa
     assert "2027-01-01 09:00, 3" in source.with_suffix(".ipynb").read_text()
     (tmp_path / "docs/nothing.png").write_bytes(b"another")
     assert execute.disagreements(source) == ["docs/nothing.png is not the picture in 01_small.ipynb"]
+
+
+def test_writing_keeps_the_digest_in_the_table(source, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("| [1](01_small.ipynb) | `a` | 3 | `0` |\n| [2](02_other.ipynb) | | 3 | `0` |\n")
+    execute.write_pair(source, with_outputs(execute.read_source(source), f"digest {'ab' * 32}"), None)
+    assert (
+        page.read_text() == f"| [1](01_small.ipynb) | `a` | 3 | `{'ab' * 8}` |\n| [2](02_other.ipynb) | | 3 | `0` |\n"
+    )
 
 
 @pytest.mark.slow

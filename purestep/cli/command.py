@@ -94,6 +94,7 @@ def _main(words: list[str], command: str) -> int:
     arguments = _parsed(own, rest)
     if arguments is None:
         return 0
+    arguments.words = words
     called = getattr(importlib.import_module(f"purestep.cli.{file}"), function)
     if command in WITH_SETTINGS:
         return int(_reported(called, arguments, pairs, wants_help))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -15,21 +14,20 @@ from typing import Any
 from purestep.cli.usage import UsageError
 
 
-def launch(count: int, words: Sequence[str], arguments: argparse.Namespace) -> int:
+def launch(count: int, words: Sequence[str]) -> int:
     """Start torchrun on this machine with the same command, and return what the job would exit with.
 
     torchrun exits with 1 when it was told to stop and its processes did: then this is 130 or 143, as for one process.
 
     Args:
         count: processes.
-        words: the command line of this process.
-        arguments: what it says.
+        words: the command line, without the name of the program.
     """
     if "RANK" in os.environ:
         raise UsageError("--processes starts torchrun, and this is a process of it already", "leave --processes out")
     told: list[int] = []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command += ["-m", "purestep", *_without_processes(_own_words(words))]
+    command += ["-m", "purestep", *_without_processes(words)]
     # A group of its own: Ctrl-C on the terminal reaches torchrun once, through this process.
     job = subprocess.Popen(command, start_new_session=True)
 
@@ -44,11 +42,6 @@ def launch(count: int, words: Sequence[str], arguments: argparse.Namespace) -> i
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 + told[0] if told and code else code if code >= 0 else 128 - code
-
-
-def _own_words(words: Sequence[str]) -> list[str]:
-    """Return the words after the name of the command, from how this process was started."""
-    return list(words[words.index("run") :])
 
 
 def _without_processes(words: Sequence[str]) -> list[str]:

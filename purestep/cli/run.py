@@ -7,8 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ _OWN = ("device",)  # options that are settings of an experiment that has such a
 def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     """Train an experiment."""
     if arguments.processes and not (wants_help or arguments.print_config):
-        return processes.launch(arguments.processes, sys.orig_argv, arguments)
+        return processes.launch(arguments.processes, arguments.words)
     processes.join_slurm()
     prepare(arguments)
     loaded = load(arguments.file)
@@ -176,11 +174,7 @@ def report(result: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _dry_run(experiment: Experiment, arguments: argparse.Namespace) -> int:
-    from purestep.loop.cadence import steps
-
-    with tempfile.TemporaryDirectory() as run_dir:  # of callbacks that write
-        result = experiment.fit(until=steps(arguments.dry_run), run_dir=run_dir, loggers=[])
-    result = dataclasses.replace(result, run_dir=None)
+    result = experiment.fit(dry_run=arguments.dry_run)
     report(result, arguments)
     return int(result.exit_code)
 

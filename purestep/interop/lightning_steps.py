@@ -120,10 +120,18 @@ class PureMetric:
         )
 
 
-class PureCollection(dict[str, PureMetric]):
-    """Stands for a `MetricCollection`."""
+class PureCollection:
+    """Stands for a `MetricCollection`: its metrics by name."""
+
+    def __init__(self, metrics_by_name: dict[str, PureMetric]) -> None:
+        self._metrics = metrics_by_name
+        self.items, self.keys, self.values = metrics_by_name.items, metrics_by_name.keys, metrics_by_name.values
+
+    def __getitem__(self, name: str) -> PureMetric:
+        return self._metrics[name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Metric]:
+        """Return the values of this call, as metrics: for `self.log_dict`."""
         return {name: metric(*args, **kwargs) for name, metric in self.items()}
 
     forward = update = __call__
@@ -147,7 +155,7 @@ def converted_metrics(module: nn.Module) -> Converted:
         MetricError: one has no value that can be merged over batches.
     """
     found: dict[str, Any] = {}
-    for path, part in module.named_modules():
+    for path, part in module.named_modules(remove_duplicate=False):
         kind = theirs(part)
         if kind is None or any(path.startswith(f"{outer}.") for outer in found):
             continue
@@ -167,7 +175,7 @@ def _pure_metrics(net: nn.Module, converted: Converted) -> Iterator[None]:
     try:
         for path, convert in converted:
             owner, _, name = path.rpartition(".")
-            children: dict[str, Any] = children_of(net.get_submodule(owner))  # type: ignore[assignment]
+            children: dict[str, Any] = children_of(net.get_submodule(owner))
             replaced.append((children, name, children[name]))
             children[name] = (
                 PureCollection({key: PureMetric(path, made) for key, made in convert.items()})

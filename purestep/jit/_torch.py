@@ -76,18 +76,18 @@ def module_conversion() -> Conversion:
 
 def put_module_conversion(method: Conversion) -> None:
     """Replace that method."""
-    nn.Module._apply = method  # type: ignore[method-assign,assignment]
+    nn.Module._apply = method  # type: ignore[method-assign]
 
 
-def script_source(function: torch.jit.ScriptFunction[..., Any]) -> Callable[..., Any] | None:
+def script_source(function: object) -> Callable[..., Any] | None:
     """Return the Python function that a scripted one was made of."""
     return getattr(function, "_torchdynamo_inline", None)
 
 
 def aot_backend(mend: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
     """Return a backend for `torch.compile` that runs the graph of AOTAutograd by operators, after a pass over it."""
-    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
 
     def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
         mend(graph)
@@ -138,7 +138,7 @@ def node_of(tensor: Tensor) -> fx.Node | None:
 
 def proxy_root() -> nn.Module:
     """Return the module that holds the constants of the graph in the making."""
-    root: nn.Module = _proxy_mode().tracer.root  # type: ignore[union-attr]
+    root: nn.Module = _proxy_mode().tracer.root
     return root
 
 

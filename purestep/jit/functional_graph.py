@@ -81,7 +81,8 @@ def _in_place(graph: fx.GraphModule, mode: FakeTensorMode) -> bool:
         results = _replaced(graph, write)
         for new, memory in zip(results, write.memory, strict=True):
             position[new] = position[write.node]
-            for alias in aliases[memory]:
+            # Views that come later are views of the new value already.
+            for alias in [a for a in aliases[memory] if position[a] <= position[write.node]]:
                 for user in list(alias.users):
                     if position.get(user, -1) > position[write.node]:
                         user.replace_input_with(alias, new)

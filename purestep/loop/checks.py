@@ -83,6 +83,17 @@ def check_flags(**flags: object) -> None:
             raise ConfigError(explain(f"{name}= is True or False", where=f"{name}={flag!r}"))
 
 
+def check_free_settings(names: object) -> None:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            explain(
+                "free_settings= are names of settings",
+                where=f"free_settings={names!r}",
+                instead='free_settings=["num_workers"]',
+            )
+        )
+
+
 def check_counts(least: int, **counts: object) -> None:
     """Refuse a number of batches that is none."""
     for name, count in counts.items():

@@ -44,6 +44,7 @@ class RunOptions:
     grace_seconds: float | None = None
     donate: bool = False
     settings: Mapping[str, Any] | None = None
+    free_settings: Sequence[str] = ()
     dry_run: int | None = None
     check_evaluation: int | None = None
 
@@ -60,6 +61,7 @@ class RunOptions:
         checks.check_callbacks(self.callbacks)
         # A copy: what the caller changes later is not what the run began with.
         object.__setattr__(self, "settings", plain_settings({} if self.settings is None else self.settings))
+        checks.check_free_settings(self.free_settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Run:
         self._step, self._given = step, arguments.state
         self._resume, self._strict = arguments.resume, arguments.strict
         self._program, self._settings = origin.caller(), arguments.settings or {}
+        self._free = frozenset(arguments.free_settings)
         self.run_dir = None if arguments.run_dir is None else _cells.located(arguments.run_dir)
         self._signals, self._watch = Signals(), Stopwatch()
         self._ranks = Ranks.of(step)
@@ -155,7 +156,8 @@ class Run:
             self._saving.open(stack)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)
-            identity = Identity(self._feed.source, self._step, self.callbacks, self._settings)
+            held = {name: value for name, value in self._settings.items() if name not in self._free}
+            identity = Identity(self._feed.source, self._step, self.callbacks, held)
             self.loop, at = self._begin(store, identity)
             self._feed.begin(self.loop.cursor.loader)
             self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)

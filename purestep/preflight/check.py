@@ -40,6 +40,7 @@ class ThreadsWarning(UserWarning):
 
 # Errors that fake tensors, rather than the user's code, may be the reason of.
 _UNSURE = (TreeError, TraceError, CompileError, DonatedStateError)
+_NUMBERS = (metrics.Mean, metrics.Sum, metrics.Min, metrics.Max, metrics.Last)
 
 
 def check_arity(step: StepFn) -> None:
@@ -136,14 +137,12 @@ def check_eval(
         raise found from dry.error
     if dry.error is not None or not isinstance(dry.result, Mapping):
         return None
-    try:
-        for metric_name, metric in dry.result.items():
-            list(metrics.entries(metric_name, metric))
-    except PurestepError:
-        raise
-    except Exception:
-        return None  # its value cannot be computed without values; what it is, a trial on a real batch tells
-    return tuple(dry.result)
+    # The numbers of these need no look; of others it is computed, or a trial on a real batch tells.
+    own = {key: metric for key, metric in dry.result.items() if not isinstance(metric, _NUMBERS)}
+    computed = dry_run(lambda found: [list(metrics.entries(key, metric)) for key, metric in found.items()], own)
+    if isinstance(computed.error, PurestepError) and not isinstance(computed.error, _UNSURE):
+        raise computed.error
+    return tuple(dry.result) if computed.error is None else None
 
 
 # --- surroundings and states that do not fit --------------------------------------------------------------------------

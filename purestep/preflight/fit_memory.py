@@ -66,31 +66,36 @@ def choose_microbatches(step: StepFn, state: object, batch: object, *, free: int
     return count
 
 
+def needed(step: StepFn, state: object, batch: object, count: int | None = None) -> memory.Estimate:
+    """Return what a step needs at least with a number of microbatches, by a dry run.
+
+    Args:
+        step: of one process.
+        state, batch: what it will be given.
+        count: of microbatches; None for as many as it has.
+    """
+    sliced = bare(step, count)
+    found = memory.estimate_alone(sliced, state, batch, dry_run(sliced, state, batch))
+    return dataclasses.replace(found, donated=facts_of(step).donate)
+
+
 def _smallest(step: StepFn, state: object, batch: object, room: int, samples: int) -> int:
-    donated = facts_of(step).donate
-
-    def needed(count: int) -> memory.Estimate:
-        sliced = bare(step, count)
-        return dataclasses.replace(
-            memory.estimate_alone(sliced, state, batch, dry_run(sliced, state, batch)), donated=donated
-        )
-
-    if needed(1).beyond <= room:
+    if needed(step, state, batch, 1).beyond <= room:
         return 1
     low, high = 1, samples  # low does not fit
-    if samples == 1 or needed(samples).beyond > room:
-        raise _nothing_fits(samples, needed(samples))
+    if samples == 1 or needed(step, state, batch, samples).beyond > room:
+        raise _nothing_fits(samples, needed(step, state, batch, samples))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if needed(middle).beyond <= room else (middle, high)
+        low, high = (low, middle) if needed(step, state, batch, middle).beyond <= room else (middle, high)
     return high
 
 
-def _nothing_fits(samples: int, needed: memory.Estimate | None) -> ConfigError:
+def _nothing_fits(samples: int, estimate: memory.Estimate | None) -> ConfigError:
     return ConfigError(
         explain(
             "no number of microbatches makes the step fit in memory",
-            where=f"microbatches={samples}, one sample each" + ("" if needed is None else f": {needed}"),
+            where=f"microbatches={samples}, one sample each" + ("" if estimate is None else f": {estimate}"),
             instead="a smaller model, ps.jit(step, donate=True), ps.checkpoint around its blocks, or more memory",
         )
     )

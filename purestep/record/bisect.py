@@ -80,6 +80,8 @@ class Bisection(Printed):
         batches: the batches of that step of both.
         metrics: what that step returned in both.
         steps: the steps of both runs.
+        recorded: where both, executed here, are equal: the first position at which their snapshots are not, because of
+            a machine, its threads or versions, or of code that is not that of the run. None otherwise.
     """
 
     names: tuple[str, str]
@@ -92,6 +94,7 @@ class Bisection(Printed):
     batches: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
     metrics: tuple[Any, Any] | None = None
     steps: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
+    recorded: int | None = None
 
     def operation(self) -> BitsComparison | None:
         """Execute the first step that differs once more in both, and compare the bits of all its operations.
@@ -113,20 +116,22 @@ class Bisection(Printed):
 
     def __bool__(self) -> bool:
         """Whether the runs differ."""
-        return self.batch is not None or self.position is not None
+        return self.batch is not None or self.position is not None or self.recorded is not None
 
     def view(self) -> list[Block]:
         """Return the blocks that show it."""
-        equal: object = f"step {self.start if self.position is None else self.position - 1}"
-        if self.position == self.start:
-            equal = "nothing: the first states differ"
-        rows: list[list[object]] = [["equal up to", equal]]
+        rows: list[list[object]] = []
+        if self.position is not None:
+            first = self.position == self.start
+            rows.append(["equal up to", "nothing: the first states differ" if first else f"step {self.position - 1}"])
         rows += [] if self.batch is None else self.batch.facts()
-        if self.position is None:
-            rows.append(["states", f"equal up to {self.end}"])
-        else:
+        if self.position is not None:
             what = "1 leaf differs" if len(self.leaves) == 1 else f"{len(self.leaves)} leaves differ"
             rows.append(["first state", f"step {self.position}: {what}"])
+        else:
+            rows.append(["states", f"executed here, equal up to {self.end}"])
+        if self.recorded is not None:
+            rows.append(["snapshots", f"differ at {self.recorded}: ps.verify says which run computes otherwise here"])
         blocks: list[Block] = [Table(["runs", " and ".join(self.names)], rows, wide=True)]
         blocks += [] if self.batch is None else self.batch.differences.view()
         return blocks + (self.leaves.view() if self.leaves else [])
@@ -224,7 +229,13 @@ def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
                     steps=(a.experiment.step, b.experiment.step),
                 )
             before = (a.kept(left.state), b.kept(right.state))
-    return found
+    return dataclasses.replace(found, recorded=_recorded_apart(a.record, b.record))
+
+
+def _recorded_apart(a: RunRecord, b: RunRecord) -> int | None:
+    states = [{header.step: header.digests.get("state") for header in run.headers} for run in (a, b)]
+    both = (step for step in states[0] if states[0][step] and states[1].get(step))
+    return min((step for step in both if states[0][step] != states[1][step]), default=None)
 
 
 @contextlib.contextmanager

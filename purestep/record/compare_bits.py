@@ -102,7 +102,9 @@ class BitsComparison(Printed):
             lines.append(("largest", f"at {list(largest.index)}: {largest.a!r} and {largest.b!r}{apart}"))
         else:
             lines.append(("distance", f"trace both with values=[{self.position}] to see it"))
-        lines.append(("in all", f"{self.differing} operations differ"))
+        lines.append(
+            ("in all", "1 operation differs" if self.differing == 1 else f"{self.differing} operations differ")
+        )
         return f"the first operation that differs is {a}{apart}", lines
 
 

@@ -18,7 +18,7 @@ from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments
 from purestep.loop.origin import plain_settings
 from purestep.loop.result import Result
-from purestep.record.settings import arguments_of, plain_of, settings_of
+from purestep.record.settings import arguments_of, free_names, plain_of, settings_of
 from purestep.step_protocol import StepFn
 
 P = ParamSpec("P")
@@ -36,6 +36,8 @@ class Experiment:
         until: where a run of it ends; `fit` may say otherwise.
         callbacks: features of the run.
         settings: hyperparameters, JSON by name; `ps.experiment` fills them in.
+        free_settings: names of those that a resume may change without a word; `ps.experiment` adds where a run ends and
+            the plan it runs under.
 
     Raises:
         ConfigError: one of them is not what it is called.
@@ -57,6 +59,7 @@ class Experiment:
     until: Until | None = None
     callbacks: Sequence[Callback] = ()
     settings: Mapping[str, Any] | None = None
+    free_settings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         checks.check_step(self.step)
@@ -65,6 +68,7 @@ class Experiment:
             checks.check_until(self.until)
         # A copy: what the caller changes later is not what it was made with.
         object.__setattr__(self, "settings", plain_settings({} if self.settings is None else self.settings))
+        checks.check_free_settings(self.free_settings)
 
     @classmethod
     def of(cls, makes: Callable[..., Experiment], settings: Mapping[str, Any]) -> Experiment:
@@ -100,15 +104,19 @@ class Experiment:
         Raises:
             ConfigError: nothing says when it ends.
         """
-        arguments = {"until": self.until, "callbacks": self.callbacks, "settings": self.settings, **options}
+        arguments = {"until": self.until, "callbacks": self.callbacks, **self._told, **options}
         return trainer.fit(self.step, self.state, self.data, **arguments)
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        return {"settings": self.settings, "free_settings": self.free_settings}
 
     def arguments(self, until: Until, *, strict: bool = False) -> RunArguments:
         """Return what a run of it takes that is executed again, in memory."""
         callbacks = tuple(self.callbacks)
         if "log" not in {callback.name for callback in callbacks}:
             callbacks = (*callbacks, log())  # `fit` adds it, and others may watch its rows
-        options: dict[str, Any] = {"until": until, "callbacks": callbacks, "settings": self.settings, "strict": strict}
+        options: dict[str, Any] = {"until": until, "callbacks": callbacks, **self._told, "strict": strict}
         return RunArguments(self.step, self.state, self.data, **options)
 
 
@@ -159,7 +167,8 @@ def experiment(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
         bound.apply_defaults()
         settings = plain_settings(plain_of(function, bound.arguments))
         made_ = _checked_experiment(function(*args, **kwargs), function)
-        return dataclasses.replace(made_, settings={**settings, **(made_.settings or {})})
+        free = (*made_.free_settings, *free_names(function))
+        return dataclasses.replace(made_, settings={**settings, **(made_.settings or {})}, free_settings=free)
 
     return make
 

@@ -139,13 +139,13 @@ def kind_of(hint: Any) -> Kind:
     plain: list[Any] = []
     groups: list[type] = []
     for option in options:
-        origin = typing.get_origin(option) or option
+        origin: Any = typing.get_origin(option) or option
         if found := _text_kind(origin):
             kind = dataclasses.replace(kind, text=found[1], wanted=found[0])
         elif isinstance(origin, type) and issubclass(origin, GradientTransformation):
             kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(GradientTransformation)})
         elif origin is Plan or (isinstance(origin, type) and issubclass(origin, ScheduleBase)):
-            kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(origin)})
+            kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(typing.cast(Any, origin))})
         elif option == optim.Schedule:
             kind = dataclasses.replace(kind, makers={**kind.makers, **makers_of(ScheduleBase)})
         elif dataclasses.is_dataclass(origin) and isinstance(origin, type):
@@ -171,6 +171,7 @@ def _options(hint: Any) -> list[Any]:
 
 def _subclasses(base: type) -> list[type]:
     found: list[type] = []
+    direct: type
     for direct in base.__subclasses__():
         found += [direct, *_subclasses(direct)]
     return [sub for sub in dict.fromkeys(found) if dataclasses.is_dataclass(sub)]
@@ -262,7 +263,7 @@ def _default(owner: Any, name: str, otherwise: Any) -> Any:
 @functools.cache
 def _hints(owner: Any) -> dict[str, Any]:
     own_init = isinstance(owner, type) and not dataclasses.is_dataclass(owner)
-    target = owner.__init__ if own_init else owner  # type: ignore[misc]
+    target = owner.__init__ if own_init else owner
     try:
         return typing.get_type_hints(target, include_extras=True)
     except (NameError, AttributeError, TypeError):
@@ -374,7 +375,7 @@ def _by_label(printed: ast.expr, kind: Kind) -> dict[str, Any] | None:
     values = {k.arg: k.value.value for c in reversed(calls) for k in c.keywords if isinstance(k.value, ast.Constant)}
     own = {k.arg: k.value for k in printed.keywords} if isinstance(printed, ast.Call) else {}
     named = own.get(NAME)
-    label = named.value if isinstance(named, ast.Constant) else ast.unparse(calls[0].func) if calls else ""
+    label = str(named.value) if isinstance(named, ast.Constant) else ast.unparse(calls[0].func) if calls else ""
     if label not in kind.makers:
         return None
     defaults = {setting.name: setting.default for setting in settings_of(kind.makers[label])}
@@ -525,6 +526,12 @@ def called(maker: Maker, plain: Mapping[str, Any], path: str) -> Any:
         first, *more = str(error).splitlines() or [type(error).__name__]
         where = next((f" ({line.partition('where:')[2].strip()})" for line in more if "where:" in line), "")
         raise SettingError(path or "settings", f"cannot be made: {first}{where}") from error
+
+
+def free_names(maker: Maker) -> list[str]:
+    """Return the settings that say where a run ends and where it runs: no part of what the run is."""
+    found = settings_of(maker)
+    return [s.name for s in found if s.kind.text is until or (s.kind.makers and "fsdp" in s.kind.makers)]
 
 
 def arguments_of(maker: Maker, plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,8 @@ class Curves:
 
     def text(self) -> str:
         lines = [(panel, line) for panel in self.panels for line in panel.lines if line.values]
-        head = ["", "first", "last", "smallest", "largest", "step", ""]
+        axes = {panel.axis for panel, _ in lines}
+        head = ["", "first", "last", "smallest", "largest", axes.pop() if len(axes) == 1 else "axis", ""]
         rows = [[_named(line, panel), *_spark(line, panel.log)] for panel, line in lines]
         return plain.table(head, rows) if rows else ""
 

@@ -165,6 +165,16 @@ def test_the_run_of_lightning_is_ours(row, data, tmp_path):
     assert all(torch.equal(loaded.params[name], p) for name, p in module.named_parameters())
 
 
+def test_a_lifted_optimizer_sees_the_very_numbers_of_the_scheduler(data):
+    rates = lit_of(Lit("SGD", "step"), data).tx
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for i in range(EPOCHS * 5):
+        assert rates.hyperparams(None, torch.tensor(i))["learning_rate"].item() == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+
 def test_the_test_step_and_its_returned_loss(data):
     lit = lit_of(Lit(), data)
     row = lit.evaluate(data[1], part="test").evaluate(lit.state, lambda: False)
@@ -181,6 +191,7 @@ def test_it_resumes_and_is_pure(data, tmp_path):
     ps.testing.check_pure(lit.step, lit.state, next(iter(data[0])))
 
 
+@pytest.mark.slow
 def test_a_transformation_of_ours_can_be_jitted(data):
     lit = lit_of(Lit(), data, tx=ps.optim.adamw(1e-2))
     batch = next(iter(data[0]))

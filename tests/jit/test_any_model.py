@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import purestep as ps
 from purestep.errors import ConfigError, TraceError
-from purestep.jit import jit
+from purestep.jit import jit, repeats
 from purestep.testing import assert_trees_equal
 
 TX = ps.optim.adamw(1e-2)
@@ -394,3 +394,55 @@ def _fake_strides(x):
 
     with fake_tensor_mode(allow_non_fake_inputs=True) as mode:
         return F.softplus(mode.from_tensor(x).transpose(1, 2)).stride()
+
+
+# --- in place ---------------------------------------------------------------------------------------------------------
+
+
+def views_after(x):
+    y = x.clone()
+    y.mul_(2)
+    z = y[None].expand(3, -1, -1).clone()
+    z[1:].add_(y)
+    y.add_(1).relu_()
+    return y, z.transpose(1, 2), y.t() @ y
+
+
+def broadcast_after(x):
+    y = x.clone()
+    y.mul_(2)
+    return y[None].expand(3, -1, -1) * 2
+
+
+def filled(x):
+    y = torch.empty_like(x)
+    y.copy_(x.sin())
+    before = y * 1
+    y.div_(3.0)
+    return before, y, y.view(-1)[:2]
+
+
+@pytest.mark.parametrize("function", [views_after, broadcast_after, filled])
+def test_operations_in_place_become_values(function):
+    compiled, x = jit(function, backend="eager"), torch.randn(3, 4)
+    assert_trees_equal(compiled(x), function(x))
+    assert "_(" not in compiled.graph(x).replace("_to_copy(", "")
+
+
+def test_a_graph_whose_writes_are_whole_is_rewritten_where_it_stands(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("traced a second time")
+
+    monkeypatch.setattr(torch.func, "functionalize", refuse)
+    block = nn.Sequential(
+        nn.Linear(4, 3), nn.BatchNorm1d(3), nn.SiLU(inplace=True), nn.Linear(3, 3), nn.ReLU(inplace=True)
+    )
+    both(lambda: block, square, [batch(), batch()], donate=True)
+
+
+def test_a_random_block_is_traced_once_and_repeated(monkeypatch):
+    repeated, own = [], repeats._repeated
+    monkeypatch.setattr(repeats, "_repeated", lambda *args: repeated.append(args) or own(*args))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 3), nn.Dropout(0.5))
+    both(lambda: model, square, [batch(), batch()])
+    assert len(repeated) >= 2

@@ -75,6 +75,7 @@ def test_an_update_that_is_refused_prunes_nothing():
     assert tree.equal((following.kept, following.count), (state.kept, state.count))
 
 
+@pytest.mark.slow
 def test_a_run_ends_sparse_and_resumes(tmp_path):
     tx = optim.prune(optim.adamw(1e-2), 0.75, where="*.weight")
     make = lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))  # noqa: E731

@@ -176,6 +176,15 @@ def test_equal_runs_do_not_differ(root, tmp_path):
     assert "equal up to 12" in repr(found)
 
 
+def test_runs_that_differ_in_what_is_not_executed_here_are_not_called_equal(root):
+    with pytest.warns(ps.loop.RunChangedWarning, match=r"settings\.at"):  # the code is not that of the second run
+        found = ps.bisect(root / "plain", root / "step", small())
+    assert (found.position, found.batch, found.recorded) == (None, None, 9)
+    assert found
+    assert "snapshots  differ at 9: ps.verify says which run" in repr(found)
+    assert ps.bisect(root / "plain", root / "step", small).recorded is None
+
+
 def test_donated_states_are_kept_for_the_trace(tmp_path):
     small(donate=True).fit(run_dir=tmp_path / "a")
     small(donate=True, changed=7).fit(run_dir=tmp_path / "b")

@@ -67,14 +67,14 @@ class Kernel:
         )
         self._client = BlockingKernelClient(connection_file=file)
         self._client.load_connection_file()
-        self._client.start_channels()
+        self._client.start_channels(hb=False)  # a kernel on a busy machine misses heartbeats, and counts as dead
         self._client.wait_for_ready(timeout=120)
 
     def start(self, code: str) -> str:
         """Start a cell and return its number; `until` and `finish` take its outputs."""
         return self._client.execute(code)
 
-    def until(self, cell: str, text: str, timeout: float = 60) -> Outputs:
+    def until(self, cell: str, text: str, timeout: float = 120) -> Outputs:
         """Wait until a cell has put out a text."""
         found = Outputs()
         end = time.monotonic() + timeout
@@ -82,7 +82,7 @@ class Kernel:
             assert not self._take(cell, found, end), found
         return found
 
-    def finish(self, cell: str, timeout: float = 60) -> Outputs:
+    def finish(self, cell: str, timeout: float = 120) -> Outputs:
         """Wait for the end of a cell."""
         found = Outputs()
         end = time.monotonic() + timeout
