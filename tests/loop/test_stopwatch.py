@@ -57,4 +57,4 @@ def test_a_run_says_where_its_time_went(tmp_path):
     assert seconds["data"] >= 8 * 0.02
     assert seconds["evaluate"] >= 2 * 3 * 0.01
     assert sum(seconds.values()) <= whole
-    assert "0.02" not in str(result) and "seconds" not in str(result)
+    assert "seconds" not in str(result)  # two runs of the same bits show the same
