@@ -1,7 +1,7 @@
 """The notebook around this process: whether there is one, its cells and its folder; and where purestep was called from.
 
-It asks IPython only where that is loaded already, so outside of a notebook it costs a look into `sys.modules`. Nothing
-here changes IPython or its kernel.
+This module uses IPython only if it is loaded already, so outside of a notebook it costs a look into `sys.modules`.
+Nothing here changes IPython or its kernel.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_LONGEST = 1 << 20  # characters of a session that are kept
-_ENTRIES = ("fit",)  # functions of ours whose name says more than that of the step they call
+_LONGEST = 1 << 20  # most characters of a session's source, the last ones
+_ENTRIES = ("fit",)  # public functions that errors name instead of the step that they call
 
 
 # --- the shell --------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def shell() -> Any:
 
 
 def in_kernel() -> bool:
-    """Tell whether this process is a Jupyter kernel: its cells can show HTML, and replace what they have shown.
+    """Tell whether this process is a Jupyter kernel: its cells can show HTML, and replace their output.
 
     Examples:
         >>> in_kernel()
@@ -45,13 +45,13 @@ def in_kernel() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A line of the code that called purestep. Made at each donation, so it holds what is at hand; `str` looks up more.
+    """The line that called purestep. Every donation makes one, so names are looked up later, by `str`.
 
     Attributes:
-        code: of the calling function, or of the top level of a file or cell.
-        line: in its file or cell.
-        entry: "fit" where that was called.
-        cell: the one that was running, such as "In[7]"; "" outside of cells.
+        code: the code object of the calling function, or of the top level of a file or cell.
+        line: line number in the file or cell.
+        entry: "fit" if the caller called `fit`; else "".
+        cell: the running cell, such as "In[7]"; "" outside of cells.
     """
 
     code: CodeType
@@ -60,7 +60,7 @@ class Place:
     cell: str = ""
 
     def told(self) -> str:
-        """Return it as the end of a sentence: "by fit in train.py:12"."""
+        """Return the place as the end of a sentence: "by fit in train.py:12"."""
         return f"{f'by {self.entry} ' if self.entry else ''}in {self}"
 
     def __str__(self) -> str:
@@ -75,9 +75,9 @@ class Place:
 
 
 def caller() -> FrameType | None:
-    """Return the nearest frame outside of this package; None where there is none (a thread of its own).
+    """Return the nearest frame outside of this package; None in a thread that purestep started.
 
-    What a cell magic compiles (`%%time`) has no source of its own, so the frame of its cell stands for it.
+    Code compiled by a cell magic (`%%time`) has no source file, so the frame of the cell is returned.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
@@ -88,7 +88,7 @@ def caller() -> FrameType | None:
 
 
 def place() -> Place | None:
-    """Return where purestep was called from; None where no other code did (a thread of its own)."""
+    """Return the line that called purestep; None in a thread that purestep started."""
     frame: FrameType | None = sys._getframe(1)
     entry = ""
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
@@ -102,7 +102,7 @@ def place() -> Place | None:
 
 
 def _running(frame: FrameType | None) -> FrameType | None:
-    """Return the frame of the cell that a frame was called from, or is; None outside of cells."""
+    """Return the frame of the running cell: this frame or one of its callers; None outside of cells."""
     if shell() is None:
         return None
     while frame is not None and not (frame.f_code.co_name == "<module>" and cell_name(frame.f_code.co_filename)):
@@ -111,21 +111,22 @@ def _running(frame: FrameType | None) -> FrameType | None:
 
 
 def cell_name(file: str) -> str:
-    """Return the name of the cell that was compiled under a file name; "" where it is no cell's."""
+    """Return the name of the cell that was compiled under a file name; "" if no cell was."""
     found = shell()
     named = None if found is None else found.compile.format_code_name(file)
     return named[1] if named else ""
 
 
 def source(frame: FrameType) -> str:
-    """Return the text of the file or cell that a frame runs; "" where it is not known."""
+    """Return the text of the file or cell that a frame runs; "" if unknown."""
     return "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
 
 
 def session() -> str:
-    """Return the cells that ran in this session up to now, one after the other; "" outside of IPython.
+    """Return the text of all cells that ran in this session so far; "" outside of IPython.
 
-    What a cell calls is often defined by earlier ones. Of a very long session it is the end.
+    Earlier cells are included because they define the functions that a cell calls. A very long session is cut to its
+    end.
     """
     found = shell()
     if found is None or found.history_manager is None:
@@ -139,11 +140,11 @@ def session() -> str:
 
 
 def notebook() -> Path | None:
-    """Return the file of the notebook, as far as its front end names it; None outside of a notebook.
+    """Return the file of the notebook if its front end names it; None outside of a notebook.
 
-    VS Code puts it into a variable of the notebook, Jupyter's server into the environment of the kernel. A kernel that
-    was started by another kernel (by nbclient in a cell, say) inherits that environment; it is told by the folder that
-    it was started in, which the server makes that of the notebook.
+    VS Code puts the name into a variable of the notebook, Jupyter's server into the environment of the kernel. A kernel
+    started by another kernel (by nbclient in a cell, say) inherits that environment. The name counts only if the kernel
+    was started in the folder of the notebook, as the server does.
     """
     if not in_kernel():
         return None
@@ -158,10 +159,10 @@ def notebook() -> Path | None:
 
 
 def located(path: str | Path) -> Path:
-    """Return a path as an absolute one. A relative path is relative to the folder of the notebook, if it is known.
+    """Return an absolute path. A relative path is relative to the folder of the notebook, if that is known.
 
-    So a run stays where it is when a cell changes the working directory, and is found again by the next session. In a
-    script, and where the front end does not name the notebook, it is relative to the working directory.
+    So a run keeps its folder when a cell changes the working directory, and the next session finds it. In a script, and
+    where the front end does not name the notebook, the path is relative to the working directory.
 
     Examples:
         >>> located("runs/digits") == Path.cwd() / "runs" / "digits"
@@ -174,7 +175,7 @@ def located(path: str | Path) -> Path:
 
 
 def shown(path: Path) -> str:
-    """Return a path as a notebook shows it that is stored: from the folder of the notebook, if it lies in it."""
+    """Return a path for the stored output of a notebook: relative to the notebook's folder if it lies inside."""
     home = notebook()
     folder = Path.cwd() if home is None else home.parent
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

@@ -31,9 +31,9 @@ a later torch has it no more:
     is_dtensor, local_tensor, layout_of, from_part
                             the shard of a DTensor and its spec, without the autograd node of `to_local`. Without
                             them: `x.to_local().detach()`; `x.device_mesh` and `x.placements`.
-    writes                  how often a tensor was written into, to see that a model leaves its parameters alone. Without
-                            it: compare their bytes after the first call of a model.
-    is_fake                 what FakeTensorMode makes. Without it: `type(x).__name__`.
+    writes                  how often a tensor was written into: checks that a model does not write into its parameters.
+                            Without it: compare their bytes after the first call of a model.
+    is_fake                 whether a tensor comes from FakeTensorMode. Without it: `type(x).__name__`.
     run_backward            what `torch.autograd.grad` comes to; None where it is gone: then that is called.
     saved_tensor_hooks      the hooks that are active, to see whose they are. Without it: no unit is freed after its
                             forward pass while other hooks may be active.

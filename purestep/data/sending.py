@@ -1,8 +1,8 @@
-"""What worker processes are sent: data sets and functions, by reference where workers can import them, else by value.
+"""Pickling of loaders for worker processes: by reference if workers can import all definitions, else by value.
 
-Owns the choice between the two, the pickler of the second way, and the error that names what cannot be sent. A worker
-is a new process. It imports what a file defines; what a notebook cell, a lambda or a function inside of a function
-defines, it must be sent itself (cloudpickle). `workers` sends; the batches that come back hold classes of the main
+Owns the choice between the two, the pickler by value, and the error that names an object that cannot be sent. A worker
+is a new process. It imports the definitions of a file. Definitions of a notebook cell, lambdas and nested functions are
+pickled themselves (cloudpickle). `workers` sends the result; the batches that come back hold the classes of the main
 process, not copies of them.
 """
 
@@ -30,18 +30,18 @@ from purestep import _cells, tree
 from purestep.data.loading import Loader
 from purestep.errors import DataError, explain
 
-_FIELDS = ("dataset", "transform", "collate")  # of a loader, which are the user's
-_DEEPEST = 32  # levels of an object that are searched for what cannot be sent
-_SMALL = 1 << 20  # bytes of an array whose content is compared; a larger one is taken for changed if it is another
+_FIELDS = ("dataset", "transform", "collate")  # the fields of a loader that hold the user's objects
+_DEEPEST = 32  # levels of an object that are searched for a part that cannot be sent
+_SMALL = 1 << 20  # bytes up to which arrays are compared by content; larger ones are compared by identity
 _FAILURES = (pickle.PicklingError, AttributeError, TypeError, ValueError, RecursionError)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, np.ndarray)
 
 
 def by_value(loader: Loader) -> bool:
-    """Tell whether workers cannot import all that a loader is made of, so that its definitions are sent.
+    """Tell whether a loader holds definitions that workers cannot import, so that it is sent by value.
 
     Raises:
-        DataError: something in it can be sent in neither way.
+        DataError: an object in the loader can be sent in neither way.
     """
     check = _References()
     try:
@@ -50,7 +50,7 @@ def by_value(loader: Loader) -> bool:
     except RuntimeError as error:
         if isinstance(error, RecursionError):
             raise _refused(loader) from error
-        # Locks, queues and shared values can be pickled only while a process starts; this check is made before that.
+        # A RuntimeError comes from locks, queues and shared values, which can be pickled only while a process starts.
     except _FAILURES:
         fingerprint(loader)
         return True
@@ -58,13 +58,13 @@ def by_value(loader: Loader) -> bool:
 
 
 def fingerprint(loader: Loader) -> str | None:
-    """Return a digest of what a loader is sent as, its definitions included; None where it shows only as it starts.
+    """Return a digest of a loader pickled by value; None if it can be pickled only while a process starts.
 
-    It changes when a cell defines anew what a function of an earlier cell calls: workers that were sent the old
-    definition must not go on with it.
+    The digest changes when a cell redefines a function that the loader uses: workers must not go on with the old
+    definition.
 
     Raises:
-        DataError: something in it cannot be sent.
+        DataError: an object in the loader cannot be sent.
     """
     content = io.BytesIO()
     check = _Values(content, arrays=False)
@@ -81,7 +81,7 @@ def fingerprint(loader: Loader) -> str | None:
 
 
 class _References(ForkingPickler):
-    """Pickles everything but the arrays, to find what has no name to import it by, and what a session defines."""
+    """Pickles all but the arrays: fails on an object that cannot be imported, and notes definitions of `__main__`."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO())
@@ -97,7 +97,7 @@ class _References(ForkingPickler):
 
 
 def _session() -> types.ModuleType | None:
-    """Return the main module where no file holds it: that of a notebook or an interactive session."""
+    """Return the main module of a notebook or an interactive session; None if a file defines the main module."""
     main = sys.modules.get("__main__")
     shell = _cells.shell()
     if main is None or (hasattr(main, "__file__") and (shell is None or shell.user_module is not main)):
@@ -112,7 +112,7 @@ class _Values(cloudpickle.Pickler):
     """Pickles definitions by value, and tensors and locks as multiprocessing does.
 
     Attributes:
-        classes: those that it has pickled by value, by their number.
+        classes: the classes pickled so far by value, by number.
     """
 
     def __init__(self, file: io.BytesIO, *, arrays: bool = True) -> None:
@@ -138,26 +138,26 @@ class _Values(cloudpickle.Pickler):
 
 
 def _array(value: Tensor | np.ndarray) -> object:
-    """What stands for an array: its content if it is small, else which one it is."""
+    """Return a key of an array: the digest of a small one, the identity of a large one."""
     if value.nbytes <= _SMALL:
         try:
             return tree.digest(value)
-        except Exception:  # one without storage, or of objects
+        except Exception:  # a tensor without storage, or an array of objects
             pass
     return id(value), tuple(value.shape)
 
 
 def packed(loader: Loader) -> bytes:
-    """Return a loader and the classes in it that were pickled by value, each with its number."""
+    """Return the pickle of a loader and of a dict of the classes that it pickled by value, with their numbers."""
     content = io.BytesIO()
     pickler = _Values(content)
-    # The items of a tuple are pickled in order, so the dict is complete when its turn comes.
+    # The loader is pickled first, which fills the dict of classes.
     pickler.dump((loader, pickler.classes))
     return content.getvalue()
 
 
 def unpacked(content: bytes) -> Loader:
-    """Return the loader, in a worker; its classes will go back by their numbers."""
+    """Return the loader, in a worker, and note the numbers of its classes for the way back."""
     loader, classes = pickle.loads(content)
     _arrived.update({cls: number for number, cls in classes.items()})
     return loader
@@ -183,7 +183,7 @@ def _class(number: int) -> type:
 
 
 class Returned:
-    """A batch on its way from a worker to the main process: classes that came from there go back as themselves."""
+    """A batch on its way from a worker to the main process: classes that were sent by value are sent back by number."""
 
     def __init__(self, value: object) -> None:
         self.value = value
@@ -202,7 +202,7 @@ class _Backwards(_Values):
 
 
 def is_plain(batch: object) -> bool:
-    """Tell whether a batch is made of tensors, numbers and containers alone, which any process knows."""
+    """Tell whether a batch consists of tensors, numbers and builtin containers, which every process can unpickle."""
     if type(batch) in (tuple, list):
         return all(is_plain(item) for item in batch)  # type: ignore[attr-defined]
     if type(batch) is dict:
@@ -210,7 +210,7 @@ def is_plain(batch: object) -> bool:
     return type(batch) in _PLAIN
 
 
-# --- what cannot be sent ----------------------------------------------------------------------------------------------
+# --- the error for objects that cannot be sent ------------------------------------------------------------------------
 
 
 class _Dump(Protocol):
@@ -240,13 +240,13 @@ def _failure(value: object) -> Exception | None:
         _Values(io.BytesIO(), arrays=False).dump(value)
     except _FAILURES as error:
         return error
-    except RuntimeError:  # what can be pickled only while a process starts
+    except RuntimeError:  # a lock or a queue, which can be pickled only while a process starts
         return None
     return None
 
 
 def _culprit(path: str, value: object, error: Exception) -> tuple[str, object, Exception]:
-    """Follow the first part of a value that cannot be pickled, and of that the first, to the innermost."""
+    """Find the innermost part of a value that cannot be pickled: descend into the first part that fails, repeatedly."""
     seen = {id(value)}
     for _ in range(_DEEPEST):
         for suffix, part in _parts(value):
@@ -261,7 +261,7 @@ def _culprit(path: str, value: object, error: Exception) -> tuple[str, object, E
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what the pickle of a value holds, each with the end of its path."""
+    """Yield the objects that the pickle of a value holds, each with the suffix of its path."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", item) for key, item in value.items())
     elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
@@ -301,7 +301,7 @@ def _global_names(code: types.CodeType) -> list[str]:
 def _state(value: Any) -> Iterator[tuple[str, Any]]:
     try:
         state = value.__getstate__()
-    except Exception:  # its own refusal is the reason, and it is the innermost
+    except Exception:  # the object itself refuses, so it is the innermost part
         return
     for part in state if isinstance(state, tuple) else (state,):
         if isinstance(part, dict):
@@ -310,11 +310,11 @@ def _state(value: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """What a pool was sent, to tell whether it would be sent the same now.
+    """How a loader was sent to a pool of workers, to tell whether its definitions have changed since.
 
     Attributes:
-        by_value: whether definitions were sent.
-        fingerprint: of them; None by reference.
+        by_value: whether the loader was sent by value.
+        fingerprint: digest of the loader sent by value; None by reference.
     """
 
     by_value: bool
@@ -322,14 +322,14 @@ class Sent:
 
     @classmethod
     def of(cls, loader: Loader) -> Sent:
-        """Look at a loader.
+        """Return how a loader is sent now.
 
         Raises:
-            DataError: it cannot be sent.
+            DataError: the loader cannot be sent.
         """
         values = by_value(loader)
         return cls(values, fingerprint(loader) if values else None)
 
     def is_current(self, loader: Loader) -> bool:
-        """Tell whether workers that were sent this have the definitions that the main process has now."""
+        """Tell whether the workers still have the definitions of the main process."""
         return not self.by_value or self.fingerprint == fingerprint(loader)

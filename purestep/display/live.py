@@ -1,8 +1,8 @@
-"""The live cell: one output of a notebook that shows where a run is, and its curves as they grow.
+"""The live cell: one output of a notebook that shows the progress of a run and its curves.
 
-Owns what is shown, when, and how many points are kept. It needs neither widgets nor a script: each update replaces HTML
-with inline SVG. What is left in the stored notebook is the last one, without times, so that a run with the same bits
-leaves the same output.
+Owns the content of the output, the times of its updates, and the number of points kept. Each update replaces HTML with
+inline SVG, without widgets or scripts. The stored notebook keeps the last update, without times, so that runs with the
+same bits have the same output.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from purestep.display import curves
 from purestep.display.frame import Frame
 from purestep.views import Curves, escaped, page
 
-REFRESH_SECONDS = 0.25  # between two updates, at least
-SHARE = 100  # times as long as an update took pass before the next: it costs at most a hundredth of the time
+REFRESH_SECONDS = 0.25  # shortest time between two updates
+SHARE = 100  # the pause after an update, in durations of that update: updates take at most 1 % of the time
 MOST_PANELS = 6
 _MOST_POINTS = 1_200  # of a metric, before neighbours are merged
 
@@ -26,8 +26,8 @@ Points = list[tuple[float, float]]
 class History:
     """The metrics of a run so far, in a bounded number of points.
 
-    Of a metric with more points, two of four neighbours are kept: the smallest and the largest, so that no spike is
-    lost. Which ones depends on the rows alone.
+    When a metric has more points, each group of four neighbours is reduced to its smallest and its largest, so that no
+    spike is lost. The choice depends on the rows alone.
 
     Examples:
         >>> history = History()
@@ -89,7 +89,7 @@ class LiveCell:
         self.pause = max(REFRESH_SECONDS, SHARE * (time.perf_counter() - start))
 
     def finish(self, frame: Frame, ending: str) -> None:
-        """Show how it ended."""
+        """Show how the run ended."""
         texts = (frame.title, f"{frame.batches:,} {'batch' if frame.batches == 1 else 'batches'}", frame.text)
         self._show(frame, "  ".join(text for text in texts if text), ending)
 

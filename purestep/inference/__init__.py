@@ -1,4 +1,4 @@
-"""What a trained state is used for: `evaluate` and `predict`, and predictions on the disk. Re-exports only."""
+"""Use of a trained state: `evaluate`, `predict`, and predictions on disk. Re-exports only."""
 
 from purestep.inference.evaluate import Evaluation as Evaluation
 from purestep.inference.evaluate import evaluate as evaluate

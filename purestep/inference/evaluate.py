@@ -1,4 +1,4 @@
-"""`evaluate`: the metrics of one or several sets, by the callback that a run evaluates with."""
+"""`evaluate`: the metrics of one or several data sets, computed by the evaluation callback of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Evaluation(View, dict[str, float]):
     """
 
     def view(self) -> list[Block]:
-        """Return the blocks that show it."""
+        """Return the blocks of the display."""
         sets = list(dict.fromkeys(name.partition("/")[0] for name in self))
         names = list(dict.fromkeys(name.partition("/")[2] for name in self))
         rows = [[name, *(_shown(self.get(f"{of}/{name}")) for of in sets)] for name in names]
@@ -40,7 +40,7 @@ def _shown(value: float | None) -> str:
     if value is None:
         return ""
     text = f"{value:.4g}"
-    # Trailing zeros, so that a column reads well: 0.25 beside 0.1234.
+    # Trailing zeros align the decimals of a column: 0.2500 above 0.1234.
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1 else text
 
 
@@ -58,18 +58,18 @@ def evaluate(
     """Evaluate a state on one or several sets: the numbers that `ps.callbacks.evaluate` logs in a run.
 
     Args:
-        state: a train state; it stays as it is.
-        loss_fn: the loss function of `make_step`, or an evaluation step from `make_eval` (jitted, say).
-        data: what `fit` takes as data; or a dict of sets by name. Each is read from its beginning, in the order of its
+        state: a train state; it is not changed.
+        loss_fn: the loss function of `make_step`, or an evaluation step from `make_eval`, jitted or not.
+        data: data as for `fit`, or a dict of data sets by name. Each is read from its beginning, in the order of its
             epoch 0.
-        name: of the set, where `data` is one: the metrics are `<name>/<metric>`.
-        of: what of the state is evaluated, a pure function of it: `of=ps.optim.averaged`.
-        plan: of the ranks that evaluate together, each some of the batches; all get the same metrics. A state that is
-            not placed by the plan yet is placed. Every rank calls it.
-        limit: most batches of each set, None for all.
+        name: name of the set if `data` is one set: the metrics are `<name>/<metric>`.
+        of: a pure function from the state to the state that is evaluated: `of=ps.optim.averaged`.
+        plan: plan of the ranks that evaluate together. Every rank calls `evaluate`, computes some of the batches and
+            gets the same metrics. A state that the plan has not placed yet is placed.
+        limit: the most batches of each set, None for all.
 
     Raises:
-        ConfigError: `loss_fn` does not take two arguments, or there is no set.
+        ConfigError: `loss_fn` does not take two arguments, or `data` is an empty dict.
         DataError: a set has no batches.
 
     Examples:

@@ -1,6 +1,6 @@
-"""`predict`: outputs of a model for the samples of a set, one batch after the other, or into files.
+"""`predict`: outputs of a model for the samples of a data set, as an iterator over batches or as files.
 
-It owns which rank computes which batch, and which samples of the set a batch has. `saved` owns the files.
+Owns the assignment of batches to ranks, and the sample indices of a batch. `saved` owns the files.
 """
 
 from __future__ import annotations
@@ -75,31 +75,31 @@ def predict(
 ) -> Iterator[Predictions] | Path:
     """Predict for the samples of a set: an iterator of outputs with sample indices, or files of them.
 
-    With `to=` the outputs of `batches_per_file` batches are in memory at one time. Each file appears whole or not at
-    all, and the same call continues after the last whole one; a directory of other predictions is refused.
+    With `to=` the outputs of `batches_per_file` batches are in memory at a time. Each file is written atomically, and
+    the same call continues after the last file; a directory of other predictions is refused.
 
     Args:
-        state: a train state; it stays as it is.
+        state: a train state; it is not changed.
         function: `function(net, batch)` returns a tensor with the samples as dim 0, or a pytree of them; or a step of
-            `make_predict` (jitted, say). The model is in evaluation mode, without gradients.
-        data: what `fit` takes as data, read from its beginning in the order of its epoch 0.
-        of: what of the state predicts, a pure function of it: `of=ps.optim.averaged`.
-        plan: of the ranks that predict together: rank r of n has batches r, r + n, ... Every rank calls it, and, where
-            parameters are split, reads its iterator to the end.
-        limit: most batches, None for all.
+            `make_predict`, jitted or not. The model is in evaluation mode, without gradients.
+        data: data as for `fit`, read from its beginning in the order of its epoch 0.
+        of: a pure function from the state to the state that predicts: `of=ps.optim.averaged`.
+        plan: plan of the ranks that predict together: rank r of n computes batches r, r + n, ... Every rank calls
+            `predict`, and reads its iterator to the end if parameters are split.
+        limit: the most batches, None for all.
         to: directory to write to; `ps.load_predictions` reads it.
-        format: of the files: "safetensors" (every dtype), "npy" (one array a file, no bfloat16), "parquet" (a column of
-            each output; needs pyarrow).
-        batches_per_file: batches of one rank in one file.
+        format: format of the files: "safetensors" (every dtype), "npy" (one array a file, no bfloat16), "parquet" (a
+            column for each output; needs pyarrow).
+        batches_per_file: batches in one file of a rank.
 
     Returns:
-        An iterator of `Predictions` on the CPU, a batch each; with `to=` the directory. The indices are those of the
-        samples in the data set of `ps.data.batches`, and otherwise count the samples as they are read.
+        An iterator of `Predictions` on the CPU, one for each batch; with `to=` the directory. Indices are positions in
+        the data set of `ps.data.batches`; for other data they count the samples in the order in which they are read.
 
     Raises:
         ConfigError: the directory holds predictions of another state, function, set, format or number of ranks.
-        DataError: samples may be left out (`on_bad_sample="skip"`), so that their indices are not known.
-        StepError: an output is not one a sample.
+        DataError: samples may be left out (`on_bad_sample="skip"`), so that indices are unknown.
+        StepError: dim 0 of an output is not the number of samples.
 
     Examples:
         >>> import torch
@@ -138,12 +138,12 @@ def _is_step(function: object) -> bool:
 
 
 class _Work:
-    """The part of this rank in a prediction.
+    """The work of this rank in a prediction.
 
     Args:
-        step: prediction step, `(state, batch) -> outputs`; with split parameters it is collective.
+        step: prediction step, `(state, batch) -> outputs`; with split parameters every rank must call it.
         source: the batches.
-        of: what of the state predicts.
+        of: function from the state to the state that predicts, or None.
     """
 
     def __init__(self, step: Callable[[Any, Any], Any], source: data_.Source, of: Callable[[Any], Any] | None) -> None:
@@ -154,7 +154,7 @@ class _Work:
         self.shard = BatchShard(0, 1) if alone or plan is None else BatchShard(plan.index, plan.replicas)
 
     def _placed(self, state: Any) -> Any:
-        """Return what predicts, as the plan places it."""
+        """Return the state that predicts, placed by the plan."""
         placed = self.ranks.placed(state)
         return placed if self.of is None else self.of(placed)
 
@@ -165,13 +165,14 @@ class _Work:
                 yield predictions
 
     def _run(self, state: Any, first: int) -> Iterator[tuple[int, Predictions]]:
-        """Yield number and predictions of the batches of this rank, from the round of number `first` on."""
+        """Yield index and predictions of this rank's batches, from the round of batch `first` on. A round is one batch
+        for each rank."""
         state = self._placed(state)
         collective = any(is_split(leaf) for leaf in tree.leaves(state))
         device, spare = device_of(state), None
         for number, indices, batch in self._rounds(first):
             if batch is None:
-                if collective:  # a gather of parameters takes all ranks, those without a batch, too
+                if collective:  # a gather of parameters needs all ranks, also those without a batch in this round
                     spare = next(iter(self.source.open(0, 0, None))) if spare is None else spare
                     self.step(state, _on(spare, device))
                 continue
@@ -180,7 +181,7 @@ class _Work:
             yield number, Predictions(indices, outputs)
 
     def _rounds(self, first: int) -> Iterator[tuple[int, Any, Any]]:
-        """Yield number, indices and batch of this rank for each round; a batch of None in a round without one."""
+        """Yield index, sample indices and batch of this rank for each round; the batch is None if the rank has none."""
         source, shard = self.source, self.shard
         if isinstance(source, data_.Batches):
             batches = shard_batches(source, shard).open(0, first, None)
@@ -194,7 +195,7 @@ class _Work:
             finally:
                 close(batches)
             return
-        shard_batches(source, shard)  # refuses a loader that gives each rank other batches
+        shard_batches(source, shard)  # refuses a loader that shards by itself
         stream, seen = enumerate(source.open(0, 0, None)), 0
         while True:
             mine: tuple[int, Any, Any] | None = None
@@ -211,10 +212,10 @@ class _Work:
                 yield mine or (start + shard.index, None, None)
 
     def write(self, state: Any, directory: Path, format: Format, batches_per_file: int) -> Path:
-        """Write the predictions of this rank, from the first batch on that no whole file has."""
+        """Write the predictions of this rank, from the first batch that no file holds yet."""
         ranks, (index, count) = self.ranks, (self.shard.index, self.shard.count)
         with ranks:
-            # Of ranks that compute a batch together (tensor parallelism) the first one writes.
+            # If several ranks compute a batch together (tensor parallelism), the first one writes.
             owners: dict[int, int] = {}
             for rank, theirs in enumerate(ranks.agreed(lambda: index, "the ranks of a prediction")):
                 owners.setdefault(theirs, rank)
@@ -230,7 +231,7 @@ class _Work:
 
             found = [x for x in ranks.agreed(begin, "the predictions that are there") if x is not None]
             if not all(complete for _, complete in found):
-                # All ranks begin in one round; those that have whole files of it compute, and do not write again.
+                # All ranks start in the same round. Ranks whose files hold that round compute it without writing.
                 self._write(self._run(state, min(batches for batches, _ in found) * count), writer, batches_per_file)
         return directory
 
@@ -250,7 +251,7 @@ class _Work:
             writer.finish()
 
     def _identity(self, state: Any) -> dict[str, Any]:
-        """What the predictions are of: files of something else are not continued."""
+        """Return the facts that must be the same to continue a directory of predictions."""
         chosen = self._placed(state)
         fields = tree.map(_local, (chosen.params, chosen.buffers, chosen.rng))
         return {"state": tree.digest(fields), "function": stable(self.step), "data": stable(self.source)}

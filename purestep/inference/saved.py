@@ -1,7 +1,7 @@
-"""Predictions on the disk: files of some batches each, and a JSON file for each rank that says which are whole.
+"""Predictions on disk: files of several batches each, and for each rank a JSON file that lists the complete ones.
 
-`Writer` is what `predict(..., to=)` writes with; `load_predictions` puts the parts of all ranks together in the order
-of the samples. Nothing here knows a model.
+`predict(..., to=)` writes with `Writer`; `load_predictions` merges the files of all ranks in the order of the samples.
+Nothing here depends on a model.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _ONLY = "output"  # the name of an output that is one tensor
 
 @pytree
 class Predictions(Printed):
-    """Outputs of a model, one for each of some samples.
+    """Outputs of a model for n samples.
 
     Attributes:
-        indices: int64[n], which samples.
+        indices: int64[n], indices of the samples.
         outputs: a tensor [n, ...], or a pytree of them.
     """
 
@@ -51,10 +51,10 @@ class Predictions(Printed):
 
 
 def named(outputs: Any) -> dict[str, Tensor]:
-    """Return the tensors of outputs by their dotted names; one tensor alone is called "output".
+    """Return the tensors of outputs by their dotted names; a single tensor is called "output".
 
     Raises:
-        ConfigError: a name is that of the indices, or no part of a file name.
+        ConfigError: a name is "index", or cannot be part of a file name.
     """
     found = {name or _ONLY: leaf for name, leaf in zip(tree.names(outputs), tree.leaves(outputs), strict=True)}
     odd = [name for name in found if name == _INDEX or "/" in name or name.startswith(".")]
@@ -71,10 +71,10 @@ def named(outputs: Any) -> dict[str, Tensor]:
 
 
 def check_format(format: object) -> None:
-    """Refuse a format that is none.
+    """Refuse an unknown format.
 
     Raises:
-        ConfigError: with those that there are.
+        ConfigError: the format is unknown.
     """
     if not isinstance(format, str) or format not in get_args(Format):
         raise ConfigError(explain("format= is 'safetensors', 'npy' or 'parquet'", where=f"format={format!r}"[:200]))
@@ -84,18 +84,18 @@ class Writer:
     """The files of one rank.
 
     Args:
-        directory: where all ranks write.
-        format: of the files.
+        directory: directory in which all ranks write.
+        format: format of the files.
         batches_per_file: batches of each file but the last.
         place: rank, and number of ranks.
-        of: JSON, what the predictions are of; what was begun with another value is refused.
+        of: JSON that identifies the predictions; a directory begun with another value is refused.
 
     Attributes:
-        batches: of this rank that whole files hold.
-        complete: whether all are.
+        batches: number of this rank's batches in complete files.
+        complete: whether all batches are written.
 
     Raises:
-        ConfigError: the directory holds something else.
+        ConfigError: the directory holds other predictions or other files.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Writer:
             )
 
     def add(self, predictions: Sequence[Predictions]) -> None:
-        """Write the predictions of some batches as one file, durably, before it is noted."""
+        """Write the predictions of several batches as one file, durably, then list the file in the JSON file."""
         columns = [{_INDEX: p.indices, **named(p.outputs)} for p in predictions]
         tensors = {name: torch.cat([c[name] for c in columns]).contiguous() for name in columns[0]}
         shapes = {n: [str(x.dtype).removeprefix("torch."), *x.shape[1:]] for n, x in tensors.items()}
@@ -182,7 +182,7 @@ class Writer:
         self._write_note()
 
     def finish(self) -> None:
-        """Note that all is there."""
+        """Record that all batches are written."""
         self._note["complete"] = True
         self._write_note()
 
@@ -196,17 +196,17 @@ class Writer:
 
 @checked(ConfigError)
 def load_predictions(directory: Location) -> Predictions:
-    """Read what `ps.predict(..., to=directory)` wrote, of all ranks, in the order of the samples.
+    """Read the predictions of all ranks that `ps.predict(..., to=directory)` wrote, in the order of the samples.
 
     Args:
-        directory: where it was written.
+        directory: the directory given as `to=`.
 
     Returns:
-        `Predictions` with increasing indices. The outputs are one tensor, where they were one, or a dict of tensors by
-        dotted names.
+        `Predictions` with increasing indices. The outputs are one tensor if the model returned one, else a dict of
+        tensors by dotted names.
 
     Raises:
-        SnapshotError: there are none, some rank did not write all of its part, or a file is missing.
+        SnapshotError: the directory has no predictions, a rank has not finished, or a file is missing.
 
     Examples:
         >>> import tempfile
@@ -270,7 +270,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _commit(temporary: Path, target: Path) -> None:
-    """Put a file or directory in its place, durably; one that is there was noted by no one, and goes."""
+    """Rename a file or directory to its final name, durably. An existing one is not listed, so it is replaced."""
     if temporary.is_dir():
         for path in temporary.iterdir():
             durable_directories.fsync(path)
@@ -343,7 +343,7 @@ def _write_parquet(directory: Path, name: str, tensors: dict[str, Tensor]) -> st
     columns = {}
     for key, tensor in tensors.items():
         flat = pyarrow.array(_array(key, tensor).reshape(-1))
-        # A tensor of more dims is a column of lists; the note of the rank has the shape.
+        # A tensor of several dims is a column of lists; the rank's JSON file has the shape.
         columns[key] = flat if tensor.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, tensor[0].numel())
     temporary, target = _temporary(directory, f"{name}.parquet")
     pyarrow.parquet.write_table(pyarrow.table(columns), temporary)

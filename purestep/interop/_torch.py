@@ -1,7 +1,7 @@
-"""torch's distributed checkpoints, as far as reading one takes names that are not public.
+"""Private names of torch that reading a distributed checkpoint needs.
 
-`torch.distributed.checkpoint` reads the metadata of a checkpoint with plain pickle, which runs code. Here it is read
-by the classes that such metadata consists of, and any other is refused. If torch adds one, add its name to `_SAFE`.
+`torch.distributed.checkpoint` reads the metadata of a checkpoint with plain pickle, which can run code. The unpickler
+here allows only the classes of such metadata. If torch adds a class, add its name to `_SAFE`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the modules of torch.distributed.checkpoint.
+# Classes in the modules of torch.distributed.checkpoint.
 _SAFE = set(
     "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata BytesStorageMetadata MetadataIndex "
     "StorageMeta _StorageInfo _MEM_FORMAT_ENCODING".split()
@@ -33,15 +33,15 @@ _SAFE_NAMES = {
 
 
 class Key(str):
-    """The name of a tensor in a distributed checkpoint, which stands for the tensor until it is read."""
+    """The name of a tensor in a distributed checkpoint; a placeholder until the tensor is read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DcpMetadata:
-    """What a distributed checkpoint says of itself.
+    """The description of a distributed checkpoint.
 
     Attributes:
-        paths: where each tensor was in the tree that was saved, by its key.
+        paths: path of each tensor in the saved tree, by key.
         shapes: shape and dtype by key.
     """
 
@@ -59,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_dcp_metadata(directory: Path) -> DcpMetadata:
-    """Read the description of a checkpoint that `torch.distributed.checkpoint.save` wrote."""
+    """Read the metadata of a checkpoint that `torch.distributed.checkpoint.save` wrote."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     with (directory / ".metadata").open("rb") as file:
@@ -86,7 +86,7 @@ def read_dcp_tensors(directory: Path, described: DcpMetadata, keys: set[Key]) ->
     for key in keys:
         shape, dtype = described.shapes[key]
         values[str(key)] = torch.empty(shape, dtype=dtype)
-    # Flat names are those of the file, so the planner must not flatten what it is given a second time.
+    # The names are flat already, so the planner must not flatten them again.
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     load(values, storage_reader=Reader(str(directory)), planner=planner, no_dist=True)
     return {key: values[key] for key in keys}

@@ -27,23 +27,23 @@ def export(
     batch_dim: bool = True,
     method: str | None = None,
 ) -> torch.export.ExportedProgram:
-    """Return the model of a state as one program, without its Python code, and write it if a path is given.
+    """Return the model of a state as one program, without its Python code, and write the program if a path is given.
 
     Args:
-        state: any state; one that `ps.optim.averaged` returned exports the averages.
-        example: inputs of the model: a tensor, a tuple of positional ones, or a dict of those by name.
-        path: where to write it: `model.pt2` for `torch.export.load`, `model.onnx` for other runtimes. The file appears
-            complete or not at all; weights of an ONNX model beyond 2 GiB lie beside it in `model.onnx.data`.
+        state: any state; `ps.optim.averaged(state)` exports the averages.
+        example: inputs of the model: a tensor, a tuple of positional inputs, or a dict of inputs by name.
+        path: file to write: `model.pt2` for `torch.export.load`, `model.onnx` for other runtimes. It is written
+            atomically; weights of an ONNX model beyond 2 GiB lie beside it in `model.onnx.data`.
         batch_dim: whether dim 0 of all tensors of the example is one batch of any size, as in a training step. False:
-            each shape is what the example has.
-        method: what is called in place of `forward`.
+            all shapes are fixed to those of the example.
+        method: name of the method that is called in place of `forward`.
 
     Returns:
         The exported program, in evaluation mode, with its own copy of the weights; `.module()` calls it.
 
     Raises:
         ConfigError: another suffix, or an example of another kind.
-        StepError: the model cannot be traced into one program; the cause is torch's.
+        StepError: the model cannot be traced into one program; the cause is an error of torch.
         MissingExtra: ONNX needs `pip install "purestep[onnx]"`.
 
     Examples:
@@ -61,7 +61,7 @@ def export(
     called = module if method is None else _Calling(module, method)
     shapes = _dynamic(args, kwargs) if batch_dim else None
     try:
-        # At a batch of one torch takes the size for a constant, so an example of one sample is doubled.
+        # torch treats a batch size of 1 as a constant, so an example of one sample is doubled.
         if batch_dim:
             args, kwargs = _widened(args), _widened(kwargs)
         program = torch.export.export(called, args, kwargs, dynamic_shapes=shapes)
@@ -82,7 +82,7 @@ def export(
 
 
 class _Calling(nn.Module):
-    """A module whose `forward` is another method of the one in it."""
+    """A module whose `forward` calls another method of the wrapped module."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def _dynamic(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None
 
     positional, by_name = _mapped(shape, tuple(args)), _mapped(shape, dict(kwargs))
-    # torch wants one tree: that of the positional arguments, or a dict by name.
+    # torch takes one tree: the positional arguments, or a dict by name.
     return by_name if kwargs else positional
 
 
@@ -148,7 +148,8 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
 
 def _write(target: Path, program: torch.export.ExportedProgram) -> None:
     durable_directories.make_root(target.parent)
-    # A directory of its own: the model names the file of its weights, so both are written under their last names.
+    # Both files are written in a temporary directory under their final names, because the model refers to the file of
+    # its weights by name.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as directory:
         unfinished = Path(directory, target.name)
         if target.suffix == ".pt2":

@@ -1,6 +1,6 @@
-"""`from_lightning`: a LightningModule as what `fit` takes, so that a project can move in an afternoon.
+"""`from_lightning`: converts a LightningModule to the arguments of `fit`.
 
-Owns the value that holds the parts, and its making. Nothing here imports Lightning: a module of it brings it along.
+Owns `FromLightning` and the conversion. Nothing here imports Lightning: the user's module has imported it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class FromLightning(Printed):
     """The parts of a LightningModule. Made by `from_lightning`.
 
     Attributes:
-        module: a copy of the module: `ps.init(lit.module, lit.tx, plan=plan)` makes a state of another kind.
-        loss_fn: its `training_step`: `ps.make_step(lit.loss_fn, lit.tx, microbatches=4, policy="bf16")` makes another
-            step.
+        module: a copy of the module. For a state with other options: `ps.init(lit.module, lit.tx, plan=plan)`.
+        loss_fn: its `training_step`. For a step with other options:
+            `ps.make_step(lit.loss_fn, lit.tx, microbatches=4, policy="bf16")`.
         tx: its optimizer and schedulers.
-        seed: of `state`.
-        settings: what `save_hyperparameters` noted, as far as it is JSON, for `fit(..., settings=lit.settings)`.
+        seed: seed of `state`.
+        settings: the hyperparameters of `save_hyperparameters` that are JSON, for `fit(..., settings=lit.settings)`.
     """
 
     module: Any
@@ -66,7 +66,7 @@ class FromLightning(Printed):
 
     @functools.cached_property
     def state(self) -> TrainState:
-        """The first state, with the weights of the module."""
+        """The initial state, with the weights of the module."""
         return init(self.module, self.tx, seed=self.seed)
 
     @functools.cached_property
@@ -87,16 +87,15 @@ class FromLightning(Printed):
     ) -> EvaluateCallback:
         """Return the callback that runs `validation_step` over a held-out set, as `ps.callbacks.evaluate` does.
 
-        What the step logs by `self.log("val_loss", ...)` is the metric `val/val_loss`, under the name that it has. A
-        loss that it returns is `val/loss`.
+        `self.log("val_loss", ...)` becomes the metric `val/val_loss`. A returned loss becomes `val/loss`.
 
         Args:
-            data: what `fit` takes as data.
-            part: which step runs.
-            name: of the callback, and prefix of its metrics; "val" or "test" by default. Several sets need several.
-            dataloader_idx: what the step gets as that argument, where it has one.
-            every: when.
-            at_start: also before the first step.
+            data: data as for `fit`.
+            part: "validation" or "test": the step to run.
+            name: name of the callback, and prefix of its metrics; "val" or "test" by default. Each set needs its own.
+            dataloader_idx: value of the step's argument of that name, if it has one.
+            every: when the callback runs.
+            at_start: whether it also runs before the first step.
 
         Raises:
             ConfigError: the module has no such step.
@@ -124,27 +123,26 @@ def from_lightning(
     without: Sequence[Name] = (),
     seed: Seed = 0,
 ) -> FromLightning:
-    """Take a LightningModule apart into what `fit` takes: state, step, transformation, evaluations.
+    """Convert a LightningModule to the arguments of `fit`: state, step, transformation, evaluations.
 
     `training_step` becomes the loss function, `self.log` its metrics, `validation_step` and `test_step` evaluations,
-    `configure_optimizers` the transformation: `ps.optim.lift` of the torch optimizer, with schedulers run ahead as
-    Lightning would step them. A step that draws no random numbers has the losses that `Trainer.fit` has on the same
-    batches; dropout draws from the key of the state instead of the global generator. `on_after_batch_transfer` is
-    called in the step.
+    `configure_optimizers` the transformation: `ps.optim.lift` of the torch optimizer, with schedulers tabulated as
+    Lightning would step them. A step that draws no random numbers has the losses of `Trainer.fit` on the same batches;
+    dropout draws from the key of the state instead of the global generator. The step calls `on_after_batch_transfer`.
 
     Args:
-        module: of `lightning` or `pytorch_lightning`. It is copied and not changed.
-        epochs, steps_per_epoch: the length of the training, where schedulers or `self.trainer.max_epochs`,
-            `.estimated_stepping_batches` and the like in `configure_optimizers` ask for it.
-        tx: a transformation in place of `configure_optimizers`: one of `ps.optim`'s own can be jitted and split over
-            ranks, a lifted one runs eagerly.
-        without: overridden hooks that may be left out; all others that a step does not call are an error that lists
-            them.
-        seed: of the state.
+        module: a module of `lightning` or `pytorch_lightning`. It is copied and not changed.
+        epochs, steps_per_epoch: the length of the training. Needed if schedulers, or `self.trainer.max_epochs`,
+            `.estimated_stepping_batches` and the like in `configure_optimizers`, depend on it.
+        tx: a transformation in place of `configure_optimizers`. One of `ps.optim` can be jitted and split over ranks;
+            a lifted one runs eagerly.
+        without: overridden hooks to leave out. Any other overridden hook that a step does not call is an error.
+        seed: seed of the state.
 
     Raises:
         ConfigError: no LightningModule, manual optimization, several optimizers, ReduceLROnPlateau, or hooks that would
-            be lost. While training, StepError says where a step reads `self.trainer` or `batch_idx`.
+            be lost.
+        StepError: while training: the step reads `self.trainer` or `batch_idx`.
 
     Examples:
         `lit = ps.from_lightning(LitModel())`, then

@@ -1,7 +1,7 @@
-"""What of a LightningModule a pure step cannot run, by name, and what to write instead.
+"""Hooks of a LightningModule that a pure step cannot run, and the code to write instead.
 
-Owns the check that `from_lightning` makes before anything else: a hook that is overridden and would not be called is
-an error, because leaving it out silently would train another model.
+Owns the first check of `from_lightning`: an overridden hook that would not be called is an error, because a run without
+the hook would train another model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from purestep.errors import ConfigError, explain
 
-# Those that are called, or that say what the caller of `fit` does anyway.
+# Hooks that purestep calls, or whose work the caller of `fit` does.
 _RUN = frozenset(
     "training_step validation_step test_step predict_step forward configure_optimizers on_after_batch_transfer "
     "train_dataloader val_dataloader test_dataloader predict_dataloader prepare_data teardown".split()
@@ -52,7 +52,7 @@ _INSTEAD: Mapping[str, str] = {
 def library() -> list[type[nn.Module]]:
     """Return the classes `LightningModule` of the packages that the program has imported.
 
-    A module of theirs cannot exist without its package, so nothing is imported here.
+    Their modules cannot exist before the import, so nothing is imported here.
     """
     import sys
 
@@ -62,7 +62,7 @@ def library() -> list[type[nn.Module]]:
 
 
 def overridden(module: nn.Module, name: str, base: type[nn.Module]) -> bool:
-    """Tell whether a module has a hook of its own in place of Lightning's, which does nothing."""
+    """Tell whether a module overrides a hook of Lightning, whose default does nothing."""
     own, theirs = getattr(type(module), name, None), getattr(base, name, None)
     return own is not None and (own is not theirs or name in vars(module))
 
@@ -77,7 +77,7 @@ def check(module: nn.Module, base: type[nn.Module], without: tuple[str, ...]) ->
     """Refuse a module with overridden hooks that would not be called, unless the caller leaves them out.
 
     Raises:
-        ConfigError: it lists all of them, each with what to write instead; or `without` names what is no such hook.
+        ConfigError: there are such hooks, listed with the code to write instead; or `without` names another hook.
     """
     found = [name for name in hooks_of(base) if overridden(module, name, base)]
     odd = sorted(set(without) - set(found))
@@ -93,7 +93,7 @@ def check(module: nn.Module, base: type[nn.Module], without: tuple[str, ...]) ->
             explain(
                 "the module overrides hooks that a pure step does not call",
                 where=f"{name}: {', '.join(lost)}",
-                why="what they do would be missing without a word",
+                why="training would go on without them, silently",
                 instead="\n".join(f"{hook}: {_INSTEAD.get(hook, _MOMENT)}" for hook in lost)
                 + f"\nor leave them out: ps.from_lightning(module, without={tuple(lost)!r})",
             )
@@ -101,10 +101,10 @@ def check(module: nn.Module, base: type[nn.Module], without: tuple[str, ...]) ->
 
 
 def check_kind(module: Any) -> type[nn.Module]:
-    """Return the class `LightningModule` that a module is of.
+    """Return the class `LightningModule` that a module inherits from.
 
     Raises:
-        ConfigError: it is of none, is optimized by hand, or holds torchmetrics.
+        ConfigError: the module is no LightningModule, or optimizes manually.
     """
     base = next((cls for cls in library() if isinstance(module, cls)), None)
     if base is None:

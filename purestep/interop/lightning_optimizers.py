@@ -1,7 +1,7 @@
 """`configure_optimizers` of a LightningModule as a gradient transformation: `ps.optim.lift` with tabulated schedulers.
 
-The optimizer that the module makes is read, never stepped over real gradients. Its schedulers are run once over the
-length of the training, as Lightning would run them, and what they set becomes tables.
+The settings of the module's optimizer are read; it never steps over real gradients. Its schedulers run once over the
+length of the training, as in Lightning, and their values become tables.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "strict", "n
 
 @schedule
 class ExactTable(TableSchedule):
-    """A table in float64, as a torch scheduler sets its numbers: a lifted optimizer reads them on the host."""
+    """A table in float64, the precision of torch schedulers: a lifted optimizer reads it on the host."""
 
     def __call__(self, step: Any) -> Any:
         return self.at(wide(step)) if isinstance(step, Tensor) else super().__call__(step)
 
 
 class Length:
-    """Stands for `self.trainer` in `configure_optimizers`: it knows the length of the training and nothing else."""
+    """Replaces `self.trainer` in `configure_optimizers`: its only attributes describe the length of the training."""
 
     def __init__(self, epochs: int | None, steps_per_epoch: int | None) -> None:
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
@@ -78,11 +78,11 @@ class Scheduled:
 
 
 def transformation(module: Any, length: Length) -> GradientTransformation:
-    """Return what `configure_optimizers` of a module says, as a transformation of its named parameters.
+    """Return the optimizers of `configure_optimizers` as a transformation of the named parameters.
 
     Args:
-        module: a copy, whose `configure_optimizers` is called.
-        length: of the training.
+        module: a copy of the user's module, whose `configure_optimizers` is called.
+        length: length of the training.
 
     Raises:
         ConfigError: none or several optimizers, or a scheduler that reads a metric.
@@ -114,13 +114,13 @@ def transformation(module: Any, length: Length) -> GradientTransformation:
     if len(groups) == 1 and not left:
         return groups["group0"]
     if left:
-        groups["rest"] = set_to_zero()  # the optimizer was not given them, so they stay
+        groups["rest"] = set_to_zero()  # parameters that the optimizer was not given do not change
     return partition(groups, _Labels(tuple(members.items())))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Labels:
-    """Which parameter is in which group, by name."""
+    """The group of each parameter, by name."""
 
     members: tuple[tuple[str, str], ...] = dataclasses.field(repr=False)
 
@@ -177,11 +177,11 @@ def _scheduled(owner: str, given: Any) -> Scheduled:
     return Scheduled(scheduler, settings.get("interval", "epoch"), settings.get("frequency", 1))
 
 
-# --- what schedulers set ----------------------------------------------------------------------------------------------
+# --- tables of schedulers ---------------------------------------------------------------------------------------------
 
 
 def _tables(optimizer: torch.optim.Optimizer, schedulers: Sequence[Scheduled], length: Length) -> list[dict[str, Any]]:
-    """Return the options of each group: numbers, and tables of those that a scheduler changes."""
+    """Return the options of each group: a number, or a table for an option that a scheduler changes."""
     taken = set(inspect.signature(type(optimizer)).parameters)
     rows: list[list[dict[str, Any]]] = [[] for _ in optimizer.param_groups]
 
@@ -197,12 +197,12 @@ def _tables(optimizer: torch.optim.Optimizer, schedulers: Sequence[Scheduled], l
         length._need("epochs", "") * length._need("steps_per_epoch", ""),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of schedulers without a step of the optimizer, which would train the copy
+        warnings.simplefilter("ignore")  # schedulers warn that the optimizer takes no steps
         for step in range(total):
             note()
             batch, last = step % per_epoch, (step + 1) % per_epoch == 0
             for s in schedulers:
-                # As Lightning does it: by step, the frequency counts batches within the epoch.
+                # As in Lightning: with interval "step", the frequency counts batches within the epoch.
                 due = batch + 1 if s.interval == "step" else (step // per_epoch + 1) if last else None
                 if due is not None and due % s.frequency == 0:
                     _advance(s.scheduler, total)
@@ -214,7 +214,7 @@ def _advance(scheduler: Any, total: int) -> None:
     try:
         scheduler.step()
     except ValueError as error:
-        if "total steps" not in str(error):  # of OneCycleLR at its end; its last value stays
+        if "total steps" not in str(error):  # OneCycleLR raises this at its end; its last value stays
             raise OptimError(
                 explain(f"the scheduler {type(scheduler).__name__} cannot be run for {total} steps", why=str(error))
             ) from error

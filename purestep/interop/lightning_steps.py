@@ -1,7 +1,7 @@
 """`training_step` and `validation_step` of a LightningModule as pure loss functions; `self.log` becomes their metrics.
 
-For the length of a call the module has a `log` that records, and a trainer that refuses: Lightning itself would return
-0 for `self.current_epoch` where there is no trainer, and drop what is logged.
+During a call the module has a `log` that records values, and a trainer whose attributes raise errors: without a trainer
+Lightning would return 0 for `self.current_epoch` and drop logged values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EXTREMES: dict[Any, Callable[[Any], Metric]] = {
 
 
 class NoTrainer:
-    """Stands for `self.trainer` while a step runs: whatever is read of it is an error that says so."""
+    """Replaces `self.trainer` while a step runs: reading any attribute raises an error."""
 
     def __getattr__(self, name: str) -> Any:
         raise StepError(
@@ -47,7 +47,7 @@ class NoTrainer:
 
 
 class NoIndex:
-    """Stands for `batch_idx`: it may be handed on, but whatever is done with it is an error that says so."""
+    """Replaces `batch_idx`: it may be passed on, but any operation on it raises an error."""
 
     def __repr__(self) -> str:
         return "batch_idx"
@@ -72,12 +72,11 @@ for _operation in (
 
 
 class PureMetric:
-    """Stands for a metric of torchmetrics in a module while a step runs: what it is called with becomes a value that
-    merges.
+    """Replaces a metric of torchmetrics in a module while a step runs: each call returns a mergeable value.
 
     Args:
-        name: its path in the module.
-        convert: what `ps.metrics.from_torchmetrics` made of it.
+        name: path of the metric in the module.
+        convert: the metric converted by `ps.metrics.from_torchmetrics`.
     """
 
     def __init__(self, name: str, convert: Callable[..., Metric]) -> None:
@@ -85,7 +84,7 @@ class PureMetric:
         self.value: Metric | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the value of this call, as a metric: to be logged, exact over the batches."""
+        """Return the value of this call as a metric, which merges exactly over batches."""
         new = self._convert(*args, **kwargs)
         self.value = new if self.value is None else self.value.merge(new)
         return new
@@ -100,7 +99,7 @@ class PureMetric:
         """Nothing is remembered from one batch to the next."""
 
     def logged(self) -> Metric:
-        """Return what `self.log` of it logs."""
+        """Return the metric that `self.log` logs for this object."""
         if self.value is None:
             raise MetricError(
                 explain(
@@ -121,7 +120,7 @@ class PureMetric:
 
 
 class PureCollection:
-    """Stands for a `MetricCollection`: its metrics by name."""
+    """Replaces a `MetricCollection`: its metrics by name."""
 
     def __init__(self, metrics_by_name: dict[str, PureMetric]) -> None:
         self._metrics = metrics_by_name
@@ -144,15 +143,15 @@ class PureCollection:
         """Nothing is remembered from one batch to the next."""
 
 
-# By path in the module: the converted metric, or those of a collection by name.
+# By path in the module: a converted metric, or the converted metrics of a collection by name.
 Converted = tuple[tuple[str, Any], ...]
 
 
 def converted_metrics(module: nn.Module) -> Converted:
-    """Convert the metrics of torchmetrics in a module, the outermost of nested ones.
+    """Convert the metrics of torchmetrics in a module; of nested metrics the outermost.
 
     Raises:
-        MetricError: one has no value that can be merged over batches.
+        MetricError: the states of a metric cannot be merged over batches.
     """
     found: dict[str, Any] = {}
     for path, part in module.named_modules(remove_duplicate=False):
@@ -170,7 +169,7 @@ def converted_metrics(module: nn.Module) -> Converted:
 
 @contextlib.contextmanager
 def _pure_metrics(net: nn.Module, converted: Converted) -> Iterator[None]:
-    """Put pure metrics in the places of those of torchmetrics."""
+    """Replace the metrics of torchmetrics in a module by pure ones, in a `with` block."""
     replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for path, convert in converted:
@@ -189,7 +188,7 @@ def _pure_metrics(net: nn.Module, converted: Converted) -> Iterator[None]:
 
 
 class Recorder:
-    """What takes the place of `self.log`: the metrics of one batch by name."""
+    """Replaces `self.log` and keeps the metrics of one batch by name."""
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
@@ -213,11 +212,10 @@ class Recorder:
         metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:
-        """Note a value. Step and epoch rows, all ranks and every loader come from how metrics merge here, so the
-        arguments about them have nothing to decide."""
+        """Keep a value. Arguments about steps, epochs, ranks and loaders are ignored: metrics merge over all of them."""
         metric = self._metric(name, value, reduce_fx, self.samples if batch_size is None else batch_size)
         if name in self.metrics:
-            # Logged twice in one batch, it counts twice, as it does with Lightning.
+            # As in Lightning, a value that is logged twice in one batch counts twice.
             metric = self.metrics[name].merge(metric)
         self.metrics[name], self.values[name] = metric, value
 
@@ -233,7 +231,7 @@ class Recorder:
             raise MetricError(
                 explain(
                     f"self.log({name!r}, ...) was given a {type(value).__name__}, which remembers batches in itself",
-                    why="what is in an attribute is in no state: it is not saved, merged over ranks or resumed",
+                    why="a value in an attribute is not part of the state: it is not saved, merged or resumed",
                     instead=f"self.log({name!r}, a metric that merges): ps.metrics.accuracy(logits, labels), "
                     "ps.metrics.confusion, or a pytree of yours with merge and compute",
                 )
@@ -263,7 +261,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def recording(net: nn.Module, samples: int, base: type[nn.Module], converted: Converted = ()) -> Iterator[Recorder]:
-    """Give a module, and the LightningModules in it, a `log` that records, a trainer that refuses, and pure metrics."""
+    """Give a module and the LightningModules in it a `Recorder`, a `NoTrainer` and pure metrics, in a `with` block."""
     recorder, trainer = Recorder(samples), NoTrainer()
     inner: list[Any] = [m for m in net.modules() if isinstance(m, base)]
     for module in inner:
@@ -285,9 +283,9 @@ class LightningStep:
     Attributes:
         function: the method, as its class defines it.
         base: the class `LightningModule`.
-        dataloader_idx: what an evaluation step with that argument is called with.
+        dataloader_idx: value of the argument of that name of an evaluation step.
         transfer: whether the module has `on_after_batch_transfer`, which is called first.
-        converted: its metrics of torchmetrics.
+        converted: the converted metrics of torchmetrics in the module.
     """
 
     function: Callable[..., Any]
@@ -301,11 +299,11 @@ class LightningStep:
         return self.function.__name__
 
     def identity(self) -> dict[str, object]:
-        """Return what a snapshot of a run records of it."""
+        """Return the value by which a snapshot of a run identifies this step."""
         return {"function": self.function, "dataloader_idx": self.dataloader_idx, "transfer": self.transfer}
 
     def called(self, net: Any, batch: Any) -> tuple[Any, Recorder]:
-        """Return what the method returns, and what it logged."""
+        """Call the method; return its result and the logged values."""
         with recording(net, metrics.sample_count(batch), self.base, self.converted) as recorder:
             if self.transfer:
                 batch = net.on_after_batch_transfer(batch, self.dataloader_idx)
@@ -346,7 +344,7 @@ class TrainingStep(LightningStep):
 
 
 class EvaluationStep(LightningStep):
-    """`validation_step` or `test_step` as a loss function; what it returns counts as `loss` if it is one."""
+    """`validation_step` or `test_step` as a loss function; a returned loss becomes the metric `loss`."""
 
     def __call__(self, net: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         out, recorder = self.called(net, batch)
@@ -371,9 +369,9 @@ _LOSS = "returned or logged as loss"
 
 
 def renamed(step: StepFn, state: Any, batch: Any) -> dict[str, Metric]:
-    """Call an evaluation step of an `EvaluationStep`; its metrics are those that the module logs, by their names."""
+    """Call an evaluation step of an `EvaluationStep`, and return the metrics under the names that the module logs."""
     values = dict(step(state, batch))
-    del values["loss"]  # zero: a loss function returns one, an evaluation of Lightning need not
+    del values["loss"]  # a zero: a loss function must return a loss, an evaluation step of Lightning need not
     if _LOSS in values:
         values["loss"] = values.pop(_LOSS)
     return values

@@ -1,7 +1,8 @@
-"""Reading named tensors from files of others: safetensors, `torch.save`, Lightning, torch.distributed.checkpoint.
+"""Reading named tensors from files of other programs: safetensors, `torch.save`, Lightning,
+torch.distributed.checkpoint.
 
-Owns `read_weights`. No code in a file is run: what `torch.save` wrote is read with `weights_only=True`, and the
-metadata of a distributed checkpoint, which torch itself unpickles, only by classes that such metadata consists of.
+Owns `read_weights`. No code in a file is run: files of `torch.save` are read with `weights_only=True`, and the pickled
+metadata of a distributed checkpoint by an unpickler that allows only its classes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from purestep.errors import ConfigError, SnapshotError, explain, import_extra
 from purestep.interop import _torch
 
 Named = dict[str, Tensor]
-# What the entry with the weights is called, in this order: by Lightning, by torch's tutorials, by many repositories.
+# Usual names of the entry with the weights, in the order of search: Lightning's, torch's tutorials', others.
 _ENTRIES = ("state_dict", "model_state_dict", "model", "module", "weights", "params")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -36,18 +37,18 @@ def read_weights(path: Location, *, entry: Name | None = None) -> dict[str, Tens
             `x.safetensors`;
             `x.safetensors.index.json`, or `.bin.index.json`, the index of a model in several files;
             a directory of a Hugging Face model, with `model.safetensors`, `pytorch_model.bin` or such an index;
-            `.pt`, `.pth`, `.bin`, `.ckpt`: what `torch.save` wrote, read with `weights_only=True` (Lightning's too);
-            a directory of `torch.distributed.checkpoint`, which is read by one process.
-        entry: for checkpoints with several parts, the one that holds the weights, with dots where it is nested. By
-            default the whole file where it is a dict of tensors, else `state_dict`, `model_state_dict`, `model`,
-            `module`, `weights` or `params`, whichever it has.
+            `.pt`, `.pth`, `.bin`, `.ckpt`: files of `torch.save`, also Lightning's, read with `weights_only=True`;
+            a directory of `torch.distributed.checkpoint`, which one process reads.
+        entry: name of the entry that holds the weights, with dots for nested entries. By default the whole file if it
+            is a dict of tensors, else the first of `state_dict`, `model_state_dict`, `model`, `module`, `weights` and
+            `params` that the file has.
 
     Returns:
-        Tensors on the CPU by name. Those of `.pt` files may be mapped from the disk: copy what outlives the file.
+        Tensors on the CPU by name. Tensors of `.pt` files may be memory-mapped: copy them before deleting the file.
 
     Raises:
-        ConfigError: there is no such file, it is of a kind that is not known, or it has no such entry.
-        SnapshotError: it cannot be read: damaged, or of objects that `weights_only=True` refuses.
+        ConfigError: the file does not exist, has an unknown format, or has no such entry.
+        SnapshotError: the file is damaged, or holds objects that `weights_only=True` refuses.
 
     Examples:
         >>> import tempfile
@@ -105,7 +106,7 @@ def _pickled(path: Path) -> Any:
     with _reading(
         path, "with torch.serialization.safe_globals([TheClass]):   # if you trust who wrote the file\n    ..."
     ):
-        # Only the zip format of torch 1.6 and later can be mapped; what is older is read into memory.
+        # Only the zip format of torch 1.6 and later can be memory-mapped; older files are read into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
@@ -128,7 +129,7 @@ def _sharded(index: Path, entry: str | None) -> Named:
 def _distributed(directory: Path, entry: str | None) -> Named:
     with _reading(directory):
         described = _torch.read_dcp_metadata(directory)
-    # Nested names come with dots; what is no tensor (a step, a learning rate) is described by no shape and not read.
+    # Nested names have dots. An entry that is no tensor (a step, a learning rate) has no shape and is not read.
     nested = _nested({path: key for key, path in described.paths.items()})
     wanted = _chosen(directory, nested, entry)
     with _reading(directory):
@@ -172,7 +173,7 @@ def _refusal(error: Exception) -> str:
 
 
 def _chosen(path: Path, content: Any, entry: str | None) -> Any:
-    """Return the mapping of names to tensors in what was read; for a distributed checkpoint, to keys of its own."""
+    """Return the mapping of names to tensors in a checkpoint; in a distributed one, to keys of tensors."""
     if entry is not None:
         return _flat(path, _at(path, content, entry), f"entry {entry!r}")
     if not isinstance(content, Mapping):
@@ -203,7 +204,7 @@ def _has_weights(value: Any) -> bool:
 
 
 def _flat(path: Path, content: Any, what: str) -> dict[str, Any]:
-    """Return the tensors below an entry, nested names joined with dots; plain values beside them are no weights."""
+    """Return the tensors below an entry, with nested names joined by dots; other values are left out."""
     if not isinstance(content, Mapping):
         raise _no_weights(path, content)
     flat: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Weights by name: into a state from a module (`from_module`) and files (`load_weights`), and out to a file.
 
-Owns the matching of names. Nothing is left out silently: a name that only one side has is an error that lists both
-sides, unless a filter of the caller says that it may be so.
+Owns the matching of names. Nothing is left out silently: a name that only the file or only the state has is an error
+that lists both sides, unless a filter of the caller allows it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from purestep.tree import Filter
 
 Rename = Callable[[str], str] | Mapping[str, str]
 _SHOWN = 8
-# The optimizer states that hold parameters themselves, or what is only right beside them.
+# Optimizer states that hold copies of the parameters, or values that depend on their history.
 _HOLDERS = (AverageState, LbfgsState, LookaheadState, MasterWeightsState, ScheduleFreeState)
 
 
@@ -48,24 +48,24 @@ def load_weights(
 ) -> TrainState:
     """Return a state with the parameters and buffers of a file that another program wrote.
 
-    Step, key and optimizer state stay as they are. Names and shapes are strict: what is missing in the file, and what
-    is left over there, is listed in the error, with the prefix to rename if that would do.
+    Step, key and optimizer state stay as they are. Names and shapes must match: the error lists the names that are
+    missing in the file or left over there, and a `rename=` of one prefix if that makes all names fit.
 
     Args:
-        state: of the model, from `ps.init`, placed by a plan or not. Its dtypes stay: values are cast to them.
+        state: state of the model, from `ps.init`, placed by a plan or not. Values are cast to its dtypes.
         path: a file or directory, see `ps.interop.read_weights`: safetensors, Hugging Face shards with their index,
             `.pt`, Lightning's `.ckpt`, a directory of `torch.distributed.checkpoint`.
-        rename: a name in the file to the name in the state: a function, or a mapping of prefixes, of which the first
-            that fits is replaced (`{"model.": ""}`).
-        keep: names of the state that keep their values if the file lacks them: a new head, say.
-        ignore: names of the file, renamed, that the state does not have.
-        entry: the part of a checkpoint that holds the weights, see `ps.interop.read_weights`.
-        tx: makes the optimizer state anew for these parameters. Needed where that state holds copies of them:
-            averages, master weights.
+        rename: maps names of the file to names of the state: a function, or a mapping of prefixes, of which the first
+            match is replaced (`{"model.": ""}`).
+        keep: filter of names of the state that keep their values if the file lacks them, such as a new head.
+        ignore: filter of names of the file, after renaming, to leave out.
+        entry: the entry of a checkpoint that holds the weights, see `ps.interop.read_weights`.
+        tx: makes the optimizer state anew for the loaded parameters. Needed if the optimizer state holds copies of
+            parameters: averages, master weights.
 
     Returns:
-        The state with the values of the file. Buffers that a `state_dict` leaves out (`persistent=False`) stay. Of tied
-        parameters the file may have one name or all.
+        The state with the values of the file. Buffers that a `state_dict` leaves out (`persistent=False`) stay. For
+        tied parameters the file may hold one of the names or all.
 
     Raises:
         ConfigError: no such file or entry, a filter that matches nothing, or an optimizer state that holds copies.
@@ -96,11 +96,11 @@ def from_module(
     ignore: Filter | None = None,
     tx: GradientTransformation | None = None,
 ) -> TrainState:
-    """Return a state with the parameters and buffers of a module: the way back from `ps.to_module`.
+    """Return a state with the parameters and buffers of a module: the inverse of `ps.to_module`.
 
     Args:
-        state: of a model with the same names, from `ps.init`. `ps.init(module, tx)` makes a first state of a module.
-        module: it is copied, and later changes to it do not reach the state.
+        state: state of a model with the same names, from `ps.init`. (`ps.init(module, tx)` makes an initial state.)
+        module: the module, whose tensors are copied.
         keep, ignore, tx: see `ps.load_weights`.
 
     Raises:
@@ -124,8 +124,8 @@ def from_module(
 def save_weights(state: TrainState, path: Location) -> Path:
     """Write the parameters and buffers of a state as one file for other programs, named as in a `state_dict`.
 
-    It appears complete or not at all. Of a state that is split over processes each of them calls it, and gets the file
-    at its own path. `ps.snapshot.consolidate` does the same for a snapshot on disk.
+    The file is written atomically. If the state is split over processes, every process calls this function and writes
+    the full state to its own path. `ps.snapshot.consolidate` does the same for a snapshot on disk.
 
     Args:
         state: any state of `ps.init`.
@@ -188,8 +188,8 @@ def _by_prefix(name: str, prefixes: Mapping[str, str], used: set[str]) -> str:
 
 
 def _model_names(state: TrainState) -> tuple[dict[str, str], set[str]]:
-    """Return the names under which a `state_dict` holds the tensors of the state, those of tied ones too, and what it
-    leaves out."""
+    """Return the names in a `state_dict` of the tensors of the state, with all names of tied tensors; and the names
+    that a `state_dict` leaves out."""
     own = {**state.params, **state.buffers}
     if state.model is None:
         return {name: name for name in own}, set()
@@ -227,7 +227,7 @@ def _filled(
                 explain(
                     "tied parameters have different values",
                     where=f"{name!r} and {target!r} in {source}",
-                    why="in the state they are one tensor",
+                    why="the state holds one tensor for all tied parameters",
                     instead=f"ignore={name!r}   # to take the other",
                 )
             )
@@ -251,7 +251,7 @@ def _replaced(state: TrainState, values: Mapping[str, Tensor], tx: GradientTrans
     if copies:
         raise ConfigError(
             explain(
-                "the optimizer state holds copies of the parameters that are to be replaced",
+                "the optimizer state holds copies of the parameters to be replaced",
                 where=f"opt_state: {type(copies[0]).__qualname__}",
                 why="training would go on from the copies, and the new values be lost",
                 instead="tx=tx   # makes the optimizer state anew; of a step with a policy it is step.tx",
@@ -261,7 +261,7 @@ def _replaced(state: TrainState, values: Mapping[str, Tensor], tx: GradientTrans
 
 
 def _like(old: Tensor, value: Tensor) -> Tensor:
-    """Return a value as the leaf of a state: its dtype, its device, and this rank's part of it."""
+    """Return a value with the dtype and device of a leaf of the state; for a split leaf, this rank's shard."""
     full = value.detach().to(old.device, old.dtype, copy=True)
     if not placement.is_split(old):
         return full
@@ -308,7 +308,7 @@ def _mismatch(
 
 
 def _advice(missing: list[str], left_over: list[str], known: Iterable[str]) -> str | None:
-    """Say what to write: the one prefix that would make all names fit, if there is one."""
+    """Return the code to write: a rename of one prefix if it makes all names fit, else filters."""
     sides = ((left_over, missing, set(left_over), "{{{0!r}: ''}}"), (missing, left_over, set(known), "{{'': {0!r}}}"))
     for names, others, there, text in sides:
         prefixes = {name[: i + 1] for name in names for i, letter in enumerate(name) if letter == "."}

@@ -14,26 +14,27 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             are the documented half of them.
     pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
                             taken from the disk cache, and graphs are compiled anew.
-    node_of, proxy_root     the node of a graph in the making that stands for a tensor, and where its constants are.
-                            Without them: no value is read while a function is traced.
-    track                   makes the tensor that a node of the graph in the making stands for. Without it: nothing is
-                            repeated in a graph, and every random draw is traced.
+    node_of, proxy_root     the node of a tensor in the graph that is being traced, and the module with the constants of
+                            that graph. Without them: no value is read while a function is traced.
+    track                   makes the fake tensor of a new node in the graph that is being traced. Without it: no nodes
+                            are copied, and every random draw is traced.
     compiling               what `torch.compiler.is_compiling()` answers. Torch sets the same flag in `torch.export`.
-    uncompiled              runs modules that `torch.compile` wrapped as they are. Half of it is the public
-                            `torch.compiler.set_stance`; the setting of Dynamo is what it says of `make_fx`.
-    validates_distributions whether distributions check their parameters where nothing is said. Without it: True.
+    uncompiled              runs modules wrapped by `torch.compile` uncompiled. Half of it is the public
+                            `torch.compiler.set_stance`; the private half is Dynamo's setting for use in `make_fx`.
+    validates_distributions whether distributions check their parameters by default. Without it: True.
     module_conversion, put_module_conversion
-                            what `module.to(...)` and its like end in. Without it: a module that converts another in its
-                            forward is refused.
+                            the method behind `module.to(...)`, `.half()` and so on. Without it: a module that converts
+                            another in its forward is refused.
     script_source           the Python function that `torch.jit.script` compiled. Without it: constants inside of such a
-                            function are taken for tensors from outside.
-    aot_backend             the backend `aot_eager` of `torch.compile`, which records views anew, with a pass after it.
+                            function are taken for captured tensors.
+    aot_backend             the backend `aot_eager` of `torch.compile`, which records views anew, then a pass of ours.
     READ_VALUE, UNIQUE, UNSAFE_VIEW
-                            operators that ask for a value, whose shape depends on values, and which view a fresh
-                            tensor. They have no other name.
+                            operators: the first reads a value, the second has an output shape that depends on values,
+                            the third views a fresh tensor. They have no public names.
     FakeTensorMode          tensors of shapes without memory. There is no public name; `torch.export` uses it.
     batch_norm_legit, batch_norm_functional
-                            batch norm that says in its schema what it writes, and the one that returns it.
+                            batch norm whose schema marks the running statistics as written, and the functional one
+                            that returns them.
     overload_of             the name of an overload of an operator.
 """
 
@@ -65,7 +66,7 @@ Conversion = Callable[..., nn.Module]
 
 
 def validates_distributions() -> bool:
-    """Return what was given to `Distribution.set_default_validate_args`."""
+    """Return the setting of `Distribution.set_default_validate_args`."""
     return bool(torch.distributions.Distribution._validate_args)
 
 
@@ -80,12 +81,12 @@ def put_module_conversion(method: Conversion) -> None:
 
 
 def script_source(function: object) -> Callable[..., Any] | None:
-    """Return the Python function that a scripted one was made of."""
+    """Return the Python function that `torch.jit.script` compiled."""
     return getattr(function, "_torchdynamo_inline", None)
 
 
 def aot_backend(mend: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
-    """Return a backend for `torch.compile` that runs the graph of AOTAutograd by operators, after a pass over it."""
+    """Return a backend for `torch.compile`: AOTAutograd, a pass over its graph, then the operators one by one."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 
@@ -120,7 +121,7 @@ def pointer_function() -> int:
 
 
 def tracing_context() -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which torch takes itself to be traced."""
+    """Return the context that tells torch's own code that it is being traced."""
     made: contextlib.AbstractContextManager[Any] = getattr(
         torch.compiler, "_non_strict_tracing_context", contextlib.nullcontext
     )()
@@ -128,7 +129,7 @@ def tracing_context() -> contextlib.AbstractContextManager[Any]:
 
 
 def node_of(tensor: Tensor) -> fx.Node | None:
-    """Return the node of the graph in the making that a tensor stands for."""
+    """Return the node of a tensor in the graph that is being traced."""
     mode = _proxy_mode()
     if mode is None:
         return None
@@ -137,13 +138,13 @@ def node_of(tensor: Tensor) -> fx.Node | None:
 
 
 def proxy_root() -> nn.Module:
-    """Return the module that holds the constants of the graph in the making."""
+    """Return the module that holds the constants of the graph that is being traced."""
     root: nn.Module = _proxy_mode().tracer.root
     return root
 
 
 def track(node: fx.Node, like: Tensor) -> Tensor:
-    """Return a fresh fake tensor for a node of the graph in the making."""
+    """Return a fresh fake tensor for a node of the graph that is being traced."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
 
     tracer = _proxy_mode().tracer

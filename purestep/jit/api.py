@@ -1,4 +1,4 @@
-"""`jit`: the function that users call. It checks what it is given and chooses how it is compiled."""
+"""`jit`: the function that users call. It checks the arguments and chooses how the function is compiled."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def jit(
     """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
 
     The function is traced once for each combination of structure, shapes, dtypes, devices, strides and Python values of
-    its arguments, on tensors without memory, as `jax.jit` does. What it does besides tensor operations (printing,
-    counting) happens while tracing only. Numbers and strings in the arguments are constants of the graph: one that
-    changes is traced again, so keep a learning rate that moves in a tensor. Inside a transform, such as `vmap` or
-    `grad`, and inside another `jit`, it is the plain function.
+    its arguments, on tensors without memory, as `jax.jit` does. Side effects (printing, counting) happen while tracing
+    only. Numbers and strings in the arguments are constants of the graph: another value is traced again, so keep a
+    learning rate that changes in a tensor. Inside a transform, such as `vmap` or `grad`, and inside another `jit`, the
+    compiled function runs as the plain one.
 
     Args:
         function: any function of pytrees of tensors; a step of `make_step` or `make_eval`, or one written by hand. It
             must be pure: it changes none of its arguments and reads no other tensors than those.
-        donate: consume the first argument. The state that is returned is written over its memory, and using the old
-            one again raises DonatedStateError. The function returns such a state, alone or first in a tuple. Tensors
-            taken out of the old state before show the new values; of plain dicts and lists around states, only the
-            states in them can be marked.
+        donate: consume the first argument. The returned state is written over its memory, and using the old state again
+            raises DonatedStateError. The function returns a state of the same structure, alone or first in a tuple.
+            Tensors taken out of the old state before show the new values. In a dict or list of states, the states are
+            marked as consumed, the container is not.
         backend: "inductor" compiles the graph. "eager" runs the same graph operator by operator, with the bits of the
             function itself. "aot_eager" and "dynamo" hand the traced graph to `torch.compile`, with its `aot_eager`
             backend and its default one.
-        static: arguments, by position or name, that are no pytrees of tensors: they need a hash, and the function is
-            compiled for each of their values.
+        static: arguments, by position or name, that are not pytrees of tensors: each needs a hash, and the function is
+            compiled once for each of its values.
         mode: as in `torch.compile`, for "inductor" and "dynamo". "reduce-overhead" and "max-autotune" record a donated
             step on CUDA as one CUDA graph.
-        unjittable: what to do with a function that cannot be traced. "error" refuses it. "eager" computes the gradients
-            of a step uncompiled then, with the bits of the step itself, and only its update compiled; a step is
-            compiled in two pieces in any case. An evaluation, or any other function that donates nothing, runs as it
-            is. `refusals` says why.
+        unjittable: what to do with a function that cannot be traced. "error" refuses it. With "eager" every step is
+            compiled in two pieces, gradients and update; gradients that cannot be traced run uncompiled, with the bits
+            of the step itself. An evaluation, or another function that donates nothing, runs uncompiled as a whole.
+            `refusals` says why.
 
     Returns:
         An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),

@@ -121,9 +121,9 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
         except Exception as error:
             if not errors.compiler_failed(error):
                 raise
-            # It may not know all instructions of the processor; Inductor finds out which, which takes it seconds.
+            # The compiler may not support all instructions of the processor; Inductor's test of that takes seconds.
             compiled = _compiled(traced, mode, {})
-        # The method that the object's own `__call__` ends in; what it does before is for profilers and caches.
+        # The inner method of the object's `__call__`, without its work for profilers and caches.
         run: Run = getattr(compiled, "current_callable", None) or compiled
         if name is not None and not getattr(compiled, "constants", None):
             disk_cache.put(name, run)
@@ -142,7 +142,7 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callab
     device = traced.fakes[0].device if traced.fakes else None
     with _decompositions(device) as decompositions:
         graph = _broken_up(traced, decompositions)
-        # Tracing goes without one, so that shapes which depend on values are errors; Inductor's disk cache asks for it.
+        # Traces have no ShapeEnv, so that shapes which depend on values are errors; Inductor's disk cache needs one.
         fake_mode.shape_env = ShapeEnv()
         with (
             inductor.config.patch({**options, **_CONFIG, **known}),
@@ -158,7 +158,7 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callab
 
 
 def _broken_up(traced: Traced, decompositions: Mapping[_torch.OpOverload, Callable[..., object]]) -> fx.GraphModule:
-    """Return the graph in the operators that Inductor knows."""
+    """Return the graph decomposed into the operators that Inductor supports."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     traced.mode.shape_env = None
@@ -192,7 +192,7 @@ def _decompositions(device: torch.device | None) -> Iterator[dict[_torch.OpOverl
 
 
 _POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward.default
-# Inputs are checked by the signature of the call, once more in every kernel call is not needed.
+# The signature of the call has checked the inputs, so kernels need not check them again.
 _CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
 

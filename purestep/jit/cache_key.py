@@ -1,7 +1,7 @@
-"""What a compiled call is looked up by, and why a call did not find one.
+"""The signature by which a compiled call is looked up, and the reason why a call has a new one.
 
 A signature is all that tracing may bake into a graph: structure, shapes, dtypes, devices, strides, Python values and
-the code of the modules inside. Nothing here traces or compiles; `function` asks.
+the code of the modules inside. Nothing here traces or compiles; `function` calls it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.
 
 
 def leaf_signature(leaf: object) -> Hashable:
-    """Return what of a leaf a graph depends on: all but the elements of a tensor; of anything else, the value."""
+    """Return the part of a leaf that a graph depends on: all but the elements of a tensor, or the value itself."""
     if isinstance(leaf, Tensor):
         if leaf.is_contiguous():
             return leaf.dtype, leaf.shape, leaf.device
@@ -34,10 +34,10 @@ def leaf_signature(leaf: object) -> Hashable:
 
 
 def check_whole(leaves: Sequence[Any], paths: Callable[[], list[str]]) -> None:
-    """Refuse leaves that are split over processes: their signature is that of the whole tensor, which is not here.
+    """Refuse leaves that are split over processes: a DTensor has the shape of the full tensor, which no rank holds.
 
     Raises:
-        ConfigError: a DTensor; a step with a plan hands on its local tensors.
+        ConfigError: a leaf is a DTensor. A step with a plan passes local tensors instead.
     """
     if set(map(type, leaves)) - _COMMON:
         for i, leaf in enumerate(leaves):
@@ -120,7 +120,7 @@ def _collect(value: object, found: list[Any]) -> None:
 
 
 def is_plain(value: object) -> bool:
-    """Tell whether comparing a value with `==` tells all about it."""
+    """Tell whether `==` compares a value completely, as for numbers and strings."""
     return isinstance(value, _PLAIN) or (type(value) is tuple and all(map(is_plain, value)))
 
 
@@ -128,7 +128,8 @@ _fingerprints: dict[int, tuple[weakref.ref[Definition], Hashable]] = {}
 
 
 def fingerprint(value: object) -> Hashable:
-    """Return what makes two static values run the same code: of a model its classes and settings, else its identity."""
+    """Return a key that is equal for static values which run the same code: a model's classes and settings, else the
+    identity of the object."""
     if not isinstance(value, Definition):
         return id(value)
     known = _fingerprints.get(id(value))
@@ -201,7 +202,7 @@ def _describe(leaf: object) -> str:
 
 
 def why(new: Shape, known: Sequence[Shape]) -> str:
-    """Return the reason why a call fits none of the known ones, told against the nearest of them."""
+    """Return how a call differs from the most similar of the known signatures."""
     changes = min((old.changes(new) for old in reversed(known)), key=len)
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     return "; ".join(changes[:3]) + more

@@ -1,8 +1,8 @@
 """C++ kernels of one graph, compiled a few files at a time instead of each in a file of its own.
 
-Inductor writes one source file for each CPU kernel, and most of what the C++ compiler does with it is reading headers.
-`together` makes Inductor put them into as many files as there are cores. Where its code is not what is expected here,
-or the compiler refuses the files, every kernel is compiled the way Inductor does it. Only `backends` calls it.
+Inductor writes one source file for each CPU kernel, and the C++ compiler spends most of its time on the headers.
+`together` makes Inductor put the kernels into as many files as there are cores. Where Inductor's code has another form
+than expected, or the compiler refuses the files, Inductor compiles each kernel by itself. Only `backends` calls it.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def together() -> Iterator[None]:
 
 
 class _Redirection:
-    """`AsyncCompile.cpp_pybinding` asks the batch of its thread first, as long as any thread compiles in `together`.
+    """Replaces `AsyncCompile.cpp_pybinding` while any thread compiles in `together`: kernels go to the thread's batch.
 
-    There is one for the process, because there is one class to change: threads that compile at the same time share the
-    change, the last to end takes it back, and threads without a batch see no difference meanwhile.
+    One redirection serves the process, because there is one class to change: threads that compile at the same time
+    share the change, the last one restores the class, and threads without a batch get Inductor's own behaviour.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class _Redirection:
         finally:
             with self.lock:
                 self.users -= 1
-                # Whoever changed it meanwhile has ours underneath, which without a batch does what Inductor does.
+                # Code that patched it meanwhile calls our version, which without a batch calls Inductor's.
                 if self.users == 0 and self.ours is not None and vars(cls)["cpp_pybinding"] is self.ours:
                     cls.cpp_pybinding = self.original  # type: ignore[attr-defined]
 
@@ -87,10 +87,10 @@ def _asking_batch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Batch:
-    """The kernels of one graph: gathered first, compiled when the first of them is waited for.
+    """The kernels of one graph: collected first, compiled when the first result is needed.
 
     Args:
-        files: at most so many files.
+        files: the largest number of source files.
     """
 
     def __init__(self, files: int) -> None:
@@ -104,7 +104,7 @@ class Batch:
         return _future(kernel)
 
     def start(self) -> None:
-        """Begin to compile what was gathered."""
+        """Start to compile the collected kernels."""
         kernels, self.kernels = self.kernels, []
         try:
             parts = _binding_parts() if len(kernels) > self.files else None
@@ -141,12 +141,12 @@ def _future(kernel: Kernel) -> Any:
 
 
 def fits(source: str) -> bool:
-    """Tell whether a kernel's source can share a file: one function, nothing for the preprocessor but includes."""
+    """Tell whether a kernel's source can share a file: one function, and no preprocessor lines but includes."""
     return len(_SIGNATURE.findall(source)) == 1 and not _DIRECTIVE.search(_INCLUDE.sub("", source))
 
 
 def _binding_parts() -> tuple[str, str, str] | None:
-    """Inductor's template of Python bindings: what comes before, the wrapper of one kernel, and the module."""
+    """Split Inductor's template of Python bindings into the head, the wrapper of one kernel, and the module."""
     from purestep.jit._inductor import CppCache
 
     template = getattr(CppCache, "suffix_template", "")
@@ -180,7 +180,7 @@ def _start(group: list[Kernel], parts: Any) -> None:
                 try:
                     found["module"] = waiting()
                 except Exception:
-                    # Whatever it is, kernel by kernel it happens again, with Inductor's own message, or not at all.
+                    # Each kernel is then compiled alone, which either works or fails with Inductor's own message.
                     found["module"] = None
             return found["module"]
 

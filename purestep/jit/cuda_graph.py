@@ -21,8 +21,9 @@ class Replay:
 
     Args:
         run: the compiled graph; it overwrites the donated inputs.
-        donated: positions of those inputs.
-        record: records the work of a function without doing it, and returns what does it and where the outputs will be.
+        donated: positions of the donated inputs.
+        record: captures the work of a function without running it; returns a function that replays it, and the tensors
+            that will hold the outputs.
     """
 
     def __init__(self, run: Run, donated: Sequence[int], record: Record | None = None) -> None:
@@ -42,17 +43,17 @@ class Replay:
                     held.copy_(given, non_blocking=True)
         if self._replay is not None:
             self._replay()
-        # The next replay writes to the same place.
+        # The next replay writes into the same memory.
         return [output.clone() for output in self._outputs]
 
     def _moved(self, tensors: list[Tensor]) -> bool:
-        """Tell whether another state came than the one that was recorded: its addresses are in the recording."""
+        """Tell whether the state has other addresses than the recorded one, which the recording would write to."""
         return any(self._inputs[i].data_ptr() != tensors[i].data_ptr() for i in self._donated)
 
     def _start(self, tensors: list[Tensor]) -> None:
         self._replay, self._outputs = None, ()
         self._inputs = [x if i in self._donated else x.clone() for i, x in enumerate(tensors)]
-        # Kernels are loaded and tuned on the first run; that is not to be recorded, nor to touch the state.
+        # The first run loads and tunes kernels: it must not be recorded, and must not change the state.
         self._run([x.clone() for x in self._inputs])
         self._replay, self._outputs = self._record(lambda: self._run(list(self._inputs)))
 

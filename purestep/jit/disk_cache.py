@@ -1,7 +1,7 @@
 """Compiled graphs on disk: a new process that traces the same step runs what an earlier one compiled.
 
-Inductor has such a cache too; to read it, most of Inductor is imported and set up. What is kept here is the generated
-function and its kernels, which need torch alone. Whatever is out of the ordinary is not kept, and compiled as ever.
+Inductor has such a cache too, but reading it imports most of Inductor. This cache stores the generated function and its
+kernels, which need torch alone. A graph with anything unusual in it is not stored, and is compiled every time.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _POINTER = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"  # where a kernel's binding
 _HERE = Path(__file__).parent
 
 
-# --- under which name -------------------------------------------------------------------------------------------------
+# --- the name of a graph ----------------------------------------------------------------------------------------------
 
 
 def key(traced: Traced, mode: str | None) -> str | None:
-    """Return the name of a graph in the disk cache: a digest of all that its compiled form depends on.
+    """Return the name of a graph in the disk cache: a digest of everything that its compiled form depends on.
 
-    None for graphs that are not kept: those with tensors in them, or that leave the CPU.
+    None for graphs that are not stored: graphs with constant tensors, or with tensors on another device than the CPU.
     """
     config = inductor_config()
     if config.force_disable_caches or not config.fx_graph_cache:
@@ -83,7 +83,7 @@ def _kind(x: Tensor) -> tuple[Any, ...] | None:
 
 
 def _settings() -> tuple[Any, ...]:
-    """Settings of the process that kernels are written for."""
+    """Return the settings of the process that generated kernels depend on."""
     return (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
@@ -95,7 +95,7 @@ def _settings() -> tuple[Any, ...]:
 
 @functools.cache
 def _machine() -> tuple[Any, ...]:
-    """What does not change while the process lives: versions, the processor, and the code that makes graphs."""
+    """Return the facts that are fixed for the process: versions, the processor, and the code that makes graphs."""
     model = platform.processor()
     with contextlib.suppress(OSError):
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
@@ -113,11 +113,11 @@ def _machine() -> tuple[Any, ...]:
     )
 
 
-# --- taking and putting -----------------------------------------------------------------------------------------------
+# --- read and write ---------------------------------------------------------------------------------------------------
 
 
 def take(name: str) -> Run | None:
-    """Return the compiled graph of a name, or None where it is not in the disk cache or was damaged."""
+    """Return the compiled graph of a name, or None if it is missing or damaged."""
     folder = _folder(name)
     try:
         if os.name == "posix" and folder.stat().st_uid != os.getuid():
@@ -132,7 +132,7 @@ def take(name: str) -> Run | None:
 
 
 def put(name: str, call: Any) -> None:
-    """Keep a compiled graph, if it is made of what can be kept."""
+    """Store a compiled graph, unless it holds something that cannot be stored."""
     found = written(call)
     if found is None:
         return
@@ -157,10 +157,10 @@ def _folder(name: str) -> Path:
 
 @dataclasses.dataclass
 class Kept:
-    """A compiled graph as it is written down.
+    """A compiled graph as it is stored.
 
     Attributes:
-        source: what Inductor generated around the kernels, without its imports and its tests.
+        source: the Python code that Inductor generated around the kernels, without its imports and its tests.
         kernels: `[file, function]` of each kernel, by the name under which the source calls it.
         extern: names of functions of torch that the source calls as `extern_kernels`.
         files: digests of the shared objects.
@@ -192,7 +192,7 @@ def _module(path: Path) -> types.ModuleType:
 
 
 def _namespace(extern: Sequence[str]) -> dict[str, Any]:
-    """What the source of a compiled graph finds without an import."""
+    """Return the globals in which the source of a compiled graph runs."""
     kernels = types.SimpleNamespace(**{name: getattr(torch, name) for name in extern})
     return {
         "torch": torch,
@@ -210,7 +210,7 @@ def _namespace(extern: Sequence[str]) -> dict[str, Any]:
 
 
 def written(call: Any) -> tuple[Kept, dict[str, str]] | None:
-    """Return a compiled graph as it is kept, and its files by name; None where it holds what cannot be kept.
+    """Return a compiled graph as it is stored, and its files by name; None if something in it cannot be stored.
 
     Args:
         call: the function of Inductor's module.
@@ -274,7 +274,7 @@ def _is_torch(module: dict[str, Any], name: str) -> bool:
 
 
 def _asked(source: str) -> set[str]:
-    """Return the names that code looks for outside of its own functions."""
+    """Return the global names that code reads."""
     pending, names = [compile(source, "<graph>", "exec")], set[str]()
     while pending:
         code = pending.pop()

@@ -1,7 +1,7 @@
 """Donation without compilation: an eager step that consumes the state it is called with.
 
-Owns `donate`. The step itself says when it has no more use for the state (`last_use=` of `apply_gradients`); until then
-nothing is written, so a call that fails before leaves the state as it was.
+Owns `donate`. The step marks its last use of the state (`last_use=` of `apply_gradients`); nothing is written before
+that, so a call that fails earlier leaves the state as it was.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Donating(AnyStep):
 
     @property
     def facts(self) -> StepFacts:
-        """Those of the step, but that it consumes its state."""
+        """Facts of the step, with `donates` set."""
         return dataclasses.replace(facts_of(self.step), donate=True)
 
     def bare(self, microbatches: int | None = None) -> StepFn:
@@ -55,7 +55,7 @@ class Donating(AnyStep):
         return self
 
     def identity(self) -> StepFn:
-        """Return what a snapshot of a run records of it: the step, whose bits it has."""
+        """Return the step itself: a snapshot records that, because both have the same bits."""
         return self.step
 
     def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ class Donating(AnyStep):
         return returned
 
     def _check_apart(self, others: list[Any], memory: frozenset[int]) -> None:
-        """Refuse what the step returned besides the state where it lies in the memory that was written over."""
+        """Refuse a tensor that the step returned besides the state if it shares memory with the overwritten state."""
         for path, leaf in zip(tree.paths(others), tree.leaves(others), strict=True) if memory else ():
             if lies_in(leaf, memory):
                 raise StepError(
@@ -96,8 +96,8 @@ def donate(step: Callable[..., Any]) -> Any:
     """Make a step consume the state it is called with, without compiling it.
 
     Parameters and optimizer state are updated in place, unless all parameters are small (below some 16,000 elements),
-    when it would save nothing. So memory holds one state instead of two, and the time to fill fresh memory is saved;
-    the bits are those of the step itself. Using a consumed state again raises DonatedStateError.
+    where an update in place would save nothing. So memory holds one state instead of two, and the time to fill fresh
+    memory is saved; the bits are those of the step itself. Using a consumed state again raises DonatedStateError.
     `fit(..., donate=True)` does this for states that the loop alone owns.
 
     Args:
@@ -105,11 +105,11 @@ def donate(step: Callable[..., Any]) -> Any:
             writes in place where it calls `state.apply_gradients(..., last_use=True)`, and nowhere else.
 
     Returns:
-        A step. Its `donate` is True, its `step` the step. One that donates already is returned as it is.
+        A step with `donate=True` and the original as `step`. A step that donates already is returned as it is.
 
     Raises:
         ConfigError: the step is compiled without donation.
-        StepError: when called: what the step returned besides the state lies in memory that was written over.
+        StepError: when called: a tensor that the step returned besides the state shares memory with the old state.
 
     Examples:
         >>> import torch
@@ -136,7 +136,7 @@ def donate(step: Callable[..., Any]) -> Any:
 
 
 def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
-    """Return a state whose tensors share memory with nothing else in it, and the memory that an update writes over."""
+    """Return a state whose tensors share no memory with each other, and the memory that an update overwrites."""
     if not worth_reusing(placement.part_of(p) for found in _states(state) for p in found.params.values()):
         return state, frozenset()
     leaves, structure = tree.flatten(state)
@@ -151,7 +151,7 @@ def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
 
 
 def _states(value: object) -> list[TrainState]:
-    """Return the train states in a value, which alone are written over."""
+    """Return the train states in a value: only their memory is overwritten."""
     if isinstance(value, TrainState):  # nearly always: at every call
         return [value]
     return [state for _, state in tree.find(value, TrainState)]

@@ -1,6 +1,6 @@
 """Donation in a graph: the epilogue that writes the new state over the memory of the old one.
 
-`epilogue` adds it, and says where each leaf of the result comes from. What donation needs at every call is in
+`epilogue` adds it, and returns where each leaf of the result comes from. The work of donation at every call is in
 `donation`.
 """
 
@@ -22,15 +22,15 @@ _IDENTITIES = {torch.ops.aten.clone.default, torch.ops.aten.detach.default, torc
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the leaves of a result are.
+    """Where the leaves of a result come from.
 
     Attributes:
         picks: for each leaf of the result, its position among (outputs of the graph, leaves of the arguments,
             constants).
         constants: leaves that are not tensors.
-        state_leaves: leaves of the first argument, if the result starts with a value of the same structure, shapes and
-            dtypes; else 0.
-        alone: whether that value is the whole result, and not the first of a tuple.
+        state_leaves: number of leaves of the first argument, if the result starts with a state of the same structure,
+            shapes and dtypes; else 0.
+        alone: whether that state is the whole result, rather than the first item of a tuple.
     """
 
     picks: tuple[int, ...]
@@ -40,7 +40,7 @@ class Layout:
 
 
 def epilogue(traced: Traced, first: object, leaf_count: int, *, donate: bool, name: str) -> Layout:
-    """Drop outputs that are inputs, add the epilogue of a donating function, and return where the results are.
+    """Drop outputs that are inputs, add the epilogue of a donating function, and return where the results come from.
 
     Args:
         traced: changed in place.
@@ -50,7 +50,7 @@ def epilogue(traced: Traced, first: object, leaf_count: int, *, donate: bool, na
         name: of the function, for errors.
 
     Raises:
-        StepError: the function donates, and does not return a state like the one it was given.
+        StepError: the function donates, and does not return a state of the same structure, shapes and dtypes.
     """
     inputs, end, returned = traced.nodes()
     state_leaves, alone = _state_like(traced, first)
@@ -73,15 +73,15 @@ def epilogue(traced: Traced, first: object, leaf_count: int, *, donate: bool, na
         root = _root(node)
         if donate and position < state_leaves:
             own = inputs[slot_of[position]]
-            # A leaf that the function passed on is in its place already.
+            # A leaf that the function returned unchanged needs no copy.
             if root is not own:
                 if _memory(node) in donated:
-                    # It is another leaf of the state, or a view of one: another copy of the epilogue may write over
-                    # it before this one reads it, so it is read first.
+                    # The new leaf is another leaf of the old state, or a view of one. Another copy of the epilogue may
+                    # overwrite that leaf first, so its value is cloned before all copies.
                     node = _cloned(traced, end, node)
                     kept.append(node)
                 copies.append((own, node))
-            # Whatever was copied there, the caller finds it in the memory of the leaf that it donated.
+            # In either case the result is in the memory of the donated leaf.
             sources.append(("input", position))
         elif root.op == "placeholder" and _memory(root) not in donated:
             sources.append(("input", traced.takes[inputs.index(root)]))
@@ -89,14 +89,14 @@ def epilogue(traced: Traced, first: object, leaf_count: int, *, donate: bool, na
             sources.append(("output", len(outputs)))
             outputs.append(node)
     if donate:
-        # Metrics may show a parameter of before or after the update; both memories hold the new state at the end.
+        # A metric may be a parameter before or after the update; at the end both memories hold the new state.
         written = {_memory(node) for _, node in copies} | donated
         outputs = [_cloned(traced, end, node) if _memory(node) in written else node for node in outputs]
     with traced.graph.graph.inserting_before(end):
         for own, node in copies:
             copy = traced.graph.graph.call_function(_copy, (own, node))
             copy.meta["val"] = own.meta["val"]
-    # Leaves that trade places need their copies, and Inductor drops a copy of an input that the graph does not return.
+    # The clones are returned, because Inductor drops a clone of an input that is no output.
     end.args = (outputs + kept,)
     traced.graph.graph.eliminate_dead_code()
     traced.graph.recompile()
@@ -111,7 +111,7 @@ def _memory(node: fx.Node) -> int:
 
 
 def _root(node: fx.Node) -> fx.Node:
-    """Follow copies that keep the layout back to what they copy: in a functional graph they are the same value."""
+    """Return the source of a chain of copies that keep the layout: in a functional graph all have the same value."""
     while node.target in _IDENTITIES and not node.kwargs:
         source = node.args[0]
         if not isinstance(source, fx.Node) or source.meta["val"].stride() != node.meta["val"].stride():
@@ -128,7 +128,7 @@ def _cloned(traced: Traced, end: fx.Node, node: fx.Node) -> fx.Node:
     return clone
 
 
-# --- is it a state? ---------------------------------------------------------------------------------------------------
+# --- find the state in the result -------------------------------------------------------------------------------------
 
 
 def _candidates(result: object) -> list[tuple[Any, bool]]:
@@ -136,7 +136,7 @@ def _candidates(result: object) -> list[tuple[Any, bool]]:
 
 
 def _state_like(traced: Traced, first: object) -> tuple[int, bool]:
-    """Return the number of leaves of a returned state that fits the first argument, and whether it stands alone."""
+    """Return the leaf count of a returned state that fits the first argument, and whether it is the whole result."""
     leaves, structure = tree.flatten(first)
     for value, alone in _candidates(traced.result):
         found, other = tree.flatten(value)

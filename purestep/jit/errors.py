@@ -1,7 +1,8 @@
-"""The words for what `jit` cannot take: captured tensors, branches on values, changed inputs, global randomness.
+"""Errors of `jit` for code that cannot be compiled: captured tensors, branches on values, changed inputs, global
+randomness.
 
-It turns what torch's tracers and compilers raise into errors that name the line and the tensor and say what to write.
-It never decides anything: `trace` and `backends` ask.
+This module turns errors of torch's tracers and compilers into errors that name the line and the tensor, with the code
+to write instead. `trace` and `backends` call it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _VALUE_TEXTS = (
 
 
 class ValueReadError(TraceError):
-    """A value or a shape was asked for that a trace does not have; another way to trace may not ask."""
+    """The function reads a value or a shape that a trace does not have; traced in another way, it may not read it."""
 
 
 def user_line(error: BaseException) -> str | None:
@@ -54,7 +55,7 @@ def user_line(error: BaseException) -> str | None:
 
 
 def explained(error: Exception) -> Exception:
-    """Return the error to raise in place of one that tracing ran into; the user's own errors stay as they are."""
+    """Return the error to raise in place of an error of the tracer; the user's own errors are returned unchanged."""
     name, text = type(error).__name__, str(error)
     if name in _SHAPE_ERRORS:
         return ValueReadError(
@@ -86,7 +87,7 @@ def explained(error: Exception) -> Exception:
 
 
 def _known(error: BaseException) -> str | None:
-    """Return what to write in place of a layer or function of torch that reads values itself."""
+    """Return the code to write in place of a torch layer or function that itself reads values."""
     trace, found = error.__traceback__, None
     while trace is not None:
         code = trace.tb_frame.f_code
@@ -139,8 +140,7 @@ _LIFTS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.defa
 
 
 def locate(tensor: Tensor, roots: list[Any]) -> str | None:
-    """Return how a tensor can be reached from functions and models: through closures, globals, attributes and
-    modules."""
+    """Return the path to a tensor from functions and models, through closures, globals, attributes and modules."""
     seen: set[int] = set()
     queue: list[tuple[str, Any, int]] = [("", root, 0) for root in roots]
     storage = _torch.storage_id(tensor.untyped_storage())
@@ -184,7 +184,7 @@ def _reachable(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple)):
         yield from ((f"{name}[{i}]", v) for i, v in enumerate(value))
     elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
-        # Fields of a Step are not the user's words; what its loss function closes over is.
+        # The user did not write the fields of a Step, but did write the variables that its loss function captures.
         own = type(value).__module__.split(".")[0] == "purestep"
         yield from ((name if own else prefix + key, v) for key, v in vars(value).items())
 
@@ -290,7 +290,7 @@ def host_draw(generator: str | None, line: str | None) -> TraceError:
 
 
 def _chain(error: BaseException) -> Iterator[str]:
-    """An error and all that led to it, as text."""
+    """Yield an error and its chain of causes as text."""
     current: BaseException | None = error
     while current is not None:
         yield f"{type(current).__name__}: {current}"
@@ -298,13 +298,13 @@ def _chain(error: BaseException) -> Iterator[str]:
 
 
 def no_compiler(error: BaseException) -> bool:
-    """Tell whether a compiler was not found, wherever in a chain of errors that stands."""
+    """Tell whether any error in a chain says that no compiler was found."""
     signs = "InvalidCxxCompiler", "No working C++ compiler"
     return any(any(s in text for s in signs) or "working triton" in text.lower() for text in _chain(error))
 
 
 def compiler_failed(error: BaseException) -> bool:
-    """Tell whether a C++ compiler was there and refused what it was given."""
+    """Tell whether a C++ compiler was found and rejected the source."""
     return any("CppCompileError" in text for text in _chain(error))
 
 

@@ -1,7 +1,7 @@
-"""`jit`: trace once, compile, call flat.
+"""The compiled function: trace once, compile, call with flat leaves.
 
-Owns the compiled function, its cache and its call path: flatten, look up, run, unflatten. `trace` makes graphs,
-`donation_graph` their epilogue, `backends` what runs them; a Step of several microbatches goes through `step`.
+Owns `Jit`, its cache and its call path: flatten, look up, run, unflatten. `trace` makes graphs, `donation_graph` their
+epilogue, `backends` the functions that run them; a Step of several microbatches goes through `step`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Unjittable = Literal["error", "eager"]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Names = Callable[[], list[str]]
-# What a call is known by besides its leaves: settings of torch, and static arguments.
+# The part of a signature besides the leaves: settings of torch, and static arguments.
 Extra = tuple[Hashable, tuple[tuple[str, type, Any], ...]]
 
 
@@ -49,14 +49,14 @@ class Entry:
 
     Attributes:
         run: the compiled graph.
-        takes: picks the tensors among the leaves of a call; None where all are.
+        takes: picks the tensors among the leaves of a call; None if all leaves are tensors.
         pick: picks the leaves of the result among (outputs, leaves, constants).
-        layout: where they come from.
+        layout: where the leaves of the result come from.
         structure: structure of the result.
-        graph: the graph, whose code a user may ask for.
-        held: static objects that the signature knows by identity, so that they stay alive.
+        graph: the traced graph, for `Jit.graph`.
+        held: static objects that the signature compares by identity, kept alive here.
         fixed: whether only the first argument holds such objects.
-        guards: values of the batch that the graph was made for.
+        guards: values of the batch that are constants of the graph.
     """
 
     run: backends.Run | None
@@ -92,7 +92,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Last:
-    """The state that the last call returned: if it comes back untouched, its signature is known."""
+    """The state that the last call returned: if the next call passes it unchanged, its signature is known."""
 
     state: weakref.ref[object]
     leaves: tuple[Any, ...]
@@ -110,8 +110,8 @@ class Jit(AnyStep):
         function: the function.
         donate: whether the first argument is consumed.
         backend: name of the backend.
-        retraces: why each trace but the first was made, in order.
-        refusals: why a signature runs as the function itself, with `unjittable="eager"`.
+        retraces: the reason of each trace but the first, in order.
+        refusals: with `unjittable="eager"`, the reason for each signature that runs uncompiled.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Jit(AnyStep):
 
     @property
     def facts(self) -> StepFacts:
-        """Those of the function, and how it is compiled."""
+        """Facts of the function, with the backend and the donation of this one."""
         return dataclasses.replace(facts_of(self.function), donate=self.donate, backend=self.backend)
 
     def bare(self, microbatches: int | None = None) -> StepFn:
@@ -165,14 +165,14 @@ class Jit(AnyStep):
         return self
 
     def identity(self) -> Callable[..., Any]:
-        """Return what a snapshot of a run records of it: the function. What compiled it is a condition of the run."""
+        """Return the plain function, which a snapshot records: compilation is not part of the identity of a step."""
         return self.function
 
     # --- calling ------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if transforms.active() or _torch.dispatch_modes() > 0:
-            # Inside a transform or another trace, a compiled function is the function it was made of.
+            # Inside a transform or another trace, the plain function runs.
             return self.function(*args, **kwargs)
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
@@ -192,14 +192,14 @@ class Jit(AnyStep):
         return self._run(entry, args, leaves, structure, extra, None)
 
     def _split(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Extra]:
-        """Return the traced arguments, and what else a call is known by: settings of torch and static arguments."""
+        """Return the traced arguments, and the rest of the signature: settings of torch and static arguments."""
         if not self._statics:
             return args, kwargs, (cache_key.ambient(), ())
         args, kwargs, given = self._statics.split(args, kwargs)
         return args, kwargs, (cache_key.ambient(), given)
 
     def _again(self, last: _Last, leaves: list[Any], structure: Structure, extra: Extra) -> Entry | None:
-        """Return the entry of the last call if this one differs from it in the contents of the batch only."""
+        """Return the entry of the last call if only the contents of the batch differ in this call."""
         n = len(last.leaves)
         if (
             all(map(operator.is_, last.leaves, leaves))
@@ -280,14 +280,14 @@ class Jit(AnyStep):
             with self._lock:
                 entry, broken = self._fitting(key, leaves)
                 if entry is None:
-                    # A mode that watches the call is not to see how it is traced.
+                    # A mode of the caller must not see the operations of a trace.
                     with _torch.disable_current_modes():
                         entry = self._build(args, kwargs, leaves, structure, extra, objects, broken)
                     self._entries.setdefault(key, []).append(entry)
         return entry
 
     def _fitting(self, key: Hashable, leaves: list[Any]) -> tuple[Entry | None, Guard | None]:
-        """Return the entry of a signature whose guards a call passes, or the guard that kept it from the last one."""
+        """Return the entry of a signature whose guards a call passes; else None and a guard that the call fails."""
         broken = None
         for entry in self._entries.get(key, ()):
             broken = entry.broken(leaves)
@@ -307,7 +307,7 @@ class Jit(AnyStep):
     ) -> Entry:
         names = functools.cache(lambda: self._paths(args, kwargs))
         cache_key.check_leaves(leaves, names)
-        # A dry run of a function that calls this one: what it costs to compile would be for nothing.
+        # A dry run on meta tensors runs the graph eagerly, because it would run a compiled one only once.
         dry = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
         if not dry:
             self._explain_retrace(cache_key.Shape.of(names(), leaves, extra[1]), broken)
@@ -416,7 +416,7 @@ class Jit(AnyStep):
 
 
 def _uncompiled(structure: Structure, objects: list[Any]) -> Entry:
-    """The entry of a signature that runs as the function itself."""
+    """Return the entry of a signature that runs uncompiled."""
     return Entry(None, None, _picker(()), Layout((), (), 0, False), structure, None, tuple(objects), False)
 
 

@@ -1,8 +1,8 @@
 """In-place operations of a traced graph become operations that return new tensors.
 
-`functionalized` rewrites the graph where it stands, if all that an operation writes into is used whole afterwards: so
-it is with activations in place, counters and running statistics. Other graphs, which write through views, are traced
-once more through `torch.func.functionalize`, which takes as long as the first trace.
+`functionalized` rewrites the graph in place if later nodes use the written tensors as a whole, as in-place activations,
+counters and running statistics are used. Graphs that write through views are traced once more through
+`torch.func.functionalize`, which takes as long as the first trace.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ aten = torch.ops.aten
 
 
 def functionalized(graph: fx.GraphModule, mode: FakeTensorMode, fakes: list[Tensor], table: dict[Any, Any]) -> Any:
-    """Return a graph that computes the same and writes into nothing.
+    """Return a graph with the same results and no in-place operations.
 
     Args:
-        graph: may be changed; writes into none of its inputs.
-        mode: of its fake tensors.
-        fakes: its inputs.
-        table: decompositions of a trace.
+        graph: writes into none of its inputs; may be changed in place.
+        mode: the mode of the fake tensors.
+        fakes: the fake inputs.
+        table: decompositions for `make_fx`.
     """
     if _in_place(graph, mode):
         return graph
@@ -44,13 +44,13 @@ def functionalized(graph: fx.GraphModule, mode: FakeTensorMode, fakes: list[Tens
 
 @dataclasses.dataclass(frozen=True)
 class _Write:
-    """A node that writes, and the operator that returns instead what it would have written.
+    """An in-place node, and the functional operator that replaces it.
 
     Attributes:
-        node: the node.
-        operator: returns what the node returns, or, if that is a tuple, that and what it writes.
-        value: what the operator returns, on fake tensors.
-        memory: storages that the node writes into.
+        node: the in-place node.
+        operator: the functional operator: returns the new value, or a tuple that ends with the new values.
+        value: the result of the operator on fake tensors.
+        memory: ids of the storages that the node writes into.
     """
 
     node: fx.Node
@@ -59,12 +59,12 @@ class _Write:
     memory: tuple[int, ...]
 
     def written(self) -> tuple[Tensor, ...]:
-        """Return the new values of what the node writes into."""
+        """Return the new values of the tensors that the node writes into."""
         return self.value[-len(self.memory) :] if isinstance(self.value, tuple) else (self.value,)
 
 
 def _in_place(graph: fx.GraphModule, mode: FakeTensorMode) -> bool:
-    """Rewrite a graph, or leave it as it is and return False."""
+    """Rewrite a graph in place, or return False and leave it unchanged."""
     position = {node: i for i, node in enumerate(graph.graph.nodes)}
     aliases: dict[int, list[fx.Node]] = defaultdict(list)
     for node in position:
@@ -81,7 +81,7 @@ def _in_place(graph: fx.GraphModule, mode: FakeTensorMode) -> bool:
         results = _replaced(graph, write)
         for new, memory in zip(results, write.memory, strict=True):
             position[new] = position[write.node]
-            # Views that come later are views of the new value already.
+            # Views made after the write take the new value as their source already.
             for alias in [a for a in aliases[memory] if position[a] <= position[write.node]]:
                 for user in list(alias.users):
                     if position.get(user, -1) > position[write.node]:
@@ -119,7 +119,7 @@ def _counterpart(target: Any) -> _torch.OpOverload | None:
 
 
 def _used_whole(write: _Write, aliases: dict[int, list[fx.Node]], position: dict[fx.Node, int]) -> bool:
-    """Tell whether all that is read later of the memory that a node writes into has the layout of what it writes."""
+    """Tell whether every alias that is read after the write has the layout of the written tensor."""
     for target in written(write.node):
         layout = _layout(target)
         for alias in aliases[_memory(target)]:
@@ -135,7 +135,7 @@ def _layout(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _replaced(graph: fx.GraphModule, write: _Write) -> list[fx.Node]:
-    """Put the operator before the node, and return the nodes of what was written."""
+    """Insert the functional operator before the node, and return the nodes of the new values."""
     node = write.node
     with graph.graph.inserting_before(node):
         new = graph.graph.call_function(write.operator, node.args, node.kwargs)

@@ -1,8 +1,7 @@
-"""One pass over a graph before Inductor sees it: numbers that all elements share are computed once.
+"""A pass over a graph before Inductor: 0-d intermediates are computed once.
 
 Inductor computes 0-d intermediates anew wherever they are used, and on CPU inside the loop over elements: Adam's two
-powers of the bias correction cost more there than everything else together. The pass gives such numbers memory of
-their own.
+powers of the bias correction cost more there than everything else together. The pass makes Inductor store such numbers.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from torch import Tensor, fx
 
 
 def hoist_scalars(graph: fx.GraphModule) -> int:
-    """Make 0-d intermediates that larger tensors use be computed outside of the loops that use them.
+    """Move 0-d intermediates out of the loops over larger tensors that use them.
 
     Returns:
-        How many there were.
+        The number of moved intermediates.
     """
     hoisted = 0
     for node in list(graph.graph.nodes):
@@ -25,7 +24,7 @@ def hoist_scalars(graph: fx.GraphModule) -> int:
         if not wide:
             continue
         with graph.graph.inserting_after(node):
-            # Inductor realizes what is viewed by strides; nothing else changes.
+            # as_strided makes Inductor store its input in memory; it has no other effect here.
             arguments = (node, list(node.meta["val"].shape), list(node.meta["val"].stride()))
             stored = graph.graph.call_function(torch.ops.aten.as_strided.default, arguments)
         stored.meta["val"] = node.meta["val"]
@@ -38,7 +37,7 @@ def hoist_scalars(graph: fx.GraphModule) -> int:
 
 
 def _is_number(node: fx.Node) -> bool:
-    """Tell whether a node is one number in memory of its own: an element of a larger tensor lies somewhere in it."""
+    """Tell whether a node is one number that fills its storage, rather than an element of a larger tensor."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.numel() != 1:
         return False

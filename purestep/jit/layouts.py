@@ -1,7 +1,7 @@
-"""Layouts in a graph: what was recorded on the strides of fake tensors holds on those that tensors turn out to have.
+"""Layouts in a graph: a graph traced on fake tensors stays correct when real tensors have other strides.
 
-An operator may lay out its result otherwise than its fake counterpart says, and compilers choose layouts of their own.
-`trace` lets `settle` rewrite what depends on them.
+An operator may return other strides than its fake version predicts, and compilers choose layouts of their own. `trace`
+calls `settle`, which rewrites the nodes that depend on strides.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ aten = torch.ops.aten
 
 
 def settle(graph: fx.GraphModule) -> None:
-    """Rewrite a functional graph so that its values do not depend on the strides of what lies between.
+    """Rewrite a functional graph so that its values do not depend on the strides of intermediate tensors.
 
-    `view`, which refuses strides, becomes `reshape`, which is a view where it can be one; what is viewed by strides is
-    laid out first as it was when that was recorded.
+    `view`, which fails on some strides, becomes `reshape`, which then copies. The input of `as_strided` is first copied
+    to the strides that it had in the trace, unless it has them.
     """
     for node in list(graph.graph.nodes):
         if node.target in (aten.view.default, UNSAFE_VIEW):
@@ -36,7 +36,7 @@ def settle(graph: fx.GraphModule) -> None:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Tell whether strides are those of a permuted contiguous tensor."""
+    """Tell whether a tensor is a permutation of a contiguous one."""
     order = _order(x.stride())
     return x.permute(order).is_contiguous()
 
@@ -46,7 +46,7 @@ def _order(strides: Sequence[int]) -> list[int]:
 
 
 def laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """Return a tensor with these strides, those of a permuted contiguous one: itself, if it has them."""
+    """Return a tensor with the given strides, copied unless it has them. They must be those of a dense tensor."""
     if x.stride() == tuple(strides):
         return x
     order = _order(strides)

@@ -1,4 +1,4 @@
-"""The line that says on a terminal what takes so long before the first step."""
+"""The line on a terminal that shows the progress of a compilation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress(name: str) -> Iterator[Callable[[str], None]]:
-    """Show a line on stderr while something compiles, if that is a terminal; it is wiped when done.
+    """Show a line on stderr during a compilation, if stderr is a terminal, and wipe it at the end.
 
     Examples:
         >>> with progress("train_step") as note:

@@ -1,9 +1,9 @@
 """Values of tensors that Python reads while a function is traced: `if mask.all():`, `labels.max().item()`.
 
-A trace has shapes and no values. `Reads` works out a value that constants alone decide, and one that the batch decides,
-from the batch of this call; the second is a `Guard` of the graph, which later calls have to pass. What depends on
-floating-point state (parameters, so everything that a model computes) is left to be refused. `trace` asks, and
-`function` looks at the guards.
+A trace has shapes and no values. `Reads` computes a requested value from constants, or from the batch of this call. A
+value of the batch becomes a `Guard` of the graph, which later calls have to pass. A value that depends on
+floating-point state (parameters, so everything that a model computes) is not read: the tracer refuses it. `trace` calls
+`Reads`; `function` checks the guards.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from purestep.jit.errors import is_writer, written
 from purestep.random.host_draws import calling_line
 
 aten = torch.ops.aten
-# More reads than these are no decision but a computation in Python.
+# A function that reads more values than this computes in Python; it does not merely branch.
 _MOST = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """A value that a trace baked in.
+    """A value of the batch that is a constant of a traced graph.
 
     Attributes:
-        value: the number, or the list of them.
-        compute: computes it from the tensors of a call.
-        slots: which of the tensors `compute` takes.
-        line: the line that read it.
+        value: a number, or a list of numbers.
+        compute: computes the value from the tensors of a call.
+        slots: positions of the tensors that `compute` takes.
+        line: the user's line that read the value.
     """
 
     value: Any
@@ -53,12 +53,12 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True)
 class Roots:
-    """What values may be read from.
+    """The inputs of a trace whose values may be read.
 
     Attributes:
         tensors: the tensors of the call, one for each input of the graph.
-        batch: the inputs of which any whole number and truth value may be read.
-        counters: those of which truth values may be read.
+        batch: inputs from which integers and booleans may be read.
+        counters: inputs from which booleans may be read: the batch, and the integers of the state.
     """
 
     tensors: Sequence[Tensor]
@@ -70,8 +70,8 @@ class Reads:
     """The reads of one trace.
 
     Attributes:
-        guards: of the values that the batch decided, in order.
-        log: every value that was read, in order: a second run on fake tensors is given the same.
+        guards: one for each value that was read from the batch, in order.
+        log: every value that was read, in order; `replayed` returns them to a second run on fake tensors.
     """
 
     def __init__(self, roots: Roots) -> None:
@@ -89,7 +89,7 @@ class Reads:
         return lambda *args: self.read(op, *args)
 
     def read(self, op: Callable[..., Any], *args: Any) -> Any:
-        """Return what an operator makes of the values of its tensors, or NotImplemented where it may not be known."""
+        """Return the result of an operator on the real values, or NotImplemented where they may not be read."""
         program = self._program(op, args)
         if program is None or len(self.guards) >= _MOST:
             return NotImplemented
@@ -110,11 +110,11 @@ class Reads:
         return value
 
     def replayed(self) -> _Replayed:
-        """Return a mode in which reads are answered as they were in the trace."""
+        """Return a mode that answers each read with the value that the trace read."""
         return _Replayed(self.log)
 
     def _constant(self, op: Any) -> Callable[..., Any]:
-        """An operator whose result has a shape that depends on values: known where constants decide it."""
+        """Return a decomposition of an operator whose output shape depends on values: computed if all are constants."""
 
         def result(*args: Any, **kwargs: Any) -> Any:
             program = self._program(lambda *a: op(*a, **kwargs), args)
@@ -128,7 +128,7 @@ class Reads:
         return result
 
     def _index(self, x: Tensor, indices: Sequence[Tensor | None]) -> Any:
-        """`x[mask]` where constants decide the mask."""
+        """Decompose `x[mask]` where the mask depends on constants only."""
         if not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
             return NotImplemented
         places: list[Tensor | None] = []
@@ -142,12 +142,13 @@ class Reads:
             places.extend(found.unbind(1))
         return aten.index.Tensor(x, places)
 
-    # --- what a value is made of --------------------------------------------------------------------------------------
+    # --- the program that computes a value ----------------------------------------------------------------------------
 
     def _program(
         self, op: Callable[..., Any], args: Sequence[Any]
     ) -> tuple[Callable[..., Any], tuple[int, ...]] | None:
-        """Return what computes an operator from inputs of the graph, and which; None where that is not to be done."""
+        """Return a program that computes an operator from inputs of the graph, and the positions of those inputs; None
+        where an argument is not traced, is drawn at random or is written into an input."""
         nodes = [node_of(x) if isinstance(x, Tensor) else None for x in args]
         if any(isinstance(x, Tensor) and node is None for x, node in zip(args, nodes, strict=True)):
             return None
@@ -172,7 +173,7 @@ class Reads:
 
 
 class _Replayed(_torch.DispatchMode):
-    """Answers reads of fake tensors from a list."""
+    """Answers reads of fake tensors with recorded values."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         super().__init__()
@@ -200,16 +201,16 @@ def _evaluate(compute: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two programs are the same text over the same constants."""
+    """Tell whether two programs have the same code and hold no constant tensors."""
     texts = [str(program.graph) for program in (one, other)]
     return texts[0] == texts[1] and not any(n.op == "get_attr" for n in one.graph.nodes)
 
 
 def _steps(wanted: Sequence[fx.Node]) -> dict[fx.Node, None] | None:
-    """Return the nodes of a graph in the making that decide some of them, in order; None where one of them draws random
-    numbers or writes into an input.
+    """Return the nodes that the wanted nodes depend on, in order; None where one of them draws random numbers or writes
+    into an input.
 
-    What a later operation wrote into a tensor decides it, too.
+    A node also depends on every later operation that wrote into its memory.
     """
     order = list(wanted[0].graph.nodes)
     writers = [node for node in order if is_writer(node)]

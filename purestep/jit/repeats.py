@@ -1,7 +1,7 @@
-"""Functions that are traced once for each signature and then repeated in the graph, node by node.
+"""Functions that are traced once for each signature; further calls copy their nodes.
 
 A random draw is two hundred operations, a model has dozens of draws, and tracing an operation takes a thousand times as
-long as copying a node. `surroundings` asks for it where a trace meets one.
+long as copying a node. `surroundings` uses `Repeats` for random draws.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from purestep.jit._torch import node_of, track
 
 @dataclasses.dataclass(frozen=True)
 class _Recording:
-    """What a function added to a graph.
+    """The nodes that one call of a function added to a graph.
 
     Attributes:
-        inputs: nodes of the tensors it was given.
-        nodes: what it added, in order.
-        outputs: nodes of the tensors that it returned.
-        values: those tensors.
+        inputs: nodes of the tensor arguments.
+        nodes: the added nodes, in order.
+        outputs: nodes of the returned tensors.
+        values: the returned tensors.
     """
 
     inputs: tuple[fx.Node, ...]
@@ -33,13 +33,13 @@ class _Recording:
 
 
 class Repeats:
-    """What was recorded in one trace."""
+    """The recordings of one trace, by signature."""
 
     def __init__(self) -> None:
         self.known: dict[Hashable, _Recording] = {}
 
     def __call__(self, function: Callable[..., Any], *words: Sequence[Any]) -> Any:
-        """Call a function of tensors and numbers, which returns a tuple of tensors, or repeat what it added."""
+        """Call a function of tensors and numbers that returns a tuple of tensors, or copy an earlier call's nodes."""
         flat = [word for group in words for word in group]
         tensors = [word for word in flat if isinstance(word, Tensor)]
         nodes = [node_of(x) for x in tensors]
@@ -72,7 +72,7 @@ def _signature(word: Any) -> Hashable:
 
 
 def _pattern(inputs: Sequence[fx.Node]) -> tuple[int, ...]:
-    """Tell which of the inputs are one tensor."""
+    """Return for each input the position of its first occurrence: which arguments are the same tensor."""
     return tuple(inputs.index(node) for node in inputs)
 
 

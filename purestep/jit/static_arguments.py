@@ -1,4 +1,4 @@
-"""Static arguments: those that a function is traced for by value."""
+"""Static arguments: a function is traced anew for each of their values."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Statics:
     def split(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[tuple[str, type, Any], ...]]:
-        """Return the traced arguments and the static ones, those by name.
+        """Return the traced arguments, and the static ones by name.
 
         Raises:
             TraceError: a static argument has no hash.
@@ -71,7 +71,7 @@ class Statics:
         return traced, rest, tuple((n, type(given[n]), given[n]) for n in sorted(given))
 
     def bound(self, function: Callable[..., Any], given: Sequence[Any]) -> Callable[..., Any]:
-        """Return the function of its traced arguments alone."""
+        """Return the function with its static arguments bound, which takes the traced arguments only."""
         if not given:
             return function
         values = {name: value for name, _, value in given}

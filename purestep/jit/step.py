@@ -1,8 +1,8 @@
 """A step of several microbatches, compiled in two pieces.
 
-`grads` is compiled once and called for each microbatch, `update` once; the fixed tree sum of what the microbatches
-contribute runs between them, as they come. One graph of all microbatches would take several times as long to compile,
-and whoever computes a microbatch elsewhere runs the same piece, so it has the same bits.
+`grads` is compiled once and called for each microbatch, then `update` is called once; the gradients are added between
+the two, in the fixed tree. One graph of all microbatches would take several times as long to compile. Every rank
+computes a microbatch by the same piece, so with the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class JitStep(AnyStep):
             return step.update(state, _whole(state, total))
 
         self.grads = Jit(grads, False, backend, (), mode, unjittable=unjittable)
-        # A gradient is no batch: an update that asks for values is refused, in two pieces as in one.
+        # Values may be read from the batch only, and the arguments of the update are gradients.
         self.update = Jit(update, donate, backend, (), mode, reads=False)
         self._index: list[Tensor] = []
 
@@ -64,7 +64,7 @@ class JitStep(AnyStep):
         return self.update(state, _changed(state, self._total(state, batch)))
 
     def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        """Run the pieces of this rank's microbatches, with all gathers and sums outside of what is compiled."""
+        """Run both pieces on this rank's microbatches, with all gathers and sums outside of the compiled graphs."""
         from purestep.parallel import microbatches as microbatches_module
 
         step = self.step
@@ -87,7 +87,7 @@ class JitStep(AnyStep):
                     instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
                 )
             )
-        # DTensors do not go into a graph: where any leaf is split, the pieces compute with the local shards.
+        # A graph takes no DTensors: if any leaf is split, the pieces compute with the local shards.
         view = placement.local(state) if microbatches_module.split_leaves(state) else state
         indices = self._indices(step.microbatch_count, state.rng.device)
 
@@ -97,7 +97,7 @@ class JitStep(AnyStep):
 
         gradients = microbatches_module.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
         with full_tensors.updating(full_tensors.Whole(plan, state.params, state.opt_state)):
-            # What needs whole tensors gathers them, which no graph can hold.
+            # A transformation that needs full tensors gathers them, which a graph cannot contain.
             compiled = view is state or only_shards(step.tx)
             new, metrics = (self.update if compiled else step.update)(
                 view, _changed(view, gradients) if compiled else gradients
@@ -105,13 +105,13 @@ class JitStep(AnyStep):
         if view is state:
             return new, metrics
         new = placement.rewrap(new, state)
-        # The compiled update consumed the view, whose memory is that of the state; the state itself is left to consume.
+        # The compiled update marked the view as consumed; the state, with the same memory, is still to be marked.
         if self.donate and compiled:
             consume(state, self.__name__)
         return new, metrics
 
     def _total(self, state: TrainState, batch: Any, same: bool = False) -> Gradients:
-        """Run the first piece for each microbatch, or once for each size of them, and add up."""
+        """Add up the gradients of all microbatches. `same`: compute them once for each microbatch size (`compile`)."""
         microbatches = split_batch(batch, self.step.microbatch_count)
         indices = self._indices(len(microbatches), state.rng.device)
         total = accumulate(state, sum(size for _, size in microbatches), self.step.microbatch_count)
@@ -126,7 +126,7 @@ class JitStep(AnyStep):
         return total.result()
 
     def _indices(self, count: int, device: torch.device) -> list[Tensor]:
-        """Numbers of microbatches as tensors, so that one graph serves all of them."""
+        """Return the indices of the microbatches as tensors, so that one graph serves all of them."""
         if len(self._index) < count or self._index[0].device != device:
             self._index = list(torch.arange(count, device=device).unbind())
         return self._index[:count]
@@ -135,7 +135,7 @@ class JitStep(AnyStep):
 
     @property
     def facts(self) -> StepFacts:
-        """Those of the step, and how it is compiled."""
+        """Facts of the step, with the backend and the donation of this one."""
         return dataclasses.replace(self.step.facts, donate=self.donate, backend=self.backend)
 
     def bare(self, microbatches: int | None = None) -> StepFn:
@@ -151,14 +151,14 @@ class JitStep(AnyStep):
         return self
 
     def identity(self) -> Step:
-        """Return what a snapshot of a run records of it: the step. What compiled it is a condition of the run."""
+        """Return the plain step, which a snapshot records: compilation is not part of the identity of a step."""
         return self.step
 
     # --- ahead of time ------------------------------------------------------------------------------------------------
 
     @property
     def retraces(self) -> tuple[str, ...]:
-        """Why each trace but the first was made, of either piece."""
+        """The reason of each trace but the first, of both pieces."""
         return self.grads.retraces + self.update.retraces
 
     @property
@@ -194,13 +194,13 @@ class JitStep(AnyStep):
 
 
 def _whole(state: TrainState, part: Gradients) -> Gradients:
-    """Put back the buffers that were left out."""
+    """Add the buffers that `_changed` dropped."""
     return part.replace(buffers={**state.buffers, **part.buffers})  # type: ignore[attr-defined]
 
 
 def _changed(state: TrainState, part: Gradients) -> Gradients:
-    """Leave out what the second piece does not need: the weight, a number that would be a constant of the graph, and
-    the buffers that the forward pass did not touch (frozen parameters may be most of a model).
+    """Drop the fields that `update` does not need: the weight, a number that would be a constant of the graph, and the
+    buffers that the forward pass did not change (frozen parameters may be most of a model).
     """
     kept = {name: t for name, t in part.buffers.items() if t is not state.buffers[name]}
     return part.replace(buffers=kept, weight=None)  # type: ignore[attr-defined]

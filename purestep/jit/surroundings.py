@@ -1,7 +1,7 @@
-"""What torch and other libraries see while a function is traced.
+"""Settings and methods of torch that are changed while a function is traced.
 
-`traceable` changes it in a `with` block and puts everything back: checks of values that would only raise are left out,
-a module's `.to(dtype)` makes new tensors, and what `torch.compile` wrapped runs as it is. `trace` enters it.
+`traceable` changes them in a `with` block and restores them: value checks that would only raise are skipped, a module's
+`.to(dtype)` makes new tensors, and modules wrapped by `torch.compile` run uncompiled. `trace` enters the block.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def traceable(*, library_branch: bool) -> Iterator[None]:
-    """Be in surroundings in which models of torch and of others can be traced.
+    """Change torch's settings for a `with` block so that models of torch and of other libraries can be traced.
 
-    One thread at a time: what is changed belongs to the process, and other threads see it, too, but for `.to`.
+    One thread at a time, because the settings are global to the process: other threads see them meanwhile, except for
+    `.to` and scripted functions.
 
     Args:
-        library_branch: whether `torch.compiler.is_compiling()` says yes, on which libraries take the branch that they
-            keep for compilers.
+        library_branch: whether `torch.compiler.is_compiling()` returns True, which makes libraries take the branch that
+            they keep for compilers.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock)
@@ -57,7 +58,7 @@ def traceable(*, library_branch: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unvalidated() -> Iterator[None]:
-    """Distributions check their parameters by value, unless Python runs with -O: here as if it did."""
+    """Turn off the validation of distributions, which reads values of their parameters; `python -O` does the same."""
     before = validates_distributions()
     Distribution.set_default_validate_args(False)
     try:
@@ -68,9 +69,9 @@ def _unvalidated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _converted() -> Iterator[None]:
-    """Let `module.to(...)` put converted tensors in the places of a bound module's, whose values follow from theirs.
+    """Let `module.to(...)` replace a module's tensors by converted ones, which are computed in the graph.
 
-    Torch would swap the fake tensor itself, which is an input of the graph.
+    Torch would convert each fake tensor in place, and it is an input of the graph.
     """
     own, here = module_conversion(), threading.get_ident()
 
@@ -94,9 +95,9 @@ def _converted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unscripted() -> Iterator[None]:
-    """Let functions that `torch.jit.script` compiled run as the Python they were made of.
+    """Let functions compiled by `torch.jit.script` run as their Python source.
 
-    TorchScript makes its constants where no trace can tell them from tensors that the function took from outside.
+    A trace cannot tell constants that TorchScript creates from tensors that the function captured.
     """
     kind, here = torch.jit.ScriptFunction, threading.get_ident()
     own = kind.__call__
@@ -113,7 +114,7 @@ def _unscripted() -> Iterator[None]:
 
 
 class _Traceable(TorchFunctionMode):
-    """Runs functions of torch that ask for values as if they did not, and repeats the blocks of random draws."""
+    """Replaces `gaussian_nll_loss` by a version that reads no values, and copies the nodes of repeated Philox calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class _Traceable(TorchFunctionMode):
 
 
 class _Unchecked:
-    """torch, but for `any`, by which a function asks whether it should raise."""
+    """The module torch with `any` always False: `gaussian_nll_loss` calls it only to decide whether to raise."""
 
     def any(self, tensor: Tensor) -> bool:
         return False

@@ -1,8 +1,8 @@
 """Tracing: from a function of pytrees to one functional graph of tensor operations, autograd included.
 
 `trace` runs the function once on fake tensors (shapes without memory), so nothing is computed and no input is touched.
-What cannot be in a graph is refused with the words of `errors`. It compiles nothing; `donation_graph` and `backends` go
-on from here.
+A function that does not fit in a graph is refused with an error of `errors`. `donation_graph` and `backends` take the
+graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Traced:
         graph: takes the tensor leaves of the arguments and returns the tensor leaves of the result, as lists.
         fakes: the fake inputs.
         takes: positions of the tensor leaves among all leaves of the arguments.
-        leaves: all leaves of the result; None where a tensor of the graph goes.
+        leaves: all leaves of the result, with None in place of each tensor.
         structure: structure of the result.
         result: the result with its fake tensors, to compare structures and shapes with.
         mode: the mode that the fake tensors belong to.
@@ -70,12 +70,13 @@ def trace(
 ) -> Traced:
     """Trace a function of `(args, kwargs)` into one functional graph.
 
-    Where the function asks for a value that no guard can hold, it is traced once more as libraries ask to be traced:
-    what `torch.compiler.is_compiling()` switches may round otherwise, so it comes second.
+    If the function reads a value that cannot become a guard, it is traced once more with
+    `torch.compiler.is_compiling()` True, on which libraries avoid such reads. That branch may round otherwise, so it
+    comes second.
 
     Args:
-        function: called as `function(*args, **kwargs)` on fake tensors, once; again for a second way, and for the words
-            of an error.
+        function: called as `function(*args, **kwargs)` on fake tensors, once; again for the second trace, and to find
+            the line for an error.
         leaves: leaves of `(args, kwargs)`; those that are not tensors are constants of the graph.
         structure: structure of `(args, kwargs)`.
         paths: gives the printed path of each leaf, for errors.
@@ -114,7 +115,7 @@ def _roots(tensors: list[Tensor], takes: list[int], state_leaves: int | None) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call that is to be traced, in one way or another."""
+    """A call to trace."""
 
     function: Callable[..., Any]
     leaves: Sequence[Any]
@@ -142,7 +143,7 @@ class _Call:
             return [x.detach() if x.requires_grad else x for x in out if isinstance(x, Tensor)]
 
         def again(*, real: bool = True) -> None:
-            """Run the function on fake tensors of its own, `real` ones besides them or not."""
+            """Run the function on new fake tensors; `real=False` makes each use of a real tensor an error."""
             with fake_tensor_mode(allow_non_fake_inputs=real), reads.replayed():
                 flat(*[_fake(x) for x in fakes])
 
@@ -180,7 +181,7 @@ class _Call:
 
 
 def _raised(again: Callable[..., None]) -> BaseException | None:
-    """Run the function where a real tensor is an error, to learn which line of it uses one."""
+    """Return the error of the first line that uses a real tensor."""
     try:
         again(real=False)
     except Exception as error:
@@ -202,16 +203,16 @@ _TABLE: dict[Any, Any] = {torch.ops.aten.native_batch_norm.default: _batch_norm}
 
 
 def _fake(leaf: Tensor) -> Tensor:
-    """A fake tensor of its own memory: inputs that share memory are not to be traced as views of each other."""
+    """Return a fake tensor with its own memory, so that inputs which share memory are not traced as views."""
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Settings under which a trace is the same wherever it is made."""
-    # The autograd engine would run the backward pass of device tensors in threads that know nothing of our modes.
+    """Fix the settings of torch that would change a trace."""
+    # The autograd engine would run the backward pass of device tensors in other threads, where our modes are off.
     threads = torch.autograd.set_multithreading_enabled(False)
-    # It lets activation checkpoints recompute within a trace as they do outside of one.
+    # Within this context, activation checkpoints recompute in a trace as they do outside.
     tracing = tracing_context
     # oneDNN's recurrent layers hand an opaque workspace to their backward pass, which no graph can hold.
     onednn: Any = torch.backends.mkldnn.enabled
@@ -227,8 +228,7 @@ def _mutable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
     return [n for n in graph.graph.nodes if errors.is_writer(n)]
 
 
-# Attention and recurrent kernels carry the tag for the dropout inside them, which `random.torch_mode` has replaced by
-# then.
+# Attention and recurrent kernels have the tag because of their dropout, which `random.torch_mode` has replaced.
 _NOT_RANDOM = (
     "_scaled_dot_product",
     "_flash_attention",

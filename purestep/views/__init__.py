@@ -1,7 +1,7 @@
-"""How values show themselves: blocks of text, tables, trees and curves, each as HTML and as plain text.
+"""Displays of values: blocks of text, tables, trees and curves, each as HTML and as plain text.
 
-Owns the markup and its style sheet: no script, everything escaped, as light or as dark as the page around it. It knows
-nothing of training: the rooms below say in blocks what there is to see of their values.
+Owns the markup and its style sheet: no script, all text escaped, in the light or dark theme of the page. Nothing here
+depends on training: other rooms describe their values in blocks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The blocks that a value shows itself by, each as HTML and as text, and the base of values that have such blocks.
+"""Blocks, the parts of a display, each as HTML and as text; and the base class of values that are displayed by blocks.
 
-A value says once what there is to see of it (`view`). A notebook takes the HTML, a terminal the text.
+A value returns its blocks from `view`. A notebook shows their HTML, a terminal their text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SPARK = 40  # characters of a curve in a terminal
 
 
 class Block(Protocol):
-    """A part of what a value shows."""
+    """A part of the display of a value."""
 
     def html(self) -> str: ...
 
@@ -42,12 +42,12 @@ class Table:
     """A table; columns of numbers are aligned to the right.
 
     Attributes:
-        head: names of the columns, all empty for none.
+        head: names of the columns; all empty for a table without a head.
         rows: a value for each column, None for an empty cell.
-        title: above it.
+        title: line above the table.
         wide: whether cells may be as long as a line, as in a table of names and values.
-        foot: a last row, below a rule: the sums.
-        right: columns of text that are aligned to the right, too.
+        foot: a last row below a rule, for sums.
+        right: columns of text to align to the right.
     """
 
     head: Sequence[str]
@@ -69,7 +69,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Names with a text for each, none of them cut."""
+    """Names and texts, without truncation."""
 
     items: Sequence[tuple[str, str]]
 
@@ -82,12 +82,12 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A node and what is in it.
+    """A node of a tree with its children.
 
     Attributes:
-        label: of the node.
-        note: beside the label.
-        children: nodes inside.
+        label: name of the node.
+        note: text beside the label.
+        children: the nodes inside.
     """
 
     label: str
@@ -130,7 +130,7 @@ class Curves:
 
 
 def _named(line: Line, panel: Panel) -> str:
-    """The name of a curve away from its panel, whose title says what it is of."""
+    """Return the name of a curve outside of its panel: with the title of the panel, unless that contains it."""
     return line.name if panel.title in line.name else f"{line.name} {panel.title}"
 
 
@@ -141,13 +141,13 @@ def _spark(line: Line, log: bool) -> tuple[float, float, float, float, str, str]
 
 
 class View:
-    """Base of values that show themselves: HTML in a notebook, by `print` a text.
+    """Base of values with a display: HTML in a notebook, text by `print`.
 
-    A subclass says in `view` what there is to see. Its `repr` stays what it is.
+    A subclass returns its blocks from `view`. Its `repr` is unchanged.
     """
 
     def view(self) -> Iterable[Block]:
-        """Return the blocks that show it."""
+        """Return the blocks of the display."""
         return (Note(repr(self)),)
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ class View:
         after_table = False
         for block in self.view():
             if text := block.text():
-                # Two tables, or one and its curves, would read as one.
+                # An empty line separates two tables, or a table and its curves.
                 lines += ["", text] if after_table and not isinstance(block, Note) else [text]
                 after_table = isinstance(block, Table)
         return "\n".join(lines)
@@ -164,12 +164,12 @@ class View:
         return markup.page("".join(block.html() for block in self.view()))
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What IPython shows in a terminal, where `repr` would show the code."""
+        """Print the text in IPython on a terminal, in place of the `repr`."""
         printer.text("..." if cycle else str(self))
 
 
 class Printed(View):
-    """Base of values whose `repr`, too, is the text: results, which no code makes again."""
+    """Base of results, which no expression can recreate: their `repr` is the text, too."""
 
     def __repr__(self) -> str:
         return str(self)

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: what a panel of curves is, and how it is drawn without any library."""
+"""Line charts as inline SVG: panels of curves, drawn without a library."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from purestep.views.markup import LIGHT, escaped
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 380, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 24, 22
-_MOST_POINTS = 300  # of a drawn line: about one a pixel
-_KEYS = 16  # names below a panel
+_MOST_POINTS = 300  # points of a drawn line: about one a pixel
+_KEYS = 16  # most names below a panel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Line:
     """One curve.
 
     Attributes:
-        name: of it.
+        name: name of the curve.
         points: (x, y), in order of x; a y that is not finite leaves a gap.
-        colour: the number of its colour.
-        dashed: whether it is dashed.
-        faint: whether it is thin and pale, behind the others.
-        markers: whether its points are marked.
+        colour: index of its colour.
+        dashed: whether the line is dashed.
+        faint: whether the line is thin and pale.
+        markers: whether the points are marked.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Line:
 
     @property
     def values(self) -> list[float]:
-        """The values that are finite."""
+        """The finite values."""
         return [y for _, y in self.points if math.isfinite(y)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A vertical line at a place of the axis, with its meaning."""
+    """A vertical line at a position of the axis, with a label."""
 
     x: float
     text: str
@@ -54,13 +54,13 @@ class Panel:
     """Curves that share their axes.
 
     Attributes:
-        title: of the panel.
-        lines: the curves, those behind first.
-        log: whether the axis of values is logarithmic; all values are positive then.
-        limits: the ends of the axis of steps.
-        axis: what is on it.
-        epochs: places of the second axis, (step, number of epochs completed), above the panel; none without epochs.
-        mark: a place of the axis that is marked.
+        title: title of the panel.
+        lines: the curves, in drawing order.
+        log: whether the y axis is logarithmic; all values must be positive then.
+        limits: both ends of the x axis.
+        axis: label of the x axis.
+        epochs: ticks of the second x axis, above the panel: (step, number of completed epochs); may be empty.
+        mark: a vertical line.
     """
 
     title: str
@@ -79,7 +79,7 @@ class Panel:
 
 
 def figure(panel: Panel) -> str:
-    """Return a panel as a figure: its title, the chart, and the names of its curves where there are several."""
+    """Return a panel as a figure: its title, the chart, and a legend if there are several curves."""
     keys = "".join(map(_key, panel.lines[:_KEYS])) if len(panel.lines) > 1 or panel.lines[0].name != panel.title else ""
     if len(panel.lines) > _KEYS:
         keys += f'<span class="key faint">and {len(panel.lines) - _KEYS} more</span>'
@@ -106,7 +106,7 @@ def svg(panel: Panel) -> str:
 
 
 class _Frame:
-    """Where a panel lies on the picture."""
+    """The map from values to pixels of a panel."""
 
     def __init__(self, panel: Panel) -> None:
         self.log = panel.log
@@ -173,7 +173,7 @@ def _lines(panel: Panel, frame: _Frame) -> Iterator[str]:
 
 
 def _runs(points: Points) -> Iterator[list[tuple[float, float]]]:
-    """The points between gaps."""
+    """Yield the runs of points between gaps."""
     run: list[tuple[float, float]] = []
     for x, y in points:
         if math.isfinite(y):
@@ -186,7 +186,7 @@ def _runs(points: Points) -> Iterator[list[tuple[float, float]]]:
 
 
 def _thinned(points: Points) -> Points:
-    """Of many points the smallest and the largest of each group of neighbours, so that no spike disappears."""
+    """Reduce each group of neighbouring points to its smallest and its largest, so that no spike is lost."""
     if len(points) <= _MOST_POINTS:
         return points
     groups = _MOST_POINTS // 2
@@ -199,7 +199,7 @@ def _thinned(points: Points) -> Points:
 
 
 def _paint(attribute: str, line: Line) -> str:
-    # The attribute is for readers that drop style sheets; the property follows the theme.
+    # The attribute is for viewers that drop style sheets; the property follows the theme.
     number = line.colour % len(LIGHT)
     return f'{attribute}="{LIGHT[number]}" style="{attribute}:var(--ps{number},{LIGHT[number]})"'
 
@@ -225,7 +225,7 @@ def _text(x: float, y: float, text: str, anchor: str, *, faint: bool = False) ->
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return round numbers between two, as many as fit: multiples of 1, 2 or 5 times a power of ten.
+    """Return round numbers between two limits, at most `most`: multiples of 1, 2 or 5 times a power of ten.
 
     Examples:
         >>> ticks(0, 1, 6), ticks(37, 412, 5)
@@ -241,7 +241,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten on a logarithmic axis, every second or so where there are many; other numbers where none fits."""
+    """Return ticks of a logarithmic axis: powers of ten, thinned if there are many; other numbers if none fits."""
     first, last = math.ceil(low), math.floor(high)
     if last - first < 1:
         return [tick for tick in ticks(10**low, 10**high, 4) if tick > 0]
@@ -249,7 +249,7 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 def written(number: float) -> str:
-    """Return a number of an axis, short.
+    """Return the short text of a number on an axis.
 
     Examples:
         >>> [written(number) for number in (0.0, 0.25, 1500.0, 2e6, 1e-5)]

@@ -1,8 +1,8 @@
 """The HTML of blocks: one style sheet, escaped text, tables and folded trees.
 
-Nothing here names a colour of text or of a background: they are those of the page, so a view is light on a light page
-and dark on a dark one. Only curves have colours, one set for each: chosen by what the browser prefers, and by what
-notebooks say of their own theme, which may be another.
+Text and background keep the colours of the page, so a view is light on a light page and dark on a dark one. Only curves
+have colours of their own, a set for each theme. The browser's preference selects the set, or the theme of the notebook,
+which may differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _under(themes: Sequence[str]) -> str:
 STYLE = (
     ".purestep{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:12px;line-height:1.5;"
     "overflow-x:auto}"
-    # Twice the class: notebooks have rules of their own for tables, which would win otherwise.
+    # The class is doubled so that these rules take precedence over the notebook's own rules for tables.
     ".purestep.purestep table{border-collapse:collapse;border:0;margin:.3em 0;font-size:inherit;table-layout:auto}"
     ".purestep.purestep table caption{text-align:left;font-weight:bold;white-space:nowrap;padding:.2em 0;color:inherit}"
     ".purestep.purestep table th,.purestep.purestep table td{text-align:left;vertical-align:top;"
@@ -62,12 +62,12 @@ STYLE = (
 
 
 def page(body: str) -> str:
-    """Return a view: its style sheet, and what it shows."""
+    """Return a view: the style sheet and the body."""
     return f'<div class="purestep"><style>{STYLE}</style>{body}</div>'
 
 
 def escaped(text: str) -> str:
-    """Return a text as it is written between tags or in an attribute.
+    """Return a text escaped for HTML, between tags or in an attribute.
 
     Examples:
         >>> escaped("<script> & 'quotes\\"")
@@ -93,7 +93,7 @@ def table(
     """
     body = [*rows, foot] if foot else rows
     numbers = [column in right or plain.to_the_right(body, column) for column in range(len(head))]
-    wraps = widest > plain.WIDEST  # a long text may be broken, a name in the first column is not
+    wraps = widest > plain.WIDEST  # long texts may wrap, names in the first column do not
     kinds = [' class="number"' if n else ' class="wrap"' if wraps and i else "" for i, n in enumerate(numbers)]
 
     def line(row: Sequence[object]) -> str:
@@ -113,7 +113,7 @@ def table(
 
 
 def leaf_line(label: str, text: str = "", note: str = "", *, title: str = "") -> str:
-    """Return a leaf of a tree: its label, what it is, and a note."""
+    """Return a leaf of a tree: label, text and note."""
     attribute = f' title="{escaped(title)}"' if title else ""
     words = [f"<b>{escaped(label)}</b>"] if label else []
     words += [escaped(text)] if text else []
@@ -122,9 +122,9 @@ def leaf_line(label: str, text: str = "", note: str = "", *, title: str = "") ->
 
 
 def unfolding(label: str, note: str, body: str, *, title: str = "", unfolded: bool = True) -> str:
-    """Return a node of a tree, or a whole view, that folds."""
+    """Return a node of a tree, or a whole view, as an element that folds."""
     attribute = f' title="{escaped(title)}"' if title else ""
     faint = f' <span class="faint">{escaped(note)}</span>' if note else ""
     head = f"<summary{attribute}><b>{escaped(label)}</b>{faint}</summary>"
-    state = ' open=""' if unfolded else ""  # as XML wants it, too
+    state = ' open=""' if unfolded else ""  # with a value, as XML needs it
     return f"<details{state}>{head}{body}</details>"

@@ -7,8 +7,8 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 
-WIDEST = 48  # characters of a cell of a table with many columns
-LINE = 160  # of one with few
+WIDEST = 48  # most characters of a cell in a table with many columns
+LINE = 160  # most characters of a cell in a table with few columns
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.,-~=+#"
 
 
@@ -31,7 +31,7 @@ def cell(value: object, widest: int = WIDEST) -> str:
 
 
 def written(value: object) -> str:
-    """Return a setting as text: a call where it names a function, its fields by name where it has some.
+    """Return a setting as text: a call if it names a function, its fields if it is a mapping.
 
     Examples:
         >>> written({"name": "lion", "learning_rate": 1e-4}), written({"width": 16, "depth": 2}), written([1, 2])
@@ -44,7 +44,7 @@ def written(value: object) -> str:
 
 
 def shortened(text: str, widest: int) -> str:
-    """Return a text on one line, cut to so many characters."""
+    """Return a text on one line, cut to `widest` characters."""
     text = " ".join(text.split())
     return text if len(text) <= widest else text[: widest - 1] + "…"
 
@@ -76,7 +76,7 @@ def table(
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     rule = ["-" * width for width in widths]
     named = any(head)
-    if foot:  # sums stand below a rule, as the head stands above one
+    if foot:  # a rule above the foot, as below the head
         cells = [cells[0], *([rule] if named else []), *cells[1:-1], rule, cells[-1]]
     cells = cells if named else cells[1:]
     aligned = [column in right or to_the_right(body, column) for column in range(len(head))]
@@ -92,7 +92,7 @@ def sparkline(values: Sequence[float | None], *, width: int = 40, log: bool = Fa
     Args:
         values: the numbers, evenly spaced.
         width: the most characters.
-        log: compare their logarithms; for numbers that are all positive.
+        log: use a logarithmic scale; all numbers must be positive then.
 
     Examples:
         >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7]), sparkline([5.0, float("nan"), 5.0])
@@ -109,7 +109,7 @@ def sparkline(values: Sequence[float | None], *, width: int = 40, log: bool = Fa
     low, high = min(known), max(known)
     if low == high:
         return "".join(" " if height is None else levels[3] for height in heights)
-    # Halves before the difference, which may be larger than the largest number.
+    # The numbers are halved first, because their difference may overflow.
     span = high / 2 - low / 2
     return "".join(" " if h is None else levels[min(7, int((h / 2 - low / 2) / span * 8))] for h in heights)
 
@@ -120,7 +120,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def characters(wanted: str, otherwise: str) -> str:
-    """Return some characters, or others where stdout cannot write the first: an error would end a program that prints.
+    """Return the wanted characters, or others if the encoding of stdout lacks them, so that printing cannot fail.
 
     Examples:
         >>> characters("│", "|")

@@ -475,7 +475,13 @@ def test_every_optimizer_has_a_row() -> None:
 def test_the_scope_of_each_row() -> None:
     told = {row.name: row.make().scope for row in ROWS}
     assert [name for name, scope in told.items() if scope == "tensor"] == ["lamb", "lars", "adafactor", "muon"]
-    assert [name for name, scope in told.items() if scope == "tree"] == ["sophia", "sam", "lbfgs", "lbfgs line search"]
+    assert [name for name, scope in told.items() if scope == "tree"] == [
+        "sophia",
+        "sam",
+        "lbfgs",
+        "lbfgs line search",
+        "prune",
+    ]
 
 
 SMOOTH = [row for row in ROWS if row.smooth]

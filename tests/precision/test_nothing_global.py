@@ -29,6 +29,7 @@ def test_no_file_sets_precision_globally():
     # `Policy.autocast` is a field; the context itself is made in one place.
     assert {p for p, found in used.items() if "autocast" in found} <= {
         "precision/cast_params.py",
+        "precision/describe.py",
         "precision/policies.py",
     }
 
