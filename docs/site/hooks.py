@@ -34,6 +34,7 @@ SHOWN = (
     ),
     *("docs/site/*.css", "benchmarks/results/*.png", "examples/**/*"),
 )
+CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
 
@@ -63,8 +64,12 @@ def on_post_build(config: Any) -> None:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Return the page with its formulas as MathML, which browsers show without a script."""
-    return FORMULA.sub(_mathml, content)
+    """Return the page with its formulas as MathML, which browsers show without a script, and code of tables to copy.
+
+    In a table GitHub takes `\\|` in code for a bar, and Python-Markdown for both characters.
+    """
+    content = FORMULA.sub(_mathml, content)
+    return CELL.sub(lambda cell: cell[0].replace(r"\|", "|"), content)
 
 
 def _mathml(formula: re.Match[str]) -> str:
