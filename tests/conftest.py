@@ -35,13 +35,20 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 PACKAGE = Path(__file__).parents[1] / "purestep"
 
 
-class Doctests:
-    """Looks for examples only where there are some, because pytest imports a file to find none."""
+class Sparing:
+    """Keeps pytest from importing a file to find nothing in it: no example, or no test that is not slow."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick  # whether slow tests are left out
 
     @pytest.hookimpl
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
-        within = collection_path.suffix == ".py" and PACKAGE in collection_path.parents
-        return True if within and ">>>" not in collection_path.read_text() else None
+        if collection_path.suffix != ".py":
+            return None
+        text = collection_path.read_text()
+        if PACKAGE in collection_path.parents:
+            return True if ">>>" not in text else None
+        return True if self.quick and "\npytestmark = [pytest.mark.slow" in text else None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collect_file(self, file_path: Path) -> Iterator[None]:
@@ -51,7 +58,7 @@ class Doctests:
 
 def pytest_configure(config: pytest.Config) -> None:
     # As a plugin, because the hooks of this file see only the files beside it.
-    config.pluginmanager.register(Doctests())
+    config.pluginmanager.register(Sparing(quick=config.option.markexpr == "not slow"))
 
 
 @pytest.fixture(scope="session", autouse=True)

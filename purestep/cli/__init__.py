@@ -1,5 +1,5 @@
-"""The command `purestep`: what the rest of the package does, from a terminal.
+"""The command `purestep`: runs, records and exports from a terminal.
 
-`command.main` reads the command line and calls one file for each group of commands; each of them is imported when it is
-asked for, so that help, completion and tables of runs need no torch.
+`command.main` parses the command line and imports only the file of the given command, so that help, completion and
+tables of runs need no torch.
 """

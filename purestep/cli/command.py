@@ -23,25 +23,25 @@ _EPILOG = """\
 Exit codes: 0 done; 1 an error, or a difference that was looked for; 2 a wrong command line; 130 and 143 for SIGINT and
 SIGTERM: the run is saved, and the same command continues it."""
 
-# Name, what it does, where its function is: `purestep.cli.<file>:<function>`.
+# Name: description, and the function `purestep.cli.<file>:<function>`.
 COMMANDS = {
     "run": ("train an experiment; the same command again continues it", "run:run"),
-    "sweep": ("train it under every combination of settings, resumably", "sweep:sweep"),
+    "sweep": ("train an experiment under every combination of settings, resumably", "sweep:sweep"),
     "runs": ("list the runs under a directory", "tables:runs"),
-    "show": ("say what a run was made of, and what came of it", "tables:show_run"),
+    "show": ("print the settings, the code and the results of a run", "tables:show_run"),
     "plot": ("draw the learning curves of a run", "tables:plot"),
     "snapshots": ("list the snapshots of a run", "tables:snapshots"),
-    "compare": ("put what two runs recorded beside each other", "records:compare"),
+    "compare": ("print the differences between the records of two runs", "records:compare"),
     "diff": ("compare the states of two runs bit by bit", "records:diff"),
-    "bisect": ("execute two runs again up to the first batch in which they differ", "records:bisect"),
-    "replay": ("execute steps of a run again, with the bits that they had", "records:replay"),
-    "fork": ("go on from somewhere in a run under other settings", "records:fork"),
+    "bisect": ("find the first batch in which two runs differ, by executing them again", "records:bisect"),
+    "replay": ("execute steps of a run again, with the same bits", "records:replay"),
+    "fork": ("continue a run from one of its positions under other settings", "records:fork"),
     "verify": ("execute a run again and compare it with its snapshots", "records:verify"),
     "export": ("write a snapshot as one file for other programs", "tables:export"),
     "doctor": ("check this machine and its installation", "doctor:doctor"),
     "completion": ("print the completion script of a shell", "completion:completion"),
 }
-# Those whose command line holds settings of an experiment, too.
+# Commands that also take settings of an experiment.
 WITH_SETTINGS = ("run", "sweep", "fork")
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code.
 
     Args:
-        argv: its arguments, without the name of the program; those of this process by default.
+        argv: arguments without the name of the program; by default those of this process.
 
     Examples:
         >>> main(["--version"])
@@ -102,15 +102,15 @@ def _main(words: list[str], command: str) -> int:
 
 
 def _parsed(own: Parser, words: list[str]) -> argparse.Namespace | None:
-    """Return what the words say; None when help was asked for."""
+    """Return the parsed arguments; None if help was printed."""
     try:
         return own.parse_args(words)
-    except SystemExit:  # argparse's, after help
+    except SystemExit:  # argparse exits after help
         return None
 
 
 def _reported(function: Any, *arguments: Any) -> int:
-    """Call a command; errors of purestep, which explain themselves, are shown without a traceback."""
+    """Call a command; print errors of purestep without a traceback."""
     from purestep.errors import PurestepError
 
     try:
@@ -121,11 +121,11 @@ def _reported(function: Any, *arguments: Any) -> int:
 
 
 def split(words: Sequence[str], own: Parser) -> tuple[list[str], list[tuple[str, str | None]], bool]:
-    """Part the words of a command from the settings of an experiment between them.
+    """Separate the arguments of a command from the settings of an experiment.
 
     Returns:
-        The words of the command; (name, text) of each setting in order, None for one without a text; and whether help
-        is asked for.
+        The arguments of the command; (name, text) of each setting in order, with None for a flag without text; and
+        whether help is requested.
 
     Examples:
         >>> split(["a.py", "--lr", "1e-3", "--json", "--jit"], parser_of("run"))
@@ -151,7 +151,7 @@ def split(words: Sequence[str], own: Parser) -> tuple[list[str], list[tuple[str,
     return mine, pairs, wants_help
 
 
-# --- what each command takes ------------------------------------------------------------------------------------------
+# --- arguments of each command ----------------------------------------------------------------------------------------
 
 
 def parser() -> Parser:
@@ -186,14 +186,14 @@ def _run(own: Parser, *names: str) -> None:
 
 def _of_run(own: Parser) -> None:
     own.add_argument(
-        "--experiment", metavar="FILE", help="that makes it, FILE.py or FILE.py:NAME; by default what the run recorded"
+        "--experiment", metavar="FILE", help="of the experiment, FILE.py or FILE.py:NAME; by default the recorded one"
     )
 
 
 def _training(own: Parser) -> None:
     own.add_argument("--config", metavar="YAML", action="append", default=[], help="settings from a file, before flags")
-    own.add_argument("--device", metavar="DEVICE", help="where the state lives: cpu, cuda, cuda:1")
-    own.add_argument("--portable", action="store_true", help="bits that no x86-64 processor changes (docs/bits.md)")
+    own.add_argument("--device", metavar="DEVICE", help="device of the state: cpu, cuda, cuda:1")
+    own.add_argument("--portable", action="store_true", help="same bits on every x86-64 processor (docs/bits.md)")
     own.add_argument("--logger", metavar="NAME", action="append", help="csv, tensorboard, wandb(project='p'), ...")
     own.add_argument("--strict", action="store_true", help="refuse to resume under other settings instead of warning")
     _json(own)
@@ -213,7 +213,7 @@ def _arguments_of_run(own: Parser) -> None:
 def _arguments_of_sweep(own: Parser) -> None:
     _file(own)
     _training(own)
-    own.add_argument("--run-dir", metavar="DIR", help="under which the runs are; by default runs/FILE-sweep")
+    own.add_argument("--run-dir", metavar="DIR", help="directory of the runs; by default runs/FILE-sweep")
     own.add_argument("--jobs", metavar="N", type=_count, default=1, help="runs at the same time")
     own.add_argument("--metric", metavar="NAME", help="by which runs are compared, such as val/loss")
     own.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more of it is better")
@@ -227,7 +227,7 @@ def _arguments_of_runs(own: Parser) -> None:
     own.add_argument("root", metavar="DIR", nargs="?", default="runs", help="by default runs")
     own.add_argument("--sort", metavar="COLUMN", help="when, updates, a metric or a setting")
     own.add_argument("--reverse", action="store_true", help="largest first")
-    own.add_argument("--filter", metavar="NAME=VALUE", action="append", default=[], help="only those with this value")
+    own.add_argument("--filter", metavar="NAME=VALUE", action="append", default=[], help="only runs with this value")
     _json(own)
 
 
@@ -240,8 +240,8 @@ def _arguments_of_plot(own: Parser) -> None:
 def _arguments_of_export(own: Parser) -> None:
     own.add_argument("run", metavar="RUN", help="run directory")
     own.add_argument("out", metavar="OUT", help="a path that ends with .safetensors, .pt or .pth")
-    own.add_argument("--best", metavar="METRIC", help="the snapshot that is best in it")
-    own.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more is better")
+    own.add_argument("--best", metavar="METRIC", help="the snapshot with the best value of this metric")
+    own.add_argument("--mode", choices=("min", "max"), default="min", help="whether lower or higher values are best")
     own.add_argument("--at", metavar="N", type=_whole, help="the snapshot at a position; by default the newest")
     own.add_argument("--only", choices=("params", "model", "all"), default="params", help="by default params")
 
@@ -284,7 +284,7 @@ def _arguments_of_fork(own: Parser) -> None:
 def _arguments_of_verify(own: Parser) -> None:
     _run(own)
     _of_run(own)
-    own.add_argument("--every", metavar="N", type=_count, default=1, help="one span between snapshots out of N")
+    own.add_argument("--every", metavar="N", type=_count, default=1, help="only every N-th span between snapshots")
     _json(own)
 
 

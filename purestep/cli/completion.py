@@ -1,4 +1,4 @@
-"""`purestep completion`: what a shell evaluates so that it completes commands and options."""
+"""`purestep completion`: a script for a shell to complete commands and options."""
 
 from __future__ import annotations
 

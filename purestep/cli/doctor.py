@@ -1,4 +1,4 @@
-"""`purestep doctor`: what a machine and an installation are good for, and what to mend."""
+"""`purestep doctor`: checks of the machine and the installation, with advice."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OK, NOTE, BAD = "ok", "note", "BAD"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of a check.
 
     Attributes:
-        what: it is.
+        what: name of the check.
         value: what was found.
-        verdict: "ok"; "note" for what costs speed or a feature; "BAD" for what a run will fail at.
-        fix: what to do, "" where there is nothing to do.
+        verdict: "ok"; "note" if it costs speed or a feature; "BAD" if a run will fail.
+        fix: what to do; "" for nothing.
     """
 
     what: str
@@ -41,7 +41,7 @@ class Finding:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Look at everything; exit code 1 where something will fail."""
+    """Run all checks; exit code 1 if a run will fail."""
     found = list(findings())
     if arguments.json:
         show.as_json([dataclasses.asdict(finding) for finding in found])
@@ -51,7 +51,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def findings() -> Iterator[Finding]:
-    """Yield what each check finds; a check that fails itself is a finding."""
+    """Yield the findings of each check; a check that raises is a finding."""
     for check in CHECKS:
         try:
             yield from check()

@@ -1,7 +1,7 @@
 """Settings from flags and YAML: the leaves of an experiment's signature, read by jsonargparse.
 
-`record.settings` says what each setting may be, and makes the values. Here text becomes JSON of the right type, names
-of functions and classes open up the flags of their arguments, and the help lists them.
+`record.settings` defines the forms of each setting and makes the values. This file converts text to JSON of the right
+type, adds flags for the arguments of a named function or class, and prints the help.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Pairs = Sequence[tuple[str, str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A flag: a setting of which text is one value.
+    """A flag: a setting whose value can be given as text.
 
     Attributes:
         path: dotted name.
-        setting: what it may be.
-        value: of now, as JSON; `REQUIRED` where it must be given.
+        setting: the setting.
+        value: present value, as JSON; `REQUIRED` if it must be given.
     """
 
     path: str
@@ -55,13 +55,13 @@ class Leaf:
 
 
 class Settings:
-    """The settings of an experiment as JSON, to be changed one by one.
+    """The settings of an experiment as JSON, changed one by one.
 
     Args:
         maker: function that makes the experiment.
 
     Raises:
-        UsageError: a default is no JSON and nothing stands for it.
+        UsageError: a default has no form in JSON.
     """
 
     def __init__(self, maker: Maker) -> None:
@@ -70,7 +70,7 @@ class Settings:
         self.plain: dict[str, Any] = {}
         for setting in self.known:
             if setting.default is not REQUIRED:
-                with _said_of_flag():
+                with _flag_errors():
                     self.plain[setting.name] = encode(setting.default, setting.kind, setting.name)
 
     def __contains__(self, name: str) -> bool:
@@ -80,7 +80,7 @@ class Settings:
         """Take the settings of a YAML file.
 
         Raises:
-            UsageError: it cannot be read, or holds something else.
+            UsageError: the file cannot be read, or holds something else.
         """
         try:
             text = Path(path).read_text()
@@ -88,28 +88,28 @@ class Settings:
             raise UsageError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         found = _read_yaml(text, f"--config {path}")
         for name, value in found.items():
-            with _said_of_flag(f"{path}: "):
+            with _flag_errors(f"{path}: "):
                 self._assign(name, value)
 
     def read_flags(self, pairs: Pairs) -> None:
-        """Take the settings of a command line; a name comes before the arguments of what it names.
+        """Take the settings of a command line; the name of a function is applied before its arguments.
 
         Raises:
-            UsageError: there is no such setting, or it has no such value.
+            UsageError: a setting is unknown, or does not take the value.
         """
         order = sorted(pairs, key=lambda pair: pair[0].removesuffix(f".{NAME}").count("."))
         for name, text in order:
-            with _said_of_flag():
+            with _flag_errors():
                 self._assign_text(name, text)
 
     def check(self) -> None:
         """Make every value once.
 
         Raises:
-            UsageError: one of them is refused, or missing.
+            UsageError: a value is refused or missing.
         """
         for setting in self.known:
-            with _said_of_flag():
+            with _flag_errors():
                 if setting.name in self.plain:
                     decode(self.plain[setting.name], setting.kind, setting.name)
                 elif setting.default is REQUIRED:
@@ -151,7 +151,7 @@ class Settings:
         """Return the mapping that holds a setting now, and the setting.
 
         Raises:
-            SettingError: there is none of this name.
+            SettingError: there is no setting of this name.
         """
         *outer, last = path.split(".")
         known, plain = {setting.name: setting for setting in self.known}, self.plain
@@ -175,11 +175,11 @@ class Settings:
     # --- help ---
 
     def leaves(self) -> Iterator[Leaf]:
-        """Yield each flag that there is under the present names."""
+        """Yield the flags that exist with the present choice of functions and classes."""
         yield from _leaves(self.known, self.plain, "")
 
     def help(self, program: str) -> str:
-        """Return the flags, what each may be, and its present value."""
+        """Return the help: flags, types and present values."""
         parser = jsonargparse.ArgumentParser(prog=program, add_help=False, default_env=False, usage=argparse.SUPPRESS)
         for leaf in self.leaves():
             value = leaf.value if leaf.value is not REQUIRED else None
@@ -195,7 +195,7 @@ class Settings:
         return text.partition("options:\n")[2] or text
 
     def as_yaml(self) -> str:
-        """Return the settings as YAML, with what they mean; `read_config` reads it."""
+        """Return the settings as YAML with comments, for `read_config`."""
         import yaml
 
         parts = []
@@ -233,7 +233,7 @@ def _is_flag(kind: Kind) -> bool:
 
 
 def _is_simple(hint: Any) -> bool:
-    """Tell whether jsonargparse reads a type by itself: numbers, strings, and lists and mappings of them."""
+    """Tell whether jsonargparse parses a type by itself: numbers, strings, and lists and mappings of them."""
     inner = [arg for arg in typing.get_args(hint) if arg is not Ellipsis]
     if typing.get_origin(hint) is Literal or hint in (bool, int, float, str, list, dict, tuple):
         return True
@@ -275,7 +275,7 @@ def _read(setting: Setting, text: str, path: str) -> Any:
     """Return text as JSON of the type of a setting.
 
     Raises:
-        SettingError: it is none.
+        SettingError: the text is no value of that type.
     """
     kind = setting.kind
     if kind.optional and text.lower() in ("none", "null"):
@@ -327,7 +327,7 @@ def _typed_value(kind: Kind, text: str, path: str) -> Any:
 
 
 def _bracketed(hint: Any, text: str) -> str:
-    """Return a list as YAML has it; on a command line `1,2` is one as well."""
+    """Return a list in YAML syntax; a command line may leave out the brackets: `1,2`."""
     is_list = (typing.get_origin(hint) or hint) in (list, tuple, collections.abc.Sequence)
     return f"[{text}]" if is_list and not text.strip().startswith("[") else text
 
@@ -348,8 +348,8 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _said_of_flag(where: str = "") -> Iterator[None]:
-    """Say of a setting that is wrong which flag it is."""
+def _flag_errors(where: str = "") -> Iterator[None]:
+    """Turn a `SettingError` into a `UsageError` that names the flag, in a `with` block."""
     try:
         yield
     except SettingError as error:
@@ -357,7 +357,7 @@ def _said_of_flag(where: str = "") -> Iterator[None]:
         raise UsageError(f"{where}--{error.path} {error.problem}", instead) from error
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
+# --- texts of the help ------------------------------------------------------------------------------------------------
 
 
 def _typed(kind: Kind) -> str:

@@ -1,4 +1,4 @@
-"""The experiment of a Python file: found, imported as its worker processes will import it, and called with settings."""
+"""Loading the experiment of a Python file: the file is imported under the name that worker processes will use."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Loaded:
     """A function that makes an experiment from settings.
 
     Attributes:
-        path: of its file.
-        name: of the function.
-        function: it.
+        path: path of its file.
+        name: name of the function.
+        function: the function.
     """
 
     path: Path
@@ -33,14 +33,14 @@ class Loaded:
 
     @property
     def stem(self) -> str:
-        """What runs of it are called."""
+        """The beginning of the names of its runs."""
         return self.path.stem if self.name == "experiment" else self.name
 
     def make(self, plain: Mapping[str, Any]) -> Experiment:
-        """Make the experiment of settings that are given as JSON.
+        """Make the experiment with settings in JSON.
 
         Raises:
-            UsageError: they are refused by what the function calls.
+            UsageError: the function, or a function that it calls, refuses a setting.
         """
         try:
             return Experiment.of(self.function, plain)
@@ -48,7 +48,7 @@ class Loaded:
             raise of_explained(error) from error
 
     def fit(self, of: Experiment, **options: Any) -> Any:
-        """Call `of.fit(**options)` as code of the file of the experiment, which the record of the run then names."""
+        """Call `of.fit(**options)` as code of the experiment's file, so that the record of the run names that file."""
         function: Any = inspect.unwrap(self.function)
         line = function.__code__.co_firstlineno
         code = compile("\n" * (line - 1) + "_fit(**_options)", str(self.path), "eval")
@@ -60,8 +60,8 @@ class Loaded:
 def load(spec: str) -> Loaded:
     """Import a file, and return the function in it that makes an experiment.
 
-    The file is a module of its name, and its directory is the first of `sys.path`, as Python has it for a script: so
-    worker processes find its functions.
+    The file becomes a module of its name, and its directory the first entry of `sys.path`, as for a script, so that
+    worker processes can import its functions.
 
     Args:
         spec: FILE.py or FILE.py:NAME.

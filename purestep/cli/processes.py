@@ -1,4 +1,4 @@
-"""Runs of several processes: torchrun started for `--processes`, and SLURM's tasks joined as torchrun's are."""
+"""Runs of several processes: `--processes` starts torchrun; tasks of SLURM get the environment of torchrun."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from purestep.cli.usage import UsageError
 
 
 def launch(count: int, words: Sequence[str]) -> int:
-    """Start torchrun on this machine with the same command, and return what the job would exit with.
+    """Start torchrun on this machine with the same command, and return the exit code of the job.
 
-    torchrun exits with 1 when it was told to stop and its processes did: then this is 130 or 143, as for one process.
+    torchrun exits with 1 after a signal; then the code is 130 (SIGINT) or 143 (SIGTERM), as for one process.
 
     Args:
-        count: processes.
+        count: number of processes.
         words: the command line, without the name of the program.
     """
     if "RANK" in os.environ:
@@ -28,7 +28,7 @@ def launch(count: int, words: Sequence[str]) -> int:
     told: list[int] = []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command += ["-m", "purestep", *_without_processes(words)]
-    # A group of its own: Ctrl-C on the terminal reaches torchrun once, through this process.
+    # torchrun gets its own process group, so that Ctrl-C on the terminal reaches it once, through this process.
     job = subprocess.Popen(command, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -57,13 +57,13 @@ def _without_processes(words: Sequence[str]) -> list[str]:
 
 
 def join_slurm(environment: MutableMapping[str, Any] = os.environ) -> bool:
-    """Name the place of a task of `srun` as torchrun does; nothing happens under torchrun, or alone.
+    """Set the environment variables of torchrun for a task of `srun`; do nothing under torchrun or for a single task.
 
     Args:
-        environment: of the process, which is changed.
+        environment: environment of the process, changed in place.
 
     Returns:
-        Whether it is one of several tasks.
+        Whether this process is one of several tasks.
 
     Examples:
         >>> task = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77",
@@ -88,7 +88,7 @@ def join_slurm(environment: MutableMapping[str, Any] = os.environ) -> bool:
 
 
 def first_node(nodes: str) -> str:
-    """Return the first host of a list as SLURM writes it.
+    """Return the first host of a host list of SLURM.
 
     Examples:
         >>> first_node("node[07-08,11],gpu1"), first_node("gpu1,gpu2"), first_node("a3-[1-2]x")

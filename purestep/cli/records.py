@@ -1,4 +1,4 @@
-"""What the command does with recorded runs by executing them again: each calls one function of `record`."""
+"""Commands that compare recorded runs or execute them again: each calls one function of `record`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from purestep.record.run_record import open as open_run
 
 
 def experiment_of(run: RunRecord, spec: str | None) -> Loaded:
-    """Return what makes the experiment of a run: the file that is named, else the one that the run recorded.
+    """Load the function that makes the experiment of a run: from the given file, else from the recorded one.
 
     Raises:
-        UsageError: the run recorded none, or it is gone.
+        UsageError: the run recorded no file, or the file is gone.
     """
     if spec is not None:
         return load(spec)
@@ -36,7 +36,7 @@ def experiment_of(run: RunRecord, spec: str | None) -> Loaded:
     if not path.is_file():
         raise UsageError(f"the file that made {run.path.name} is gone: {path}", "--experiment FILE.py")
     if path.resolve().is_relative_to(run.path.resolve()):
-        # A run directory may come from elsewhere, and nothing in it is executed unasked.
+        # A run directory may come from another machine, so code in it is executed only on request.
         raise UsageError(f"{run.path.name} names a file in its own directory", f"--experiment {path}")
     show.say(f"experiment: {path}" + ("" if path.read_text() == program.source else ", which was edited since"))
     named = program.function if program.function.isidentifier() else ""
@@ -59,7 +59,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def diff(arguments: argparse.Namespace) -> int:
-    """Compare two states bit by bit; exit code 1 where they differ."""
+    """Compare two states bit by bit; exit code 1 if they differ."""
     from purestep import tree
 
     states = []
@@ -83,7 +83,7 @@ def diff(arguments: argparse.Namespace) -> int:
 
 
 def bisect(arguments: argparse.Namespace) -> int:
-    """Find the first batch in which two runs differ; exit code 1 where there is one."""
+    """Find the first batch in which two runs differ; exit code 1 if there is one."""
     from purestep.record.bisect import bisect as bisected
 
     first, second = (open_run(run_directory(text)) for text in (arguments.a, arguments.b))
@@ -128,7 +128,7 @@ def replay(arguments: argparse.Namespace) -> int:
 
 
 def fork(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
-    """Begin a new run where another one was, under other settings."""
+    """Start a new run from a position of another run, under other settings."""
     from purestep.record.fork import fork as forked
 
     run_command.prepare(arguments)
@@ -158,7 +158,7 @@ def fork(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Execute a run again and compare; exit code 1 where it differs."""
+    """Execute a run again and compare it with its snapshots; exit code 1 if they differ."""
     from purestep.record.verify import verify as verified
 
     run = open_run(run_directory(arguments.run))

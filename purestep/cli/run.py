@@ -19,7 +19,7 @@ from purestep.errors import PurestepError
 from purestep.record.experiment import Experiment
 from purestep.record.settings import SettingError, kind_of
 
-_OWN = ("device",)  # options that are settings of an experiment that has such a setting
+_OWN = ("device",)  # options that are passed as a setting if the experiment has one of that name
 
 
 def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Do what comes before any tensor is made."""
+    """Set up the process before any tensor is made."""
     if arguments.portable:
         from purestep import bits
 
@@ -57,7 +57,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def settings_of(loaded: Loaded, arguments: argparse.Namespace, pairs: Pairs) -> tuple[Settings, dict[str, str | None]]:
-    """Return the settings of files and flags, and the flags that are no settings but end the run elsewhere."""
+    """Return the settings of files and flags, and the flags of the run's end, which are no settings."""
     settings = Settings(loaded.function)
     for name in _OWN:
         value = getattr(arguments, name)
@@ -84,7 +84,7 @@ def until_of(rest: Mapping[str, str | None]) -> Any:
 
 
 def adapted(experiment: Experiment, arguments: argparse.Namespace, until: Any = None) -> Experiment:
-    """Return an experiment with what options of the command say of it."""
+    """Return an experiment changed by the options of the command."""
     if until is not None:
         experiment = dataclasses.replace(experiment, until=until)
     if experiment.until is None:
@@ -124,7 +124,7 @@ def loggers_of(arguments: argparse.Namespace) -> list[Any] | None:
 
 
 def default_directory(loaded: Loaded, plain: Mapping[str, Any], arguments: argparse.Namespace) -> str:
-    """Return a directory of these settings: the same command continues its run, and another one is another run."""
+    """Return a directory named by the settings, so that the same command continues the run."""
     told = {name: value for name, value in plain.items() if name != "until"}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return f"runs/{loaded.stem}-{digest[:6]}"
@@ -133,7 +133,7 @@ def default_directory(loaded: Loaded, plain: Mapping[str, Any], arguments: argpa
 def trained(
     loaded: Loaded, experiment: Experiment, run_dir: Path, arguments: argparse.Namespace, **options: Any
 ) -> int:
-    """Train in a run directory, say what came of it, and return the exit code."""
+    """Train in a run directory, print the result, and return the exit code."""
     show.say(f"{run_dir}: until {experiment.until}")
     result = loaded.fit(experiment, run_dir=run_dir, loggers=loggers_of(arguments), strict=arguments.strict, **options)
     report(result, arguments)
@@ -141,7 +141,7 @@ def trained(
 
 
 def report(result: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print how a run ended; in a job of several processes the first one does."""
+    """Print how a run ended; in a job of several processes only rank 0 prints."""
     from purestep import tree
     from purestep.distributed.mesh import this_rank
 
@@ -180,7 +180,7 @@ def _dry_run(experiment: Experiment, arguments: argparse.Namespace) -> int:
 
 
 def help_of(command: str, loaded: Loaded, settings: Settings) -> int:
-    """Print what a command takes, and the settings of an experiment."""
+    """Print the arguments of a command, and the settings of an experiment."""
     from purestep.cli.command import parser_of
 
     print(parser_of(command).format_help())

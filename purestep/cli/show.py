@@ -1,4 +1,4 @@
-"""How the command prints: tables by rich on a terminal, aligned text in a pipe, JSON for scripts."""
+"""Output of the command: tables by rich on a terminal, aligned text in a pipe, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _escaped(text: str) -> str:
 
 
 def as_json(value: Any) -> None:
-    """Print JSON; a number that is not finite is null there."""
+    """Print JSON, with null for numbers that are not finite."""
     print(json.dumps(_plain(value), indent=1, default=str))
 
 
@@ -68,6 +68,6 @@ def _plain(value: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """Print a line for people: on stderr, and only where somebody looks."""
+    """Print a progress line on stderr, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(text, file=sys.stderr)

@@ -1,8 +1,8 @@
 """`purestep sweep`: an experiment under every combination of settings, each in a run directory of its own.
 
-A run that reached its end is not started again, so the same command continues a sweep; one that was interrupted is
-resumed from its last snapshot: `tune.sweep` decides that. Workers train one run after the other in processes that have
-imported torch once.
+The same command continues a sweep, as `tune.sweep` decides: a run that reached its end is not started again, an
+interrupted run is resumed from its last snapshot. Each worker process imports torch once and trains several runs in
+sequence.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Axes = Mapping[str, Sequence[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a sweep, as a worker process gets it.
+    """One run of a sweep, as it is sent to a worker process.
 
     Attributes:
-        values: of the settings that the sweep changes, as text.
+        values: the settings that the sweep varies, as text.
         plain: all settings, as JSON.
-        until: an end of the run that is no setting, None where there is none.
-        run_dir: of the run.
-        arguments: of the command.
+        until: the end of the run if it is not a setting; else None.
+        run_dir: directory of the run.
+        arguments: arguments of the command.
     """
 
     values: Mapping[str, str]
@@ -67,7 +67,7 @@ def sweep(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     by_run = {job.run_dir: job for job in jobs}
     if len(by_run) < len(jobs):
         raise UsageError("two runs of the sweep have the same settings", "each value once")
-    # Every error of settings comes before the first run.
+    # Errors in settings are found before the first run.
     for job in jobs:
         checked = copy.copy(settings)
         checked.plain = dict(job.plain)
@@ -118,11 +118,11 @@ def axes_of(pairs: Pairs, settings: Settings) -> dict[str, list[str]]:
 
 
 def values_of(text: str, *, is_list: bool = False) -> list[str]:
-    """Return the values in a text: parted by commas outside of brackets, `a..b` for whole numbers.
+    """Return the values in a text, which are separated by commas outside of brackets; `a..b` is a range of integers.
 
     Args:
-        text: of a flag.
-        is_list: whether one value is a list itself: then each is in brackets.
+        text: text of a flag.
+        is_list: whether a single value is a list; several lists are then written in brackets.
 
     Examples:
         >>> values_of("1e-4,1e-3"), values_of("0..3"), values_of("chain(scale(1), scale(2)),lion(1e-4)")
@@ -169,7 +169,7 @@ def _jobs(settings: Settings, axes: Axes, root: Path, arguments: argparse.Namesp
 
 
 def _train(job: Job) -> int:
-    """Train one run, and return its exit code; an error ends it alone."""
+    """Train one run, and return its exit code; an error does not end the sweep."""
     loaded = load(job.arguments.file)
     try:
         until = run_command.until_of({"until": job.until} if job.until is not None else {})
@@ -201,7 +201,7 @@ def _in_turn(jobs: Sequence[Job]) -> int:
 
 
 def _side_by_side(jobs: Sequence[Job], workers: int) -> int:
-    """Train in worker processes. A signal reaches the runs that are going on, which save; no other is started."""
+    """Train in worker processes. On a signal the current runs save and stop, and no other run is started."""
     told: list[int] = []
     code, queue = 0, list(jobs)
     context = multiprocessing.get_context("spawn")
@@ -230,7 +230,7 @@ def _side_by_side(jobs: Sequence[Job], workers: int) -> int:
 
 
 def _quiet(job: Job) -> None:
-    """Prepare a worker: Ctrl-C on the terminal reaches it through the parent alone, and it draws no bar."""
+    """Prepare a worker: Ctrl-C on the terminal reaches it through its parent only, and it shows no progress bar."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_command.prepare(job.arguments)
     with contextlib.suppress(UsageError):
@@ -246,7 +246,7 @@ def _result(future: Future[int], job: Job) -> int:
 
 
 def _report(found: Sweep, arguments: argparse.Namespace) -> int:
-    """Print the table; return 1 where a run did not reach its end."""
+    """Print the table; return 1 if a run did not reach its end."""
     if arguments.json:
         show.as_json(
             [

@@ -1,4 +1,4 @@
-"""What the command shows of runs without executing them: tables, one run, its snapshots, its curves, its export."""
+"""Commands that read runs without executing them: tables, one run, its snapshots, its curves, its export."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _sorted(table: Runs, by: str, *, reverse: bool) -> Runs:
 
 
 def near_run(path: Path) -> str:
-    """Return the directory that a wrong path is nearest to, "" where none is."""
+    """Return the directory most similar to a wrong path; "" if there is none."""
     if not path.parent.is_dir():
         return ""
     near = nearest(path.name, [item.name for item in path.parent.iterdir() if item.is_dir()])
@@ -74,10 +74,10 @@ def near_run(path: Path) -> str:
 
 
 def run_directory(text: str) -> Path:
-    """Return a run directory that a command line names.
+    """Return the run directory named on the command line.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it does not exist, or is no run directory.
     """
     path = Path(text)
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""What a command line gets wrong, in one or two lines; exit code 2."""
+"""Errors of the command line, in one or two lines; exit code 2."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 
 class UsageError(Exception):
-    """The command line, or a file that it names, is not what the command takes.
+    """The command line, or a file that it names, is wrong.
 
     Args:
         problem: one line.
-        instead: what to write instead, one line; "" where there is nothing to say.
+        instead: what to write instead, one line; "" for no advice.
     """
 
     def __init__(self, problem: str, instead: str = "") -> None:
@@ -31,13 +31,13 @@ def _line(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the known word that one is nearest to, "" where none is near."""
+    """Return the known word most similar to a word; "" if none is similar."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return found[0] if found else ""
 
 
 def of_explained(error: BaseException) -> UsageError:
-    """Return an error of purestep, which has four parts on several lines, as one of the command line."""
+    """Return an error of purestep, which has four parts on several lines, as a `UsageError`."""
     lines = str(error).splitlines() or [type(error).__name__]
     parts = {
         label: line.partition(label)[2].strip() for line in lines for label in ("where:", "instead:") if label in line
@@ -47,7 +47,7 @@ def of_explained(error: BaseException) -> UsageError:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are `UsageError`, with the nearest option or command."""
+    """argparse's parser with `UsageError` for errors, which names the most similar option or command."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         self._takes: dict[str, bool] = {}
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def unknown(self, word: str) -> UsageError:
-        """Return the error of a word that the command does not take."""
+        """Return the error for an unknown argument."""
         if not word.startswith("-"):
             return UsageError(f"there is no argument {word!r}", f"{self.prog} --help")
         near = nearest(word.partition("=")[0], self.options())

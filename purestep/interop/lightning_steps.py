@@ -212,7 +212,7 @@ class Recorder:
         metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:
-        """Keep a value. Arguments about steps, epochs, ranks and loaders are ignored: metrics merge over all of them."""
+        """Keep a value. Arguments about steps, epochs, ranks and loaders are ignored, as metrics merge over all."""
         metric = self._metric(name, value, reduce_fx, self.samples if batch_size is None else batch_size)
         if name in self.metrics:
             # As in Lightning, a value that is logged twice in one batch counts twice.

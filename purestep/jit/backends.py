@@ -71,7 +71,7 @@ def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> 
         mode: name of a mode, or None.
         donated: how many leaves of the arguments, the first ones, the graph overwrites.
     """
-    with _patience():
+    with _without_warnings():
         run = _BACKENDS[backend](traced, mode)
     if backend == "inductor" and donated and mode in _RECORDED and any(x.is_cuda for x in traced.fakes):
         return Replay(run, [slot for slot, leaf in enumerate(traced.takes) if leaf < donated])
@@ -98,7 +98,7 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
             nonlocal ready
             if ready:
                 return compiled(*tensors)
-            with _patience():
+            with _without_warnings():
                 ready = True
                 return compiled(*tensors)
 
@@ -111,7 +111,7 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
 
 
 def _inductor(traced: Traced, mode: str | None) -> Run:
-    with _patience():
+    with _without_warnings():
         name = disk_cache.key(traced, mode)
         kept = None if name is None else disk_cache.take(name)
         if kept is not None:
@@ -197,7 +197,7 @@ _CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     """Keep the warnings of torch's compiler about itself away from users of `-W error`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -150,7 +150,7 @@ class _Call:
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
         with mode:
             fakes = [_fake(self.leaves[i]) for i in self.takes]
-        with _quiet():
+        with _fixed_settings():
             try:
                 with host_draws.refused(errors.host_draw, again), mode:
                     graph = make_fx(flat, decomposition_table={**_TABLE, **reads.table()})(*fakes)
@@ -208,7 +208,7 @@ def _fake(leaf: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _fixed_settings() -> Iterator[None]:
     """Fix the settings of torch that would change a trace."""
     # The autograd engine would run the backward pass of device tensors in other threads, where our modes are off.
     threads = torch.autograd.set_multithreading_enabled(False)

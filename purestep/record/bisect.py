@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import portable, tree
 from purestep.arguments import checked
 from purestep.donation import copied
 from purestep.errors import ConfigError, explain
@@ -81,7 +82,8 @@ class Bisection(Printed):
         metrics: what that step returned in both.
         steps: the steps of both runs.
         recorded: where both, executed here, are equal: the first position at which their snapshots are not, because of
-            a machine, its threads or versions, or of code that is not that of the run. None otherwise.
+            a machine, its versions, or of code that is not that of the run. None otherwise.
+        threads: how many threads each ran with and was executed again with, where these are two numbers; else None.
     """
 
     names: tuple[str, str]
@@ -95,6 +97,7 @@ class Bisection(Printed):
     metrics: tuple[Any, Any] | None = None
     steps: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False)
     recorded: int | None = None
+    threads: tuple[int, int] | None = None
 
     def operation(self) -> BitsComparison | None:
         """Execute the first step that differs once more in both, and compare the bits of all its operations.
@@ -108,10 +111,11 @@ class Bisection(Printed):
         """
         if self.steps is None or self.before is None or self.batches is None:
             return None
-        traces = [
-            trace_bits(step, copied(state), batch, values=True)
-            for step, state, batch in zip(self.steps, self.before, self.batches, strict=True)
-        ]
+        traces = []
+        for side, count in enumerate(_counts(self.threads)):
+            with _computing_with(count):
+                state = copied(self.before[side])
+                traces.append(trace_bits(self.steps[side], state, self.batches[side], values=True))
         return compare_bits(*traces)
 
     def __bool__(self) -> bool:
@@ -130,6 +134,8 @@ class Bisection(Printed):
             rows.append(["first state", f"step {self.position}: {what}"])
         else:
             rows.append(["states", f"executed here, equal up to {self.end}"])
+        if self.threads is not None:
+            rows.append(["threads", "{} and {}, as they ran".format(*self.threads)])
         if self.recorded is not None:
             rows.append(["snapshots", f"differ at {self.recorded}: ps.verify says which run computes otherwise here"])
         blocks: list[Block] = [Table(["runs", " and ".join(self.names)], rows, wide=True)]
@@ -142,7 +148,8 @@ def bisect(a: Which, b: Which, experiment_a: Makes, experiment_b: Makes | None =
     """Find where two runs part: the first batch that differs, then the first leaves of the train state.
 
     Both are executed again, beside each other, from the last position at which both have a snapshot of the same train
-    state, or at which one was forked from the other; else from their beginnings.
+    state, or at which one was forked from the other; else from their beginnings. Where they ran with different numbers
+    of threads, on which sums depend, each is executed with its own.
 
     Args:
         a: a run, or its directory.
@@ -207,15 +214,14 @@ class _Side:
 
 def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
     start, end = _start(a, b), min(a.last, b.last)
-    found = Bisection(names, start, end)
+    found = Bisection(names, start, end, threads=_threads(a.record, b.record))
     before = (a.state(start), b.state(start))
     if start == 0 and (leaves := tree.diff(*before, root="state")):
         return dataclasses.replace(found, position=0, leaves=leaves, before=before)
     if start >= end:
         return found
     with contextlib.ExitStack() as stack:
-        walks = [stack.enter_context(_walk(side, start, end)) for side in (a, b)]
-        for left, right in zip(*walks, strict=True):
+        for left, right in _both(stack, (a, b), start, end, found.threads):
             if found.batch is None:
                 found = dataclasses.replace(found, batch=_first_batch(left, right))
             if left.digest != right.digest:
@@ -230,6 +236,47 @@ def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
                 )
             before = (a.kept(left.state), b.kept(right.state))
     return dataclasses.replace(found, recorded=_recorded_apart(a.record, b.record))
+
+
+def _both(
+    stack: contextlib.ExitStack, sides: tuple[_Side, _Side], start: int, end: int, threads: tuple[int, int] | None
+) -> Iterator[tuple[Replayed, Replayed]]:
+    """Execute both a step at a time, each with its number of threads."""
+    walks: list[tuple[Iterator[Replayed], int | None]] = []
+    for side, count in zip(sides, _counts(threads), strict=True):
+        with _computing_with(count):
+            walks.append((stack.enter_context(_walk(side, start, end)), count))
+    for _ in range(start, end):
+        found = []
+        for walk, count in walks:
+            with _computing_with(count):
+                found.append(next(walk))
+        yield found[0], found[1]
+
+
+def _threads(a: RunRecord, b: RunRecord) -> tuple[int, int] | None:
+    """Return how many threads both ran with, None where that is the same, unknown, or not to be changed here."""
+    first, second = (record.environment.get("threads") for record in (a, b))
+    if portable.mode() == "portable" or not isinstance(first, int) or not isinstance(second, int) or first == second:
+        return None
+    return first, second
+
+
+def _counts(threads: tuple[int, int] | None) -> tuple[int | None, int | None]:
+    return (None, None) if threads is None else threads
+
+
+@contextlib.contextmanager
+def _computing_with(threads: int | None) -> Iterator[None]:
+    """Compute with so many threads inside; None leaves their number."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)
 
 
 def _recorded_apart(a: RunRecord, b: RunRecord) -> int | None:

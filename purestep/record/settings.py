@@ -1,9 +1,9 @@
 """Settings: the arguments of an experiment as JSON, and back.
 
-Owns which types an argument may have that is no JSON by itself: `Until` as the text that it prints as, a policy by its
-name, an optimizer, a schedule or a plan by the name of its function and the arguments of that, dataclasses by field.
-`experiment` encodes what a run was made with; whoever makes the experiment of a run again decodes it. No text is ever
-evaluated: a call is parsed, and its name looked up in the tables below.
+Owns the JSON form of each supported type: `Until` as its printed text, a policy as its name, an optimizer, schedule or
+plan as the name of its function with the arguments, a dataclass as its fields. `experiment` encodes the arguments of
+a run; the code that makes the experiment of a run again decodes them. No text is ever evaluated: calls are parsed, and
+their names looked up in the tables below.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from purestep.optim.schedules.base import ScheduleBase
 from purestep.precision import Policy
 from purestep.sharding.plan import Plan
 
-NAME = "name"  # the key of a mapping that says which function or class its other keys are the arguments of
+NAME = "name"  # the key of a mapping that names a function or class; the other keys are its arguments
 REQUIRED = inspect.Parameter.empty
 Maker = Callable[..., Any]
 
@@ -45,9 +45,9 @@ class SettingError(ConfigError):
 
     Attributes:
         path: dotted name of the setting.
-        problem: what is wrong with it, as the end of a sentence that begins with its name.
-        instead: what to write instead, in words; "" where there is nothing to say.
-        nearest: a setting to write instead: its dotted name, or name and value; "" where none is near.
+        problem: the end of a sentence that begins with the name of the setting.
+        instead: advice in words; "" for none.
+        nearest: a similar setting to write instead: its dotted name, or name and value; "" for none.
     """
 
     def __init__(self, path: str, problem: str, instead: str = "", *, nearest: str = "") -> None:
@@ -57,16 +57,17 @@ class SettingError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a setting may be, from the annotation of an argument; several of these at once for a union.
+    """The forms that the values of a setting may have, from the annotation of an argument; a union has several.
 
     Attributes:
         hint: the annotation.
-        text: reads it from text, for what is written as text; it raises an error of purestep for a wrong one.
-        wanted: what an error calls such a text.
-        makers: the functions or classes that make it, by name.
-        group: the dataclass whose fields are settings of their own.
-        plain: what of the annotation JSON holds as it is, None where nothing does.
-        optional: whether it may be None.
+        text: parses a value written as text, and raises an error of purestep for a wrong text; None if there is no
+            such form.
+        wanted: description of such a text, for errors.
+        makers: functions or classes that make a value, by name.
+        group: a dataclass whose fields are settings of their own.
+        plain: the part of the annotation that is JSON already; None if there is none.
+        optional: whether the value may be None.
     """
 
     hint: Any
@@ -79,19 +80,19 @@ class Kind:
 
     @property
     def known(self) -> bool:
-        """Whether a value can be written as text at all."""
+        """Whether a value has any form in JSON."""
         return self.text is not None or bool(self.makers) or self.group is not None or self.plain is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """An argument of an experiment, or of what one is made with.
+    """An argument of an experiment, or of a function that makes one of its values.
 
     Attributes:
-        name: of the argument.
-        kind: what it may be.
-        default: as Python has it; `REQUIRED` where there is none.
-        help: what the docstring says of it.
+        name: name of the argument.
+        kind: the forms of its values.
+        default: the Python default; `REQUIRED` without one.
+        help: text of the docstring about the argument.
     """
 
     name: str
@@ -107,7 +108,7 @@ _PLAIN = (bool, int, float, str, list, tuple, dict)
 
 @functools.cache
 def makers_of(kind: Any) -> dict[str, Maker]:
-    """Return the functions of purestep that make a value of a type, by name: optimizers, schedules, plans."""
+    """Return the functions of purestep that return a type, by name: optimizers, schedules, plans."""
     if kind is Plan:
         return {"ddp": sharding.ddp, "fsdp": sharding.fsdp, "hsdp": sharding.hsdp}
     found: dict[str, Maker] = {}
@@ -121,10 +122,10 @@ def makers_of(kind: Any) -> dict[str, Maker]:
 
 
 def kind_of(hint: Any) -> Kind:
-    """Return what a setting with an annotation may be.
+    """Return the forms of the values of a setting.
 
     Args:
-        hint: the annotation, evaluated.
+        hint: the evaluated annotation.
 
     Examples:
         >>> kind_of(float | None).plain, kind_of(float | None).optional
@@ -160,7 +161,7 @@ def kind_of(hint: Any) -> Kind:
 
 
 def _options(hint: Any) -> list[Any]:
-    """Return the alternatives of an annotation, without what `Annotated` adds."""
+    """Return the alternatives of an annotation, without the metadata of `Annotated`."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         return _options(typing.get_args(hint)[0])
@@ -178,7 +179,7 @@ def _subclasses(base: type) -> list[type]:
 
 
 def _text_kind(kind: Any) -> tuple[str, Callable[[str], Any]] | None:
-    """Return what a type that is written as text is called, and what reads it."""
+    """Return, for a type that is written as text, a description for errors and the parser; else None."""
     if not isinstance(kind, type):
         return None
     if issubclass(kind, Until):
@@ -215,7 +216,7 @@ def _device(text: str) -> torch.device:
 
 @functools.cache
 def settings_of(maker: Maker) -> tuple[Setting, ...]:
-    """Return the arguments of a function or a class as settings. Those of one dataclass, alone, are its fields.
+    """Return the arguments of a function or a class as settings; the fields of a dataclass that is the only argument.
 
     Examples:
         >>> [(s.name, s.default) for s in settings_of(optim.lion)][:2]
@@ -244,7 +245,7 @@ def settings_of(maker: Maker) -> tuple[Setting, ...]:
 
 
 def group_of(maker: Maker) -> type | None:
-    """Return the dataclass that is the only argument of a function, None for any other function."""
+    """Return the dataclass that is the only argument of a function; None for other functions."""
     if isinstance(maker, type):
         return None
     parameters = list(inspect.signature(maker).parameters.values())
@@ -271,7 +272,7 @@ def _hints(owner: Any) -> dict[str, Any]:
 
 
 def _one_by_one(target: Any) -> dict[str, Any]:
-    """Return the annotations that can be evaluated, where some name what is there for type checkers only."""
+    """Return the annotations that can be evaluated, if others use names that only type checkers see."""
     names, found = getattr(inspect.unwrap(target), "__globals__", {}), {}
     for name, text in getattr(inspect.unwrap(target), "__annotations__", {}).items():
         with contextlib.suppress(Exception):
@@ -280,7 +281,7 @@ def _one_by_one(target: Any) -> dict[str, Any]:
 
 
 def _described(owner: Any) -> dict[str, str]:
-    """Return what the docstring of a function or class says of each argument, on one line each."""
+    """Return the text of the docstring about each argument, on one line each."""
     import docstring_parser
 
     found: dict[str, str] = {}
@@ -299,12 +300,12 @@ def encode(value: Any, kind: Kind, path: str) -> Any:
     """Return a value as JSON, from which `decode` makes an equal one.
 
     Args:
-        value: of an argument.
-        kind: what the argument may be.
-        path: its name, for errors.
+        value: value of an argument.
+        kind: the forms of the argument's values.
+        path: name of the argument, for errors.
 
     Raises:
-        SettingError: nothing that JSON holds stands for it.
+        SettingError: the value has no form in JSON.
 
     Examples:
         >>> encode(optim.lion(1e-4), kind_of(GradientTransformation), "optimizer")
@@ -351,7 +352,7 @@ def _encoded_plan(value: Plan, path: str) -> dict[str, Any]:
 
 
 def _encoded_call(value: Any, kind: Kind, path: str) -> Any:
-    """Return an optimizer or a schedule as the call that it prints as."""
+    """Return an optimizer or a schedule as JSON of the call that its `repr` shows."""
     kind = kind if kind.makers else kind_of(GradientTransformation | ScheduleBase)
     try:
         tree_ = ast.parse(repr(value), mode="eval").body
@@ -367,9 +368,9 @@ def _encoded_call(value: Any, kind: Kind, path: str) -> Any:
 
 
 def _by_label(printed: ast.expr, kind: Kind) -> dict[str, Any] | None:
-    """Return what a function made out of others as a call of that function, with the arguments that it passed on.
+    """Return an optimizer that is a composition, such as `adamw`, as a call of the function that composed it.
 
-    It is a guess, by the names of the arguments; the caller makes the value of it and compares.
+    The arguments are guessed by name from the parts; the caller decodes the result and compares the values.
     """
     calls = [node for node in ast.walk(printed) if isinstance(node, ast.Call)]
     values = {k.arg: k.value.value for c in reversed(calls) for k in c.keywords if isinstance(k.value, ast.Constant)}
@@ -385,10 +386,10 @@ def _by_label(printed: ast.expr, kind: Kind) -> dict[str, Any] | None:
 
 
 def call_of(text: str, kind: Kind, path: str) -> Any:
-    """Return text that names a function, with or without arguments, as JSON; a number or None as it is.
+    """Return the text of a call, or of a function's name, as JSON; a number or None is returned as such.
 
     Raises:
-        SettingError: it is neither, or the function is none of those that make such a value.
+        SettingError: the text is neither, or the function does not make such a value.
 
     Examples:
         >>> call_of("adamw(3e-3)", kind_of(GradientTransformation), "optimizer")
@@ -446,7 +447,7 @@ def _plain_call(node: ast.Call, kind: Kind, path: str, text: str) -> Any:
 
 
 def _inside(kind: Kind) -> Kind:
-    """Return the kind of what is inside a sequence, with all that makes any part of it."""
+    """Return the kind of the items of a sequence, with the makers of all nested items."""
     makers = dict(kind.makers)
     for option in _options(kind.hint):
         for inner in typing.get_args(option):
@@ -460,10 +461,10 @@ def _inside(kind: Kind) -> Kind:
 
 
 def decode(plain: Any, kind: Kind, path: str) -> Any:
-    """Return the value that JSON stands for.
+    """Return the value of its JSON form.
 
     Raises:
-        SettingError: it stands for none of this kind.
+        SettingError: the JSON is no form of this kind.
 
     Examples:
         >>> decode({"name": "lion", "learning_rate": 0.0001}, kind_of(GradientTransformation), "optimizer").name
@@ -503,10 +504,10 @@ def _decoded_call(plain: Mapping[str, Any], kind: Kind, path: str) -> Any:
 
 
 def called(maker: Maker, plain: Mapping[str, Any], path: str) -> Any:
-    """Call a function or class with arguments that are given as JSON.
+    """Call a function or class with arguments in JSON.
 
     Raises:
-        SettingError: they are not its arguments.
+        SettingError: an argument is unknown, missing or refused.
     """
     known = {setting.name: setting for setting in settings_of(maker)}
     for name in plain:
@@ -529,7 +530,7 @@ def called(maker: Maker, plain: Mapping[str, Any], path: str) -> Any:
 
 
 def free_names(maker: Maker) -> list[str]:
-    """Return the settings that say where a run ends and where it runs: no part of what the run is."""
+    """Return the settings of a run's end and plan, which are not part of its identity."""
     found = settings_of(maker)
     return [s.name for s in found if s.kind.text is until or (s.kind.makers and "fsdp" in s.kind.makers)]
 
@@ -538,7 +539,7 @@ def arguments_of(maker: Maker, plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a function that makes an experiment, from the settings of a run.
 
     Raises:
-        SettingError: they are not its arguments.
+        SettingError: an argument is unknown, missing or refused.
     """
     group = group_of(maker)
     if group is not None:
@@ -556,7 +557,7 @@ def plain_of(maker: Maker, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a function that makes an experiment as settings of a run.
 
     Raises:
-        SettingError: nothing that JSON holds stands for one of them.
+        SettingError: an argument has no form in JSON.
     """
     group = group_of(maker)
     if group is not None:
@@ -580,7 +581,7 @@ _NONE = object()
 
 
 def _converted(plain: Any, option: Any, path: str) -> Any:
-    """Return JSON as one type holds it, element by element; `_NONE` where it does not."""
+    """Convert JSON to one alternative of an annotation, element by element; `_NONE` if it does not fit."""
     origin, inner = typing.get_origin(option) or option, typing.get_args(option)
     if origin in (list, tuple, collections.abc.Sequence):
         if not isinstance(plain, (list, tuple)):
@@ -604,7 +605,7 @@ def _converted(plain: Any, option: Any, path: str) -> Any:
 
 
 def _key(key: Any, kind: Kind) -> Any:
-    """Return a key as its annotation has it: in JSON it is text."""
+    """Convert a key, which is text in JSON, to the type of its annotation."""
     if kind.plain in (int, float) and isinstance(key, str):
         with contextlib.suppress(ValueError):
             return kind.plain(key)
@@ -614,11 +615,11 @@ def _key(key: Any, kind: Kind) -> Any:
 # --- the texts of errors ----------------------------------------------------------------------------------------------
 
 
-_USUAL = ("adamw", "lion", "sgd", "cosine_decay_schedule", "warmup_cosine_decay_schedule")  # of many, in a message
+_USUAL = ("adamw", "lion", "sgd", "cosine_decay_schedule", "warmup_cosine_decay_schedule")  # examples in messages
 
 
 def wanted(kind: Kind) -> str:
-    """Return what a setting must be, for an error and for help."""
+    """Return a description of the values of a setting, for errors and help."""
     words = [kind.wanted] if kind.wanted else []
     if kind.plain is not None:
         words.append(check_of(kind.plain)(object()) or "a value")
@@ -630,7 +631,7 @@ def wanted(kind: Kind) -> str:
 
 
 def near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """Return the known name that a word is nearest to, "" where none is near."""
+    """Return the known name most similar to a word; "" if none is similar."""
     found = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.6)
     return found[0] if found else ""
 
@@ -646,7 +647,7 @@ def _no_maker(text: str, kind: Kind, path: str) -> SettingError:
 
 
 def not_a_value(path: str, kind: Kind, text: str, names: Sequence[str] = ()) -> SettingError:
-    """Return the error of a text that is no value of a setting, with the name that it is nearest to."""
+    """Return the error for a text that is no value of a setting, with the most similar name."""
     found = near(text.partition("(")[0], names)
     return SettingError(path, f"must be {wanted(kind)}, not {text!r}", nearest=f"{path} {found}" if found else "")
 

@@ -11,7 +11,6 @@ import warnings
 
 import pytest
 import torch
-from shared_marks import slow_but
 from torch import nn
 
 import purestep as ps
@@ -22,7 +21,8 @@ with warnings.catch_warnings():
     import lightning.pytorch as pl
     import torchmetrics
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning about workers, logging and the like
+# Importing Lightning takes longer than all of these tests. Its warnings are about workers, logging and the like.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 EPOCHS = 3
 SCHEDULERS = {
@@ -139,7 +139,7 @@ ROWS = {  # optimizer, scheduler, whether in param groups
 }
 
 
-@pytest.mark.parametrize("row", slow_but(ROWS, "Adam", "SGD, groups"))
+@pytest.mark.parametrize("row", ROWS)
 def test_the_run_of_lightning_is_ours(row, data, tmp_path):
     optimizer, scheduler, groups = ROWS[row]
     module = Lit(optimizer, scheduler, groups)
@@ -183,7 +183,6 @@ def test_the_test_step_and_its_returned_loss(data):
     assert row == {"test/loss": pytest.approx(float(nn.functional.cross_entropy(net(x), y)), rel=1e-6)}
 
 
-@pytest.mark.slow
 def test_it_resumes_and_is_pure(data, tmp_path):
     lit = lit_of(Lit("SGD", "step"), data)
     make = lambda: {"step": lit.step, "state": lit.state, "train": data[0], "callbacks": [lit.evaluate(data[1])]}  # noqa: E731
@@ -191,7 +190,6 @@ def test_it_resumes_and_is_pure(data, tmp_path):
     ps.testing.check_pure(lit.step, lit.state, next(iter(data[0])))
 
 
-@pytest.mark.slow
 def test_a_transformation_of_ours_can_be_jitted(data):
     lit = lit_of(Lit(), data, tx=ps.optim.adamw(1e-2))
     batch = next(iter(data[0]))
@@ -228,7 +226,7 @@ class Measured(Lit):
         self.log("listed", self.listed[0])
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_torchmetrics_objects_are_exact_values(compiled, data, tmp_path):
     module = Measured()
     lit = lit_of(module, data)

@@ -146,7 +146,9 @@ def trained() -> Callable[..., Any]:
     return run
 
 
-@pytest.fixture(params=slow_but(CASES, *(CASES.keys() - {"recurrent"})), ids=lambda name: name.replace(" ", "_"))
+@pytest.fixture(
+    params=slow_but(CASES, *(CASES.keys() - {"recurrent", "microbatches"})), ids=lambda name: name.replace(" ", "_")
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

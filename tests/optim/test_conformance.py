@@ -380,7 +380,7 @@ def flat_update(row: Row, treedef: Any) -> Callable[..., list[Tensor]]:
 
 
 @pytest.mark.parametrize("mode", slow_but(["fake", "real"], "fake"))  # `jit` traces over fake tensors
-@pytest.mark.parametrize("row", ROWS, ids=IDS)
+@pytest.mark.parametrize("row", slow_but(ROWS, *ROWS[2::3]), ids=IDS)
 def test_one_trace_serves_every_step(row: Row, mode: str) -> None:
     """Traced once at the first step, the graph gives the bits of eager at the first four."""
     params = random_tree(7, {"w": (3, 5), "b": ()} if row.value_fn else SHAPES)  # a loss makes long graphs

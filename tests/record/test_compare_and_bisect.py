@@ -150,6 +150,39 @@ def test_one_changed_weight_is_named_and_the_step_can_be_called_again(root):
     assert text.splitlines()[-1].startswith("state.params['1.bias']  float32[1]       1 ")
 
 
+@ps.experiment
+def summed(threads=1):
+    """The sum of many numbers, which is another one with another number of threads."""
+    x = ps.random.normal(ps.random.key(0), (8, 1 << 17))
+
+    def step(state, batch):
+        return {"total": state["total"] + (batch["x"] * 1.5).sum()}, {}
+
+    saving = ps.callbacks.snapshots(every=ps.every.steps(2), keep=ps.snapshot.all_())
+    state = {"total": torch.zeros(())}
+    return ps.Experiment(step, state, ps.data.batches({"x": x}, 2, seed=0), until=ps.steps(4), callbacks=[saving])
+
+
+def test_another_number_of_threads_is_named_with_its_operation(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            summed(threads).fit(run_dir=tmp_path / str(threads))
+        torch.set_num_threads(1)
+        found = ps.bisect(tmp_path / "1", tmp_path / "2", summed)
+        assert torch.get_num_threads() == 1
+        operation = found.operation()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert (found.threads, found.batch, found.position, found.recorded) == ((1, 2), None, 1, None)
+    assert [leaf.path for leaf in found.leaves] == ["state['total']"]
+    assert "threads      1 and 2, as they ran" in repr(found).splitlines()
+    assert (operation.a.name, operation.inputs_equal) == ("aten.sum", True)
+    assert operation.conditions == {"threads": (1, 2)}
+
+
 def test_other_orders_name_the_samples(root, tmp_path):
     made = small()
     other = ps.Experiment(made.step, made.state, made.data.replace(seed=2), until=ps.steps(6), callbacks=made.callbacks)
