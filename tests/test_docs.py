@@ -44,12 +44,14 @@ def test_cli_page(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out == "reached 20 steps\n"
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_tune_page(capsys):
     namespace = {"__name__": "page"}
     for block in blocks("docs/tune.md"):
         exec(compile(block, "docs/tune.md", "exec"), namespace)
     assert {"suggestion", "fits"} <= set(capsys.readouterr().out.split())
     assert 1e-4 < namespace["found"].suggestion < 1.0
+    assert len(namespace["study"].rows) == 5
     assert [row.left_at for row in namespace["sweep"].rows].count("") == 1
     assert (namespace["sizes"].size, len(namespace["figure"].axes)) == (256, 1)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from purestep.tune.fit_in_memory import microbatches as microbatches
     from purestep.tune.lr_range import LearningRateRange as LearningRateRange
     from purestep.tune.lr_range import lr_range as lr_range
+    from purestep.tune.search import search as search
     from purestep.tune.sweep import Sweep as Sweep
     from purestep.tune.sweep import SweepWarning as SweepWarning
     from purestep.tune.sweep import sweep as sweep

@@ -479,7 +479,7 @@ def sweep(
     plain_by_run: dict[Path, dict[str, Any]] = {}
     members = []
     for values, several in combinations({name: list(chosen) for name, chosen in axes.items()}):
-        plain = _plain(experiment, {**(settings or {}), **values})
+        plain = nested(experiment, {**(settings or {}), **values})
         arguments_of(experiment, plain)  # every error of settings comes before the first run
         shown = {name: written(_found(plain, name)) for name in several}
         members.append(Member(shown, top / name_of(shown)))
@@ -545,7 +545,7 @@ def _first_end(experiment: Callable[..., Experiment], settings: Sequence[Mapping
     return None
 
 
-def _plain(maker: Callable[..., Experiment], values: Mapping[str, Any]) -> dict[str, Any]:
+def nested(maker: Callable[..., Experiment], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by dotted name as JSON, nested."""
     known = {setting.name: setting for setting in settings_of(maker)}
     found: dict[str, Any] = {}

@@ -94,6 +94,8 @@ MALFORMED = {
     "run two.py": "several experiments.*two.py:one or two.py:two",
     "sweep FILE --seed 0..x": "--seed must be a whole number, not '0..x'",
     "sweep FILE --seed 1,1": "two runs of the sweep have the same settings",
+    "sweep FILE --halving 2 --until 9steps": "--halving keeps one run in two or more, by a metric",
+    "sweep FILE --halving 2 --metric a --until 1steps --seed 0..3": "the runs are too short",
     "sweep FILE --jobs none": "--jobs: must be a whole number",
     "runs nowhere": "no such directory: nowhere",
     "runs --sort": "--sort: expected one argument",
@@ -294,6 +296,20 @@ def test_a_sweep_is_a_table_and_goes_on(command, tmp_path):
     assert len(stamps) == 4
     assert command(line)[1] == out
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_sweep_is_halved(command, tmp_path):
+    line = "sweep FILE --seed 0..3 --until 4steps --run-dir s --halving 2 --metric train/loss --json"
+    code, out, errors = command(line)
+    assert (code, errors) == (0, "")
+    rows = json.loads(out)
+    ends = sorted(row["why"] for row in rows)
+    assert ends == ["left at 1 steps", "left at 1 steps", "left at 2 steps", "reached 4 steps"]
+    best = next(row for row in rows if row["batches"] == 4)
+    assert command(f"run FILE --seed {best['values']['seed']} --until 4steps --run-dir r --json")[0] == 0
+    assert ps.open(tmp_path / "r").digest == best["digest"]
+    assert command(line)[1] == out
+    assert "another factor" in command(line.replace("halving 2", "halving 3"))[2]
 
 
 def test_help_of_every_command(command):

@@ -11,6 +11,7 @@ import signal
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 
 import purestep as ps
@@ -96,7 +97,7 @@ def test_a_longer_end_goes_on_where_the_runs_are(tmp_path):
     assert digests(found) == {"seed=3": alone(0.1, 3, ps.epochs(3))}
 
 
-@pytest.mark.parametrize("halving", [None, 2])
+@pytest.mark.parametrize("halving", slow_but([None, 2], 2))
 def test_an_interrupted_sweep_goes_on(tmp_path, halving):
     def call(root):
         return ps.tune.sweep(
