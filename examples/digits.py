@@ -74,7 +74,7 @@ def loss_fn(net: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class Settings:
-    """What one may change.
+    """The settings of the experiment.
 
     Args:
         lr: peak of the learning rate.
@@ -83,7 +83,7 @@ class Settings:
         until: another end of the run.
         policy: precision.
         workers: processes that load data.
-        seed: of everything random.
+        seed: seed of all random numbers.
     """
 
     lr: float = LEARNING_RATE

@@ -67,13 +67,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one may change.
+    """The settings of the experiment.
 
     Args:
-        seed: of everything random.
+        seed: seed of all random numbers.
         until: the end of the run.
-        model: what learns.
-        optimizer: what updates it.
+        model: the model to train.
+        optimizer: the optimizer.
         plan: which process holds and computes what.
         data: what it learns from.
     """

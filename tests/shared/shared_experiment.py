@@ -63,10 +63,10 @@ class Settings:
     """All that one may change.
 
     Args:
-        seed: of everything random.
+        seed: seed of all random numbers.
         scale: of the targets.
-        model: what learns.
-        optimizer: what updates it.
+        model: the model to train.
+        optimizer: the optimizer.
         until: the end of the run.
     """
 
