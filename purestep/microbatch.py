@@ -247,7 +247,7 @@ class Accumulation:
     def add(self, part: Gradients, index: int) -> None:
         """Add what the microbatch of a number contributes."""
         if self.alone:
-            self._single = part
+            self._single = counted(part)
             return
         self.sum.add(self.lift(part, index), index)
 
@@ -284,7 +284,9 @@ class Accumulation:
     def weighed(self, vector: list[Tensor], weight: Weight, index: int) -> list[Tensor]:
         """Multiply what a microbatch contributes by what it weighs."""
         if self.alone:
-            return vector
+            return (
+                vector if isinstance(weight, int) else [torch.where(weight > 0, x, 0) for x in vector]
+            )  # see `counted`
         return _weighed(vector, weight, None if self.shares is None else self.shares[index])
 
     def divided(self, vector: list[Tensor], weight: Weight, *, owned: bool = False) -> list[Tensor]:
@@ -292,7 +294,8 @@ class Accumulation:
         if self.alone:
             return vector
         if isinstance(weight, Tensor):
-            return scaled(vector, 1.0 / weight)
+            # A batch of weight 0 (all padding) has the gradient 0, however many microbatches it has.
+            return scaled(vector, torch.where(weight > 0, 1.0 / weight, 0))
         return vector if self.shares is not None else scaled(vector, 1.0 / len(self.sizes), owned=owned)
 
     def result(self) -> Gradients:
@@ -313,6 +316,14 @@ class Accumulation:
             changed = {name: moved(old[name], x) for name, x in changed.items()}
         buffers = {name: changed[name] if name in changed else total.kept.get(name, x) for name, x in old.items()}
         return Gradients(grads, total.weight, buffers, dict(total.metrics))
+
+
+def counted(part: Gradients) -> Gradients:
+    """Return what a whole batch contributes; one of weight 0, all padding, may have a NaN mean, and has gradient 0."""
+    weight = part.weight
+    if isinstance(weight, int):
+        return part
+    return dataclasses.replace(part, grads=tree.map(lambda x: torch.where(weight > 0, x, 0), part.grads))
 
 
 def averaged(old: Tensor, new: Tensor) -> bool:

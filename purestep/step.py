@@ -25,7 +25,7 @@ from purestep.grad import Engine, grad_and_value
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
-from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, split_batch
+from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, counted, split_batch
 from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
@@ -54,7 +54,8 @@ class Weighted:
 def weighted(loss: Tensor, weight: NonNegative[Tensor | float]) -> Weighted:
     """Return a loss together with what it is a mean over, when that is not the samples: tokens, pixels, edges.
 
-    Microbatches and epochs are then weighted by it, so that the gradient is that of the mean over the whole batch.
+    Microbatches and epochs are then weighted by it, so that the gradient is that of the mean over the whole batch. A
+    batch of weight 0, all padding, has the gradient 0, and its loss counts for nothing in the mean of an epoch.
 
     Args:
         loss: floating [], the mean over `weight` items.
@@ -145,7 +146,7 @@ class Step(AnyStep):
         if self.plan is not None:
             return self._planned(self.plan, state, placement.local(state), batch)
         if self.microbatch_count == 1:
-            return self.grads(state, batch)
+            return counted(self.grads(state, batch))
         total = accumulate(state, _samples(batch), self.microbatch_count)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatch_count)):
             total.add(self.grads(state, microbatch, index), index)

@@ -152,3 +152,22 @@ def test_microbatch_gradients_are_those_of_the_whole_batch(parts, samples, weigh
         torch.testing.assert_close(cut.params[name], whole.params[name], atol=1e-12, rtol=1e-12)
         assert torch.isfinite(cut.params[name]).all()
     assert float(n["loss"]) == pytest.approx(float(m["loss"]), abs=1e-12)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3])
+@pytest.mark.parametrize("plan", [None, ps.sharding.ddp()], ids=["alone", "ddp"])
+def test_a_batch_that_is_all_padding_has_the_gradient_0(microbatches, plan):
+    def loss_fn(net, batch):
+        mean = cross_entropy(net(batch["x"]), batch["y"], ignore_index=-100)
+        return ps.weighted(mean, (batch["y"] != -100).sum())
+
+    tx = ps.optim.sgd(1.0)
+    state = ps.init(lambda: nn.Linear(3, 4), tx, seed=1)
+    step = ps.make_step(loss_fn, tx, microbatches=microbatches, plan=plan)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    new, metrics = step(state, {"x": x, "y": torch.full((5,), -100)})
+    ps.testing.assert_trees_equal(new.params, state.params)
+    assert metrics["loss"].weight == 0
+    trained, _ = step(state, {"x": x, "y": torch.tensor([1, -100, -100, -100, 0])})
+    whole, _ = ps.make_step(loss_fn, tx)(state, {"x": x, "y": torch.tensor([1, -100, -100, -100, 0])})
+    ps.testing.assert_trees_close(trained.params, whole.params, rtol=1e-5, atol=1e-6)
