@@ -382,7 +382,7 @@ class _Ledger:
         partial.replace(self.path)
 
 
-def rungs(end: Until, members: int, factor: int) -> tuple[Until, ...]:
+def rungs(end: Until | None, members: int, factor: int) -> tuple[Until, ...]:
     """Return the ends of successive halving: the last is `end`, each before it has one `factor`-th of the budget.
 
     Raises:
