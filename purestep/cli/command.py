@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,6 +119,21 @@ def _reported(function: Any, *arguments: Any) -> int:
     except PurestepError as error:
         print(f"purestep: {error}", file=sys.stderr)
         return 1
+    except (UsageError, BrokenPipeError):
+        raise
+    except Exception as error:
+        _print_from(str(getattr(arguments[0], "file", "")).partition(".py")[0] + ".py", error)
+        return 1
+
+
+def _print_from(file: str, error: Exception) -> None:
+    """Print an error with its traceback, from the file of the experiment on where it is of that file."""
+    path, frames = os.path.abspath(file), error.__traceback__
+    while frames is not None and os.path.abspath(frames.tb_frame.f_code.co_filename) != path:
+        frames = frames.tb_next
+    if frames is not None or (isinstance(error, SyntaxError) and os.path.abspath(error.filename or "") == path):
+        error = error.with_traceback(frames)
+    traceback.print_exception(error)
 
 
 def split(words: Sequence[str], own: Parser) -> tuple[list[str], list[tuple[str, str | None]], bool]:

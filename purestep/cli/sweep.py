@@ -113,8 +113,20 @@ def axes_of(pairs: Pairs, settings: Settings) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, text in pairs:
-        found[name] = ["true"] if text is None else values_of(text, is_list=_takes_list(settings, name))
+        if text is None:
+            name, value = _switched(name, settings)
+            found[name] = [value]
+        else:
+            found[name] = values_of(text, is_list=_takes_list(settings, name))
     return found
+
+
+def _switched(name: str, settings: Settings) -> tuple[str, str]:
+    """Return the setting that a flag without a value is of, and its text: `--clip`, `--no-clip`."""
+    one = copy.copy(settings)
+    one.plain = copy.deepcopy(settings.plain)
+    one.read_flags([(name, None)])
+    return (name[3:], "false") if name.startswith("no_") else (name, "true")
 
 
 def values_of(text: str, *, is_list: bool = False) -> list[str]:

@@ -154,6 +154,8 @@ def plot(arguments: argparse.Namespace) -> int:
     """Draw learning curves."""
     from purestep.display.plots import learning_curves
 
+    if arguments.out and not str(arguments.out).lower().endswith(".png"):
+        raise UsageError(f"OUT must end with .png, not {str(arguments.out)!r}", "curves.png")
     run = run_directory(arguments.run)
     log = run / "metrics.csv"
     if not log.is_file():

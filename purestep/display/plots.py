@@ -47,7 +47,7 @@ def learning_curves(
         The path of the picture.
 
     Raises:
-        ConfigError: a key is not in the source, or there is nothing to draw.
+        ConfigError: a key is not in the source, there is nothing to draw, or the path does not end with .png.
         MissingExtra: matplotlib is not installed (`pip install "purestep[plots]"`).
 
     Examples:
@@ -56,8 +56,11 @@ def learning_curves(
         >>> learning_curves(columns, Path(tempfile.mkdtemp()) / "curves.png").name
         'curves.png'
     """
-    figure = plot(source, keys=keys, title=title)
     path = _cells.located(out_png)
+    if path.suffix.lower() != ".png":
+        what, instead = "learning_curves draws a PNG", 'ps.display.plot(source).savefig("curves.svg")'
+        raise ConfigError(explain(what, where=f"out_png={str(out_png)!r}", instead=instead))
+    figure = plot(source, keys=keys, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

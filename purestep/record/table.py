@@ -213,12 +213,12 @@ def _named(path: Path, top: Path) -> str:
 
 
 def _found(directory: Path, depth: int) -> Iterator[Path]:
-    if is_run(directory):
-        yield directory
-        return
-    if depth == 0:
-        return
+    below: list[str] = []
     try:
+        if found := is_run(directory):
+            yield directory
+        if found or depth == 0:
+            return
         with os.scandir(directory) as items:
             below = [
                 item.name for item in items if item.is_dir(follow_symlinks=False) and not item.name.startswith(".")

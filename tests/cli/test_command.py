@@ -125,6 +125,25 @@ def test_a_malformed_command_line_is_answered_in_two_lines(command, tmp_path, li
     assert "Traceback" not in errors
 
 
+def test_an_error_of_the_file_is_shown_from_that_file_on(command, tmp_path):
+    (tmp_path / "unimportable.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "unparsable.py").write_text("def f(:\n")
+    code, out, errors = command("run unimportable.py")
+    lines = errors.splitlines()
+    assert (code, out, lines[0]) == (1, "", "Traceback (most recent call last):")
+    assert lines[1].endswith('unimportable.py", line 1, in <module>')
+    assert lines[-1] == "ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    code, out, errors = command("run unparsable.py")
+    assert (code, out) == (1, "")
+    assert errors.splitlines()[0].endswith('unparsable.py", line 1')
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--no-clip", False), ("--clip", True)])
+def test_a_sweep_takes_switches(command, tmp_path, flag, value):
+    assert command(f"sweep FILE {flag} --until 1steps --run-dir sweep")[0] == 0
+    assert [run.settings["clip"] for run in ps.runs(tmp_path / "sweep")] == [value]
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 

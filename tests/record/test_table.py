@@ -16,6 +16,7 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import ConfigError, MissingExtra, SnapshotError
+from purestep.record import table as table_
 
 GOLDEN = Path(__file__).parents[1] / "snapshot" / "golden"
 TX = ps.optim.adamw(1e-2)
@@ -258,6 +259,17 @@ def test_a_damaged_snapshot_is_a_row_that_says_so(tmp_path):
     assert row.why.startswith("damaged: snapshot 4")
     with pytest.raises(ConfigError, match="this is no run directory"):
         ps.open(tmp_path)
+
+
+def test_directories_that_are_not_ours_to_read_hold_no_runs(root, monkeypatch):
+    def is_run(directory):
+        if directory.name == "deep":
+            raise PermissionError(directory)
+        return real(directory)
+
+    real = table_.is_run
+    monkeypatch.setattr(table_, "is_run", is_run)
+    assert [run.name for run in ps.runs(root)] == ["a"]
 
 
 @pytest.mark.parametrize("settings", [3, {"net": nn.Linear(1, 1)}, {"x": float("nan")}, {"a": {"b": object()}}, {1: 2}])
