@@ -132,7 +132,7 @@ def test_settings_come_from_types_defaults_and_docstrings(command):
     assert (found["until"], found["policy"], found["plan"], found["noise"]) == ("2 epochs", "32", None, "none")
     code, out, errors = command("run FILE --help")
     assert (code, errors) == (0, "")
-    for part in ("--model.width N", "hidden units", "--optimizer.learning_rate", "--dry-run N", "seed of all random numbers"):
+    for part in ("--model.width N", "hidden units", "--optimizer.learning_rate", "--dry-run N", "random numbers"):
         assert part in out
 
 
