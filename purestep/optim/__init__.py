@@ -1,4 +1,4 @@
-"""Gradient transformations: optax's algebra over torch tensors. Re-exports only; most are imported when first used."""
+"""Gradient transformations: optax's algebra over torch tensors. Re-exports only, most of them imported lazily."""
 
 from typing import TYPE_CHECKING
 

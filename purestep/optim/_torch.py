@@ -1,14 +1,15 @@
 """Private names of torch that optimizers need: arithmetic over lists of tensors, and fused steps.
 
 Seen to work on torch 2.11.0, 2.13.0 and 2.14.1. Torch documents the unary `torch._foreach_*` functions under these
-names; the others it uses for its own optimizers, with the signatures of the operators. `foreach` and `fused` call them.
+names; the others are the functions of its own optimizers, with the signatures of the operators. `foreach` and `fused`
+call them.
 
-    foreach                 `torch._foreach_<name>` and its form in place. Without one: the loop over tensors, which
-                            `foreach` has for tensors that the kernel refuses; the bits are the same.
+    foreach                 `torch._foreach_<name>` and its in-place form. Without one: the loop over tensors that
+                            `foreach` also uses for tensors that the kernel refuses; the bits are the same.
     foreach_add ... foreach_norm
-                            those that are called with more than lists.
-    fused_sgd, fused_adamw  one kernel for the whole step. Without them: `fused=True` refuses, as on devices that
-                            have none.
+                            functions with other arguments than lists.
+    fused_sgd, fused_adamw  one kernel for the whole step. Without them: `fused=True` is refused, as on devices without
+                            such a kernel.
 """
 
 from __future__ import annotations
@@ -28,5 +29,5 @@ fused_sgd, fused_adamw = torch._fused_sgd_, torch._fused_adamw_
 
 
 def foreach(name: str) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Any]]:
-    """Return a function over lists of tensors, and the one that writes over the first list."""
+    """Return a function over lists of tensors, and its in-place form, which overwrites the first list."""
     return getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")

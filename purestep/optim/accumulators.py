@@ -90,8 +90,8 @@ def ema(decay: Decay[Scalar], debias: bool = True) -> GradientTransformation:
 
 @tree.pytree
 class AccumulateState:
-    """`mini_step`: calls since the last update; `total`: sum of their gradients; `last_applied`: whether it was an
-    update.
+    """`mini_step`: calls since the last update; `total`: sum of their gradients; `last_applied`: whether the last call
+    was an update.
     """
 
     mini_step: Tensor
@@ -118,7 +118,7 @@ class Accumulate(ElementWrapper):
         every = value_at(self.every, step, "every")
         before = same_leaves(state.total, treedef, updates, "accumulated gradients")
         total = fx.add(before, fx.cast(gs, before))
-        # A schedule cannot change within a sum: the number of updates stands still until it is complete.
+        # A schedule is constant within a sum, because the number of updates does not change until the sum is complete.
         due = state.mini_step + 1 >= every
         count = float(every) if isinstance(every, int) else (state.mini_step + 1).to(torch.float32)
         used = fx.cast(fx.div(total, count) if self.use_mean else total, gs)
@@ -137,7 +137,7 @@ class Accumulate(ElementWrapper):
 
     def refused(self, state: Any) -> Tensor | None:
         inner = self.inner.refused(state.inner)
-        return None if inner is None else inner & state.last_applied  # a call that only collects refuses nothing
+        return None if inner is None else inner & state.last_applied  # a call that only accumulates refuses nothing
 
 
 @checked(OptimError)
@@ -150,7 +150,7 @@ def accumulate(
     microbatches=V)` instead: it costs no state and sums in a fixed tree.
 
     Args:
-        inner: the transformation that gets the accumulated gradients.
+        inner: the transformation of the accumulated gradients.
         every: calls per update, at least 1; or a schedule of the number of applied updates, such as
             `piecewise_constant_schedule(8.0, {1000: 0.5})`: 8 calls until update 1000, then 4. One below 1 counts as 1.
         use_mean: pass on the mean; otherwise the sum.

@@ -31,7 +31,7 @@ from purestep.optim.state_access import nodes
 
 @tree.pytree
 class AverageState:
-    """`count`: updates seen; `average`: of the parameters, in float32 or wider; `inner`: state of the inner one."""
+    """`count`: number of updates; `average`: averages of the parameters, in float32 or wider; `inner`: inner state."""
 
     count: Tensor
     average: Any
@@ -65,9 +65,9 @@ class AverageParams(ElementWrapper):
         count = state.count + 1
         since = torch.clamp_min(count - self.start, 0)
         moved = self._towards(old, new, since, step)
-        # Until the start, the average is the parameters themselves.
+        # Until `start` the average equals the parameters.
         average = fx.select(since == 0, new, fx.select(since % self.every == 0, moved, old))
-        if applied is not None:  # the parameters are what they were
+        if applied is not None:  # a skipped update leaves the parameters and the average unchanged
             count, average = torch.where(applied, count, state.count), fx.select(applied, average, old)
         return AverageState(count, tree.unflatten(treedef, average), inner)
 
@@ -97,16 +97,16 @@ def average_params(
     parameters: to evaluate, to export, to publish.
 
     Args:
-        inner: the transformation that trains. This wrapper belongs around all of it, clipping included: it averages
-            the parameters that `inner` alone would lead to.
+        inner: the transformation that trains. Wrap the whole chain, clipping included, because the average is taken of
+            the parameters after `inner`.
         decay: $d$ of the moving average: a number, or a schedule of the step. None weighs all averaged parameters
             equally (stochastic weight averaging).
-        start: updates before averaging begins; until then the average is the parameters.
-        every: updates between two that are averaged.
+        start: number of updates before averaging begins; until then the average equals the parameters.
+        every: number of updates between two averaged ones.
 
     Returns:
         A transformation with the state `AverageState(count, average, inner)`. Averages are kept in float32 or wider.
-        An update that is skipped moves nothing. Buffers, such as the statistics of BatchNorm, are not averaged.
+        A skipped update changes no average. Buffers, such as the statistics of BatchNorm, are not averaged.
 
     Raises:
         OptimError: `inner` is no transformation, or `start` or `every` is out of range.
@@ -158,5 +158,5 @@ def averaged(state: Any) -> Any:
 
 
 def _own(params: Any) -> Any:
-    """Copies: a state that is to be donated holds each tensor once."""
+    """Return copies of the parameters, because a donated state must hold each tensor only once."""
     return tree.map(lambda p: p.detach().to(fx.accumulator(p.dtype), copy=True), params)

@@ -1,7 +1,7 @@
-"""What a gradient transformation is, and how its updates reach the parameters.
+"""The base class of gradient transformations, and the addition of updates to parameters.
 
-Owns `GradientTransformation`, `apply_updates` and the few helpers each transformation calls: reading a learning rate,
-asking for parameters, refusing a tree of another structure. It never loops over leaves itself: `foreach` does.
+Owns `GradientTransformation`, `apply_updates` and helpers of the transformations: reading a learning rate, requiring
+parameters, refusing a tree of another structure. `foreach` loops over leaves, this file does not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @tree.pytree(eq=True)
 class EmptyState:
-    """The state of a transformation that remembers nothing."""
+    """The state of a stateless transformation."""
 
 
 @runtime_checkable
@@ -43,17 +43,17 @@ class Drawable(Protocol):
 class GradientTransformation(Scoped, View):
     """A pure rule that turns gradients into updates, as a frozen value: it prints, compares and pickles.
 
-    Subclasses are made with `@transformation`, override `update`, and `init` when they remember something. The state
-    they return is a `@pytree` class with named fields, so that its paths read well. They change nothing they are given.
+    Subclasses are decorated with `@transformation` and override `update`; those with a state also override `init`. The
+    state is a `@pytree` class with named fields, so that its paths read well. Arguments are never changed.
 
     Attributes:
-        scope: what `update` must see at once to be right, of gradients, parameters and state alike.
-            "element": any slice of any tensor by itself; an element's update depends on that element only, to the bit.
-            "tensor": each tensor by itself, but in full: norms of a layer, matrix products.
-            "tree", the default: all tensors at once, in full: a global norm, a line search, or unknown.
-            Steps slice long tensors, and plans hand out shards, only where this says that they may: "tree" is always
-            right. `ps.testing.check_transformation` proves a narrower claim. A wrapper speaks of itself: a wrapper of
-            scope "element" around a transformation of scope "tree" is of scope "tree".
+        scope: the part of gradients, parameters and state that one call of `update` needs.
+            "element": any slice of any tensor; the update of an element depends on that element only, to the bit.
+            "tensor": a full tensor: norms of a layer, matrix products.
+            "tree", the default: all tensors, in full: a global norm, a line search, or unknown.
+            Steps slice long tensors, and plans pass shards, only if the scope allows it: "tree" is always right.
+            `ps.testing.check_transformation` proves a narrower scope. A wrapper declares its own work only: a wrapper
+            of scope "element" around a transformation of scope "tree" has scope "tree".
 
     Examples:
         >>> @transformation
@@ -78,7 +78,7 @@ class GradientTransformation(Scoped, View):
 
     @property
     def name(self) -> str:
-        """The word for this transformation in `repr` and in the paths of a chain's state."""
+        """The name of this transformation in `repr` and in the paths of a chain's state."""
         return _snake(type(self).__name__)
 
     def init(self, params: Any) -> Any:
@@ -86,19 +86,19 @@ class GradientTransformation(Scoped, View):
         return EmptyState()
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        """Return the transformed updates and the next state; the inputs are left as they are.
+        """Return the transformed updates and the next state; the inputs are not changed.
 
         Args:
-            updates: gradients, or the updates of the transformation before; a pytree like `params`.
-            state: what `init` or the last `update` returned.
-            params: the current parameters; some transformations need them and say so.
-            **extra: what the caller knows besides: `step=` (0-d int64, updates applied so far: the only clock of
-                schedules), `value=` (the loss), `value_fn=` (params -> loss), ... Unknown ones are passed down.
+            updates: gradients, or the updates of the previous transformation; a pytree like `params`.
+            state: the state returned by `init` or by the last `update`.
+            params: the current parameters; a transformation that needs them raises an error without.
+            **extra: further values of the caller: `step=` (0-d int64, number of applied updates, the only clock of
+                schedules), `value=` (the loss), `value_fn=` (params -> loss), ... Unknown ones are passed on.
         """
         raise OptimError(explain(f"{type(self).__name__} has no update rule", instead="override `update`"))
 
     def apply(self, params: Any, updates: Any, state: Any) -> Any:
-        """Return the parameters after an update; `updates` and `state` are what `update` returned."""
+        """Return the parameters after an update, from the updates and the state that `update` returned."""
         return apply_updates(params, updates)
 
     def advance(self, updates: Any, state: Any, params: Any, *, reuse: bool = False, **extra: Any) -> tuple[Any, Any]:
@@ -108,7 +108,7 @@ class GradientTransformation(Scoped, View):
 
         Args:
             updates, state, params, **extra: as for `update`.
-            reuse: whether `params` and `state` were donated: then their memory may become that of the result.
+            reuse: whether `params` and `state` are donated, so that the result may be written into their memory.
         """
         proposed, following = self.update(updates, state, params, **extra)
         return self.apply(params, proposed, following), following
@@ -120,29 +120,29 @@ class GradientTransformation(Scoped, View):
     def refused(self, state: Any) -> Tensor | None:
         """Tell whether the last update was due and refused (it was not finite, or too large), as a 0-d bool tensor.
 
-        None means that none ever is. A call that only collects, as those of `accumulate` do, refuses nothing.
+        None means that updates are never refused. A call of `accumulate` that only accumulates refuses nothing.
         """
         return None
 
     def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
-        """Return the current values of what a user may want to watch, by name: floats or 0-d tensors."""
+        """Return the current hyperparameters and measurements by name: floats or 0-d tensors."""
         return {}
 
     def _one_pass(self) -> bool:
-        """Whether `advance` ends in a kernel of its own; `update` and then `apply` give the same, more slowly."""
+        """Whether `advance` ends in a special kernel; `update` and then `apply` have the same result, more slowly."""
         return isinstance(self, Kernel)
 
     def only_fused(self) -> bool:
-        """Whether `advance` is one run of a fused kernel and nothing else: slices would save no memory."""
+        """Whether `advance` is a single fused kernel, so that slicing would save no memory."""
         return isinstance(self, Kernel) and self.fused
 
     def view(self) -> list[Block]:
-        """Return the blocks that show it: the tree of what it is made of, and the curves of its schedules."""
+        """Return the blocks of the display: the tree of its parts, and the curves of its schedules."""
         panels = [panel for name, schedule in _schedules(self) if (panel := schedule.panel(name)) is not None]
         return [self.outline(), *([Curves(panels)] if panels else [])]
 
     def outline(self, label: str = "") -> Tree:
-        """Return it with all that is in it, and the arguments of each.
+        """Return the tree of this transformation and its parts, with their arguments.
 
         Args:
             label: what it is called by what holds it; its own name by default.
@@ -193,7 +193,7 @@ def apply_updates(params: T, updates: Any) -> T:
 
     Args:
         params: a pytree of tensors.
-        updates: a pytree of the same structure; a wider dtype is added in that dtype and rounded once.
+        updates: a pytree of the same structure; updates of a wider dtype are added in that dtype and rounded once.
 
     Raises:
         OptimError: the two trees differ in structure.
@@ -210,7 +210,7 @@ def apply_updates(params: T, updates: Any) -> T:
 
 
 def same_leaves(other: Any, treedef: Structure, like: Any, what: str) -> list[Tensor]:
-    """Return the leaves of a tree that must match another one leaf by leaf, or say how it does not."""
+    """Return the leaves of a tree that must match another one leaf by leaf, or raise an error with the difference."""
     values = tree.leaves(other)
     if len(values) != treedef.num_leaves:
         left, right = set(tree.names(like)), set(tree.names(other))
@@ -244,7 +244,7 @@ def need_step(step: StepNumber | None, name: str) -> Any:
         raise OptimError(
             explain(
                 f"{name} needs the step",
-                why="what it does depends on the number of applied updates, which the train state counts",
+                why="its update depends on the number of applied updates, which the train state counts",
                 instead="tx.update(grads, opt_state, params, step=state.step)",
             )
         )
@@ -252,7 +252,7 @@ def need_step(step: StepNumber | None, name: str) -> Any:
 
 
 def value_at(value: ScalarOrSchedule, step: StepNumber | None, name: str = "learning_rate") -> Scalar:
-    """Return a hyperparameter at a step: numbers and tensors are themselves, a schedule is called with the step."""
+    """Return a hyperparameter at a step: a number or tensor itself, or the value of a schedule at the step."""
     if not callable(value):
         return value
     if step is None:
@@ -268,7 +268,7 @@ def value_at(value: ScalarOrSchedule, step: StepNumber | None, name: str = "lear
 
 
 def as_scalar(result: Any, name: str, function: Any) -> Scalar:
-    """Return what a user's function of the step returned, or refuse what is no number."""
+    """Return the result of a user's function of the step, or refuse a result that is no number."""
     if isinstance(result, (Tensor, numbers.Real)):
         return result  # type: ignore[return-value]  # a number of numpy is one, too
     raise OptimError(
@@ -314,7 +314,7 @@ def _snake(name: str) -> str:
 
 
 def _schedules(tx: Any) -> list[tuple[str, Drawable]]:
-    """The schedules among the arguments of a transformation and of all that is in it, each once."""
+    """Return the schedules among the arguments of a transformation and its parts, each once."""
     names = [field.name for field in dataclasses.fields(tx)] if dataclasses.is_dataclass(tx) else []
     found = [(name, value) for name in names if isinstance(value := getattr(tx, name), Drawable)]
     found += [pair for member in inside(tx) for pair in _schedules(member)]
@@ -339,10 +339,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def check_transformation(tx: Any) -> None:
-    """Refuse what is no gradient transformation.
+    """Refuse a value that is no gradient transformation.
 
     Raises:
-        ConfigError: with what to write for an optimizer of torch.
+        ConfigError: it is none; for an optimizer of torch with the code to write instead.
     """
     if isinstance(tx, GradientTransformation):
         return

@@ -30,7 +30,7 @@ class Identity(GradientTransformation):
 
 @checked(OptimError)
 def identity() -> GradientTransformation:
-    """Return the transformation that passes updates on as they are.
+    """Return the transformation that does not change updates.
 
     Examples:
         >>> identity().update({"w": 1.0}, identity().init({"w": 2.0}))[0]
@@ -40,7 +40,7 @@ def identity() -> GradientTransformation:
 
 
 class Several(Combinator, GradientTransformation):  # type: ignore[override]  # its scope follows from its members
-    """What transformations made of named ones share: how they sum up what those say of the last update."""
+    """Base of transformations with named members: combines the members' flags and hyperparameters."""
 
     transforms: tuple[GradientTransformation, ...]
     names: tuple[str, ...]
@@ -57,7 +57,7 @@ class Several(Combinator, GradientTransformation):  # type: ignore[override]  # 
         return any_refused(t.refused(own) for _, t, own in self._members(state))
 
     def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
-        """Return those of all members; a name that comes twice is written `member.name` from the second on."""
+        """Return the hyperparameters of all members; from its second use on, a name becomes `member.name`."""
         result: dict[str, Any] = {}
         for member, transform, own in self._members(state):
             for name, value in transform.hyperparams(own, step).items():
@@ -103,7 +103,7 @@ class Chain(Several):
         return params, parts(self.names, [*following, own])
 
     def divided(self, state: Any) -> tuple[tuple[Chain, Any], tuple[Chain, Any]]:
-        """Return the parts before the end of scope "element", and that end, as two chains with their states."""
+        """Split off the trailing parts of scope "element": return both chains with their states."""
         at = len(self.transforms)
         while at and scope_of(self.transforms[at - 1]) == "element":
             at -= 1
@@ -116,7 +116,7 @@ class Chain(Several):
         return some(slice(at)), some(slice(at, None))
 
     def joined(self, before: Any, end: Any) -> Any:
-        """Return the state of the whole from those of the two that it was divided into."""
+        """Return the state of the chain from the states of the two chains of `divided`."""
         return parts(self.names, [*before.__dict__.values(), *end.__dict__.values()])
 
     def _one_pass(self) -> bool:
@@ -142,9 +142,9 @@ def chain(
     r"""Apply transformations one after another: the updates of one are the gradients of the next.
 
     Args:
-        *transforms: transformations, or `(name, transformation)` pairs. A part without a name takes its own: `adam`,
-            `clip_by_global_norm`; when one comes twice, the second is `adam_2`.
-        name: the name of the whole, for use inside another chain.
+        *transforms: transformations, or `(name, transformation)` pairs. The default name of a part is that of the
+            transformation: `adam`, `clip_by_global_norm`; a second one of the same name is `adam_2`.
+        name: the name of this chain within another chain.
 
     Returns:
         A transformation whose state has one attribute per part.
@@ -185,12 +185,12 @@ def chain(
 
 
 def all_applied(flags: Iterable[Tensor | None]) -> Tensor | None:
-    """Combine what parts say of their last update: applied when each says so, None when none of them ever skips."""
+    """Combine the `applied` flags of parts: true if all are, None if no part ever skips an update."""
     return _combined(torch.logical_and, flags)
 
 
 def any_refused(flags: Iterable[Tensor | None]) -> Tensor | None:
-    """Combine what parts say of their last update: refused when one says so, None when none of them ever refuses."""
+    """Combine the `refused` flags of parts: true if one is, None if no part ever refuses an update."""
     return _combined(torch.logical_or, flags)
 
 

@@ -1,6 +1,6 @@
-"""Limits on updates: by value, by the norm of everything, by the root mean square of a tensor, by the norm of a unit.
+"""Limits on updates: by value, by the global norm, by the root mean square of a tensor, by the norm of a unit.
 
-None of them reads a number back to the host. Norms are kept in at least float32.
+No value is read back to the host. Norms are computed in at least float32.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def clip_by_global_norm(max_norm: Limit[Scalar]) -> GradientTransformation:
     r"""Scale all updates so that their 2-norm, over all leaves together, is at most `max_norm`.
 
     $u \leftarrow u \cdot \min(1, c / \lVert u \rVert)$. Updates within the limit keep their bits; a NaN anywhere makes
-    every update NaN, for `apply_if_finite` to see.
+    every update NaN, which `apply_if_finite` detects.
 
     Args:
         max_norm: the limit $c$, greater than 0.
@@ -136,7 +136,7 @@ def adaptive_grad_clip(clipping: NonNegative[Scalar], eps: NonNegative[float] = 
 
     Args:
         clipping: the fraction $\lambda$.
-        eps: the norm that weights are taken to have at least.
+        eps: lower bound $\epsilon$ of the norm of weights.
 
     Examples:
         >>> tx = adaptive_grad_clip(0.1)

@@ -1,6 +1,6 @@
-"""Which part of an optimizer state belongs to some parameters, or to some rows of one: by name, without their values.
+"""The parts of an optimizer state that belong to given parameters, or to rows of one, found by name without values.
 
-Owns `Block`. `kernels.sliced` updates a state by rows, `scope` by tensors where an update needs those in full.
+Owns `Block`. `kernels.sliced` updates a state by rows, `scope` by tensors if an update needs full tensors.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from purestep import tree
 from purestep.tree import Structure
 
-# Of a long tensor, the part that is one slice, and of short ones what is gathered into one block.
+# Elements of one slice of a long tensor, and of one block of short tensors.
 PART = 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some parameters, or some rows of one, and what of the state belongs to them.
+    """Some parameters, or some rows of one, and their part of the state.
 
     Attributes:
-        names: of the parameters.
-        rows: of the one parameter; None for whole ones.
-        structure: of the state without the other parameters.
-        leaves: for each leaf of that structure, its number among all, and whether it is a parameter's own.
+        names: names of the parameters.
+        rows: rows of the one parameter; None for full parameters.
+        structure: structure of the state without the other parameters.
+        leaves: for each leaf of that structure, its index among all leaves, and whether it belongs to one parameter.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class Block:
 def rows_of(
     structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], limits: tuple[int, ...], whole: bool
 ) -> list[Block] | None:
-    """Cut long parameters along dim 0, unless `whole`, and gather short ones; None when the state cannot be cut so."""
+    """Slice long parameters along dim 0, unless `whole`, and group short ones; None if the state cannot be sliced."""
     cutter = _Cutter(tree.unflatten(structure, range(structure.num_leaves)), dict(shapes), leaf_shapes)
     blocks: list[Block] = []
     short: list[str] = []
@@ -65,7 +65,7 @@ def rows_of(
 
 @functools.lru_cache(maxsize=32)
 def tensors_of(structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...]) -> list[Block] | None:
-    """Give each parameter a block of its own; None when the state cannot be separated so."""
+    """Return one block for each parameter; None if the state cannot be separated by parameters."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
     cutter = _Cutter(numbered, dict(shapes), leaf_shapes, by_rows=False)
     try:
@@ -75,14 +75,14 @@ def tensors_of(structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple
 
 
 class _Uncuttable(Exception):
-    """The state holds tensors of parameters otherwise than in dicts by name and shape, or a node of unknown kind."""
+    """The state holds tensors of parameters outside of dicts by name and shape, or an unknown kind of node."""
 
 
 class _Cutter:
-    """Cuts a state, given as a tree of the numbers of its leaves.
+    """Selects parts of a state, given as a tree of leaf indices.
 
-    To be cut by rows, what is under the name of a parameter must be like it. By names alone it may have any shape, the
-    norms of the rows or a flag, but then all parameters must have theirs.
+    To slice by rows, a leaf under the name of a parameter must have the parameter's shape. To separate by names alone,
+    it may have any shape, such as the norms of the rows or a flag, but every parameter must have one.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class _Cutter:
         self.own: set[int] = set()
 
     def block(self, names: tuple[str, ...], rows: slice | None = None) -> Block:
-        """Return the block of some parameters."""
+        """Return the block of the named parameters."""
         numbers, structure = tree.flatten(self._cut(self.numbered, frozenset(names)))
         return Block(names, rows, structure, tuple((i, i in self.own) for i in numbers))
 
     def _cut(self, node: Any, names: frozenset[str]) -> Any:
         if type(node) is int and self.leaf_shapes[node] and self.leaf_shapes[node] in self.shapes.values():
-            raise _Uncuttable  # a tensor like a parameter that is under no name: its parameter is unknown
+            raise _Uncuttable  # a tensor of a parameter's shape without a name: its parameter is unknown
         if node is None or type(node) is int:
             return node
         if type(node) is dict:
@@ -106,7 +106,7 @@ class _Cutter:
                 return self._cut_column(node, names)
             return {key: self._cut(value, names) for key, value in node.items()}
         if type(node) in (list, tuple) and node:
-            raise _Uncuttable  # what is kept by position, say one tensor a parameter, would meet other parameters
+            raise _Uncuttable  # a list by position, such as one tensor a parameter, cannot be matched to parameters
         if tree.node_name(type(node)) is None:
             raise _Uncuttable
         data, _ = tree.node_fields(type(node))

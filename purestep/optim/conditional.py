@@ -32,8 +32,8 @@ Condition = Callable[[Any], Any]
 
 @tree.pytree
 class ConditionalState:
-    """`inner`: state of the inner transformation, moved only on the steps on which it acts; `acted`: whether the last
-    was one.
+    """`inner`: state of the inner transformation, changed only on the steps on which it acts; `acted`: whether it acted
+    on the last step.
     """
 
     acted: Tensor
@@ -75,7 +75,7 @@ class ConditionallyTransform(ElementWrapper):
 
 @checked(OptimError)
 def conditionally_transform(inner: GradientTransformation, condition: Finite[Condition]) -> GradientTransformation:
-    """Apply a transformation on some steps; on the others updates pass unchanged and its state stays.
+    """Apply a transformation on some steps; on the others neither the updates nor its state change.
 
     Args:
         inner: the transformation.
@@ -98,7 +98,7 @@ def conditionally_transform(inner: GradientTransformation, condition: Finite[Con
 
 @checked(OptimError)
 def conditionally_mask(inner: GradientTransformation, condition: Finite[Condition]) -> GradientTransformation:
-    """Apply a transformation on some steps; on the others updates are zeros and its state stays.
+    """Apply a transformation on some steps; on the others updates are zeros and its state does not change.
 
     Examples:
         >>> from purestep.optim import scale
@@ -162,7 +162,7 @@ def lookahead(
     the slow ones live in the state.
 
     Args:
-        inner: the fast optimizer.
+        inner: the fast optimizer, which trains the parameters.
         sync_period: updates between two moves of the slow parameters.
         slow_step_size: $\alpha$.
         reset_state: start the fast optimizer's state anew at each move.

@@ -30,7 +30,7 @@ from purestep.views import Tree
 @tree.pytree
 class InjectHyperparamsState:
     """`hyperparams`: values that `optim.set` may change; `scheduled`: the latest values of schedules; `inner`: the
-    rest.
+    state of the transformation.
     """
 
     hyperparams: dict[str, Tensor]
@@ -51,7 +51,7 @@ class InjectHyperparams(ElementWrapper):
 
     @property
     def inner(self) -> GradientTransformation:  # type: ignore[override]
-        """The transformation with the numbers it was made with, for its properties."""
+        """The transformation with the initial hyperparameters, for its properties."""
         return self._made(dict(self.numbers) | {name: 0.0 for name, _ in self.schedules})
 
     def _made(self, values: dict[str, Any]) -> GradientTransformation:
@@ -85,7 +85,7 @@ class InjectHyperparams(ElementWrapper):
         return params, InjectHyperparamsState(dict(state.hyperparams), scheduled, inner)
 
     def _now(self, state: Any, step: StepNumber | None) -> tuple[GradientTransformation, dict[str, Tensor]]:
-        """Return the transformation at a step, and what its schedules give there."""
+        """Return the transformation at a step, and the values of its schedules."""
         scheduled = {
             name: scalar_like(value_at(schedule, step, name), state.scheduled[name])
             for name, schedule in self.schedules
@@ -97,7 +97,7 @@ class InjectHyperparams(ElementWrapper):
         return {**state.hyperparams, **now}
 
     def outline(self, label: str = "") -> Tree:
-        """Return it as a leaf: what is in it is made anew, of the hyperparameters in the state."""
+        """Return a leaf, because the inner transformation is made anew at each step."""
         numbers = ", ".join(f"{n}={v!r}" for n, v in (*self.fixed, *self.numbers, *self.schedules))
         return Tree(f"{label}: {self.name}" if label not in ("", self.name) else self.name, f"{numbers}; in the state")
 
@@ -153,12 +153,12 @@ def inject_hyperparams(
 ) -> Callable[..., GradientTransformation]:
     """Make an optimizer whose hyperparameters are tensors in its state.
 
-    The arguments that are passed on the call and are floats, 0-d tensors or schedules are kept; defaults stay part of
-    the transformation, which is cheaper. `optim.get` and `optim.set` read and change them; a change never retraces a
-    compiled step, `vmap` can sweep them, gradients flow to them, and a snapshot holds them.
+    Floats, 0-d tensors and schedules that the call passes are kept in the state; defaults stay part of the
+    transformation, which is cheaper. `optim.get` and `optim.set` read and change the kept values. A change never
+    retraces a compiled step, `vmap` can sweep the values, gradients flow to them, and a snapshot holds them.
 
     Args:
-        factory: a function of this module, `adamw` say, or your own that returns a transformation.
+        factory: a function of this module, such as `adamw`, or your own function that returns a transformation.
         static_args: names of arguments that stay part of the transformation.
 
     Returns:

@@ -1,9 +1,9 @@
 """Any `torch.optim.Optimizer` class as a pure transformation, third-party ones too.
 
-An update builds the optimizer over copies, gives it the remembered state, lets it step, and reads back what it changed:
-optimizers that rebind their state are as pure as those that write into it, while the public
-`torch.optim.swap_in_optimizer_params_and_state` would lose what is rebound. It is a bridge: our own optimizers can be
-traced and mapped.
+An update makes the optimizer over copies, loads the state into it, lets it step, and reads the changed values back. So
+optimizers that rebind their state work, as do those that write into it; the public
+`torch.optim.swap_in_optimizer_params_and_state` would lose rebound tensors. Unlike the optimizers of this package, a
+lifted one cannot be traced or mapped.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ Slots = dict[str, dict[str, Tensor]]
 
 @tree.pytree
 class LiftedState:
-    """`slots`: the optimizer's per-parameter state, `{key: {parameter: tensor}}`; `groups`: numbers it keeps in its
+    """`slots`: the optimizer's per-parameter state, `{key: {parameter: tensor}}`; `groups`: numbers in its param
     groups.
 
-    `numbers` names the slots that the optimizer keeps as python numbers; `first_differs` says that its first update is
-    not its later update from some initial state.
+    `numbers`: keys that the optimizer keeps as Python numbers; `first_differs`: whether the first update of a new
+    optimizer differs from an update from the initial state.
     """
 
     count: Tensor
@@ -76,7 +76,7 @@ class Lift(GradientTransformation):
         gs, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, repr(self)), treedef, updates, "params")
         if ps and all(p.is_meta for p in ps):
-            # The dry run before the first step: nothing is there to compute, and every shape is known.
+            # A dry run on meta tensors: nothing is computed, and every shape is known.
             return tree.map(torch.empty_like, params), dataclasses.replace(state, count=state.count + 1)
         self._check_context(gs, ps)
         named, grads = by_name(params), by_name(updates)
@@ -109,7 +109,7 @@ class Lift(GradientTransformation):
         *,
         anew: bool = False,
     ) -> tuple[dict[str, Tensor], Slots, dict[str, dict[str, Tensor]]]:
-        """Let the optimizer take one step over copies, from the state, or anew: a new optimizer's first step."""
+        """Let the optimizer take one step over copies, from the state, or (`anew`) as a new optimizer."""
         copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
         for name, copy in copies.items():
             copy.grad = grads[name].detach().to(copy.dtype).clone()
@@ -140,12 +140,12 @@ class Lift(GradientTransformation):
         return self.optimizer(groups, **arguments)
 
     def _discover(self, named: dict[str, Tensor]) -> tuple[Slots, dict[str, dict[str, Tensor]], tuple[str, ...]]:
-        """Find the initial state: what the optimizer first stores under each key, before it writes into it."""
+        """Find the initial state: the values that the optimizer first stores under each key, before later writes."""
         copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
         for copy in copies.values():
             copy.grad = torch.zeros_like(copy)
         optimizer = self._made(copies, 0)
-        # Some, as Adagrad, fill their state where they are made, and need not fill it in a step that finds it empty.
+        # Some optimizers, such as Adagrad, fill their state in the constructor and expect it in a step.
         made = {copy: _FirstValues(values) for copy, values in optimizer.state.items()}
         optimizer.state = defaultdict(_FirstValues, made)
         before = [{k: v for k, v in g.items() if _is_number(v)} for g in optimizer.param_groups]
@@ -165,7 +165,7 @@ class Lift(GradientTransformation):
         return slots, groups, tuple(numbers)
 
     def _first_differs(self, named: dict[str, Tensor], slots: Slots, groups: Any, numbers: tuple[str, ...]) -> bool:
-        """Compare a new optimizer's first step with a step from the initial state that was found."""
+        """Tell whether a new optimizer's first step differs from a step from the found initial state."""
         grads = {n: torch.sin(torch.arange(1.0, p.numel() + 1)).reshape(p.shape).to(p) for n, p in named.items()}
         start = LiftedState(torch.zeros(()), slots, groups, numbers, False)
         fresh = self._stepped(named, grads, start, 0, anew=True)
@@ -207,14 +207,14 @@ def lift(
         optimizer: the class, `torch.optim.ASGD` or a third party's; not an instance.
         lr: its learning rate: a number, or a schedule of the number of applied updates; None for the class's default.
         param_groups: torch's param groups, with a filter of dotted names in place of the parameters: `[{"params":
-            "*bias", "weight_decay": 0.0}]`. The first that matches wins; what is left forms a last group.
-        **arguments: the other arguments of the class; a schedule of `ps.optim` stands for a number that changes, in a
-            tuple such as `betas` too.
+            "*bias", "weight_decay": 0.0}]`. The first match wins; the other parameters form a last group.
+        **arguments: the other arguments of the class. A number may be replaced by a schedule of `ps.optim`, also within
+            a tuple such as `betas`.
 
     Returns:
         A transformation with the state `LiftedState(count, slots, groups)`; `update` needs `params`. It runs eagerly
-        only. Adding its updates gives torch's parameters exactly, unless one more than doubles or halves: then to
-        rounding.
+        only. Adding its updates gives torch's parameters exactly, unless a parameter more than doubles or halves in an
+        update: then up to rounding.
 
     Raises:
         OptimError: not an optimizer class, one that needs a closure, or one whose state changes its structure.
@@ -259,7 +259,7 @@ def _argument_at(value: Any, step: StepNumber | None, name: str) -> Any:
 
 
 class _FirstValues(dict[str, Any]):
-    """A parameter's state that remembers a copy of what was first stored under each key."""
+    """A parameter's state that keeps a copy of the first value under each key."""
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """Different rules for different parameters: `partition` by label, `masked` by filter, `freeze`, `set_to_zero`.
 
-Inner transformations see a flat dict of the parameters that are theirs, by dotted name; so their state reads
-`opt_state.partition.head.adamw.mu['head.weight']`. Which leaf is whose is decided from names and structure, on the
-host.
+Inner transformations get a flat dict of their parameters by dotted name, so the paths of their state read
+`opt_state.partition.head.adamw.mu['head.weight']`. Parameters are assigned by name and structure, on the host.
 """
 
 from __future__ import annotations
@@ -104,8 +103,8 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
 def freeze(mask: Any) -> GradientTransformation:
     """Set the updates of some parameters to zero.
 
-    Put it last in a chain. An optimizer before it still keeps state for them: `ps.init(..., frozen=...)`, or
-    `partition` with `set_to_zero()`, keeps none.
+    Put it last in a chain. An optimizer before it still keeps state for the frozen parameters; with
+    `ps.init(..., frozen=...)`, or `partition` with `set_to_zero()`, there is no such state.
 
     Args:
         mask: as for `masked`.
@@ -255,7 +254,7 @@ def is_filter(value: Any) -> bool:
 
 
 def check_same_names(given: dict[str, Any], named: dict[str, Any], what: str) -> None:
-    """Refuse a tree given by the user whose leaves are not those of the parameters."""
+    """Refuse a user's tree whose leaves differ from those of the parameters."""
     odd = sorted(set(given) ^ set(named))
     if odd:
         where = f"{odd[0]!r} is only in the {what if odd[0] in given else 'parameters'}"
@@ -263,7 +262,7 @@ def check_same_names(given: dict[str, Any], named: dict[str, Any], what: str) ->
 
 
 def check_known_names(given: dict[str, Any], named: dict[str, Any], what: str) -> None:
-    """Refuse leaves that a tree given by the user does not have; an update may be of some parameters only."""
+    """Refuse parameters that a user's tree does not have; the tree may have more, as an update may hold only some."""
     check_same_names({name: x for name, x in given.items() if name in named}, named, what)
 
 

@@ -1,7 +1,7 @@
 """State nodes whose parts are named at run time, so that a chain's state reads `opt_state.adamw.mu['0.weight']`.
 
-Each combination of names becomes one `@pytree` class of this module, made on first use and found again by name, which
-is what lets such states pickle. Only the combining transformations call it.
+Each combination of names becomes one `@pytree` class of this module, made on first use. Pickle finds the class by name.
+Only transformations with named parts call this module.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def unique(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class _Parts:
-    """What all of these nodes share: a `repr` that shows the names only."""
+    """Base of these nodes, with a `repr` that shows names and values."""
 
     def __repr__(self) -> str:
         return f"Parts({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"

@@ -1,8 +1,7 @@
 """Refusing bad gradients: `apply_if_finite`, `skip_large_updates`, `zero_nans`.
 
-A skipped update is zeros, and leaves the inner state bitwise as it was; `applied` tells the train state not to count
-it. The
-decision is a tensor: the host is never asked.
+A skipped update is zeros and leaves the inner state bitwise unchanged; the train state reads `applied` and does not
+count it. The decision is a tensor, so the host does not wait for the device.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from purestep.optim.scope import ShardAware
 
 
 class Guard(ShardAware, Wrapper):
-    """A wrapper that refuses some updates, by a look at all gradients of all ranks."""
+    """A wrapper that refuses some updates, decided from all gradients of all ranks."""
 
     @abc.abstractmethod
     def _accepted(self, state: Any) -> Tensor:
-        """Tell whether this wrapper let the last update through, as a 0-d bool tensor."""
+        """Tell whether this wrapper accepted the last update, as a 0-d bool tensor."""
 
     def applied(self, state: Any) -> Tensor | None:
         return all_applied([self._accepted(state), self.inner.applied(state.inner)])
@@ -87,8 +86,8 @@ def apply_if_finite(
 ) -> GradientTransformation:
     """Skip an update when a gradient, or the update made from it, holds an infinity or a NaN.
 
-    A skipped update is zeros and the inner state stays bitwise what it was, so parameters, moments and schedules do not
-    move. Unlike optax's, this never lets a non-finite update through, however many come in a row: it reports instead.
+    A skipped update is zeros and leaves the inner state bitwise unchanged, so parameters, moments and schedules do not
+    change. Unlike optax's, this wrapper never applies a non-finite update, however many occur in a row; see `gave_up`.
 
     Args:
         inner: the transformation to guard; usually the whole chain.

@@ -1,4 +1,4 @@
-"""`reduce_on_plateau`: a learning rate that falls when a metric stops getting better, as a pure transformation."""
+"""`reduce_on_plateau`: a learning rate that falls when a metric stops improving, as a pure transformation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from purestep.optim.kernels import foreach as fx
 
 @tree.pytree
 class ReduceOnPlateauState:
-    """`scale`: what updates are multiplied by; the rest counts and remembers: see `reduce_on_plateau`."""
+    """`scale`: factor of the updates; for the other fields see the arguments of `reduce_on_plateau`."""
 
     scale: Tensor
     best_value: Tensor
@@ -98,19 +98,19 @@ def reduce_on_plateau(
     *,
     mode: str = "min",
 ) -> GradientTransformation:
-    """Multiply updates by a scale that falls when a metric stops getting better.
+    """Multiply updates by a scale that falls when a metric stops improving.
 
     Put it last in a chain. The metric is the `value=` of `update`: the loss of a step, averaged over
     `accumulation_size` steps. To watch a validation metric instead, let an evaluation call `tx.watch(state, value)` on
     this part of the state.
 
     Args:
-        factor: what the scale is multiplied by, in (0, 1).
-        patience: looks without improvement before it falls.
-        rtol, atol: how much better a value must be, relative to the best and in absolute terms.
-        cooldown: looks after a fall during which nothing is counted.
-        accumulation_size: values averaged for one look.
-        min_scale: smallest scale.
+        factor: the scale is multiplied by this number, in (0, 1).
+        patience: number of checks without improvement before the scale falls.
+        rtol, atol: the smallest improvement, relative to the best value and absolute.
+        cooldown: number of checks after a fall that are not counted.
+        accumulation_size: number of values averaged for one check.
+        min_scale: the smallest scale.
         mode: "min" for a loss, "max" for a score.
 
     Returns:

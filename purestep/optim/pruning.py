@@ -1,4 +1,4 @@
-"""`prune`: keep a growing part of each tensor at zero, the smallest weights, while the rest trains."""
+"""`prune`: keep the smallest weights of each tensor, a growing fraction, at zero, while the other weights train."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from purestep.optim.weight_decay import fixed_filter
 
 @tree.pytree
 class PruneState:
-    """`count`: updates seen; `kept`: which elements are not pruned, by dotted name; `inner`: state of the inner one."""
+    """`count`: number of updates; `kept`: masks of the elements that are not pruned, by dotted name; `inner`: inner
+    state."""
 
     count: Tensor
     kept: dict[str, Tensor]
@@ -67,7 +68,7 @@ class Prune(Wrapper):
         old, changed, kept = by_name(before), by_name(proposed), {}
         for name, mask in state.kept.items():
             kept[name] = torch.where(due, _largest(after[name], amount), mask)
-            # To exactly zero; what is kept has the updates of the inner transformation, to the bit.
+            # Pruned elements become exactly zero; the others get the updates of the inner transformation, to the bit.
             pruned = torch.where(kept[name], changed[name], -old[name].to(changed[name].dtype))
             changed[name] = pruned if applied is None else torch.where(applied, pruned, changed[name])
         count = state.count + (1 if applied is None else applied.to(state.count.dtype))
@@ -75,7 +76,8 @@ class Prune(Wrapper):
 
 
 def _largest(p: Tensor, amount: Any) -> Tensor:
-    """Which elements stay when a fraction of them, the smallest by magnitude, goes; of equal ones the first go."""
+    """Return a mask of the elements that stay when a fraction, the smallest by magnitude, is pruned; of equal elements
+    the first are pruned."""
     ranks = p.detach().abs().reshape(-1).argsort(stable=True).argsort()
     gone = torch.as_tensor(amount, dtype=torch.float32, device=p.device) * p.numel()
     return (ranks >= gone.round()).reshape(p.shape)
@@ -92,15 +94,15 @@ def prune(
     """Keep the smallest weights of each tensor at zero, by magnitude, while the others train.
 
     Args:
-        inner: the transformation that trains. This wrapper belongs around all of it.
-        amount: the fraction of each tensor that is zero: a number in [0, 1), or a schedule of the step, which raises it
-            little by little.
+        inner: the transformation that trains. Wrap the whole chain.
+        amount: the fraction of each tensor that is zero: a number in [0, 1), or a schedule of the step that raises it
+            gradually.
         where: filter of the parameters to prune, by dotted name; by default all with two dims or more.
-        every: updates between two choices of which weights these are; in between they stay.
+        every: number of updates between two selections of the pruned weights.
 
     Returns:
         A transformation with the state `PruneState(count, kept, inner)`. The step after an update the parameters have
-        exactly `round(amount * size)` zeros. An update that is skipped prunes nothing.
+        exactly `round(amount * size)` zeros. A skipped update prunes nothing.
 
     Raises:
         OptimError: no parameter matches.

@@ -1,4 +1,4 @@
-"""What keeps training healthy besides decay: `add_noise`, `centralize`, `keep_params_nonnegative`, unit norms."""
+"""Regularization besides weight decay: `add_noise`, `centralize`, `keep_params_nonnegative`, unit norms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from purestep.optim.scope import ShardAware
 
 @tree.pytree
 class AddNoiseState:
-    """`rng`: the key from which the noise of each step is folded; it never moves."""
+    """`rng`: the key from which the key of each step is folded; it never changes."""
 
     rng: Tensor
 
@@ -64,7 +64,7 @@ def add_noise(eta: NonNegative[Scalar], gamma: NonNegative[Scalar], *, seed: See
 
     Args:
         eta: variance at step 0.
-        gamma: how fast it falls; the paper uses 0.55.
+        gamma: rate at which the variance falls; the paper uses 0.55.
         seed: integer in [0, 2**64).
 
     Returns:

@@ -1,7 +1,7 @@
-"""What most `scale_by_*` rules share: named memory for each parameter, a count, and one formula over lists of tensors.
+"""Base of most `scale_by_*` rules: named memory for each parameter, a count, and one formula over lists of tensors.
 
-A rule names its memory and overrides `direction`; flattening, state and structure checks are done here once. The state
-reads `opt_state.scale_by_lion.mu['0.weight']`.
+A rule names its memory and overrides `direction`; flattening, state and structure checks are here. The paths of the
+state read `opt_state.scale_by_lion.mu['0.weight']`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Rule(GradientTransformation):
     """A transformation with one tensor per parameter under each name in `memory`.
 
     Attributes:
-        memory: names of what it remembers, in order.
+        memory: names of the remembered tensors, in order.
         needs_params: whether `direction` reads the parameters.
     """
 
@@ -32,7 +32,7 @@ class Rule(GradientTransformation):
     needs_params: ClassVar[bool] = False
 
     def initial(self, name: str, param: Tensor) -> Tensor:
-        """Return what is remembered under a name before the first update; zeros unless overridden."""
+        """Return the initial value of a memory; zeros unless overridden."""
         return torch.zeros_like(param)
 
     def direction(self, gs: list[Tensor], memory: Memory, t: Tensor, ps: list[Tensor]) -> tuple[list[Tensor], Memory]:
@@ -40,7 +40,7 @@ class Rule(GradientTransformation):
 
         Args:
             gs: gradients, in the dtypes of the memory.
-            memory: what was remembered; never written to.
+            memory: the remembered tensors by name; never written to.
             t: the number of this update, from 1, as a float64 scalar.
             ps: the parameters, when `needs_params`, else an empty list.
         """

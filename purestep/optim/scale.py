@@ -1,7 +1,7 @@
 """The simplest rules: multiply updates by a number, by a learning rate, by a schedule; the last step of most
 optimizers.
 
-`scale_by_learning_rate` is where an update changes its sign: what follows gradients uphill becomes a descent.
+`scale_by_learning_rate` changes the sign of an update, from the direction of the gradient to descent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a transformation must see at once: one slice, one full tensor, or the full tree.
+"""The scope of a transformation: the data that one update needs: a slice, a full tensor, or the full tree.
 
-Owns the three scopes, what they mean for a transformation that holds others, and the gather before an update that needs
-full tensors where a step holds shards. `kernels.sliced` asks it before it slices, a plan before it hands out shards.
+Owns the three scopes, the scope of a transformation that contains others, and the gather before an update that needs
+full tensors while a step holds shards. `kernels.sliced` checks the scope before slicing, a plan before passing shards.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 
 class Scoped:
-    """Internal: what has a scope; the base of `GradientTransformation`."""
+    """Internal: an object with a scope; the base of `GradientTransformation`."""
 
     scope: ClassVar[Scope] = "tree"
 
 
 class ShardAware:
-    """Internal: `update` is right on shards whatever its scope, because it asks all ranks for norms and flags."""
+    """Internal: `update` is right on shards whatever its scope, because it reduces norms and flags over all ranks."""
 
 
 class Combinator(ShardAware):
-    """Internal: made of other transformations, and by itself element by element: as wide as what is in it."""
+    """Internal: combines other transformations, with the widest scope of its parts."""
 
     @property
     def scope(self) -> Scope:
@@ -44,17 +44,17 @@ class Combinator(ShardAware):
 class Kernel:
     """Internal: `advance` writes parameters and moments in one pass, with torch's fused kernels if `fused`.
 
-    Those give an element other last bits where it lies elsewhere in memory, so a fused kernel is not sliced on one
-    process, and refused where a plan promises bits.
+    The last bits that a fused kernel gives to an element depend on its position in memory. So a fused kernel is not
+    sliced on one process, and is refused if a plan promises bits.
     """
 
     fused: bool
 
 
 def scope_of(tx: Scoped) -> Scope:
-    """Return what of all that a transformation does may be separated: the widest scope of itself and of those in it.
+    """Return the widest scope of a transformation and of all its parts.
 
-    A wrapper that declares "element" speaks of itself only, so that no declaration can narrow what is in it.
+    The scope that a wrapper declares is that of its own work, so it cannot narrow the scope of its parts.
 
     Raises:
         OptimError: `tx.scope` is none of the three.
@@ -69,7 +69,7 @@ def scope_of(tx: Scoped) -> Scope:
 
 
 def check_scope(scope: Any, owner: Any) -> Scope:
-    """Return a scope, or refuse what is none."""
+    """Return a scope, or refuse a value that is none."""
     if isinstance(scope, str) and scope in SCOPES:
         return scope
     name = owner.__name__ if isinstance(owner, type) else type(owner).__name__
@@ -77,7 +77,7 @@ def check_scope(scope: Any, owner: Any) -> Scope:
         explain(
             f"{name} has no scope that there is",
             where=f"scope = {scope!r}",
-            why="it says what an update must see at once to be right, and no other word says that",
+            why="a scope is the data that one update needs, and there are three",
             instead='scope = "element"   # any slice of a tensor by itself\n'
             'scope = "tensor"    # each tensor by itself, in full\n'
             'scope = "tree"      # all tensors at once, in full: the default',
@@ -86,7 +86,7 @@ def check_scope(scope: Any, owner: Any) -> Scope:
 
 
 def inside(tx: Scoped) -> list[Scoped]:
-    """Return the transformations that a transformation holds in its fields, in tuples and lists and dicts there too."""
+    """Return the transformations in the fields of a transformation, also within tuples, lists and dicts."""
     held = [*vars(tx).values(), getattr(tx, "inner", None)]
     found: dict[int, Scoped] = {}
     for value in held:
@@ -96,24 +96,24 @@ def inside(tx: Scoped) -> list[Scoped]:
 
 
 def takes_shards(tx: Scoped) -> bool:
-    """Tell whether a transformation itself is handed this rank's shards; those in it decide for themselves."""
+    """Tell whether a transformation itself gets this rank's shards; its parts decide for themselves."""
     return isinstance(tx, ShardAware) or check_scope(tx.scope, tx) == "element"
 
 
 def only_shards(tx: Scoped) -> bool:
-    """Tell whether a transformation and all in it are handed shards, so that an update gathers nothing."""
+    """Tell whether a transformation and all its parts get shards, so that an update gathers nothing."""
     return takes_shards(tx) and all(map(only_shards, inside(tx)))
 
 
 def fused_on_shards(tx: Scoped) -> bool:
-    """Tell whether a fused kernel is handed shards, to which it may give other last bits than to full tensors."""
+    """Tell whether a fused kernel gets shards, whose last bits may differ from those of full tensors."""
     own = isinstance(tx, Kernel) and tx.fused
     return takes_shards(tx) and (own or any(map(fused_on_shards, inside(tx))))
 
 
 # --- full tensors where a step holds shards ---------------------------------------------------------------------------
-# `base` wraps these three methods of each subclass that defines them. Without a plan, or where nothing is sharded, the
-# method is called as it is.
+# `base` wraps these three methods in each subclass that defines them. Without a plan, or if nothing is sharded, the
+# original method is called.
 
 
 def _gathers(tx: Scoped) -> full_tensors.Whole | None:
@@ -122,7 +122,7 @@ def _gathers(tx: Scoped) -> full_tensors.Whole | None:
 
 
 def full_update(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """Return an `update` that is given full tensors unless it is right on shards."""
+    """Return an `update` that gathers full tensors first, unless the transformation takes shards."""
 
     @functools.wraps(method)
     def update(self: Any, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -141,9 +141,9 @@ def full_update(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[A
 def _one_by_one(
     behind: full_tensors.Whole, call: Callable[..., Any], updates: Any, state: Any, params: Any
 ) -> tuple[Any, Any] | None:
-    """Gather, update and shard one tensor after another, so that only one is ever in full.
+    """Gather, update and shard one tensor after another, so that at most one is full at a time.
 
-    None where the trees are not flat, or the state does not say by name what belongs to which tensor.
+    None if the trees are not flat, or if the state does not assign its leaves to parameters by name.
     """
     if type(updates) is not dict or not (params is None or (type(params) is dict and params.keys() == updates.keys())):
         return None
@@ -163,12 +163,12 @@ def _one_by_one(
         new, held = behind.in_full(call, given, own, None if params is None else {name: params[name]})
         result |= behind.parted(new, given)
         for (at, _), leaf in zip(block.leaves, tree.leaves(behind.parted(held, own)), strict=True):
-            following[at] = leaf  # what all tensors share, as a count, is the same in each block
+            following[at] = leaf  # a leaf that all tensors share, such as a count, is the same in each block
     return result, tree.unflatten(structure, following)
 
 
 def full_apply(method: Callable[..., T]) -> Callable[..., T]:
-    """Return an `apply` that is given full tensors unless it is right on shards."""
+    """Return an `apply` that gathers full tensors first, unless the transformation takes shards."""
 
     @functools.wraps(method)
     def apply(self: Any, params: Any, updates: Any, state: Any) -> Any:
@@ -181,7 +181,7 @@ def full_apply(method: Callable[..., T]) -> Callable[..., T]:
 
 
 def full_advance(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """Return an `advance` that is given full tensors unless it is right on shards."""
+    """Return an `advance` that gathers full tensors first, unless the transformation takes shards."""
 
     @functools.wraps(method)
     def advance(
@@ -190,7 +190,7 @@ def full_advance(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[
         behind = _gathers(self)
         if behind is None:
             return method(self, updates, state, params, reuse=reuse, **extra)
-        # The gathered tensors are this call's own, but those that every rank holds in full are not.
+        # Gathered tensors belong to this call and may be overwritten; tensors that every rank holds in full do not.
         call = functools.partial(method, self, reuse=False, **extra)
         new, following = behind.in_full(call, updates, state, params)
         return behind.parted(new, params), behind.parted(following, state)

@@ -1,4 +1,4 @@
-"""Losses as functions of the parameters: values, gradients and Hessian-vector products for the rules that ask for more.
+"""Losses as functions of the parameters: values, gradients and Hessian-vector products for rules that need them.
 
 `lbfgs`, `sam` and `sophia` get `value_fn=` from a hand-written step. Plain autograd outside of transforms, `torch.func`
 inside them, as everywhere in the project.
@@ -24,7 +24,7 @@ def need_value_fn(value_fn: ValueFn | None, name: str) -> ValueFn:
         raise OptimError(
             explain(
                 f"{name} needs the loss as a function of the parameters",
-                why="it evaluates the loss at other parameters than those whose gradient it was given",
+                why="it evaluates the loss at other parameters than those of the given gradient",
                 instead="tx.update(grads, opt_state, params, value_fn=lambda params: loss_of(params, batch))\n"
                 "state.apply_gradients(tx, grads, value_fn=...)   # in a hand-written step",
             )
@@ -33,14 +33,14 @@ def need_value_fn(value_fn: ValueFn | None, name: str) -> ValueFn:
 
 
 def value_and_grad(value_fn: ValueFn, params: Any) -> tuple[Tensor, Any]:
-    """Return the loss and its gradient at some parameters, with a graph only where the parameters have one."""
+    """Return the loss and its gradient at given parameters, with an autograd graph only if the parameters have one."""
     if transforms.active():
         grads, value = torch.func.grad_and_value(lambda p: _scalar(value_fn(p)))(params)
         return value, grads
     xs, treedef = tree.flatten(params)
     nested = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     with torch.enable_grad():
-        # Nested: the caller differentiates through this update, so the gradient stays a function of the parameters.
+        # The caller differentiates through this update, so the gradient must keep its graph.
         points = [x if nested and x.requires_grad else x.detach().requires_grad_() for x in xs]
         value = _scalar(value_fn(tree.unflatten(treedef, points)))
         grads = torch.autograd.grad(value, points, create_graph=nested, allow_unused=True, materialize_grads=True)
@@ -48,7 +48,7 @@ def value_and_grad(value_fn: ValueFn, params: Any) -> tuple[Tensor, Any]:
 
 
 def hessian_vector(value_fn: ValueFn, params: Any, vectors: list[Tensor]) -> list[Tensor]:
-    """Return the product of the loss's Hessian with a vector given by its leaves."""
+    """Return the product of the Hessian of the loss with a vector, given as a list of leaves."""
     if transforms.active():
         return tree.leaves(torch.func.grad(lambda p: _dot(torch.func.grad(value_fn)(p), vectors))(params))
     xs, treedef = tree.flatten(params)

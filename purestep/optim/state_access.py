@@ -17,14 +17,14 @@ Path = tuple[str, ...]
 
 
 def get(opt_state: Any, name: str) -> Any:
-    """Return the one value of an optimizer state that has a name: a hyperparameter, a count, a tree of moments.
+    """Return the value with a unique name in an optimizer state: a hyperparameter, a count, a tree of moments.
 
     Args:
-        opt_state: what `tx.init` or `tx.update` returned.
-        name: the last part, or the last parts with dots between, of the path: `learning_rate`, `head.adamw.mu`.
+        opt_state: state returned by `tx.init` or `tx.update`.
+        name: the end of the path: its last parts, joined by dots: `learning_rate`, `head.adamw.mu`.
 
     Raises:
-        OptimError: nothing has that name, or several things have; the message lists what there is.
+        OptimError: no value has that name, or several have; the message lists the names.
 
     Examples:
         >>> from purestep import optim
@@ -38,10 +38,10 @@ def get(opt_state: Any, name: str) -> Any:
 
 
 def set(opt_state: Any, changes: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
-    """Return the optimizer state with some values changed by name; shapes and dtypes stay.
+    """Return the optimizer state with some values changed by name; shapes and dtypes do not change.
 
     Args:
-        opt_state: what `tx.init` or `tx.update` returned.
+        opt_state: state returned by `tx.init` or `tx.update`.
         changes: `{name: value}`, for names with dots; see `get`.
         **named: the same for plain names. A number becomes a tensor of the old value's dtype, shape and device; a
             tensor or a tree must fit the old one.
@@ -160,10 +160,10 @@ class Monitor(GradientTransformation):
 
 @checked(OptimError)
 def monitor(measures: Mapping[str, Callable[[Any], Any]]) -> GradientTransformation:
-    """Measure updates as they pass, and change nothing.
+    """Measure updates without changing them.
 
-    First in a chain it sees gradients, last it sees what is added to the parameters. `get(opt_state, name)` reads the
-    latest values, and `tx.hyperparams` lists them next to the learning rate.
+    At the beginning of a chain it measures gradients, at the end the updates of the parameters. `get(opt_state, name)`
+    reads the latest values, and `tx.hyperparams` lists them next to the learning rate.
 
     Args:
         measures: `{name: function of the updates}`; a function returns a tensor, or a tree of them, always of the same

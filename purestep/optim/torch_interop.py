@@ -1,6 +1,6 @@
-"""Optimizer states of `torch.optim` to ours and back, for the optimizers that both have.
+"""Conversion of optimizer states from `torch.optim` to purestep and back, for the optimizers that both have.
 
-Neither side's hyperparameters are converted: they belong to the transformation here and to the param groups there.
+Hyperparameters are not converted: they belong to the transformation in purestep, and to the param groups in torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation
 from purestep.optim.state_access import Path, _replaced, nodes
 
-# torch's key of a parameter's state, and the names it may have here.
+# torch's key of a parameter's state, and its possible names in purestep.
 _NAMES: dict[str, tuple[str, ...]] = {
     "exp_avg": ("mu",),
     "exp_avg_sq": ("nu",),
@@ -54,8 +54,8 @@ def from_torch(tx: GradientTransformation, state_dict: Mapping[str, Any], params
     """Return our optimizer state with the contents of a torch optimizer's `state_dict()`.
 
     Args:
-        tx: the transformation that goes on with it: `adamw(...)` for `torch.optim.AdamW`, alone or in a chain.
-        state_dict: what `optimizer.state_dict()` returned.
+        tx: the transformation for the converted state: `adamw(...)` for `torch.optim.AdamW`, alone or in a chain.
+        state_dict: the result of `optimizer.state_dict()`.
         params: parameters by name, in the order in which the torch optimizer was given them
             (`dict(model.named_parameters())`).
 
@@ -104,7 +104,7 @@ def to_torch(opt_state: Any, params: Mapping[str, Tensor], optimizer: torch.opti
         optimizer: the torch optimizer; only its class and its param groups are read. Load with `load_state_dict`.
 
     Raises:
-        OptimError: torch's optimizer is not one of those we know, or the numbers of parameters differ.
+        OptimError: torch's optimizer is unknown, or the numbers of parameters differ.
 
     Examples:
         >>> from purestep import optim

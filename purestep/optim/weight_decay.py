@@ -1,7 +1,7 @@
-"""Weight decay: pull parameters towards zero, all of them or those a path filter names.
+"""Weight decay: pull parameters towards zero, all of them or those that a filter of names selects.
 
-Owns `add_decayed_weights` and the mask that decoupled optimizers share. A filter is matched against dotted names when
-the update runs, on the host, from the names alone.
+Owns `add_decayed_weights` and the mask of the decoupled optimizers. A filter is matched against dotted names, on the
+host, when the update runs.
 """
 
 from __future__ import annotations

@@ -96,6 +96,8 @@ MALFORMED = {
     "sweep FILE --seed 1,1": "two runs of the sweep have the same settings",
     "sweep FILE --halving 2 --until 9steps": "--halving keeps one run in two or more, by a metric",
     "sweep FILE --halving 2 --metric a --until 1steps --seed 0..3": "the runs are too short",
+    "sweep FILE --seed": "--seed has no value",
+    "plot nowhere curves.svg": "OUT must end with .png.*curves.png",
     "sweep FILE --jobs none": "--jobs: must be a whole number",
     "runs nowhere": "no such directory: nowhere",
     "runs --sort": "--sort: expected one argument",
@@ -153,8 +155,7 @@ def test_settings_come_from_types_defaults_and_docstrings(command):
     assert (found["until"], found["policy"], found["plan"], found["noise"]) == ("2 epochs", "32", None, "none")
     code, out, errors = command("run FILE --help")
     assert (code, errors) == (0, "")
-    wanted = "--model.width N", "hidden units", "--optimizer.learning_rate", "--dry-run N", "seed of all random numbers"
-    for part in wanted:
+    for part in ("--model.width N", "hidden units", "--optimizer.learning_rate", "--dry-run N", "random numbers"):
         assert part in out
 
 

@@ -273,7 +273,7 @@ def test_a_scope_that_there_is_not() -> None:
     assert str(caught.value).splitlines()[:3] == [
         "Wide has no scope that there is",
         "  where:   scope = 'elementwise'",
-        "  why:     it says what an update must see at once to be right, and no other word says that",
+        "  why:     a scope is the data that one update needs, and there are three",
     ]
     assert 'scope = "tree"      # all tensors at once, in full: the default' in str(caught.value)
 

@@ -1,1 +1,1 @@
-"""How an update is computed: lists of tensors at once, slice by slice, or by a fused kernel of torch."""
+"""Computation of updates: over lists of tensors, slice by slice, or by a fused kernel of torch."""

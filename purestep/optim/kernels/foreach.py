@@ -1,10 +1,9 @@
-"""Arithmetic over lists of tensors: the one place that knows `torch._foreach_*` and where it cannot be used.
+"""Arithmetic over lists of tensors by `torch._foreach_*`, or by a loop over tensors where that cannot be used.
 
-Each function returns a new list. With `reuse=True` it may overwrite its first argument, which the caller must have made
-itself, and with `between=` the result may lie in memory of that name, which the next call takes again (`workspace`);
-both only in plain eager mode. Under `torch.func` transforms and autograd the same formulas run leaf by leaf
-(foreach has no batching rules, and its derivatives of 0-d tensors are wrong); under a tracer nothing is written in
-place.
+Each function returns a new list. With `reuse=True` it may overwrite its first argument, which the caller must own. With
+`between=` the result may lie in a temporary buffer of that name, which the next call overwrites (`workspace`). Both
+apply in plain eager mode only. Under `torch.func` transforms and autograd the same formulas run leaf by leaf, because
+foreach has no batching rules, and its derivatives of 0-d tensors are wrong; under a tracer nothing is written in place.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def _mode(*lists: Tensors) -> int:
 
 
 def plain(*lists: Tensors) -> bool:
-    """Tell whether these tensors are ordinary ones in eager mode: nothing traces, maps or differentiates."""
+    """Tell whether these are plain tensors in eager mode: no tracing, no transform, no autograd."""
     return _mode(*lists) == _PLAIN
 
 
@@ -136,7 +135,7 @@ def add(
 
 
 def sign(xs: Tensors) -> list[Tensor]:
-    """Return the sign of each element; NaN where it is not finite, which `torch.sign` would turn into 0 unseen."""
+    """Return the sign of each element; NaN for elements that are not finite (`torch.sign` of NaN is 0)."""
     return add(_sign(xs), mul(xs, 0.0), reuse=True)
 
 
@@ -207,12 +206,12 @@ def clamp(xs: Tensors, low: float | Tensor | None, high: float | Tensor | None) 
 
 
 def cast(xs: Tensors, like: Tensors) -> list[Tensor]:
-    """Return the tensors in the dtypes of others; those that have it already are passed on."""
+    """Return the tensors in the dtypes of others; a tensor of the right dtype is returned as it is."""
     return [x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
 
 
 def convert(xs: Tensors, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """Return the tensors in other dtypes, with few kernels; those that have it already are passed on."""
+    """Return the tensors in other dtypes, with few kernels; a tensor of the right dtype is returned as it is."""
     result = list(xs)
     at = [i for i, (x, dtype) in enumerate(zip(xs, dtypes, strict=True)) if x.dtype != dtype]
     if _mode(xs) != _PLAIN or not any(xs[i].is_cuda for i in at):
@@ -227,7 +226,7 @@ def convert(xs: Tensors, dtypes: list[torch.dtype]) -> list[Tensor]:
 
 
 def select(condition: Tensor, on_true: Tensors, on_false: Tensors) -> list[Tensor]:
-    """Return the tensors of one list or the other, by a 0-d bool tensor that the host never reads."""
+    """Return the tensors of one list or the other, selected by a 0-d bool tensor that the host never reads."""
     return [torch.where(condition, x, y) for x, y in zip(on_true, on_false, strict=True)]
 
 
@@ -258,11 +257,11 @@ def _norms(xs: list[Tensor], order: float) -> list[Tensor]:
 def global_norm(xs: Tensors, structure: Structure | None = None) -> Tensor:
     """Return the 2-norm of all tensors together: a 0-d tensor of at least float32.
 
-    In the update of a step with a plan it is that of the whole tensors, the same bits wherever their parts are.
+    In the update of a step with a plan it is the norm of the full tensors, with the same bits for every placement.
 
     Args:
         xs: the leaves of a tree.
-        structure: that tree's; it says by name which parameter each tensor is a part of.
+        structure: structure of the tree, whose names assign each shard to its parameter.
     """
     if not xs:
         return torch.zeros(())
@@ -273,7 +272,7 @@ def global_norm(xs: Tensors, structure: Structure | None = None) -> Tensor:
 
 
 def all_finite(xs: Tensors) -> Tensor:
-    """Return a 0-d bool tensor: no tensor holds an infinity or a NaN. One pass over the memory, nothing read back."""
+    """Return a 0-d bool tensor: whether all elements are finite. One pass over the memory; the host does not wait."""
     filled = [x for x in xs if x.numel() > 0]
     finite = torch.isfinite(_stacked(norms(filled, math.inf))).all() if filled else torch.ones((), dtype=torch.bool)
     behind = full_tensors.current()
@@ -292,11 +291,11 @@ def _widest(xs: Tensors) -> torch.dtype:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over a tensor are kept: float32, or float64 for float64."""
+    """Return the dtype of sums over a tensor: float32, or float64 for float64."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _fit(scalar: Tensor, x: Tensor) -> Tensor:
-    """Give a 0-d hyperparameter the dtype in which arithmetic with a tensor happens, so that it never promotes it."""
+    """Cast a 0-d hyperparameter to the dtype of arithmetic with a tensor, so that it does not promote the tensor."""
     target: Any = accumulator(x.dtype)
     return scalar if scalar.dtype == target else scalar.to(target)

@@ -1,8 +1,8 @@
 """torch's fused optimizer kernels: the update of parameters and moments in one pass over the memory.
 
-Used by sgd, adam, adamw and amsgrad with `fused=True`, in plain eager mode only. The kernels write into all lists that
-they are given but the gradients, so those must be copies, or donated. An update without its parameters is what the
-kernels make of zeros.
+Used by sgd, adam, adamw and amsgrad with `fused=True`, in plain eager mode only. The kernels write into all their lists
+except the gradients, so parameters and moments must be copies, or donated. To compute an update alone, the kernels run
+on parameters of zeros.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from purestep.optim import _torch
 
 
 def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[int]]:
-    """Positions of tensors by device, dtype and a number of each: a fused kernel takes one kind at a time."""
+    """Group the positions of tensors by device, dtype and a number of each, because a fused kernel takes one group."""
     groups: dict[tuple[torch.device, torch.dtype, float], list[int]] = {}
     for i, x in enumerate(xs):
         groups.setdefault((x.device, x.dtype, numbers[i] if numbers else 0.0), []).append(i)
@@ -22,10 +22,10 @@ def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[i
 
 
 def fitted(grads: list[Tensor], *lists: list[Tensor]) -> list[Tensor] | None:
-    """Return gradients laid out as the tensors at their positions in other lists; None where no kernel takes those.
+    """Return gradients in the memory layout of the parameters and moments; None if no kernel takes those.
 
-    The kernels walk the memory of all tensors alike and ask nothing. Gradients come in the layout that the backward
-    pass gave them, of a convolution in channels-last, say.
+    The kernels index the memory of all tensors in the same order, without checks. Gradients have the layout of the
+    backward pass, which for a convolution may be channels-last.
 
     Args:
         grads: gradients.

@@ -1,7 +1,7 @@
-"""One update of all parameters; long ones go slice by slice, so that temporary buffers stay in the processor's cache.
+"""One update of all parameters; long ones go in slices, so that temporary buffers fit in the processor's cache.
 
 Owns `advance`, which `TrainState.apply_gradients` calls. Slices change no bit: only transformations of scope "element"
-are sliced. Memory that was donated is written over; nothing else is written into.
+are sliced. Only donated memory is overwritten.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from purestep.optim.scope import scope_of
 # Elements from which a tensor is long. A slice is a quarter of them (`columns.PART`): a few of those, of gradient,
 # parameter, moments and temporary buffers, fill a core's own cache.
 _ON_CPU = 1 << 19
-# A device has no such cache, and a start of a kernel costs more than its slice: there it is about memory only.
+# On a device, launching a kernel costs more than a slice saves: slices only limit the memory there.
 _ON_DEVICE = 1 << 26
-# Elements of the largest parameter from which it saves time to look after whose memory is written over.
+# Elements of the largest parameter from which updates in place save time.
 _WORTH = 1 << 14
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _NOTHING: Any = object()
@@ -36,12 +36,12 @@ def is_long(x: Tensor) -> bool:
 
 
 def is_owned(x: Any) -> bool:
-    """Tell whether a leaf of parameters or optimizer state is written over where it is donated."""
+    """Tell whether a donated leaf of parameters or optimizer state is overwritten."""
     return type(x) in _ORDINARY and x.dim() > 0 and not x.is_meta
 
 
 def worth_reusing(params: Iterable[Any]) -> bool:
-    """Tell whether parameters are large enough for their memory to be written over, and that of their state."""
+    """Tell whether parameters are large enough to overwrite their memory and that of their state."""
     return any(is_owned(x) and x.numel() >= _WORTH for x in params)
 
 
@@ -64,12 +64,12 @@ def advance(
     Args:
         tx: the transformation.
         grads: gradients, of the structure of `params`.
-        state: of the transformation.
+        state: state of the transformation.
         params: the parameters.
-        accept: 0-d bool: whether the update counts; otherwise parameters and state stay what they are. None: it does.
-        reuse: whether the tensors of `params` and `state` are donated: then the result takes their memory where it
-            can, and an error on the way leaves them half written.
-        **extra: what `tx.update` takes.
+        accept: 0-d bool: whether to apply the update; if False, parameters and state keep their values. None: True.
+        reuse: whether the tensors of `params` and `state` are donated: then the result uses their memory if possible,
+            and an error during the update leaves them partly overwritten.
+        **extra: keyword arguments of `tx.update`.
     """
     if type(params) is dict and any(map(is_long, params.values())):
         if scope_of(tx) == "element":
@@ -100,11 +100,11 @@ def sliced(
     limit: int | None = None,
     **extra: Any,
 ) -> tuple[Any, Any] | None:
-    """Update slice by slice; None when the tensors are no ordinary ones, or the state cannot be sliced like them.
+    """Update slice by slice; None if the tensors are not plain ones, or if the state cannot be sliced like them.
 
     Args:
         tx, grads, state, params, accept, reuse, **extra: as for `advance`; `tx` is of scope "element".
-        limit: elements above which a tensor is sliced; by default what its device takes.
+        limit: number of elements above which a tensor is sliced; the default depends on the device.
     """
     leaves, structure = tree.flatten(state)
     everything = (list(grads.values()), list(params.values()), leaves)
@@ -112,7 +112,7 @@ def sliced(
         return None
     shapes = tuple((name, tuple(p.shape)) for name, p in params.items())
     limits = tuple(limit or _limit(p) for p in params.values())
-    # A kernel that does all in one pass leaves nothing between, and may give a slice other bits.
+    # A one-pass kernel has no temporary buffers, and may give a slice other bits.
     layout = rows_of(structure, shapes, tuple(tuple(x.shape) for x in leaves), limits, tx.only_fused())
     if layout is None:
         return None
@@ -123,7 +123,7 @@ def sliced(
 
 
 class _Result:
-    """What an update comes to, filled block by block."""
+    """The result of an update, filled block by block."""
 
     def __init__(self, params: dict[str, Tensor], leaves: list[Tensor], accept: Tensor | None, reuse: bool) -> None:
         self.old, self.old_leaves, self.accept, self.reuse = params, leaves, accept, reuse
@@ -147,7 +147,7 @@ class _Result:
                 self._write(self.params[name], rows, new[name], old)
         for (i, own), value, old in zip(block.leaves, tree.leaves(following), held, strict=True):
             if rows is None or not own:
-                if self.leaves[i] is _NOTHING:  # what all parameters share is the same in every block
+                if self.leaves[i] is _NOTHING:  # a leaf that all parameters share is the same in every block
                     self.leaves[i] = self._chosen(value, old)
             else:
                 if self.leaves[i] is _NOTHING:

@@ -1,7 +1,7 @@
 """Temporary buffers of the operations of an update, kept from one update to the next.
 
-To take pages from the operating system and give them back costs more than the arithmetic on them. Owns one small store
-a thread; only updates in place use it, whose intermediate results no other code sees.
+Allocating fresh pages costs more than the arithmetic on them. Owns one small store for each thread. Only updates in
+place use it, because no other code sees their intermediate results.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_BYTES = 1 << 25  # of one list; more is left to the allocator
-_MOST_LISTS = 8  # the slices of a tensor have one shape, but for the last
+_MOST_BYTES = 1 << 25  # bytes of one list; longer lists are left to the allocator
+_MOST_LISTS = 8  # lists kept in a thread; few suffice, because slices of a tensor have one shape, except for the last
 _local = threading.local()
 
 
 def into(name: str, function: Callable[..., Tensor], xs: Sequence[Tensor], *args: Any) -> list[Tensor] | None:
-    """Return `function(x, *args)` for each tensor, in memory that the next call of this name and shapes takes again.
+    """Return `function(x, *args)` for each tensor, in memory that the next call of this name and shapes overwrites.
 
-    None where it would save nothing: on devices, whose allocators keep memory, and for lists that are too long to keep.
+    None if this would save nothing: on devices, whose allocators cache memory, and for lists that are too long.
 
     Examples:
         >>> first = into("double", torch.mul, [torch.ones(2)], 2.0)

@@ -1,4 +1,4 @@
-"""Adam and what differs from it by a line: adamw, amsgrad, the bare direction `scale_by_adam`.
+"""Adam, adamw and amsgrad, and their directions without a learning rate: `scale_by_adam`, `scale_by_amsgrad`.
 
 One transformation holds the moments, the learning rate and the decoupled decay, so that an update makes few passes over
 the memory. Moments and updates follow `torch.optim.Adam(foreach=True)` to the bit in float32; in float64 the bias
@@ -59,7 +59,7 @@ class AmsgradState:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaves:
-    """What an update reads, as lists in the order of the parameters; gradients in the dtypes of `nu`."""
+    """The inputs of an update, as lists in the order of the parameters; gradients in the dtypes of `nu`."""
 
     structure: Structure
     gs: list[Tensor]
@@ -154,7 +154,7 @@ class Adam(Kernel, GradientTransformation):
     def _in_one_pass(
         self, updates: Any, leaves: _Leaves, ps: list[Tensor], rate: Scalar, decay: Scalar, reuse: bool
     ) -> tuple[Any, Any] | None:
-        """Let the kernel write parameters, too: the bits of `torch.optim`'s fused Adam. None where it cannot."""
+        """Update the parameters by the fused kernel: the bits of `torch.optim`'s fused Adam. None if it cannot run."""
         moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
         if isinstance(decay, Tensor) or not fx.plain(ps, leaves.gs, *moments):
             return None
@@ -169,7 +169,7 @@ class Adam(Kernel, GradientTransformation):
         return tree.unflatten(leaves.structure, ps), self._following(leaves, *found)
 
     def _foreach(self, leaves: _Leaves, rate: Scalar | None, reuse: bool) -> tuple[Any, ...]:
-        """The moments, then the descent; the order of operations is that of torch's foreach implementation."""
+        """Compute moments and update, in the order of operations of torch's foreach implementation."""
         gs, top = leaves.gs, leaves.top
         mu = fx.lerp(leaves.mu, fx.cast(gs, leaves.mu), 1 - self.b1, reuse=reuse)
         nu = fx.average_of_squares(leaves.nu, gs, self.b2, reuse=reuse)
@@ -198,7 +198,7 @@ class Adam(Kernel, GradientTransformation):
         decays: list[float],
         reuse: bool,
     ) -> tuple[Any, ...]:
-        """Run the kernel over `into`, and return the moments."""
+        """Run the kernel on `into`, and return the moments."""
         mu, nu, top = leaves.mu, leaves.nu, leaves.top
         if not reuse:
             mu, nu = [m.clone() for m in mu], [n.clone() for n in nu]
@@ -247,7 +247,7 @@ def adam(
         A transformation with the state `AdamState(count, mu, nu)`.
 
     Raises:
-        OptimError: a hyperparameter is out of range, or `fused` goes with what the kernel cannot do.
+        OptimError: a hyperparameter is out of range, or the fused kernel does not support the arguments.
 
     Examples:
         >>> tx = adam(0.1)
@@ -385,7 +385,7 @@ def scale_by_amsgrad(
 
 
 def check_betas(owner: str, **betas: Scalar) -> None:
-    """Refuse decay rates outside [0, 1); tensors are taken as they are: reading one would wait for the device."""
+    """Refuse decay rates outside [0, 1). Tensors are not checked, because reading one would wait for the device."""
     for name, value in betas.items():
         if not isinstance(value, Tensor) and not 0.0 <= value < 1.0:
             raise OptimError(

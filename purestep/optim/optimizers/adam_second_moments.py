@@ -1,5 +1,5 @@
-"""Adam's relatives whose second moment is of something else: adan (differences), adabelief (surprise), yogi (slow
-growth).
+"""Variants of Adam with another second moment: adan (differences of gradients), adabelief (deviation from the mean),
+yogi (bounded change).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ScaleByAdan(Rule):
     eps_root: Scalar = 1e-8
 
     def direction(self, gs: list[Tensor], memory: Memory, t: Tensor, ps: list[Tensor]) -> tuple[list[Tensor], Memory]:
-        # There is no difference to speak of at the first update.
+        # At the first update there is no previous gradient, so the difference is 0.
         change = fx.mul(fx.sub(gs, memory["grad"]), (t > 1).to(t.dtype), reuse=True)
         mu = fx.lerp(memory["mu"], gs, 1 - self.b1)
         delta = fx.lerp(memory["delta"], change, 1 - self.b2)
@@ -146,7 +146,7 @@ def adabelief(
     eps: NonNegative[Scalar] = 1e-16,
     eps_root: NonNegative[Scalar] = 1e-16,
 ) -> GradientTransformation:
-    r"""Adam that divides by its surprise: $v$ is the average of $(g - m)^2$.
+    r"""Adam that divides by the deviation of the gradient from its average: $v$ is the average of $(g - m)^2$.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.

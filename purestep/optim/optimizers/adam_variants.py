@@ -1,4 +1,4 @@
-"""Relatives of Adam with a formula of their own: nadam, nadamw, radam, adamax, adan, adabelief, yogi."""
+"""Variants of Adam with other formulas: nadam, nadamw, radam, adamax."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class ScaleByRadam(Rule):
         rho_inf = 2 / (1 - self.b2) - 1
         rho = rho_inf - 2 * t * self.b2**t / correction2
         known = rho > self.threshold
-        # Where the variance is not yet known the rectification has no value: 1 stands in for it, and is not used.
+        # The rectification is undefined until the variance is known: 1 replaces it, and is not used.
         steady = torch.where(known, rho, torch.full_like(rho, 6.0))
         rect = torch.sqrt((steady - 4) * (steady - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * steady))
         adaptive = torch.sqrt(correction2) * (rect / correction1)
@@ -209,8 +209,8 @@ def radam(
     weight_decay: NonNegative[ScalarOrSchedule] = 0.0,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
-    r"""Rectified Adam: plain momentum until the variance of the second moment is known, then Adam scaled by that
-    knowledge.
+    r"""Rectified Adam: plain momentum until the variance of the second moment can be estimated, then Adam with a
+    rectified step.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.

@@ -56,9 +56,9 @@ def scale_by_trust_ratio(
     \epsilon)$.
 
     Args:
-        min_norm: the norm that both are taken to have at least.
+        min_norm: lower bound of both norms.
         trust_coefficient: $c$.
-        eps: $\epsilon$. Where a norm is 0 the update is passed on as it is.
+        eps: $\epsilon$. If a norm is 0 the update is not changed.
 
     Examples:
         >>> tx = scale_by_trust_ratio()
@@ -120,7 +120,7 @@ def lars(
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule of the number of applied updates.
-        momentum: of the scaled steps; 0 keeps no state.
+        momentum: momentum of the scaled steps; with 0 there is no state.
         nesterov: Nesterov's form of the momentum.
         weight_decay: L2 regularisation, added to the gradient.
         mask: which parameters decay.

@@ -1,7 +1,7 @@
 """L-BFGS for full batches, with a line search that satisfies the weak Wolfe conditions.
 
-The history lives in flat buffers of fixed size, so the state keeps its shapes. The line search is branch-free: traced
-or mapped it runs its full number of trials, in plain eager mode it stops early by reading one flag after each trial.
+The history is kept in flat buffers of fixed size, so the state keeps its shapes. The line search is branch-free: traced
+or mapped, it runs its full number of trials; in plain eager mode it stops early, by reading one flag after each trial.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LbfgsState:
     """`steps`, `changes`: the latest moves of parameters and gradients, newest last; `pairs`: how many of them are
     valid.
 
-    `params` and `grads` are those of the update before. All are flat, over every parameter in order of path.
+    `params` and `grads` belong to the previous update. All tensors are flat, over every parameter in order of path.
     """
 
     count: Tensor
@@ -79,7 +79,7 @@ class Lbfgs(GradientTransformation):
         x, g = _flat(ps), _flat(gs)
         pairs, steps, changes = self._remember(state, x, g)
         direction = -two_loop(g, steps, changes, pairs)
-        # As in torch: the first step is not longer than a unit one, since there is no curvature to scale it by.
+        # As in torch: the length of the first step is at most 1, because there is no curvature to scale it yet.
         first = torch.clamp(1.0 / g.abs().sum().clamp(min=torch.finfo(g.dtype).tiny), max=1.0)
         start = torch.where(pairs == 0, first, torch.ones_like(first)) * value_at(self.learning_rate, step)
         if self.max_linesearch_steps > 0:
@@ -125,8 +125,7 @@ class Lbfgs(GradientTransformation):
             trial, done = torch.where(done_now, trial, following), done_now
             if eager and bool(done):
                 break
-        # Without a step that satisfies both, the longest one known to lower the loss; none of them is worse than
-        # staying.
+        # If no trial satisfies both, the longest one that lowers the loss enough; if none does, no step.
         return torch.where(done, trial, low)
 
     def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
@@ -148,9 +147,9 @@ def lbfgs(
     u$ and $\nabla L(w + u)^\top u \ge c_2 \, g^\top u$ (weak Wolfe conditions), found by bisection and doubling.
 
     Args:
-        learning_rate: the first $\alpha$ tried; the step itself when there is no line search.
-        memory_size: moves remembered.
-        max_linesearch_steps: most evaluations of the loss per update; 0 takes the first $\alpha$ unseen.
+        learning_rate: the first $\alpha$ of the line search; without a line search $\alpha$ itself.
+        memory_size: number of remembered moves.
+        max_linesearch_steps: most evaluations of the loss per update; 0 for no line search.
         c1, c2: $0 < c_1 < c_2 < 1$.
 
     Returns:
@@ -182,9 +181,7 @@ def lbfgs(
 
 
 def two_loop(g: Tensor, steps: Tensor, changes: Tensor, pairs: Tensor) -> Tensor:
-    """Return the product of the inverse Hessian's approximation with a gradient; rows before the last `pairs` do not
-    count.
-    """
+    """Return the product of the inverse Hessian's approximation with a gradient, from the last `pairs` rows."""
     size = steps.shape[0]
     valid = torch.arange(size, device=g.device) >= size - pairs
     products = (steps * changes).sum(dim=1)

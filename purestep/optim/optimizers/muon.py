@@ -131,15 +131,15 @@ def muon(
         learning_rate: $\eta$ of the matrices: a number, a 0-d tensor or a schedule of the number of applied updates.
         beta: decay of the momentum.
         nesterov: orthogonalise the momentum one step ahead.
-        ns_steps, ns_coefficients, eps: of the Newton-Schulz iteration, which runs in bfloat16.
+        ns_steps, ns_coefficients, eps: arguments of the Newton-Schulz iteration, which runs in bfloat16.
         adjust: scale by shape: "original" ($\sqrt{\max(1, rows / columns)}$), "match_rms_adamw"
             ($0.2 \sqrt{\max(rows, columns)}$, for learning rates tuned for AdamW) or "none".
         weight_decay: decoupled decay of the matrices.
         mask: which of the matrices decay.
-        matrices: which 2-d parameters are matrices to Muon, by dotted name; all by default. Embeddings and output
+        matrices: which 2-d parameters Muon updates, by dotted name; all by default. Embeddings and output
             layers usually do better with AdamW: `matrices=lambda name: "embed" not in name and "head" not in name`.
-        adam_learning_rate: of the rest; `learning_rate` by default.
-        adam_b1, adam_b2, adam_eps, adam_weight_decay: of the rest.
+        adam_learning_rate: learning rate of AdamW for the other parameters; `learning_rate` by default.
+        adam_b1, adam_b2, adam_eps, adam_weight_decay: arguments of AdamW for the other parameters.
 
     Returns:
         A partition with the state parts `muon` and `adamw`.

@@ -104,7 +104,7 @@ def rmsprop(
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
         decay: $\alpha$.
         eps: $\epsilon$, added to the root.
-        momentum: of the scaled gradients, before the learning rate.
+        momentum: momentum of the scaled gradients, before the learning rate.
         nesterov: Nesterov's form of that momentum.
         centered: subtract the square of the moving mean under the root.
         weight_decay: L2 regularisation, added to the gradient.
@@ -167,8 +167,8 @@ def adagrad(
     r"""Adagrad: $s \leftarrow s + g^2$, $u = -\eta \, g / (\sqrt{s} + \epsilon)$.
 
     Args:
-        learning_rate: $\eta$; torch's `lr_decay` is a schedule here.
-        initial_accumulator_value: the first $s$.
+        learning_rate: $\eta$; torch's `lr_decay` corresponds to a schedule.
+        initial_accumulator_value: the initial $s$.
         eps: $\epsilon$, added to the root.
         weight_decay: L2 regularisation, added to the gradient.
         mask: which parameters decay.
@@ -228,7 +228,7 @@ def adadelta(
     r"""Adadelta: steps in the unit of the parameters, from averages of squared gradients and of squared steps.
 
     Args:
-        learning_rate: multiplies the step; 1 is the paper's.
+        learning_rate: factor of the step; 1 in the paper.
         rho: decay of both averages.
         eps: added under both roots.
         weight_decay: L2 regularisation, added to the gradient.

@@ -14,7 +14,7 @@ from purestep.optim.second_order import ValueFn, need_value_fn, value_and_grad
 
 @tree.pytree
 class SamState:
-    """`inner`: state of the optimizer that gets the gradient at the worst point."""
+    """`inner`: state of the inner optimizer, which gets the gradient at the worst point."""
 
     inner: Any
 

@@ -1,4 +1,4 @@
-"""Schedule-free training: an average of the iterates takes the place of a falling learning rate."""
+"""Schedule-free training: an average of the iterates replaces a falling learning rate."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ from purestep.optim.weight_decay import add_decayed_weights
 
 @tree.pytree
 class ScheduleFreeState:
-    """`z`: the iterates of the inner optimizer; `weight_sum`, `max_lr`: of the average; `b1`: the interpolation."""
+    """`z`: the iterate of the inner optimizer; `weight_sum`, `max_lr`: for the weights of the average; `b1`: the
+    interpolation between both.
+    """
 
     b1: Tensor
     weight_sum: Tensor
@@ -65,7 +67,7 @@ class ScheduleFree(ElementWrapper):
         highest = torch.maximum(state.max_lr, scalar_like(rate, state.max_lr))
         weight = highest**self.weight_lr_power
         total = state.weight_sum + weight
-        # While a warm-up starts at 0 there is nothing to average yet: the weight is 0, not 0/0.
+        # At the start of a warm-up from 0 the sum of weights is 0: the weight is then 0, not 0/0.
         share = torch.where(
             total > 0, weight / torch.where(total > 0, total, torch.ones_like(total)), torch.zeros_like(total)
         )
@@ -88,14 +90,14 @@ def schedule_free(
     r"""Turn an optimizer without momentum into a schedule-free one.
 
     Gradients are taken at $y = \beta_1 x + (1 - \beta_1) z$, the inner optimizer moves $z$, and $x$ is the weighted
-    average of the $z$. The parameters of the train state are $y$; evaluate and ship $x = $
+    average of the $z$. The parameters of the train state are $y$; to evaluate and to publish use $x = $
     `schedule_free_eval_params(opt_state, params)`.
 
     Args:
-        inner: the optimizer of $z$; it must not have momentum of its own.
-        learning_rate: the inner one's, constant or with a warm-up: iterates are weighted by a power of it.
-        b1: $\beta_1$, which plays the part of momentum; in (0, 1].
-        weight_lr_power: that power.
+        inner: the optimizer of $z$; it must not have momentum.
+        learning_rate: the learning rate of `inner`, constant or with a warm-up: iterates are weighted by a power of it.
+        b1: $\beta_1$, which replaces momentum; in (0, 1].
+        weight_lr_power: the power of the learning rate in the weights.
 
     Returns:
         A transformation with the state `ScheduleFreeState(b1, weight_sum, max_lr, z, inner)`.
@@ -130,12 +132,12 @@ def schedule_free_adamw(
     *,
     mask: tree.Filter | None = None,
 ) -> GradientTransformation:
-    """AdamW without a schedule: only a warm-up, and an average in place of the decay; see `schedule_free`.
+    """AdamW with a warm-up, and an average of the iterates in place of a decaying schedule; see `schedule_free`.
 
     Args:
         learning_rate: usually 1 to 10 times that of AdamW with a schedule.
         warmup_steps: length of a straight line from 0.
-        b1: the interpolation.
+        b1: see `schedule_free`.
         b2, eps, weight_decay, mask: as in `adamw`.
         weight_lr_power: see `schedule_free`.
 
@@ -157,7 +159,7 @@ def schedule_free_adamw(
 
 
 def schedule_free_eval_params(opt_state: Any, params: Any) -> Any:
-    r"""Return the averaged parameters $x = (y - (1 - \beta_1) z) / \beta_1$ to evaluate and to ship.
+    r"""Return the averaged parameters $x = (y - (1 - \beta_1) z) / \beta_1$, to evaluate and to publish.
 
     Args:
         opt_state: a state that holds a `ScheduleFreeState`, at any depth.

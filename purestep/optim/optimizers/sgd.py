@@ -85,7 +85,7 @@ class Sgd(Kernel, GradientTransformation):
         step: StepNumber | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
-        """Let the kernel write parameters, too: the bits of `torch.optim`'s fused SGD."""
+        """Update the parameters by the fused kernel, with the bits of `torch.optim`'s fused SGD."""
         if not self.fused:
             return super().advance(updates, state, params, reuse=reuse, step=step, **extra)
         gs, treedef = tree.flatten(updates)
@@ -104,7 +104,7 @@ class Sgd(Kernel, GradientTransformation):
         return state if trace is None else SgdState(state.count + 1, tree.unflatten(treedef, trace))
 
     def _ready(self, gs: list[Tensor], *lists: list[Tensor] | None) -> list[Tensor] | None:
-        """Return the gradients as the kernel takes them; None where there is none to take them."""
+        """Return the gradients in the layout of the kernel; None if no kernel can run."""
         given = [xs for xs in lists if xs is not None]
         # The CPU kernel of torch 2.13 skips most elements of half precision, and reads their momentum as float32
         # (pytorch issue 191763).
@@ -121,7 +121,7 @@ class Sgd(Kernel, GradientTransformation):
         return trace
 
     def _fresh_weight(self, count: Tensor) -> Scalar:
-        """The weight of the new gradient; the first one enters undamped, as in torch."""
+        """Return the weight of the new gradient; the first gradient is not dampened, as in torch."""
         if is_zero(self.dampening):
             return 1
         return torch.where(count == 0, 1.0, 1.0 - self.dampening * torch.ones_like(wide(count)))
@@ -146,9 +146,9 @@ def sgd(
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
-        momentum: $\mu$; 0 keeps no state.
+        momentum: $\mu$; with 0 there is no state.
         nesterov: look ahead along the momentum.
-        dampening: $d$; the first gradient enters undamped.
+        dampening: $d$; the first gradient is not dampened.
         fused: use torch's fused kernel in eager mode: faster, equal to a few units in the last place, and a shard does
             not get the bits of the full tensor.
 

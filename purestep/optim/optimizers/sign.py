@@ -30,7 +30,7 @@ class ScaleBySign(GradientTransformation):
 
 @checked(OptimError)
 def scale_by_sign() -> GradientTransformation:
-    """Replace each element by its sign; what is not finite becomes NaN.
+    """Replace each element by its sign; elements that are not finite become NaN.
 
     Examples:
         >>> scale_by_sign().update({"w": torch.tensor([-3.0, 0.0])}, None)[0]
@@ -166,7 +166,7 @@ def scale_by_rprop(
             explain(
                 "rprop takes no schedule as its learning rate",
                 where=f"learning_rate={learning_rate!r}",
-                why="it is only the first step size of each weight; the weights' own steps grow and shrink from there",
+                why="it is only the initial step size of each weight, which then depends on the signs of gradients",
                 instead="rprop(0.01)",
             )
         )
@@ -184,7 +184,7 @@ def rprop(
     """Resilient backpropagation: each weight has its own step, which grows while the sign of its gradient stays the
     same.
 
-    For full batches: it looks at signs of gradients only.
+    For full batches, because it uses the signs of gradients only.
 
     Args:
         learning_rate: the first step size of every weight.

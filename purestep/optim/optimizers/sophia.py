@@ -126,20 +126,20 @@ def sophia(
     r"""Sophia-H: $u = -\eta \, \mathrm{clip}(\hat m / \max(\gamma h, \epsilon), \rho)$, with $h$ the average Hessian
     diagonal.
 
-    Every `update_interval` updates $h$ takes in Hutchinson's estimate $r \odot (H r)$. That needs `value_fn=` in
-    `update`: the loss as a function of the parameters. Passing it costs a second backward pass; pass it only on the
-    steps that use it (`step % update_interval == 0`, decided in your loop) to pay only then. Without it $h$ stays.
+    Every `update_interval` updates Hutchinson's estimate $r \odot (H r)$ enters the average $h$. The estimate needs
+    `value_fn=` in `update`: the loss as a function of the parameters. It costs a second backward pass; to pay only on
+    the steps that use it, pass `value_fn=` only if `step % update_interval == 0`. Without it $h$ does not change.
 
     Args:
         learning_rate: $\eta$: a number, a 0-d tensor or a schedule of the number of applied updates.
-        b1, b2: decays of the gradient's and of the curvature's average.
+        b1, b2: decays of the averages of gradient and curvature.
         eps: smallest curvature.
         gamma: $\gamma$.
         clip_threshold: $\rho$.
         update_interval: updates between two estimates.
         weight_decay: decoupled decay.
         mask: which parameters decay.
-        seed: of the random signs.
+        seed: seed of the random signs.
 
     Examples:
         >>> import torch

@@ -1,7 +1,7 @@
-"""What a schedule is: a frozen value that maps the number of applied updates to a number.
+"""The base of schedules: frozen values that map the number of applied updates to a number.
 
-Subclasses give one formula, in float64 tensors; `Schedule.__call__` takes care of ints, tensors and dtypes. A schedule
-reads nothing but the step it is given.
+Subclasses define one formula, in float64 tensors; `Schedule.__call__` handles ints, tensors and dtypes. A schedule
+depends on the step only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ScheduleBase(View):
     """A schedule: call it with the step.
 
     An int gives a float. A tensor of any shape gives a float32 tensor of that shape, on its device; the formula is
-    evaluated in float64, so that large steps and small differences keep their meaning.
+    evaluated in float64, so that large steps and small differences are not rounded away.
     """
 
     def at(self, t: Tensor) -> Tensor:
@@ -41,21 +41,21 @@ class ScheduleBase(View):
         return float(self.at(torch.tensor(float(step), dtype=torch.float64)))
 
     def horizon(self) -> int:
-        """Return after how many steps all that is characteristic has happened: how far it is drawn."""
+        """Return the number of steps to draw: up to the end of the last transition."""
         return max(_whole_numbers([getattr(self, field.name) for field in dataclasses.fields(self)]), default=100)  # type: ignore[arg-type]
 
     def view(self) -> list[Block]:
-        """Return the blocks that show it: its arguments, and its values up to a little more than its horizon."""
+        """Return the blocks of the display: the arguments, and the values up to a little more than the horizon."""
         panel = self.panel("value")
         return [Note(repr(self)), *([Curves((panel,))] if panel is not None else [])]
 
     def panel(self, title: str) -> Panel | None:
-        """Return its curve; None where it cannot be called with a step alone."""
+        """Return the curve of the schedule; None if it cannot be called with a step alone."""
         last = max(2, self.horizon() + self.horizon() // 10)
         steps = sorted({round(i * last / _DRAWN) for i in range(_DRAWN + 1)})
         try:
             points = [(step, float(self(step))) for step in steps]
-        except Exception:  # a function of the user's may fail with anything: the arguments are shown all the same
+        except Exception:  # a user's function may raise anything; then only the arguments are shown
             return None
         return Panel(title, (Line(title, points),), limits=(0, last))
 
@@ -68,7 +68,7 @@ _DRAWN = 240  # points of a curve
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:
-    """The positive integers in the arguments of a schedule: its steps."""
+    """Return the positive integers in the arguments of a schedule, which are numbers of steps."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         yield value
     elif isinstance(value, (tuple, list)):
@@ -83,13 +83,13 @@ def schedule(cls: type[T]) -> type[T]:
 
 
 def evaluate(part: Callable[[Any], Any], t: Tensor) -> Tensor:
-    """Return a schedule's value at float64 steps; any function of an int64 step tensor may stand in for a schedule."""
+    """Return a schedule's value at float64 steps; a schedule may be any function of an int64 step tensor."""
     if isinstance(part, ScheduleBase):
         return part.at(t)
     return torch.as_tensor(as_scalar(part(t.to(torch.int64)), "schedule", part), device=t.device).to(t.dtype)
 
 
 def need(condition: bool, what: str, where: str, instead: str) -> None:
-    """Raise an OptimError about a schedule's arguments unless they are fine."""
+    """Raise an OptimError about a schedule's arguments unless a condition holds."""
     if not condition:
         raise OptimError(explain(what, where=where, instead=instead))

@@ -177,7 +177,7 @@ def cosine_decay_schedule(
     Args:
         init_value: $a$.
         decay_steps: $T$, at least 1.
-        alpha: the fraction of `init_value` that is left at the end.
+        alpha: the final value, as a fraction of `init_value`.
         exponent: $p$.
 
     Examples:
@@ -215,7 +215,7 @@ def piecewise_constant_schedule(
 
     Args:
         init_value: the value at step 0.
-        boundaries_and_scales: `{step: factor}`; a factor counts from its step on.
+        boundaries_and_scales: `{step: factor}`; a factor applies from its step on.
 
     Examples:
         >>> drops = piecewise_constant_schedule(1.0, {100: 0.5, 200: 0.5})

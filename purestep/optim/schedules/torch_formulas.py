@@ -1,6 +1,6 @@
 """Schedules under the names of `torch.optim.lr_scheduler`: the same arguments, the base learning rate first.
 
-They are functions of the step, like all schedules here: nothing to step, nothing to save.
+They are functions of the step, like all schedules of purestep, without a state to step or to save.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class CosineAnnealingWarmRestarts(ScheduleBase):
             current, length = torch.remainder(t, self.T_0), torch.full_like(t, float(self.T_0))
         else:
             guess = torch.floor(torch.log(t / self.T_0 * (self.T_mult - 1) + 1) / math.log(self.T_mult))
-            # The logarithm may land on the wrong side of a restart: the exact starts decide.
+            # The logarithm may be rounded to the wrong cycle, so the exact starts of the cycles decide.
             cycle = guess + (t >= self._start(guess + 1)).to(t.dtype) - (t < self._start(guess)).to(t.dtype)
             current, length = t - self._start(cycle), self.T_0 * torch.pow(float(self.T_mult), cycle)
         return self.eta_min + (self.base_lr - self.eta_min) * 0.5 * (1.0 + torch.cos(math.pi * current / length))

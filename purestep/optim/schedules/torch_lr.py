@@ -1,4 +1,4 @@
-"""Any `torch.optim.lr_scheduler` as a schedule: the scheduler is run once over a dummy, its values become a table."""
+"""Any `torch.optim.lr_scheduler` as a schedule: it runs once on a dummy optimizer, and its values are tabulated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TableSchedule(ScheduleBase):
     def at(self, t: Tensor) -> Tensor:
         index = t.to(torch.int64).clamp(0, len(self.values) - 1)
         traced = _torch.dispatch_modes() > 0 or transforms.active()
-        # A tracer must see the table as a constant of the graph, not as a tensor from elsewhere.
+        # In a trace the table must be a constant of the graph, not a captured tensor.
         make = _table.__wrapped__ if traced else _table
         return make(self.values, t.dtype, t.device).index_select(0, index.reshape(-1)).reshape(t.shape)
 
@@ -62,7 +62,7 @@ def lift_scheduler(
         scheduler: the class, `torch.optim.lr_scheduler.StepLR` or a third party's; or a function of an optimizer that
             returns a scheduler, for `SequentialLR` and `ChainedScheduler`.
         base_lr: the learning rate that the scheduler starts from; `CyclicLR` gets it as its argument, too.
-        total_steps: how many steps to tabulate, from 1 up; after them the last value stays. `OneCycleLR` gets it, too.
+        total_steps: number of steps to tabulate, at least 1; later steps have the last value. Passed to `OneCycleLR`.
         **arguments: the other arguments of the class.
 
     Raises:
@@ -87,7 +87,7 @@ def lift_scheduler(
         why = "each step is run once, and is a number in a table"
         raise OptimError(explain(f"lift_scheduler tabulates {_MOST_STEPS} steps at most", where=where, why=why))
     shown = "".join(f", {k}={v!r}" for k, v in arguments.items())
-    # CyclicLR has a base_lr of its own, OneCycleLR a number of steps: they mean the same as those given here.
+    # The arguments base_lr of CyclicLR and total_steps of OneCycleLR mean the same as those of this function.
     own: dict[str, Any] = {
         k: v for k, v in {"base_lr": base_lr, "total_steps": total_steps}.items() if _takes(scheduler, k)
     }

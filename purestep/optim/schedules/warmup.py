@@ -1,6 +1,6 @@
 """Schedules made of others: joined end to end, with a warm-up, with restarts, one cycle up and down.
 
-Names and meanings are optax's. `warmup_cosine_decay_schedule` is what most runs want.
+Names and meanings are optax's. Most runs use `warmup_cosine_decay_schedule`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class JoinSchedules(ScheduleBase):
     boundaries: tuple[int, ...]
 
     def horizon(self) -> int:
-        """Return when the last of its parts that say so has ended."""
+        """Return the end of the last part that has a horizon."""
         starts = zip((0, *self.boundaries), self.schedules, strict=True)
         return max(s + (part.horizon() if isinstance(part, ScheduleBase) else 1) for s, part in starts)
 
     def at(self, t: Tensor) -> Tensor:
         value = evaluate(self.schedules[0], t)
         for boundary, part in zip(self.boundaries, self.schedules[1:], strict=True):
-            # A part is never shown a step before its own first one, where its formula may not be finite.
+            # Steps before the start of a part are clamped, because its formula may not be finite there.
             value = torch.where(t < boundary, value, evaluate(part, (t - boundary).clamp(min=0)))
         return value
 
