@@ -452,5 +452,7 @@ def _shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception:
+        text = "\n"
+    if "\n" in text:  # of a state, say, whose repr is a table
         text = f"a {type(value).__name__}"
     return text if len(text) <= 120 else text[:117] + "..."

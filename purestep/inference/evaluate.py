@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from purestep import tree
 from purestep.arguments import Count, Name, checked
 from purestep.callbacks.evaluate import EvaluateCallback
 from purestep.callbacks.evaluate import evaluate as callback
@@ -95,6 +99,16 @@ def evaluate(
                 instead='ps.evaluate(state, loss_fn, {"val": val, "test": test})',
             )
         )
+    for key, columns in sets.items() if isinstance(data, Mapping) else ():
+        if isinstance(columns, (Tensor, np.ndarray)):
+            raise ConfigError(
+                explain(
+                    "data= is batches, or a dict of such sets, and this is a dict of tensors",
+                    where=f"data[{key!r}]: {tree.describe(columns)}",
+                    why="tensors do not say how many samples make a batch",
+                    instead="ps.data.batches(data, batch_size=256, shuffle=False, drop_last=False)",
+                )
+            )
     step = loss_fn if facts_of(loss_fn).evaluates else make_eval(loss_fn)
     if plan is not None and isinstance(step, AnyStep):
         step = step.under(plan)

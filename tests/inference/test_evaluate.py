@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,13 @@ def test_it_prints_as_a_table_and_is_a_dict():
     ("call", "error", "text"),
     [
         (lambda: ps.evaluate(start(), loss_fn, {}), ConfigError, "one set, or a dict of them"),
+        (
+            lambda: ps.evaluate(start(), loss_fn, {"x": torch.zeros(8, 2)}),
+            ConfigError,
+            r"dict of tensors\n  where:   data\['x'\]: float32\[8, 2\]",
+        ),
+        (lambda: ps.evaluate(start(), loss_fn, {"x": np.zeros(8)}), ConfigError, "is a dict of tensors"),
+        (lambda: ps.evaluate(loss_fn, start(), VAL), ConfigError, r"where:   loss_fn=a TrainState\Z"),
         (lambda: ps.evaluate(start(), loss_fn, {1: VAL}), ConfigError, "one set, or a dict of them"),
         (
             lambda: ps.evaluate(start(), lambda net: 0, VAL),
