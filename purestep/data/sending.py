@@ -20,7 +20,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -211,10 +211,6 @@ def is_plain(batch: object) -> bool:
 
 
 # --- the error for objects that cannot be sent ------------------------------------------------------------------------
-
-
-class _Dump(Protocol):
-    def __call__(self, value: object) -> None: ...
 
 
 def _refused(loader: Loader) -> DataError:
