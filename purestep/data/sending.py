@@ -218,7 +218,7 @@ def _refused(loader: Loader) -> DataError:
     for field in _FIELDS:
         error = _failure(getattr(loader, field))
         if error is not None:
-            path, value, error = _culprit(field, getattr(loader, field), error)
+            path, value, error = _innermost_failure(field, getattr(loader, field), error)
             named = value if hasattr(value, "__qualname__") else type(value)
             return DataError(
                 explain(
@@ -241,7 +241,7 @@ def _failure(value: object) -> Exception | None:
     return None
 
 
-def _culprit(path: str, value: object, error: Exception) -> tuple[str, object, Exception]:
+def _innermost_failure(path: str, value: object, error: Exception) -> tuple[str, object, Exception]:
     """Find the innermost part of a value that cannot be pickled: descend into the first part that fails, repeatedly."""
     seen = {id(value)}
     for _ in range(_DEEPEST):

@@ -74,12 +74,12 @@ def _plain(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
     return []
 
 
-def _obeying(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
+def _with_permissions(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
     lane.mend = lambda: shims.give_permission(lane.run_dir)
     return [{"do": "obey", "on": "start"}]
 
 
-def _on_a_small_disk(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
+def _with_small_disk(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
     if not lane.place.is_mount():
         kernel.mount(lane.place, _SMALL + 3 * trial.base.nbytes)
         trial.stack.callback(kernel.unmount, lane.place)
@@ -93,10 +93,10 @@ def _refused(number: str) -> Callable[[Trial], None]:
 
 _cannot_grow = _failing(_plain, lambda trial, lane: {"do": "limit", "limit": trial.draw.choice(_LIMITS)}, heals=True)
 _filled = _failing(
-    _on_a_small_disk, lambda trial, lane: {"do": "fill", "ballast": str(lane.place / "ballast")}, heals=True
+    _with_small_disk, lambda trial, lane: {"do": "fill", "ballast": str(lane.place / "ballast")}, heals=True
 )
 _forbidden = _failing(
-    _obeying, lambda trial, lane: {"do": "forbid", "place": str(store_root(lane.run_dir))}, heals=True
+    _with_permissions, lambda trial, lane: {"do": "forbid", "place": str(store_root(lane.run_dir))}, heals=True
 )
 
 
