@@ -13,15 +13,15 @@ from typing import Any
 from purestep.cli.usage import Parser, UsageError, nearest, version
 
 _DESCRIPTION = """\
-Train, look into runs, and prove what they did. An experiment is a function from typed settings to a ps.Experiment,
-in a Python file: FILE is that file, or FILE:NAME for one of several functions in it."""
+Train, inspect runs, and execute them again to verify them. An experiment is a function from typed settings to a
+ps.Experiment, in a Python file: FILE is that file, or FILE:NAME for one of several functions in it."""
 
 _EPILOG = """\
   purestep run examples/digits.py --lr 1e-3 --until 5epochs
   purestep run FILE --help             the settings of an experiment
-  purestep COMMAND --help              what a command takes
+  purestep COMMAND --help              the arguments of a command
 
-Exit codes: 0 done; 1 an error, or a difference that was looked for; 2 a wrong command line; 130 and 143 for SIGINT and
+Exit codes: 0 done; 1 an error, or a difference that a command found; 2 a wrong command line; 130 and 143 for SIGINT and
 SIGTERM: the run is saved, and the same command continues it."""
 
 # Name: description, and the function `purestep.cli.<file>:<function>`.
@@ -29,7 +29,7 @@ COMMANDS = {
     "run": ("train an experiment; the same command again continues it", "run:run"),
     "sweep": ("train an experiment under every combination of settings, resumably", "sweep:sweep"),
     "runs": ("list the runs under a directory", "tables:runs"),
-    "show": ("print the settings, the code and the results of a run", "tables:show_run"),
+    "show": ("print the settings, the program and the results of a run", "tables:show_run"),
     "plot": ("draw the learning curves of a run", "tables:plot"),
     "snapshots": ("list the snapshots of a run", "tables:snapshots"),
     "compare": ("print the differences between the records of two runs", "records:compare"),

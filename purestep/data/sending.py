@@ -20,7 +20,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -213,16 +213,12 @@ def is_plain(batch: object) -> bool:
 # --- the error for objects that cannot be sent ------------------------------------------------------------------------
 
 
-class _Dump(Protocol):
-    def __call__(self, value: object) -> None: ...
-
-
 def _refused(loader: Loader) -> DataError:
     """Name the part of a loader that cannot be pickled, down to the attribute that holds it."""
     for field in _FIELDS:
         error = _failure(getattr(loader, field))
         if error is not None:
-            path, value, error = _culprit(field, getattr(loader, field), error)
+            path, value, error = _innermost_failure(field, getattr(loader, field), error)
             named = value if hasattr(value, "__qualname__") else type(value)
             return DataError(
                 explain(
@@ -245,7 +241,7 @@ def _failure(value: object) -> Exception | None:
     return None
 
 
-def _culprit(path: str, value: object, error: Exception) -> tuple[str, object, Exception]:
+def _innermost_failure(path: str, value: object, error: Exception) -> tuple[str, object, Exception]:
     """Find the innermost part of a value that cannot be pickled: descend into the first part that fails, repeatedly."""
     seen = {id(value)}
     for _ in range(_DEEPEST):

@@ -69,14 +69,14 @@ class _Redirection:
     def _put(self, cls: type) -> None:
         self.original, self.ours = vars(cls).get("cpp_pybinding"), None
         if self.original is not None:
-            self.ours = _asking_batch(self.original)
+            self.ours = _collecting(self.original)
             cls.cpp_pybinding = self.ours  # type: ignore[attr-defined]
 
 
 _redirection = _Redirection()
 
 
-def _asking_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+def _collecting(original: Callable[..., Any]) -> Callable[..., Any]:
     def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
         batch = getattr(_local, "batch", None)
         if batch is None:

@@ -62,7 +62,7 @@ class Donating(AnyStep):
         if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or a trace nothing is written in place.
             return self.step(state, *args, **kwargs)
-        own, memory = _of_its_own(state)
+        own, memory = _without_aliases(state)
         with donating(_states(own), memory) as donation:
             try:
                 returned = self.step(own, *args, **kwargs)
@@ -135,7 +135,7 @@ def donate(step: Callable[..., Any]) -> Any:
     return Donating(step)
 
 
-def _of_its_own(state: Any) -> tuple[Any, frozenset[int]]:
+def _without_aliases(state: Any) -> tuple[Any, frozenset[int]]:
     """Return a state whose tensors share no memory with each other, and the memory that an update overwrites."""
     if not worth_reusing(placement.part_of(p) for found in _states(state) for p in found.params.values()):
         return state, frozenset()

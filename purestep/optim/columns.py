@@ -40,7 +40,7 @@ def rows_of(
     structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], limits: tuple[int, ...], whole: bool
 ) -> list[Block] | None:
     """Slice long parameters along dim 0, unless `whole`, and group short ones; None if the state cannot be sliced."""
-    cutter = _Cutter(tree.unflatten(structure, range(structure.num_leaves)), dict(shapes), leaf_shapes)
+    cutter = _Selector(tree.unflatten(structure, range(structure.num_leaves)), dict(shapes), leaf_shapes)
     blocks: list[Block] = []
     short: list[str] = []
     gathered = 0
@@ -58,7 +58,7 @@ def rows_of(
                 short, gathered = [], 0
         if short:
             blocks.append(cutter.block(tuple(short)))
-    except _Uncuttable:
+    except _Inseparable:
         return None
     return blocks
 
@@ -67,18 +67,18 @@ def rows_of(
 def tensors_of(structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...]) -> list[Block] | None:
     """Return one block for each parameter; None if the state cannot be separated by parameters."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
-    cutter = _Cutter(numbered, dict(shapes), leaf_shapes, by_rows=False)
+    cutter = _Selector(numbered, dict(shapes), leaf_shapes, by_rows=False)
     try:
         return [cutter.block((name,)) for name, _ in shapes]
-    except _Uncuttable:
+    except _Inseparable:
         return None
 
 
-class _Uncuttable(Exception):
+class _Inseparable(Exception):
     """The state holds tensors of parameters outside of dicts by name and shape, or an unknown kind of node."""
 
 
-class _Cutter:
+class _Selector:
     """Selects parts of a state, given as a tree of leaf indices.
 
     To slice by rows, a leaf under the name of a parameter must have the parameter's shape. To separate by names alone,
@@ -98,7 +98,7 @@ class _Cutter:
 
     def _cut(self, node: Any, names: frozenset[str]) -> Any:
         if type(node) is int and self.leaf_shapes[node] and self.leaf_shapes[node] in self.shapes.values():
-            raise _Uncuttable  # a tensor of a parameter's shape without a name: its parameter is unknown
+            raise _Inseparable  # a tensor of a parameter's shape without a name: its parameter is unknown
         if node is None or type(node) is int:
             return node
         if type(node) is dict:
@@ -106,17 +106,17 @@ class _Cutter:
                 return self._cut_column(node, names)
             return {key: self._cut(value, names) for key, value in node.items()}
         if type(node) in (list, tuple) and node:
-            raise _Uncuttable  # a list by position, such as one tensor a parameter, cannot be matched to parameters
+            raise _Inseparable  # a list by position, such as one tensor a parameter, cannot be matched to parameters
         if tree.node_name(type(node)) is None:
-            raise _Uncuttable
+            raise _Inseparable
         data, _ = tree.node_fields(type(node))
         return tree.replaced(node, **{field: self._cut(getattr(node, field), names) for field in data})
 
     def _cut_column(self, column: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
         if not self.by_rows and column.keys() != self.shapes.keys():
-            raise _Uncuttable
+            raise _Inseparable
         for name, number in column.items():
             if type(number) is not int or (self.by_rows and self.leaf_shapes[number] != self.shapes[name]):
-                raise _Uncuttable
+                raise _Inseparable
             self.own.add(number)
         return {name: number for name, number in column.items() if name in names}

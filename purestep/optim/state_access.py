@@ -34,7 +34,7 @@ def get(opt_state: Any, name: str) -> Any:
 
     Reference: `optax.tree_utils.tree_get`.
     """
-    return _the_one(opt_state, name)[1]
+    return _unique_match(opt_state, name)[1]
 
 
 def set(opt_state: Any, changes: Mapping[str, Any] | None = None, /, **named: Any) -> Any:
@@ -59,7 +59,7 @@ def set(opt_state: Any, changes: Mapping[str, Any] | None = None, /, **named: An
     Reference: `optax.tree_utils.tree_set`.
     """
     for name, value in {**(changes or {}), **named}.items():
-        path, old = _the_one(opt_state, name)
+        path, old = _unique_match(opt_state, name)
         opt_state = _replaced(opt_state, path, _fitted(name, old, value))
     return opt_state
 
@@ -81,7 +81,7 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _the_one(opt_state: Any, name: str) -> tuple[Path, Any]:
+def _unique_match(opt_state: Any, name: str) -> tuple[Path, Any]:
     found = [(path, value) for path, value in nodes(opt_state) if path and ("." + ".".join(path)).endswith("." + name)]
     if len(found) == 1:
         return found[0]

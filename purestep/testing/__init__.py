@@ -1,8 +1,8 @@
-"""Proofs for users: that a step is pure, that a transformation has the scope it declares, that a run resumes with the
+"""Proofs for users: that a step is pure, that a transformation has the declared scope, that a run resumes with the
 same bits and survives faults, that trees are equal.
 
-Used on our own examples and tests. The checks raise AssertionError with the first path that differs; the fault harness
-returns a report.
+Purestep's own tests and examples use them. The checks raise AssertionError with the first path that differs; the fault
+harness returns a report.
 """
 
 from purestep.testing.faults import FAULTS as FAULTS

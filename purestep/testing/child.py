@@ -1,6 +1,6 @@
-"""What a process of the fault harness does: install what is to be injected, run the training, report, leave.
+"""The main function of a process of the fault harness: install the shims, run the training, report, exit.
 
-`zygote` forks it; `lane` writes its order and reads its report.
+`zygote` forks the process; `lane` writes its order and reads its report.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 from purestep.testing import shims
 
-# What a run of ours needs, so that it is imported once.
+# Modules that a run imports; the zygote imports them once.
 PRELOAD = "orbax.checkpoint xxhash purestep.trainer purestep.loggers purestep.snapshot purestep.optim.optimizers"
 CODE = "from purestep.testing import child; child.main()"
 
 
 def main() -> None:
-    """Follow the order in `sys.argv[1]`, and exit as the training says.
+    """Execute the order in `sys.argv[1]`, and exit with the code of the training.
 
-    It holds `file` and `function` (None for a script), `argv`, `report`, `shims`, `stdout` ("closed", or nothing), and
-    `verify`: a run directory whose newest snapshot is read back at a good end, and its digest reported.
+    The order holds `file` and `function` (None for a script), `argv`, `report`, `shims`, `stdout` ("closed" or ""), and
+    `verify`: a run directory; after a successful run the digest of its newest snapshot is reported.
     """
     order = json.loads(sys.argv[1])
-    if order["stdout"] == "closed":  # as after `>&-`: whatever is opened next gets its number
+    if order["stdout"] == "closed":  # as after `>&-`: the next opened file gets descriptor 1
         os.close(1)
         sys.stdout = None
     injector = shims.install(order["shims"], report=Path(order["report"]))
@@ -61,11 +61,11 @@ def _loaded(file: str) -> Any:
 
 
 def _digest_of(run_dir: Path, train: object) -> str:
-    """Return the digest of the newest snapshot of a run: of all that must not depend on interruptions.
+    """Return the digest of those parts of the newest snapshot of a run that must not depend on interruptions.
 
     Args:
         run_dir: the run directory.
-        train: a train state of the structure that is stored.
+        train: a train state of the stored structure.
     """
     from purestep import snapshot, tree
     from purestep.loop.events import LoopState

@@ -1,8 +1,8 @@
-"""Disks that fail under a run: full, broken, read-only, forbidden, or with damaged files. Real ones where we may.
+"""Faults of the disk during a run: full, failing, read-only, forbidden, or with damaged files; real ones if possible.
 
-Files that may not grow, permissions, refusing system calls and small file systems reach every line that writes, in
-Python or not. In each stage of a save the disk fails once; where it can be mended, it is in every second process, and
-that one has to take its next snapshots and end well.
+File size limits, permissions, refused system calls and small file systems affect every line that writes, in Python or
+not. The disk fails once in each stage of a save. If the fault can be undone, it is undone in every second process,
+which must then take its next snapshots and end successfully.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from purestep.testing.trial import Fault, Trial, in_each_phase, stages
 
 _TERMINATED = 143
 _LIMITS = (0, 512, 4096)  # bytes: nothing, less than a page, and less than a snapshot
-_SMALL = 8 << 20  # bytes of a small disk, besides what a run writes
+_SMALL = 8 << 20  # bytes of a small disk, in addition to the files of a run
 _LATER = 2  # batches from a fault to its end
-_STRIKES = 12  # of a lane
+_STRIKES = 12  # faults in a lane
 
 
 def _failing(
@@ -32,12 +32,12 @@ def _failing(
     *,
     heals: bool,
 ) -> Callable[[Trial], None]:
-    """Strike in each stage of a save.
+    """Return a fault that strikes in each stage of a save.
 
     Args:
-        prepare: returns what a process is started with, besides the fault.
+        prepare: returns the shims of a process besides the fault.
         action: returns the fault.
-        heals: whether a process can see the end of it.
+        heals: whether the fault can end within a process.
     """
 
     def inject(trial: Trial) -> None:
@@ -59,7 +59,7 @@ def _failing(
 
 
 def _went_on(trial: Trial, lane: Lane, outcome: Outcome) -> None:
-    """A run whose disk failed while it trained goes on to its end; it ends well if it was mended meanwhile."""
+    """Check that a run whose disk failed goes on to its end, successfully if the fault was undone before."""
     if not any(outcome.values("injected after")) or "stop" in outcome.values("on_save_error"):
         return
     left = trial.base.batches - (outcome.values("resumed")[0] or 0)
@@ -74,12 +74,12 @@ def _plain(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
     return []
 
 
-def _obeying(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
+def _with_permissions(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
     lane.mend = lambda: shims.give_permission(lane.run_dir)
     return [{"do": "obey", "on": "start"}]
 
 
-def _on_a_small_disk(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
+def _with_small_disk(trial: Trial, lane: Lane) -> list[Mapping[str, Any]]:
     if not lane.place.is_mount():
         kernel.mount(lane.place, _SMALL + 3 * trial.base.nbytes)
         trial.stack.callback(kernel.unmount, lane.place)
@@ -93,10 +93,10 @@ def _refused(number: str) -> Callable[[Trial], None]:
 
 _cannot_grow = _failing(_plain, lambda trial, lane: {"do": "limit", "limit": trial.draw.choice(_LIMITS)}, heals=True)
 _filled = _failing(
-    _on_a_small_disk, lambda trial, lane: {"do": "fill", "ballast": str(lane.place / "ballast")}, heals=True
+    _with_small_disk, lambda trial, lane: {"do": "fill", "ballast": str(lane.place / "ballast")}, heals=True
 )
 _forbidden = _failing(
-    _obeying, lambda trial, lane: {"do": "forbid", "place": str(store_root(lane.run_dir))}, heals=True
+    _with_permissions, lambda trial, lane: {"do": "forbid", "place": str(store_root(lane.run_dir))}, heals=True
 )
 
 
@@ -120,7 +120,7 @@ def _remove(path: Path, draw: random.Random) -> None:
 
 
 def _damaged(damage: Callable[[Path, random.Random], None]) -> Callable[[Trial], None]:
-    """Spoil each file of the newest snapshot in turn; the run goes on from it, if it is whole, or the one before."""
+    """Return a fault that damages each file of the newest snapshot in turn; a run may resume from the previous one."""
 
     def inject(trial: Trial) -> None:
         stopped = trial.lane()

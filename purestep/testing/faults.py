@@ -1,8 +1,8 @@
-"""The fault harness: run a training in processes of its own, break something, run it again, compare the bits.
+"""The fault harness: run a training in separate processes, inject a fault, run it again, compare the bits.
 
-`check_faults` takes a function or a script of yours and returns a table: fault, times injected, runs that ended with
-the digest of the undisturbed run, snapshots lost (0). What is injected is in `injections`; the processes are forked by
-`zygote`, do what `child` says, and are patched by `shims`.
+`check_faults` takes a function or a script and returns a table: fault, times injected, runs that ended with the digest
+of the undisturbed run, snapshots lost (0). `injections` has the faults; `zygote` forks the processes, which run `child`
+and are patched by `shims`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in injections.ALL}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What came of one fault.
+    """The results of one fault.
 
     Attributes:
-        fault: its name.
-        injected: how many times it happened.
-        runs: runs that were disturbed by it, and then finished.
-        right: those of them that ended with the digest of the undisturbed run, and with nothing half-written.
-        lost: snapshots that had been durable before a fault and could not be read after it.
-        problems: what went wrong, if anything.
-        phases: moments of a save at which it struck, and how many there are; None for a fault that has no such plan.
-        why_not: why it cannot be injected on this machine; "" where it was.
+        fault: name of the fault.
+        injected: number of times it was injected.
+        runs: number of disturbed runs that then finished.
+        right: number of these runs with the digest of the undisturbed run and no partly written files.
+        lost: number of snapshots that were durable before a fault and unreadable after it.
+        problems: descriptions of failures.
+        phases: number of moments of a save at which the fault was injected, and of all moments; None for other faults.
+        why_not: why the fault cannot be injected on this machine; "" if it was.
     """
 
     fault: str
@@ -57,13 +57,13 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether it happened, wherever it was to happen, and nothing went wrong."""
+        """Whether the fault was injected at all intended moments without a failure."""
         everywhere = self.phases is None or self.phases[0] == self.phases[1]
         harmless = self.right == self.runs and not self.lost and not self.problems
         return self.injected > 0 and self.runs > 0 and everywhere and harmless
 
     def __str__(self) -> str:
-        """What is worth saying beside the numbers."""
+        """The note of the row beside its numbers."""
         if self.why_not:
             return f"not here: {self.why_not}"
         if not self.ok:
@@ -81,7 +81,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every fault that can be injected here did no harm."""
+        """Whether no fault that can be injected on this machine caused a failure."""
         return all(row.ok for row in self.rows if not row.why_not)
 
     def __str__(self) -> str:
@@ -119,34 +119,33 @@ def check_faults(
     jobs: int = 1,
     progress: Callable[[Row], None] | None = None,
 ) -> Report:
-    """Prove that a training survives: break it in many ways, run it again each time, and compare the bits.
+    """Prove that a training survives faults: inject many, run it again each time, and compare the bits.
 
-    The training has to be quick (a second, not a minute), because it is run several hundred times, and the same each
-    time: `ps.fit(..., run_dir=run_dir)` with a `snapshots` callback that fires several times.
+    The training must be quick (a second, not a minute), because it runs several hundred times, and deterministic:
+    `ps.fit(..., run_dir=run_dir)` with a `snapshots` callback that fires several times.
 
-    Disks fail by what the operating system can do to a process: files that may not grow, permissions, system calls that
-    the kernel refuses (Linux), and, for root on Linux, small file systems that are mounted in the directory of the runs
-    and taken away again. What this machine cannot do, the table says.
+    Faults of the disk use the operating system: file size limits, permissions, system calls that the kernel refuses
+    (Linux), and, for root on Linux, small file systems that are mounted in the directory of the runs and unmounted
+    again. The table names the faults that this machine cannot inject.
 
     Args:
         target: a function at the top level of a module, called with the run directory, which returns the `Result` (or
             an exit code); or the path of a script, which gets `args`.
-        args: arguments of a script; `{run_dir}` stands for the run directory.
-        with_workers: the same training with worker processes, for the fault that kills one; without it that one is
-            left out.
+        args: arguments of a script; `{run_dir}` is replaced by the run directory.
+        with_workers: the same training with worker processes; without it the fault that kills a worker is left out.
         faults: names from `FAULTS`; all by default.
-        times: how many times to inject a fault, where not as many as it says itself.
-        seed: of the random moments.
-        directory: for the runs; a temporary one by default.
-        jobs: how many faults to try at a time.
-        progress: called with each row of the table as soon as it is complete.
+        times: number of injections of each fault; by default that of the fault.
+        seed: seed of the random moments.
+        directory: directory of the runs; a temporary one by default.
+        jobs: number of faults tried in parallel.
+        progress: called with each complete row of the table.
 
     Returns:
-        Report: print it; `report.ok` says whether every run ended right.
+        Report: prints as the table; `report.ok` is whether every run ended with the right digest.
 
     Raises:
         ConfigError: an unknown fault, or a target that cannot be run in another process.
-        AssertionError: the undisturbed training fails, or gives other bits the second time.
+        AssertionError: the undisturbed training fails, or has other bits the second time.
     """
     unknown = [name for name in faults or () if name not in FAULTS]
     if unknown:
@@ -178,7 +177,7 @@ def _rows(
     times: Mapping[str, int],
     progress: Callable[[Row], None] | None,
 ) -> tuple[Row, ...]:
-    """Try each fault, as many at a time as there are zygotes."""
+    """Yield the row of each fault; as many faults run in parallel as there are zygotes."""
     free: queue.SimpleQueue[Zygotes] = queue.SimpleQueue()
     for zygote in zygotes:
         free.put(zygote)

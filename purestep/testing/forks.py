@@ -1,9 +1,9 @@
-"""The process that forks: it has imported torch once, and every order it gets becomes a child in milliseconds.
+"""The zygote: a process that imports torch once, and forks a child for each order within milliseconds.
 
-A child is what `python -c SCRIPT` or `python script.py` would be: its own `__main__`, `sys.argv`, `sys.path`,
-environment, working directory, standard streams and signal handlers; it ends as an interpreter ends, with tracebacks,
-threads waited for, `atexit` and exit codes (negative for signals). What it is not: a fresh import. Torch, numpy and
-purestep are loaded, and read the environment when the zygote began; and modules are not taken apart at the end.
+A child behaves as `python -c SCRIPT` or `python script.py`: its own `__main__`, `sys.argv`, `sys.path`, environment,
+working directory, standard streams and signal handlers; it ends as an interpreter ends, with tracebacks, joined
+threads, `atexit` and exit codes (negative for signals). Unlike a new interpreter, a child has torch, numpy and purestep
+already imported, with the environment of the zygote, and it does not tear down modules at the end.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-_interrupts: Any = signal.default_int_handler  # what SIGINT did in this process when it began
+_interrupts: Any = signal.default_int_handler  # the initial handler of SIGINT in this process
 
 
 def main() -> None:
-    """Be a zygote: `sys.argv` holds the number of a socket, and the modules to import first."""
-    atexit.register(ending := _Ending())  # the first to be registered is the last to be called
-    sys.path.pop(0)  # the directory it was started in, which no script would have there
+    """Run the zygote: `sys.argv` holds the descriptor of a socket, and the modules to import first."""
+    atexit.register(ending := _Ending())  # the first registered function is called last
+    sys.path.pop(0)  # the directory of the start, which a script would not have there
     global _interrupts
     _interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor, modules = int(sys.argv[1]), sys.argv[2:]
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def serve(link: socket.socket) -> dict[str, Any]:
-    """Fork a child an order, until the link closes. Returns in the children only: with the order."""
+    """Fork a child for each order until the link closes. Returns in the children only, with the order."""
     wake, alarm = socket.socketpair()
     wake.setblocking(False)
     alarm.setblocking(False)
@@ -111,11 +111,11 @@ def _settle(order: dict[str, Any], streams: list[int]) -> None:
         if descriptor > 2:
             os.close(descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, _interrupts)  # a job of a shell in the background ignores them, and so do its children
+    signal.signal(signal.SIGINT, _interrupts)  # a background job of a shell ignores SIGINT, as do its children
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
-    here: Any = sys  # the types call the second names of the streams final
+    here: Any = sys  # the type stubs declare `sys.__stdout__` and so on final
     here.stdin = here.__stdin__ = os.fdopen(0, closefd=False)
     here.stdout = here.__stdout__ = os.fdopen(1, "w", closefd=False)
     here.stderr = here.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
@@ -127,7 +127,7 @@ def _settle(order: dict[str, Any], streams: list[int]) -> None:
 
 
 def main_module(order: dict[str, Any]) -> tuple[types.CodeType, dict[str, Any]]:
-    """The compiled script of an order, and the namespace of the `__main__` that it is to run in."""
+    """Return the compiled script of an order, and the namespace of its `__main__`."""
     path = order["code"] if order["is_path"] else "<string>"
     source = Path(path).read_text() if order["is_path"] else order["code"]
     main = types.ModuleType("__main__")
@@ -139,7 +139,7 @@ def main_module(order: dict[str, Any]) -> tuple[types.CodeType, dict[str, Any]]:
 
 
 class _Ending:
-    """The last thing that an interpreter does, without half a second of taking torch's modules apart."""
+    """The end of an interpreter, without the half second in which torch's modules are torn down."""
 
     def __init__(self) -> None:
         self.here = os.getpid()
@@ -160,7 +160,7 @@ class _Ending:
             raise
 
     def __call__(self) -> None:
-        """Called by `atexit` after everything else that is registered there, and after threads were waited for."""
+        """Called by `atexit` after all other registered functions, and after threads have ended."""
         if os.getpid() != self.here:
             return  # a process that the child forked
         for stream in (sys.stdout, sys.stderr):

@@ -1,7 +1,6 @@
-"""The faults of the harness: processes that die, the world around them, and those of `disks`. `ALL` is the table.
+"""The faults of the harness: killed processes, faults of the environment, and those of `disks`. `ALL` is the table.
 
-A fault works on lanes: it disturbs some processes of a run and lets the last one finish. What has to hold is checked by
-`lane`.
+A fault works on lanes: it disturbs some processes of a run and lets the last one finish. `lane` checks the results.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from purestep.testing.trial import Fault, Lanes, Trial, in_each_phase
 
 _KILLED, _INTERRUPTED, _TERMINATED = -9, 130, 143
 _KILLS_A_RUN = 25
-_IN_AN_EVALUATION = 2  # the first batch that is evaluated may be that of the check before the run
-_MOMENT = 0.02  # seconds: as long as the arrays of a snapshot are being written, which is not Python's doing
+_IN_AN_EVALUATION = 2  # the first evaluated batch may belong to the check before the run
+_MOMENT = 0.02  # seconds: about the time in which code outside of Python writes the arrays of a snapshot
 
 
 # --- processes that die -----------------------------------------------------------------------------------------------
@@ -32,7 +31,7 @@ def _kill_at_random(trial: Trial) -> None:
 
 
 def _kill_in_saves(trial: Trial) -> None:
-    """Before and after each operation of a save in turn; then within a moment after random ones."""
+    """Kill before and after each operation of a save in turn; then shortly after random operations."""
     struck: set[Any] = set()
 
     def strike(lane: Lane, trigger: Mapping[str, Any]) -> Outcome:
@@ -48,10 +47,10 @@ def _kill_in_saves(trial: Trial) -> None:
 
 
 def _kill_while_saved_again(trial: Trial) -> None:
-    """Before or after operations of a save that replaces the snapshot of the same position.
+    """Kill before or after operations of a save that replaces the snapshot of the same position.
 
-    A signal in an evaluation saves a position whose evaluation is still due. The next process makes up for it, and
-    saves the position again. A training that evaluates nothing saves no position twice; it is killed at random moments.
+    A signal during an evaluation saves a position whose evaluation is still due. The next process evaluates and saves
+    the position again. A training without evaluations saves no position twice; it is killed at random moments.
     """
 
     def interrupted() -> Lane:
@@ -106,7 +105,7 @@ def _kill_worker(trial: Trial) -> None:
         lane.end()
 
 
-# --- the world around -------------------------------------------------------------------------------------------------
+# --- faults of the environment ----------------------------------------------------------------------------------------
 
 
 def _clock_backwards(trial: Trial) -> None:
@@ -115,7 +114,7 @@ def _clock_backwards(trial: Trial) -> None:
         lane = trial.lane()
         lane.go(back, {"do": "kill", "on": "batch", "at": at}, codes=(_KILLED,))
         lane.end(back)
-        lane.injected = min(lane.injected, 1)  # one run on such a clock: the kill, and its second process, are no more
+        lane.injected = min(lane.injected, 1)  # one run on such a clock counts once, with its kill and second process
 
 
 def _raising(on: str, codes: tuple[int, ...]) -> Callable[[Trial], None]:
@@ -133,7 +132,7 @@ def _stdout(place: str) -> Callable[[Trial], None]:
         for at in trial.batches():
             lane = trial.lane()
             lane.go({"do": "signals", "on": "batch", "at": at, "signals": ["SIGTERM"]}, stdout=place)
-            # Python says 120 when the last flush of its output fails; the training does not care.
+            # Python exits with 120 if the last flush of stdout fails; the training is not affected.
             lane.go(stdout=place, codes=(0, 1, 120))
             lane.end()
 
@@ -152,7 +151,7 @@ def _two_at_once(trial: Trial) -> None:
         if "another process is running in this run directory" not in second.stderr:
             lane.problems.append(f"the second run was not refused\n{second.stderr[-2000:]}")
         if at % 2:
-            first.kill()  # the lock of a dead process does not last
+            first.kill()  # the lock of a dead process is released
         gate.write_text("")
         lane.outcome(first, said)
         gate.unlink()

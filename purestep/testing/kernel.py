@@ -1,7 +1,7 @@
-"""What the operating system can be told to do to a process: refuse its writes, obey permissions, give it a small disk.
+"""Faults by the operating system: refuse the writes of a process, enforce permissions, mount a small disk.
 
-So a fault reaches every line that touches the disk, also those of libraries in C++. Linux only, and partly only for
-root; each function that says `why_not` returns the reason where it cannot be done.
+So a fault affects every line that uses the disk, also in C++ libraries. Linux only, and partly only for root; the
+functions `*_why_not` return the reason why a fault is impossible on this machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# Numbers of system calls by machine: seccomp knows nothing else.
+# Numbers of system calls by machine, because seccomp filters by number.
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CALLS: dict[str, dict[str, tuple[int, ...]]] = {
     "x86_64": {
@@ -41,7 +41,7 @@ _CALLS: dict[str, dict[str, tuple[int, ...]]] = {
         "move": (35, 36, 37, 38, 276),
     },
 }
-# What a kernel refuses with which error: a full disk still renames and deletes, one that is read-only does nothing.
+# The refused system calls of each error: a full disk still renames and deletes, a read-only disk does nothing.
 _REFUSED = {
     errno.ENOSPC: ("write", "store", "make", "creating"),
     errno.EIO: ("write", "store", "sync"),
@@ -62,24 +62,24 @@ def _libc() -> ctypes.CDLL:
 
 @functools.cache
 def refusing_why_not() -> str:
-    """Return why system calls of a process cannot be refused here; "" where they can."""
+    """Return why system calls of a process cannot be refused on this machine; "" if they can."""
     if sys.platform != "linux" or platform.machine() not in _CALLS:
         return "needs Linux on x86-64 or arm64"
-    # It cannot be undone, so it is tried elsewhere; this file alone is quickly loaded.
+    # A filter cannot be removed, so it is tried in another process, which loads only this file.
     trial = f"import os, runpy\nrunpy.run_path({__file__!r})['refuse']({errno.EIO}, [])\nos._exit(0)"
     done = subprocess.run([sys.executable, "-I", "-c", trial], capture_output=True, check=False, timeout=60)
     return "" if done.returncode == 0 else "needs seccomp, which this system does not let a process use"
 
 
 def refuse(number: int, spared: Iterable[int]) -> None:
-    """Have the kernel refuse what touches a disk, from here on, in all threads of this process; it cannot be undone.
+    """Make the kernel refuse disk operations from now on, in all threads of this process; this cannot be undone.
 
     Args:
-        number: with which error: ENOSPC, EIO or EROFS. What they leave possible differs as on a real disk.
-        spared: descriptors that may be written to. Pipes and sockets that are open now are spared too.
+        number: the error: ENOSPC, EIO or EROFS. As on a real disk, the error determines the refused operations.
+        spared: descriptors that may be written to, besides the open pipes and sockets.
 
     Raises:
-        OSError: the kernel does not do it.
+        OSError: the kernel refuses the filter.
     """
     machine, kinds = platform.machine(), _REFUSED[number]
     calls, answer = _CALLS[machine], _ERRNO | number
@@ -108,7 +108,7 @@ def refuse(number: int, spared: Iterable[int]) -> None:
 
 
 def _no_files() -> Iterable[int]:
-    """Descriptors of this process that are pipes, sockets and the like."""
+    """Return the descriptors of this process that are no files: pipes, sockets and so on."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if not stat.S_ISREG(os.fstat(int(name)).st_mode):
@@ -129,7 +129,7 @@ def _install(program: bytes, machine: str) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-# The language of filters: lines of (code, jump if true, jump if false, number); offsets are those of `seccomp_data`.
+# Filters are BPF programs: lines of (code, jump if true, jump if false, number); offsets are those of `seccomp_data`.
 
 
 def _line(code: int, number: int, true: int = 0, false: int = 0) -> bytes:
@@ -149,7 +149,7 @@ def _jump_equal(number: int, true: int, false: int) -> bytes:
 
 
 def _when(call: int, then: Sequence[bytes]) -> list[bytes]:
-    """Lines to run for one system call, whose number is loaded; afterwards it is loaded again."""
+    """Return a program that runs lines if the loaded system call has a number, then loads the number again."""
     body = [*then, _load(0)]
     return [_jump_equal(call, 0, len(body)), *body]
 
@@ -169,10 +169,10 @@ _CAPABILITY_VERSION, _OVERRIDES = 0x20080522, (1 << 1) | (1 << 2)  # CAP_DAC_OVE
 
 
 def obey_permissions() -> None:
-    """Make this process obey the permissions of directories, also if it is root. Call it before there are threads.
+    """Make this process obey the permissions of directories, even as root. Call it before starting threads.
 
     Raises:
-        OSError: the kernel does not do it.
+        OSError: the kernel refuses to drop the capabilities.
     """
     if os.geteuid():
         return
@@ -193,7 +193,7 @@ def obey_permissions() -> None:
 
 @functools.cache
 def permissions_why_not() -> str:
-    """Return why a directory cannot lose its write permission for a process here; "" where it can."""
+    """Return why a process cannot lose write permission for a directory on this machine; "" if it can."""
     if os.name != "posix" or (os.geteuid() == 0 and sys.platform != "linux"):
         return "needs a user who is not root, or Linux"
     return ""
@@ -204,7 +204,7 @@ def permissions_why_not() -> str:
 
 @functools.cache
 def small_disk_why_not() -> str:
-    """Return why no small file system can be mounted here; "" where it can."""
+    """Return why no small file system can be mounted on this machine; "" if it can."""
     if sys.platform != "linux" or os.geteuid():
         return "needs root on Linux, to mount a small file system"
     with tempfile.TemporaryDirectory() as place:
@@ -217,7 +217,7 @@ def small_disk_why_not() -> str:
 
 
 def mount(place: Path, nbytes: int) -> None:
-    """Mount a file system in memory of so many bytes on a directory.
+    """Mount a file system of `nbytes` bytes in memory on a directory.
 
     Raises:
         OSError: it cannot be mounted.
@@ -228,6 +228,6 @@ def mount(place: Path, nbytes: int) -> None:
 
 
 def unmount(place: Path) -> None:
-    """Take a file system away, now or as soon as no process uses it."""
+    """Unmount a file system, now or as soon as no process uses it."""
     detach = 2
     _libc().umount2(os.fsencode(place), detach)

@@ -1,7 +1,7 @@
-"""One run directory of the fault harness: processes one after the other in it, and what has to hold after each.
+"""One run directory of the fault harness: a sequence of processes in it, and the checks after each.
 
-Owns the checks: which snapshots were durable, that the newest of them is the one a run resumes from, the digest at the
-end, and that nothing half-written stays.
+Owns the checks: which snapshots are durable, that a run resumes from the newest of them, the final digest, and that no
+partly written files stay.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from purestep.testing.zygote import Child, Zygotes
 
 _HALVES = ("*.purestep-tmp-*", "*.partial")
 _KILLED = -9
-_LONG = 120.0  # seconds: a process that takes longer hangs
+_LONG = 120.0  # seconds after which a process is taken to hang
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is run: a function in a file, or the file as a script."""
+    """The training: a function in a file, or the file as a script."""
 
     file: Path
     function: str | None
@@ -38,7 +38,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One process: its exit code (None for one that hung), and what it reported, in order."""
+    """The result of a process: its exit code (None if it hung), and its reported facts, in order."""
 
     code: int | None
     facts: Sequence[tuple[str, Any]]
@@ -51,15 +51,15 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Straight:
-    """The undisturbed run: what the others are compared with.
+    """The undisturbed run, the reference of all comparisons.
 
     Attributes:
-        digest: of its last snapshot.
-        log: content of its `metrics.csv`, None when it wrote none.
-        operations: what it did to the disk, in order; see `phases.fine`.
-        seconds: how long it took.
-        batches: how many it trained on.
-        nbytes: of all its files.
+        digest: digest of its last snapshot.
+        log: content of its `metrics.csv`; None without one.
+        operations: its operations on the disk, in order; see `phases.fine`.
+        seconds: its duration.
+        batches: number of batches.
+        nbytes: bytes of all its files.
     """
 
     zygotes: Zygotes
@@ -76,7 +76,7 @@ class Straight:
         """Run the job twice.
 
         Raises:
-            AssertionError: it fails, takes no snapshot, or differs from itself.
+            AssertionError: the job fails, takes no snapshot, or has other bits the second time.
         """
         found = []
         for number in (1, 2):
@@ -100,25 +100,25 @@ class Straight:
 
     @property
     def save_phases(self) -> tuple[str, ...]:
-        """What it did in saves, each thing once."""
+        """The distinct operations within saves."""
         return tuple(dict.fromkeys(name for name in self.operations if phases.in_save(name)))
 
 
 class Lane:
-    """A run directory, `run` in a place of its own.
+    """A run directory, `run`, in a separate folder.
 
     Attributes:
-        injected: faults that happened in it.
-        lost: snapshots that were durable before a fault, and not what a run resumed from after it.
-        right: whether it has ended with the right digest.
-        problems: what went wrong.
+        injected: number of faults that were injected.
+        lost: number of durable snapshots from which a run did not resume after a fault.
+        right: whether the run has ended with the right digest.
+        problems: descriptions of failures.
     """
 
     def __init__(self, base: Straight, place: Path, *, logged: bool = True) -> None:
         self.base, self.place, self.logged = base, place, logged
         self.run_dir = place / "run"
         self.shadow = place.with_name(f"{place.name}.shadow")
-        self.mend: Callable[[], None] = lambda: None  # done to the disk after each process
+        self.mend: Callable[[], None] = lambda: None  # repairs the disk after each process
         self.injected = self.lost = self._processes = 0
         self.right = False
         self._digest: str | None = None
@@ -131,9 +131,9 @@ class Lane:
         """Start a process; return it and the file of its report.
 
         Args:
-            shims: what is injected.
-            stdout: "closed" from the start, "broken": a pipe that nobody reads, or a path.
-            verify: read the last snapshot back after a good end.
+            shims: the faults to inject.
+            stdout: "closed" from the start, "broken" (a pipe without a reader), or a path.
+            verify: whether to read the last snapshot back after a successful end.
         """
         self._processes += 1
         report = self.place.with_name(f"{self.place.name}.report-{self._processes}")
@@ -152,7 +152,7 @@ class Lane:
         return started, report
 
     def outcome(self, process: Child, report: Path) -> Outcome:
-        """Wait for a process, and read what it said."""
+        """Wait for a process, and read its report."""
         code: int | None
         with process:
             try:
@@ -173,14 +173,14 @@ class Lane:
         verify: bool = False,
         damaged: Sequence[int] = (),
     ) -> Outcome:
-        """Run a process to its end, and check what it began with.
+        """Run a process to its end, and check the snapshot from which it resumed.
 
         Args:
-            shims: what is injected.
-            codes: exit codes that are right.
-            kill_after: SIGKILL it after so many seconds.
+            shims: the faults to inject.
+            codes: the expected exit codes.
+            kill_after: seconds after which the process gets SIGKILL.
             stdout, verify: see `begin`.
-            damaged: snapshots that the fault has spoiled: a run may resume from the one before.
+            damaged: snapshots that the fault has damaged, so that a run may resume from the previous one.
         """
         before = self.durable()
         process, report = self.begin(*shims, stdout=stdout, verify=verify)
@@ -191,7 +191,7 @@ class Lane:
                 process.kill()
         outcome = self.outcome(process, report)
         self.mend()
-        # A process that is to die later may have ended in the meantime.
+        # The process may have ended before it is killed.
         kills = outcome.values("injected").count("kill") + (kill_after is not None)
         self.injected += len(outcome.values("injected")) + (kill_after is not None)
         self.injected -= 0 if outcome.code == _KILLED else kills
@@ -213,7 +213,7 @@ class Lane:
             self.problems.append(f"snapshot {gone[0]} has gone, and no later one is there")
 
     def end(self, *shims: Mapping[str, Any], damaged: Sequence[int] = ()) -> None:
-        """Run the job to its end, undisturbed, unless it is there already; and compare."""
+        """Run the job undisturbed to its end, unless it has ended already, and compare."""
         if not self.complete:
             self.go(*shims, codes=(0,), verify=True, damaged=damaged)
         halves = [str(path) for pattern in _HALVES for path in self.run_dir.rglob(pattern)]
@@ -232,10 +232,10 @@ class Lane:
 
     @property
     def complete(self) -> bool:
-        """Whether a process has run the job to its end, and read the last snapshot back."""
+        """Whether a process has run the job to its end and read the last snapshot back."""
         return self._digest is not None
 
-    # --- what is on the disk ------------------------------------------------------------------------------------------
+    # --- files on the disk ------------------------------------------------------------------------------------------
 
     def durable(self) -> list[int]:
         """Return the steps of the snapshots that are complete on the disk, in order."""
@@ -249,7 +249,7 @@ class Lane:
 
 @contextlib.contextmanager
 def _stream(stdout: str) -> Iterator[int]:
-    """What a process gets as its standard output, as `zygote` takes it."""
+    """Yield the descriptor of a process's standard output, for `zygote`."""
     if stdout in ("", "closed"):
         yield subprocess.PIPE
         return
@@ -265,7 +265,7 @@ def _stream(stdout: str) -> Iterator[int]:
 
 
 def facts_of(report: Path) -> list[tuple[str, Any]]:
-    """Return what a process has reported so far."""
+    """Return the facts that a process has reported so far."""
     try:
         text = report.read_text()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Names for what a run does to its directory: the moments at which a fault can strike, the same in every run.
+"""Names of the operations of a run on its directory, equal in every run: the moments at which a fault can strike.
 
-`fine` tells every operation on every file of a snapshot apart, `coarse` the stages that they belong to.
+`fine` distinguishes every operation on every file of a snapshot, `coarse` only the stages of a save.
 """
 
 from __future__ import annotations

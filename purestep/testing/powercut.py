@@ -1,9 +1,8 @@
-"""A power cut, simulated: what of a directory tree would be on the disk if the machine lost power now.
+"""A simulated power cut: the directory tree that would be on the disk if the machine lost power now.
 
-`Recorder` notes in the running process what each fsync made durable: the bytes of a file, or the entries of a
-directory.
-`cut` rebuilds the tree from these notes alone. What was never forced to the disk is gone, empty, or (as the file system
-may have written it in passing) there: a draw decides for each.
+`Recorder` records in the running process what each fsync made durable: the bytes of a file, or the entries of a
+directory. `cut` rebuilds the tree from these records. Data without an fsync is missing, empty, or present (the file
+system may have written it already), at random for each file.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from pathlib import Path
 
 
 class Recorder:
-    """Notes of one process, in a directory of its own: one file for each fsync, numbered in order.
+    """The records of the durable data, one file for each file or directory.
 
     Args:
-        shadow: directory of the notes; later processes go on in it.
-        run_dir: the tree. When there are no notes yet, all that it holds is taken as durable: the machine has just
-            started.
+        shadow: directory of the records; later processes continue them.
+        run_dir: the tree. If there are no records yet, all its files count as durable, as after a start of the machine.
     """
 
     def __init__(self, shadow: Path, run_dir: Path) -> None:
@@ -36,7 +34,7 @@ class Recorder:
             self._keep(str(path))
 
     def note(self, name: str, path: str, target: str = "") -> None:
-        """Hear of an operation that is about to happen: fsync keeps what is there now."""
+        """Record an operation that is about to happen: an fsync keeps the present content."""
         if name in ("unlink", "rmdir"):
             self._forget(path)
         elif name in ("rename", "replace"):
@@ -57,7 +55,7 @@ class Recorder:
                 partial.rename(self.shadow / f"{key}.bytes")
 
     def _forget(self, path: str) -> None:
-        """The inode may be used again: what comes then is another file."""
+        """Forget a deleted file, because its inode may be reused for another."""
         with contextlib.suppress(OSError):
             inode = os.lstat(path).st_ino
             with self._lock:
@@ -70,7 +68,7 @@ def _version(shadow: Path, inode: int) -> int:
 
 
 def _key(shadow: Path, inode: int) -> str:
-    """Name what is now behind an inode."""
+    """Return the name of the file that has an inode now."""
     return f"{inode}.{_version(shadow, inode)}"
 
 
@@ -79,13 +77,13 @@ def _entries(shadow: Path, directory: Path) -> dict[str, str]:
 
 
 def cut(run_dir: Path, shadow: Path, *, seed: int, durable_only: bool) -> None:
-    """Turn a run directory into what a power cut at this moment leaves of it.
+    """Replace a run directory by the files that a power cut at this moment leaves.
 
     Args:
-        run_dir: the directory; its process has been killed. That it exists is taken as durable.
-        shadow: notes of the `Recorder`.
-        seed: of what survives by luck.
-        durable_only: nothing survives by luck: only what was forced to the disk is there.
+        run_dir: the directory, whose process has been killed; its own existence counts as durable.
+        shadow: records of the `Recorder`.
+        seed: seed of the data without an fsync that survives.
+        durable_only: whether only data with an fsync survives.
     """
     draw = random.Random(seed)
     rebuilt = run_dir.with_name(f"{run_dir.name}.after-cut")
@@ -102,7 +100,7 @@ def cut(run_dir: Path, shadow: Path, *, seed: int, durable_only: bool) -> None:
             entries = json.loads(listing.read_text()) if listing.exists() else {}
             present = {} if now is None else _entries(shadow, now)
             for name in sorted({*entries, *present}):
-                # An entry that was added, removed or renamed since the last fsync is as it was, or as it is by luck.
+                # An entry that was added, removed or renamed since the last fsync has its old or new form, at random.
                 chosen = present.get(name) if entries.get(name) == present.get(name) or lucky() else entries.get(name)
                 if chosen is not None:
                     rebuild(chosen, target / name)

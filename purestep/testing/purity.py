@@ -22,17 +22,17 @@ from purestep.step_protocol import facts_of
 def check_pure(step: Callable[[Any, Any], Any], state: object, batch: object) -> None:
     """Prove that a step is pure, by calling it twice: contract 1.
 
-    It must leave its inputs bitwise unchanged and unaliased in place, the python, numpy and torch generators unmoved,
-    give the same bits both times, and change no attribute of a model the second time (a cache may be built in the
-    first).
+    The step must not change its inputs bitwise or write into their memory, must not advance the generators of Python,
+    numpy and torch, must return the same bits both times, and must change no attribute of a model the second time (the
+    first call may build a cache).
 
     Args:
         step: any function of (state, batch): a training step, hand-written or made, or an evaluation step.
-        state: a state it takes.
-        batch: a batch it takes.
+        state: a state for the step.
+        batch: a batch for the step.
 
     Raises:
-        AssertionError: it is not pure; the message says what changed, with the path.
+        AssertionError: the step is not pure; the message names the change and its path.
 
     Examples:
         >>> check_pure(lambda state, batch: (state + batch, {}), torch.zeros(()), torch.ones(()))

@@ -1,4 +1,4 @@
-"""`check_resume`: the proof that a run stopped anywhere and resumed has the bits of the straight one, contract 2."""
+"""`check_resume`: the proof that a run stopped anywhere and resumed has the bits of the undisturbed one, contract 2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from purestep.loop.run import Run
 
 
 def comparable(loop: LoopState) -> dict[str, Any]:
-    """Return all of a loop state that must not depend on interruptions: everything but the clock."""
+    """Return the parts of a loop state that must not depend on interruptions: all but the clock."""
     return {
         "train": loop.train,
         "cursor": loop.cursor,
@@ -41,16 +41,16 @@ def check_resume(
 ) -> None:
     """Prove that a run stopped anywhere and resumed has the bits of the undisturbed run: contract 2.
 
-    The run is made once straight, and for each k once stopped after k batches, thrown away, and resumed from its
-    snapshot with everything made anew. Train state, data cursor, callbacks' states and metrics have to be equal bit
-    for bit.
+    The run is executed once without interruption, and for each k once stopped after k batches and resumed from its
+    snapshot, with all objects made anew. Train state, data cursor, callbacks' states and metrics must be equal bit for
+    bit.
 
     Args:
-        make: returns the keyword arguments of `fit` (step, state, train, callbacks, ...) afresh, without `until` and
+        make: returns new keyword arguments of `fit` (step, state, train, callbacks, ...), without `until` and
             `run_dir`.
-        batches: length of the run.
-        at: the moments k to stop at; all of 1 ... batches - 1 by default.
-        run_dir: directory for the runs; a temporary one by default.
+        batches: length of the run in batches.
+        at: the numbers k of batches to stop at; by default 1 ... batches - 1.
+        run_dir: directory of the runs; a temporary one by default.
 
     Raises:
         AssertionError: with the first paths that differ.

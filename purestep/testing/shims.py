@@ -1,10 +1,9 @@
-"""What the fault harness installs in a process before its run: triggers, and what they set off.
+"""Shims that the fault harness installs in a process before its run: triggers, and the faults that they start.
 
-A trigger waits for the `at`-th time that something happens: an operation on the run directory ("os": before and after
-each; "phase": before or after one of a name, see `phases`), a batch ("batch"), a row of the log ("log"), reactions of
-callbacks ("react"), a batch that is evaluated ("evaluate"); or it is there from the beginning ("start"). With `later`
-in the place of `at` it counts from the last fault. All of it is patched in one process that ends soon;
-nothing here is used by a run of a user's.
+A trigger waits for the `at`-th event of a kind: an operation on the run directory ("os": before and after each;
+"phase": before or after one of a name, see `phases`), a batch ("batch"), a row of the log ("log"), reactions of
+callbacks ("react"), an evaluated batch ("evaluate"); or it fires at the beginning ("start"). With `later` in place of
+`at` it counts from the last fault. Shims patch only the processes of the harness, never a user's run.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from purestep.testing import kernel, phases
 from purestep.testing.powercut import Recorder
 
 Shim = Mapping[str, Any]
-# What changes a directory tree, and what makes it durable: each call is a moment at which a process may die.
+# Operations that change a directory tree or make it durable: each call is a moment at which a process may die.
 _OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
 
 
 class Injector:
-    """Counts what happens in this process, and sets off the shims that are due."""
+    """Counts the events of this process, and starts the shims that are due."""
 
     def __init__(self, shims: Sequence[Shim], report: Path) -> None:
         self.shims = shims
         self._one_at_a_time = threading.RLock()
-        # Open from the start: later the disk may refuse.
+        # Opened at the start, because the disk may refuse later.
         self.report = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.counts: Counter[Any] = Counter()
         self.undo: list[Callable[[], None]] = []
@@ -51,7 +50,7 @@ class Injector:
         self.counting = any(s["do"] == "count" for s in shims)
 
     def note(self, kind: str, value: object) -> None:
-        """Append a fact to the report, which survives whatever comes next; a limit on files is not for it."""
+        """Append a fact to the report before a fault is injected; the file size limit does not apply to the report."""
         with self._one_at_a_time:
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
@@ -59,7 +58,7 @@ class Injector:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def tick(self, on: str, *names: str) -> None:
-        """Count one more of something, and set off what is due at this count."""
+        """Count one more event, and start the shims that are due at this count."""
         keys: list[Any] = [(on, name) for name in names] or [on]
         for key in keys:
             self.counts[key] += 1
@@ -70,9 +69,9 @@ class Injector:
                     self.set_off(shim)
 
     def set_off(self, shim: Shim) -> None:
-        """Do what a shim says, and report it first, with the number of batches so far."""
+        """Report a shim and the number of batches so far, then start its fault."""
         kind = _TOLD.get(shim["do"], "injected")
-        with self._one_at_a_time:  # nothing is healed before it is broken
+        with self._one_at_a_time:  # a fault starts before it is healed
             self.note(kind, shim["do"])
             self.note(f"{kind} after", self.counts["batch"])
             _ACTIONS[shim["do"]](self, shim)
@@ -82,7 +81,7 @@ class Injector:
     # --- operations of the operating system ---------------------------------------------------------------------------
 
     def operation(self, name: str, path: str, call: Callable[[], Any], target: str = "") -> Any:
-        """Do an operation. It is a moment twice: a process may die before and after it."""
+        """Run an operation, with a moment before it and one after it, at which a process may die."""
         if not self.under or not (path + os.sep).startswith(self.under + os.sep):
             return call()
         phase = phases.fine(name, path[len(self.under) :])
@@ -118,12 +117,12 @@ def install(shims: Sequence[Shim], *, report: Path) -> Injector:
     """Patch this process.
 
     Args:
-        shims: each says `do` (what), and for most `on` and `at` (when, counted from 1); `run_dir` limits operations to
-            those under it.
-        report: file that facts are appended to, a JSON list a line.
+        shims: each has `do` (the fault), and most have `on` and `at` (the event, counted from 1); `run_dir` limits
+            operations to paths under it.
+        report: file to which facts are appended, a JSON list on each line.
 
     Returns:
-        What counts in this process.
+        The injector of this process.
     """
     injector = Injector(shims, report)
     _watch_start(injector)
@@ -163,7 +162,7 @@ def _opening(injector: Injector) -> Callable[..., Any]:
 
 
 def _watch_start(injector: Injector) -> None:
-    """Report which snapshot a run begins with, and what it does when one cannot be written."""
+    """Report the snapshot from which a run resumes, and each snapshot that cannot be written."""
     from purestep.loop import resume
     from purestep.loop.saving import Saving
 
@@ -227,7 +226,7 @@ def _count_calls(injector: Injector) -> None:
 
 
 def _kill(injector: Injector, shim: Shim) -> None:
-    """Die at once, or within a moment: then it is in whatever comes next, in Python or not."""
+    """Kill this process at once, or shortly afterwards: then also within code outside of Python."""
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -259,7 +258,7 @@ def _limit_files(injector: Injector, shim: Shim) -> None:
 
 
 def _fill_disk(injector: Injector, shim: Shim) -> None:
-    """Another program takes all the space that is left on the disk."""
+    """Fill the free space of the disk, as another program would."""
     ballast = Path(shim["ballast"])
     descriptor, size = os.open(ballast, os.O_WRONLY | os.O_CREAT), 0
     with contextlib.suppress(OSError):
@@ -271,7 +270,7 @@ def _fill_disk(injector: Injector, shim: Shim) -> None:
 
 
 def _take_permission(injector: Injector, shim: Shim) -> None:
-    """Directories lose their write permission, and get it back when healed."""
+    """Remove the write permission of directories until the fault is healed."""
     for place in [path for path, _, _ in os.walk(shim["place"])]:
         with contextlib.suppress(FileNotFoundError):
             os.chmod(place, 0o555)
@@ -281,7 +280,7 @@ def _take_permission(injector: Injector, shim: Shim) -> None:
 def give_permission(place: Path) -> None:
     """Make a tree of directories writable again."""
     for path, _, _ in os.walk(place):
-        with contextlib.suppress(FileNotFoundError):  # the run deletes what is half-written meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the run may delete partly written files meanwhile
             os.chmod(path, 0o755)
 
 
@@ -290,7 +289,7 @@ def _raise(injector: Injector, shim: Shim) -> None:
 
 
 def _turn_clock_back(injector: Injector, shim: Shim) -> None:
-    """From here on the wall clock runs backwards, an hour a second; the monotonic clock cannot."""
+    """Let the wall clock run backwards from now on, an hour a second; the monotonic clock is unchanged."""
     wall, since = time.time, time.monotonic()
 
     def backwards() -> float:

@@ -1,7 +1,7 @@
-"""`check_transformation`: the proof that a gradient transformation keeps the protocol and that its scope is true.
+"""`check_transformation`: the proof that a gradient transformation keeps the protocol and declares the right scope.
 
-A false scope is the one mistake that no run shows: slices and shards are updated, only otherwise. Ranks are simulated
-by threads that exchange through a barrier, so the proof needs one process and goes through the code of a real plan.
+No run shows a wrong scope: slices and shards are then updated wrongly without an error. Threads that exchange through a
+barrier simulate ranks, so the proof needs one process and executes the code of a real plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from purestep.optim.scope import Scope, ShardAware, fused_on_shards, inside, sco
 from purestep.sharding import ddp, exact_norm, full_tensors
 from purestep.sharding.leaf_roles import follow
 
-# Sizes that neither 2 nor 3 ranks nor the registers of a processor divide, and a leaf of each number of dimensions.
+# A leaf of each number of dimensions, with sizes that are no multiples of 2 or 3 ranks or of a vector register.
 _SHAPES: dict[str, tuple[int, ...]] = {"matrix": (19, 7), "vector": (37,), "kernel": (5, 3, 4), "scalar": ()}
 _LIMITS = (5, 40)  # elements above which the slices of one process begin
 _RANKS = ((2, 0), (3, 0), (2, -1))  # simulated ranks, and the dimension along which they share each tensor
@@ -38,7 +38,7 @@ _WHY = {
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What one update is given, and what comes of it in full."""
+    """The inputs of one update, and its results on full tensors."""
 
     number: int
     grads: Any
@@ -54,7 +54,7 @@ class _Step:
 
 @dataclasses.dataclass(frozen=True)
 class _Tolerance:
-    """How far two numbers may be apart; bits where both are 0."""
+    """The tolerance of a comparison; bits are compared if both numbers are 0."""
 
     rtol: float
     atol: float
@@ -71,30 +71,31 @@ def check_transformation(
     rtol: NonNegative[float] = 0.0,
     atol: NonNegative[float] = 0.0,
 ) -> None:
-    """Prove that a transformation keeps the protocol, and that it may be separated as its `scope` says.
+    """Prove that a transformation keeps the protocol, and that its update may be split as its `scope` allows.
 
-    For each seed it is updated a few times with random gradients. Each update must leave what it is given unchanged,
-    give the same bits again, take unknown keywords, and keep structure, shapes and dtypes. Then each is done again:
+    For each seed the transformation makes several updates with random gradients. An update must not change its
+    arguments, must return the same bits again, accept unknown keywords, and keep structure, shapes and dtypes. Then
+    each update is repeated on parts:
 
     - "element": slice by slice, as long tensors are on one process;
     - "element" and "tensor": one tensor at a time, from `init` on;
     - every scope: on the shards of 2 and 3 simulated ranks, along the first and the last dimension.
 
-    The results must be those of the update in full.
+    The results must equal those of the update on full tensors.
 
     Args:
-        tx: the transformation; where one that is made of others fails, the part at fault is named.
+        tx: the transformation; if a part of a combination fails, the error names the part.
         params: floating-point tensors; by default a matrix, a vector, a kernel of three dimensions and a scalar of
-            float32, and for the protocol a bfloat16 tensor besides. Give your own to a rule for matrices only.
-        value_fn: params -> loss, 0-d, for transformations that evaluate the loss; gradients are then those of it.
-        seeds: how many sequences of random gradients.
-        steps: updates of each.
-        rtol, atol: how far numbers may be from those in full, relative and absolute; 0 and 0 compare bits.
-            `fused=True` needs some 1e-6: torch's fused kernels round an element by where it lies in memory.
+            float32, and for the protocol also a bfloat16 tensor. Pass your own for a rule of matrices only.
+        value_fn: params -> loss, 0-d, for transformations that evaluate the loss; gradients are then computed from it.
+        seeds: number of sequences of random gradients.
+        steps: number of updates in each.
+        rtol, atol: tolerance relative to the results on full tensors; 0 and 0 compare bits. `fused=True` needs about
+            1e-6, because the rounding of torch's fused kernels depends on an element's position in memory.
 
     Raises:
         ConfigError: `tx` is no transformation, or an argument is out of range.
-        AssertionError: what does not hold; the message names the leaf, the first element that differs and the scope to
+        AssertionError: a check fails; the message names the leaf, the first element that differs and the scope to
             declare.
 
     Examples:
@@ -125,7 +126,7 @@ def check_transformation(
         failed = _failed(tx, done, near)
         if failed is None:
             continue
-        # The part at fault says more about it than the whole does.
+        # The error of a part is more precise than that of the combination.
         for part in inside(tx):
             if not isinstance(part, GradientTransformation):
                 continue
@@ -158,7 +159,7 @@ def _is_number(p: object) -> bool:
 
 
 def _failed(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> tuple[Scope, str, str] | None:
-    """Return the claim of a transformation that fails, where, and what to write instead; None where all hold."""
+    """Return the scope that fails, where, and what to write instead; None if the declared scope holds."""
     claim = scope_of(tx)
     if claim == "element" and (found := _first(_sliced(tx, done, near))):
         alone = _first(_one_by_one(tx, done, near)) is None
@@ -168,7 +169,7 @@ def _failed(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> 
     if found := _first(_sharded(tx, done, near)):
         if isinstance(tx, ShardAware):
             return claim, found, "no ShardAware among its bases: then it is given full tensors"
-        # A wrapper is given shards by what it says of itself, whatever is in it.
+        # Whether a wrapper itself gets shards depends on its own scope, not on its parts.
         return tx.scope, found, f'scope = "{"tensor" if claim == "element" else "tree"}"'
     return None
 
@@ -177,13 +178,13 @@ def _first(found: Iterator[str]) -> str | None:
     return next(found, None)
 
 
-# --- the update in full -----------------------------------------------------------------------------------------------
+# --- the update on full tensors ---------------------------------------------------------------------------------------
 
 
 def _straight(
     tx: GradientTransformation, params: object, seed: int, steps: int, value_fn: Callable[[Any], Any] | None
 ) -> list[_Step]:
-    """Return the updates in full, each of them held to the protocol."""
+    """Return the updates on full tensors, each checked against the protocol."""
     state = tx.init(params)
     _check_alias(tx, state, params)
     done = []
@@ -202,7 +203,7 @@ def _straight(
 def _protocol(
     tx: GradientTransformation, number: int, grads: object, state: object, params: object, extra: dict[str, Any]
 ) -> _Step:
-    """Update twice, and refuse what no step could bear."""
+    """Update twice, and check the rules that every step relies on."""
     kept = tree.map(_copy, (grads, state, params))
     updates, following = tx.update(grads, state, params, **extra)
     for name, old, now in zip(("updates", "state", "params"), kept, (grads, state, params), strict=True):
@@ -250,7 +251,7 @@ def _check_kept(what: str, old: object, new: object, root: str, *, dtypes: bool 
 
 
 def _check_alias(tx: GradientTransformation, state: object, params: object) -> None:
-    """Refuse an initial state that holds a tensor twice, or a parameter itself: neither could be donated."""
+    """Refuse an initial state that holds a tensor twice, or a parameter itself, because it could not be donated."""
     seen: dict[int, str] = {}
     named = zip(tree.paths(params, "params") + tree.paths(state, "state"), tree.leaves((params, state)), strict=True)
     for path, leaf in named:
@@ -274,7 +275,7 @@ def _broken(what: str, where: str, why: str | None = None, instead: str | None =
 
 
 def _sliced(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> Iterator[str]:
-    """Yield how updates slice by slice differ, as `kernels.sliced` does them for long tensors of flat parameters."""
+    """Yield the differences of updates slice by slice, as `kernels.sliced` makes them for long tensors."""
     for step in done:
         if type(step.params) is not dict:
             return
@@ -284,7 +285,7 @@ def _sliced(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> 
             state, params = tree.map(_copy, (step.state, step.params))
             try:
                 found = sliced.sliced(tx, step.grads, state, params, reuse=reuse, limit=limit, **step.extra)
-            except Exception as error:  # whatever a user's formula makes of a slice
+            except Exception as error:  # a user's formula may raise anything on a slice
                 yield f"{how}: {type(error).__name__}: {error}"
                 return
             if found is not None:
@@ -292,7 +293,7 @@ def _sliced(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> 
 
 
 def _one_by_one(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> Iterator[str]:
-    """Yield how updates differ where each tensor is a tree of its own, from `init` on."""
+    """Yield the differences of updates of one tensor at a time, from `init` on."""
     structure = tree.structure(done[0].params)
     for at, name in enumerate(tree.names(done[0].params)):
         state = None
@@ -306,14 +307,14 @@ def _one_by_one(tx: GradientTransformation, done: list[_Step], near: _Tolerance)
             try:
                 state = tx.init(params) if state is None else state
                 updates, state = tx.update(grads, state, params, **step.extra)
-            except Exception as error:  # whatever a user's formula makes of one tensor
+            except Exception as error:  # a user's formula may raise anything on one tensor
                 yield f"{how}: {name}: {type(error).__name__}: {error}"
                 return
             yield from _differences(how, ("updates",), (expected,), (updates,), near)
 
 
 def _sharded(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> Iterator[str]:
-    """Yield how updates of the shards of simulated ranks differ from those of one rank under the same plan."""
+    """Yield the differences of updates on the shards of simulated ranks from those of one rank under the same plan."""
     for step in done:
         try:
             alone = _on_ranks(tx, step, 1, 0)[0]
@@ -324,7 +325,7 @@ def _sharded(tx: GradientTransformation, done: list[_Step], near: _Tolerance) ->
                 for rank, result in enumerate(ranks):
                     expected = shards.of(alone, rank)
                     yield from _differences(f"{how}, rank {rank}", _ROOTS, expected, result, near)
-        except Exception as error:  # whatever a user's formula makes of a shard
+        except Exception as error:  # a user's formula may raise anything on a shard
             yield f"on the shards of simulated ranks, {step}: {type(error).__name__}: {error}"
             return
 
@@ -348,7 +349,7 @@ def _differences(
 
 
 def _apart(a: Tensor, b: Tensor, near: _Tolerance) -> Tensor:
-    """Return which elements differ: in their bits, or by more than a tolerance."""
+    """Return a mask of the elements that differ, in their bits or by more than a tolerance."""
     if near.rtol or near.atol:
         return ~torch.isclose(a, b, rtol=near.rtol, atol=near.atol, equal_nan=True)
     raw = [x.detach().contiguous().reshape(-1, 1).view(torch.uint8) for x in (a, b)]
@@ -361,14 +362,14 @@ _ROOTS = ("updates", "state", "params")
 
 
 class _Shards:
-    """Which part of each leaf of a step each of several ranks holds: consecutive rows, the last ranks may hold none."""
+    """The shards of the leaves of a step: consecutive rows for each rank; the last ranks may hold none."""
 
     def __init__(self, step: _Step, size: int, dim: int) -> None:
         self.size, self.dim = size, dim
         self.shapes = {
             n: tuple(p.shape) for n, p in zip(tree.names(step.params), tree.leaves(step.params), strict=True)
         }
-        # Which leaf of the optimizer state follows which parameter: what places them under a real plan.
+        # The parameter of each leaf of the optimizer state, which determines its placement under a real plan.
         roles = follow({"opt_state": step.state, "params": step.params})
         self.followed = [leaf.name is not None for leaf in roles if leaf.kind != "params"]
 
@@ -381,14 +382,14 @@ class _Shards:
         return tree.map(cut, updates), tree.unflatten(structure, held), tree.map(cut, params)
 
     def cut(self, leaf: Tensor, rank: int) -> Tensor:
-        """Return the shard of a rank, in memory of its own."""
+        """Return a copy of the shard of a rank."""
         if leaf.dim() == 0 or self.size == 1:
             return leaf
         start, length = self.rows(tuple(leaf.shape), rank)
         return leaf.narrow(self.dim, start, length).clone(memory_format=torch.contiguous_format)
 
     def rows(self, shape: tuple[int, ...], rank: int) -> tuple[int, int]:
-        """Return where the shard of a rank begins along the dimension, and how long it is."""
+        """Return the start of the shard of a rank along the dimension, and its length."""
         count = shape[self.dim]
         most = -(-count // self.size)
         start = min(rank * most, count)
@@ -402,7 +403,7 @@ class _Shards:
 
 
 class _Exchange:
-    """The messages of simulated ranks, one thread each: all send one and get all, at the same moment."""
+    """An all-gather between simulated ranks, which are threads."""
 
     def __init__(self, size: int) -> None:
         self.sent: list[tuple[str, Any]] = [("", None)] * size
@@ -419,7 +420,7 @@ class _Exchange:
 
 
 class _Rank(full_tensors.Whole):
-    """What an update on one simulated rank can ask about the full tensors, as `Whole` answers it on real ranks."""
+    """The exchange of an update on one simulated rank with the others, as `Whole` is on real ranks."""
 
     def __init__(self, shards: _Shards, rank: int, exchange: _Exchange, given: Sequence[Any]) -> None:
         super().__init__(ddp(), {})
@@ -469,7 +470,7 @@ class _Rank(full_tensors.Whole):
 
 
 def _on_ranks(tx: GradientTransformation, step: _Step, size: int, dim: int) -> list[tuple[Any, Any, Any]]:
-    """Return `(updates, state, params)` after an update, as each of some simulated ranks has them."""
+    """Return `(updates, state, params)` after an update for each simulated rank."""
     shards, exchange = _Shards(step, size, dim), _Exchange(size)
     results: list[Any] = [None] * size
     failed: list[Exception] = []
@@ -482,7 +483,7 @@ def _on_ranks(tx: GradientTransformation, step: _Step, size: int, dim: int) -> l
                 results[rank] = updates, following, tx.apply(params, updates, following)
             exchange(rank, "nothing more")
         except threading.BrokenBarrierError:
-            pass  # another rank failed, and says why
+            pass  # another rank failed, and its error is raised
         except Exception as error:
             failed.append(error)
             exchange.barrier.abort()
@@ -506,7 +507,7 @@ def _draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
 
 
 def _gradients(params: object, seed: int, value_fn: Callable[[Any], Any] | None) -> Any:
-    """Return gradients of sizes that differ from element to element, some of them 0; or those of a loss."""
+    """Return the gradients of a loss, or random gradients of different magnitudes, some of them 0."""
     if value_fn is not None:
         return torch.func.grad(value_fn)(params)
     generator = torch.Generator().manual_seed(seed)

@@ -31,7 +31,7 @@ def assert_trees_close(
     atol: NonNegative[float] = 1e-8,
     root: str = "",
 ) -> None:
-    """Raise AssertionError unless two trees have the same paths and values that are close.
+    """Raise AssertionError unless two trees have the same paths and close values.
 
     Examples:
         >>> assert_trees_close({"w": torch.ones(2)}, {"w": torch.ones(2) + 1e-7})

@@ -1,4 +1,4 @@
-"""What a fault is, what it gets to work with, and lanes that are struck again and again until their run is complete."""
+"""The types of a fault: `Fault`, the `Trial` that it works with, and `Lanes` for repeated faults in a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from purestep.testing import phases
 from purestep.testing.lane import Lane, Outcome, Straight
 
-_TRIES = 4  # processes in which a phase has to come up; only the last of a run may lack it
+_TRIES = 4  # processes within which a phase must occur; the last process of a run may lack it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Fault:
     """A fault.
 
     Attributes:
-        name: in the table.
-        times: how often it is injected at least.
-        inject: what is done.
-        needs_workers: whether the job has to have worker processes.
-        logged: whether `metrics.csv` has to be that of the undisturbed run.
-        why_not: says why it cannot be injected on this machine; "" where it can.
+        name: name in the table.
+        times: least number of injections.
+        inject: injects the fault in a trial.
+        needs_workers: whether the job must have worker processes.
+        logged: whether `metrics.csv` must equal that of the undisturbed run.
+        why_not: returns why the fault cannot be injected on this machine; "" if it can.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Fault:
 
 @dataclasses.dataclass
 class Trial:
-    """What a fault gets: new lanes, the undisturbed run, how often to strike, and where to say what it reached.
+    """The context in which a fault is injected.
 
     Attributes:
         lane: makes a new lane.
         base: the undisturbed run.
-        seed: of the random moments.
-        times: how often to strike.
-        stack: what is undone when the fault is done with.
-        reached: phases of a save that were struck, and those there are.
+        seed: seed of the random moments.
+        times: number of injections.
+        stack: cleanup at the end of the fault.
+        reached: number of phases of a save in which the fault was injected, and of all phases.
     """
 
     lane: Callable[[], Lane]
@@ -57,7 +57,7 @@ class Trial:
     reached: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        self.draw = random.Random(self.seed)  # every fault has moments of its own
+        self.draw = random.Random(self.seed)  # each fault draws its own moments
 
     def batches(self) -> Iterator[int]:
         """Yield random moments of the run, in batches; one for each time."""
@@ -65,7 +65,7 @@ class Trial:
 
 
 class Lanes:
-    """Lanes that are struck until their run is complete, or often enough; then they finish undisturbed."""
+    """Lanes with up to `strikes` faults each before their run is complete; then they finish undisturbed."""
 
     def __init__(self, trial: Trial, *, strikes: int) -> None:
         self.trial, self.strikes = trial, strikes
@@ -79,7 +79,7 @@ class Lanes:
 
     @property
     def well(self) -> bool:
-        """Whether nothing has gone wrong."""
+        """Whether there are no failures."""
         return not any(lane.problems for lane in self._all)
 
     @property
@@ -87,7 +87,7 @@ class Lanes:
         return [*self.done, *([] if self.lane is None else [self.lane])]
 
     def next(self) -> Lane:
-        """Return the lane to strike."""
+        """Return the lane for the next fault."""
         if self.lane is not None and (self.lane.complete or self.lane.injected >= self.strikes):
             self.end()
         if self.lane is None:
@@ -95,7 +95,7 @@ class Lanes:
         return self.lane
 
     def end(self) -> None:
-        """Let the present lane finish."""
+        """Let the current lane finish."""
         if self.lane is not None:
             self.lane.end()
             self.done.append(self.lane)
@@ -106,14 +106,14 @@ Strike = Callable[[Lane, Mapping[str, Any]], Outcome]
 
 
 def in_each_phase(trial: Trial, names: Sequence[str], sides: Sequence[str], strike: Strike, *, strikes: int) -> None:
-    """Strike before or after each of some phases, once at least, and then at random ones until it is often enough.
+    """Inject a fault before or after each of the phases at least once, then at random ones up to `trial.times`.
 
     Args:
-        trial: of the fault.
-        names: of the phases.
+        trial: the trial of the fault.
+        names: names of the phases.
         sides: "before", "after", or both.
         strike: runs a process of a lane with a fault that waits for a trigger, the second argument.
-        strikes: after how many a lane may finish.
+        strikes: number of faults after which a lane may finish.
     """
     every = [(name, side) for name in names for side in sides]
     waiting, tries, lanes = deque(every), 0, Lanes(trial, strikes=strikes)
@@ -131,5 +131,5 @@ def in_each_phase(trial: Trial, names: Sequence[str], sides: Sequence[str], stri
 
 
 def stages(base: Straight) -> list[str]:
-    """Return the stages of a save, as triggers know them."""
+    """Return the names of the stages of a save for triggers."""
     return list(dict.fromkeys(f"stage {phases.coarse(name)}" for name in base.save_phases))

@@ -1,4 +1,4 @@
-"""Processes of their own in 30 ms instead of 2 s each: a zygote imports torch once and forks them.
+"""Separate processes that start in 30 ms instead of 2 s: a zygote imports torch once and forks them.
 
     zygotes = Zygotes()
     done = zygotes.run("import sys, purestep; print(sys.argv)", "an argument")   # or the Path of a script
@@ -6,8 +6,8 @@
         child.stdout.readline()
         child.kill()
 
-This is the side of those who ask; `forks` is the process that forks, and says what its children are. The fault harness
-runs a training hundreds of times through it, tests start whatever needs another process but not another interpreter.
+This file is the client; `forks` is the zygote, and describes its children. The fault harness runs a training hundreds
+of times through it, and tests start processes that do not need a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _START = "from purestep.testing import forks; forks.main()"
 
 
 class Zygotes:
-    """The zygotes of a session, one a list of preloaded modules, each started when first used.
+    """The zygotes of a session, one for each list of preloaded modules, started on first use.
 
     Args:
-        options: of the interpreter, as its children seem to have been started with.
+        options: options of the interpreter, which its children inherit.
     """
 
     def __init__(self, options: Sequence[str] = ()) -> None:
@@ -48,10 +48,10 @@ class Zygotes:
         """Run to the end, and return the text of both streams.
 
         Args:
-            code: a script's text, or the path of one.
-            arguments: what follows in `sys.argv`.
-            timeout: in seconds; then the child is killed and `subprocess.TimeoutExpired` raised.
-            options: as of `popen`.
+            code: the text of a script, or its path.
+            arguments: the rest of `sys.argv`.
+            timeout: seconds after which the child is killed and `subprocess.TimeoutExpired` raised.
+            options: as for `popen`.
         """
         with self.popen(code, *arguments, **options) as child:
             out, errors = child.communicate(timeout)
@@ -72,8 +72,8 @@ class Zygotes:
         """Start a child.
 
         Args:
-            code: a script's text, or the path of one.
-            arguments: what follows in `sys.argv`.
+            code: the text of a script, or its path.
+            arguments: the rest of `sys.argv`.
             env: environment; that of this process by default.
             cwd: working directory; that of this process by default.
             preload: modules to import once, separated by blanks, before anything is forked. They must start no thread.
@@ -97,7 +97,7 @@ class Zygotes:
         return Child(link, order, (stdin, stdout, stderr))
 
     def close(self) -> None:
-        """End the zygotes and every child that is left."""
+        """End the zygotes and all remaining children."""
         for link in self._running.values():
             link.close()
         self._running.clear()
@@ -110,15 +110,15 @@ class Zygotes:
 
 
 class Child:
-    """A forked process, with what is used of `subprocess.Popen`; its streams are text.
+    """A forked process, with a part of the interface of `subprocess.Popen`; its streams are text.
 
     Attributes:
-        pid: of the process.
-        returncode: its exit code once it is known to have ended, negative for a signal.
-        stdin, stdout, stderr: those that are pipes.
+        pid: id of the process.
+        returncode: exit code once the end of the process is known, negative for a signal; else None.
+        stdin, stdout, stderr: files of the streams that are pipes; else None.
     """
 
-    # Files or None; what is a pipe is known to the caller, who asked for it.
+    # Typed Any, because the caller knows which streams are pipes.
     stdin: Any
     stdout: Any
     stderr: Any
@@ -159,10 +159,10 @@ class Child:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; return the exit code.
+        """Wait for the end of the process; return the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it takes more than so many seconds.
+            subprocess.TimeoutExpired: the process has not ended after `timeout` seconds.
         """
         if self.returncode is None:
             self.returncode = self._link.ended(self.pid, timeout)
@@ -171,7 +171,7 @@ class Child:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Read both streams to their end and wait; kill it when that takes longer."""
+        """Read both streams to their end and wait; kill the process after `timeout` seconds."""
         if self.stdin is not None:
             self.stdin.close()
         texts = {1: "", 2: ""}
@@ -195,7 +195,7 @@ class Child:
         return texts[1], texts[2]
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it is known to have ended."""
+        """Send a signal, unless the process is known to have ended."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -241,7 +241,7 @@ class _Link:
         self._lock = threading.RLock()
 
     def start(self, order: dict[str, Any], streams: list[int]) -> int:
-        """Have a child forked; return its pid."""
+        """Request a child; return its pid."""
         with self._lock:
             payload = json.dumps(order).encode()
             socket.send_fds(self._ours, [len(payload).to_bytes(8, "big")], streams)
@@ -257,7 +257,7 @@ class _Link:
                 self._codes[reply["ended"]] = reply["code"]
 
     def ended(self, pid: int, timeout: float | None) -> int | None:
-        """Return the exit code of a child; None when it has not ended within so many seconds."""
+        """Return the exit code of a child; None if it has not ended within `timeout` seconds."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
