@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import pickle
 import random as python_random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -219,27 +218,6 @@ def test_places_that_do_not_exist(epoch: int, batch: int) -> None:
 
 def test_a_batch_larger_than_the_data_without_dropping() -> None:
     assert [len(b) for b in data.batches(torch.arange(3), 10, drop_last=False)] == [3]
-
-
-def test_the_fast_path_adds_little_to_indexing() -> None:
-    table = {"x": torch.randn(20_000, 16), "y": torch.zeros(20_000, dtype=torch.int64)}
-    source = data.batches(table, 64)
-    indices = [r.indices for r in source.order.requests(0)]
-
-    def ours() -> float:
-        start = time.perf_counter()
-        for _ in source.epoch(0):
-            pass
-        return (time.perf_counter() - start) / len(source)
-
-    def raw() -> float:
-        start = time.perf_counter()
-        for i in indices:
-            {"x": table["x"][i], "y": table["y"][i]}
-        return (time.perf_counter() - start) / len(source)
-
-    extra = min(ours() for _ in range(5)) - min(raw() for _ in range(5))
-    assert extra < 60e-6  # a loose bound: the machine is shared
 
 
 def test_the_arguments_are_declared_once_and_stay_visible() -> None:

@@ -72,6 +72,7 @@ def whole(tmp_path_factory):
     return root, call(root)
 
 
+@pytest.mark.slow
 def test_its_runs_are_what_they_are_alone_and_the_worse_are_pruned(whole):
     root, found = whole
     assert len(found.rows) == 6
@@ -109,6 +110,7 @@ def test_trials_are_added(whole, tmp_path):
     assert told(call(tmp_path, trials=6)) == told(whole[1])
 
 
+@pytest.mark.slow
 def test_another_seed_and_another_sampler_propose_others(tmp_path):
     seeds = []
 
