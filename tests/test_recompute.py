@@ -315,9 +315,8 @@ def peak_bytes(call):
     return peak
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(lambda step: step, id="eager"), pytest.param(jit_eager, id="jit", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [lambda step: step, jit_eager], ids=["eager", "jit"])
 def test_peak_memory_falls(run):
     # A compiled step takes long to trace.
     forms, depth = (

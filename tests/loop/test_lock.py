@@ -27,11 +27,10 @@ import os, sys, time
 from pathlib import Path
 from purestep.loop.lock import Lock
 with Lock(Path(sys.argv[1])):
-    child = os.fork()
-    if not child:
+    if not os.fork():
+        print(os.getpid(), flush=True)  # not by the parent, which may be killed before the child has closed its copy
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
 

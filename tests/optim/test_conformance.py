@@ -451,7 +451,7 @@ def test_a_nan_is_never_swallowed_and_always_refused(row: Row) -> None:
 
 
 # A second or so each: every row in `make test-slow`, each fourth one in `make test`.
-@pytest.mark.parametrize("row", slow_but(ROWS, *ROWS[::4]), ids=IDS)
+@pytest.mark.parametrize("row", slow_but(ROWS, *ROWS[::7]), ids=IDS)
 def test_the_scope_that_it_declares_is_true(row: Row) -> None:
     """Slices, single tensors and the shards of simulated ranks have the bits of the update in full."""
     near = 1e-5 if "fused" in row.name else 0.0  # those kernels round an element by where it lies in memory

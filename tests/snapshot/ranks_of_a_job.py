@@ -27,7 +27,8 @@ from purestep.sharding.spec import box, placements
 from purestep.snapshot import Ranks, Store, all_, durable_directories, free_space, latest, orbax_io
 
 # Collecting doctests imports this, too, and says neither rank nor root.
-ROOT, RANK, WORLD = Path(sys.argv[-1]), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+EVERY_PAIR = "every pair" in sys.argv  # of a layout that saved and one that restores; half of them otherwise
+ROOT, RANK, WORLD = Path(sys.argv[1]), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 SEEN: dict[str, Any] = {}
 EXCHANGES = 0
 
@@ -143,7 +144,7 @@ def files(root: Path) -> list[str]:
 
 
 def saved_and_restored_everywhere() -> None:
-    """Each layout saves; each layout restores each of them: the same bits, and the same digest."""
+    """Each layout saves; layouts restore what others saved: the same bits, and the same digest."""
     whole = values()
     wanted, found, parts = tree.digest(whole), {}, {}
     for number, layout in enumerate(LAYOUTS):
@@ -155,9 +156,9 @@ def saved_and_restored_everywhere() -> None:
             parts[layout] = sorted(path.name for path in (ROOT / "all" / str(number) / "3" / "parts").iterdir())
     dist.barrier()
     for number, saved in enumerate(LAYOUTS):
-        for layout in LAYOUTS:
+        for other, layout in enumerate(LAYOUTS):
             ranks = ranks_of(layout)
-            if ranks is not None:
+            if ranks is not None and (EVERY_PAIR or (number + other) % 2 == 0):
                 like = split(layout, values(seed=5))
                 back = Store(ROOT / "all" / str(number), ranks=ranks).restore(like)
                 good = same(back.value, split(layout, whole)) and back.digest == wanted
@@ -311,10 +312,11 @@ def main() -> None:
         count = torch.Size(sizes.values()).numel()
         numbers = torch.arange(count).reshape(tuple(sizes.values()))
         MESHES[layout] = DeviceMesh("cpu", numbers, mesh_dim_names=tuple(sizes))
-    for check in CHECKS:
+    for check in CHECKS[:1] if EVERY_PAIR else CHECKS:
         check()
         dist.barrier()
-    a_rank_that_dies_in_a_save()
+    if not EVERY_PAIR:
+        a_rank_that_dies_in_a_save()
     print(json.dumps(SEEN), flush=True)
     os._exit(0)  # the process group cannot be left in order, because a rank is gone
 

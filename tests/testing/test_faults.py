@@ -101,15 +101,16 @@ def test_no_fault_changes_a_bit():
     assert [row.fault for row in report.rows if row.why_not] == [n for n, fault in FAULTS.items() if fault.why_not()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
-        pytest.param("depends_on_its_starts", "digest", marks=pytest.mark.slow),
-        pytest.param("loses_a_snapshot", "resumed from", marks=pytest.mark.slow),
+        ("depends_on_its_starts", "digest"),
+        ("loses_a_snapshot", "resumed from"),
         ("leaves_a_half", "half-written at the end: ['"),
-        pytest.param("says_that_all_is_well", "exit code 0, not (143,)", marks=pytest.mark.slow),
-        pytest.param("writes_another_log", "metrics.csv differs", marks=pytest.mark.slow),
-        pytest.param("hangs", "it did not end within 5 seconds", marks=pytest.mark.slow),
+        ("says_that_all_is_well", "exit code 0, not (143,)"),
+        ("writes_another_log", "metrics.csv differs"),
+        ("hangs", "it did not end within 5 seconds"),
     ],
 )
 def test_it_sees_what_goes_wrong(zygote, tmp_path, monkeypatch, function, problem):

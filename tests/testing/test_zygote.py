@@ -124,6 +124,7 @@ def test_it_is_quick(zygote):
     assert time.monotonic() - began < 5  # five times torch would be 10 s
 
 
+@pytest.mark.slow
 def test_nobody_outlives_the_session(zygote):
     zygotes = type(zygote)()
     child = zygotes.popen("import time; time.sleep(60)", stdout=None, stderr=None)
@@ -131,6 +132,7 @@ def test_nobody_outlives_the_session(zygote):
     assert not psutil.pid_exists(child.pid) or psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_with_threads_it_refuses(zygote, tmp_path, monkeypatch):
     """A fork keeps one thread only: what the others hold stays locked for ever."""
     code = "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
