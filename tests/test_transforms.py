@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -48,7 +49,7 @@ def slope(f, x: torch.Tensor, direction: torch.Tensor, h: float = 1e-6) -> torch
     return (f(x + h * direction) - f(x - h * direction)) / (2 * h)
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("microbatches", slow_but([1, 3], 3))
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @pytest.mark.parametrize("objective", ["eval", "metric", "params"])
 def test_training_is_differentiable_by_its_learning_rate(name, microbatches, objective):

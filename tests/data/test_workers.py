@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from shared_marks import slow_but
 
 from purestep import data, tree
 from purestep.errors import DataError
@@ -22,7 +23,7 @@ def pids(source: data.Batches) -> list[int]:
     return source._pools._idle.pids
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", slow_but([1, 2, 3], 2))
 @pytest.mark.parametrize(("shuffle", "drop_last"), [(True, False), (False, True)])
 def test_the_same_bits_for_every_count(sets, seed: int, workers: int, shuffle: bool, drop_last: bool) -> None:
     alone = data.batches(

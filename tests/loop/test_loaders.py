@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("kind", slow_but(KINDS["KINDS"], *list(KINDS["KINDS"])[::3]))
+@pytest.mark.parametrize("kind", slow_but(KINDS["KINDS"], *list(KINDS["KINDS"])[::5]))
 def test_a_run_cut_anywhere_sees_the_batches_of_the_straight_one(kind):
     # The threads of grain take their time.
     cuts = [(5,), (7,), (3, 5, 8)] if "grain" in kind else KINDS["all_cuts"](12)

@@ -263,7 +263,7 @@ def optax_oracle(row: Row, params: Any, seed: int, steps: int = 20) -> Any:
 
 
 @pytest.mark.parametrize("seed", slow_but([0, 1], 0))
-@pytest.mark.parametrize("row", ORACLES, ids=[row.name for row in ORACLES])
+@pytest.mark.parametrize("row", slow_but(ORACLES, *ORACLES[::2]), ids=[row.name for row in ORACLES])
 def test_agrees_with_its_oracle(row: Row, seed: int) -> None:
     ours, theirs = compared(row.name, seed)
     if row.exact:
@@ -487,7 +487,7 @@ def test_the_scope_of_each_row() -> None:
 SMOOTH = [row for row in ROWS if row.smooth]
 
 
-@pytest.mark.parametrize("row", SMOOTH, ids=[row.name for row in SMOOTH])
+@pytest.mark.parametrize("row", slow_but(SMOOTH, *SMOOTH[::3]), ids=[row.name for row in SMOOTH])
 def test_gradients_flow_through_updates(row: Row) -> None:
     """d(params after three steps)/d(initial params), against finite differences in float64."""
     shapes = {"w": (3, 2), "b": (2,), "s": ()}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_marks import slow_but
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import lr_scheduler
 
@@ -144,7 +145,7 @@ TORCH: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTAX)
+@pytest.mark.parametrize("name", slow_but(OPTAX, *list(OPTAX)[::3]))
 def test_agrees_with_optax_at_200_points(name: str) -> None:
     import jax
     import numpy as np

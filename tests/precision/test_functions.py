@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from shared_marks import slow_but
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -332,7 +333,7 @@ def test_a_loss_inside_the_model_is_the_loss_outside_of_it(name):
 
 
 @pytest.mark.parametrize("name", HALF)
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", slow_but([1, 2], 2))
 def test_a_compiled_step_has_its_bits(name, microbatches):
     if name == "float8" and microbatches == 2:
         pytest.skip("8 rows are no multiple of 16")

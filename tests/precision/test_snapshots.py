@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 
 import purestep as ps
@@ -47,7 +48,7 @@ def fit(name, run_dir, state=None, **options):
         ("64", "bf16-master"),
     ],
 )
-@pytest.mark.parametrize("like_under", ["old", "new", "none"])
+@pytest.mark.parametrize("like_under", slow_but(["old", "new", "none"], "new"))
 def test_with_a_policy_it_is_converted(old, new, like_under, tmp_path):
     saved = fit(old, tmp_path)
     like = ps.init(make_model, TX, seed=5)
