@@ -405,7 +405,7 @@ def test_digests_do_not_know_of_it(tmp_path):
 
 PROCESS = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../shared"]
 import test_identity as tests
 from purestep.loop.identity import Identity
 import purestep as ps
