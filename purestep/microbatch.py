@@ -284,9 +284,7 @@ class Accumulation:
     def weighed(self, vector: list[Tensor], weight: Weight, index: int) -> list[Tensor]:
         """Multiply what a microbatch contributes by what it weighs."""
         if self.alone:
-            return (
-                vector if isinstance(weight, int) else [torch.where(weight > 0, x, 0) for x in vector]
-            )  # see `counted`
+            return _counted(vector, weight)
         return _weighed(vector, weight, None if self.shares is None else self.shares[index])
 
     def divided(self, vector: list[Tensor], weight: Weight, *, owned: bool = False) -> list[Tensor]:
@@ -320,10 +318,14 @@ class Accumulation:
 
 def counted(part: Gradients) -> Gradients:
     """Return what a whole batch contributes; one of weight 0, all padding, may have a NaN mean, and has gradient 0."""
-    weight = part.weight
-    if isinstance(weight, int):
+    if isinstance(part.weight, int):
         return part
-    return dataclasses.replace(part, grads=tree.map(lambda x: torch.where(weight > 0, x, 0), part.grads))
+    grads, structure = tree.flatten(part.grads)
+    return dataclasses.replace(part, grads=tree.unflatten(structure, _counted(grads, part.weight)))
+
+
+def _counted(vector: list[Tensor], weight: Weight) -> list[Tensor]:
+    return vector if isinstance(weight, int) else [torch.where(weight > 0, x, 0) for x in vector]
 
 
 def averaged(old: Tensor, new: Tensor) -> bool:

@@ -347,11 +347,7 @@ def read_loss(
     Returns:
         The loss to differentiate, its weight, and all metrics, `loss` first.
     """
-    if alone:
-        out = bound.run(lambda net: loss_fn(net, batch))
-    else:
-        with bound as net:
-            out = loss_fn(net, batch)
+    out = _called(loss_fn, bound, batch, alone=alone)
     loss, extra = out if isinstance(out, tuple) and len(out) == 2 else (out, {})
     weight: Any = samples
     if isinstance(loss, Weighted):
@@ -363,6 +359,14 @@ def read_loss(
         raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
     metrics: Metrics = {"loss": metrics_.mean(loss, weight), **as_metrics(extra, samples)}
     return loss, weight, metrics
+
+
+def _called(function: Callable[[Any, Any], Any], bound: bind, batch: Any, *, alone: bool) -> Any:
+    """Return what a function makes of the bound model and a batch; `alone`: it may be called a second time."""
+    if alone:
+        return bound.run(lambda net: function(net, batch))
+    with bound as net:
+        return function(net, batch)
 
 
 def _loss_message(loss_fn: LossFn, out: Any) -> str:
@@ -458,14 +462,10 @@ class Predict(_Inference):
     def __call__(self, state: TrainState, batch: Any) -> Any:
         """Return what the function computes for a batch, with the model in evaluation mode; nothing is changed."""
         samples, function = _samples(batch), on_plan(self.plan, self.loss_fn)
-
-        def call(bound: bind, given: Any) -> Any:
-            if self.plan is None:
-                return bound.run(lambda net: function(net, given))
-            with bound as net:
-                return function(net, given)
-
-        return _one_a_sample(self.loss_fn, self._call(state, batch, call), samples)
+        outputs = self._call(
+            state, batch, lambda bound, given: _called(function, bound, given, alone=self.plan is None)
+        )
+        return _one_a_sample(self.loss_fn, outputs, samples)
 
 
 def _one_a_sample(function: LossFn, outputs: Any, samples: int) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.arguments import checked
+from purestep.donation import copied
 from purestep.errors import ConfigError, OptimError, StepError, explain
 from purestep.module_tensors import slots
 from purestep.optim.base import GradientTransformation, check_transformation
@@ -124,7 +125,7 @@ def _carried(old: Any, fresh: Any, before: set[str], after: set[str], new: set[s
 
     What belongs to new parameters alone, counters included, stays fresh.
     """
-    fresh = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, fresh)  # each leaf its own tensor
+    fresh = copied(fresh)  # each leaf a tensor of its own, found again by its id
     leaves = {path: leaf for path, leaf in nodes(old) if isinstance(leaf, Tensor)}
     there = {path: leaf for path, leaf in nodes(fresh) if isinstance(leaf, Tensor)}
     lost = [path for path in leaves if path not in there and path[-1] not in before - after]
