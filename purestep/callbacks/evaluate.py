@@ -10,6 +10,7 @@ from typing import Any
 from purestep import data, metrics
 from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reaction, Reducer
+from purestep.data.to_device import on_device
 from purestep.errors import ConfigError, DataError, explain
 from purestep.loop.cadence import Every, every
 from purestep.loop.events import Evaluate, Evaluated, Event, Log, Started, View
@@ -108,7 +109,7 @@ class EvaluateCallback(Recurring, Reducer, Evaluator):
         sums: Sums = {}
         waiting: list[Any] = []
         for batch in self._source.open(0, 0, None):
-            waiting.append(self._step(train, batch if device.type == "cpu" else data.to_device(batch, device)))
+            waiting.append(self._step(train, on_device(batch, device)))
             if len(waiting) == _READ_EVERY:
                 sums, waiting = metrics.fold(sums, metrics.to_host(waiting)), []
             if interrupted():

@@ -48,6 +48,11 @@ def to_device(batch: Any, device: Device) -> Any:
     return tree.map(lambda leaf: _move(leaf, target), batch)
 
 
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch as a run gives it to its step: on the device of the state; on the CPU the very batch."""
+    return batch if device.type == "cpu" else to_device(batch, device)
+
+
 def _move(leaf: object, device: torch.device) -> object:
     if isinstance(leaf, Tensor):
         return leaf if leaf.device == device else leaf.to(device, non_blocking=True)

@@ -18,6 +18,7 @@ from purestep.arguments import Count, Location, checked
 from purestep.data.sampler import BatchShard
 from purestep.data.sharded import shard_batches
 from purestep.data.source import close
+from purestep.data.to_device import on_device
 from purestep.distributed import control
 from purestep.errors import ConfigError, DataError, explain
 from purestep.inference import saved
@@ -174,10 +175,10 @@ class _Work:
             if batch is None:
                 if collective:  # a gather of parameters needs all ranks, also those without a batch in this round
                     spare = next(iter(self.source.open(0, 0, None))) if spare is None else spare
-                    self.step(state, _on(spare, device))
+                    self.step(state, on_device(spare, device))
                 continue
             spare = batch if collective else None
-            outputs = tree.map(lambda x: x.detach().cpu(), self.step(state, _on(batch, device)))
+            outputs = tree.map(lambda x: x.detach().cpu(), self.step(state, on_device(batch, device)))
             yield number, Predictions(indices, outputs)
 
     def _rounds(self, first: int) -> Iterator[tuple[int, Any, Any]]:
@@ -259,7 +260,3 @@ class _Work:
 
 def _local(leaf: Any) -> Any:
     return placement.local(leaf) if is_split(leaf) else leaf
-
-
-def _on(batch: Any, device: torch.device) -> Any:
-    return batch if device.type == "cpu" else data_.to_device(batch, device)

@@ -13,6 +13,7 @@ from typing import Any
 from purestep import data, metrics, tree
 from purestep.data.sampler import BatchShard
 from purestep.data.sharded import rounds, shard_batches
+from purestep.data.to_device import on_device
 from purestep.loop.input import device_of
 from purestep.sharding.placement import is_split
 
@@ -51,7 +52,7 @@ class Shared:
             if batch is not None or collective:
                 # A gather of parameters takes all ranks: one that has no batch left runs the model for the others.
                 spare = batch if batch is not None else self._spare(spare)
-                found = self._step(train, spare if device.type == "cpu" else data.to_device(spare, device))
+                found = self._step(train, on_device(spare, device))
                 if batch is not None:
                     waiting.append(found)
             if count >= goal:

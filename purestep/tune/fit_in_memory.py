@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 
-from purestep import metrics, tree
+from purestep import metrics
 from purestep.arguments import Count, Decay, checked
 from purestep.bits import human_bytes
-from purestep.data import to_device
 from purestep.data.source import as_source, close
+from purestep.data.to_device import on_device
 from purestep.donation import copied
 from purestep.errors import ConfigError, DataError, PurestepError, explain
+from purestep.loop.input import device_of
 from purestep.preflight import fit_memory, memory
 from purestep.step_protocol import StepFn, facts_of, name_of, no_microbatches, resliced
 from purestep.views import Block, Printed, Table
@@ -64,7 +65,6 @@ class _Found(Printed):
     room: int | None
 
     def _view(self, what: str, chosen: int) -> list[Block]:
-        head = ["", str(chosen)]
         facts = [["search", self.mode + (f", margin {self.margin:.0%}" if self.mode == "binary" else "")]]
         facts += [["memory", "unknown" if self.room is None else f"{human_bytes(self.room)} usable"]]
         words = {"estimate": "too large by the estimate", "data": "no batch of this size"}
@@ -79,7 +79,7 @@ class _Found(Printed):
             for trial in self.trials
         ]
         columns = [what, "result", "estimate", "ms a step", "samples/s"]
-        return [Table([what, *head[1:]], facts, wide=True), Table(columns, rows, right=[2])]
+        return [Table([what, str(chosen)], facts, wide=True), Table(columns, rows, right=[2])]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -232,7 +232,7 @@ def microbatches(
     if facts_of(step).microbatches is None:
         raise no_microbatches(step)
     room, device = _room(state, free)
-    placed = batch if device.type == "cpu" else to_device(batch, device)
+    placed = on_device(batch, device)
     samples = metrics.sample_count(placed)
     trials: list[Trial] = []
 
@@ -319,7 +319,7 @@ def _check_alone(step: StepFn, call: str) -> None:
 
 
 def _room(state: Any, free: int | None) -> tuple[int | None, torch.device]:
-    device = next((x.device for x in tree.leaves(state) if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    device = device_of(state)
     if free is not None:
         return free, device
     found = memory.free_memory(device)
@@ -339,7 +339,7 @@ def _batches(
             for batch in opened:
                 if metrics.sample_count(batch) < size:
                     break
-                found.append(batch if device.type == "cpu" else to_device(batch, device))  # type: ignore[union-attr]
+                found.append(on_device(batch, device))  # type: ignore[union-attr]
                 if len(found) == count:  # type: ignore[arg-type]
                     break
         finally:

@@ -19,8 +19,7 @@ from purestep.loop.cadence import Until
 from purestep.loop.result import Result
 from purestep.record.experiment import Experiment
 from purestep.record.settings import arguments_of
-from purestep.record.summary import is_run, summarize
-from purestep.tune.sweep import Row, Sweep, SweepWarning, name_of, nested
+from purestep.tune.sweep import Row, Sweep, SweepWarning, name_of, nested, summary_of
 from purestep.views import written
 
 if TYPE_CHECKING:
@@ -207,6 +206,5 @@ def _rows(
             continue
         _, run_dir = _member(experiment, trial.params, settings, top)
         shown = {name: written(value) for name, value in trial.params.items()}
-        summary = summarize(run_dir, run_dir.name) if is_run(run_dir) else None
-        rows[run_dir] = Row(shown, run_dir, summary, trial.user_attrs.get(_END, ""))
+        rows[run_dir] = Row(shown, run_dir, summary_of(run_dir), trial.user_attrs.get(_END, ""))
     return tuple(rows.values())

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from purestep import _cells
 from purestep.arguments import Count, Location, Name, checked
 from purestep.errors import ConfigError, explain
+from purestep.loggers.base import write_atomically
 from purestep.loop.cadence import Until, UntilEpochs, UntilSteps, epochs, steps
 from purestep.record.experiment import Experiment
 from purestep.record.settings import REQUIRED, arguments_of, encode, kind_of, settings_of
@@ -140,7 +140,7 @@ class Sweep(Printed):
     @property
     def done(self) -> bool:
         """Whether each run that was not left behind reached its end."""
-        return all(row.left_at or is_done(row.run_dir) for row in self.rows)
+        return all(row.left_at or _is_done(row.summary) for row in self.rows)
 
     @property
     def best(self) -> Summary:
@@ -234,11 +234,18 @@ def is_done(run_dir: Path, end: Until | None = None) -> bool:
         end: where it is to end; None for wherever its experiment says. A run that ended for a reason of its own, such
             as early stopping, is done.
     """
-    if not is_run(run_dir):
+    return _is_done(summary_of(run_dir), end)
+
+
+def summary_of(run_dir: Path) -> Summary | None:
+    """Return what a run directory says, None for a run that has not been started."""
+    return summarize(run_dir, run_dir.name) if is_run(run_dir) else None
+
+
+def _is_done(row: Summary | None, end: Until | None = None) -> bool:
+    if row is None or row.damage or row.why in ("not finished", "not started", *INTERRUPTED.values()):
         return False
-    row = summarize(run_dir, run_dir.name)
-    unfinished = row.why in ("not finished", "not started", *INTERRUPTED.values())
-    if unfinished or row.damage or _ERROR.match(row.why):
+    if _ERROR.match(row.why):
         return False
     return end is None or row.why == f"reached {end}" or not row.why.startswith("reached ")
 
@@ -293,35 +300,24 @@ def perform(
             if found in INTERRUPTED:
                 break
             if halving is not None and ledger is not None and number < len(ends) - 1:
-                values = {member.name: _metric_of(member, halving.metric) for member in alive}
+                found_now = {member.name: summary_of(member.run_dir) for member in alive}
+                values = {name: _metric_of(row, halving.metric) for name, row in found_now.items()}
                 if not any(map(math.isfinite, values.values())):
-                    raise ConfigError(_no_metric(halving.metric, _summaries(alive)))
+                    raise ConfigError(_no_metric(halving.metric, [row for row in found_now.values() if row]))
                 kept = halving.best(values)
                 ledger.write(number, values, kept)
         if kept is not None:
             left |= {member.name: str(until) for member in alive if member.name not in kept}
             alive = [member for member in alive if member.name in kept]
     rows = tuple(
-        Row(
-            member.values,
-            member.run_dir,
-            summarize(member.run_dir, member.name) if is_run(member.run_dir) else None,
-            left.get(member.name, ""),
-        )
-        for member in members
+        Row(member.values, member.run_dir, summary_of(member.run_dir), left.get(member.name, "")) for member in members
     )
     return Sweep(root, rows, metric, mode, INTERRUPTED.get(code)), code
 
 
-def _summaries(members: Sequence[Member]) -> list[Summary]:
-    return [summarize(member.run_dir, member.name) for member in members if is_run(member.run_dir)]
-
-
-def _metric_of(member: Member, metric: str) -> float:
+def _metric_of(row: Summary | None, metric: str) -> float:
     """Return the metric of a run; NaN for one that an error ended, or that has none."""
-    if not is_done(member.run_dir):
-        return math.nan
-    return float(summarize(member.run_dir, member.name).metrics.get(metric, math.nan))
+    return float(row.metrics.get(metric, math.nan)) if row is not None and _is_done(row) else math.nan
 
 
 class _Ledger:
@@ -377,9 +373,7 @@ class _Ledger:
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{LEDGER}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.told, indent=1))
-        partial.replace(self.path)
+        write_atomically(self.path, json.dumps(self.told, indent=1))
 
 
 def rungs(end: Until | None, members: int, factor: int) -> tuple[Until, ...]:
