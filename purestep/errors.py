@@ -6,7 +6,9 @@ Every message says what happened, where (path, shape, dtype), why it is refused,
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -30,6 +32,17 @@ def explain(what: str, *, where: str | None = None, why: str | None = None, inst
         if text:
             lines.append(f"  {label:<8} " + text.replace("\n", "\n           "))
     return "\n".join(lines)
+
+
+def nearest_name(word: str, known: Iterable[str]) -> str:
+    """Return the known name most similar to a word, for the advice of an error; "" if none is similar.
+
+    Examples:
+        >>> nearest_name("untl", ["until", "seed"]), nearest_name("zzz", ["until"])
+        ('until', '')
+    """
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return found[0] if found else ""
 
 
 class PurestepError(Exception):

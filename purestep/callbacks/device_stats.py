@@ -16,9 +16,9 @@ from purestep.arguments import Name, checked
 from purestep.callbacks.base import Reducer
 from purestep.errors import ConfigError
 from purestep.loop.cadence import Every, every
-from purestep.loop.events import Event, LoopState, StepsDone, View
+from purestep.loop.events import Event, LoopState
 from purestep.loop.input import device_of
-from purestep.loop.roles import Observer, Recurring
+from purestep.loop.roles import Moments, Observer, Recurring
 
 _STATM = Path("/proc/self/statm")
 
@@ -41,18 +41,14 @@ class _Stats:
     """Reads the counters of the process and of the device when a row is due."""
 
     def __init__(self, settings: DeviceStats, length: int | None) -> None:
-        self._settings, self._length = settings, length
-        self._cpu, self._time, self._boundary = _cpu_seconds(), time.monotonic(), 0.0
+        self._name, self._moments = settings.name, Moments(settings.every, length)
+        self._cpu, self._time = _cpu_seconds(), time.monotonic()
 
     def receive(self, event: Event, loop: LoopState) -> Mapping[str, float] | None:
-        status = loop.status.replace(boundary=self._boundary)
-        due = self._settings.every.due(event, View(loop.replace(status=status), self._length))
-        if isinstance(event, StepsDone):
-            self._boundary = loop.elapsed
-        if not due:
+        if not self._moments.due(event, loop):
             return None
         row = {**self._process(), **_device(device_of(loop.train))}
-        return {f"{self._settings.name}/{what}": float(value) for what, value in row.items()}
+        return {f"{self._name}/{what}": float(value) for what, value in row.items()}
 
     def _process(self) -> dict[str, float]:
         cpu, now = _cpu_seconds(), time.monotonic()

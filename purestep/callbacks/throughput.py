@@ -16,8 +16,8 @@ from purestep.arguments import Name, Positive, checked
 from purestep.callbacks.base import Reducer
 from purestep.errors import ConfigError, StepError, explain
 from purestep.loop.cadence import Every, every
-from purestep.loop.events import Event, LoopState, StepsDone, Ticked, View
-from purestep.loop.roles import Observer, Recurring
+from purestep.loop.events import Event, LoopState, StepsDone, Ticked
+from purestep.loop.roles import Moments, Observer, Recurring
 from purestep.metrics import Mean, Metric, Sum
 from purestep.step_protocol import bare
 
@@ -47,8 +47,8 @@ class _Rates:
     """Counts what was trained on, and the seconds of it, since the last row."""
 
     def __init__(self, settings: Throughput, length: int | None) -> None:
-        self._settings, self._length = settings, length
-        self._mark = self._boundary = 0.0
+        self._settings, self._moments = settings, Moments(settings.every, length)
+        self._mark = 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -65,11 +65,7 @@ class _Rates:
                 metric = getattr(self._settings, name)
                 self._counts[name] += sum(_weight(metric, step[metric]) for step in event.metrics if metric in step)
         self._mark = loop.elapsed
-        status = loop.status.replace(boundary=self._boundary)
-        due = self._settings.every.due(event, View(loop.replace(status=status), self._length))
-        if isinstance(event, StepsDone):
-            self._boundary = loop.elapsed
-        if not due or not self._batches or self._seconds <= 0:
+        if not self._moments.due(event, loop) or not self._batches or self._seconds <= 0:
             return None
         row = self._row()
         self._clear()

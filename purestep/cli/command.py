@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from purestep.cli.usage import Parser, UsageError, nearest, version
+from purestep.cli.usage import Parser, UsageError, version
+from purestep.errors import nearest_name
 
 _DESCRIPTION = """\
 Train, inspect runs, and execute them again to verify them. An experiment is a function from typed settings to a
@@ -78,7 +79,7 @@ def _main(words: list[str], command: str) -> int:
     if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
         raise UsageError(f"there is no option {words[0]} before a command", "purestep COMMAND " + words[0])
     if command and command not in COMMANDS:
-        near = nearest(command, COMMANDS)
+        near = nearest_name(command, COMMANDS)
         raise UsageError(f"there is no command {command!r}", f"purestep {near}" if near else "purestep --help")
     if not command or words[0] != command:
         parser().print_help()

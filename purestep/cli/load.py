@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from purestep.cli.usage import UsageError, nearest, of_explained
-from purestep.errors import PurestepError
+from purestep.cli.usage import UsageError, of_explained
+from purestep.errors import PurestepError, nearest_name
 from purestep.record.experiment import Experiment
 
 
@@ -73,14 +73,14 @@ def load(spec: str) -> Loaded:
     path = Path(text).absolute()
     if not path.is_file() or path.suffix != ".py":
         problem = f"there is no such file: {text}" if path.suffix == ".py" else f"FILE is a Python file, not {text!r}"
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        near = nearest_name(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise UsageError(problem, str(Path(text).parent / near) if near else "FILE.py or FILE.py:NAME")
     module = _imported(path)
     found = {key: value for key, value in vars(module).items() if _makes_experiment(value, module)}
     if name:
         chosen = getattr(module, name, None)
         if not callable(chosen):
-            near = nearest(name, found) or ", ".join(found)
+            near = nearest_name(name, found) or ", ".join(found)
             raise UsageError(f"{text} has no function {name!r}", f"{text}:{near}" if near else "")
         return Loaded(path, name, chosen)
     if "experiment" in found or len(found) == 1:

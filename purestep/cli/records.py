@@ -139,10 +139,7 @@ def fork(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     if wants_help:
         print(settings.help("purestep fork"), end="")
         return 0
-    rest = {name: text for name, text in pairs if name == "until" and name not in settings}
-    for path in arguments.config:
-        settings.read_config(path)
-    settings.read_flags([(name, text) for name, text in pairs if name not in rest])
+    rest = run_command.read_into(settings, arguments, pairs)
     settings.check()
     experiment = run_command.adapted(loaded.make(settings.plain), arguments, run_command.until_of(rest))
     changed = json.dumps([settings.plain, rest], sort_keys=True).encode()

@@ -64,11 +64,16 @@ def settings_of(loaded: Loaded, arguments: argparse.Namespace, pairs: Pairs) -> 
         if value is not None and name in settings:
             pairs = [*pairs, (name, value)]
             setattr(arguments, name, None)
+    return settings, read_into(settings, arguments, pairs)
+
+
+def read_into(settings: Settings, arguments: argparse.Namespace, pairs: Pairs) -> dict[str, str | None]:
+    """Read the files and flags of a command into settings; return the flags of the run's end, which are no settings."""
     rest = {name: text for name, text in pairs if name == "until" and name not in settings}
     for path in arguments.config:
         settings.read_config(path)
     settings.read_flags([(name, text) for name, text in pairs if name not in rest])
-    return settings, rest
+    return rest
 
 
 def until_of(rest: Mapping[str, str | None]) -> Any:

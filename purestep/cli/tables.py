@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from purestep.cli import show
-from purestep.cli.usage import UsageError, nearest
+from purestep.cli.usage import UsageError
+from purestep.errors import nearest_name
 from purestep.record.summary import Summary, is_run
 from purestep.record.table import Runs
 from purestep.record.table import runs as runs_under
@@ -59,7 +60,7 @@ def _sorted(table: Runs, by: str, *, reverse: bool) -> Runs:
         return table.sort(by, reverse=reverse)
     except ConfigError as error:
         names = {n for row in table for n in (*row.settings, *row.metrics)} | {"when", "updates", "name", "why"}
-        near = nearest(by, names)
+        near = nearest_name(by, names)
         raise UsageError(
             f"no run has a column {by!r}", f"--sort {near}" if near else ", ".join(sorted(names))
         ) from error
@@ -69,7 +70,7 @@ def near_run(path: Path) -> str:
     """Return the directory most similar to a wrong path; "" if there is none."""
     if not path.parent.is_dir():
         return ""
-    near = nearest(path.name, [item.name for item in path.parent.iterdir() if item.is_dir()])
+    near = nearest_name(path.name, [item.name for item in path.parent.iterdir() if item.is_dir()])
     return str(path.parent / near) if near else ""
 
 
@@ -163,7 +164,7 @@ def plot(arguments: argparse.Namespace) -> int:
     known = log.read_text().partition("\n")[0].split(",")
     for name in arguments.metric or ():
         if name not in known:
-            near = nearest(name, known)
+            near = nearest_name(name, known)
             raise UsageError(
                 f"{arguments.run} has logged no {name!r}", f"--metric {near}" if near else ", ".join(known)
             )
@@ -189,7 +190,7 @@ def export(arguments: argparse.Namespace) -> int:
     if arguments.best:
         known = {name for header in run.headers for name in header.metrics}
         if arguments.best not in known:
-            near = nearest(arguments.best, known)
+            near = nearest_name(arguments.best, known)
             raise UsageError(
                 f"no snapshot has the metric {arguments.best!r}", f"--best {near}" if near else ", ".join(known)
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-from collections.abc import Iterable
 from typing import Any, NoReturn
+
+from purestep.errors import nearest_name
 
 
 class UsageError(Exception):
@@ -28,12 +28,6 @@ class UsageError(Exception):
 def _line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 240 else text[:239] + "…"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the known word most similar to a word; "" if none is similar."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else ""
 
 
 def of_explained(error: BaseException) -> UsageError:
@@ -67,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         """Return the error for an unknown argument."""
         if not word.startswith("-"):
             return UsageError(f"there is no argument {word!r}", f"{self.prog} --help")
-        near = nearest(word.partition("=")[0], self.options())
+        near = nearest_name(word.partition("=")[0], self.options())
         return UsageError(f"there is no option {word.partition('=')[0]}", near or f"{self.prog} --help")
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:

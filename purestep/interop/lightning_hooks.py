@@ -7,6 +7,7 @@ the hook would train another model.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +55,6 @@ def library() -> list[type[nn.Module]]:
 
     Their modules cannot exist before the import, so nothing is imported here.
     """
-    import sys
-
     packages = ("lightning.pytorch", "pytorch_lightning")
     found = [getattr(sys.modules[p], "LightningModule", None) for p in packages if p in sys.modules]
     return [cls for cls in found if isinstance(cls, type)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import typing
@@ -11,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from purestep.errors import ConfigError, explain
+from purestep.errors import ConfigError, explain, nearest_name
 from purestep.loggers import Logger
 from purestep.loop import checks
 from purestep.loop.cadence import Until
@@ -132,7 +131,7 @@ def takes(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P,
 
 
 def _unknown(function: str, name: str, value: object, taken: Sequence[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, taken, n=1)
+    near = nearest_name(name, taken)
     shown = repr(value)
     shown = shown if len(shown) <= 100 else shown[:97] + "..."
     return ConfigError(
@@ -140,6 +139,6 @@ def _unknown(function: str, name: str, value: object, taken: Sequence[str]) -> C
             f"{function} has no argument {name}",
             where=f"{name}={shown}",
             why=f"it takes {', '.join(taken)}",
-            instead=f"{near[0]}={shown}" if near else None,
+            instead=f"{near}={shown}" if near else None,
         )
     )

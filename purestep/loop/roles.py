@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from purestep.loop.events import Event, Horizon, LoopState, View
+from purestep.loop.events import Event, Horizon, LoopState, StepsDone, View
 
 if TYPE_CHECKING:
     from purestep.loop.cadence import Every
@@ -92,6 +92,26 @@ class EventSink(Protocol):
         measured with a clock would make states, and metrics that callbacks wait for, differ between two runs."""
 
     def close(self) -> None: ...
+
+
+class Moments:
+    """Tells an observer, which is shown events without a view, at which of them `every` is due.
+
+    Args:
+        every: when.
+        length: batches of an epoch, None where it is not known.
+    """
+
+    def __init__(self, every: Every, length: int | None) -> None:
+        self._every, self._length, self._boundary = every, length, 0.0
+
+    def due(self, event: Event, loop: LoopState) -> bool:
+        """Tell whether `every` is due at an event; to be asked at each."""
+        status = loop.status.replace(boundary=self._boundary)
+        due = self._every.due(event, View(loop.replace(status=status), self._length))
+        if isinstance(event, StepsDone):
+            self._boundary = loop.elapsed
+        return due
 
 
 class RowSink(abc.ABC):

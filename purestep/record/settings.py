@@ -12,13 +12,12 @@ import ast
 import collections.abc
 import contextlib
 import dataclasses
-import difflib
 import enum
 import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from purestep import optim, precision, sharding, tree
 from purestep.arguments import check_of
-from purestep.errors import ConfigError, PurestepError, explain
+from purestep.errors import ConfigError, PurestepError, explain, nearest_name
 from purestep.loop.cadence import Until
 from purestep.loop.until_text import until
 from purestep.optim.base import GradientTransformation
@@ -630,10 +629,9 @@ def wanted(kind: Kind) -> str:
     return " or ".join([*words, *(["none"] if kind.optional else [])]) or "a value"
 
 
-def near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """Return the known name most similar to a word; "" if none is similar."""
-    found = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return found[0] if found else ""
+def near(word: str, known: Iterable[str]) -> str:
+    """Return the known name most similar to a word of a command line; "" if none is similar."""
+    return nearest_name(word.replace("-", "_"), known)
 
 
 def _unknown(path: str, name: str, known: Mapping[str, Any]) -> SettingError:

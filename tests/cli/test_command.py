@@ -101,6 +101,7 @@ MALFORMED = {
     "sweep FILE --jobs none": "--jobs: must be a whole number",
     "runs nowhere": "no such directory: nowhere",
     "runs --sort": "--sort: expected one argument",
+    "runs --srt name": "there is no option --srt.*--sort",
     "show nowhere": "no such run: nowhere",
     "show .": "no run directory: ..*purestep runs .",
     "replay . --at 5": "no run directory",
