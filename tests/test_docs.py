@@ -15,10 +15,16 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_loop_page(capsys):
+def run(page):
+    """Run the blocks of a page one after the other; return their names."""
     namespace = {"__name__": "page"}
-    for block in blocks("docs/loop.md"):
-        exec(compile(block, "docs/loop.md", "exec"), namespace)
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+def test_loop_page(capsys):
+    run("docs/loop.md")
     out = capsys.readouterr().out
     assert "reached 2 epochs" in out
     assert "loss below 0.5" in out
@@ -26,9 +32,7 @@ def test_loop_page(capsys):
 
 def test_metrics_page(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/metrics.md"):
-        exec(compile(block, "docs/metrics.md", "exec"), namespace)
+    namespace = run("docs/metrics.md")
     out = capsys.readouterr().out
     assert "\nTrue\n" in out
     assert "torch.Size([30]) torch.Size([30, 3])" in out
@@ -38,17 +42,13 @@ def test_metrics_page(capsys, tmp_path, monkeypatch):
 
 def test_cli_page(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/cli.md"):
-        exec(compile(block, "docs/cli.md", "exec"), namespace)
+    run("docs/cli.md")
     assert capsys.readouterr().out == "reached 20 steps\n"
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_tune_page(capsys):
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/tune.md"):
-        exec(compile(block, "docs/tune.md", "exec"), namespace)
+    namespace = run("docs/tune.md")
     assert {"suggestion", "fits"} <= set(capsys.readouterr().out.split())
     assert 1e-4 < namespace["found"].suggestion < 1.0
     assert len(namespace["study"].rows) == 5
@@ -57,17 +57,13 @@ def test_tune_page(capsys):
 
 
 def test_transforms_page(capsys):
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/transforms.md"):
-        exec(compile(block, "docs/transforms.md", "exec"), namespace)
+    namespace = run("docs/transforms.md")
     assert float(namespace["slope"]) == pytest.approx(float(namespace["rise"]), rel=1e-2)
     assert "learning rate 0.01: loss" in capsys.readouterr().out
 
 
 def test_sharding_page(capsys):
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/sharding.md"):
-        exec(compile(block, "docs/sharding.md", "exec"), namespace)
+    run("docs/sharding.md")
     out = capsys.readouterr().out
     assert out.startswith("Spec(None, 'fsdp')\n")
     shown = (ROOT / "docs/sharding.md").read_text()
@@ -79,17 +75,13 @@ def test_sharding_page(capsys):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch about its own exporter
 def test_interop_page(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/interop.md"):
-        exec(compile(block, "docs/interop.md", "exec"), namespace)
+    run("docs/interop.md")
     assert capsys.readouterr().out == "32.0\n"
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".ckpt", ".pt", ".pt2", ".safetensors"]
 
 
 def test_purity_page(capsys):
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/purity.md"):
-        exec(compile(block, "docs/purity.md", "exec"), namespace)
+    run("docs/purity.md")
     out = capsys.readouterr().out
     assert "the same bits: True\nthe caller's stream: True\n" in out
     assert "calls: 3.0" in out
@@ -97,9 +89,7 @@ def test_purity_page(capsys):
 
 def test_record_page(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    for block in blocks("docs/record.md"):
-        exec(compile(block, "docs/record.md", "exec"), namespace)
+    namespace = run("docs/record.md")
     out = capsys.readouterr().out
     assert "reached 4 epochs" in out
     assert "0.01@25" in out

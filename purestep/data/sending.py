@@ -27,6 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from purestep import _cells, tree
+from purestep.closures import free_variables, named_globals
 from purestep.data.loading import Loader
 from purestep.errors import DataError, explain
 
@@ -277,21 +278,10 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _used_by(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield f" (its variable {name!r})", cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    for name in _global_names(function.__code__):
-        if name in function.__globals__:
-            yield f" (the global {name!r} that it uses)", function.__globals__[name]
+    yield from ((f" (its variable {name!r})", part) for name, part in free_variables(function).items())
+    yield from ((f" (the global {name!r} that it uses)", part) for name, part in named_globals(function).items())
     yield from ((f" (default {index})", part) for index, part in enumerate(function.__defaults__ or ()))
     yield from ((f" (default of {name})", part) for name, part in (function.__kwdefaults__ or {}).items())
-
-
-def _global_names(code: types.CodeType) -> list[str]:
-    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _global_names(part)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
 
 
 def _state(value: Any) -> Iterator[tuple[str, Any]]:

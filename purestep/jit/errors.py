@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from purestep import _torch, tree
+from purestep.closures import free_variables, named_globals
 from purestep.errors import CompileError, PurestepError, RandomnessError, TraceError, explain
 from purestep.functional import Definition
 
@@ -190,19 +191,8 @@ def _reachable(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _free(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:
-            continue
-    names: set[str] = set()
-    pending = [code]
-    while pending:
-        current = pending.pop()
-        names.update(current.co_names)
-        pending.extend(c for c in current.co_consts if isinstance(c, types.CodeType))
-    yield from ((n, function.__globals__[n]) for n in sorted(names) if n in function.__globals__)
+    yield from free_variables(function).items()
+    yield from sorted(named_globals(function).items(), key=lambda pair: pair[0])
     yield from ((f"a default of {function.__name__}", d) for d in (function.__defaults__ or ()))
 
 

@@ -6,7 +6,6 @@ never raises, calls no `repr` of other people's classes, and visits a bounded nu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -24,7 +23,7 @@ import re
 import textwrap
 import types
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from purestep import _torch, tree
+from purestep.closures import free_variables, named_globals, nested_code
 from purestep.snapshot.codec import JSON
 from purestep.tree import stable_name
 
@@ -271,7 +271,7 @@ def _source(function: types.FunctionType) -> str:
     module among all that are loaded, which takes some 40 ms and wakes those that load themselves when they are touched.
     """
     code = function.__code__
-    spots: list[Any] = [spot for part in _nested(code) for spot in part.co_positions() if spot[1] is not None]
+    spots: list[Any] = [spot for part in nested_code(code) for spot in part.co_positions() if spot[1] is not None]
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if not lines:
@@ -296,14 +296,11 @@ def _reads(function: types.FunctionType) -> dict[str, Any]:
     They are its defaults, and what it finds in its closure and in its module, unless it assigns them itself. Functions
     in the closure count too, because decorators keep there what they decorate; those of the module do not.
     """
-    code, around = function.__code__, function.__globals__
+    code = function.__code__
     names, defaults = code.co_varnames[: code.co_argcount], function.__defaults__ or ()
     found = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) | (function.__kwdefaults__ or {})
     # Names of attributes are among them.
-    outside = {name: around[name] for part in _nested(code) for name in part.co_names if name in around}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # it is not assigned yet
-            outside[name] = cell.cell_contents
+    outside = named_globals(function) | free_variables(function)
     cells = set(code.co_freevars)
     kept = [name for name, value in outside.items() if _is_constant(value) or (name in cells and _is_function(value))]
     if kept:
@@ -315,20 +312,13 @@ def _reads(function: types.FunctionType) -> dict[str, Any]:
 def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
     """Return the globals that some code reads, and the globals and cells that it assigns."""
     loaded, assigned = set(), set()
-    for part in _nested(code):
+    for part in nested_code(code):
         for instruction in dis.get_instructions(part):
             if instruction.opname == "LOAD_GLOBAL":
                 loaded.add(instruction.argval)
             elif instruction.opname in ("STORE_GLOBAL", "STORE_DEREF"):
                 assigned.add(instruction.argval)
     return loaded, assigned
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _nested(constant)
 
 
 def _is_function(value: object) -> bool:

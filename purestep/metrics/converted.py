@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from purestep import _torch as torch_names
 from purestep import transforms, tree
 from purestep.arguments import checked
+from purestep.closures import free_variables, named_globals
 from purestep.errors import MetricError, explain
 from purestep.metrics import _torch
 from purestep.metrics.metric import Growing, extreme, written
@@ -373,12 +374,7 @@ def refuse_captured(function: Callable[..., Any]) -> None:
     """
     if not isinstance(function, types.FunctionType) or "torchmetrics" not in sys.modules:
         return
-    code, around = function.__code__, function.__globals__
-    outside = {name: around[name] for name in _names(code) if name in around}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # it is not assigned yet
-            outside[name] = cell.cell_contents
-    for name, value in outside.items():
+    for name, value in (named_globals(function) | free_variables(function)).items():
         if theirs(value) is not None:
             raise MetricError(
                 explain(
@@ -389,14 +385,6 @@ def refuse_captured(function: Callable[..., Any]) -> None:
                     instead=f"{name} = ps.metrics.from_torchmetrics({name})   # outside of the loss function",
                 )
             )
-
-
-def _names(code: types.CodeType) -> set[str]:
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _names(constant)
-    return found
 
 
 # --- states -----------------------------------------------------------------------------------------------------------
