@@ -153,10 +153,11 @@ def is_fake(value: object) -> bool:
     return fake is not None and isinstance(value, fake.FakeTensor)
 
 
-def writes(tensor: Tensor) -> int:
-    """Return how often a tensor was written into; 0 of those whose writes torch does not count, or counts otherwise."""
+def writes(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written into; None for one whose writes torch does not count, or counts
+    otherwise."""
     plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    return tensor._version if plain and not tensor.is_inference() else 0
+    return tensor._version if plain and not tensor.is_inference() else None
 
 
 def schema_of(op: Callable[..., Any]) -> torch._C.FunctionSchema:

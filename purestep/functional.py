@@ -219,7 +219,7 @@ class bind:
         finally:
             self._release()
 
-    def _counted(self) -> dict[str, int]:
+    def _counted(self) -> dict[str, int | None]:
         """Return how often each parameter was written into, as far as torch counts it here."""
         return {name: _torch.writes(self.given[name]) for name in self.slots.params}
 
@@ -235,7 +235,8 @@ class bind:
                     "layer\nself.register_buffer(...)   # for what a call changes",
                 )
             )
-        self.slots.writes_nothing = True
+        # A call on fake tensors, say, shows nothing of a parameter: then the next call is looked at, too.
+        self.slots.writes_nothing = None not in self._versions.values()
 
     def _keep_buffers(self) -> None:
         for name in self.buffer_names:

@@ -491,3 +491,15 @@ def test_a_model_that_writes_into_its_parameters_is_refused(kind):
     assert ps.digest(state) == before  # the check before the first step has no memory to write into
     with pytest.raises(StepError, match=r"F\.embedding"):
         ps.apply(Writing(kind), state.params, state.buffers, batch, train=False)
+
+
+def test_a_call_on_fake_tensors_does_not_clear_a_model_that_writes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, batch = Writing("embedding"), torch.tensor([0, 1])
+    params = dict(model.named_parameters())
+    mode = FakeTensorMode()
+    fakes, ids = {name: mode.from_tensor(p.detach()) for name, p in params.items()}, mode.from_tensor(batch)
+    apply(model, fakes, {}, ids)
+    with pytest.raises(StepError, match="writes into its parameters"):
+        apply(model, {name: p.detach().clone() for name, p in params.items()}, {}, batch)
