@@ -127,7 +127,7 @@ axis.grid(alpha=0.25)
 # ## Replay
 #
 # `ps.replay` computes a span of the run again, from the snapshot before it, and hands over each step: batch,
-# indices of its samples, state, metrics. So what nobody logged can be measured now: how far each step moves the
+# indices of its samples, state, metrics. What the log lacks can be measured now: how far each step moves the
 # weights, and which sample of its batch has the largest loss.
 
 # %%

@@ -184,7 +184,7 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# ## Digits that nobody has seen
+# ## Kinds of digits that were held out
 #
 # The same with images. A task picks three kinds of image, shows three of each, and asks for the kinds of thirty
 # others. Kinds are digits, upright or turned by 90 degrees: 14 to learn to learn from (0 to 6), and 6 others to

@@ -5,10 +5,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from shared_signals import send_when_logged
 
 import purestep as ps
 
@@ -84,14 +84,7 @@ def test_the_killed_run_ends_with_the_digest_of_the_straight_one(zygote, tmp_pat
 def test_a_signal_ends_the_script_with_its_code(zygote, tmp_path, number, code):
     script, arguments = ROOT / "examples" / "digits.py", ("--epochs", "50", "--workers", "0")
     process = zygote.popen(script, "--run-dir", str(tmp_path), *arguments, preload=LOADED)
-    log, end = tmp_path / "metrics.csv", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 2):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(number)
-    with process:
-        out, errors = process.communicate(timeout=60)
+    out, errors = send_when_logged(process, tmp_path / "metrics.csv", 2, number)
     assert (process.returncode, errors) == (code, "")
     assert f"interrupted by {signal.Signals(number).name}" in out
     assert len(ps.snapshot.steps(tmp_path)) >= 1

@@ -9,13 +9,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import shared_experiment
+from shared_signals import send_when_logged
 
 import purestep as ps
 
@@ -94,14 +94,7 @@ def test_a_printed_config_reproduces_the_digest(zygote, tmp_path):
 def test_a_signal_ends_a_run_as_it_ends_fit(zygote, tmp_path, number, code):
     words = ("run", str(shared_experiment.write(tmp_path)), "--run-dir", "a", "--until", "5000epochs")
     process = zygote.popen(COMMAND, *words, cwd=tmp_path, env=ENVIRONMENT)
-    log, end = tmp_path / "a" / "metrics.csv", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(number)
-    with process:
-        out, errors = process.communicate(timeout=60)
+    out, errors = send_when_logged(process, tmp_path / "a" / "metrics.csv", 3, number)
     assert (process.returncode, errors) == (code, "")
     assert "the same command continues it" in out
     assert ps.snapshot.steps(tmp_path / "a")
