@@ -51,7 +51,7 @@ class Repeats:
         if known is not None:
             return _repeated(known, inputs)
         graph = inputs[0].graph
-        last = next(reversed(graph.nodes))
+        last = next(iter(reversed(graph.nodes)))  # before 2.12 torch returns an iterable there
         out = function(*words)
         added = []
         for node in reversed(graph.nodes):

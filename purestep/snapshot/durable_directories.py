@@ -17,6 +17,7 @@ MARK = ".purestep-tmp-"  # in the name of every directory that is not yet, or no
 _SYNC_THREADS = 8
 _numbers = itertools.count()
 _active: set[Path] = set()  # temporary directories that this process is writing
+_left: set[Path] = set()  # temporary directories that this process has tried to remove, and could not
 
 
 def begin(root: Path, name: str, token: str | None = None) -> Path:
@@ -112,9 +113,19 @@ def commit(temporary: Path, final: Path, *, synced: Path | None = None) -> None:
 
 
 def abandon(temporary: Path) -> None:
-    """Remove a temporary directory; errors are ignored, because `clean` tries again."""
+    """Remove a temporary directory; errors are ignored, because `retry` and `clean` try again."""
     shutil.rmtree(temporary, ignore_errors=True)
     _active.discard(temporary)
+    if _may_exist(temporary):
+        _left.add(temporary)
+    else:
+        _left.discard(temporary)
+
+
+def retry(root: Path) -> None:
+    """Try again to remove what this process has abandoned under a root: the disk may have been mended since."""
+    for path in [path for path in _left if path.parent == root]:
+        abandon(path)
 
 
 def remove(directory: Path) -> None:
@@ -141,6 +152,16 @@ def rename_to_temporary(path: Path) -> Path:
         _active.discard(renamed)  # a network file system may report an error and rename all the same; `clean` finds it
         raise
     return renamed
+
+
+def _may_exist(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # for example, permission to search the directory above it has gone
+    return True
 
 
 def clean(root: Path) -> None:

@@ -314,7 +314,7 @@ class Store:
         return steps
 
     def close(self) -> None:
-        """Wait for the save in flight, and free the host buffers of the copies.
+        """Wait for the save in flight, free the host buffers of the copies, and remove what a failed save has left.
 
         Raises:
             SaveFailed: the save did not become durable.
@@ -322,6 +322,7 @@ class Store:
         self._join()
         self._closed = True
         self._staging.clear()
+        durable_directories.retry(self.root)
         self._raise_failure()
 
     def __enter__(self) -> Store:

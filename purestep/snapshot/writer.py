@@ -64,6 +64,7 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
     messages = Messages(temporary, request.step, request.ranks, request.hurry)
     try:
         # Cleaning comes first, because it may free the space that this save needs.
+        durable_directories.retry(root)
         if clean and request.ranks.rank == 0:
             durable_directories.clean(root)
         messages.open()

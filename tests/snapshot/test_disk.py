@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from purestep.snapshot import durable_directories
+from purestep.snapshot import Store, durable_directories, latest
 
 
 def test_everything_is_synced_before_the_rename_and_the_root_after_it(tmp_path, monkeypatch):
@@ -58,3 +59,22 @@ def test_new_directories_are_durable(tmp_path, monkeypatch):
     synced.clear()
     durable_directories.make_root(tmp_path / "a" / "b")
     assert synced == []
+
+
+@pytest.mark.parametrize("mended_before", ["the next save", "the end"])
+def test_what_could_not_be_removed_is_removed_once_the_disk_is_mended(tmp_path, monkeypatch, mended_before):
+    store = Store(tmp_path, keep=latest(1))
+    store.save(1, {"x": torch.ones(3)})
+    store.wait()
+    with monkeypatch.context() as broken:
+        broken.setattr(durable_directories.shutil, "rmtree", lambda path, ignore_errors: None)
+        store.save(2, {"x": torch.ones(3)})
+        store.wait()
+    assert len(list(tmp_path.glob(f"*{durable_directories.MARK}*"))) == 1
+    if mended_before == "the next save":
+        store.save(3, {"x": torch.ones(3)})
+        store.wait()
+    else:
+        store.close()
+    assert not list(tmp_path.glob(f"*{durable_directories.MARK}*"))
+    store.close()
