@@ -26,6 +26,7 @@ def markdown(results: Results) -> str:
         "loop_cost": _loop_cost,
         "imports": _imports,
         "sharding": _sharding,
+        "portable": _portable,
     }
     for name, show in sections.items():
         if name in results and "error" not in results[name]:
@@ -148,6 +149,17 @@ def _precision(results: Any) -> str:
     rows += [["-", policy, _why(text), "-", "-", "-"] for policy, text in results["failed"].items()]
     head = ["model", "policy", "step / that of 32", "a step", "peak memory", "without imports"]
     return "## Precision policies, eager\n\n" + table(head, rows)
+
+
+def _portable(results: Any) -> str:
+    rows = []
+    for workload, found in results.items():
+        for trainer, v in found.items():
+            middle, low, high = v["ratio"]
+            times = [_time(v["portable"]), _time(v["native"])]
+            rows.append([workload, trainer, f"{middle:.2f} [{low:.2f}, {high:.2f}]", *times])
+    head = ["model", "step", "portable / native", "a portable step", "a native step"]
+    return "## Portable bits, CPU time\n\n" + table(head, rows)
 
 
 def _snapshots(results: Any) -> str:

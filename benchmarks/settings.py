@@ -49,6 +49,7 @@ SECTIONS: Names = (
     "snapshots",
     "imports",
     "sharding",
+    "portable",
 )
 
 
@@ -68,6 +69,7 @@ class Settings:
         import_rounds: by library, how often it is imported.
         snapshot_rounds: how often `snapshot_mb` MB are saved and restored, by each of `snapshot_kinds`.
         sharding: variants by model on several processes: `sharding_rounds` rounds of `sharding_steps` steps each.
+        portable: trainers whose steps are measured with portable bits, by workload.
         cache: compiled code of all processes of a run, kept beside the results, so that a second run is quicker.
     """
 
@@ -90,6 +92,7 @@ class Settings:
     sharding: dict[str, Names]
     sharding_rounds: int
     sharding_steps: int
+    portable: dict[str, Names]
     snapshot_mb: int = 500
     cache: Path = Path(__file__).parent / "results" / ".cache"
 
@@ -118,6 +121,7 @@ FULL = Settings(
     sharding={"mlp": SHARDED, "gpt": SHARDED},
     sharding_rounds=11,
     sharding_steps=8,
+    portable=dict.fromkeys(("mlp", "gpt", "cnn"), ("ps-eager", "ps-donate")),
 )
 # For a look in between, in less than five minutes with nothing compiled before.
 QUICK = Settings(
@@ -140,4 +144,5 @@ QUICK = Settings(
     sharding={"mlp": ("torch ddp", "torch fully_shard", "ddp fast", "ddp tree", "fsdp fast")},
     sharding_rounds=7,
     sharding_steps=4,
+    portable={"mlp": ("ps-eager",)},
 )

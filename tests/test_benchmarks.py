@@ -109,6 +109,8 @@ def test_every_peer_of_the_settings_exists_and_the_others_are_not_imported():
         assert settings.sharding.keys() <= sharding.MODELS.keys()
         assert {name for chosen in settings.sharding.values() for name in chosen} <= sharding.VARIANTS.keys()
         assert set(settings.policy_workloads) <= workloads.ALL.keys()
+        assert settings.portable.keys() <= workloads.ALL.keys()
+        assert {name for chosen in settings.portable.values() for name in chosen} <= peers.ALL.keys()
         assert set(settings.sections) <= set(SECTIONS)
     assert run.FULL.sections == SECTIONS
     assert set(run.FULL.sharding["gpt"]) == sharding.VARIANTS.keys()

@@ -126,6 +126,19 @@ class RunRecord(Printed):
     def settings(self) -> Mapping[str, Any]:
         return self.summary.settings
 
+    def settings_at(self, position: int) -> dict[str, Any]:
+        """Return the settings under which the run trained the step that led to a position, in batches.
+
+        They are `settings`, unless the run was resumed under other ones later: then those that the first snapshot at or
+        after the position records.
+        """
+        for header in self.headers:
+            identity = header.info.get("identity")
+            if header.step >= position and isinstance(identity, Mapping):
+                held = identity.get("settings")
+                return {**self.settings, **(held if isinstance(held, Mapping) else {})}
+        return dict(self.settings)
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """What the run was made of, as its newest snapshot says: data, step, callbacks, versions."""
