@@ -218,11 +218,6 @@ _MESSAGES = (
         "labels that name a class are int64",
         'cross_entropy(logits, batch["y"].long()), or int64 labels in the data: y.astype(np.int64)',
     ),
-    (
-        r"can't be cast to the desired output type Long",
-        "this loss wants targets of the dtype of its scores",
-        'batch["y"].float()',
-    ),
 )
 
 
