@@ -23,6 +23,7 @@ from purestep.record.experiment import Experiment, Makes, made
 from purestep.record.run_record import RunRecord
 from purestep.record.run_record import open as open_run
 from purestep.snapshot import Manifest, Store, root_of
+from purestep.views import Block, Printed, Table, shortened
 
 Which = Annotated[
     RunRecord | str | Path,
@@ -33,8 +34,8 @@ Which = Annotated[
 ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Replayed:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Replayed(Printed):
     """One step of a run, executed again.
 
     Attributes:
@@ -50,14 +51,20 @@ class Replayed:
     epoch: int
     batch: int
     indices: Tensor | None
-    data: Any = dataclasses.field(repr=False)
-    state: Any = dataclasses.field(repr=False)
+    data: Any
+    state: Any
     metrics: Mapping[str, float]
 
     @property
     def digest(self) -> str:
         """Of the train state, as a snapshot records it."""
         return tree.digest(self.state)
+
+    def view(self) -> list[Block]:
+        rows: list[list[object]] = [[name, value] for name, value in self.metrics.items()]
+        samples = [] if self.indices is None else [["samples", shortened(str(self.indices.tolist()), 60)]]
+        head = ["position", str(self.position)]
+        return [Table(head, [["epoch, batch", f"{self.epoch}, {self.batch}"], *samples, *rows])]
 
 
 @checked(ConfigError)
