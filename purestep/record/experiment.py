@@ -110,8 +110,9 @@ class Experiment(Printed):
 
     def view(self) -> list[Block]:
         callbacks = ", ".join(callback.name for callback in self.callbacks) or "none"
-        rows: list[list[object]] = [
-            *([f"setting {name}", written(value)] for name, value in (self.settings or {}).items()),
+        named = {f"setting {name}": written(value) for name, value in (self.settings or {}).items()}
+        rows: list[list[object]] = [[name, value] for name, value in named.items()]
+        rows += [
             ["step", shortened(repr(self.step), 100)],
             ["data", shortened(repr(self.data), 100)],
             ["until", "said by fit" if self.until is None else str(self.until)],
