@@ -93,6 +93,24 @@ EXAMPLES = (
         "< 2.6",
     ),
     # --- learning from rewards ---
+    Example(
+        "ppo.py",
+        "PPO on CartPole: the environments are a data source, the step is pure and learns from a whole rollout",
+        "mean return, last epoch",
+        line("mean return, last epoch"),
+        "> 400",
+        smoke="--epochs 1 --steps 32 --passes 2",
+        smoke_expects="> 10",
+    ),
+    Example(
+        "dqn.py",
+        "DQN on CartPole: network, target network and replay memory are one state, so a resume is exact",
+        "mean return, last epoch",
+        line("mean return, last epoch"),
+        "> 350",
+        smoke="--epochs 1 --updates 2 --memory 1000",
+        smoke_expects="> 10",
+    ),
     # --- the same settings under another tool ---
     Example(
         "hydra/train.py",

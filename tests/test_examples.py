@@ -19,8 +19,8 @@ from examples.catalogue import EXAMPLES, Example, holds, judged, line
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples"
 PAGE = FOLDER / "README.md"
-# Files of the folder that are no examples: the list, what runs it, and a part of the example under Hydra.
-OTHERS = {"catalogue.py", "run_all.py", "hydra/experiment.py"}
+# Files of the folder that are no examples: the list, what runs it, and parts of others: under Hydra, on CartPole.
+OTHERS = {"catalogue.py", "run_all.py", "hydra/experiment.py", "cartpole.py"}
 # Examples that quick tests run.
 QUICK = ()
 
