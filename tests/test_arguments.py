@@ -268,9 +268,9 @@ LEFT_OUT: dict[str, str] = {
     "data.concat": "sources by position, each of them what as_source takes",
     **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope display.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
-        "callbacks.Callback callbacks.Evaluator callbacks.Observer callbacks.Reducer callbacks.SnapshotPolicy "
-        "callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink metrics.Metric "
-        "metrics.Growing optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale "
+        "callbacks.Callback callbacks.Evaluator callbacks.Instrument callbacks.Observer callbacks.Reducer "
+        "callbacks.SnapshotPolicy callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink "
+        "metrics.Metric metrics.Growing optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale "
         "snapshot.Keep".split(),
         BASE,
     ),

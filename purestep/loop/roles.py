@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,6 +133,35 @@ class Observer(abc.ABC):
         Args:
             run_dir: run directory, None without one.
             length: batches of an epoch, None where it is not known.
+        """
+
+
+class StepContext(Protocol):
+    """What an instrument opens: it surrounds each chunk of steps, on every rank."""
+
+    def around(self, loop: LoopState, batches: Iterator[Any]) -> AbstractContextManager[Iterator[Any]]:
+        """Return a context for a chunk of steps; what it yields is iterated in place of `batches`.
+
+        Args:
+            loop: before the chunk.
+            batches: of the chunk, in order; the same batches have to come of what is yielded.
+        """
+
+    def close(self) -> None: ...
+
+
+class Instrument(abc.ABC):
+    """A callback that measures the steps of a run, on every rank, and nothing else of it.
+
+    Like an observer it cannot change the run, and one that raises is left out.
+    """
+
+    @abc.abstractmethod
+    def open_instrument(self, run_dir: Path | None, rank: int) -> StepContext:
+        """Open what surrounds the steps of this rank.
+
+        Raises:
+            ConfigError: it has no place to write to, say; the run does not begin.
         """
 
 
