@@ -216,7 +216,7 @@ def profile(
         >>> state = ps.init(lambda: torch.nn.Linear(2, 1), tx)
         >>> train = ps.data.batches({"x": torch.ones(8, 2)}, 2)
         >>> names = []
-        >>> look = lambda p: names.extend(e.key for e in p.key_averages() if "step" in e.key)
+        >>> look = lambda p: names.extend(e.key for e in p.key_averages() if e.key.startswith("purestep step"))
         >>> profiled = profile(every=ps.every.steps(2), steps=2, on_trace=look)
         >>> _ = ps.fit(step, state, train, until=ps.epochs(2), callbacks=[profiled])
         >>> sorted(names)
