@@ -6,6 +6,7 @@ from purestep.callbacks.early_stopping import early_stopping as early_stopping
 from purestep.callbacks.evaluate import evaluate as evaluate
 from purestep.callbacks.log import learning_rate as learning_rate
 from purestep.callbacks.log import log as log
+from purestep.callbacks.observe import observe as observe
 from purestep.callbacks.profile import profile as profile
 from purestep.callbacks.progress import progress as progress
 from purestep.callbacks.snapshots import snapshots as snapshots

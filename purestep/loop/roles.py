@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from purestep.loggers.base import Media
 from purestep.loop.events import Event, Horizon, LoopState, StepsDone, View
 
 if TYPE_CHECKING:
@@ -85,12 +86,16 @@ class SnapshotPolicy(abc.ABC):
         """Return the preservation policy."""
 
 
+Row = Mapping[str, "float | Media"]
+
+
 class EventSink(Protocol):
     """What an observer opens: it is shown every event, after the machine."""
 
-    def receive(self, event: Event, loop: LoopState) -> Mapping[str, float] | None:
+    def receive(self, event: Event, loop: LoopState) -> Row | None:
         """Take an event and the loop after it. A row that is returned goes to the loggers and nowhere else: what was
-        measured with a clock would make states, and metrics that callbacks wait for, differ between two runs."""
+        measured with a clock would make states, and metrics that callbacks wait for, differ between two runs. It may
+        hold images, histograms and texts (`ps.loggers.Image`, `Histogram`, `Text`)."""
 
     def close(self) -> None: ...
 
