@@ -12,7 +12,7 @@ from purestep.loop.cadence import UntilEpochs, every
 from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments, takes
 from purestep.loop.result import Result
-from purestep.loop.roles import Evaluator, Recurring, SnapshotPolicy, Watcher
+from purestep.loop.roles import Evaluator, Instrument, Recurring, SnapshotPolicy, Watcher
 from purestep.loop.run import Run
 
 
@@ -44,7 +44,9 @@ def _dry(arguments: RunArguments, batches: int) -> RunArguments:
         arguments,
         train=data.take(arguments.train, batches),
         until=_DryRunOver(1, batches),
-        callbacks=[_shortened(callback, batches) for callback in arguments.callbacks],
+        callbacks=[
+            _shortened(callback, batches) for callback in arguments.callbacks if not isinstance(callback, Instrument)
+        ],
         loggers=[],
         run_dir=None,
         resume="never",

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 from purestep._cells import located
 from purestep.arguments import Location, Name, checked
 from purestep.errors import ConfigError, explain
-from purestep.loggers.base import STEP, Logger, Sink, remove_partials, write_atomically
+from purestep.loggers.base import STEP, Logger, Media, Sink, remove_partials, write_atomically
+from purestep.loggers.media_files import MediaFiles
 
 _HPARAMS = "hparams.json"
 
@@ -41,7 +42,7 @@ def csv(*, name: Name = "metrics.csv") -> Csv:
 
     The first column is `step`. Columns are in the order in which their names were first logged; a name that appears
     late has empty cells in earlier rows. Numbers are written with all digits of a float64; `nan` and `inf` are written
-    as such.
+    as such. Images, histograms and texts become files of the directory `media`, which `read_media` finds.
 
     Args:
         name: of the file in the run directory.
@@ -75,9 +76,11 @@ def csv(*, name: Name = "metrics.csv") -> Csv:
 class CsvSink(Sink):
     """An open `metrics.csv`. Only the rows of the last step are held in memory."""
 
+    takes = (Media,)
+
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         super().__init__(first_step=resume_step or 0)
-        self._path = path
+        self._path, self._media = path, MediaFiles(path.parent, resume_step=resume_step)
         for name in (path.name, _HPARAMS):
             remove_partials(path.with_name(name))
         columns, rows = _surviving_rows(path, resume_step)
@@ -135,6 +138,9 @@ class CsvSink(Sink):
         self._columns = columns
         self._open_file()
         self._row_start = self._end - len(lines[-1].encode()) if lines else self._end
+
+    def _write_media(self, step: int, name: str, value: Media) -> None:
+        self._media.write(step, name, value)
 
     def _write_hparams(self, values: dict[str, Any]) -> None:
         write_atomically(self._path.with_name(_HPARAMS), json.dumps(values, indent=2) + "\n")

@@ -52,6 +52,11 @@ class Ranks:
             check_world(plan.mesh)
             plan.microbatches(microbatches)  # refuses a number that cannot be shared, before anything begins
 
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return 0 if self.alone else control.rank()
+
     @classmethod
     def of(cls, step: StepFn) -> Self:
         """Return the ranks of a step's plan; joins the processes that torchrun started if there is one."""

@@ -44,6 +44,7 @@ from purestep.loop.events import (
 )
 from purestep.loop.identity import Identity
 from purestep.loop.input import Feed, device_of
+from purestep.loop.instruments import Instruments
 from purestep.loop.logging import Outlets
 from purestep.loop.machine import Machine
 from purestep.loop.options import RunArguments
@@ -110,6 +111,7 @@ class Run:
             silent=not (self._speaks and self._ranks.first),
             hurry=self._saving.grace_left,
         )
+        self._instruments = Instruments(self.run_dir, self._ranks.rank)
         self._checked = False
         self._trial = arguments.check_evaluation
         self.loop = self.machine.init(arguments.state)
@@ -170,6 +172,9 @@ class Run:
                 check_threads(device_of(self.loop.train))
             if self._speaks:
                 stack.enter_context(self._signals)
+            if self._speaks:
+                stack.enter_context(self._instruments)
+                self._instruments.open(self.callbacks)
             stack.enter_context(self._outlets)
             self._outlets.open(
                 self.callbacks, self.loop, self._feed.length, resumed=at is not None, settings=self._settings
@@ -269,9 +274,10 @@ class Run:
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
         with self._watch.part("step"):
-            batches = self._watch.over("data", self._feed.take(cursor, effect.n))
-            state, record, cut, last = self._chunk(self.loop.train, batches, effect.elapsed)
-            del batches
+            taken = self._watch.over("data", self._feed.take(cursor, effect.n))
+            with self._instruments.around(self.loop, taken) as batches:
+                state, record, cut, last = self._chunk(self.loop.train, batches, effect.elapsed)
+            del batches, taken
             steps = record.series()
         self._skipped.look(self._step, state, last, steps)
         short = len(steps) < effect.n and not cut and not self._outside.unread
