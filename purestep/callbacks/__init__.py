@@ -6,6 +6,7 @@ from purestep.callbacks.early_stopping import early_stopping as early_stopping
 from purestep.callbacks.evaluate import evaluate as evaluate
 from purestep.callbacks.log import learning_rate as learning_rate
 from purestep.callbacks.log import log as log
+from purestep.callbacks.on_saved import on_saved as on_saved
 from purestep.callbacks.progress import progress as progress
 from purestep.callbacks.snapshots import snapshots as snapshots
 from purestep.callbacks.spike_detection import spike_detection as spike_detection

@@ -43,6 +43,7 @@ CALLBACKS = {
     "evaluate": lambda: ps.callbacks.evaluate(loss_fn, ps.data.batches({"x": torch.ones(6, 2)}, 4), at_start=True),
     "learning_rate": lambda: ps.callbacks.learning_rate(TX, every=ps.every.steps(2)),
     "log": lambda: ps.callbacks.log(every=ps.every.steps(3)),
+    "on_saved": lambda: ps.callbacks.on_saved(lambda directory, step: None),
     "progress": lambda: ps.callbacks.progress(),
     "snapshots": lambda: ps.callbacks.snapshots(every=ps.every.steps(4) | ps.every.epoch()),
     "spike_detection": lambda: ps.callbacks.spike_detection(),
