@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from purestep.record.table import runs as runs
     from purestep.record.trace_bits import trace_bits as trace_bits
     from purestep.record.verify import verify as verify
+    from purestep.remote.place import Remote as Remote
     from purestep.state import TrainState as TrainState
     from purestep.state import init as init
     from purestep.state import to_module as to_module

@@ -49,6 +49,7 @@ def _dry(arguments: RunArguments, batches: int) -> RunArguments:
         ],
         loggers=[],
         run_dir=None,
+        remote=None,
         resume="never",
         dry_run=None,
     )
@@ -118,6 +119,9 @@ def fit(arguments: RunArguments) -> Result:
             and a number goes back to that snapshot and gives up the later ones.
         on_save_error: when a snapshot cannot be written (a full disk): "continue" warns and tries again at the next due
             moment, "stop" raises.
+        remote: copy of the run directory elsewhere: a url that fsspec knows, such as "s3://bucket/runs/a", or a
+            `ps.Remote`. A run whose directory is behind the copy, an empty one say, begins at the copy. Snapshots are
+            copied in the background once they are durable; see docs/snapshots.md.
         strict: refuse to resume, instead of warning, where the run is not the one that was saved (another seed, loss
             function, learning rate, callback) or its bits may differ (another number of intra-op threads).
         grace_seconds: how long the scheduler waits between SIGTERM and SIGKILL. After a signal the run returns within

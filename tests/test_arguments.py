@@ -188,6 +188,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,
+        "url": "memory://arguments",
         "runs.root": root,
         **dict.fromkeys("run bisect.a bisect.b compare.a compare.b".split(), root / "run"),
         **dict.fromkeys(["experiment", "experiment_a"], ps.Experiment(step, state, batches)),
@@ -406,6 +407,7 @@ accept(
     ["10**30"],
     "never due",
 )
+accept("Remote.storage_options", ["{}"], "no options")
 accept("load_weights.rename", ["{}"], "nothing is renamed")
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("Experiment.state Experiment.data", EVERYTHING, "what `fit` is given: it checks them, with the step")

@@ -7,6 +7,7 @@ from purestep.callbacks.evaluate import evaluate as evaluate
 from purestep.callbacks.log import learning_rate as learning_rate
 from purestep.callbacks.log import log as log
 from purestep.callbacks.observe import observe as observe
+from purestep.callbacks.on_saved import on_saved as on_saved
 from purestep.callbacks.profile import profile as profile
 from purestep.callbacks.progress import progress as progress
 from purestep.callbacks.snapshots import snapshots as snapshots

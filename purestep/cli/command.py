@@ -220,6 +220,7 @@ def _arguments_of_run(own: Parser) -> None:
     _file(own)
     _training(own)
     own.add_argument("--run-dir", metavar="DIR", help="by default runs/FILE-HASH, a hash of the settings")
+    own.add_argument("--remote", metavar="URL", help="copy the run directory there and begin by it: s3://..., ...")
     own.add_argument("--print-config", action="store_true", help="print the settings as YAML, and run nothing")
     own.add_argument("--dry-run", metavar="N", type=_count, help="train N batches, and write nothing")
     own.add_argument("--processes", metavar="N", type=_count, help="start N processes with torchrun")

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     resume = int(arguments.resume) if arguments.resume.isdecimal() else arguments.resume
     if resume not in ("auto", "must", "never") and not isinstance(resume, int):
         raise UsageError(f"--resume must be auto, must, never or a position, not {resume!r}")
-    return trained(loaded, experiment, run_dir, arguments, resume=resume)
+    return trained(loaded, experiment, run_dir, arguments, resume=resume, remote=arguments.remote)
 
 
 def prepare(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ from purestep._lazy import attach
 if TYPE_CHECKING:
     from purestep.loop.cadence import every as every
     from purestep.loop.events import Callback as Callback
+    from purestep.loop.events import Copied as Copied
+    from purestep.loop.events import CopyLost as CopyLost
     from purestep.loop.events import Cursor as Cursor
     from purestep.loop.events import Effect as Effect
     from purestep.loop.events import EpochDone as EpochDone

@@ -18,6 +18,7 @@ from purestep.loop.events import Callback
 from purestep.loop.origin import plain_settings
 from purestep.loop.resume import Resume
 from purestep.loop.saving import OnSaveError
+from purestep.remote import Remote
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -39,6 +40,7 @@ class RunOptions:
     run_dir: str | Path | None = None
     resume: Resume = "auto"
     on_save_error: OnSaveError = "continue"
+    remote: Remote | str | None = None
     strict: bool = False
     grace_seconds: float | None = None
     donate: bool = False
@@ -54,6 +56,7 @@ class RunOptions:
         checks.check_on_save_error(self.on_save_error)
         checks.check_grace(self.grace_seconds)
         checks.check_run_dir(self.run_dir)
+        checks.checked_remote(self.remote, self.run_dir)
         checks.check_flags(strict=self.strict, donate=self.donate)
         checks.check_loggers(self.loggers)
         checks.check_resume(self.resume)

@@ -19,7 +19,7 @@ from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
 from purestep.loop import origin
 from purestep.loop import resume as resume_
-from purestep.loop.checks import check_names, check_place
+from purestep.loop.checks import check_names, check_place, checked_remote
 from purestep.loop.clock import Alone
 from purestep.loop.events import (
     Effect,
@@ -103,6 +103,7 @@ class Run:
             self._ranks,
             self._signals,
             on_save_error=arguments.on_save_error,
+            remote=checked_remote(arguments.remote, arguments.run_dir),
             grace=arguments.grace_seconds,
         )
         self._outlets = Outlets(
@@ -156,6 +157,7 @@ class Run:
             stack.enter_context(self._ranks)
             portable.check()
             self._saving.open(stack)
+            self._saving.fetch(self._resume)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)
             held = {name: value for name, value in self._settings.items() if name not in self._free}
@@ -387,7 +389,8 @@ class Run:
         self._checked = True
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
-        yield from self._watch.over("save", self._saving.finish(self.loop))
+        for event in self._watch.over("save", self._saving.finish(self.loop)):
+            yield from self._tell(event, queue)
         self.reason = reason
         self._end_origin(reason)
         yield from self._tell(Stopped(reason), queue)
