@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 # Before anything imports numpy, torch or JAX: some read these only once. Subprocesses of tests inherit them.
-for _name, _value in {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}.items():
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",
+    "MPLBACKEND": "Agg",
+    "PURESTEP_DEVICE": "cpu",
+}.items():
     os.environ.setdefault(_name, _value)
 
 # Whichever test starts the fork server of its process: workers find torch there, as those of `ps.data.batches` do.
