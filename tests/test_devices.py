@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 
 import pytest
 import torch
@@ -277,3 +278,72 @@ def test_the_memory_of_a_card_counts_what_torch_holds_and_does_not_use(machine, 
     monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 20)
     assert devices.free_memory_of(torch.device("xpu", 0)) == 130
     assert devices.free_memory_of(torch.device("meta")) is None
+
+
+def in_a_thread_of_the_engine(value, one, inputs):
+    """Run a backward pass as on a card: in another thread, which gets torch's modes and nothing of Python's threads."""
+    modes, found = torch.overrides._get_current_function_mode_stack(), []
+
+    def work():
+        for mode in modes:
+            torch.overrides._push_mode(mode)
+        try:
+            found.append(torch.autograd.grad(value, inputs, one, allow_unused=True))
+        except BaseException as error:
+            found.append(error)
+        finally:
+            for _ in modes:
+                torch.overrides._pop_mode()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.LayerNorm(8), nn.Linear(8, 1))
+        self.checkpoint = checkpoint
+
+    def forward(self, x):
+        return self.checkpoint(self.body, x) if self.checkpoint else self.body(x)
+
+
+@pytest.mark.parametrize("policy", [None, "bf16-mixed", ps.precision.policy("bf16-mixed").replace(autocast=True)])
+def test_what_is_recomputed_in_a_thread_of_the_autograd_engine_is_what_was_computed(monkeypatch, policy):
+    """On a card the backward pass runs in such a thread, where what this thread has entered is not there."""
+    found = {}
+    for name, checkpoint in {"stored": None, "recomputed": ps.checkpoint}.items():
+        for threaded in (False, True):
+            tx = ps.optim.sgd(0.1)
+            step = ps.make_step(loss_fn, tx, policy=policy)
+            state = ps.init(lambda checkpoint=checkpoint: Checkpointed(checkpoint), tx, seed=0)
+            state = state if policy is None else ps.precision.policy(policy).apply(state)
+            with monkeypatch.context() as patch:
+                if threaded:
+                    patch.setattr(ps.grad, "_gradient", in_a_thread_of_the_engine)
+                found[name, threaded] = ps.digest(step(state, DATA)[0].params)
+    assert len(set(found.values())) == 1, found
+
+
+def test_a_mode_that_is_entered_in_a_thread_of_the_engine_covers_the_one_outside():
+    from purestep.random.torch_random import KeyedRandom
+
+    seen = []
+
+    def work(outer):
+        torch.overrides._push_mode(outer)  # as the engine does
+        with KeyedRandom(None):
+            seen.append(outer.covered)
+        torch.overrides._pop_mode()
+        seen.append(outer.covered)
+
+    with KeyedRandom(None, refusal="no") as outer:
+        thread = threading.Thread(target=work, args=(outer,))
+        thread.start()
+        thread.join()
+    assert seen == [1, 0]
