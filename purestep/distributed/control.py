@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from purestep import devices
 from purestep.arguments import Positive, checked
 from purestep.distributed import _torch
 from purestep.distributed.join import join
@@ -81,8 +82,8 @@ def initialize(*, backend: str | None = None, timeout: Positive[float] | None = 
     the exchanges of this module).
 
     Args:
-        backend: of `torch.distributed`; by default gloo, and NCCL for tensors on CUDA where there is one. With CUDA the
-            device of `LOCAL_RANK` becomes the current one.
+        backend: of `torch.distributed`; by default gloo, and NCCL or XCCL for tensors on the card that is the default
+            device (`ps.default_device`). That card becomes the current one, unless the backend is gloo alone.
         timeout: seconds after which a rank that does not answer is an error; 600 by default.
 
     Returns:
@@ -99,11 +100,10 @@ def initialize(*, backend: str | None = None, timeout: Positive[float] | None = 
     if size() == 1:
         return False
     if not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = backend or devices.backend()
+        devices.select(devices.of_backend(backend))
         try:
-            join(backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo"), _me.timeout)
+            join(backend, _me.timeout)
         except RuntimeError as error:
             raise RankError(
                 explain(
