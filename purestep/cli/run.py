@@ -26,7 +26,6 @@ def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     """Train an experiment."""
     if arguments.processes and not (wants_help or arguments.print_config):
         return processes.launch(arguments.processes, arguments.words)
-    processes.join_slurm()
     prepare(arguments)
     loaded = load(arguments.file)
     settings, rest = settings_of(loaded, arguments, pairs)

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Return the number of processes of this job, after joining those that torchrun started; 1 without them."""
+    """Return the number of processes of this job, after joining them; 1 for a process alone."""
     control.initialize()
     return control.size()
 
