@@ -24,6 +24,7 @@ def markdown(results: Results) -> str:
         "precision": _precision,
         "snapshots": _snapshots,
         "loop_cost": _loop_cost,
+        "host_cost": _host_cost,
         "imports": _imports,
         "sharding": _sharding,
         "portable": _portable,
@@ -187,6 +188,26 @@ def _loop_cost(results: Any) -> str:
         f"(CPU time; {results['rounds']} turns of {results['steps']} steps, after each of which `fit` logs). A call of "
         f"`fit` costs {results['call_ms'][0]:.0f} ms besides its steps, which is the check before the first of them."
     )
+
+
+HOST_COST = {
+    "loader_us": ("`fit` over torch's DataLoader, beyond a bare loop over it, a batch", "us"),
+    "batches_us": ("`fit` over `ps.data.batches`, beyond a bare loop over it, a batch", "us"),
+    "evaluate_us": ("`ps.evaluate`, beyond a bare loop of its compiled step, a batch", "us"),
+    "samples_us": ("a list of samples as data, beyond torch's collation, a sample", "us"),
+    "foreach": ("eager step / hand-written loop, AdamW foreach", ""),
+    "fused": ("eager step, fused=True / hand-written loop, AdamW fused", ""),
+    "first_batch_s": ("new process: `import purestep` after torch, to one eager batch trained", "s"),
+    "first_import_s": ("of this, the import", "s"),
+}
+
+
+def _host_cost(results: Any) -> str:
+    rows = []
+    for name, (what, unit) in HOST_COST.items():
+        middle, low, high = results[name]
+        rows.append([what, f"{middle:.3g} {unit}".rstrip(), f"[{low:.3g}, {high:.3g}]"])
+    return "## Around a step, CPU time\n\nMLP, batch 32.\n\n" + table(["what", "median", "quartiles"], rows)
 
 
 def _sharding(results: Any) -> str:

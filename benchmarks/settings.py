@@ -43,6 +43,7 @@ QUICK_ONES: Names = ("loop", "loop-fused", "compile-all", "lightning-log", "jax"
 SECTIONS: Names = (
     "training",
     "loop_cost",
+    "host_cost",
     "compile_time",
     "memory",
     "precision",
@@ -63,6 +64,7 @@ class Settings:
         training: trainers by workload.
         rounds: rounds of the training section; each trainer takes `round_seconds` in each.
         loop_rounds: turns of the loop section, of `loop_steps` steps each: as many as `fit` takes from row to row.
+            The section `host_cost` takes a quarter of the turns.
         compile_rounds: by workload, how often everybody compiles with an empty cache.
         memory: trainers of the memory section.
         policies: precision policies, on `policy_workloads`; `policy_rounds` rounds of `policy_steps` steps each.
@@ -126,7 +128,7 @@ FULL = Settings(
 # For a look in between, in less than five minutes with nothing compiled before.
 QUICK = Settings(
     name="quick",
-    sections=("training", "loop_cost", "memory", "precision", "snapshots", "imports"),
+    sections=("training", "loop_cost", "host_cost", "memory", "precision", "snapshots", "imports"),
     training={"mlp": QUICK_ONES, "gpt": ("loop-fused", "jax", "ps-fused", "ps-donate")},
     rounds=7,
     round_seconds=0.1,
