@@ -126,6 +126,9 @@ def right(tmp_path_factory) -> dict[str, Any]:
     tree, halves = {"a": torch.ones(2)}, [ps.optim.constant_schedule(1.0)] * 2
     cycle = {"init_value": 0.0, "peak_value": 1.0, "decay_steps": 5, "warmup_steps": 1, "end_value": 0.0}
     return {
+        # ensembles
+        "stack.states": [state, state],
+        "unstack.stacked": {"w": torch.ones(2, 3)},
         # loggers
         "Image.pixels": torch.ones(2, 3),
         "Histogram.values": torch.ones(3),
@@ -376,6 +379,7 @@ accept(
     "batches, or a function",
 )
 accept("Histogram.values", [*NUMBERS - {"10**30"}, "[]", "()", "matrix", "array"], "whatever is made of real numbers")
+accept("unstack.stacked", ["matrix"], "a tree of one tensor")
 accept("Image.pixels", ["matrix"], "a tensor")
 accept("to_device.batch", EVERYTHING, "a leaf that cannot be moved stays as it is")
 accept("local_batch.batch", "None [] {} () matrix array".split(), "a batch without leaves has one sample")
