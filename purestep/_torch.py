@@ -44,6 +44,8 @@ a later torch has it no more:
                             Torch 2.14 packs the arguments and renames it. Without it: replace `checkpoint` itself,
                             which misses models that imported it by name.
     NormBase                the class of all batch and instance norms. Without it: list them.
+    int8_product            `torch._int_mm`, the one product of int8 matrices with sums in int32. Without it: float64
+                            products of the integers, which are exact and slow.
     mark_constant           sets what `torch.compiler.assume_constant_result` sets, without importing Dynamo. Without
                             it: call that, and pay a second of import.
 """
@@ -210,3 +212,27 @@ CHECKPOINT_PLACES = (
     # It has the generator by name, for hooks that checkpoint a module.
     ("torch.distributed._composable.checkpoint_activation", (CHECKPOINT_GENERATOR,)),
 )
+
+
+# --- integer products -------------------------------------------------------------------------------------------------
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b.T` in int32 of int8[m, k] and int8[n, k]: `torch._int_mm`, of any sizes on every device.
+
+    On CUDA it takes more than 16 rows and multiples of 8 only. On CPUs it is silently wrong where a size is 1, because
+    the strides of such a dim do not tell which layout a matrix has (torch 2.11 to 2.13). Zeros make up the rest, and
+    change no sum.
+    """
+    rows, multiple = (2, 1) if a.device.type == "cpu" else (24, 8)
+    m, n = a.shape[0], b.shape[0]
+    sums = torch._int_mm(_padded(a, rows, multiple), _padded(b, max(2, multiple), multiple).t())
+    return sums if sums.shape == (m, n) else sums[:m, :n]
+
+
+def _padded(rows: Tensor, least: int, multiple: int) -> Tensor:
+    """Return a matrix with zeros below and to the right, up to multiples of a number, in row-major order."""
+    m, k = rows.shape
+    below = max(least, m + -m % multiple) - m
+    right = max(2, k + -k % multiple) - k
+    return (nn.functional.pad(rows, (0, right, 0, below)) if below or right else rows).contiguous()
