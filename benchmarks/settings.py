@@ -49,6 +49,7 @@ SECTIONS: Names = (
     "snapshots",
     "imports",
     "sharding",
+    "ensembles",
 )
 
 
@@ -68,6 +69,7 @@ class Settings:
         import_rounds: by library, how often it is imported.
         snapshot_rounds: how often `snapshot_mb` MB are saved and restored, by each of `snapshot_kinds`.
         sharding: variants by model on several processes: `sharding_rounds` rounds of `sharding_steps` steps each.
+        ensemble_rounds: turns of the section on ensembles.
         cache: compiled code of all processes of a run, kept beside the results, so that a second run is quicker.
     """
 
@@ -90,6 +92,7 @@ class Settings:
     sharding: dict[str, Names]
     sharding_rounds: int
     sharding_steps: int
+    ensemble_rounds: int = 15
     snapshot_mb: int = 500
     cache: Path = Path(__file__).parent / "results" / ".cache"
 
