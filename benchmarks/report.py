@@ -28,6 +28,7 @@ def markdown(results: Results) -> str:
         "imports": _imports,
         "sharding": _sharding,
         "portable": _portable,
+        "ensembles": _ensembles,
     }
     for name, show in sections.items():
         if name in results and "error" not in results[name]:
@@ -221,6 +222,19 @@ def _sharding(results: Any) -> str:
         rows += [[name, "-", _why(text)] for name, text in found["failed"].items()]
         parts.append(f"**{model}**\n\n" + table(["variant", "x", "steps a second"], rows))
     return "\n\n".join(parts)
+
+
+def _ensembles(results: Any) -> str:
+    rows = []
+    for name, ms in results["ms"].items():
+        middle, low, high = results["ratio"].get(name, (1.0, 1.0, 1.0))
+        rows.append([name, _time(ms * 1000), f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
+    compiled = ", ".join(f"{name} {seconds:.1f}" for name, seconds in results["compile"].items())
+    return (
+        f"## A step of {results['members']} small MLPs, CPU time\n\n"
+        + table(["", "a step of all", "stacked / this"], rows)
+        + f"\n\nCompiling with an empty cache, seconds: {compiled}."
+    )
 
 
 def _imports(results: Any) -> str:

@@ -51,6 +51,7 @@ SECTIONS: Names = (
     "imports",
     "sharding",
     "portable",
+    "ensembles",
 )
 
 
@@ -72,6 +73,7 @@ class Settings:
         snapshot_rounds: how often `snapshot_mb` MB are saved and restored, by each of `snapshot_kinds`.
         sharding: variants by model on several processes: `sharding_rounds` rounds of `sharding_steps` steps each.
         portable: trainers whose steps are measured with portable bits, by workload.
+        ensemble_rounds: turns of the section on ensembles.
         cache: compiled code of all processes of a run, kept beside the results, so that a second run is quicker.
     """
 
@@ -95,6 +97,7 @@ class Settings:
     sharding_rounds: int
     sharding_steps: int
     portable: dict[str, Names]
+    ensemble_rounds: int = 15
     snapshot_mb: int = 500
     cache: Path = Path(__file__).parent / "results" / ".cache"
 

@@ -115,6 +115,16 @@ def _host(name: str) -> Callable[[Results], Spread]:
     return lambda results: results["host_cost"][name]
 
 
+def _ensemble(name: str) -> Callable[[Results], Spread]:
+    return lambda results: results["ensembles"]["ratio"][name]
+
+
+def _ensemble_compile(results: Results) -> Spread:
+    seconds = results["ensembles"]["compile"]
+    value = seconds["stacked"] / seconds["one"]
+    return value, value, value
+
+
 _JIT, _EAGER = "jit, donated", "eager, fused=True, donated"
 TARGETS: tuple[Target, ...] = (
     Target(f"MLP: {_JIT} / hand-written loop, AdamW foreach", 0.35, _step("mlp", "ps-donate", "loop")),
@@ -142,6 +152,9 @@ TARGETS: tuple[Target, ...] = (
     Target("GPT: warm start / cold", 0.25, _warm("gpt")),
     Target(f"50 M: peak memory, {_JIT} / hand-written in place", 1.05, _memory("ps-donate")),
     Target(f"50 M: peak memory, {_EAGER} / hand-written in place", 1.1, _memory("ps-fused-donate")),
+    Target("64 MLPs: stacked, jit / one after another, jit", 0.7, _ensemble("one after another, compiled")),
+    Target("64 MLPs: stacked, jit / hand-written loops one after another", 0.1, _ensemble("hand-written loops")),
+    Target("64 MLPs: compiling the stacked step / compiling one", 1.3, _ensemble_compile),
     Target("import purestep / import torch", 1.2, _import),
     Target("500 MB snapshot: blocking / torch.save + fsync", 0.3, _snapshot("block")),
     Target("500 MB snapshot: durable / torch.save + fsync", 1.2, _snapshot("total")),
