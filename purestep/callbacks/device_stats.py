@@ -86,9 +86,9 @@ def _device(device: torch.device) -> dict[str, int]:
 def device_stats(*, every: Every = every.steps(50), name: Name = "device") -> DeviceStats:  # noqa: B008
     """Log what the run takes of its machine: `device/process_bytes`, `device/cpus_busy`, `device/allocated_bytes`, ...
 
-    Rows go to the loggers and into no state. They are of the process of rank 0. The allocator's counters of CUDA
-    and XPU are read on the host, which does not wait for the device; `retries` counts how often memory had to
-    be freed first.
+    Rows go to the loggers and into no state. They are of the process of rank 0. The allocator's counters of CUDA and
+    XPU are read on the host, which does not wait for the device; `retries` counts how often memory had to be freed
+    first.
 
     Args:
         every: when.
