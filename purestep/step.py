@@ -21,7 +21,7 @@ from purestep.arguments import NonNegative, checked
 from purestep.donation import also_donated, apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import bind
-from purestep.grad import Engine, grad_and_value
+from purestep.grad import Engine, loss_gradients
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
@@ -186,8 +186,8 @@ class Step(AnyStep):
             exchange.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
 
-        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine, collected=exchange.collects)
-        grads, (_, (weight, new, metrics)) = gradient(exchange.tracked(cast, params))
+        tracked = exchange.tracked(cast, params)
+        grads, (weight, new, metrics) = loss_gradients(loss_of, tracked, self.engine, exchange.collects)
         return Gradients(exchange.backward_done(cast, grads), weight, new, metrics)
 
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
