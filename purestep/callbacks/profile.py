@@ -131,8 +131,9 @@ class _Window:
                     instead="the steps outside of `with torch.profiler.profile()`, or without the callback",
                 )
             )
+        # There is one cycle; without acc_events torch 2.11 warns of what happens to those before.
         self._profiler = torch.profiler.profile(
-            record_shapes=settings.shapes, profile_memory=settings.memory, with_stack=settings.stack
+            acc_events=True, record_shapes=settings.shapes, profile_memory=settings.memory, with_stack=settings.stack
         )
         if self._history:
             _torch.record_memory(True)

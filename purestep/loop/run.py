@@ -141,6 +141,10 @@ class Run:
         if self._events is not None:
             self._events.close()
 
+    def interrupt(self, signal: str = "SIGTERM") -> None:
+        """Ask the run to end with a snapshot, as this signal does: for what runs it where Python has no signals."""
+        self._signals.note(signal)
+
     def __enter__(self) -> Run:
         return self
 

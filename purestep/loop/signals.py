@@ -56,6 +56,11 @@ class Signals:
         self.since = time.monotonic() if self.since is None else self.since
         self._name, self._seen, self.unread = signal.Signals(number).name, self._seen + 1, True
 
+    def note(self, name: str) -> None:
+        """Note a signal that reached the process in another way; as often as it comes."""
+        self.since = time.monotonic() if self.since is None else self.since
+        self._name, self.unread = name, True
+
     def read(self) -> str:
         """Return the name of the signal and count it as read."""
         self.unread = False

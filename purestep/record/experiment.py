@@ -18,6 +18,7 @@ from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments
 from purestep.loop.origin import plain_settings
 from purestep.loop.result import Result
+from purestep.loop.run import Run
 from purestep.record.settings import arguments_of, free_names, plain_of, settings_of
 from purestep.step_protocol import StepFn
 from purestep.views import Block, Printed, Table, shortened, written
@@ -105,8 +106,14 @@ class Experiment(Printed):
         Raises:
             ConfigError: nothing says when it ends.
         """
-        arguments = {"until": self.until, "callbacks": self.callbacks, **self._told, **options}
-        return trainer.fit(self.step, self.state, self.data, **arguments)
+        return trainer.fit(self.step, self.state, self.data, **self._options(options))
+
+    def run(self, **options: Any) -> Run:
+        """Start it: `ps.run` with these arguments; see `fit`."""
+        return trainer.run(self.step, self.state, self.data, **self._options(options))
+
+    def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"until": self.until, "callbacks": self.callbacks, **self._told, **options}
 
     def view(self) -> list[Block]:
         callbacks = ", ".join(callback.name for callback in self.callbacks) or "none"

@@ -37,6 +37,7 @@ INTERRUPTED = {130: "SIGINT", 143: "SIGTERM"}
 LEDGER = (
     "sweep.json"  # in the root: which runs went on after each rung, so that a resumed sweep decides it no other way
 )
+VMAPPED = "vmapped"
 _ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b")
 
 
@@ -104,12 +105,14 @@ class Row:
         run_dir: of the run.
         summary: what the directory says, None for a run that has not been started.
         left_at: the end at which it was left behind by better ones, "" for one that was not.
+        how: it trains: "vmapped", or "in turn: " and why; "" where the sweep did not ask.
     """
 
     values: Mapping[str, str]
     run_dir: Path
     summary: Summary | None
     left_at: str = ""
+    how: str = ""
 
     @property
     def why(self) -> str:
@@ -182,10 +185,12 @@ class Sweep(Printed):
     def columns(self) -> tuple[list[str], list[list[object]]]:
         """Return the names of the columns, and a row of values for each run."""
         metrics = list(dict.fromkeys(name for row in self.rows if row.summary for name in row.summary.metrics))
-        head = [*(self.rows[0].values if self.rows else ()), "why it ended", "batches", *metrics, "digest"]
+        told = any(row.how for row in self.rows)
+        how = ["how it trains"] if told else []
+        head = [*(self.rows[0].values if self.rows else ()), *how, "why it ended", "batches", *metrics, "digest"]
         body: list[list[object]] = []
         for row in self.rows:
-            cells: list[object] = [*row.values.values(), row.why]
+            cells: list[object] = [*row.values.values(), *([row.how] if told else []), row.why]
             if row.summary is None:
                 cells += [None] * (len(metrics) + 2)
             else:
@@ -426,8 +431,15 @@ def sweep(
     halving: Count | None = None,
     loggers: Sequence[Any] | None = None,
     strict: bool = False,
+    vmap: bool = False,
 ) -> Sweep:
     """Train an experiment under every combination of settings, one after the other, each in its own run directory.
+
+    With `vmap=True` runs that are the same program on other tensors train together, in one step that `torch.vmap` maps
+    over their states: those that differ in a seed, in hyperparameters that `inject_hyperparams` keeps in the state, in
+    their data. Their loops, logs, callbacks and snapshots are their own. They have the numbers of a run alone up to
+    rounding, not its bits; each snapshot records `vmap`, and a resume without it says so. Others train in turn, and the
+    table says why.
 
     The same call continues a sweep: a run that reached its end is not started again, one that was interrupted is
     resumed. A run that ends by an error is a `SweepWarning`, and the others go on.
@@ -446,6 +458,7 @@ def sweep(
             the bits of one that was never stopped. Needs `metric`, and `until` in steps or epochs.
         loggers: as `fit` takes them.
         strict: as `fit` takes it.
+        vmap: train runs together where that is possible; all their states are in memory at once.
 
     Returns:
         A value that prints as a table: `rows`, `best`, `runs` (that of `ps.runs`), `plot()`.
@@ -484,28 +497,81 @@ def sweep(
     chosen = None if halving is None else _halving(halving, metric, mode, until, experiment, plain_by_run, members)
     errors: list[Exception] = []
 
+    together = _Together(experiment, members, plain_by_run) if vmap else None
+
+    def failed(member: Member, error: Exception) -> None:
+        errors.append(error)
+        warnings.warn(SweepWarning(f"{member.name}: {type(error).__name__}: {error}"), stacklevel=5)
+
     def train_all(todo: Sequence[Member], end: Until | None) -> int:
         code = 0
-        for member in todo:
-            try:
-                made = Experiment.of(experiment, plain_by_run[member.run_dir])
-                options = {} if end is None else {"until": end}
-                result = made.fit(run_dir=member.run_dir, loggers=loggers, strict=strict, **options)
-            except Exception as error:
-                errors.append(error)
-                text = f"{member.name}: {type(error).__name__}: {error}"
-                warnings.warn(SweepWarning(text), stacklevel=4)
-                code = max(code, 1)
-                continue
-            code = max(code, result.exit_code)
-            if result.interrupted:
+        for turn in [[member] for member in todo] if together is None else together.turns(todo):
+            given = [
+                {"run_dir": m.run_dir, "loggers": loggers, "strict": strict} | ({} if end is None else {"until": end})
+                for m in turn
+            ]
+            if together is not None and together.how(turn[0]) == VMAPPED:
+                results = together.train(turn, given)
+            else:
+                results = [_fit(experiment, plain_by_run[turn[0].run_dir], given[0])]
+            for member, result in zip(turn, results, strict=True):
+                if isinstance(result, Exception):
+                    failed(member, result)
+                code = max(code, 1 if isinstance(result, Exception) else result.exit_code)
+            if any(not isinstance(result, Exception) and result.interrupted for result in results):
                 break
         return code
 
     found, _ = perform(members, top, train_all, end=until, halving=chosen, metric=metric, mode=mode)
     if len(errors) >= len(members):
         raise errors[0]
-    return found
+    if together is None:
+        return found
+    rows = [dataclasses.replace(row, how=together.how(m)) for row, m in zip(found.rows, members, strict=True)]
+    return dataclasses.replace(found, rows=tuple(rows))
+
+
+def _fit(experiment: Callable[..., Experiment], plain: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Return the result of a run that trains in turn, or the error that ended it."""
+    try:
+        return Experiment.of(experiment, plain).fit(**options)
+    except Exception as error:
+        return error
+
+
+class _Together:
+    """Which runs of a sweep train together, and how. All of them count, whichever are done already."""
+
+    def __init__(
+        self,
+        experiment: Callable[..., Experiment],
+        members: Sequence[Member],
+        plain_by_run: Mapping[Path, dict[str, Any]],
+    ) -> None:
+        from purestep.tune.vmapped import groups_of
+
+        self._made: dict[str, Experiment] = {}
+        for member in members:
+            with contextlib.suppress(Exception):  # its run says what is wrong
+                self._made[member.name] = Experiment.of(experiment, plain_by_run[member.run_dir])
+        self._groups = groups_of(self._made)
+
+    def how(self, member: Member) -> str:
+        """Say how a run trains."""
+        if any(member.name in group for group in self._groups.together):
+            return VMAPPED
+        return f"in turn: {self._groups.alone.get(member.name, 'it could not be made')}"
+
+    def turns(self, todo: Sequence[Member]) -> list[list[Member]]:
+        """Return the runs in the order in which they train: those of a group at once."""
+        groups = [[member for member in todo if member.name in group] for group in self._groups.together]
+        return [*filter(None, groups), *([member] for member in todo if self.how(member) != VMAPPED)]
+
+    def train(self, members: Sequence[Member], options: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Train runs of one group; return their results, or the errors that ended them."""
+        from purestep.tune.vmapped import train_together
+
+        return train_together([self._made[member.name] for member in members], options)
 
 
 def _halving(
