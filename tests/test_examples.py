@@ -23,8 +23,8 @@ from examples.catalogue import EXAMPLES, Example, holds, judged, line
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples"
 PAGE = FOLDER / "README.md"
-# Files of the folder that are no examples: the list, what runs it, and parts of others: under Hydra, on CartPole.
-OTHERS = {"catalogue.py", "run_all.py", "hydra/experiment.py", "cartpole.py"}
+# Files of the folder that are no examples: the list, what runs it, and what others share.
+OTHERS = {"catalogue.py", "run_all.py", "hydra/experiment.py", "cartpole.py", "transformer.py"}
 # Examples that quick tests run.
 QUICK = ("segmentation.py",)
 
@@ -185,6 +185,18 @@ def test_a_signal_ends_the_script_with_its_code(zygote, tmp_path, number, code):
     assert (process.returncode, errors) == (code, "")
     assert f"interrupted by {signal.Signals(number).name}" in out
     assert len(ps.snapshot.steps(tmp_path)) >= 1
+
+
+@pytest.mark.slow
+def test_the_transformer_in_float8_learns_like_the_one_in_bfloat16(zygote):
+    # What torchao says while it is imported goes to stderr: its extensions for GPUs are not loaded here.
+    arguments = "--no-jit --steps 12 --megabytes 0.05 --width 32 --layers 1 --context 16".split()
+    done = zygote.run(FOLDER / "float8_transformer.py", *arguments, preload=LOADED, timeout=400)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"^\S+ +(\S+) nats a byte", done.stdout, re.MULTILINE)]
+    assert len(losses) == 2
+    assert max(losses) < 5
+    assert 0 < abs(losses[0] - losses[1]) < 0.2
 
 
 @pytest.mark.slow
