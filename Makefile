@@ -35,7 +35,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,notebooks,data,float8,export,metrics,parquet,optuna,hydra,onnx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology examples faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -51,6 +51,9 @@ demo-resume: $(READY)  ## kill the same training four times, resume it, compare 
 
 demo-topology: $(READY)  ## train the same model on 1, 2 and 4 processes, compare the bits
 	$(PY) examples/demo_topology.py
+
+examples: $(READY)  ## run every example with its quick settings, one table; at most twelve minutes on two cores
+	$(PY) examples/run_all.py
 
 faults: $(READY)  ## break a small training in more than twenty ways, hundreds of times; one table
 	$(PY) examples/demo_faults.py

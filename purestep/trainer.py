@@ -12,7 +12,7 @@ from purestep.loop.cadence import UntilEpochs, every
 from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments, takes
 from purestep.loop.result import Result
-from purestep.loop.roles import Evaluator, Recurring, SnapshotPolicy, Watcher
+from purestep.loop.roles import Evaluator, Instrument, Recurring, SnapshotPolicy, Watcher
 from purestep.loop.run import Run
 
 
@@ -44,7 +44,9 @@ def _dry(arguments: RunArguments, batches: int) -> RunArguments:
         arguments,
         train=data.take(arguments.train, batches),
         until=_DryRunOver(1, batches),
-        callbacks=[_shortened(callback, batches) for callback in arguments.callbacks],
+        callbacks=[
+            _shortened(callback, batches) for callback in arguments.callbacks if not isinstance(callback, Instrument)
+        ],
         loggers=[],
         run_dir=None,
         remote=None,
@@ -130,6 +132,9 @@ def fit(arguments: RunArguments) -> Result:
         settings: hyperparameters, JSON by name: recorded in the run directory and in snapshots, given to loggers, shown
             by `ps.runs`. No bit depends on them; a resume says when they have changed.
         free_settings: names of those that a resume may change without a word: where a run ends, how many workers load.
+        device: where to train: the state is moved there first, and batches follow. None: where the state is, which
+            `init` has chosen; "auto": `ps.default_device()`. A resumed run may go on on another device; a warning then
+            says that its bits may differ.
         dry_run: run so many batches of everything instead: train, then each evaluation on as many, and each callback
             that recurs, once. Nothing is written: no run directory, no snapshot, no row of a logger. `state` stays as
             it is; the result has the trained one.

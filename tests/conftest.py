@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 # Before anything imports numpy, torch or JAX: some read these only once. Subprocesses of tests inherit them.
-for _name, _value in {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}.items():
+# scikit-learn imports pandas where it is there, and pandas pyarrow, whose allocator has a thread: no zygote forks that.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PURESTEP_DEVICE": "cpu"}
+for _name, _value in {**_ENVIRONMENT, "JE_ARROW_MALLOC_CONF": "background_thread:false"}.items():
     os.environ.setdefault(_name, _value)
 
 # Whichever test starts the fork server of its process: workers find torch there, as those of `ps.data.batches` do.

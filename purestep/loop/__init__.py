@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from purestep.loop.identity import RunChangedWarning as RunChangedWarning
     from purestep.loop.machine import Machine as Machine
     from purestep.loop.result import Result as Result
+    from purestep.preflight.check import PrecisionWarning as PrecisionWarning
     from purestep.preflight.check import ThreadsWarning as ThreadsWarning
     from purestep.preflight.fit_memory import choose_microbatches as choose_microbatches
     from purestep.preflight.guard import BatchChangeWarning as BatchChangeWarning

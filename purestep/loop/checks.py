@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+import torch
+
 from purestep.errors import ConfigError, MetricError, explain
 from purestep.loggers.base import Logger
 from purestep.loop.cadence import Every, Until
@@ -44,6 +46,23 @@ def check_until(until: object) -> None:
                 instead="ps.epochs(5), ps.steps(1000), ps.seconds(3600), or both: ps.epochs(5) | ps.seconds(3600)",
             )
         )
+
+
+def check_device(device: object) -> None:
+    """Refuse what names no device that torch knows."""
+    if device is None or device == "auto":
+        return
+    try:
+        torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            explain(
+                "device= is a device, 'auto', or None",
+                where=f"device={device!r}",
+                why="None leaves the state where it is, 'auto' is ps.default_device()",
+                instead="device='cuda'",
+            )
+        ) from error
 
 
 def check_on_save_error(answer: object) -> None:

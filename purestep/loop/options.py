@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 from purestep.errors import ConfigError, explain, nearest_name
 from purestep.loggers import Logger
 from purestep.loop import checks
@@ -46,10 +48,12 @@ class RunOptions:
     donate: bool = False
     settings: Mapping[str, Any] | None = None
     free_settings: Sequence[str] = ()
+    device: torch.device | str | int | None = None
     dry_run: int | None = None
     check_evaluation: int | None = None
 
     def __post_init__(self) -> None:
+        checks.check_device(self.device)
         checks.check_counts(1, dry_run=self.dry_run)
         checks.check_counts(0, check_evaluation=self.check_evaluation)
         checks.check_until(self.until)

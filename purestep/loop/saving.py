@@ -73,6 +73,7 @@ class Saving:
         self._lock: Lock | None = None
         self._saved: tuple[object, ...] | None = None
         self._identity: Mapping[str, Any] = {}  # rank 0 writes it
+        self._device = "cpu"
         self._skipped = 0
         self._abandoned = self.unsaved = False
 
@@ -120,6 +121,7 @@ class Saving:
             self.store.check(loop)
             self._identity = identity.plain if self._ranks.first else {}
             self._copying.begin()
+        self._device = identity.device
         self._saved = None if at is None else _position(loop)
 
     # --- taking them --------------------------------------------------------------------------------------------------
@@ -145,8 +147,13 @@ class Saving:
             yield self._lost(SaveFailed(moved))
             return
         number = loop.cursor.batches
-        info: dict[str, Any] = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": conditions(step)}
-        info |= {"identity": self._identity, "updates": resume.applied_steps(loop), "stop": loop.status.stop}
+        info: dict[str, Any] = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch}
+        info |= {
+            "step": conditions(step, self._device),
+            "identity": self._identity,
+            "updates": resume.applied_steps(loop),
+            "stop": loop.status.stop,
+        }
         flush()
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do

@@ -43,6 +43,8 @@ CALLBACKS = {
     "evaluate": lambda: ps.callbacks.evaluate(loss_fn, ps.data.batches({"x": torch.ones(6, 2)}, 4), at_start=True),
     "learning_rate": lambda: ps.callbacks.learning_rate(TX, every=ps.every.steps(2)),
     "log": lambda: ps.callbacks.log(every=ps.every.steps(3)),
+    "observe": lambda: ps.callbacks.observe(lambda state: {"n": 1.0}, every=ps.every.steps(2)),
+    "profile": lambda: ps.callbacks.profile(every=ps.every.steps(9), on_trace=print),
     "on_saved": lambda: ps.callbacks.on_saved(lambda directory, step: None),
     "progress": lambda: ps.callbacks.progress(),
     "snapshots": lambda: ps.callbacks.snapshots(every=ps.every.steps(4) | ps.every.epoch()),
