@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from purestep.cli import show
@@ -56,6 +55,8 @@ def findings() -> Iterator[Finding]:
     for check in CHECKS:
         try:
             yield from check()
+        except importlib.metadata.PackageNotFoundError as error:
+            yield Finding(check.__name__.strip("_"), f"not known: {error}", NOTE, "pip install . where its sources are")
         except Exception as error:
             yield Finding(check.__name__.strip("_").replace("_", " "), f"{type(error).__name__}: {error}", BAD)
 
@@ -64,30 +65,63 @@ def _versions() -> Iterator[Finding]:
     ok = sys.version_info >= (3, 11)
     yield Finding("python", platform.python_version(), OK if ok else BAD, "" if ok else "Python 3.11 or later")
     yield Finding("purestep", f"{version()} in {Path(__file__).parents[1]}")
-    for name in ("torch", "numpy", "optree", "orbax-checkpoint", "rich", "xxhash", "jsonargparse"):
-        try:
-            yield Finding(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "missing", BAD, f"pip install {name}")
+    for name in required().get("", ()):
+        found = _installed(name)
+        yield Finding(name, found or "missing", OK if found else BAD, "" if found else f"pip install {name}")
+
+
+# For work on purestep itself: nobody misses them in a training.
+_OF_DEVELOPERS = {"dev", "docs", "notebooks"}
+
+
+def required() -> dict[str, list[str]]:
+    """Return the distributions that the installed purestep names, by extra; "" for what it always needs.
+
+    Raises:
+        PackageNotFoundError: it is not installed, and runs from its sources.
+    """
+    told = importlib.metadata.metadata("purestep")
+    found: dict[str, list[str]] = {"": [], **{extra: [] for extra in told.get_all("Provides-Extra") or ()}}
+    for line in told.get_all("Requires-Dist") or ():
+        requirement, _, marker = line.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([\w.-]+)['\"]", marker)
+        name = re.match(r"\s*([\w.-]+)\s*(?:\[([^\]]*)\])?", requirement)
+        if name is None:
+            continue
+        # An extra may stand for others: purestep[s3,gs].
+        others = (name[2] or "").replace(" ", "").split(",") if name[1] == "purestep" else []
+        found.setdefault(extra[1] if extra else "", []).extend([f"purestep[{o}]" for o in others] or [name[1]])
+    return {extra: list(_expanded(names, found)) for extra, names in found.items()}
+
+
+def _expanded(names: Iterable[str], found: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for name in names:
+        other = name.removeprefix("purestep[").removesuffix("]")
+        if other == name:
+            yield name
+        else:
+            yield from _expanded(found.get(other, ()), found)
+
+
+def _installed(name: str) -> str:
+    """Return the version of a distribution, "" where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _extras() -> Iterator[Finding]:
-    modules = {
-        "tensorboard": "tensorboard",
-        "wandb": "wandb",
-        "mlflow": "mlflow",
-        "plots": "matplotlib",
-        "data": "torchdata",
-        "pandas": "pandas",
-        "export": "safetensors",
-        "float8": "torchao",
-        "hydra": "hydra",
-        "completion": "shtab",
-    }
-    missing = [extra for extra, module in modules.items() if importlib.util.find_spec(module) is None]
-    there = ", ".join(extra for extra in modules if extra not in missing) or "none"
-    fix = f'pip install "purestep[{",".join(missing)}]" for: {", ".join(missing)}' if missing else ""
-    yield Finding("extras", there, OK if not missing else NOTE, fix)
+    for extra, names in required().items():
+        if not extra:
+            continue
+        found = {name: _installed(name) for name in names}
+        missing = [name for name, version_ in found.items() if not version_]
+        there = ", ".join(f"{name} {version_}" for name, version_ in found.items() if version_)
+        wanted = bool(missing) and extra not in _OF_DEVELOPERS
+        value = f"missing: {', '.join(missing)}" if missing else there
+        fix = f'pip install "purestep[{extra}]"' if wanted else ""
+        yield Finding(f"extra {extra}", value, NOTE if wanted else OK, fix)
 
 
 def _cards() -> Iterator[Finding]:

@@ -149,8 +149,8 @@ class Int8Linear(nn.Linear):
                 explain(
                     "int8 does not multiply in a layer that tensor parallelism splits",
                     where=f"{self.path or 'the model itself'}: weight {list(self.weight.shape)}",
-                    why="torch has no integer product of sharded tensors, and a scale would be that of a part of a row",
-                    instead=f'policy.where("{self.path or "*"}", int8=False)\nor ddp and fsdp, which multiply full weights',
+                    why="torch has no integer product of sharded tensors, and each part of a row would have a scale",
+                    instead=f'policy.where("{self.path or "*"}", int8=False)\nor a plan of ddp or fsdp',
                 )
             )
         if self.recipe == "full" and self.weight.requires_grad:

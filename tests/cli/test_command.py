@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import email.message
+import importlib.metadata
 import json
 import re
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import shared_experiment
 import yaml
 
 import purestep as ps
+from purestep.cli import doctor
 from purestep.cli.command import COMMANDS, main
 from purestep.record.settings import REQUIRED, SettingError, decode, encode, kind_of, settings_of
 
@@ -339,6 +344,49 @@ def test_help_of_every_command(command):
         code, out, errors = command(f"{name} --help")
         assert (code, errors) == (0, "")
         assert out.startswith(f"usage: purestep {name}")
+
+
+def test_the_doctor_knows_the_extras_by_the_metadata_of_the_package(command, monkeypatch):
+    told = email.message.Message()
+    for name, value in [
+        ("Provides-Extra", "one"),
+        ("Provides-Extra", "two"),
+        ("Provides-Extra", "both"),
+        ("Provides-Extra", "docs"),
+        ("Requires-Dist", "torch<3,>=2.11"),
+        ("Requires-Dist", "no-such-base"),
+        ("Requires-Dist", "rich[jupyter]>=13; extra == 'one'"),
+        ("Requires-Dist", 'no_such.thing<2; platform_system != "Windows" and extra == "two"'),
+        ("Requires-Dist", 'purestep[one,two]; extra == "both"'),
+        ("Requires-Dist", "no-such-docs; extra == 'docs'"),
+    ]:
+        told[name] = value
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: told)
+    code, out, _ = command("doctor --json")
+    rows = {row["what"]: row for row in json.loads(out)}
+    version = importlib.metadata.version
+    assert code == 1
+    assert (rows["torch"]["value"], rows["no-such-base"]["verdict"]) == (version("torch"), "BAD")
+    assert (rows["extra one"]["value"], rows["extra one"]["verdict"]) == (f"rich {version('rich')}", "ok")
+    assert rows["extra two"]["value"] == rows["extra both"]["value"] == "missing: no_such.thing"
+    assert (rows["extra both"]["verdict"], rows["extra both"]["fix"]) == ("note", 'pip install "purestep[both]"')
+    assert (rows["extra docs"]["verdict"], rows["extra docs"]["fix"]) == ("ok", "")
+
+
+def test_every_extra_of_the_project_is_read(monkeypatch):
+    """The metadata of a build from this pyproject.toml, which an old installation need not have."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    told = email.message.Message()
+    for extra, requirements in project["optional-dependencies"].items():
+        told["Provides-Extra"] = extra
+        for line in requirements:
+            requirement, _, marker = line.partition(";")
+            told["Requires-Dist"] = f"{requirement}; {marker + ' and' if marker else ''} extra == '{extra}'"
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: told)
+    found = doctor.required()
+    assert set(found) == {"", *project["optional-dependencies"]}
+    assert set(found["remote"]) == {"fsspec", "s3fs", "gcsfs", "huggingface_hub"}
+    assert all(names for extra, names in found.items() if extra)
 
 
 def test_the_doctor_finds_what_is_wrong(command, monkeypatch):

@@ -182,6 +182,7 @@ def test_a_layer_that_tensor_parallelism_splits_is_refused(monkeypatch):
         casting(policy("int8"), make_model()).module(torch.ones(2, 32))
 
 
+@pytest.mark.slow
 def test_per_sample_gradients_have_the_bits_of_each_sample(seed):
     chosen = policy("int8")
     state, batch = ps.init(make_model(), TX), make_batch(3)
