@@ -4,8 +4,10 @@ Random weights, tiny configurations, no download. It has an environment of its o
 
     python benchmarks/zoo.py                    # all, a table on the standard output
     python benchmarks/zoo.py bert swin_tiny     # some
+    python benchmarks/zoo.py --compile bert     # with Inductor, which compiles each
 
-Each row is two SGD steps of the step itself and of `ps.jit(step, backend="eager")`, from one state on the same batches.
+Each row is SGD steps of the step itself, two of `ps.jit(step, backend="eager")` and five of Inductor, from one state on
+the same batches. A new process goes on from a snapshot after the first step.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import dataclasses
 import importlib.metadata
 import logging
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import purestep as ps
+from purestep.snapshot import Store
 
 VOCABULARY, LENGTH, SIZE = 64, 12, 32
 
@@ -68,6 +74,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+TEXT = {**WIDTHS, "eos_token_id": 2}
 AUDIO = {
     "hidden_size": SIZE,
     "num_hidden_layers": 1,
@@ -117,6 +124,15 @@ def waves(generator: torch.Generator) -> dict[str, torch.Tensor]:
 def spectra(generator: torch.Generator) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=generator)
     return {"input_features": torch.randn(2, 8, 32, generator=generator), "labels": ids}
+
+
+def recordings(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {**waves(generator), "labels": torch.tensor([0, 1])}
+
+
+def pairs(generator: torch.Generator) -> dict[str, Any]:
+    batch = {**only_pixels(generator), **tokens(generator)}
+    return {"pixel_values": batch["pixel_values"], "input_ids": batch["input_ids"], "return_loss": True}
 
 
 def hf(kind: str, config: str, batch: Callable[..., Any], **settings: Any) -> Row:
@@ -193,6 +209,41 @@ TRANSFORMERS = {
         decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
         decoder_intermediate_size=16,
     ),
+    "xlm-roberta": hf("XLMRobertaForMaskedLM", "XLMRobertaConfig", tokens, **WIDTHS),
+    "mpnet": hf("MPNetForMaskedLM", "MPNetConfig", tokens, **WIDTHS),
+    "gpt-neo": hf(
+        "GPTNeoForCausalLM", "GPTNeoConfig", tokens, vocab_size=VOCABULARY, hidden_size=SIZE, num_layers=2, num_heads=4,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=64, window_size=4,
+    ),
+    "gpt-j": hf(
+        "GPTJForCausalLM", "GPTJConfig", tokens,
+        vocab_size=VOCABULARY, n_embd=SIZE, n_layer=1, n_head=4, n_positions=64, rotary_dim=4,
+    ),
+    "bloom": hf(
+        "BloomForCausalLM", "BloomConfig", tokens, vocab_size=VOCABULARY, hidden_size=SIZE, n_layer=1, n_head=4
+    ),
+    "falcon": hf(
+        "FalconForCausalLM", "FalconConfig", tokens,
+        vocab_size=VOCABULARY, hidden_size=SIZE, num_hidden_layers=1, num_attention_heads=4,
+    ),
+    "stablelm": hf("StableLmForCausalLM", "StableLmConfig", tokens, **GROUPED),
+    "olmo": hf("OlmoForCausalLM", "OlmoConfig", tokens, **GROUPED),
+    "olmo2": hf("Olmo2ForCausalLM", "Olmo2Config", tokens, **GROUPED),
+    "starcoder2": hf("Starcoder2ForCausalLM", "Starcoder2Config", tokens, **GROUPED),
+    "phi3": hf("Phi3ForCausalLM", "Phi3Config", tokens, **GROUPED, pad_token_id=0),
+    "cohere": hf("CohereForCausalLM", "CohereConfig", tokens, **GROUPED),
+    "granite": hf("GraniteForCausalLM", "GraniteConfig", tokens, **GROUPED),
+    "mbart": hf("MBartForConditionalGeneration", "MBartConfig", tokens, **ENCODER_DECODER, max_position_embeddings=64),
+    "pegasus": hf(
+        "PegasusForConditionalGeneration", "PegasusConfig", tokens, **ENCODER_DECODER, max_position_embeddings=64
+    ),
+    "wav2vec2, classifier": hf("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", recordings, **AUDIO),
+    "hubert, classifier": hf("HubertForSequenceClassification", "HubertConfig", recordings, **AUDIO),
+    "clip": hf("CLIPModel", "CLIPConfig", pairs, text_config=TEXT, vision_config=VISION, projection_dim=16),
+    "segformer": hf(
+        "SegformerForImageClassification", "SegformerConfig", pixels, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 2, 4], decoder_hidden_size=16,
+    ),
 }  # fmt: skip
 
 # --- timm and torchvision ---------------------------------------------------------------------------------------------
@@ -226,6 +277,20 @@ def torchvision(name: str, size: int = 64) -> Row:
     return Row(model, images(size), classified)
 
 
+def segmentation(name: str) -> Row:
+    def model() -> nn.Module:
+        import torchvision
+
+        made: nn.Module = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
+        return made
+
+    def scenes(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        x = torch.randn(2, 3, 32, 32, generator=generator)
+        return {"x": x, "y": torch.randint(0, 3, (2, 32, 32), generator=generator)}
+
+    return Row(model, scenes, lambda net, b: cross_entropy(net(b["x"])["out"], b["y"]))
+
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
 IMAGES = {
     "efficientnet_b0 (timm)": timm("efficientnet_b0"),
@@ -242,36 +307,80 @@ IMAGES = {
     "mobilenet_v3_small": torchvision("mobilenet_v3_small"),
     "shufflenet_v2_x0_5": torchvision("shufflenet_v2_x0_5"),
     "vgg11_bn": torchvision("vgg11_bn", 32),
+    "squeezenet1_1": torchvision("squeezenet1_1"),
+    "regnet_y_400mf": torchvision("regnet_y_400mf"),
+    "mnasnet0_5": torchvision("mnasnet0_5"),
+    "fcn_resnet50, segmentation": segmentation("fcn_resnet50"),
+    "deeplabv3_mobilenet, segmentation": segmentation("deeplabv3_mobilenet_v3_large"),
+    "lraspp_mobilenet, segmentation": segmentation("lraspp_mobilenet_v3_large"),
+    "gmlp_s16 (timm)": timm("gmlp_s16_224", 32, img_size=32),
 }
 ROWS = TRANSFORMERS | IMAGES
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
+STEPS = 5
 
-def measured(row: Row) -> str:
-    """Return the cells of a row."""
+
+def started(row: Row) -> tuple[Any, Any, list[Any]]:
+    """Return the step, the first state and the batches of a row."""
     tx = ps.optim.sgd(0.1)
     generator = torch.Generator().manual_seed(0)
-    batches = [row.batch(generator) for _ in range(2)]
+    batches = [row.batch(generator) for _ in range(STEPS)]
+    return ps.make_step(row.loss, tx), ps.init(row.model, tx, seed=0), batches
+
+
+def trained(step: Any, state: Any, batches: list[Any]) -> Any:
+    for batch in batches:
+        state, _ = step(state, batch)
+    return state
+
+
+def measured(name: str, folder: Path, *, compile: bool) -> list[str]:
+    """Return the cells of a row but for that on resume, for which the middle of its training is saved in a folder."""
     try:
-        step, state = ps.make_step(row.loss, tx), ps.init(row.model, tx, seed=0)
-        expected = state
-        for batch in batches:
-            expected, _ = step(expected, batch)
+        step, state, batches = started(ROWS[name])
+        middle = trained(step, state, batches[:1])
+        with Store(folder / name) as store:
+            store.save(1, middle)
+            store.wait()
+        expected = trained(step, middle, batches[1:2])
+        (folder / name / "digest").write_text(ps.tree.digest(expected))
     except Exception as error:
-        return f"no: {first_lines(error)} | | | | "
+        return [f"no: {first_lines(error)}", "", "", "", "", ""]
     compiled = ps.jit(step, backend="eager")
-    started = time.process_time()
+    began = time.process_time()
     try:
         compiled.compile(state, batches[0])
-        seconds = time.process_time() - started
-        for batch in batches:
-            state, _ = compiled(state, batch)
+        seconds = time.process_time() - began
+        got = trained(compiled, state, batches[:2])
     except Exception as error:
-        return f"yes | no: {first_lines(error)} | | | "
-    same = "same" if ps.tree.equal(state.params, expected.params) else "differ"
-    return f"yes | yes | {same} | {len(compiled.retraces)} | {seconds:.1f}"
+        return ["yes", f"no: {first_lines(error)}", "", "", "", ""]
+    same = "same" if ps.tree.equal(got.params, expected.params) else "differ"
+    inductor = against_inductor(step, state, batches) if compile else ""
+    return ["yes", "yes", same, str(len(compiled.retraces)), f"{seconds:.1f}", inductor]
+
+
+def against_inductor(step: Any, state: Any, batches: list[Any]) -> str:
+    """Return the largest difference of a parameter after all steps, relative to the largest of its tensor."""
+    expected = trained(step, state, batches)
+    try:
+        found = trained(ps.jit(step), state, batches)
+    except Exception as error:
+        return f"no: {first_lines(error)}"
+    pairs = zip(expected.params.values(), found.params.values(), strict=True)
+    return f"{max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in pairs if a.numel()):.0e}"
+
+
+def resumed(name: str, folder: Path) -> str:
+    """Tell whether this process gets the bits of the one that saved the middle of a training."""
+    file = folder / name / "digest"
+    if not file.exists():
+        return ""
+    step, state, batches = started(ROWS[name])
+    middle = ps.restore(folder / name, like=state)
+    return "same" if ps.tree.digest(trained(step, middle, batches[1:2])) == file.read_text() else "differ"
 
 
 def first_lines(error: Exception) -> str:
@@ -279,17 +388,34 @@ def first_lines(error: Exception) -> str:
     return f"{type(error).__name__}: {'; '.join(lines)}".replace("|", "/")[:230]
 
 
-def main(names: list[str]) -> None:
-    """Print the table."""
+def main(arguments: list[str]) -> None:
+    """Measure, and print each row as it is measured; then, from a new process, what a resume gives."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "timm", "torchvision")]
+    if arguments[:1] == ["--resume"]:
+        folder = Path(arguments[1])
+        for name in arguments[2:]:
+            print(f"resumed in a new process: {name}: {resumed(name, folder)}", flush=True)
+        return
+    compile = arguments[:1] == ["--compile"]
+    wanted = arguments[compile:]
+    names = [name for name in ROWS if not wanted or any(part in name for part in wanted)]
+    versions = [f"{n} {version(n)}" for n in ("torch", "transformers", "timm", "torchvision") if version(n)]
     print(f"{platform.processor() or platform.machine()}, one thread; {', '.join(versions)}\n", flush=True)
-    print("| architecture | eager step | traces | bits | traced again | trace, CPU s |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for name, row in ROWS.items():
-        if not names or any(wanted in name for wanted in names):
-            print(f"| {name} | {measured(row)} |", flush=True)
+    print("| architecture | eager step | traces | bits | traced again | trace, CPU s | Inductor |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory(prefix="purestep-zoo-") as folder:
+        for name in names:
+            print(f"| {name} | {' | '.join(measured(name, Path(folder), compile=compile))} |", flush=True)
+        print(flush=True)
+        subprocess.run([sys.executable, __file__, "--resume", folder, *names], check=True)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
