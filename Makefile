@@ -35,7 +35,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,notebooks,data,float8,export,metrics,parquet,optuna,hydra,onnx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest test-device setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology faults kills test test-slow test-all test-oldest test-newest test-device setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -102,6 +102,9 @@ bench: $(BENCH_READY)  ## run the benchmarks against other trainers
 
 bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
 	$(BENCH_PY) -m benchmarks.run --quick $(ARGS)
+
+gpu: $(READY)  ## what only a card can settle, in eight minutes; ARGS="--device cpu" tries it without one
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove environments, caches and runs
 	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) .venv-device .venv-torch-* runs site build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
