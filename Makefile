@@ -35,7 +35,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,notebooks,data,float8,export,metrics,parquet,optuna,hydra,onnx
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology examples faults kills test test-slow test-all test-oldest test-newest setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick clean
+.PHONY: help setup demo demo-resume demo-topology examples faults kills test test-slow test-all test-oldest test-newest test-device setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -82,6 +82,9 @@ test-oldest: .venv-torch-$(OLDEST)/.ready  ## a selection of the tests on the ol
 test-newest: .venv-torch-$(NEWEST)/.ready  ## the same on the newest, which `pip install torch` brings
 	.venv-torch-$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(ENDS)
 
+test-device: .venv-device/.ready  ## steps on fake CUDA tensors: devices, waits and launches; gigabytes of torch, no card
+	.venv-device/bin/python -m pytest $(PYTEST_ARGS) tests/device
+
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -103,8 +106,11 @@ bench: $(BENCH_READY)  ## run the benchmarks against other trainers
 bench-quick: $(BENCH_READY)  ## the same, smaller and shorter
 	$(BENCH_PY) -m benchmarks.run --quick $(ARGS)
 
+gpu: $(READY)  ## what only a card can settle, in eight minutes; ARGS="--device cpu" tries it without one
+	$(PY) -m benchmarks.gpu $(ARGS)
+
 clean:  ## remove environments, caches and runs
-	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) .venv-torch-* runs site build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(DOCS_VENV) .venv-device .venv-torch-* runs site build dist .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
@@ -136,6 +142,18 @@ $(DOCS_READY): pyproject.toml constraints.txt
 		> $(DOCS_VENV)/requirements.txt
 	@echo "[set-up 3/3] installing it, at the versions of constraints.txt"
 	@$(DOCS_PY) $(INSTALL) -c constraints.txt -r $(DOCS_VENV)/requirements.txt
+	@touch $@
+	@echo "[set-up] done"
+
+# The build of torch with CUDA, which is what PyPI has for Linux; it needs no card to make fake tensors.
+.venv-device/.ready: pyproject.toml constraints.txt
+	$(call make_venv,.venv-device)
+	@echo "[set-up 2/3] installing $(TORCH) with CUDA"
+	@.venv-device/bin/python $(INSTALL) '$(TORCH)'
+	@.venv-device/bin/python -c 'import sys, torch; sys.exit(0 if torch.backends.cuda.is_built() else "torch " + torch.__version__ \
+		+ " has no CUDA. Write: make test-device PIP_ARGS=\"--index-url https://pypi.org/simple\"")'
+	@echo "[set-up 3/3] installing purestep[dev] and what it needs, at the versions of constraints.txt"
+	@.venv-device/bin/python $(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "[set-up] done"
 

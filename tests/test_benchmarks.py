@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import host_cost, machine, peers, report, run, sharding, targets, training, workloads
+from benchmarks import gpu, host_cost, machine, peers, report, run, sharding, targets, training, workloads
 from benchmarks.peers import base
 from benchmarks.settings import SECTIONS
 from benchmarks.worker import Failure
@@ -233,3 +233,26 @@ def test_weights_fit_the_modules(name):
 
 def test_doctests():
     assert doctest.testmod(report).failed == 0
+
+
+# --- on a card --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_card_settles_is_a_line_each_and_an_error_ends_nothing(capsys, tmp_path, monkeypatch):
+    def broken(card):
+        raise RuntimeError("no kernel | image")
+
+    some = {
+        "environment": gpu.environment,
+        "broken": broken,
+        "draws": gpu.draws,
+        "mlp, eager": gpu.checks()["mlp, eager"],
+    }
+    monkeypatch.setattr(gpu, "checks", lambda: some)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "table.md")]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert {row["check"]: row["ok"] for row in rows} == {name: name != "broken" for name in some}
+    assert rows[1]["error"] == "RuntimeError: no kernel | image"
+    assert "| broken | **no** |" in (tmp_path / "table.md").read_text()
+    assert gpu.main(["--device", "cpu", "--budget", "0"]) == 0
+    assert '"left out": "no time"' in capsys.readouterr().out

@@ -1,0 +1,124 @@
+"""Steps of every plan on fake CUDA tensors, as rank 0 of 4 and of 1,024 processes that are only pretended.
+
+A fake process group sends nothing, so values are wrong and only shapes, devices and launches are looked at. What ranks
+agree on before their first step is taken as agreed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from shared_fake_cuda import Counts, counting, elsewhere, fake_cuda, needs_cuda_build, on_cuda
+from shared_gpt import TOKENS, TinyGPT
+
+import purestep as ps
+from purestep.distributed import collectives, mesh
+from purestep.parallel import absent, same_inputs
+from purestep.sharding import placement
+from tests.device import budgets
+from tests.device.test_steps import IMAGES, adamw, cnn, loss_fn, of_images, opt
+
+pytestmark = [needs_cuda_build, pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
+
+
+def start(world: int) -> None:
+    """Join a job of some processes that are not there, as rank 0."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    mesh._cache.clear()
+
+
+def pretend(patch: pytest.MonkeyPatch) -> None:
+    """A fake tensor has no subclass, and no number: all ranks need what this one needs."""
+
+    def stand_in(name, shape, like, plan):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    patch.setattr(absent.Absent, "of", stand_in)
+    patch.setattr(collectives, "numbers", lambda number, group, device: [number] * collectives.size_of(group))
+
+
+@pytest.fixture
+def job(monkeypatch):
+    pretend(monkeypatch)
+    yield start
+    end()
+
+
+PLANS = {
+    "ddp": ps.sharding.ddp(),
+    "ddp fast": ps.sharding.ddp(reduction="fast"),
+    "fsdp": ps.sharding.fsdp(),
+    "fsdp fast": ps.sharding.fsdp(reduction="fast"),
+    "fsdp pad": ps.sharding.fsdp(fallback="pad"),
+    "hsdp": ps.sharding.hsdp(fsdp=2),
+}
+
+
+def with_number(net, batch):
+    return loss_fn(net, batch), {"lr": 0.5, "tokens": ps.metrics.Sum(3)}
+
+
+def with_weight(net, batch):
+    return ps.weighted(loss_fn(net, batch), 64.0)
+
+
+WORK = {
+    "plain": {},
+    "number": {"loss": with_number},
+    "weight": {"loss": with_weight},
+    "bf16-mixed": {"policy": "bf16-mixed"},
+    "16-mixed": {"policy": "16-mixed"},
+    "batch norm": {"loss": of_images, "make": cnn, "batch": IMAGES},
+    "muon": {"tx": lambda: opt.muon(0.02, adam_learning_rate=3e-3)},
+    "adafactor": {"tx": lambda: opt.adafactor(1e-2)},
+    "lamb": {"tx": lambda: opt.lamb(1e-2)},
+    "apply_if_finite": {"tx": lambda: opt.apply_if_finite(adamw())},
+    "skip_large_updates": {"tx": lambda: opt.skip_large_updates(adamw(), max_norm=1.0)},
+}
+
+
+def counted(plan, count, loss=loss_fn, make=TinyGPT, batch=TOKENS, policy=None, tx=adamw) -> tuple[Counts, object]:
+    """Count the second step of a plan; the first one agrees on an order, and puts constants on the card."""
+    step = ps.make_step(loss, tx(), policy=policy, plan=plan, microbatches=count)
+    state = ps.init(make, tx(), seed=0)
+    state = state if policy is None else ps.precision.policy(policy).apply(state)
+    state = plan.place(state)
+    same_inputs._once(dist.group.WORLD, plan, count).done = True
+    with fake_cuda():
+        state = placement.rewrap(on_cuda(placement.local(state)), state)
+        batch = on_cuda(batch)
+        step(state, batch)
+        with counting() as counts:
+            out = step(state, batch)
+        return counts, placement.local(out)
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_step_of_a_plan(job, plan, work):
+    job(4)
+    counts, out = counted(PLANS[plan], 4, **WORK[work])
+    assert counts.blocking == {}
+    assert elsewhere(out) == {}
+    assert counts.total <= budgets.PLANS[plan, work], counts.launches.most_common(8)
+
+
+MANY = ("ddp", "fsdp fast")
+MANY_TOKENS = {name: torch.zeros(1024, 8, dtype=torch.int64) for name in TOKENS}
+
+
+@pytest.mark.parametrize("plan", MANY)
+def test_a_thousand_ranks(job, plan):
+    job(1024)
+    counts, out = counted(PLANS[plan], 1024, batch=MANY_TOKENS)
+    assert counts.blocking == {}
+    assert elsewhere(out) == {}
+    assert counts.total <= budgets.PLANS[plan, "1024 ranks"], counts.launches.most_common(8)
