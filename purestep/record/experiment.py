@@ -18,6 +18,7 @@ from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments
 from purestep.loop.origin import plain_settings
 from purestep.loop.result import Result
+from purestep.loop.run import Run
 from purestep.record.settings import arguments_of, free_names, plain_of, settings_of
 from purestep.step_protocol import StepFn
 
@@ -104,8 +105,18 @@ class Experiment:
         Raises:
             ConfigError: nothing says when it ends.
         """
-        arguments = {"until": self.until, "callbacks": self.callbacks, **self._told, **options}
-        return trainer.fit(self.step, self.state, self.data, **arguments)
+        return trainer.fit(self.step, self.state, self.data, **self._arguments(options))
+
+    def run(self, **options: Any) -> Run:
+        """Start it and return it as an iterator of events: `ps.run` with these arguments and `options`.
+
+        Raises:
+            ConfigError: nothing says when it ends.
+        """
+        return trainer.run(self.step, self.state, self.data, **self._arguments(options))
+
+    def _arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"until": self.until, "callbacks": self.callbacks, **self._told, **options}
 
     @property
     def _told(self) -> dict[str, Any]:
