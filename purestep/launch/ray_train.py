@@ -143,6 +143,7 @@ class _Job:
 
     def __call__(self) -> None:
         import ray.train
+        import ray.train.torch
 
         context = ray.train.get_context()
         if torch.cuda.is_available():
