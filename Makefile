@@ -32,7 +32,7 @@ ENDS ?= -m "not slow" tests/jit tests/sharding tests/precision --ignore=tests/pr
 	optim/test_lift.py optim/test_foreach.py optim/test_blocks.py optim/test_second_order.py snapshot/test_codec.py \
 	snapshot/test_template.py parallel/test_same_bits.py loop/test_run.py loop/test_small_kernels.py)
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
-EXTRAS := dev,examples,notebooks,data,float8,export,metrics,parquet,optuna,hydra,onnx
+EXTRAS := dev,examples,notebooks,data,float8,export,metrics,parquet,optuna,hydra,onnx,ray
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-resume demo-topology examples faults kills test test-slow test-all test-oldest test-newest test-device setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick gpu clean

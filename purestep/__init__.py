@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from purestep import display as display
     from purestep import errors as errors
     from purestep import interop as interop
+    from purestep import launch as launch
     from purestep import loggers as loggers
     from purestep import loop as loop
     from purestep import metrics as metrics

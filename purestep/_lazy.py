@@ -53,6 +53,10 @@ class _Package(ModuleType):
     by whomever.
     """
 
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        """Pickle it by name, as cloudpickle does modules, with a function of a script that uses `ps`."""
+        return importlib.import_module, (self.__name__,)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}":
             home, original = _listed(self.__name__).get(name, (self.__name__, name))

@@ -62,6 +62,8 @@ def test_the_script_trains_in_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     exec(blocks("python")[0], namespace)
+    exec(blocks("python")[1], namespace)
+    assert callable(namespace["on_ray"])
     assert namespace["experiment"](steps=2).fit(run_dir=tmp_path / "run").reason == "reached 2 steps"
 
 

@@ -165,6 +165,9 @@ def arrived(pending: collectives.Pending, n: int, owners: Owners) -> TreeSum:
     total = TreeSum(add)
     for node, part in zip((node for own in owners for node in own), parts, strict=True):
         total.put(node, part)
+    if len(parts) > len(total.nodes):
+        # A sum is a view of all that came in, the slices of every member; it has to outlive them by itself.
+        total.nodes = {node: part.clone() for node, part in total.nodes.items()}
     return total
 
 

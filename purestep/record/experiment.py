@@ -109,7 +109,11 @@ class Experiment(Printed):
         return trainer.fit(self.step, self.state, self.data, **self._options(options))
 
     def run(self, **options: Any) -> Run:
-        """Start it: `ps.run` with these arguments; see `fit`."""
+        """Start it and return it as an iterator of events: `ps.run` with these arguments and `options`.
+
+        Raises:
+            ConfigError: nothing says when it ends.
+        """
         return trainer.run(self.step, self.state, self.data, **self._options(options))
 
     def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:

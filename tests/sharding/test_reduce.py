@@ -5,12 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from purestep.distributed.collectives import Pending
 from purestep.errors import ConfigError
 from purestep.parallel.absent import Absent
 from purestep.parallel.fsdp_layout import Row, Rows
-from purestep.parallel.tree_reduce import Flat, rows_of
+from purestep.parallel.tree_reduce import Flat, arrived, rows_of
 from purestep.sharding import fsdp
 from purestep.sharding.spec import Spec, box
+from purestep.treesum import TreeSum
 
 DTYPES = [torch.float32, torch.float64, torch.int64, torch.bool]
 
@@ -58,3 +60,19 @@ def test_a_stand_in_has_a_shape_and_refuses_everything_else():
     for use in (lambda: stand_in + 1, lambda: torch.ones(2, 3) @ stand_in, lambda: torch.cat([stand_in, stand_in])):
         with pytest.raises(ConfigError, match=r"'blocks.0.weight' was used while its unit 'blocks.0' was not running"):
             use()
+
+
+@pytest.mark.parametrize("owners", [[[(0, 0)], [(0, 1)]], [[(0, 0), (0, 1)], [(0, 2)]], [[(1, 0)], [(0, 2)]]])
+def test_a_sum_does_not_hold_what_came_in(owners):
+    """The slices of all members are as large as the gradient that they were cut from."""
+    nodes = [node for own in owners for node in own]
+    received = torch.randn(len(nodes) * 5, generator=torch.Generator().manual_seed(1))
+    expected = TreeSum(torch.add)
+    for node, part in zip(nodes, received.view(-1, 5).unbind(), strict=True):
+        expected.put(node, part)
+    wanted = {node: part.clone() for node, part in expected.nodes.items()}
+    found = arrived(Pending(received), 5, owners).nodes
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[node], wanted[node]) for node in found)
+    if len(found) < len(nodes):
+        assert [x.untyped_storage().nbytes() for x in found.values()] == [20] * len(found)
