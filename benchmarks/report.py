@@ -24,8 +24,11 @@ def markdown(results: Results) -> str:
         "precision": _precision,
         "snapshots": _snapshots,
         "loop_cost": _loop_cost,
+        "host_cost": _host_cost,
         "imports": _imports,
         "sharding": _sharding,
+        "portable": _portable,
+        "ensembles": _ensembles,
     }
     for name, show in sections.items():
         if name in results and "error" not in results[name]:
@@ -150,6 +153,17 @@ def _precision(results: Any) -> str:
     return "## Precision policies, eager\n\n" + table(head, rows)
 
 
+def _portable(results: Any) -> str:
+    rows = []
+    for workload, found in results.items():
+        for trainer, v in found.items():
+            middle, low, high = v["ratio"]
+            times = [_time(v["portable"]), _time(v["native"])]
+            rows.append([workload, trainer, f"{middle:.2f} [{low:.2f}, {high:.2f}]", *times])
+    head = ["model", "step", "portable / native", "a portable step", "a native step"]
+    return "## Portable bits, CPU time\n\n" + table(head, rows)
+
+
 def _snapshots(results: Any) -> str:
     import statistics
 
@@ -177,6 +191,26 @@ def _loop_cost(results: Any) -> str:
     )
 
 
+HOST_COST = {
+    "loader_us": ("`fit` over torch's DataLoader, beyond a bare loop over it, a batch", "us"),
+    "batches_us": ("`fit` over `ps.data.batches`, beyond a bare loop over it, a batch", "us"),
+    "evaluate_us": ("`ps.evaluate`, beyond a bare loop of its compiled step, a batch", "us"),
+    "samples_us": ("a list of samples as data, beyond torch's collation, a sample", "us"),
+    "foreach": ("eager step / hand-written loop, AdamW foreach", ""),
+    "fused": ("eager step, fused=True / hand-written loop, AdamW fused", ""),
+    "first_batch_s": ("new process: `import purestep` after torch, to one eager batch trained", "s"),
+    "first_import_s": ("of this, the import", "s"),
+}
+
+
+def _host_cost(results: Any) -> str:
+    rows = []
+    for name, (what, unit) in HOST_COST.items():
+        middle, low, high = results[name]
+        rows.append([what, f"{middle:.3g} {unit}".rstrip(), f"[{low:.3g}, {high:.3g}]"])
+    return "## Around a step, CPU time\n\nMLP, batch 32.\n\n" + table(["what", "median", "quartiles"], rows)
+
+
 def _sharding(results: Any) -> str:
     parts = ["## Steps on two gloo processes\n\n`x` is the time of a step over that of torch's, eager."]
     for model, found in results.items():
@@ -188,6 +222,19 @@ def _sharding(results: Any) -> str:
         rows += [[name, "-", _why(text)] for name, text in found["failed"].items()]
         parts.append(f"**{model}**\n\n" + table(["variant", "x", "steps a second"], rows))
     return "\n\n".join(parts)
+
+
+def _ensembles(results: Any) -> str:
+    rows = []
+    for name, ms in results["ms"].items():
+        middle, low, high = results["ratio"].get(name, (1.0, 1.0, 1.0))
+        rows.append([name, _time(ms * 1000), f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
+    compiled = ", ".join(f"{name} {seconds:.1f}" for name, seconds in results["compile"].items())
+    return (
+        f"## A step of {results['members']} small MLPs, CPU time\n\n"
+        + table(["", "a step of all", "stacked / this"], rows)
+        + f"\n\nCompiling with an empty cache, seconds: {compiled}."
+    )
 
 
 def _imports(results: Any) -> str:

@@ -43,12 +43,15 @@ QUICK_ONES: Names = ("loop", "loop-fused", "compile-all", "lightning-log", "jax"
 SECTIONS: Names = (
     "training",
     "loop_cost",
+    "host_cost",
     "compile_time",
     "memory",
     "precision",
     "snapshots",
     "imports",
     "sharding",
+    "portable",
+    "ensembles",
 )
 
 
@@ -62,12 +65,15 @@ class Settings:
         training: trainers by workload.
         rounds: rounds of the training section; each trainer takes `round_seconds` in each.
         loop_rounds: turns of the loop section, of `loop_steps` steps each: as many as `fit` takes from row to row.
+            The section `host_cost` takes a quarter of the turns.
         compile_rounds: by workload, how often everybody compiles with an empty cache.
         memory: trainers of the memory section.
         policies: precision policies, on `policy_workloads`; `policy_rounds` rounds of `policy_steps` steps each.
         import_rounds: by library, how often it is imported.
         snapshot_rounds: how often `snapshot_mb` MB are saved and restored, by each of `snapshot_kinds`.
         sharding: variants by model on several processes: `sharding_rounds` rounds of `sharding_steps` steps each.
+        portable: trainers whose steps are measured with portable bits, by workload.
+        ensemble_rounds: turns of the section on ensembles.
         cache: compiled code of all processes of a run, kept beside the results, so that a second run is quicker.
     """
 
@@ -90,6 +96,8 @@ class Settings:
     sharding: dict[str, Names]
     sharding_rounds: int
     sharding_steps: int
+    portable: dict[str, Names]
+    ensemble_rounds: int = 15
     snapshot_mb: int = 500
     cache: Path = Path(__file__).parent / "results" / ".cache"
 
@@ -118,11 +126,12 @@ FULL = Settings(
     sharding={"mlp": SHARDED, "gpt": SHARDED},
     sharding_rounds=11,
     sharding_steps=8,
+    portable=dict.fromkeys(("mlp", "gpt", "cnn"), ("ps-eager", "ps-donate")),
 )
 # For a look in between, in less than five minutes with nothing compiled before.
 QUICK = Settings(
     name="quick",
-    sections=("training", "loop_cost", "memory", "precision", "snapshots", "imports"),
+    sections=("training", "loop_cost", "host_cost", "memory", "precision", "snapshots", "imports"),
     training={"mlp": QUICK_ONES, "gpt": ("loop-fused", "jax", "ps-fused", "ps-donate")},
     rounds=7,
     round_seconds=0.1,
@@ -140,4 +149,5 @@ QUICK = Settings(
     sharding={"mlp": ("torch ddp", "torch fully_shard", "ddp fast", "ddp tree", "fsdp fast")},
     sharding_rounds=7,
     sharding_steps=4,
+    portable={"mlp": ("ps-eager",)},
 )

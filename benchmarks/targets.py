@@ -111,6 +111,20 @@ def _sharding(model: str, ours: str, theirs: str) -> Callable[[Results], Spread]
     return lambda results: sharding.ratio(results["sharding"], model, ours, theirs)
 
 
+def _host(name: str) -> Callable[[Results], Spread]:
+    return lambda results: results["host_cost"][name]
+
+
+def _ensemble(name: str) -> Callable[[Results], Spread]:
+    return lambda results: results["ensembles"]["ratio"][name]
+
+
+def _ensemble_compile(results: Results) -> Spread:
+    seconds = results["ensembles"]["compile"]
+    value = seconds["stacked"] / seconds["one"]
+    return value, value, value
+
+
 _JIT, _EAGER = "jit, donated", "eager, fused=True, donated"
 TARGETS: tuple[Target, ...] = (
     Target(f"MLP: {_JIT} / hand-written loop, AdamW foreach", 0.35, _step("mlp", "ps-donate", "loop")),
@@ -125,12 +139,22 @@ TARGETS: tuple[Target, ...] = (
     Target(f"50 M: {_EAGER} / hand-written loop, AdamW fused", 1.1, _step("wide", "ps-fused-donate", "loop-fused")),
     Target("fit over a bare loop, a step", 10.0, lambda r: r["loop_cost"]["step_us"], "us"),
     Target("fit over a bare loop, a further metric key and step", 2.0, lambda r: r["loop_cost"]["key_us"], "us"),
+    Target("fit over torch's DataLoader, beyond a bare loop, a batch", 20.0, _host("loader_us"), "us"),
+    Target("fit over ps.data.batches, beyond a bare loop, a batch", 10.0, _host("batches_us"), "us"),
+    Target("ps.evaluate, beyond a bare loop, a batch", 10.0, _host("evaluate_us"), "us"),
+    Target("a list of samples as data, beyond its collation, a sample", 5.0, _host("samples_us"), "us"),
+    Target("MLP: eager / hand-written loop, AdamW foreach, CPU time", 1.1, _host("foreach")),
+    Target("MLP: eager, fused=True / hand-written loop, AdamW fused, CPU time", 1.1, _host("fused")),
+    Target("from import purestep to the first batch, a new process", 0.3, _host("first_batch_s"), "s"),
     Target("MLP: cold compile / torch.compile of model and AdamW", 0.5, _compile("mlp")),
     Target("GPT: cold compile / torch.compile of model and AdamW", 0.5, _compile("gpt")),
     Target("MLP: warm start / cold", 0.25, _warm("mlp")),
     Target("GPT: warm start / cold", 0.25, _warm("gpt")),
     Target(f"50 M: peak memory, {_JIT} / hand-written in place", 1.05, _memory("ps-donate")),
     Target(f"50 M: peak memory, {_EAGER} / hand-written in place", 1.1, _memory("ps-fused-donate")),
+    Target("64 MLPs: stacked, jit / one after another, jit", 0.7, _ensemble("one after another, compiled")),
+    Target("64 MLPs: stacked, jit / hand-written loops one after another", 0.1, _ensemble("hand-written loops")),
+    Target("64 MLPs: compiling the stacked step / compiling one", 1.3, _ensemble_compile),
     Target("import purestep / import torch", 1.2, _import),
     Target("500 MB snapshot: blocking / torch.save + fsync", 0.3, _snapshot("block")),
     Target("500 MB snapshot: durable / torch.save + fsync", 1.2, _snapshot("total")),

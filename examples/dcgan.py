@@ -75,7 +75,8 @@ class Folder:
             try:
                 if path in expected and hashlib.sha256(path.read_bytes()).hexdigest() != expected[path]:
                     return f"{path}: its checksum is not that of {sums}"
-                Image.open(path).load()
+                with Image.open(path) as image:
+                    image.load()
             except (OSError, SyntaxError, ValueError) as error:
                 return f"{path}: {error}"
             return ""
@@ -102,8 +103,7 @@ def load(settings: Settings) -> tuple[Any, torch.Tensor, torch.Tensor]:
         held = len(images) // 5
         return {"image": images[held:]}, images[held : 2 * held], images[:held]
     folder = Folder(settings.data, settings.size)
-    order = ps.random.permutation(ps.random.key(0), len(folder)).tolist()
-    held = min(len(folder) // 5, 1000)
+    order, held = ps.random.permutation(ps.random.key(0), len(folder)).tolist(), min(len(folder) // 5, 1000)
     some = torch.stack([torch.from_numpy(folder[index]["image"]) for index in order[: 2 * held]])
     return torch.utils.data.Subset(folder, order[held:]), some[held:], some[:held]
 

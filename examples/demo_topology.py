@@ -49,10 +49,11 @@ def launch(directory: Path, steps: int, size: int) -> dict[str, str]:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     command += [__file__, "--work", "--run-dir", str(directory), "--steps", str(steps)]
     log = directory / f"{size}.log"
+    # Portable bits, where the machine has them: then the table has one digest on every x86-64 machine.
+    bits = "portable" if ps.bits.portable_here() else "native"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PURESTEP_BITS": bits}
     with open(log, "w") as output:
-        code = subprocess.run(
-            command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-        ).returncode
+        code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
     if code:
         raise SystemExit(f"{size} processes failed with exit code {code}:\n{log.read_text()[-4000:]}")
     found: dict[str, str] = json.loads((directory / f"{size}.json").read_text())

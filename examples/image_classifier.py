@@ -65,7 +65,7 @@ def torchvision() -> Any:
     """Return torchvision, or say how to get it."""
     try:
         return importlib.import_module("torchvision")
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
         what = "a folder of images, and the models with a name, need torchvision"
         raise DataError(explain(what, why=str(error), instead="pip install torchvision")) from error
 

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from purestep import tree as tree
     from purestep import tune as tune
     from purestep.batchnorm import refresh_batchnorm as refresh_batchnorm
+    from purestep.devices import default_device as default_device
     from purestep.display import notebook as notebook
+    from purestep.ensembles import ensemble as ensemble
+    from purestep.ensembles import stack as stack
+    from purestep.ensembles import unstack as unstack
     from purestep.functional import apply as apply
     from purestep.functional import bind as bind
     from purestep.functional import checkpoint as checkpoint
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from purestep.record.table import runs as runs
     from purestep.record.trace_bits import trace_bits as trace_bits
     from purestep.record.verify import verify as verify
+    from purestep.remote.place import Remote as Remote
     from purestep.state import TrainState as TrainState
     from purestep.state import init as init
     from purestep.state import to_module as to_module

@@ -8,6 +8,8 @@ a later torch has it no more:
                             differentiated step would detach; look for a successor in `torch._functorch.pyfunctorch`.
     dispatch_modes          how many dispatch modes are active (a trace is one), those that only watch left out. Without
                             it: the length of `torch.utils._python_dispatch._get_current_dispatch_mode_stack()`, slower.
+    innermost_mode          the function mode of a class that torch has on its stack, also in the threads in which the
+                            autograd engine runs a backward pass. Without it: a dict of modes by module.
     no_torch_function       a context in which no function mode and no `__torch_function__` looks. The documented
                             `DisableTorchFunctionSubclass` leaves modes on.
     no_torch_dispatch       the same for dispatch modes. Without it: leave the modes of the tape and enter them again.
@@ -42,6 +44,8 @@ a later torch has it no more:
                             Torch 2.14 packs the arguments and renames it. Without it: replace `checkpoint` itself,
                             which misses models that imported it by name.
     NormBase                the class of all batch and instance norms. Without it: list them.
+    int8_product            `torch._int_mm`, the one product of int8 matrices with sums in int32. Without it: float64
+                            products of the integers, which are exact and slow.
     mark_constant           sets what `torch.compiler.assume_constant_result` sets, without importing Dynamo. Without
                             it: call that, and pay a second of import.
 """
@@ -93,6 +97,18 @@ def dispatch_modes() -> int:
     if count:
         count -= sum(isinstance(mode, Watcher) for mode in _mode_stack())
     return count
+
+
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+
+
+def innermost_mode(kind: type[T]) -> T | None:
+    """Return the innermost function mode of a class that is active in this thread."""
+    for at in reversed(range(_function_modes())):
+        mode = torch._C._get_function_stack_at(at)
+        if isinstance(mode, kind):
+            return mode
+    return None
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -196,3 +212,27 @@ CHECKPOINT_PLACES = (
     # It has the generator by name, for hooks that checkpoint a module.
     ("torch.distributed._composable.checkpoint_activation", (CHECKPOINT_GENERATOR,)),
 )
+
+
+# --- integer products -------------------------------------------------------------------------------------------------
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b.T` in int32 of int8[m, k] and int8[n, k]: `torch._int_mm`, of any sizes on every device.
+
+    On CUDA it takes more than 16 rows and multiples of 8 only. On CPUs it is silently wrong where a size is 1, because
+    the strides of such a dim do not tell which layout a matrix has (torch 2.11 to 2.13). Zeros make up the rest, and
+    change no sum.
+    """
+    rows, multiple = (2, 1) if a.device.type == "cpu" else (24, 8)
+    m, n = a.shape[0], b.shape[0]
+    sums = torch._int_mm(_padded(a, rows, multiple), _padded(b, max(2, multiple), multiple).t())
+    return sums if sums.shape == (m, n) else sums[:m, :n]
+
+
+def _padded(rows: Tensor, least: int, multiple: int) -> Tensor:
+    """Return a matrix with zeros below and to the right, up to multiples of a number, in row-major order."""
+    m, k = rows.shape
+    below = max(least, m + -m % multiple) - m
+    right = max(2, k + -k % multiple) - k
+    return (nn.functional.pad(rows, (0, right, 0, below)) if below or right else rows).contiguous()

@@ -94,6 +94,10 @@ Device = Annotated[
     "torch.device | str | int",
     Judge("a device such as 'cpu' or 'cuda:0' that torch knows", lambda value: _is_device(value)),
 ]
+DeviceChoice = Annotated[
+    "torch.device | str | int",
+    Judge("'auto', or a device such as 'cpu' or 'cuda:0' that torch knows", lambda v: _is_auto(v) or _is_device(v)),
+]
 
 
 def checked(error: type[PurestepError], *, failed: bool = False) -> Callable[[F], F]:
@@ -381,6 +385,10 @@ def _is_path(value: object) -> bool:
         return False
     text = os.fspath(value)
     return isinstance(text, str) and text.strip() != "" and "\0" not in text
+
+
+def _is_auto(value: object) -> bool:
+    return isinstance(value, str) and value == "auto"
 
 
 def _is_device(value: Any) -> bool:

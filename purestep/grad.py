@@ -65,12 +65,44 @@ def grad_and_value(
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        func = engine == "func" or (engine == "auto" and transforms.active())
-        if func:
+        if _by_func(engine):
             return _func(function, argnums, has_aux, args, kwargs)
-        return _autograd(function, argnums, has_aux, args, kwargs, collected)
+        numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+        leaves, structure = tree.flatten(tuple(args[n] for n in numbers))
+        tracked = [_track(leaf, i, structure) for i, leaf in enumerate(leaves)]
+        arguments = list(args)
+        for n, argument in zip(numbers, tree.unflatten(structure, tracked), strict=True):
+            arguments[n] = argument
+        found, value, aux = _autograd(function, arguments, kwargs, has_aux, leaves, tracked, collected)
+        result, aux = tree.unflatten(structure, found), stop_gradient(aux)
+        return (result if isinstance(argnums, tuple) else result[0]), ((value, aux) if has_aux else value)
 
     return wrapped
+
+
+def loss_gradients(
+    loss_of: Callable[[Any], tuple[Tensor, T]], params: Any, engine: Engine, collected: bool
+) -> tuple[Any, T]:
+    """Return the gradients of a loss, and what the function returns beside it, which has to be detached already.
+
+    It is `grad_and_value(loss_of, has_aux=True)(params)` as a step calls it every time: without a new function, and
+    without walks over a flat dict of tensors.
+    """
+    if (
+        _by_func(engine)
+        or type(params) is not dict
+        or not all(type(x) is Tensor and x.is_floating_point() for x in params.values())
+    ):
+        grads, (_, aux) = grad_and_value(loss_of, has_aux=True, engine=engine, collected=collected)(params)
+        return grads, aux
+    leaves = list(params.values())
+    tracked = {name: x.detach().requires_grad_() for name, x in params.items()}
+    found, _, aux = _autograd(loss_of, (tracked,), {}, True, leaves, list(tracked.values()), collected)
+    return dict(zip(tracked, found, strict=True)), aux
+
+
+def _by_func(engine: Engine) -> bool:
+    return engine == "func" or (engine == "auto" and transforms.active())
 
 
 def _func(
@@ -99,20 +131,24 @@ def _func(
 
 def _autograd(
     function: Callable[..., Any],
-    argnums: Argnums,
-    has_aux: bool,
-    args: Args,
+    args: Sequence[Any],
     kwargs: Kwargs,
+    has_aux: bool,
+    leaves: Sequence[Tensor],
+    tracked: list[Tensor],
     collected: bool,
-) -> Any:
-    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
-    leaves, structure = tree.flatten(tuple(args[n] for n in numbers))
-    tracked = [_track(leaf, i, structure) for i, leaf in enumerate(leaves)]
-    arguments = list(args)
-    for n, argument in zip(numbers, tree.unflatten(structure, tracked), strict=True):
-        arguments[n] = argument
+) -> tuple[list[Tensor], Tensor, Any]:
+    """Return the gradients of the value of a function, the value, detached, and what it returns besides.
+
+    Args:
+        function, args, kwargs: what is called; among the arguments are the tensors of `tracked`.
+        has_aux: whether it returns anything besides the value.
+        leaves: the tensors to differentiate.
+        tracked: the same, each the leaf of a graph.
+        collected: see `grad_and_value`.
+    """
     with torch.enable_grad(), gradient_scope() as scope:
-        out = function(*arguments, **kwargs)
+        out = function(*args, **kwargs)
         value, aux = out if has_aux else (out, None)
         _check_value(value, getattr(function, "__name__", "the function"))
         if not value.requires_grad:
@@ -143,9 +179,7 @@ def _autograd(
     if not collected and all(g is None for g in found):
         raise _independent(value)
     grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
-    result = tree.unflatten(structure, grads)
-    value, aux = value.detach(), stop_gradient(aux)
-    return (result if isinstance(argnums, tuple) else result[0]), ((value, aux) if has_aux else value)
+    return grads, value.detach(), aux
 
 
 def _independent(value: Tensor) -> StepError:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from purestep import _torch, bits, random, transforms, tree
-from purestep.arguments import Device, Seed, checked
+from purestep.arguments import DeviceChoice, Seed, checked
+from purestep.devices import default_device
 from purestep.donation import apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
@@ -167,7 +168,7 @@ def init(
     *,
     seed: Seed = 0,
     frozen: Filter | None = None,
-    device: Device | None = None,
+    device: DeviceChoice | None = "auto",
     plan: Plan | None = None,
     deferred: bool = False,
 ) -> TrainState:
@@ -181,7 +182,10 @@ def init(
         frozen: path filter (a glob, several, or a function of the name) of parameters that are not trained. They get no
             gradient and no optimizer state and live in `state.buffers`. Parameters with `requires_grad=False` are
             frozen too.
-        device: where the state lives; by default where the module is.
+        device: where the state lives, and batches with it. "auto": where the module is, if somebody has put it on
+            another device than the CPU; under a plan where its process group sends tensors from; otherwise
+            `ps.default_device()`, the accelerator of this machine. The weights are made on the CPU, so their bits do
+            not depend on the device.
         plan: where the parts of the state live, see `ps.sharding`. The bits are those of the state without a plan.
         deferred: for models that fit no single process: record what the function does to tensors without memory, then
             compute one tensor at a time and keep this process's part. Each random number depends on the seed and on
@@ -194,8 +198,8 @@ def init(
     Raises:
         StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that
             matches nothing; `deferred` with a module that exists, or one that reads the values of its tensors.
-        ConfigError: `tx` is no gradient transformation, `plan` is no plan or does not fit the job or the parameters,
-            or one of its rules matches nothing.
+        ConfigError: `tx` is no gradient transformation, `device` no device, `plan` no plan, or it does not fit the job
+            or the parameters, or one of its rules matches nothing.
 
     Examples:
         >>> from purestep import optim
@@ -209,13 +213,15 @@ def init(
         from purestep.sharding.plan import check_plan
 
         check_plan(plan, "ps.init")
-        device = device or plan.mesh.device
+    asked = None if device in (None, "auto") else default_device(device)
+    if asked is None and plan is not None:
+        asked = plan.mesh.device
     if deferred:
-        return _deferred(model, tx, rng, frozen, device, plan)
+        return _deferred(model, tx, rng, frozen, asked or default_device(), plan)
     if not isinstance(model, nn.Module):
         with _seeded(random.fold_in(rng, "init")):
             model = _made(model)
-    state = _first(model, tx, rng, frozen, device)
+    state = _first(model, tx, rng, frozen, asked)
     return state if plan is None else plan.place(state)
 
 
@@ -224,12 +230,14 @@ def _first(
     tx: GradientTransformation,
     rng: Tensor,
     frozen: Filter | None,
-    device: Device | None,
+    device: torch.device | None,
 ) -> TrainState:
     found = slots(model)
     tensors = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
     _check_shapes(model, tensors)
     trained = _trained(model, found, tensors, frozen)
+    if device is None and all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        device = default_device()
     copied = {name: t.detach().clone().to(device or t.device) for name, t in tensors.items()}
     params = {name: copied[name] for name in trained}
     place = next(iter(params.values())).device
@@ -248,7 +256,7 @@ def _deferred(
     tx: GradientTransformation,
     rng: Tensor,
     frozen: Filter | None,
-    device: Device | None,
+    device: torch.device,
     plan: Plan | None,
 ) -> TrainState:
     from purestep.sharding.deferred_init import materialize
@@ -264,7 +272,9 @@ def _deferred(
         )
     key = random.fold_in(rng, "init")
     with _seeded(key):
-        described = materialize(lambda: _first(_made(model), tx, rng, frozen, None), key, plan=plan, device=device)
+        described = materialize(
+            lambda: _first(_made(model), tx, rng, frozen, torch.device("cpu")), key, plan=plan, device=device
+        )
     return described.replace(rng=rng.to(described.step.device))
 
 

@@ -21,7 +21,7 @@ from purestep.arguments import NonNegative, checked
 from purestep.donation import also_donated, apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import bind
-from purestep.grad import Engine, grad_and_value
+from purestep.grad import Engine, loss_gradients
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
@@ -35,7 +35,7 @@ from purestep.sharding import full_tensors, placement
 from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState, definition
-from purestep.step_protocol import AnyStep, StepFacts, StepFn, no_microbatches
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, following, no_microbatches
 
 LossFn = Callable[[Any, Any], Any]
 Metrics = dict[str, Metric]
@@ -130,7 +130,8 @@ class Step(AnyStep):
         return self
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        """Return the state after one update, and the metrics of the batch."""
+        """Return the state after one update, and the metrics of the batch, which follows the state to its device."""
+        batch = following(state, batch)
         if self.plan is None:
             return self.update(state, self.gradients(state, batch))
         view = placement.local(state)
@@ -185,8 +186,8 @@ class Step(AnyStep):
             exchange.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
 
-        gradient = grad_and_value(loss_of, has_aux=True, engine=self.engine, collected=exchange.collects)
-        grads, (_, (weight, new, metrics)) = gradient(exchange.tracked(cast, params))
+        tracked = exchange.tracked(cast, params)
+        grads, (weight, new, metrics) = loss_gradients(loss_of, tracked, self.engine, exchange.collects)
         return Gradients(exchange.backward_done(cast, grads), weight, new, metrics)
 
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
@@ -444,6 +445,7 @@ class Eval(_Inference):
 
     def __call__(self, state: TrainState, batch: Any) -> Metrics:
         """Return the metrics of a batch, with the model in evaluation mode; nothing is changed."""
+        batch = following(state, batch)
         samples, loss_fn = _samples(batch), on_plan(self.plan, self.loss_fn)
         return self._call(
             state, batch, lambda bound, given: read_loss(loss_fn, bound, given, samples, alone=self.plan is None)[2]
@@ -461,6 +463,7 @@ class Predict(_Inference):
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
         """Return what the function computes for a batch, with the model in evaluation mode; nothing is changed."""
+        batch = following(state, batch)
         samples, function = _samples(batch), on_plan(self.plan, self.loss_fn)
         outputs = self._call(
             state, batch, lambda bound, given: _called(function, bound, given, alone=self.plan is None)

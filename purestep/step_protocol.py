@@ -13,7 +13,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
+from torch import Tensor
+
+from purestep import _torch, transforms, tree
 from purestep.arguments import checked
+from purestep.data.to_device import on_device
 from purestep.errors import ConfigError, explain
 from purestep.microbatch import Gradients
 from purestep.optim.base import GradientTransformation
@@ -97,6 +102,22 @@ def facts_of(step: object) -> StepFacts:
 
 
 _OPAQUE = StepFacts()
+
+
+def following(state: object, batch: Any) -> Any:
+    """Return a batch on the device of a train state; where that is the CPU, and inside of a trace, the very batch."""
+    if not isinstance(state, TrainState) or (device := state.step.device).type in _HOSTS:
+        return batch
+    if transforms.active() or _torch.dispatch_modes() > 0 or not any(map(_on_host, tree.leaves(batch))):
+        return batch
+    return on_device(batch, device)
+
+
+_HOSTS = ("cpu", "meta")
+
+
+def _on_host(leaf: object) -> bool:
+    return leaf.device.type == "cpu" if isinstance(leaf, Tensor) else isinstance(leaf, np.ndarray)
 
 
 def bare(step: StepFn, microbatches: int | None = None) -> StepFn:

@@ -12,7 +12,7 @@ from purestep.loop.cadence import UntilEpochs, every
 from purestep.loop.events import Callback
 from purestep.loop.options import RunArguments, takes
 from purestep.loop.result import Result
-from purestep.loop.roles import Evaluator, Recurring, SnapshotPolicy, Watcher
+from purestep.loop.roles import Evaluator, Instrument, Recurring, SnapshotPolicy, Watcher
 from purestep.loop.run import Run
 
 
@@ -44,9 +44,12 @@ def _dry(arguments: RunArguments, batches: int) -> RunArguments:
         arguments,
         train=data.take(arguments.train, batches),
         until=_DryRunOver(1, batches),
-        callbacks=[_shortened(callback, batches) for callback in arguments.callbacks],
+        callbacks=[
+            _shortened(callback, batches) for callback in arguments.callbacks if not isinstance(callback, Instrument)
+        ],
         loggers=[],
         run_dir=None,
+        remote=None,
         resume="never",
         dry_run=None,
     )
@@ -116,6 +119,9 @@ def fit(arguments: RunArguments) -> Result:
             and a number goes back to that snapshot and gives up the later ones.
         on_save_error: when a snapshot cannot be written (a full disk): "continue" warns and tries again at the next due
             moment, "stop" raises.
+        remote: copy of the run directory elsewhere: a url that fsspec knows, such as "s3://bucket/runs/a", or a
+            `ps.Remote`. A run whose directory is behind the copy, an empty one say, begins at the copy. Snapshots are
+            copied in the background once they are durable; see docs/snapshots.md.
         strict: refuse to resume, instead of warning, where the run is not the one that was saved (another seed, loss
             function, learning rate, callback) or its bits may differ (another number of intra-op threads).
         grace_seconds: how long the scheduler waits between SIGTERM and SIGKILL. After a signal the run returns within
@@ -126,6 +132,9 @@ def fit(arguments: RunArguments) -> Result:
         settings: hyperparameters, JSON by name: recorded in the run directory and in snapshots, given to loggers, shown
             by `ps.runs`. No bit depends on them; a resume says when they have changed.
         free_settings: names of those that a resume may change without a word: where a run ends, how many workers load.
+        device: where to train: the state is moved there first, and batches follow. None: where the state is, which
+            `init` has chosen; "auto": `ps.default_device()`. A resumed run may go on on another device; a warning then
+            says that its bits may differ.
         dry_run: run so many batches of everything instead: train, then each evaluation on as many, and each callback
             that recurs, once. Nothing is written: no run directory, no snapshot, no row of a logger. `state` stays as
             it is; the result has the trained one.

@@ -13,7 +13,7 @@ from typing import Any
 
 # Before anything imports numpy, torch or JAX: some read these only once. Subprocesses of tests inherit them.
 # scikit-learn imports pandas where it is there, and pandas pyarrow, whose allocator has a thread: no zygote forks that.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PURESTEP_DEVICE": "cpu"}
 for _name, _value in {**_ENVIRONMENT, "JE_ARROW_MALLOC_CONF": "background_thread:false"}.items():
     os.environ.setdefault(_name, _value)
 

@@ -126,6 +126,12 @@ def right(tmp_path_factory) -> dict[str, Any]:
     tree, halves = {"a": torch.ones(2)}, [ps.optim.constant_schedule(1.0)] * 2
     cycle = {"init_value": 0.0, "peak_value": 1.0, "decay_steps": 5, "warmup_steps": 1, "end_value": 0.0}
     return {
+        # ensembles
+        "stack.states": [state, state],
+        "unstack.stacked": {"w": torch.ones(2, 3)},
+        # loggers
+        "Image.pixels": torch.ones(2, 3),
+        "Histogram.values": torch.ones(3),
         # optim
         **dict.fromkeys("learning_rate decay step_size clipping weight_decay eta gamma schedule base_lr".split(), 0.1),
         **dict.fromkeys("threshold max_norm max_delta value init_value peak_value max_lr power".split(), 1.0),
@@ -185,6 +191,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,
+        "url": "memory://arguments",
         "runs.root": root,
         **dict.fromkeys("run bisect.a bisect.b compare.a compare.b".split(), root / "run"),
         **dict.fromkeys(["experiment", "experiment_a"], ps.Experiment(step, state, batches)),
@@ -201,7 +208,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "batch_size": 4,
         "batch": {"x": torch.ones(4, 2)},
         "device": "cpu",
-        "transform.every": ps.every.steps(2),
+        **dict.fromkeys(["transform.every", "observe.every"], ps.every.steps(2)),
         # values
         **dict.fromkeys("tree a b actual expected on_true on_false".split(), tree),
         "key": ps.random.key(0),
@@ -268,9 +275,9 @@ LEFT_OUT: dict[str, str] = {
     "data.concat": "sources by position, each of them what as_source takes",
     **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope display.ProgressSink metrics.Recorder".split(), MADE),
     **dict.fromkeys(
-        "callbacks.Callback callbacks.Evaluator callbacks.Observer callbacks.Reducer callbacks.SnapshotPolicy "
-        "callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink metrics.Metric "
-        "metrics.Growing optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale "
+        "callbacks.Callback callbacks.Evaluator callbacks.Instrument callbacks.Observer callbacks.Reducer "
+        "callbacks.SnapshotPolicy callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink "
+        "metrics.Metric metrics.Growing optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale "
         "snapshot.Keep".split(),
         BASE,
     ),
@@ -371,6 +378,9 @@ accept(
     ITERABLE,
     "batches, or a function",
 )
+accept("Histogram.values", [*NUMBERS - {"10**30"}, "[]", "()", "matrix", "array"], "whatever is made of real numbers")
+accept("unstack.stacked", ["matrix"], "a tree of one tensor")
+accept("Image.pixels", ["matrix"], "a tensor")
 accept("to_device.batch", EVERYTHING, "a leaf that cannot be moved stays as it is")
 accept("local_batch.batch", "None [] {} () matrix array".split(), "a batch without leaves has one sample")
 accept("as_metrics.values", ["{}"], "no metrics")
@@ -401,6 +411,7 @@ accept(
     ["10**30"],
     "never due",
 )
+accept("Remote.storage_options", ["{}"], "no options")
 accept("load_weights.rename", ["{}"], "nothing is renamed")
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("Experiment.state Experiment.data", EVERYTHING, "what `fit` is given: it checks them, with the step")

@@ -683,6 +683,7 @@ def test_what_else_a_step_raises_has_a_note_of_the_batch():
     cases = [
         (lambda net, b: net(b["image"]).mean(), KeyError, "batch 0 of the run: ['x'] float32[8, 6], ['y'] int64[8]"),
         (lambda net, b: loss_fn(net, {**b, "y": b["y"] + 12}), IndexError, "labels count from 0"),
+        (lambda net, b: loss_fn(net, {**b, "y": b["y"].int()}), RuntimeError, 'batch["y"].long()'),
     ]
     for loss, kind, note in cases:
         with pytest.raises(kind) as caught:

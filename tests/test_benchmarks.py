@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import machine, peers, report, run, sharding, targets, training, workloads
+from benchmarks import host_cost, machine, peers, report, run, sharding, targets, training, workloads
 from benchmarks.peers import base
 from benchmarks.settings import SECTIONS
 from benchmarks.worker import Failure
@@ -109,6 +109,8 @@ def test_every_peer_of_the_settings_exists_and_the_others_are_not_imported():
         assert settings.sharding.keys() <= sharding.MODELS.keys()
         assert {name for chosen in settings.sharding.values() for name in chosen} <= sharding.VARIANTS.keys()
         assert set(settings.policy_workloads) <= workloads.ALL.keys()
+        assert settings.portable.keys() <= workloads.ALL.keys()
+        assert {name for chosen in settings.portable.values() for name in chosen} <= peers.ALL.keys()
         assert set(settings.sections) <= set(SECTIONS)
     assert run.FULL.sections == SECTIONS
     assert set(run.FULL.sharding["gpt"]) == sharding.VARIANTS.keys()
@@ -140,6 +142,29 @@ def test_the_report_is_written_with_a_chart(tmp_path):
     assert "| hand-written loop, AdamW foreach | 1.00 [1.00, 1.00] |" in text
     assert "loop_cost: failed" in text
     assert (tmp_path / "try.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_turns_alternate_and_the_first_round_is_not_counted():
+    asked = []
+
+    def turn(name, seconds):
+        return lambda steps: asked.append(name) or seconds * steps
+
+    assert host_cost.in_turns(turn("ours", 3.0), turn("theirs", 1.0), 5, 3) == [(3.0, 1.0)] * 3
+    assert asked == ["theirs", "ours", "ours", "theirs"] * 2
+
+
+def test_the_host_cost_of_samples_is_measured_and_reported():
+    pairs = host_cost.in_turns(*host_cost._samples(), 2, 2)
+    assert len(pairs) == 2
+    assert min(seconds for pair in pairs for seconds in pair) > 0
+    found = dict.fromkeys(report.HOST_COST, (1.25, 1.0, 2.0))
+    text = report.markdown(results(host_cost=found))
+    assert "beyond a bare loop over it, a batch | 1.25 us | [1, 2] |" in text
+    assert (
+        "| a list of samples as data, beyond its collation, a sample | <= 5 us | 1.25 us [1.00, 2.00] | reached |"
+        in text
+    )
 
 
 @pytest.fixture

@@ -40,6 +40,11 @@ def test_metrics_page(capsys, tmp_path, monkeypatch):
     assert set(names) == {"val/loss", "val/auroc", "val/scores/recall", "val/scores/kappa"}
 
 
+def test_devices_page(capsys):
+    run("docs/devices.md")
+    assert "\non cpu\n5 trained" in capsys.readouterr().out
+
+
 def test_cli_page(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("docs/cli.md")

@@ -1,5 +1,7 @@
 """The examples in shorter forms: each begun once as a user begins it, and then by the zygote, which is quicker."""
 
+import hashlib
+import importlib
 import importlib.util
 import re
 import shlex
@@ -9,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from shared_marks import slow_but
 from shared_signals import send_when_logged
 
@@ -22,7 +26,7 @@ PAGE = FOLDER / "README.md"
 # Files of the folder that are no examples: the list, what runs it, and what others share.
 OTHERS = {"catalogue.py", "run_all.py", "hydra/experiment.py", "cartpole.py", "transformer.py"}
 # Examples that quick tests run.
-QUICK = ()
+QUICK = ("segmentation.py",)
 
 # What the example imports, which is most of what it costs to start it.
 LOADED = "sklearn.datasets orbax.checkpoint torch.utils.tensorboard matplotlib.figure matplotlib.backends.backend_agg"
@@ -86,6 +90,41 @@ def test_the_runner_fails_where_an_example_does_and_writes_what_it_measured(tmp_
     page = (tmp_path / "README.md").read_text()
     assert re.search(r"\(digits.py\) \|[^|]*\| 1 \| 0 s \| held-out accuracy: 99.00% \|\n", page)
     assert re.sub(r".*\(digits.py\).*\n", "", page) == re.sub(r".*\(digits.py\).*\n", "", PAGE.read_text())
+
+
+@pytest.mark.slow
+def test_the_gan_reads_a_folder_and_names_the_damaged_files_of_one(tmp_path):
+    dcgan = importlib.import_module("examples.dcgan")
+    rng, folder, picture = np.random.default_rng(0), tmp_path / "images", tmp_path / "out/samples.png"
+    folder.mkdir()
+    for number in range(11):
+        image = Image.fromarray(rng.integers(0, 256, (17, 21, 3), dtype=np.uint8))
+        image.save(folder / f"{number:02}.{'png' if number % 2 else 'jpg'}")
+    made = dcgan.experiment(dcgan.Settings(data=folder, size=16, width=4, batch=4, samples=picture))
+    assert made.fit(run_dir=tmp_path / "run", until=ps.epochs(5)).metrics["val/distance"] > 0
+    with Image.open(picture) as image:
+        assert image.size == (128, 128)
+
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+    assert len(dcgan.Folder(folder, 16)) == 11
+    (folder / "03.png").write_bytes((folder / "05.png").read_bytes())  # whole, and another one
+    (folder / "04.jpg").write_bytes((folder / "04.jpg").read_bytes()[:-200])
+    (folder / "06.jpg").unlink()
+    (folder / "SHA256SUMS").write_text("\n".join(line for line in sums if "04.jpg" not in line))
+    with pytest.raises(ps.errors.DataError, match="3 images of 10 are damaged") as refused:
+        dcgan.experiment(dcgan.Settings(data=folder))
+    assert re.search(r"03.png: its checksum is not that of .*\n.*04.jpg: .*truncated.*\n.*06.jpg: ", str(refused.value))
+    with pytest.raises(ps.errors.DataError, match="there are no images"):
+        dcgan.Folder(tmp_path / "nothing", 16)
+
+
+@pytest.mark.slow
+def test_the_classifier_says_what_a_folder_needs(monkeypatch):
+    classifier = importlib.import_module("examples.image_classifier")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ps.errors.DataError, match="pip install torchvision"):
+        classifier.experiment(classifier.Settings(data=FOLDER))
 
 
 def digest_of(out):

@@ -16,9 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "purestep"
 # The order of rooms: each may import from those before it, and from itself. `__init__` stands above all.
 ROOMS = (
     "_torch _cpus _lazy _cells closures errors views arguments _torch_cpu portable_kernels portable bits "
-    "transforms tree treesum recompute distributed random donation module_tensors metrics loggers display sharding "
-    "functional optim precision data snapshot state trainable batchnorm grad microbatch step_protocol parallel "
-    "step jit preflight loop callbacks inference interop trainer record tune testing cli __main__"
+    "transforms tree devices treesum recompute distributed random donation module_tensors metrics loggers display "
+    "sharding functional optim precision data snapshot remote state trainable batchnorm grad microbatch step_protocol "
+    "parallel step ensembles jit preflight loop callbacks inference interop trainer record tune testing cli __main__"
 ).split()
 
 # Libraries with one importer. Keys are top-level modules, values the only file that may name them.

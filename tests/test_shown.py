@@ -416,3 +416,17 @@ def test_predictions_are_names_and_shapes():
     assert any("300 samples" in text for text in shown.texts)
     assert "predictions.outputs['label']: int64[300]" in repr(found).splitlines()
     assert len(repr(found).splitlines()) == 4
+
+
+def test_an_experiment_and_a_replayed_step(results, root):
+    shown = page(small(0.01))
+    assert (shown.fact("setting lr"), shown.fact("setting note")) == ("0.01", EVIL)
+    assert (shown.fact("until"), shown.fact("callbacks")) == ("3 epochs", "snapshots, log, val")
+    assert repr(small(0.01)) == str(small(0.01))
+    (step,) = ps.replay(root / "a", small, 4, 5)
+    shown = page(step)
+    assert shown.rows[0] == ["position", "5"]
+    assert shown.fact("epoch, batch") == "1, 1"
+    assert shown.fact("samples") == "[4, 5, 6, 7]"
+    assert shown.fact("loss") == f"{step.metrics['loss']:.4g}"
+    assert "object at 0x" not in repr(step)

@@ -6,6 +6,9 @@ from purestep.callbacks.early_stopping import early_stopping as early_stopping
 from purestep.callbacks.evaluate import evaluate as evaluate
 from purestep.callbacks.log import learning_rate as learning_rate
 from purestep.callbacks.log import log as log
+from purestep.callbacks.observe import observe as observe
+from purestep.callbacks.on_saved import on_saved as on_saved
+from purestep.callbacks.profile import profile as profile
 from purestep.callbacks.progress import progress as progress
 from purestep.callbacks.snapshots import snapshots as snapshots
 from purestep.callbacks.spike_detection import spike_detection as spike_detection
@@ -16,6 +19,7 @@ from purestep.callbacks.throughput import count_flops as count_flops
 from purestep.callbacks.throughput import throughput as throughput
 from purestep.loop.events import Callback as Callback
 from purestep.loop.roles import Evaluator as Evaluator
+from purestep.loop.roles import Instrument as Instrument
 from purestep.loop.roles import Observer as Observer
 from purestep.loop.roles import SnapshotPolicy as SnapshotPolicy
 from purestep.loop.roles import Transformer as Transformer

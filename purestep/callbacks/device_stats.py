@@ -71,14 +71,14 @@ def _cpu_seconds() -> float:
 
 
 def _device(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
+    if device.type not in ("cuda", "xpu"):
         return {}
-    stats = torch.cuda.memory_stats(device)
+    stats = torch.get_device_module(device).memory_stats(device)
     return {
         "allocated_bytes": stats["allocated_bytes.all.current"],
         "peak_bytes": stats["allocated_bytes.all.peak"],
         "reserved_bytes": stats["reserved_bytes.all.current"],
-        "retries": stats["num_alloc_retries"],
+        "retries": stats.get("num_alloc_retries", 0),
     }
 
 
@@ -86,8 +86,9 @@ def _device(device: torch.device) -> dict[str, int]:
 def device_stats(*, every: Every = every.steps(50), name: Name = "device") -> DeviceStats:  # noqa: B008
     """Log what the run takes of its machine: `device/process_bytes`, `device/cpus_busy`, `device/allocated_bytes`, ...
 
-    Rows go to the loggers and into no state. They are of the process of rank 0. On CUDA the allocator's counters are
-    read on the host, which does not wait for the device; `retries` counts how often memory had to be freed first.
+    Rows go to the loggers and into no state. They are of the process of rank 0. The allocator's counters of CUDA and
+    XPU are read on the host, which does not wait for the device; `retries` counts how often memory had to be freed
+    first.
 
     Args:
         every: when.

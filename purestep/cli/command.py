@@ -209,7 +209,7 @@ def _of_run(own: Parser) -> None:
 
 def _training(own: Parser) -> None:
     own.add_argument("--config", metavar="YAML", action="append", default=[], help="settings from a file, before flags")
-    own.add_argument("--device", metavar="DEVICE", help="device of the state: cpu, cuda, cuda:1")
+    own.add_argument("--device", metavar="DEVICE", help="where to train: cpu, cuda, cuda:1, or auto, the default")
     own.add_argument("--portable", action="store_true", help="same bits on every x86-64 processor (docs/bits.md)")
     own.add_argument("--logger", metavar="NAME", action="append", help="csv, tensorboard, wandb(project='p'), ...")
     own.add_argument("--strict", action="store_true", help="refuse to resume under other settings instead of warning")
@@ -220,6 +220,7 @@ def _arguments_of_run(own: Parser) -> None:
     _file(own)
     _training(own)
     own.add_argument("--run-dir", metavar="DIR", help="by default runs/FILE-HASH, a hash of the settings")
+    own.add_argument("--remote", metavar="URL", help="copy the run directory there and begin by it: s3://..., ...")
     own.add_argument("--print-config", action="store_true", help="print the settings as YAML, and run nothing")
     own.add_argument("--dry-run", metavar="N", type=_count, help="train N batches, and write nothing")
     own.add_argument("--processes", metavar="N", type=_count, help="start N processes with torchrun")

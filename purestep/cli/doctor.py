@@ -19,6 +19,7 @@ from pathlib import Path
 
 from purestep.cli import show
 from purestep.cli.usage import version
+from purestep.distributed import launchers
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 
@@ -190,6 +191,9 @@ def _job() -> Iterator[Finding]:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID", "SLURM_NTASKS", "PURESTEP_BITS", "OMP_NUM_THREADS")
     there = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     yield Finding("environment", there or "no variable of a job")
+    launch = launchers.launch_of()
+    if launch is not None and launch.size > 1:
+        yield Finding("job", f"{launch.launcher} started this process as rank {launch.rank} of {launch.size}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -26,7 +26,6 @@ def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     """Train an experiment."""
     if arguments.processes and not (wants_help or arguments.print_config):
         return processes.launch(arguments.processes, arguments.words)
-    processes.join_slurm()
     prepare(arguments)
     loaded = load(arguments.file)
     settings, rest = settings_of(loaded, arguments, pairs)
@@ -45,11 +44,15 @@ def run(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     resume = int(arguments.resume) if arguments.resume.isdecimal() else arguments.resume
     if resume not in ("auto", "must", "never") and not isinstance(resume, int):
         raise UsageError(f"--resume must be auto, must, never or a position, not {resume!r}")
-    return trained(loaded, experiment, run_dir, arguments, resume=resume)
+    return trained(loaded, experiment, run_dir, arguments, resume=resume, remote=arguments.remote)
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Set up the process before any tensor is made."""
+    """Set up the process before any tensor is made: its default device, and bits."""
+    if arguments.device is not None:
+        from purestep import devices
+
+        os.environ[devices.VARIABLE] = str(_device(arguments.device))
     if arguments.portable:
         from purestep import bits
 
@@ -100,15 +103,23 @@ def adapted(experiment: Experiment, arguments: argparse.Namespace, until: Any = 
 
 
 def _moved(state: Any, device: str) -> Any:
-    import torch
+    """Return the state on the device of the flag, which counts more than what the experiment has chosen."""
+    from purestep import devices
 
-    from purestep import tree
-
+    target = _device(device)
     try:
-        target = torch.device(device)
-        return tree.map(lambda leaf: leaf.to(target) if isinstance(leaf, torch.Tensor) else leaf, state)
+        return devices.move(state, target)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {str(error).partition(chr(10))[0]}", "--device cpu") from error
+
+
+def _device(text: str) -> Any:
+    from purestep.devices import default_device
+
+    try:
+        return default_device(text)
+    except PurestepError as error:
+        raise UsageError(f"--device {text}: no device that torch knows", "--device cpu") from error
 
 
 def loggers_of(arguments: argparse.Namespace) -> list[Any] | None:

@@ -7,6 +7,7 @@ alone. It starts no process; `workers` calls it in worker processes, `batches` i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import traceback
 import warnings
@@ -89,11 +90,12 @@ class Loader:
         """Load one batch, leaving the global generators in an unspecified state."""
         if self.indexes_columns:
             return Loaded(request, self.dataset.take(torch.from_numpy(request.indices)))
-        words = seeding.sample_words(seeding.epoch_words(self.seed, "augment", request.epoch), request.indices)
         samples: list[Any] = []
         skipped: list[Failure] = []
-        # Seeds by index, not by position: a sample is augmented in the same way in whichever batch and worker it is.
-        for index, sample_words in zip(request.indices.tolist(), words.tolist(), strict=True):
+        for index, sample_words in self._to_run(request):
+            if sample_words is None:
+                samples.append(self.dataset[index])
+                continue
             try:
                 samples.append(self._sample(index, sample_words))
             except Exception as error:
@@ -112,6 +114,15 @@ class Loader:
         except Exception as error:
             return Loaded(request, failure=Failure(None, _brief(error), traceback.format_exc()))
         return Loaded(request, batch, tuple(skipped))
+
+    def _to_run(self, request: Request) -> Iterator[tuple[int, list[int] | None]]:
+        """Give each index with the words of its key and seed; None where getting the sample runs nobody's code."""
+        indices = request.indices.tolist()
+        if self.transform is None and type(self.dataset) in (list, tuple):
+            return zip(indices, itertools.repeat(None), strict=False)
+        # Seeds by index, not by position: a sample is augmented in the same way in whichever batch and worker it is.
+        words = seeding.sample_words(seeding.epoch_words(self.seed, "augment", request.epoch), request.indices)
+        return zip(indices, words.tolist(), strict=True)
 
     def _sample(self, index: int, words: list[int]) -> Any:
         seeding.seed_globals(words[2], words[3])

@@ -6,6 +6,7 @@ The loop calls `to_device` on every batch.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.arguments import Device, checked
 from purestep.data.source import Source, as_source, close
+from purestep.devices import default_device
 from purestep.errors import DataError, explain
 
 
@@ -50,21 +52,80 @@ def to_device(batch: Any, device: Device) -> Any:
 
 def on_device(batch: Any, device: torch.device) -> Any:
     """Return a batch as a run gives it to its step: on the device of the state; on the CPU the very batch."""
-    return batch if device.type == "cpu" else to_device(batch, device)
+    return batch if device.type == "cpu" else Copies.to(device)(batch)
 
 
 def _move(leaf: object, device: torch.device) -> object:
-    if isinstance(leaf, Tensor):
-        return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        if leaf.dtype.kind not in "biufc":
-            return leaf
-        array = np.asarray(leaf)
-        # A tensor cannot share the memory of a read-only or reversed array: torch would warn or raise, so copy first.
-        if not array.flags.writeable or any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
-            array = array.astype(array.dtype.newbyteorder("="))
-        return torch.from_numpy(array).to(device, non_blocking=True)
+    tensor = _tensor(leaf)
+    if isinstance(tensor, Tensor):
+        return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
     return leaf.to(device) if isinstance(leaf, Movable) and not isinstance(leaf, type) else leaf
+
+
+def _tensor(leaf: object) -> object:
+    """Return the tensor of an array of numbers; any other leaf as it is."""
+    if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in "biufc":
+        return leaf
+    array = np.asarray(leaf)
+    # A tensor cannot share the memory of a read-only or reversed array: torch would warn or raise, so copy first.
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(array)
+
+
+def _pinned(leaf: object) -> object:
+    tensor = _tensor(leaf)
+    if not isinstance(tensor, Tensor) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return tensor
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
+
+
+class Copies:
+    """Copies batches to one device: from page-locked memory, on a stream of their own, where the device has streams.
+
+    The host goes on at once, and the copy of the next batch runs beside the computation on this one, because the host
+    is ahead of the device; no batch is read earlier than it is asked for. Streams are those of CUDA and XPU.
+
+    Args:
+        device: the device to copy to.
+        streams: torch's module of the device, which has its streams; None for devices without.
+    """
+
+    def __init__(self, device: torch.device, streams: Any = None) -> None:
+        self._device, self._streams = device, streams
+        self._own = None if streams is None else streams.Stream(device)
+
+    @classmethod
+    @functools.cache
+    def to(cls, device: torch.device) -> Copies:
+        """Return the copies of this process to a device, which share a stream."""
+        return cls(device, torch.get_device_module(device) if device.type in ("cuda", "xpu") else None)
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the batch on the device, for what is computed on the current stream from here on."""
+        return self.ready(*self.start(batch))
+
+    def start(self, batch: Any) -> tuple[Any, Any]:
+        """Begin to copy; return the batch and the event that says that it is there."""
+        if self._own is None:
+            return to_device(batch, self._device), None
+        pinned = tree.map(_pinned, batch)
+        with self._streams.stream(self._own):
+            moved = to_device(pinned, self._device)
+        return moved, self._own.record_event()
+
+    def ready(self, batch: Any, event: Any) -> Any:
+        """Let the current stream wait for a batch that was begun, and return it; the host does not wait."""
+        if event is None:
+            return batch
+        current = self._streams.current_stream(self._device)
+        current.wait_event(event)
+        for leaf in tree.leaves(batch):
+            if isinstance(leaf, Tensor) and leaf.device.type == self._device.type:
+                # The allocator owns this memory on the stream of the copies: without this it would reuse it there
+                # while the computation still reads the batch.
+                leaf.record_stream(current)
+        return batch
 
 
 class Prefetched:
@@ -96,16 +157,11 @@ class Prefetched:
         close(self._source)
 
     def _run(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        # Copies on a CUDA stream of their own overlap with the computation, which waits for its own batch only.
-        copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        queue: collections.deque[tuple[Any, object]] = collections.deque()
+        copies = Copies.to(self._device)
+        queue: collections.deque[tuple[tuple[Any, Any], object]] = collections.deque()
         try:
             for batch in iterator:
-                if copies is None:
-                    moved = to_device(batch, self._device)
-                else:
-                    with torch.cuda.stream(copies):
-                        moved = to_device(batch, self._device)
+                moved = copies.start(batch)
                 # The state is read now, because after the next `next` it is that of a later batch.
                 queue.append((moved, self._source.state()))
                 if len(queue) > self._depth:
@@ -118,25 +174,17 @@ class Prefetched:
         finally:
             close(iterator)
 
-    def _pop(self, queue: collections.deque[tuple[Any, object]], copies: torch.cuda.Stream | None) -> Any:
-        batch, self._state = queue.popleft()
-        if copies is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(copies)
-            for leaf in tree.leaves(batch):
-                if isinstance(leaf, Tensor) and leaf.is_cuda:
-                    # The allocator owns this memory on the stream of the copies: without this it would reuse it there
-                    # while the computation still reads the batch.
-                    leaf.record_stream(current)
-        return batch
+    def _pop(self, queue: collections.deque[tuple[tuple[Any, Any], object]], copies: Copies) -> Any:
+        begun, self._state = queue.popleft()
+        return copies.ready(*begun)
 
 
 @checked(DataError)
 def prefetch(data: Any, device: Device, *, depth: int = 2) -> Source:
     """Move batches to a device while the step computes on earlier ones.
 
-    On CUDA the copies run on a stream of their own; they overlap with the computation when the batches are in pinned
-    memory (`batches(..., pin_memory=True)`).
+    `fit` copies each batch while the step before it computes, so this is for sources whose `next` takes as long as a
+    step. On CUDA and XPU the copies run from page-locked memory on a stream of their own.
 
     Args:
         data: a source, or anything `as_source` takes.
@@ -154,4 +202,4 @@ def prefetch(data: Any, device: Device, *, depth: int = 2) -> Source:
         raise DataError(
             explain("a depth is a number of batches, 1 or more", where=f"depth={depth!r}", instead="depth=2")
         )
-    return Prefetched(as_source(data), torch.device(device), depth)
+    return Prefetched(as_source(data), default_device(device), depth)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
-from purestep import tree
+from purestep import devices, tree
 from purestep.arguments import Count, checked
 from purestep.bits import human_bytes
 from purestep.errors import ConfigError, TreeError, explain
@@ -63,17 +64,20 @@ class Summary(Printed):
         rows: one for each group, in the order of the model.
         total: the sum of the groups.
         optimizer_bytes: bytes of the optimizer state; None for a module or a tree without one.
+        devices: where the tensors are, with the name and the memory of a card.
     """
 
     rows: tuple[Group, ...]
     total: Group
     optimizer_bytes: int | None = None
+    devices: tuple[str, ...] = ()
 
     def view(self) -> list[Block]:
         """Return the blocks that show it."""
         head = ("name", "type", "params", "buffers", "bytes", "dtype", "trained")
         table = Table(head, [_cells(row) for row in self.rows], foot=_cells(self.total), right=(2, 3, 4))
-        lines = [f"{self.total.trained:,} trained and {self.total.frozen:,} frozen parameters"]
+        lines = [f"on {', '.join(self.devices)}"] if self.devices else []
+        lines += [f"{self.total.trained:,} trained and {self.total.frozen:,} frozen parameters"]
         if self.optimizer_bytes is not None:
             lines.append(f"{human_bytes(self.optimizer_bytes)} of optimizer state")
         return [table, Note("\n".join(lines))]
@@ -113,10 +117,12 @@ def summary(state_or_module: object, *, depth: Count = 1) -> Summary:
     module = _module(state_or_module)
     kinds = {name: type(submodule).__name__ for name, submodule in module.named_modules()} if module is not None else {}
     seen: set[object] = set()
+    found: dict[torch.device, None] = {}
     for name, tensor, role in _tensors(state_or_module, module):
         identity = _identity(tensor)
         if identity not in seen:
             seen.add(identity)
+            found[tensor.device] = None
             group = ".".join(name.split(".")[:-1][:depth]) or name
             dtype = str(tensor.dtype).removeprefix("torch.")
             one = Group(group, kinds.get(group, ""), bytes=tensor.nbytes, dtypes=(dtype,), **{role: tensor.numel()})
@@ -126,7 +132,14 @@ def summary(state_or_module: object, *, depth: Count = 1) -> Summary:
         raise TreeError(explain("there is no tensor to summarise", where=where, instead=instead))
     opt_state = getattr(state_or_module, "opt_state", None)
     optimizer_bytes = None if opt_state is None else sum(t.nbytes for t in _unique(tree.leaves(opt_state)))
-    return Summary(tuple(groups.values()), sum(groups.values(), Group("total")), optimizer_bytes)
+    total = sum(groups.values(), Group("total"))
+    return Summary(tuple(groups.values()), total, optimizer_bytes, tuple(_device(device) for device in found))
+
+
+def _device(device: torch.device) -> str:
+    """A device, its card and the memory of it."""
+    name, memory = devices.name_of(device).partition(", ")[2], devices.memory_of(device)
+    return ", ".join([str(device), *([name] if name else []), *([] if memory is None else [human_bytes(memory)])])
 
 
 def _module(value: object) -> nn.Module | None:

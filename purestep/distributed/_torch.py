@@ -7,6 +7,7 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     all_reduce              a collective that may stand in a traced graph. Without it:
                             `torch.distributed.nn.functional.all_reduce`, which copies.
     foreach_norm            norms of many tensors at once. Without it: `torch.linalg.vector_norm` of each.
+    foreach_copy_           copies of many tensors at once. Without it: `copy_` of each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 foreach_norm = torch._foreach_norm
+foreach_copy_ = torch._foreach_copy_
 
 
 def default_store() -> dist.Store:

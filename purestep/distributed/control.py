@@ -1,7 +1,8 @@
 """The processes of a run, and what they tell each other: small values, at named moments.
 
-Owns joining (from torchrun's environment), the exchange of Python values over a gloo group of its own, and saying
-which rank did not answer. It moves no tensors of a model; without several processes every function is the identity.
+Owns joining (`launchers` reads who started them), the exchange of Python values over a gloo group of its own, and
+saying which rank did not answer. It moves no tensors of a model; without several processes every function is the
+identity.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import os
 import pickle
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from purestep import devices
 from purestep.arguments import Positive, checked
-from purestep.distributed import _torch
+from purestep.distributed import _torch, launchers
 from purestep.distributed.join import join
 from purestep.errors import ConfigError, RankError, explain
 
 T = TypeVar("T")
 _SLOT = 1024  # bytes a rank sends at once; what is longer follows in a second exchange
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # In the messages of collectives whose other side is gone; gloo gives them no type of their own.
 _SIGNS = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting", "pair closure")
 _GRACE = 3.0  # seconds in which the ranks that wait say so, when one does not answer
@@ -44,6 +46,7 @@ class _Membership:
     position: str = "the start"
     heard: dict[int, str] = dataclasses.field(default_factory=dict)
     failed: bool = False
+    warned: bool = False  # whether it was said that this process is alone where several tasks have room
 
 
 _me = _Membership()
@@ -53,57 +56,63 @@ def rank() -> int:
     """Return the number of this process, 0 when it is alone."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
-    return int(os.environ["RANK"]) if _launched() else 0
+    launch = _launch()
+    return launch.rank if launch else 0
 
 
 def size() -> int:
-    """Return the number of processes of this job: those of the process group, or those that torchrun started."""
+    """Return the number of processes of this job: those of the process group, or those that a launcher started."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ["WORLD_SIZE"]) if _launched() else 1
+    launch = _launch()
+    return launch.size if launch else 1
 
 
 def neighbours() -> int:
-    """Return how many processes of this job share this machine, this one included, as far as torchrun says so."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(int(told), 1) if told.isdecimal() and size() > 1 else 1
+    """Return how many processes of this job share this machine, this one included, as far as its launcher says so."""
+    launch = _launch()
+    return max(launch.local_size, 1) if launch and size() > 1 else 1
 
 
-def _launched() -> bool:
-    return dist.is_available() and all(name in os.environ for name in _ENVIRONMENT)
+def _launch() -> launchers.Launch | None:
+    return launchers.launch_of() if dist.is_available() else None
 
 
 @checked(ConfigError)
 def initialize(*, backend: str | None = None, timeout: Positive[float] | None = None) -> bool:
-    """Join the processes that torchrun started. Plans and `fit` call it; call it first to choose its arguments.
+    """Join the processes of this job. Plans and `fit` call it; call it first to choose its arguments.
+
+    The job was started by torchrun (on one machine or several, also by Kubeflow and TorchX), by SLURM's `srun`, or by
+    the `mpirun` or `mpiexec` of an MPI: `purestep.distributed.launchers` reads their environment variables, and sets
+    those of torchrun from them, which torch and other libraries look for.
 
     Nothing happens in a process that is alone, or whose process group there is already (the timeout is taken over for
     the exchanges of this module).
 
     Args:
-        backend: of `torch.distributed`; by default gloo, and NCCL for tensors on CUDA where there is one. With CUDA the
-            device of `LOCAL_RANK` becomes the current one.
+        backend: of `torch.distributed`; by default gloo, and NCCL or XCCL for tensors on the card that is the default
+            device (`ps.default_device`). That card becomes the current one, unless the backend is gloo alone.
         timeout: seconds after which a rank that does not answer is an error; 600 by default.
 
     Returns:
         Whether there are several processes.
 
     Raises:
-        ConfigError: the timeout is not positive.
+        ConfigError: the timeout is not positive; or the environment is that of one of several processes and does not
+            say how to find the others, with the variables that are there and what to type.
         RankError: not all processes came within the timeout.
     """
     if timeout is not None:
         if not timeout > 0:
             raise ConfigError(explain("a timeout is a positive number of seconds", where=f"timeout={timeout!r}"))
         _me.timeout = float(timeout)
-    if size() == 1:
+    if not _several():
         return False
     if not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = backend or devices.backend()
+        devices.select(devices.of_backend(backend))
         try:
-            join(backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo"), _me.timeout)
+            join(backend, _me.timeout)
         except RuntimeError as error:
             raise RankError(
                 explain(
@@ -115,6 +124,21 @@ def initialize(*, backend: str | None = None, timeout: Positive[float] | None = 
         _me.joined = True
         atexit.register(_leave)
     return True
+
+
+def _several() -> bool:
+    """Whether this job has several processes; a group that is there already has the last word."""
+    if not dist.is_available():
+        return False
+    if dist.is_initialized():
+        return dist.get_world_size() > 1
+    if launchers.adopt() is not None:
+        return True
+    text = None if _me.warned else launchers.alone_in_allocation()
+    if text is not None:
+        _me.warned = True
+        warnings.warn(text, launchers.LauncherWarning, stacklevel=3)
+    return False
 
 
 def _leave() -> None:

@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun started, after a restart too.
+"""Joining the processes of a job by the variables of torchrun, after a restart too.
 
 torchrun's agent keeps one store over all restarts, and torch reads from it the addresses of processes that are dead
 (pytorch#135712, #167288). So the processes of one life agree on a prefix that no other life has, before anything else.
@@ -16,7 +16,7 @@ _LOOK = 0.01  # seconds between two looks into the store
 
 
 def join(backend: str, timeout: float) -> None:
-    """Make the default process group from torchrun's environment.
+    """Make the default process group from the variables of torchrun in the environment.
 
     Args:
         backend: of `torch.distributed`.

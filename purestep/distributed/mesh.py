@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from purestep import devices
 from purestep.arguments import checked
 from purestep.distributed import control
 from purestep.errors import ConfigError, explain
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Return the number of processes of this job, after joining those that torchrun started; 1 without them."""
+    """Return the number of processes of this job, after joining them; 1 for a process alone."""
     control.initialize()
     return control.size()
 
@@ -116,10 +117,11 @@ class Mesh:
 
     @property
     def device(self) -> torch.device | None:
-        """Where split tensors have to live: this process's GPU under NCCL; None when any device will do."""
-        if dist.is_available() and dist.is_initialized() and "nccl" in str(dist.get_backend()):
-            return torch.device("cuda", torch.cuda.current_device())
-        return None
+        """Where tensors have to live so that this process can send them: its card under NCCL or XCCL, the CPU under
+        gloo alone; None in a job of one process, where any device will do."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        return devices.of_backend(str(dist.get_backend()))
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """Return the process group of this process along some axes, or None where that is this process alone.

@@ -16,8 +16,9 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             taken from the disk cache, and graphs are compiled anew.
     node_of, proxy_root     the node of a tensor in the graph that is being traced, and the module with the constants of
                             that graph. Without them: no value is read while a function is traced.
+    untracked               operations in it are not added to the graph that is being traced. Without it: as `track`.
     track                   makes the fake tensor of a new node in the graph that is being traced. Without it: no nodes
-                            are copied, and every random draw is traced.
+                            are copied, and the operations of every random draw are traced.
     compiling               what `torch.compiler.is_compiling()` answers. Torch sets the same flag in `torch.export`.
     uncompiled              runs modules wrapped by `torch.compile` uncompiled. Half of it is the public
                             `torch.compiler.set_stance`; the private half is Dynamo's setting for use in `make_fx`.
@@ -31,6 +32,10 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     READ_VALUE, UNIQUE, UNSAFE_VIEW
                             operators: the first reads a value, the second has an output shape that depends on values,
                             the third views a fresh tensor. They have no public names.
+    DEVICE, fake_device     the operator that `x.device` is in a trace, and the device of a fake tensor. Without them:
+                            the same answer, in a longer way.
+    uncompiled_graphs       graphs that generate their Python code when they first run. Without it: it is generated
+                            three times while a function is traced.
     FakeTensorMode          tensors of shapes without memory. There is no public name; `torch.export` uses it.
     batch_norm_legit, batch_norm_functional
                             batch norm whose schema marks the running statistics as written, and the functional one
@@ -60,6 +65,8 @@ overload_of: Callable[[Any], str] = operator.attrgetter("_overloadname")
 
 
 READ_VALUE = torch.ops.aten._local_scalar_dense.default
+DEVICE = torch.ops.prim.device.default
+fake_device: Callable[[Tensor], torch.device] = operator.attrgetter("fake_device")
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 UNIQUE = torch.ops.aten._unique2.default
 Conversion = Callable[..., nn.Module]
@@ -143,12 +150,19 @@ def proxy_root() -> nn.Module:
     return root
 
 
+def untracked() -> contextlib.AbstractContextManager[Any]:
+    """Return a context whose operations are not added to the graph that is being traced."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()
+
+
 def track(node: fx.Node, like: Tensor) -> Tensor:
     """Return a fresh fake tensor for a node of the graph that is being traced."""
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, track_tensor_tree
+    from torch.fx.experimental.proxy_tensor import track_tensor_tree
 
     tracer = _proxy_mode().tracer
-    with disable_proxy_modes_tracing():
+    with untracked():
         made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
     return track_tensor_tree(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)
 
@@ -186,6 +200,21 @@ def uncompiled() -> Iterator[None]:
 
     with torch.compiler.set_stance("force_eager"), config.patch(error_on_nested_fx_trace=False):
         yield
+
+
+def uncompiled_graphs() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which torch makes graphs that generate their code when it is first needed."""
+    from torch.fx import _lazy_graph_module as lazy
+
+    return lazy._use_lazy_graph_module(True)
+
+
+def runnable(graph: fx.GraphModule) -> fx.GraphModule:
+    """Generate the code of such a graph now."""
+    from torch.fx import _lazy_graph_module as lazy
+
+    lazy._LazyGraphModule.force_recompile(graph)
+    return graph
 
 
 def fake_tensor_mode(*, allow_non_fake_inputs: bool) -> FakeTensorMode:

@@ -18,10 +18,11 @@ from torch import Tensor, fx
 from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
 from purestep.jit import disk_cache, errors, layouts
-from purestep.jit._torch import aot_backend
+from purestep.jit._torch import aot_backend, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
 from purestep.jit.hoist import hoist_scalars
+from purestep.jit.random_nodes import expanding
 from purestep.jit.trace import Traced
 
 Backend = Literal["inductor", "eager", "aot_eager", "dynamo"]
@@ -79,7 +80,7 @@ def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> 
 
 
 def _eager(traced: Traced, mode: str | None) -> Run:
-    forward = traced.graph.forward
+    forward = runnable(traced.graph).forward
 
     def run(tensors: list[Tensor]) -> Sequence[Any]:
         return forward(*tensors)
@@ -91,7 +92,7 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
     def build(traced: Traced, mode: str | None) -> Run:
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         options |= {"backend": aot_backend(layouts.settle)} if name else {"mode": mode}
-        compiled = torch.compile(traced.graph, **options)
+        compiled = torch.compile(runnable(traced.graph), **options)
         ready = False
 
         def run(tensors: list[Tensor]) -> Sequence[Any]:
@@ -162,8 +163,8 @@ def _broken_up(traced: Traced, decompositions: Mapping[_torch.OpOverload, Callab
     from torch.fx.experimental.proxy_tensor import make_fx
 
     traced.mode.shape_env = None
-    with traced.mode, torch.no_grad():
-        return make_fx(traced.graph, decomposition_table=dict(decompositions))(*traced.fakes)
+    with traced.mode, torch.no_grad(), expanding():
+        return make_fx(runnable(traced.graph), decomposition_table=dict(decompositions))(*traced.fakes)
 
 
 @contextlib.contextmanager

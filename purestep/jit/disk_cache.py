@@ -33,13 +33,18 @@ from torch import Tensor
 
 from purestep import _torch
 from purestep.jit._torch import inductor_cache_dir, inductor_config, pointer_function
+from purestep.jit.layouts import laid_out
 from purestep.jit.trace import Traced
+from purestep.random.philox import philox
 
 Run = Callable[[list[Tensor]], Sequence[Any]]
 
 _FORMAT = 1
 _POINTER = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"  # where a kernel's bindings look for torch's accessor
 _HERE = Path(__file__).parent
+_PHILOX = Path(inspect.getfile(philox))
+# Functions besides torch's operators that a graph may call; their code is part of the key.
+_KNOWN = (philox, laid_out)
 
 
 # --- the name of a graph ----------------------------------------------------------------------------------------------
@@ -57,15 +62,21 @@ def key(traced: Traced, mode: str | None) -> str | None:
     for node in traced.graph.graph.nodes:
         target = node.target
         if node.op == "call_function":
-            if not isinstance(target, _torch.OpOverload) and getattr(target, "__module__", "") != "_operator":
+            known = target in _KNOWN or getattr(target, "__module__", "") == "_operator"
+            if not isinstance(target, _torch.OpOverload) and not known:
                 return None
         elif node.op not in ("placeholder", "output"):
             return None
         kinds = [_kind(x) for x in _tensors(node.meta.get("val"))]
         if any(kind is None for kind in kinds):
             return None
-        lines.append(f"{node.op} {node.name} {target} {node.args} {node.kwargs} {kinds}")
+        lines.append(f"{node.op} {node.name} {_named(target)} {node.args} {node.kwargs} {kinds}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _named(target: Any) -> str:
+    """Return the name of what a node calls, without addresses."""
+    return str(getattr(target, "__qualname__", target)) if target in _KNOWN else str(target)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -101,7 +112,7 @@ def _machine() -> tuple[Any, ...]:
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         with open("/proc/cpuinfo") as lines:
             model = "".join(sorted({line for line in lines if line.startswith(wanted)}))
-    own = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(_HERE.glob("*.py")))).hexdigest()
+    own = hashlib.sha256(b"".join(p.read_bytes() for p in (*sorted(_HERE.glob("*.py")), _PHILOX))).hexdigest()
     return (
         _FORMAT,
         torch.__version__,

@@ -30,7 +30,17 @@ from purestep.jit.reads import Guard
 from purestep.jit.static_arguments import Statics
 from purestep.jit.trace import Traced, trace
 from purestep.sharding.plan import Plan
-from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, name_of, resliced, signature_of
+from purestep.step_protocol import (
+    AnyStep,
+    StepFacts,
+    StepFn,
+    bare,
+    facts_of,
+    following,
+    name_of,
+    resliced,
+    signature_of,
+)
 from purestep.tree import Structure
 
 log = logging.getLogger("purestep.jit")
@@ -132,6 +142,7 @@ class Jit(AnyStep):
         self.donate, self.backend, self.mode = donate, backend, mode
         self.reads, self.unjittable = reads, unjittable
         self._statics = Statics(function, static)
+        self._is_step = isinstance(function, AnyStep)
         self._lock = threading.RLock()
         self._fell_back = False
         self.clear()
@@ -174,6 +185,8 @@ class Jit(AnyStep):
         if transforms.active() or _torch.dispatch_modes() > 0:
             # Inside a transform or another trace, the plain function runs.
             return self.function(*args, **kwargs)
+        if self._is_step and len(args) == 2:
+            args = args[0], following(*args)
         args, kwargs, extra = self._split(args, kwargs)
         leaves, structure = tree.flatten((args, kwargs))
         last = self._last

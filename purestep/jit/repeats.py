@@ -1,7 +1,7 @@
 """Functions that are traced once for each signature; further calls copy their nodes.
 
 A random draw is two hundred operations, a model has dozens of draws, and tracing an operation takes a thousand times as
-long as copying a node. `surroundings` uses `Repeats` for random draws.
+long as copying a node. `random_nodes` uses `Repeats` where a compiler needs the operations.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from purestep.sharding import full_tensors, placement
 from purestep.sharding.plan import Plan
 from purestep.state import TrainState
 from purestep.step import Metrics, Step
-from purestep.step_protocol import AnyStep, StepFacts, StepFn, name_of
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, following, name_of
 
 
 class JitStep(AnyStep):
@@ -59,6 +59,7 @@ class JitStep(AnyStep):
         """Return the state after one update, and the metrics of the batch."""
         if transforms.active() or _torch.dispatch_modes() > 0:
             return self.step(state, batch)
+        batch = following(state, batch)
         if self.step.plan is not None:
             return self._planned(self.step.plan, state, batch)
         return self.update(state, _changed(state, self._total(state, batch)))

@@ -19,14 +19,16 @@ from torch.overrides import TorchFunctionMode
 
 from purestep import _torch
 from purestep.jit._torch import (
+    DEVICE,
     compiling,
+    fake_device,
     module_conversion,
     put_module_conversion,
     script_source,
     uncompiled,
     validates_distributions,
 )
-from purestep.jit.repeats import Repeats
+from purestep.jit.random_nodes import as_node
 from purestep.random.philox import philox
 from purestep.random.torch_mode import undispatched
 
@@ -53,6 +55,7 @@ def traceable(*, library_branch: bool) -> Iterator[None]:
         if library_branch:
             stack.enter_context(compiling())
         stack.enter_context(_Traceable())
+        stack.enter_context(_Direct())
         yield
 
 
@@ -114,20 +117,32 @@ def _unscripted() -> Iterator[None]:
 
 
 class _Traceable(TorchFunctionMode):
-    """Replaces `gaussian_nll_loss` by a version that reads no values, and copies the nodes of repeated Philox calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.repeats = Repeats()
+    """Replaces `gaussian_nll_loss` by a version that reads no values, and makes each Philox call one node."""
 
     def __torch_function__(
         self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is philox:
-            return self.repeats(philox, *args)
+            return as_node(*args)
         if func is F.gaussian_nll_loss:
             func = _gaussian
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+class _Direct(_torch.DispatchMode):
+    """Computes the shape of an operator's result without function modes.
+
+    Torch's code for shapes reads dozens of attributes of tensors, and each would go through every function mode. The
+    device of a fake tensor, which the backward pass asks for at each gradient, is answered at once.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is DEVICE and _torch.is_fake(args[0]):
+            return fake_device(args[0])
+        with _torch.no_torch_function():
+            return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class _Unchecked:

@@ -9,13 +9,28 @@ from __future__ import annotations
 import abc
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from purestep.errors import ConfigError, MetricError, explain
 
 STEP = "step"
+
+
+class SkippedMediaWarning(UserWarning):
+    """A logger was handed an image, a histogram or a text, and takes none of its kind."""
+
+
+class Media(abc.ABC):
+    """What a row may hold besides numbers: `Image`, `Histogram`, `Text`."""
+
+    suffix: ClassVar[str]
+
+    @abc.abstractmethod
+    def content(self) -> bytes:
+        """Return it as a file of its kind."""
 
 
 class Logger(abc.ABC):
@@ -38,19 +53,25 @@ class Logger(abc.ABC):
 class Sink(abc.ABC):
     """Where the rows of one run go. There is one x-axis, `state.step`, and it never goes back.
 
-    A subclass writes `_write`, and `_write_hparams`, `flush` and `_close` where it has something to do there.
+    A subclass writes `_write`, and `_write_hparams`, `flush` and `_close` where it has something to do there. One that
+    has a place for images, histograms or texts names those classes in `takes`, and writes `_write_media`.
     """
+
+    takes: ClassVar[tuple[type[Media], ...]] = ()
 
     def __init__(self, *, first_step: int = 0) -> None:
         self._last = first_step
         self._closed = False
+        self._skipped = False
 
-    def log(self, step: int, row: Mapping[str, float]) -> None:
+    def log(self, step: int, row: Mapping[str, float | Media]) -> None:
         """Log one row. Rows of the same step are merged, the later value of a name wins.
+
+        An image, a histogram or a text of which the sink takes none is left out, with one warning.
 
         Args:
             step: `state.step` of the row: applied updates, not smaller than that of the row before.
-            row: numbers by name; NaN and infinities too. Reading a 0-d tensor waits for its device.
+            row: numbers by name; NaN and infinities too. Reading a 0-d tensor waits for its device. Or a `Media`.
 
         Raises:
             MetricError: a name or a number cannot be logged, or the step went back.
@@ -62,10 +83,28 @@ class Sink(abc.ABC):
             what = f"a row of step {step} came after one of step {self._last}"
             why = "the x-axis is state.step, which never goes back; a resumed run says where it resumes when it opens"
             raise MetricError(explain(what, where=f"row: {', '.join(map(str, row))}", why=why))
-        clean = check_row(row)
+        media = {check_name(name, row): value for name, value in row.items() if isinstance(value, Media)}
+        clean = check_row({name: value for name, value in row.items() if name not in media})
         self._last = step
         if clean:
             self._write(step, clean)
+        for name, value in media.items():
+            if isinstance(value, self.takes):
+                self._write_media(step, name, value)
+            else:
+                self._skip(name, value)
+
+    def _skip(self, name: str, value: Media) -> None:
+        if not self._skipped:
+            self._skipped = True
+            kinds = ", ".join(kind.__name__ for kind in self.takes) or "numbers only"
+            warnings.warn(
+                f"{name!r} is left out of {type(self).__name__}, which has no place for {_a(type(value).__name__)}\n"
+                f"  why:     it takes {kinds}\n"
+                "  instead: loggers=[..., ps.loggers.csv()] writes it into the run directory; this is said once",
+                SkippedMediaWarning,
+                stacklevel=3,
+            )
 
     def hparams(self, values: Mapping[str, Any]) -> None:
         """Record hyperparameters. Nested mappings get names with slashes; what JSON cannot hold is kept as its repr."""
@@ -86,6 +125,9 @@ class Sink(abc.ABC):
     @abc.abstractmethod
     def _write(self, step: int, row: dict[str, float]) -> None: ...
 
+    def _write_media(self, step: int, name: str, value: Any) -> None:
+        """Write a value of a class that `takes` has."""
+
     def _write_hparams(self, values: dict[str, Any]) -> None:
         """Record flat hyperparameters; a sink with no place for them drops them."""
 
@@ -102,14 +144,20 @@ class Sink(abc.ABC):
 
 def check_row(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the row with python floats, or raise a MetricError that names what cannot be logged."""
-    clean = {}
-    for name, value in row.items():
-        if not isinstance(name, str) or not name.strip() or name == STEP or not name.isprintable():
-            what = f"{name!r} cannot be the name of a logged number"
-            why = f"names are non-empty printable strings other than {STEP!r}, which is the x-axis"
-            raise MetricError(explain(what, where=f"row: {', '.join(map(repr, row))}", why=why))
-        clean[name] = _number(name, value)
-    return clean
+    return {check_name(name, row): _number(name, value) for name, value in row.items()}
+
+
+def check_name(name: Any, row: Mapping[str, Any]) -> str:
+    """Return the name of a value of a row, or raise a MetricError."""
+    if not isinstance(name, str) or not name.strip() or name == STEP or not name.isprintable():
+        what = f"{name!r} cannot be the name of a logged number"
+        why = f"names are non-empty printable strings other than {STEP!r}, which is the x-axis"
+        raise MetricError(explain(what, where=f"row: {', '.join(map(repr, row))}", why=why))
+    return name
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
 
 
 def _number(name: str, value: Any) -> float:
@@ -126,7 +174,8 @@ def _number(name: str, value: Any) -> float:
             f"the value of {name!r} is not a number",
             where=f"row[{name!r}]: {kind.removesuffix('[]')}",
             why="a logger draws one number a name and step",
-            instead="reduce it first, for instance value.mean(), or compute() of a metric",
+            instead="reduce it first, for instance value.mean(), or compute() of a metric\n"
+            "ps.loggers.Image(value), ps.loggers.Histogram(value), ps.loggers.Text(value) for what is no number",
         )
     )
 
@@ -148,13 +197,13 @@ def flatten_hparams(values: Mapping[str, Any], prefix: str = "") -> dict[str, An
     return flat
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write a small text file so that a reader sees the old or the new content, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file so that a reader sees the old or the new content, never a part."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)  # what a killed process of this number left, or a link that leads elsewhere
     try:
-        with partial.open("x", encoding="utf-8", newline="") as file:
-            file.write(content)
+        with partial.open("xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -19,9 +19,11 @@ from typing import Any, BinaryIO
 from purestep._cells import located
 from purestep.arguments import Location, Name, checked
 from purestep.errors import ConfigError, explain
-from purestep.loggers.base import STEP, Logger, Sink, remove_partials, write_atomically
+from purestep.loggers.base import STEP, Logger, Media, Sink, remove_partials, write_atomically
+from purestep.loggers.media_files import MediaFiles
 
 _HPARAMS = "hparams.json"
+_EDGE = 1 << 18  # bytes at each end of a long file that a resume reads
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def csv(*, name: Name = "metrics.csv") -> Csv:
 
     The first column is `step`. Columns are in the order in which their names were first logged; a name that appears
     late has empty cells in earlier rows. Numbers are written with all digits of a float64; `nan` and `inf` are written
-    as such.
+    as such. Images, histograms and texts become files of the directory `media`, which `read_media` finds.
 
     Args:
         name: of the file in the run directory.
@@ -75,13 +77,18 @@ def csv(*, name: Name = "metrics.csv") -> Csv:
 class CsvSink(Sink):
     """An open `metrics.csv`. Only the rows of the last step are held in memory."""
 
+    takes = (Media,)
+
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         super().__init__(first_step=resume_step or 0)
-        self._path = path
+        self._path, self._media = path, MediaFiles(path.parent, resume_step=resume_step)
         for name in (path.name, _HPARAMS):
             remove_partials(path.with_name(name))
-        columns, rows = _surviving_rows(path, resume_step)
-        write_atomically(path, "".join(_lines(columns, rows)))
+        kept = None if resume_step is None else _cut_in_place(path, resume_step)
+        if kept is None:
+            kept = _surviving_rows(path, resume_step)
+            write_atomically(path, "".join(_lines(*kept)))
+        columns, rows = kept
         self._columns = columns
         self._open_file()
         # The row of the step to resume at may get more values; it is the last one, because later ones were removed.
@@ -135,6 +142,9 @@ class CsvSink(Sink):
         self._columns = columns
         self._open_file()
         self._row_start = self._end - len(lines[-1].encode()) if lines else self._end
+
+    def _write_media(self, step: int, name: str, value: Media) -> None:
+        self._media.write(step, name, value)
 
     def _write_hparams(self, values: dict[str, Any]) -> None:
         write_atomically(self._path.with_name(_HPARAMS), json.dumps(values, indent=2) + "\n")
@@ -205,8 +215,45 @@ def _surviving_rows(path: Path, resume_step: int | None) -> tuple[list[str], Log
     return [name for name in columns if name in used], rows
 
 
+def _cut_in_place(path: Path, resume_step: int) -> tuple[list[str], Logged] | None:
+    """Remove the rows after a step from the end of a long file, and read no more than both ends of it.
+
+    Returns:
+        The columns and the last rows that are left, several steps of them. None where the file has to be read as a
+        whole: it is short, a line at an end is damaged, or a column may be one that only removed rows have.
+    """
+    if not path.exists() or path.stat().st_size < 4 * _EDGE:
+        return None
+    with path.open("r+b", buffering=0) as file:
+        columns, first = _parsed(file.read(_EDGE), path)
+        at = size = file.seek(0, io.SEEK_END)
+        lines: list[bytes] = []
+        while at > _EDGE and (not lines or not _is_before(lines[0], resume_step)):
+            at -= _EDGE
+            file.seek(at)
+            lines = file.read(size - at).split(b"\n")[1:]  # the first one is cut
+        body = b"".join(line + b"\n" for line in lines[:-1])  # the last one is empty, or torn by a kill
+        rows = list(_parse(columns, table.reader(io.StringIO(body.decode("utf-8", errors="replace")))))
+        kept = [(step, row) for step, row in rows if step <= resume_step]
+        used = {name for _, row in (*first, *kept) for name in row}
+        if len(rows) < len(lines) - 1 or not kept or kept[0][0] == kept[-1][0] or not used.issuperset(columns):
+            return None
+        file.truncate(size - len(lines[-1]) - sum(len(line) + 1 for line in lines[len(kept) : -1]))
+        os.fsync(file.fileno())
+    return columns, kept
+
+
+def _is_before(line: bytes, step: int) -> bool:
+    number = line.partition(b",")[0]
+    return number.isdigit() and int(number) < step
+
+
 def _read(path: Path) -> tuple[list[str], Logged]:
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    return _parsed(path.read_bytes(), path)
+
+
+def _parsed(content: bytes, path: Path) -> tuple[list[str], Logged]:
+    text = content.decode("utf-8", errors="replace")
     text = text[: text.rfind("\n") + 1]  # a line without a newline is incomplete: its process was killed
     if not text:
         return [], []

@@ -14,6 +14,7 @@ from typing import Any
 from purestep.arguments import Name, checked
 from purestep.errors import ConfigError, explain, import_extra
 from purestep.loggers.base import Logger, Sink
+from purestep.loggers.media import Histogram, Image, Text
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def tensorboard(*, name: Name = "tensorboard", flush_seconds: float = 30.0) -> T
     """Log scalars for TensorBoard: `tensorboard --logdir runs`.
 
     The x-axis is `state.step`. Event files hold float32, so numbers are rounded; `metrics.csv` has them exactly.
-    Hyperparameters appear in the HPARAMS tab.
+    Hyperparameters appear in the HPARAMS tab; images, histograms and texts in tabs of their own.
 
     Args:
         name: of the directory of event files inside the run directory.
@@ -65,6 +66,8 @@ def tensorboard(*, name: Name = "tensorboard", flush_seconds: float = 30.0) -> T
 class TensorBoardSink(Sink):
     """An open `SummaryWriter`."""
 
+    takes = (Image, Histogram, Text)
+
     def __init__(self, writer: Any, *, first_step: int) -> None:
         super().__init__(first_step=first_step)
         self._writer = writer
@@ -72,6 +75,31 @@ class TensorBoardSink(Sink):
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
+
+    def _write_media(self, step: int, name: str, value: Image | Histogram | Text) -> None:
+        if isinstance(value, Text):
+            self._writer.add_text(name, value.text, step)
+        elif isinstance(value, Histogram):
+            self._writer.add_histogram_raw(
+                name,
+                min=value.edges[0],
+                max=value.edges[-1],
+                num=value.counts.sum(),
+                sum=value.total,
+                sum_squares=value.squares,
+                bucket_limits=value.edges[1:].tolist(),
+                bucket_counts=value.counts.tolist(),
+                global_step=step,
+            )
+        else:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            # SummaryWriter.add_image needs Pillow to make the PNG that we have.
+            height, width, channels = value.pixels.shape
+            picture = Summary.Image(
+                height=height, width=width, colorspace=channels, encoded_image_string=value.content()
+            )
+            self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
 
     def _write_hparams(self, values: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams

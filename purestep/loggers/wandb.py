@@ -6,6 +6,7 @@ imported before a sink opens.
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from purestep.arguments import Name, checked
 from purestep.errors import ConfigError, import_extra
 from purestep.loggers.base import STEP, Logger, Sink, remembered_id, write_atomically
+from purestep.loggers.media import Histogram, Image, Text
 
 ID_FILE = "wandb.json"
 
@@ -48,7 +50,7 @@ class Wandb(Logger):
         # wandb's own step counts calls of log and cannot go back: state.step is a metric, and the x-axis of the others.
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
-        return WandbSink(run, first_step=resume_step or 0)
+        return WandbSink(run, module, first_step=resume_step or 0)
 
 
 @checked(ConfigError)
@@ -64,7 +66,7 @@ def wandb(
     """Log to Weights & Biases, with `state.step` as the x-axis.
 
     A resumed run continues the tracked run of its run directory. Steps that are repeated after a crash are logged again
-    at the same x.
+    at the same x. Images need Pillow.
 
     Args:
         project, name, entity, group, tags: as in `wandb.init`.
@@ -86,12 +88,24 @@ def wandb(
 class WandbSink(Sink):
     """A started run of Weights & Biases."""
 
-    def __init__(self, run: Any, *, first_step: int) -> None:
+    takes = (Image, Histogram, Text)
+
+    def __init__(self, run: Any, module: Any, *, first_step: int) -> None:
         super().__init__(first_step=first_step)
-        self._run = run
+        self._run, self._module = run, module
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         self._run.log(row | {STEP: step})
+
+    def _write_media(self, step: int, name: str, value: Image | Histogram | Text) -> None:
+        if isinstance(value, Text):
+            shown = self._module.Html(f"<pre>{html.escape(value.text)}</pre>")
+        elif isinstance(value, Histogram):
+            shown = self._module.Histogram(np_histogram=(value.counts, value.edges))
+        else:
+            pixels = value.pixels
+            shown = self._module.Image(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        self._run.log({name: shown, STEP: step})
 
     def _write_hparams(self, values: dict[str, Any]) -> None:
         self._run.config.update(values, allow_val_change=True)

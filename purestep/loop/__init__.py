@@ -7,6 +7,8 @@ from purestep._lazy import attach
 if TYPE_CHECKING:
     from purestep.loop.cadence import every as every
     from purestep.loop.events import Callback as Callback
+    from purestep.loop.events import Copied as Copied
+    from purestep.loop.events import CopyLost as CopyLost
     from purestep.loop.events import Cursor as Cursor
     from purestep.loop.events import Effect as Effect
     from purestep.loop.events import EpochDone as EpochDone
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from purestep.loop.identity import RunChangedWarning as RunChangedWarning
     from purestep.loop.machine import Machine as Machine
     from purestep.loop.result import Result as Result
+    from purestep.preflight.check import PrecisionWarning as PrecisionWarning
     from purestep.preflight.check import ThreadsWarning as ThreadsWarning
     from purestep.preflight.fit_memory import choose_microbatches as choose_microbatches
     from purestep.preflight.guard import BatchChangeWarning as BatchChangeWarning

@@ -13,11 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+import torch
+
 from purestep.errors import ConfigError, MetricError, explain
 from purestep.loggers.base import Logger
 from purestep.loop.cadence import Every, Until
 from purestep.loop.events import Callback
 from purestep.loop.roles import Evaluator, Recurring, SnapshotPolicy, Watcher
+from purestep.remote import Remote
 
 Known = Mapping[str, Collection[str] | None]
 _OWN_CALLBACK = "ps.callbacks.tap(function), or a frozen dataclass that subclasses ps.callbacks.Reducer"
@@ -43,6 +46,23 @@ def check_until(until: object) -> None:
                 instead="ps.epochs(5), ps.steps(1000), ps.seconds(3600), or both: ps.epochs(5) | ps.seconds(3600)",
             )
         )
+
+
+def check_device(device: object) -> None:
+    """Refuse what names no device that torch knows."""
+    if device is None or device == "auto":
+        return
+    try:
+        torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            explain(
+                "device= is a device, 'auto', or None",
+                where=f"device={device!r}",
+                why="None leaves the state where it is, 'auto' is ps.default_device()",
+                instead="device='cuda'",
+            )
+        ) from error
 
 
 def check_on_save_error(answer: object) -> None:
@@ -107,8 +127,41 @@ def check_run_dir(run_dir: object) -> None:
     """Refuse a run directory that is no path, or names no directory."""
     if not isinstance(run_dir, (str, os.PathLike, type(None))):
         raise ConfigError(explain("run_dir= is a path", where=f"run_dir={run_dir!r}", instead="run_dir='runs/digits'"))
+    if isinstance(run_dir, str) and "://" in run_dir:
+        raise ConfigError(
+            explain(
+                "run_dir= is a directory of this machine",
+                where=f"run_dir={run_dir!r}",
+                why="snapshots are written to a disk first, so that training does not wait for a network",
+                instead=f'run_dir="runs/{run_dir.rstrip("/").rpartition("/")[2]}", remote={run_dir!r}',
+            )
+        )
     if run_dir is not None:
         _check_named(os.fspath(run_dir), run_dir)
+
+
+def checked_remote(remote: object, run_dir: object) -> Remote | None:
+    """Return where the run directory is copied to; refuse what is no such place, and a copy of no directory."""
+    if isinstance(remote, str):
+        remote = Remote(remote)
+    if not isinstance(remote, (Remote, type(None))):
+        raise ConfigError(
+            explain(
+                "remote= is a url, or ps.Remote(url, ...)",
+                where=f"remote={remote!r}",
+                instead='remote="s3://bucket/runs/a"',
+            )
+        )
+    if remote is not None and run_dir is None:
+        raise ConfigError(
+            explain(
+                "remote= copies the run directory, and there is none",
+                where=f"remote={remote!r}, run_dir=None",
+                why="snapshots are written to a disk first, so that training does not wait for a network",
+                instead='ps.fit(..., run_dir="runs/a", remote="s3://bucket/runs/a")',
+            )
+        )
+    return remote
 
 
 def _check_named(text: object, run_dir: object) -> None:

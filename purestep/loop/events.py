@@ -156,6 +156,20 @@ class SaveLost(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Copied(Event):
+    """The snapshot of a step is complete in the remote copy of the run directory. Callbacks are not told."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyLost(Event):
+    """The remote copy could not be brought up to date; what is there is untouched, and it is tried again."""
+
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Ticked(Event):
     """So many seconds of training have elapsed."""
 

@@ -30,13 +30,15 @@ class RunChangedWarning(UserWarning):
 class Identity:
     """What makes a run the one that it is, apart from its state.
 
-    Where it runs is not part of it: processes, plan, device, workers, run directory, loggers, nor when it ends.
+    Where it runs is not part of it: processes, plan, workers, run directory, loggers, nor when it ends. The device is
+    recorded as a condition that bits depend on.
 
     Args:
         data: the source that it trains on.
         step: its step.
         callbacks: its callbacks; those that only look on are left out.
         settings: what `fit(..., settings=)` was given, as JSON.
+        device: what it computes on, see `devices.name_of`.
 
     Examples:
         >>> import purestep as ps
@@ -48,6 +50,7 @@ class Identity:
     step: Any
     callbacks: Sequence[Callback]
     settings: Mapping[str, JSON] = dataclasses.field(default_factory=dict)
+    device: str = "cpu"
 
     @functools.cached_property
     def plain(self) -> dict[str, JSON]:
@@ -78,12 +81,14 @@ _STEP = {
     "compiled": "the step compiled as it was: {}",
     "reduction": "a plan with reduction={!r}, or no plan for None",
     "tensor_parallel": "tensor_parallel(rules, size={})",
+    "device": "the device it was saved on: {}",
 }
 
 
-def conditions(step: StepFn) -> dict[str, Any]:
-    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, and
-    how a plan sums gradients and splits matrix products. On how many ranks they were computed is not among them."""
+def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
+    """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, how a
+    plan sums gradients and splits matrix products, and the device. On how many ranks they were computed is not among
+    them."""
     facts = facts_of(step)
     policy, plan = facts.policy, facts.plan
     return {
@@ -92,14 +97,15 @@ def conditions(step: StepFn) -> dict[str, Any]:
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
+        "device": device,
     }
 
 
-def _changed_conditions(manifest: snapshot.Manifest, step: StepFn) -> list[tuple[str, str]]:
+def _changed_conditions(manifest: snapshot.Manifest, identity: Identity) -> list[tuple[str, str]]:
     """Return what is other than it was, and how to have it again."""
     now, then = snapshot.environment(), manifest.environment
     changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]
-    was, is_ = manifest.info.get("step"), conditions(step)
+    was, is_ = manifest.info.get("step"), conditions(identity.step, identity.device)
     if isinstance(was, Mapping):
         _check_policy(was, is_)
         # Without a number yet ("auto") the run goes on with those it has.
@@ -150,7 +156,7 @@ def check_resumed(
     """
     changed = differences(manifest, identity)
     _check_position(changed, cursor, length)
-    conditioned = _changed_conditions(manifest, identity.step)
+    conditioned = _changed_conditions(manifest, identity)
     if not changed and not conditioned:
         return
     text = _words(changed, conditioned, cursor)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from purestep import data, tree
+from purestep.data.to_device import on_device
 from purestep.errors import DataError, explain
 from purestep.loop.events import Cursor
 
@@ -57,6 +58,10 @@ class Feed:
                     instead="ps.data.batches(dataset, batch_size, drop_last=False)",
                 )
             )
+
+    def place(self, device: torch.device) -> None:
+        """Say where batches go, before the first one is taken: to the state, which a plan may have moved."""
+        self.device = device
 
     def begin(self, loader: object) -> None:
         """Note the state that a resumed run has to open the source with; None at its beginning."""
@@ -111,7 +116,7 @@ class Feed:
             yield batch
 
     def _placed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        return batches if self.device.type == "cpu" else (data.to_device(batch, self.device) for batch in batches)
+        return batches if self.device.type == "cpu" else (on_device(batch, self.device) for batch in batches)
 
     def _look_ahead(self, batches: Iterator[Any]) -> None:
         # The state that belongs to the cursor is the one before the batch that is only looked at.

@@ -52,7 +52,7 @@ class Backlog:
         except Exception as error:
             self._error = self._error or error
 
-    def _row(self, step: int, row: Mapping[str, float]) -> None:
+    def _row(self, step: int, row: Mapping[str, Any]) -> None:
         try:
             self._sink.log(step, row)
         finally:
@@ -62,7 +62,7 @@ class Backlog:
         if self._error is not None:
             raise self._error
 
-    def log(self, step: int, row: Mapping[str, float]) -> None:
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Queue a row; raise what the sink raised on an earlier one."""
         self._raise()
         try:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from purestep import loggers
+from purestep.loggers.base import Media
 from purestep.loop.events import Callback, Event, LoopState
 from purestep.loop.log_queue import CLOSE_SECONDS, FLUSH_SECONDS, Backlog
 from purestep.loop.resume import applied_steps
-from purestep.loop.roles import EventSink, Observer, RowSink
+from purestep.loop.roles import EventSink, Observer, Row, RowSink
 
 Sink = TypeVar("Sink", Backlog, EventSink)
 _MOMENT = 0.1  # seconds: what a logger that is not behind needs to close, even where no time is left
@@ -66,11 +67,13 @@ class Outlets:
         if settings:
             self._each(self._logs, lambda sink: sink.hparams(settings))
 
-    def log(self, step: int, row: Mapping[str, float]) -> None:
+    def log(self, step: int, row: Row) -> None:
         """Write a row to every logger."""
         if self._logs:
             self._each(self._logs, lambda sink: sink.log(step, row))
-        self._each(self._sinks, lambda sink: sink.log(step, row) if isinstance(sink, RowSink) else None)
+        numbers = {name: value for name, value in row.items() if not isinstance(value, Media)}
+        if numbers:
+            self._each(self._sinks, lambda sink: sink.log(step, numbers) if isinstance(sink, RowSink) else None)
 
     def flush(self) -> None:
         """Put all rows on the disk, so that a snapshot taken now never knows of rows that a power cut could lose.
@@ -81,11 +84,12 @@ class Outlets:
 
     def event(self, event: Event, loop: LoopState) -> None:
         """Show an event to every sink, and write the rows that they return."""
-        rows: list[Mapping[str, float]] = []
+        rows: list[Row] = []
         if self._sinks:
             self._each(self._sinks, lambda sink: rows.append(sink.receive(event, loop) or {}))
         for row in filter(None, rows):
-            self.log(applied_steps(loop), {"epoch": loop.cursor.epoch, **row})
+            number = any(not isinstance(value, Media) for value in row.values())
+            self.log(applied_steps(loop), {"epoch": loop.cursor.epoch, **row} if number else row)
 
     def _each(self, sinks: dict[str, Sink], call: Callable[[Sink], None], *, closing: bool = False) -> None:
         for name, sink in list(sinks.items()):

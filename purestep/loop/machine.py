@@ -14,6 +14,8 @@ from purestep.errors import ConfigError, explain
 from purestep.loop.cadence import Until
 from purestep.loop.events import (
     Callback,
+    Copied,
+    CopyLost,
     Effect,
     EpochDone,
     Evaluate,
@@ -44,7 +46,7 @@ from purestep.loop.roles import Transformer
 LONGEST_CHUNK = 1000
 # Facts whose moment depends on the disk or the clock. Callbacks do not hear of them: their states are functions of
 # the data.
-_TIMING = (Saved, SaveLost, Ticked, Failed, Stopped)
+_TIMING = (Saved, SaveLost, Copied, CopyLost, Ticked, Failed, Stopped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 from purestep.errors import ConfigError, explain, nearest_name
 from purestep.loggers import Logger
 from purestep.loop import checks
@@ -18,6 +20,7 @@ from purestep.loop.events import Callback
 from purestep.loop.origin import plain_settings
 from purestep.loop.resume import Resume
 from purestep.loop.saving import OnSaveError
+from purestep.remote import Remote
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -39,21 +42,25 @@ class RunOptions:
     run_dir: str | Path | None = None
     resume: Resume = "auto"
     on_save_error: OnSaveError = "continue"
+    remote: Remote | str | None = None
     strict: bool = False
     grace_seconds: float | None = None
     donate: bool = False
     settings: Mapping[str, Any] | None = None
     free_settings: Sequence[str] = ()
+    device: torch.device | str | int | None = None
     dry_run: int | None = None
     check_evaluation: int | None = None
 
     def __post_init__(self) -> None:
+        checks.check_device(self.device)
         checks.check_counts(1, dry_run=self.dry_run)
         checks.check_counts(0, check_evaluation=self.check_evaluation)
         checks.check_until(self.until)
         checks.check_on_save_error(self.on_save_error)
         checks.check_grace(self.grace_seconds)
         checks.check_run_dir(self.run_dir)
+        checks.checked_remote(self.remote, self.run_dir)
         checks.check_flags(strict=self.strict, donate=self.donate)
         checks.check_loggers(self.loggers)
         checks.check_resume(self.resume)

@@ -19,7 +19,7 @@ from purestep.distributed import control
 from purestep.errors import RankError, explain
 from purestep.loop.clock import Alone, Together
 from purestep.loop.events import LoopState
-from purestep.loop.identity import conditions
+from purestep.loop.identity import Identity, conditions
 from purestep.loop.machine import Machine
 from purestep.loop.roles import Peers
 from purestep.loop.signals import Signals
@@ -51,6 +51,11 @@ class Ranks:
 
             check_world(plan.mesh)
             plan.microbatches(microbatches)  # refuses a number that cannot be shared, before anything begins
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return 0 if self.alone else control.rank()
 
     @classmethod
     def of(cls, step: StepFn) -> Self:
@@ -119,7 +124,7 @@ class Ranks:
             control.agree_each({"the state": content}, what="the state", instead=SAME_STATE)
         return self.plan.place(train)
 
-    def compare(self, step: StepFn, machine: Machine, loop: LoopState, at: int | None, source: Any) -> None:
+    def compare(self, identity: Identity, machine: Machine, loop: LoopState, at: int | None) -> None:
         """Check that all ranks are about to do the same: code, arguments, data, state.
 
         Raises:
@@ -127,11 +132,12 @@ class Ranks:
         """
         if self.alone:
             return
+        step, source = identity.step, identity.data
         facts = facts_of(step)
         order = source.order if isinstance(source, data.Batches) else None
         values = {
             "the snapshot they begin at": at,
-            **{f"the step's {name}": value for name, value in conditions(step).items()},
+            **{f"the step's {name}": value for name, value in conditions(step, identity.device).items()},
             "the loss function": getattr(facts.loss_fn, "__qualname__", type(facts.loss_fn).__name__),
             "tx": _plain(facts.tx),
             "the plan": self.plan,

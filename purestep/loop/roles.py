@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from purestep.loggers.base import Media
 from purestep.loop.events import Event, Horizon, LoopState, StepsDone, View
 
 if TYPE_CHECKING:
@@ -84,12 +86,16 @@ class SnapshotPolicy(abc.ABC):
         """Return the preservation policy."""
 
 
+Row = Mapping[str, "float | Media"]
+
+
 class EventSink(Protocol):
     """What an observer opens: it is shown every event, after the machine."""
 
-    def receive(self, event: Event, loop: LoopState) -> Mapping[str, float] | None:
+    def receive(self, event: Event, loop: LoopState) -> Row | None:
         """Take an event and the loop after it. A row that is returned goes to the loggers and nowhere else: what was
-        measured with a clock would make states, and metrics that callbacks wait for, differ between two runs."""
+        measured with a clock would make states, and metrics that callbacks wait for, differ between two runs. It may
+        hold images, histograms and texts (`ps.loggers.Image`, `Histogram`, `Text`)."""
 
     def close(self) -> None: ...
 
@@ -132,6 +138,35 @@ class Observer(abc.ABC):
         Args:
             run_dir: run directory, None without one.
             length: batches of an epoch, None where it is not known.
+        """
+
+
+class StepContext(Protocol):
+    """What an instrument opens: it surrounds each chunk of steps, on every rank."""
+
+    def around(self, loop: LoopState, batches: Iterator[Any]) -> AbstractContextManager[Iterator[Any]]:
+        """Return a context for a chunk of steps; what it yields is iterated in place of `batches`.
+
+        Args:
+            loop: before the chunk.
+            batches: of the chunk, in order; the same batches have to come of what is yielded.
+        """
+
+    def close(self) -> None: ...
+
+
+class Instrument(abc.ABC):
+    """A callback that measures the steps of a run, on every rank, and nothing else of it.
+
+    Like an observer it cannot change the run, and one that raises is left out.
+    """
+
+    @abc.abstractmethod
+    def open_instrument(self, run_dir: Path | None, rank: int) -> StepContext:
+        """Open what surrounds the steps of this rank.
+
+        Raises:
+            ConfigError: it has no place to write to, say; the run does not begin.
         """
 
 

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, ClassVar
 
-from purestep import _cells, data, metrics, portable, snapshot
+from purestep import _cells, data, devices, metrics, portable, snapshot
 from purestep.donation import copied
 from purestep.errors import ConfigError, explain
 from purestep.jit import donate as donate_
 from purestep.loop import origin
 from purestep.loop import resume as resume_
-from purestep.loop.checks import check_names, check_place
+from purestep.loop.checks import check_names, check_place, checked_remote
 from purestep.loop.clock import Alone
 from purestep.loop.events import (
     Effect,
@@ -44,6 +44,7 @@ from purestep.loop.events import (
 )
 from purestep.loop.identity import Identity
 from purestep.loop.input import Feed, device_of
+from purestep.loop.instruments import Instruments
 from purestep.loop.logging import Outlets
 from purestep.loop.machine import Machine
 from purestep.loop.options import RunArguments
@@ -55,7 +56,7 @@ from purestep.loop.signals import Signals
 from purestep.loop.skipped_updates import Skipped
 from purestep.loop.stopwatch import Stopwatch
 from purestep.preflight import hidden_attributes, memory
-from purestep.preflight.check import check_threads
+from purestep.preflight.check import check_precision, check_threads
 from purestep.preflight.contract import Contract
 from purestep.preflight.guard import Guard, Remembered
 from purestep.step_protocol import StepFn as StepFn
@@ -80,7 +81,10 @@ class Run:
     def __init__(self, arguments: RunArguments) -> None:
         step = donate_(arguments.step) if arguments.donate else arguments.step
         self._guard = Guard(step)
-        self._step, self._given = step, arguments.state
+        state = arguments.state
+        if arguments.device is not None:
+            state = devices.move(state, devices.default_device(arguments.device))
+        self._step, self._given = step, state
         self._resume, self._strict = arguments.resume, arguments.strict
         self._program, self._settings = origin.caller(), arguments.settings or {}
         self._free = frozenset(arguments.free_settings)
@@ -90,7 +94,7 @@ class Run:
         self._skipped = Skipped(first=self._ranks.first)
         self._outside: Alone = self._ranks.outside(self._signals)
         source = self._ranks.share(data.as_source(arguments.train))
-        self._feed = Feed(source, device_of(arguments.state), lambda: self._signals.unread, alone=self._ranks.alone)
+        self._feed = Feed(source, device_of(state), lambda: self._signals.unread, alone=self._ranks.alone)
         self.callbacks = tuple(arguments.callbacks)
         if self._speaks:
             check_place(self.run_dir, self.callbacks)
@@ -102,6 +106,7 @@ class Run:
             self._ranks,
             self._signals,
             on_save_error=arguments.on_save_error,
+            remote=checked_remote(arguments.remote, arguments.run_dir),
             grace=arguments.grace_seconds,
         )
         self._outlets = Outlets(
@@ -110,9 +115,10 @@ class Run:
             silent=not (self._speaks and self._ranks.first),
             hurry=self._saving.grace_left,
         )
+        self._instruments = Instruments(self.run_dir, self._ranks.rank)
         self._checked = False
         self._trial = arguments.check_evaluation
-        self.loop = self.machine.init(arguments.state)
+        self.loop = self.machine.init(state)
         self.reason: str | None = None
         self._origin: origin.Origin | None = None
         self._events: Generator[Event, None, None] | None = None
@@ -154,22 +160,28 @@ class Run:
             stack.enter_context(self._ranks)
             portable.check()
             self._saving.open(stack)
+            self._saving.fetch(self._resume)
             store = self._saving.store
             self._given = self._ranks.placed(self._given)
             held = {name: value for name, value in self._settings.items() if name not in self._free}
-            identity = Identity(self._feed.source, self._step, self.callbacks, held)
+            self._feed.place(device := device_of(self._given))
+            identity = Identity(self._feed.source, self._step, self.callbacks, held, devices.name_of(device))
             self.loop, at = self._begin(store, identity)
             self._feed.begin(self.loop.cursor.loader)
-            self._ranks.compare(self._step, self.machine, self.loop, at, self._feed.source)
+            self._ranks.compare(identity, self.machine, self.loop, at)
             self._saving.begin(self.loop, at, identity)
             if at is None and facts_of(self._step).donate:
                 # A donating step consumes the state it is given; the one that was given to us is not ours to give.
                 self.loop = self.loop.replace(train=copied(self.loop.train))
             self._given = None
             if self._ranks.first:
-                check_threads(device_of(self.loop.train))
+                check_threads(device)
+                check_precision(self._step, device)
             if self._speaks:
                 stack.enter_context(self._signals)
+            if self._speaks:
+                stack.enter_context(self._instruments)
+                self._instruments.open(self.callbacks)
             stack.enter_context(self._outlets)
             self._outlets.open(
                 self.callbacks, self.loop, self._feed.length, resumed=at is not None, settings=self._settings
@@ -269,9 +281,10 @@ class Run:
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
         with self._watch.part("step"):
-            batches = self._watch.over("data", self._feed.take(cursor, effect.n))
-            state, record, cut, last = self._chunk(self.loop.train, batches, effect.elapsed)
-            del batches
+            taken = self._watch.over("data", self._feed.take(cursor, effect.n))
+            with self._instruments.around(self.loop, taken) as batches:
+                state, record, cut, last = self._chunk(self.loop.train, batches, effect.elapsed)
+            del batches, taken
             steps = record.series()
         self._skipped.look(self._step, state, last, steps)
         short = len(steps) < effect.n and not cut and not self._outside.unread
@@ -381,7 +394,8 @@ class Run:
         self._checked = True
 
     def _finish(self, reason: str, queue: collections.deque[Effect]) -> Iterator[Event]:
-        yield from self._watch.over("save", self._saving.finish(self.loop))
+        for event in self._watch.over("save", self._saving.finish(self.loop)):
+            yield from self._tell(event, queue)
         self.reason = reason
         self._end_origin(reason)
         yield from self._tell(Stopped(reason), queue)

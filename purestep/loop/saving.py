@@ -16,12 +16,14 @@ from typing import Any, Literal
 from purestep import snapshot
 from purestep.errors import SaveFailed, SnapshotError, explain
 from purestep.loop import resume
+from purestep.loop.copying import Copying
 from purestep.loop.events import Callback, Event, LoopState, Saved, SaveLost
 from purestep.loop.identity import Identity, conditions
 from purestep.loop.lock import Lock, refuse_link
 from purestep.loop.ranks import Ranks
 from purestep.loop.roles import SnapshotPolicy
 from purestep.loop.signals import Signals
+from purestep.remote import Remote
 
 # A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
 SLOW_DISK_SECONDS = 30.0
@@ -44,6 +46,7 @@ class Saving:
         signals: since when a signal waits for the end.
         on_save_error: whether a snapshot that could not be written ends the run.
         grace: seconds between a signal and the end of the run; None for no bound.
+        remote: where the run directory is copied to; None for nowhere.
 
     Attributes:
         store: open from `open` on, None without a run directory.
@@ -60,14 +63,17 @@ class Saving:
         *,
         on_save_error: OnSaveError = "continue",
         grace: float | None = None,
+        remote: Remote | None = None,
     ) -> None:
         self._run_dir, self._keep = run_dir, _keep(callbacks)
+        self._copying = Copying(remote, run_dir, self._keep, ranks)
         self._ranks, self._signals = ranks, signals
         self.on_save_error, self._grace = on_save_error, grace
         self.store: snapshot.Store | None = None
         self._lock: Lock | None = None
         self._saved: tuple[object, ...] | None = None
         self._identity: Mapping[str, Any] = {}  # rank 0 writes it
+        self._device = "cpu"
         self._skipped = 0
         self._abandoned = self.unsaved = False
 
@@ -88,7 +94,8 @@ class Saving:
                 self._run_dir.mkdir(parents=True, exist_ok=True)
                 self._lock = stack.enter_context(Lock(self._run_dir))
             refuse_link(root)
-        self.store = snapshot.Store(root, keep=self._keep, ranks=self._ranks.for_store())
+        follower = self._copying.mirror
+        self.store = snapshot.Store(root, keep=self._keep, ranks=self._ranks.for_store(), follower=follower)
         if self._ranks.first:
             self.store.clean()
         stack.push(self._leave)
@@ -97,15 +104,24 @@ class Saving:
         if self.store is None:
             return
         if not self._abandoned:
-            self.store.__exit__(*error)
+            try:
+                self.store.__exit__(*error)
+            finally:
+                self._copying.close(self.grace_left(), error[1])
         elif self._lock is not None:
             self._lock.keep_while(self.store.busy)
+
+    def fetch(self, where: resume.Resume) -> None:
+        """Bring here what the remote copy of the run directory has and this one does not; see `Copying.fetch`."""
+        self._copying.fetch(self.store, where)
 
     def begin(self, loop: LoopState, at: int | None, identity: Identity) -> None:
         """Check that snapshots of a run can be written here; it begins at the snapshot `at`, or at none."""
         if self.store is not None:
             self.store.check(loop)
             self._identity = identity.plain if self._ranks.first else {}
+            self._copying.begin()
+        self._device = identity.device
         self._saved = None if at is None else _position(loop)
 
     # --- taking them --------------------------------------------------------------------------------------------------
@@ -131,8 +147,13 @@ class Saving:
             yield self._lost(SaveFailed(moved))
             return
         number = loop.cursor.batches
-        info: dict[str, Any] = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "step": conditions(step)}
-        info |= {"identity": self._identity, "updates": resume.applied_steps(loop), "stop": loop.status.stop}
+        info: dict[str, Any] = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch}
+        info |= {
+            "step": conditions(step, self._device),
+            "identity": self._identity,
+            "updates": resume.applied_steps(loop),
+            "stop": loop.status.stop,
+        }
         flush()
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do
@@ -148,9 +169,11 @@ class Saving:
             return
         try:
             for number in self.store.poll():
+                self._copying.follow()
                 yield Saved(number)
         except SaveFailed as error:
             yield self._lost(error)
+        yield from self._copying.events(self.store)
 
     def _moved(self) -> str | None:
         """Return, on every rank, what became of the run directory since it was locked; None while it is there."""
@@ -182,6 +205,7 @@ class Saving:
             self.unsaved = True
             yield self._lost(error)
         yield from self.durable()
+        yield from self._copying.finish(self.store, self.grace_left())
 
     # --- patience, and words ------------------------------------------------------------------------------------------
 

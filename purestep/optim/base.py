@@ -306,7 +306,8 @@ def scalar_like(value: Any, like: Tensor) -> Tensor:
     """Return a number or a tensor in the dtype and on the device of another; a number is rounded once."""
     if isinstance(value, Tensor):
         return value.to(like)
-    return torch.tensor(value, dtype=like.dtype, device=like.device)
+    # Filled on the device: a copy of a number from the host would wait for it, and fail where a graph is recorded.
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _snake(name: str) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import inspect as python_inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class LiftedState:
     groups: dict[str, dict[str, Tensor]]
     numbers: tuple[str, ...] = static()
     first_differs: bool = static()
+
+
+T = TypeVar("T")
+_CARDS = ("cuda", "xpu")  # devices on which torch's optimizers can keep their numbers
 
 
 @transformation
@@ -115,10 +119,12 @@ class Lift(GradientTransformation):
             copy.grad = grads[name].detach().to(copy.dtype).clone()
         optimizer = self._made(copies, step)
         if not anew:
+            read = _on_host(({k: v for k, v in state.slots.items() if k in state.numbers}, state.groups))
             for key, values in state.slots.items():
                 for name, value in values.items():
-                    optimizer.state[copies[name]][key] = value.item() if key in state.numbers else value.clone()
-            for index, values in state.groups.items():
+                    number = key in state.numbers
+                    optimizer.state[copies[name]][key] = read[0][key][name].item() if number else value.clone()
+            for index, values in read[1].items():
                 optimizer.param_groups[int(index)].update({k: v.item() for k, v in values.items()})
         _step(optimizer)
         groups = {
@@ -129,8 +135,13 @@ class Lift(GradientTransformation):
 
     def _made(self, copies: dict[str, Tensor], step: StepNumber | None) -> torch.optim.Optimizer:
         arguments = {name: _argument_at(value, step, name) for name, value in self.arguments}
+        # On a card torch counts steps on the host unless told otherwise, and would read each parameter's count there.
+        capturable = self._counts_on_card(copies)
+        if capturable:
+            arguments["capturable"] = True
         if self.learning_rate is not None:
-            arguments["lr"] = float(value_at(self.learning_rate, step))
+            rate = value_at(self.learning_rate, step)
+            arguments["lr"] = rate if capturable and isinstance(rate, Tensor) else float(rate)
         members: list[list[Tensor]] = [[] for _ in range(len(self.param_groups) + 1)]
         for name, copy in copies.items():
             found = (i for i, group in enumerate(self.param_groups) if tree.matches(dict(group)["params"], name))
@@ -138,6 +149,17 @@ class Lift(GradientTransformation):
         options = [{k: v for k, v in group if k != "params"} for group in self.param_groups] + [{}]
         groups = [{"params": m, **o} for m, o in zip(members, options, strict=True) if m]
         return self.optimizer(groups, **arguments)
+
+    def _counts_on_card(self, copies: dict[str, Tensor]) -> bool:
+        """Tell whether the optimizer can keep its numbers on the card, where the parameters are, and was not told to or
+        not to."""
+        if not copies or any(copy.device.type not in _CARDS for copy in copies.values()):
+            return False
+        told = {name for name, _ in self.arguments}
+        return "capturable" in python_inspect.signature(self.optimizer).parameters and not told & {
+            "capturable",
+            "fused",
+        }
 
     def _discover(self, named: dict[str, Tensor]) -> tuple[Slots, dict[str, dict[str, Tensor]], tuple[str, ...]]:
         """Find the initial state: the values that the optimizer first stores under each key, before later writes."""
@@ -271,6 +293,15 @@ class _FirstValues(dict[str, Any]):
         if key not in self.first and value is not None:
             self.first[key] = value.detach().clone() if isinstance(value, Tensor) else value
         super().__setitem__(key, value)
+
+
+def _on_host(values: T) -> T:
+    """Return a tree of numbers on the CPU, read from a card at once."""
+    leaves, structure = tree.flatten(values)
+    if len({leaf.device for leaf in leaves}) != 1 or leaves[0].device.type not in _CARDS:
+        return tree.map(Tensor.cpu, values)
+    wide = torch.stack([leaf.to(torch.float64) for leaf in leaves]).cpu()
+    return tree.unflatten(structure, [x.to(leaf.dtype) for x, leaf in zip(wide, leaves, strict=True)])
 
 
 def _step(optimizer: torch.optim.Optimizer) -> None:

@@ -17,6 +17,7 @@ from purestep.optim.base import (
     Wrapper,
     need_params,
     new_count,
+    scalar_like,
     transformation,
     value_at,
 )
@@ -79,7 +80,7 @@ def _largest(p: Tensor, amount: Any) -> Tensor:
     """Return a mask of the elements that stay when a fraction, the smallest by magnitude, is pruned; of equal elements
     the first are pruned."""
     ranks = p.detach().abs().reshape(-1).argsort(stable=True).argsort()
-    gone = torch.as_tensor(amount, dtype=torch.float32, device=p.device) * p.numel()
+    gone = scalar_like(amount, p.new_empty((), dtype=torch.float32)) * p.numel()
     return (ranks >= gone.round()).reshape(p.shape)
 
 

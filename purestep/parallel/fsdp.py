@@ -153,6 +153,7 @@ class ShardedExchange:
         with torch.no_grad():
             self.session.end_backward()
             self._finish(cast.reduced({n: grads[n] for n in self.sharded.whole}))
+        self.session.close()
         return grads
 
     def factor(self) -> float | Tensor:
@@ -178,6 +179,7 @@ class ShardedExchange:
             if unit.trained:
                 self._sent[unit.number] = self._send(self._rows(unit, [part.grads[n] for n in unit.trained]))
         self._finish({n: part.grads[n] for n in self.sharded.whole})
+        self.session.close()
         return part
 
     # --- what happens to it ---
@@ -272,6 +274,7 @@ def _alone(session: Session) -> Iterator[None]:
         yield
         session.end_forward()
     session.end_backward()
+    session.close()
 
 
 def wrapping(plan: Plan, split: Mapping[str, Tensor]) -> tensor_parallel.Wrapped | None:

@@ -365,6 +365,15 @@ class Session:
         self.exchanges.end_backward()
         self._cancel()
 
+    def close(self) -> None:
+        """Let go of all tensors: nothing of this microbatch is needed any more."""
+        # A tracked parameter holds the node of autograd that gathered it, and that node its unit: a cycle that Python's
+        # collector cannot see. The other cycles it would find, but seldom looks: there are few objects, and large ones.
+        for live in self.lives.values():
+            live.tracked = None
+        self.lives, self.by_memory, self.parts, self.reductions = {}, {}, {}, None
+        del self.exchanges
+
     def _cancel(self) -> None:
         # What this rank took part in for the sake of others only has to have arrived before its memory is freed.
         for live in self.lives.values():

@@ -46,10 +46,10 @@ def exchange_small(
         for node, part in nodes.items():
             whole.put(node, _without_vector(part, *_leaves(part)))
         return lambda: _weighing(whole.result(), sums.samples)
-    growing = _growing(pattern)
-    like, structure = _leaves(pattern, growing)
+    growing, device = _growing(pattern), sums.state.step.device
+    like, structure = _leaves(pattern, growing, device)
     flat = _bytes(tuple((x.shape, x.dtype, x.device) for x in like))
-    held = [flat.pack(_leaves(nodes[node], growing)[0]) for own in owners for node in own if node in nodes]
+    held = [flat.pack(_leaves(nodes[node], growing, device)[0]) for own in owners for node in own if node in nodes]
     most = max(len(own) for own in owners)
     # The sizes of the batch go along, at no exchange of their own. On a GPU reading them would make the host wait.
     head = [torch.tensor(sums.told).view(torch.uint8)] if flat.on_cpu else []
@@ -76,16 +76,24 @@ def exchange_small(
     return result
 
 
-def _leaves(part: Partial, left_out: frozenset[str] = frozenset()) -> tuple[list[Tensor], Any]:
+def _leaves(
+    part: Partial, left_out: frozenset[str] = frozenset(), device: torch.device | None = None
+) -> tuple[list[Tensor], Any]:
+    """Return the small values of a part as tensors, on a device, from which they are sent; and their structure."""
     weight = part.weight if isinstance(part.weight, Tensor) else None
     metrics = {name: metric for name, metric in part.metrics.items() if name not in left_out}
     leaves, structure = tree.flatten((weight, part.kept, metrics))
-    return [_tensor(x) for x in leaves], structure
+    return [_tensor(x, device) for x in leaves], structure
 
 
-def _tensor(leaf: Any) -> Tensor:
-    """Numbers become tensors on one process as on many, so that nothing depends on how many there are."""
-    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=_wide(leaf))
+def _tensor(leaf: Any, device: torch.device | None = None) -> Tensor:
+    """Numbers become tensors on one process as on many, so that nothing depends on how many there are.
+
+    A metric that was made of a number is on the CPU, and travels with those that are on the card.
+    """
+    if not isinstance(leaf, Tensor):
+        return torch.full((), leaf, dtype=_wide(leaf), device=device)
+    return leaf if device is None or leaf.device == device else leaf.to(device, non_blocking=True)
 
 
 def _wide(number: Any) -> torch.dtype:

@@ -18,7 +18,7 @@ from purestep import _torch, tree
 from purestep.errors import PrecisionError, explain
 from purestep.optim.base import GradientTransformation
 from purestep.optim.kernels import foreach as fx
-from purestep.precision import autocast_functions, float8
+from purestep.precision import autocast_functions, float8, int8
 from purestep.precision.convert_state import StateFields, cast, rest_dtypes
 from purestep.precision.loss_scale import NoLossScale, all_finite
 from purestep.precision.master_params import MasterWeightsState, master_weights
@@ -101,7 +101,7 @@ class Casting(Uncast):
         check_rules(self.settings, [*names, *self._written])
         # Weak, because the cache that holds this object has the model as its weak key, and would keep it alive.
         self._module = weakref.ref(module)
-        self._converted = None if policy.float8 is None else float8.converted(module, policy.float8, self.settings)
+        self._converted = self._convert(module)
         self.around = self._hooks(self._converted or module)
         self.handlers = None if policy.autocast else autocast_functions.of(policy)
         self._rest: dict[str, torch.dtype] = {}
@@ -110,6 +110,12 @@ class Casting(Uncast):
     @property
     def module(self) -> nn.Module:  # type: ignore[override]
         return self._converted or self._module()  # type: ignore[return-value]
+
+    def _convert(self, module: nn.Module) -> nn.Module | None:
+        """Return the copy of the model in which linear layers multiply in fewer bits, None without any."""
+        if self.policy.float8 is not None:
+            return float8.converted(module, self.policy.float8, self.settings)
+        return None if self.policy.int8 is None else int8.converted(module, self.policy.int8, self.settings)
 
     def _hooks(self, module: nn.Module) -> Hooks:
         casts: list[tuple[nn.Module, CastInputs | None, CastOutputs | None]] = []

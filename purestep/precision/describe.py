@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from purestep.bits import human_bytes
 from purestep.errors import PrecisionError, explain
-from purestep.precision import convert_state, float8
+from purestep.precision import convert_state, float8, int8
 from purestep.precision.convert_state import PolicyFields, StateFields
 from purestep.precision.loss_scale import NoLossScale
 from purestep.precision.rules import Rule, Settings, check_rules, word
@@ -34,6 +34,11 @@ class Described(PolicyFields, Protocol):
     def autocast(self) -> bool: ...
     @property
     def float8(self) -> str | None: ...
+    @property
+    def int8(self) -> str | None: ...
+
+
+_OPTIONAL = ("float8", "int8", "by rule")  # columns that are left out where they are empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class ModuleDtypes:
         rest: dtypes of those in the state, floating-point ones only.
         compute: what it computes in; None where each operator has its own (autocast).
         output: the dtype of what it returns; None where nothing casts it (autocast).
-        float8: the recipe by which it multiplies in float8, None if it does not.
+        float8, int8: the recipe by which it multiplies in these, None if it does not.
         rules: the rules that match the module itself.
     """
 
@@ -58,6 +63,7 @@ class ModuleDtypes:
     compute: torch.dtype | None
     output: torch.dtype | None
     float8: str | None
+    int8: str | None
     rules: tuple[str, ...]
 
 
@@ -91,9 +97,10 @@ class PolicyDescription(Printed):
             "computes in": [_named(row.compute, "autocast") for row in self.rows],
             "returns": [_named(row.output, "as computed") for row in self.rows],
             "float8": [row.float8 for row in self.rows],
+            "int8": [row.int8 for row in self.rows],
             "by rule": ["; ".join(row.rules) for row in self.rows],
         }
-        shown = {name: values for name, values in columns.items() if name not in ("float8", "by rule") or any(values)}
+        shown = {name: values for name, values in columns.items() if name not in _OPTIONAL or any(values)}
         facts = [f"{human_bytes(self.nbytes)} at rest", f"gradients of microbatches are summed in {word(self.reduce)}"]
         facts += [] if self.master is None else [f"master weights in {word(self.master)} in the optimizer state"]
         facts += [] if self.loss_scale is None else [f"loss scale: {self.loss_scale}"]
@@ -151,7 +158,6 @@ def _rows(
         if path and path not in own and not matching:
             continue
         inner, _, output = settings.casts(path, policy.compute, policy.output)
-        taken = policy.float8 is not None and float8.converts(submodule, path, settings)
         cast = not policy.autocast
         yield ModuleDtypes(
             path,
@@ -160,7 +166,8 @@ def _rows(
             _floating(rest[name] for name in own.get(path, ())),
             inner if cast else None,
             output if cast or not path else None,
-            policy.float8 if taken else None,
+            policy.float8 if float8.converts(submodule, path, settings) else None,
+            policy.int8 if int8.converts(submodule, path, settings) else None,
             tuple(_short(rule, submodule) for number, rule in enumerate(settings.rules) if number in matching),
         )
 

@@ -13,7 +13,7 @@ import torch
 
 from purestep.arguments import Judge, checked
 from purestep.errors import PrecisionError, explain
-from purestep.precision import convert_state
+from purestep.precision import convert_state, int8
 from purestep.precision.describe import PolicyDescription, describe
 from purestep.precision.float8 import RECIPES
 from purestep.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale
@@ -45,6 +45,7 @@ class Policy(View):
         autocast: run the loss function under `torch.autocast` to `compute`, which chooses by operator, instead of
             casting parameters and inputs by module.
         float8: recipe of torchao for linear layers, or None.
+        int8: recipe for linear layers in int8, "full" or "forward", or None.
         name: the name that it was made from; ignored in comparisons.
     """
 
@@ -57,6 +58,7 @@ class Policy(View):
     rules: tuple[Rule, ...] = ()
     autocast: bool = False
     float8: str | None = None
+    int8: str | None = None
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +78,11 @@ class Policy(View):
             raise PrecisionError(
                 explain("torchao has no such float8 recipe", where=where, instead=f"one of {', '.join(RECIPES)}")
             )
+        if self.int8 is not None and (self.int8 not in int8.RECIPES or self.float8 is not None):
+            both = "linear layers multiply in float8 or in int8"
+            what = "there is no such int8 recipe" if self.float8 is None else both
+            where = f"int8={self.int8!r}, float8={self.float8!r}"
+            raise PrecisionError(explain(what, where=where, instead=f"one of {', '.join(int8.RECIPES)}"))
         if self.autocast:
             _check_autocast(self)
 
@@ -111,6 +118,7 @@ class Policy(View):
         compute: DType | None = None,
         output: DType | None = None,
         float8: bool | None = None,
+        int8: bool | None = None,
     ) -> Policy:
         """Return the policy with one rule more: other settings for some modules, which override earlier rules.
 
@@ -122,6 +130,7 @@ class Policy(View):
             compute: dtype of the computation. The output of the module is cast to the dtype of the module around it.
             output: dtype of the output of the matched module, instead of that.
             float8: False excludes linear layers from float8.
+            int8: False excludes them from int8.
 
         Raises:
             PrecisionError: the rule changes nothing. A rule that matches nothing is refused by `apply` and by the step.
@@ -130,7 +139,7 @@ class Policy(View):
             >>> policy("bf16-true").where("head", compute="f32", output="f32").rules[0].where
             'head'
         """
-        added = rule(filter, param=param, compute=compute, output=output, float8=float8)
+        added = rule(filter, param=param, compute=compute, output=output, float8=float8, int8=int8)
         return self.replace(rules=(*self.rules, added))
 
     def apply(self, state: S) -> S:
@@ -199,6 +208,7 @@ class Policy(View):
             ("gradients of microbatches are summed in", word(self.reduce)),
             ("master weights", None if self.master is None else word(self.master)),
             ("linear layers multiply in float8", self.float8),
+            ("linear layers multiply in int8", self.int8),
             ("loss scale", None if isinstance(self.loss_scale, NoLossScale) else repr(self.loss_scale)),
             *((f"rule {number}", str(rule)) for number, rule in enumerate(self.rules)),
         ]
@@ -243,18 +253,19 @@ class Policy(View):
         words += [f"master={word(self.master)}"] if self.master is not None else []
         words += ["autocast"] if self.autocast else []
         words += [f"float8={self.float8}"] if self.float8 else []
+        words += [f"int8={self.int8}"] if self.int8 else []
         words += [] if isinstance(self.loss_scale, NoLossScale) else [f"loss_scale={self.loss_scale!r}"]
         return ",".join([*words, *(f"[{rule}]" for rule in self.rules)])
 
 
 def _check_autocast(chosen: Policy) -> None:
     changing = [rule for rule in chosen.rules if rule.required and (rule.compute or rule.output)]
-    if chosen.float8 or changing or chosen.compute not in (torch.float16, torch.bfloat16):
+    if chosen.float8 or chosen.int8 or changing or chosen.compute not in (torch.float16, torch.bfloat16):
         where = f"where({changing[0].where!r})" if changing else f"compute={word(chosen.compute)}"
-        where = "float8" if chosen.float8 else where
+        where = "float8" if chosen.float8 else "int8" if chosen.int8 else where
         raise PrecisionError(
             explain(
-                "autocast needs compute=f16 or bf16, and no rule or float8 that chooses another dtype to compute in",
+                "autocast needs compute=f16 or bf16, and no rule, float8 or int8 that chooses another dtype",
                 where=where,
                 why="it chooses the dtype of each operator itself",
                 instead="rules with param= only, or autocast=False",
@@ -276,6 +287,7 @@ _NAMED = {
     "16-true": Policy(f16, f16, f32, f16),
     "bf16-master": Policy(bf16, bf16, f32, f32, master=f32, rules=(_STORE_NORMS,)),
     "float8": Policy(compute=bf16, float8="tensorwise", rules=(_KEEP_NORMS,)),
+    "int8": Policy(compute=bf16, int8="full", rules=(_KEEP_NORMS,)),
 }
 _ALIASES = {"32-true": "32", "64-true": "64"}
 NAMES = tuple(_NAMED)
@@ -298,6 +310,7 @@ def policy(spec: str | int | Policy, **changes: Any) -> Policy:
             - `bf16-master`: bfloat16 parameters, float32 master weights in the optimizer state, normalisation layers
               float32;
             - `float8`: linear layers in float8 by torchao, the rest as `bf16-mixed`;
+            - `int8`: linear layers in int8 with a scale for each row, the rest as `bf16-mixed`;
 
             or the long form `params=f32,compute=bf16,output=f32`, which also takes `reduce=` and `master=` and has no
             rules: compute, output and reduce are those of params by default.

@@ -72,6 +72,7 @@ class Rule:
         where: globs of dotted names (of modules, parameters or buffers), a function of the name, or module classes.
         param, compute, output: dtypes, or None to keep those of the policy.
         float8: False excludes linear layers from float8, True includes them; None keeps the setting of the policy.
+        int8: the same for int8.
         required: whether a model in which it matches nothing is refused.
     """
 
@@ -80,6 +81,7 @@ class Rule:
     compute: torch.dtype | None = None
     output: torch.dtype | None = None
     float8: bool | None = None
+    int8: bool | None = None
     required: bool = True
 
     @property
@@ -106,7 +108,8 @@ class Rule:
             shown = "|".join((self.where,) if isinstance(self.where, str) else self.where)  # type: ignore[arg-type]
         changes = [(n, getattr(self, n)) for n in ("param", "compute", "output")]
         parts = [f"{n}={word(d)}" for n, d in changes if d is not None]
-        parts += [] if self.float8 is None else [f"float8={self.float8}"]
+        switches = [(n, getattr(self, n)) for n in ("float8", "int8")]
+        parts += [f"{n}={on}" for n, on in switches if on is not None]
         return f"{shown}:{'+'.join(parts)}"
 
 
@@ -126,7 +129,7 @@ def rule(where: Any, **changes: Any) -> Rule:
         )
     dtypes: dict[str, Any] = {n: changes.pop(n, None) for n in ("param", "compute", "output")}
     resolved: dict[str, Any] = {n: None if d is None else dtype_of(d, where=n) for n, d in dtypes.items()}
-    if all(d is None for d in resolved.values()) and changes.get("float8") is None:
+    if all(d is None for d in resolved.values()) and all(on is None for on in changes.values()):
         raise PrecisionError(explain("the rule changes nothing", where=f"where({where!r})", instead='compute="f32"'))
     return Rule(filters, **resolved, **changes)
 

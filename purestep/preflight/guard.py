@@ -205,9 +205,20 @@ def _note(error: Exception, batch: object, index: int) -> str:
     path, _ = module_path(error)
     if path:
         where.insert(0, path)
-    labels = re.match(r"Target (-?\d+) is out of bounds", str(error))
-    why = "labels count from 0, and the scores have one column for each of them" if labels else None
-    return explain("the step failed", where="\n".join(where), why=why)
+    found = ((why, instead) for message, why, instead in _MESSAGES if re.search(message, str(error)))
+    why, instead = next(found, (None, None))
+    return explain("the step failed", where="\n".join(where), why=why, instead=instead)
+
+
+# Messages of torch that name neither the value of the batch nor what to write: pattern, why, what to write.
+_MESSAGES = (
+    (r"^Target -?\d+ is out of bounds", "labels count from 0, and the scores have one column for each of them", None),
+    (
+        r"^expected (target dtype to be Long or Byte, but got|scalar type Long but found) ",
+        "labels that name a class are int64",
+        'cross_entropy(logits, batch["y"].long()), or int64 labels in the data: y.astype(np.int64)',
+    ),
+)
 
 
 def _rows(batch: object) -> object:

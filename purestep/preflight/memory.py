@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from purestep import metrics, tree
+from purestep import devices, metrics, tree
 from purestep._cpus import available_memory
 from purestep.bits import human_bytes
 from purestep.distributed import control
@@ -143,12 +143,7 @@ def free_memory(device: torch.device, *, root: str | Path = "/") -> int | None:
         >>> free_memory(torch.device("meta")) is None
         True
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return available_memory(root=root) if device.type == "cpu" else None
+    return available_memory(root=root) if device.type == "cpu" else devices.free_memory_of(device)
 
 
 def own_share(free: int | None, device: torch.device) -> int | None:

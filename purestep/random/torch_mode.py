@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from purestep import random
-from purestep._torch import OpOverload, OpOverloadPacket
+from purestep._torch import OpOverload, OpOverloadPacket, innermost_mode
 from purestep.errors import RandomnessError, explain
 
 Handler = Callable[..., Any]
@@ -78,9 +78,12 @@ class KeyedRandom(TorchFunctionMode):
 
     def __enter__(self) -> KeyedRandom:
         entered = _entered()
-        if entered and entered[-1] is not self:
-            entered[-1].covered += 1
-        entered.append(self)
+        # A thread of the autograd engine has torch's modes of the thread that waits for it, and none of ours.
+        outer = entered[-1][0] if entered else innermost_mode(KeyedRandom)
+        outer = None if outer is self else outer
+        if outer is not None:
+            outer.covered += 1
+        entered.append((self, outer))
         super().__enter__()
         return self
 
@@ -88,10 +91,9 @@ class KeyedRandom(TorchFunctionMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        entered = _entered()
-        entered.pop()
-        if entered and entered[-1] is not self:
-            entered[-1].covered -= 1
+        _, outer = _entered().pop()
+        if outer is not None:
+            outer.covered -= 1
 
     def __torch_function__(
         self,
@@ -142,8 +144,8 @@ class KeyedRandom(TorchFunctionMode):
         return torch.where(drop, 0.0, 0.0 if p == 1.0 else 1.0 / (1.0 - p)).to(like.dtype)
 
 
-def _entered() -> list[KeyedRandom]:
-    """Return the modes of this thread, the innermost last."""
+def _entered() -> list[tuple[KeyedRandom, KeyedRandom | None]]:
+    """Return the modes that this thread has entered, the innermost last, each with the one that it covers."""
     if not hasattr(_local, "entered"):
         _local.entered = []
     return _local.entered

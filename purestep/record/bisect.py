@@ -20,8 +20,8 @@ from purestep.donation import copied
 from purestep.errors import ConfigError, explain
 from purestep.record.compare import last_equal
 from purestep.record.compare_bits import BitsComparison, compare_bits
-from purestep.record.experiment import Experiment, Makes, made
-from purestep.record.replay import Replayed, Which, begun, nearest, opened, positions, stored
+from purestep.record.experiment import Makes
+from purestep.record.replay import Experiments, Replayed, Which, opened, replayed, stored
 from purestep.record.run_record import RunRecord
 from purestep.record.trace_bits import trace_bits
 from purestep.step_protocol import facts_of
@@ -182,8 +182,7 @@ def bisect(a: Which, b: Which, experiment_a: Makes, experiment_b: Makes | None =
     """
     records = opened(a), opened(b)
     others = (experiment_a, experiment_a if experiment_b is None else experiment_b)
-    experiments = [made(makes, record.settings) for makes, record in zip(others, records, strict=True)]
-    sides = [_Side(record, experiment) for record, experiment in zip(records, experiments, strict=True)]
+    sides = [_Side(record, Experiments(record, makes)) for record, makes in zip(records, others, strict=True)]
     names = [side.record.name for side in sides]
     if names[0] == names[1]:
         names = [str(side.record.path) for side in sides]
@@ -195,7 +194,7 @@ class _Side:
     """One of two runs."""
 
     record: RunRecord
-    experiment: Experiment
+    experiments: Experiments
 
     @property
     def last(self) -> int:
@@ -203,13 +202,15 @@ class _Side:
 
     def state(self, at: int) -> Any:
         """Return the state at a snapshot, or the first one."""
+        experiment = self.experiments.at(at)
         if at in self.record.snapshots:
-            return stored(self.record, self.experiment, at)[0].train
-        return self.experiment.state if at == 0 else None
+            return stored(self.record, experiment, at)[0].train
+        return experiment.state if at == 0 else None
 
-    def kept(self, state: Any) -> Any:
-        """Return a state that stays when the next step donates it."""
-        return copied(state) if facts_of(self.experiment.step).donate else state
+    def kept(self, found: Replayed) -> Any:
+        """Return the state of a step, so that it stays when the next step donates it."""
+        donates = facts_of(self.experiments.at(found.position).step).donate
+        return copied(found.state) if donates else found.state
 
 
 def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
@@ -232,9 +233,9 @@ def _bisect(a: _Side, b: _Side, names: tuple[str, str]) -> Bisection:
                     before=before,
                     batches=(left.data, right.data),
                     metrics=(left.metrics, right.metrics),
-                    steps=(a.experiment.step, b.experiment.step),
+                    steps=(a.experiments.at(left.position).step, b.experiments.at(right.position).step),
                 )
-            before = (a.kept(left.state), b.kept(right.state))
+            before = (a.kept(left), b.kept(right))
     return dataclasses.replace(found, recorded=_recorded_apart(a.record, b.record))
 
 
@@ -245,7 +246,8 @@ def _both(
     walks: list[tuple[Iterator[Replayed], int | None]] = []
     for side, count in zip(sides, _counts(threads), strict=True):
         with _computing_with(count):
-            walks.append((stack.enter_context(_walk(side, start, end)), count))
+            steps = contextlib.closing(replayed(side.record, side.experiments, start, end))
+            walks.append((stack.enter_context(steps), count))
     for _ in range(start, end):
         found = []
         for walk, count in walks:
@@ -283,12 +285,6 @@ def _recorded_apart(a: RunRecord, b: RunRecord) -> int | None:
     states = [{header.step: header.digests.get("state") for header in run.headers} for run in (a, b)]
     both = (step for step in states[0] if states[0][step] and states[1].get(step))
     return min((step for step in both if states[0][step] != states[1][step]), default=None)
-
-
-@contextlib.contextmanager
-def _walk(side: _Side, start: int, end: int) -> Iterator[Iterator[Replayed]]:
-    with begun(side.record, side.experiment, nearest(side.record, start), end) as replaying:
-        yield (step for step in positions(replaying, end) if step.position > start)
 
 
 def _first_batch(left: Replayed, right: Replayed) -> FirstBatch | None:

@@ -20,13 +20,14 @@ from purestep.loop.origin import plain_settings
 from purestep.loop.result import Result
 from purestep.record.settings import arguments_of, free_names, plain_of, settings_of
 from purestep.step_protocol import StepFn
+from purestep.views import Block, Printed, Table, shortened, written
 
 P = ParamSpec("P")
 
 
 @checked(ConfigError)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Experiment:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Experiment(Printed):
     """A training: what it computes with, without where and for how long it runs.
 
     Args:
@@ -53,7 +54,7 @@ class Experiment:
     """
 
     step: StepFn
-    state: Any = dataclasses.field(repr=False)
+    state: Any
     data: Any
     _: dataclasses.KW_ONLY
     until: Until | None = None
@@ -106,6 +107,18 @@ class Experiment:
         """
         arguments = {"until": self.until, "callbacks": self.callbacks, **self._told, **options}
         return trainer.fit(self.step, self.state, self.data, **arguments)
+
+    def view(self) -> list[Block]:
+        callbacks = ", ".join(callback.name for callback in self.callbacks) or "none"
+        named = {f"setting {name}": written(value) for name, value in (self.settings or {}).items()}
+        rows: list[list[object]] = [[name, value] for name, value in named.items()]
+        rows += [
+            ["step", shortened(repr(self.step), 100)],
+            ["data", shortened(repr(self.data), 100)],
+            ["until", "said by fit" if self.until is None else str(self.until)],
+            ["callbacks", callbacks],
+        ]
+        return [Table(["experiment", ""], rows)]
 
     @property
     def _told(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from purestep.loop import origin
 from purestep.loop.events import LoopState
 from purestep.loop.resume import applied_steps
 from purestep.loop.saving import DIGESTS
-from purestep.record.experiment import Experiment, Makes, made
-from purestep.record.replay import Which, begun, nearest, opened, positions, stored
+from purestep.record.experiment import Makes
+from purestep.record.replay import Experiments, Which, begun, nearest, opened, positions, stored
 from purestep.record.run_record import RunRecord
 from purestep.record.run_record import open as open_run
 from purestep.record.summary import is_run
@@ -77,7 +77,7 @@ def fork(run: Which, *, at: Count, run_dir: Location, experiment: Makes) -> RunR
         raise ConfigError(
             explain(what, where=f"run_dir={str(run_dir)!r}", why="there are files", instead="another one")
         )
-    loop = _loop_at(record, made(experiment, record.settings), at)
+    loop = _loop_at(record, Experiments(record, experiment), at)
     loop = loop.replace(status=loop.status.replace(stop=None, save=False))
     # Whole or not there at all: a run that began in half of it would begin at its beginning.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -94,7 +94,8 @@ def fork(run: Which, *, at: Count, run_dir: Location, experiment: Makes) -> RunR
     return open_run(target)
 
 
-def _loop_at(record: RunRecord, experiment: Experiment, at: int) -> LoopState:
+def _loop_at(record: RunRecord, experiments: Experiments, at: int) -> LoopState:
+    experiment = experiments.at(at)
     if at in record.snapshots:
         return stored(record, experiment, at)[0]
     with begun(record, experiment, nearest(record, at), at, strict=True) as replaying:
@@ -107,7 +108,7 @@ def _write(directory: Path, record: RunRecord, loop: LoopState) -> None:
     at = loop.cursor.batches
     parent = {"run": str(record.path), "at": at, "digest": tree.digest(loop.train)}
     content: dict[str, Any] = {
-        "settings": dict(record.settings),
+        "settings": record.settings_at(at),
         "parent": parent,
         "starts": [],
         "sources": {},

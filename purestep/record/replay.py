@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from purestep.record.experiment import Experiment, Makes, made
 from purestep.record.run_record import RunRecord
 from purestep.record.run_record import open as open_run
 from purestep.snapshot import Manifest, Store, root_of
+from purestep.views import Block, Printed, Table, shortened
 
 Which = Annotated[
     RunRecord | str | Path,
@@ -32,8 +34,8 @@ Which = Annotated[
 ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Replayed:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Replayed(Printed):
     """One step of a run, executed again.
 
     Attributes:
@@ -49,14 +51,20 @@ class Replayed:
     epoch: int
     batch: int
     indices: Tensor | None
-    data: Any = dataclasses.field(repr=False)
-    state: Any = dataclasses.field(repr=False)
+    data: Any
+    state: Any
     metrics: Mapping[str, float]
 
     @property
     def digest(self) -> str:
         """Of the train state, as a snapshot records it."""
         return tree.digest(self.state)
+
+    def view(self) -> list[Block]:
+        rows: list[list[object]] = [[name, value] for name, value in self.metrics.items()]
+        samples = [] if self.indices is None else [["samples", shortened(str(self.indices.tolist()), 60)]]
+        head = ["position", str(self.position)]
+        return [Table(head, [["epoch, batch", f"{self.epoch}, {self.batch}"], *samples, *rows])]
 
 
 @checked(ConfigError)
@@ -101,13 +109,46 @@ def replay(run: Which, experiment: Makes, first: Whole, last: Whole) -> Iterator
     record = opened(run)
     if last < first:
         raise ConfigError(explain("a span ends where it begins, or later", where=f"first={first}, last={last}"))
-    return _replay(record, made(experiment, record.settings), first, last)
+    experiments = Experiments(record, experiment)
+    experiments.at(last)  # raises here what is wrong with it, before the first `next`
+    return replayed(record, experiments, first, last)
 
 
-def _replay(record: RunRecord, experiment: Experiment, first: int, last: int) -> Generator[Replayed, None, None]:
+def replayed(record: RunRecord, experiments: Experiments, first: int, last: int) -> Generator[Replayed, None, None]:
+    """Execute a span of a run again, see `replay`."""
     if last > first:
-        with begun(record, experiment, nearest(record, first), last) as replaying:
-            yield from (step for step in positions(replaying, last) if step.position > first)
+        for start, end in experiments.spans(nearest(record, first), last):
+            with begun(record, experiments.at(end), start, end) as replaying:
+                yield from (step for step in positions(replaying, end) if step.position > first)
+
+
+class Experiments:
+    """The experiments that a run was made of: one, unless it was resumed under other settings.
+
+    Args:
+        record: the run.
+        makes: an experiment, or a function that makes one from settings.
+    """
+
+    def __init__(self, record: RunRecord, makes: Makes) -> None:
+        self.record, self._makes = record, makes
+        self._settings: dict[str, Any] = {}
+        self._experiment: Experiment | None = None
+
+    def at(self, position: int) -> Experiment:
+        """Return what trained the step that led to a position."""
+        settings = self.record.settings_at(position)
+        if self._experiment is None or settings != self._settings:
+            self._settings, self._experiment = settings, made(self._makes, settings)
+        return self._experiment
+
+    def spans(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Split a span where the settings changed: at a snapshot, from which the run was resumed under others."""
+        if isinstance(self._makes, Experiment):
+            return [(start, end)]
+        settings = self.record.settings_at
+        cuts = [at for at in self.record.snapshots if start < at < end and settings(at) != settings(at + 1)]
+        return list(itertools.pairwise([start, *cuts, end]))
 
 
 def nearest(record: RunRecord, position: int) -> int:
@@ -151,8 +192,10 @@ def begun(
     manifest: Manifest | None = None
     if start in record.snapshots:
         loop, manifest = stored(record, experiment, start)
-    elif record.snapshots:
-        manifest = Store(root_of(record.path)).read_manifest(record.snapshots[0])
+    # The snapshot that ends the span records what trained it; the one that begins it may be of other settings.
+    later = next((step for step in record.snapshots if step > start), None)
+    if later is not None:
+        manifest = Store(root_of(record.path)).read_manifest(later)
     replaying = Replaying(experiment.arguments(steps(max(last, 1)), strict=strict), loop, manifest, warn=warn)
     del loop
     with contextlib.closing(replaying):

@@ -17,7 +17,7 @@ from purestep import _cells
 from purestep.arguments import Location, checked
 from purestep.display import curves, plots
 from purestep.errors import ConfigError, SnapshotError, explain, import_extra
-from purestep.loggers import read_csv
+from purestep.loggers import read_csv, read_media
 from purestep.loop import origin
 from purestep.loop.origin import Program
 from purestep.loop.resume import restore
@@ -126,6 +126,19 @@ class RunRecord(Printed):
     def settings(self) -> Mapping[str, Any]:
         return self.summary.settings
 
+    def settings_at(self, position: int) -> dict[str, Any]:
+        """Return the settings under which the run trained the step that led to a position, in batches.
+
+        They are `settings`, unless the run was resumed under other ones later: then those that the first snapshot at or
+        after the position records.
+        """
+        for header in self.headers:
+            identity = header.info.get("identity")
+            if header.step >= position and isinstance(identity, Mapping):
+                held = identity.get("settings")
+                return {**self.settings, **(held if isinstance(held, Mapping) else {})}
+        return dict(self.settings)
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """What the run was made of, as its newest snapshot says: data, step, callbacks, versions."""
@@ -150,6 +163,11 @@ class RunRecord(Printed):
             ConfigError: the file is not a log of metrics.
         """
         return Columns(read_csv(self.path) if (self.path / "metrics.csv").is_file() else {})
+
+    @property
+    def media(self) -> dict[str, dict[int, Path]]:
+        """The files of images, histograms and texts that were logged, by name and step; see `ps.loggers.read_media`."""
+        return read_media(self.path)
 
     def header(self, step: int) -> Header:
         """Return what the snapshot at a position says of itself.
@@ -204,6 +222,7 @@ class RunRecord(Printed):
         program = self.programs[-1] if self.programs else Program()
         commit = None if program.commit is None else program.commit[:12] + ("" if program.clean else ", changed")
         settings: dict[str, object] = {name: written(value) for name, value in self.settings.items()}
+        media: dict[str, object] = {name: f"at {', '.join(map(str, files))}" for name, files in self.media.items()}
         facts: list[list[object]] = [
             ["when", self.when],
             ["why it ended", self.why],
@@ -211,6 +230,7 @@ class RunRecord(Printed):
             ["snapshots", ", ".join(map(str, self.snapshots))],
             *([f"setting {name}", value] for name, value in settings.items()),
             *([name, value] for name, value in self.summary.metrics.items()),
+            *([f"media {name}", steps] for name, steps in media.items()),
             ["parent", self.parent],
             ["program", f"{program.cell} of a notebook" if program.cell else " ".join(program.command)],
             ["commit", commit],

@@ -11,8 +11,8 @@ from pathlib import Path
 from purestep import tree
 from purestep.arguments import Count, checked
 from purestep.errors import ConfigError, CorruptSnapshot, PurestepError
-from purestep.record.experiment import Experiment, Makes, made
-from purestep.record.replay import Replayed, Which, begun, opened, positions
+from purestep.record.experiment import Experiment, Makes
+from purestep.record.replay import Experiments, Replayed, Which, begun, opened, positions
 from purestep.record.run_record import RunRecord
 from purestep.record.run_record import open as open_run
 from purestep.views import Block, Note, Printed, Table
@@ -103,7 +103,8 @@ def verify(run: Which, experiment: Makes, *, every: Count = 1) -> Verification:
 
     Args:
         run: a run, or its directory.
-        experiment: what it was made of, or a function that makes it from the settings of the run.
+        experiment: what it was made of, or a function that makes it from the settings of the run. A run that was
+            resumed under other settings is made with those of each span.
         every: execute one span out of so many, the last one among them.
 
     Examples:
@@ -126,16 +127,17 @@ def verify(run: Which, experiment: Makes, *, every: Count = 1) -> Verification:
         verified
     """
     record = opened(run)
-    return Verification(record.path, tuple(_spans(record, made(experiment, record.settings), every)))
+    return Verification(record.path, tuple(_spans(record, Experiments(record, experiment), every)))
 
 
-def _spans(record: RunRecord, experiment: Experiment, every: int) -> Iterator[Span]:
-    if (root := _root(record, experiment)) is not None:
+def _spans(record: RunRecord, experiments: Experiments, every: int) -> Iterator[Span]:
+    if (root := _root(record, experiments)) is not None:
         yield root
     places = record.snapshots if record.parent is not None else sorted({0, *record.snapshots})
     spans = list(itertools.pairwise(places))
     warn = True
     for first, last in spans[(len(spans) - 1) % every :: every]:
+        experiment = experiments.at(last)
         try:
             with begun(record, experiment, first, last, warn=warn) as replaying:
                 (found,) = collections.deque(positions(replaying, last), maxlen=1)
@@ -151,11 +153,12 @@ def _differences(record: RunRecord, experiment: Experiment, found: Replayed, at:
     return tree.diff(found.state, record.state(experiment.state, step=at), root="state")
 
 
-def _root(record: RunRecord, experiment: Experiment) -> Span | None:
+def _root(record: RunRecord, experiments: Experiments) -> Span | None:
     """Compare where a fork began with its parent; None for a run that is no fork, or begins at a later snapshot."""
     parent = record.parent
     if parent is None or parent.at not in record.snapshots:
         return None
+    experiment = experiments.at(parent.at)
     try:
         state = record.state(experiment.state, step=parent.at)
     except CorruptSnapshot as error:

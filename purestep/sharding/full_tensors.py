@@ -88,9 +88,9 @@ class Whole:
             counts.append(leaf.numel() if leaf is not None and split else value.numel())
             mine.append(self._mine[name] if split else first)
         if self.plan.reduction == "fast":
-            sums = torch.stack(foreach_norm(list(values), 2, dtype=None)).to(torch.float64).square()
-            own = torch.tensor(mine, dtype=torch.float64, device=sums.device)
-            return self.reduce(torch.where(own > 0, sums, 0.0), "sum")
+            found = foreach_norm(list(values), 2, dtype=None)
+            sums = torch.stack([x if own else torch.zeros_like(x) for x, own in zip(found, mine, strict=True)])
+            return self.reduce(sums.to(exact_norm.wide(sums.device)).square(), "sum")
         return exact_norm.squares(values, counts, mine, self.reduce)
 
     def _find(self, name: str, value: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,8 @@ def place(plan: Layout, value: T) -> T:
         value: a state, or any pytree; see `Plan.specs`.
 
     Returns:
-        The same tree. Leaves that are whole are the very tensors that were given; parts are copies.
+        The same tree, on the device that the mesh sends tensors from. Leaves that are whole, and there already, are the
+        very tensors that were given; parts are copies.
 
     Raises:
         ConfigError: a rule or an entry of `units` matches nothing in a state, or the plan is for another job.
@@ -53,7 +54,7 @@ def place(plan: Layout, value: T) -> T:
     specs = plan.specs(value)
     # On one process nothing is sharded, and torch's DTensor, which takes seconds to import, is not needed.
     if all(not spec.axes for spec in tree.leaves(specs)):
-        return gather(value)
+        return _sent(plan, gather(value))
     check_world(plan.mesh)
     return tree.map(lambda leaf, spec: _placed(plan, leaf, spec), value, specs)
 
@@ -66,8 +67,20 @@ def _placed(plan: Layout, leaf: object, spec: Spec) -> object:
             return leaf
         leaf = full(leaf)
     if not spec.axes:
+        return _on_mesh(plan, leaf)
+    return wrap(plan, _on_mesh(plan, cut(plan, leaf, spec)), spec, tuple(leaf.shape))
+
+
+def _sent(plan: Layout, value: T) -> T:
+    return value if plan.mesh.device is None else tree.map(lambda leaf: _on_mesh(plan, leaf), value)
+
+
+def _on_mesh(plan: Layout, leaf: Any) -> Any:
+    """Return a tensor with memory where the process group of the mesh sends tensors from."""
+    device = plan.mesh.device
+    if device is None or not isinstance(leaf, Tensor) or leaf.is_meta:
         return leaf
-    return wrap(plan, cut(plan, leaf, spec), spec, tuple(leaf.shape))
+    return leaf.to(device)
 
 
 def cut(plan: Layout, whole: Tensor, spec: Spec) -> Tensor:

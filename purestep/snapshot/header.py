@@ -121,12 +121,17 @@ def read_header(directory: Path) -> Header:
         CorruptSnapshot: the file is missing, unreadable or not what was written.
         SnapshotError: it was written in a format that this version does not know.
     """
-    file = str(directory / DATA)
-    head = json_fields.Field(unseal(read_file(directory, DATA), file), file)
+    return parse_header(read_file(directory, DATA), str(directory / DATA))
+
+
+def parse_header(content: bytes, file: str) -> Header:
+    """Return the header that is the content of `meta/data.json`; errors, those of `read_header`, name `file`."""
+    head = json_fields.Field(unseal(content, file), file)
     format_ = head["format"].natural()
     if format_ not in (1, FORMAT):
         what = f"the snapshot is of format {format_}, this version of purestep reads formats 1 and {FORMAT}"
-        raise SnapshotError(explain(what, where=str(directory), instead="read it with the version that wrote it"))
+        where = file.removesuffix(f"/{DATA}")
+        raise SnapshotError(explain(what, where=where, instead="read it with the version that wrote it"))
     scopes = head.get("scopes")
     return Header(
         step=head["step"].natural(),

@@ -15,7 +15,7 @@ from purestep.snapshot.codec import JSON
 
 T = TypeVar("T")
 _ERRORS: dict[str, type[Exception]] = {
-    cls.__name__: cls for cls in (TemplateMismatch, CorruptSnapshot, SnapshotError, TreeError)
+    cls.__name__: cls for cls in (TemplateMismatch, CorruptSnapshot, SnapshotError, TreeError, ConfigError)
 }
 
 

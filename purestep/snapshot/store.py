@@ -69,6 +69,7 @@ class Store:
         keep: which snapshots to preserve, see `latest`, `best`, `every_steps`, `all_`.
         verify: whether `restore` checks the checksum of every leaf; "digest" for the digests of the tree, too.
         ranks: the processes that write it together; only this process by default.
+        follower: told of each durable snapshot, before older ones are deleted; None for nobody.
 
     Examples:
         >>> import tempfile, torch
@@ -87,12 +88,14 @@ class Store:
         keep: retention.Keep = _LATEST,
         verify: reader.Verify = True,
         ranks: Ranks = _ONE_PROCESS,
+        follower: writer.Follower | None = None,
     ) -> None:
         reader.check_verify(verify)
         self.root = Path(root).absolute()
         self.keep = keep
         self.verify = verify
         self.ranks = ranks
+        self._follower = follower
         self._index = Index(self.root)
         self._staging = Staging()
         self._background = Background()
@@ -207,10 +210,16 @@ class Store:
         clean, self._saving = not self._cleaned, request.step
 
         def work() -> None:
-            writer.write(self.root, request, token, copies, clean=clean)
+            directory = writer.write(self.root, request, token, copies, clean=clean)
             # `write` has returned, so the new snapshot is durable: only now may older ones be deleted.
-            if self.ranks.rank == 0:
+            if directory is None:
+                return
+            follower = self._follower
+            if follower is None:
                 writer.preserve(self._index, self.keep, request.step)
+            else:
+                follower.became_durable(directory)
+                writer.preserve(self._index, self.keep, request.step, follower.holds)
 
         self._background.start(f"purestep-save-{request.step}", work)
 

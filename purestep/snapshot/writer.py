@@ -6,9 +6,10 @@ durable. `store` passes it the copies to write.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,19 @@ class Request:
     parents: bool = True  # whether missing parent directories of the root may be made
 
 
-def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bool) -> None:
+class Follower(abc.ABC):
+    """What copies the snapshots of a store elsewhere. Rank 0 calls it, in the thread that writes."""
+
+    @abc.abstractmethod
+    def became_durable(self, directory: Path) -> None:
+        """Note that a snapshot can be copied: at once, and without waiting for the copy."""
+
+    @abc.abstractmethod
+    def holds(self, directory: Path) -> bool:
+        """Tell whether a snapshot is still to be copied, so that it may not be deleted yet."""
+
+
+def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bool) -> Path | None:
     """Write this rank's shards of a snapshot durably; on rank 0 the snapshot is committed on return.
 
     After an error no file of the snapshot is left, once rank 0 has learned of it.
@@ -58,6 +71,9 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         token: unique to this save, and the same on all its ranks.
         copies: waits for the bytes of the shards, and returns uint8[nbytes] of each.
         clean: whether to remove the files of dead writers.
+
+    Returns:
+        The directory of the snapshot on rank 0, None on other ranks.
     """
     contents = copies()
     temporary = make_temporary(root, request.step, token, request.ranks, parents=request.parents)
@@ -72,7 +88,7 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         pieces, rows = _write_shards(temporary, request, contents)
         pieces, rows = _exchange(messages, request, pieces, rows)
         if request.ranks.rank:
-            return
+            return None
         messages.close()
         # The manifest is written last, when the bytes of all ranks are on the disk; the rename in `commit` is the
         # instant at which the snapshot exists. Before it, whatever happens leaves a temporary directory only.
@@ -81,6 +97,7 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         durable_directories.commit(
             temporary, final, synced=temporary / "parts"
         )  # each rank has synchronized its shards already
+        return final
     except BaseException as error:
         abandoned = messages.is_abandoned()  # asked first: what follows makes it true
         messages.abandon()
@@ -156,7 +173,7 @@ def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.R
     )
 
 
-def preserve(index: Index, policy: Keep, newest: int) -> None:
+def preserve(index: Index, policy: Keep, newest: int, holds: Callable[[Path], bool] = lambda path: False) -> None:
     """Delete the snapshots that a durable one has replaced, and those that a policy does not select.
 
     Called only when the snapshot of the step `newest` is durable, because it replaces the deleted ones. It is never
@@ -166,6 +183,7 @@ def preserve(index: Index, policy: Keep, newest: int) -> None:
         index: of the directory.
         policy: which snapshots to preserve.
         newest: the step that has just been saved. Later steps are of a history that the run has gone back from.
+        holds: whether a snapshot is still to be copied elsewhere; it is deleted after the next save then.
     """
     for entry in [*index.superseded(), *(entry for entry in index.revisions() if entry.step > newest)]:
         _delete(entry.path)
@@ -173,7 +191,7 @@ def preserve(index: Index, policy: Keep, newest: int) -> None:
     selected = policy.select(records) | {newest}
     for entry in index.revisions():
         # A damaged snapshot stays: it costs space, but its arrays may be all that is left of its step.
-        if entry.header is not None and entry.step not in selected:
+        if entry.header is not None and entry.step not in selected and not holds(entry.path):
             _delete(entry.path)
 
 

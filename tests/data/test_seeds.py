@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random as python_random
+import warnings
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from purestep import random
+from purestep import data, random
 from purestep.data import seeding
+from purestep.random import global_generators
 
 
 def globals_now() -> tuple:
@@ -53,3 +55,55 @@ def test_the_globals_are_put_back(fails: bool) -> None:
     except KeyError:
         pass
     assert globals_now() == before
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@settings(max_examples=20)
+@given(first=st.integers(0, 2**32 - 1), second=st.integers(0, 2**32 - 1))
+def test_seeding_is_that_of_the_libraries(quick: bool, first: int, second: int) -> None:
+    own = global_generators._Generators()
+    own.quick = quick
+    with seeding.preserved():
+        np.random.randn(), python_random.gauss(0, 1)
+        own.seed(first, second)
+        found = python_random.getstate(), str(np.random.get_state()), np.random.randn(3).tolist()
+        np.random.randn(), python_random.gauss(0, 1)
+        python_random.seed(first | second << 32)
+        np.random.seed((first, second, 1))
+        assert found == (python_random.getstate(), str(np.random.get_state()), np.random.randn(3).tolist())
+
+
+class Drawing:
+    """Samples that draw from every global generator, as augmentation does."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, python_random.random(), np.random.randn(), float(torch.rand(()))])
+
+
+@pytest.mark.parametrize("kind", ["torch's loader", "samples"])
+def test_draws_between_the_batches_and_in_them_do_not_meet(kind: str) -> None:
+    def source() -> data.Source:
+        if kind == "samples":
+            return data.batches(Drawing(), 3, seed=4)
+        return data.as_source(torch.utils.data.DataLoader(Drawing(), 3, shuffle=True))
+
+    def own(draws: int) -> list:
+        return [(python_random.random(), np.random.randn(), float(torch.rand(()))) for _ in range(draws)]
+
+    def read(draws: int, until: int = 4) -> list:
+        return [(batch.tolist(), own(draws))[0] for batch, _ in zip(source().open(0, 0), range(until), strict=False)]
+
+    with seeding.preserved():
+        own(1)
+        expected = own(9)
+    with seeding.preserved():
+        own(1)
+        found = [draw for batch in source().open(0, 0) for draw in own(2)]
+    assert found == expected[:8]
+    assert read(0) == read(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", data.ReplayWarning)  # torch's loader has no state
+        assert [batch.tolist() for batch in source().open(0, 2)] == read(2)[2:]

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import purestep as ps
 from purestep.errors import ConfigError, TraceError
-from purestep.jit import jit, repeats
+from purestep.jit import backends, jit, repeats
+from purestep.random.philox import philox
 from purestep.testing import assert_trees_equal
 
 TX = ps.optim.adamw(1e-2)
@@ -440,9 +441,48 @@ def test_a_graph_whose_writes_are_whole_is_rewritten_where_it_stands(monkeypatch
     both(lambda: block, square, [batch(), batch()], donate=True)
 
 
-def test_a_random_block_is_traced_once_and_repeated(monkeypatch):
-    repeated, own = [], repeats._repeated
+def test_a_random_block_is_one_node_and_a_compiler_gets_its_operations(monkeypatch):
+    repeated, own, seen = [], repeats._repeated, []
     monkeypatch.setattr(repeats, "_repeated", lambda *args: repeated.append(args) or own(*args))
+    compiled = backends.compile
+    monkeypatch.setattr(backends, "compile", lambda *args, **kwargs: seen.append(args[0]) or compiled(*args, **kwargs))
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 3), nn.Dropout(0.5))
     both(lambda: model, square, [batch(), batch()])
+    graph = seen[0].graph
+    blocks = [node for node in graph.graph.nodes if node.target is philox]
+    assert len(blocks) >= 4
+    assert not repeated
+    expanded = backends._broken_up(seen[0], {})
     assert len(repeated) >= 2
+    assert philox not in {node.target for node in expanded.graph.nodes}
+    tensors = [torch.zeros(x.shape, dtype=x.dtype) for x in seen[0].fakes]
+    for one, other in zip(graph(*tensors), expanded(*tensors), strict=True):
+        assert torch.equal(one, other)
+
+
+def drawn(rng, x):
+    keep = ps.random.bernoulli(ps.random.fold_in(rng, 3), 0.5, (7,))
+    return (x * keep * ps.random.uniform(rng, (7,))).sum() ** 2
+
+
+MANY, XS = ps.random.split(ps.random.key(3), 4), torch.arange(28.0).reshape(4, 7)
+TWICE = torch.stack([ps.random.split(k, 3) for k in MANY])
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (torch.vmap(drawn), (MANY, XS)),
+        (torch.vmap(drawn, in_dims=(1, None)), (MANY.T.contiguous(), XS[0])),
+        (torch.vmap(torch.vmap(drawn, in_dims=(0, None))), (TWICE, XS)),
+        (torch.vmap(torch.func.grad(drawn, argnums=1)), (MANY, XS)),
+        (torch.vmap(ps.random.fold_in, in_dims=(None, 0)), (MANY[0], torch.arange(4))),
+        (torch.vmap(lambda k, i: ps.random.normal(k, (7,), index=i)), (MANY, torch.arange(28).reshape(4, 7))),
+    ],
+    ids=["keys", "dim 1", "twice", "gradients", "folded", "index"],
+)
+def test_a_draw_under_vmap_is_one_node_for_all(function, arguments):
+    compiled = jit(function, backend="eager")
+    assert_trees_equal(compiled(*arguments), function(*arguments))
+    assert "philox(" in compiled.graph(*arguments)
+    assert "bitwise_xor" not in compiled.graph(*arguments)

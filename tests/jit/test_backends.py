@@ -216,6 +216,23 @@ def test_shared_numbers_are_computed_outside_of_loops():
     assert_trees_equal(list(graph(*arguments)), list(f(*arguments)))
 
 
+def test_what_each_model_of_an_ensemble_shares_is_computed_once():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from purestep.jit.hoist import hoist_scalars
+
+    def f(count, bias, x):
+        scale = (1 / (1 - 0.9 ** count.to(torch.float64))).to(torch.float32)
+        return x * scale[:, None], x + (bias * 2)[:, None], scale + 1
+
+    arguments = torch.tensor([3.0, 4.0]), torch.randn(2), torch.randn(2, 16)
+    graph = make_fx(f, tracing_mode="fake")(*arguments)
+    assert hoist_scalars(graph) == 1  # not `bias * 2`, which costs less than to store it
+    assert_trees_equal(list(graph(*arguments)), list(f(*arguments)))
+    narrow = arguments[0], arguments[1], torch.randn(2, 15)
+    assert hoist_scalars(make_fx(f, tracing_mode="fake")(*narrow)) == 0
+
+
 def test_an_element_of_a_vector_is_not_taken_for_a_number_of_its_own():
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -39,6 +39,8 @@ def fake_wandb(monkeypatch) -> types.ModuleType:
         return Run(kwargs["id"] or f"run{len(module.histories)}")
 
     module.init = init
+    for kind in ("Image", "Histogram", "Html"):
+        setattr(module, kind, lambda *args, kind=kind, **kwargs: (kind, args, kwargs))
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 

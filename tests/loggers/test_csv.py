@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from purestep import loggers
 from purestep.errors import ConfigError
 
+csv_module = importlib.import_module("purestep.loggers.csv")
 NAMES = ["loss", "val/loss", 'quo"ted', "with,comma", "läss"]
 
 
@@ -129,6 +131,29 @@ def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path):
     (tmp_path / "metrics.csv").write_bytes(b"step,loss\n1,0.5\n2,zz\nx,1.0\n3\n3,1.0,2.0\n\xff\xfe\x00\n4,0.25\n5,0.")
     assert loggers.read_csv(tmp_path) == {"step": [1, 4], "loss": [0.5, 0.25]}
     assert write(tmp_path, [(6, {"loss": 2.0})], resume_step=5) == "step,loss\n1,0.5\n4,0.25\n6,2.0\n"
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_a_resume_reads_the_ends_of_a_long_file_and_leaves_the_same(tmp_path, monkeypatch, seed, cut):
+    rng = random.Random(seed + cut)
+    rows = [(step // 2, {"loss": rng.random()}) for step in range(400)]
+    rows[3] = (1, {"first": 1.0})
+    rows[rng.randrange(400) if cut % 2 else 4][1]["late"] = 2.0
+    straight = write(tmp_path / "straight", rows)
+    stop = rng.randint(10, 199)
+    whole = write(tmp_path / "cut", rows).encode()
+    (tmp_path / "cut" / "metrics.csv").write_bytes(whole[: len(whole) - rng.randint(0, 9)] if stop < 198 else whole)
+    monkeypatch.setattr(csv_module, "_EDGE", rng.choice([200, 500, 1000]))
+    assert write(tmp_path / "cut", [r for r in rows if r[0] > stop], resume_step=stop) == straight
+
+
+def test_a_resume_of_a_long_file_does_not_read_it_all(tmp_path, monkeypatch):
+    write(tmp_path, [(step, {"loss": step / 7}) for step in range(2000)])
+    monkeypatch.setattr(csv_module, "_EDGE", 1000)
+    monkeypatch.setattr(csv_module, "_surviving_rows", None)
+    text = write(tmp_path, [(1991, {"loss": 0.5})], resume_step=1990)
+    assert text.endswith(f"1990,{1990 / 7}\n1991,0.5\n")
+    assert text.count("\n") == 1993
 
 
 def test_the_row_of_the_step_of_the_resume_can_be_completed(tmp_path):

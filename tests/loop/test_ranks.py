@@ -324,24 +324,25 @@ def work(script, *arguments):
     torch.set_num_threads(1)
     runpy.run_path(script, run_name="__main__")
 
-config = LaunchConfig(1, 1, 2, run_id="killed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3,
-                      monitor_interval=0.1, start_method="fork")
-elastic_launch(config, work)(*sys.argv[1:])
+agents, endpoint, *arguments = sys.argv[1:]
+config = LaunchConfig(int(agents), int(agents), 2 // int(agents), run_id="killed", rdzv_backend="c10d", max_restarts=3,
+                      rdzv_endpoint=endpoint, monitor_interval=0.1, start_method="fork")
+elastic_launch(config, work)(*arguments)
 """
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(zygote, tmp_path):
-    """torchrun's agent, whose workers are forked here instead of started anew."""
-    done = zygote.run(
-        AGENT,
-        SCRIPT,
-        tmp_path,
-        "20",
-        "killed",
-        preload="xxhash torch.distributed.launcher.api torch.distributed.tensor orbax.checkpoint",
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("agents", [1, 2])
+def test_a_killed_rank_is_restarted_and_the_run_ends_with_the_same_bits(zygote, tmp_path, agents):
+    """torchrun's agents, one with two workers or one on each of two nodes; workers are forked, not started anew."""
+    endpoint = f"localhost:{free_port() if agents > 1 else 0}"
+    modules = "xxhash torch.distributed.launcher.api torch.distributed.tensor orbax.checkpoint"
+    words = [str(agents), endpoint, SCRIPT, tmp_path, "20", "killed"]
+    children = [zygote.popen(AGENT, *words, preload=modules) for _ in range(agents)]
+    for child in children:
+        with child:
+            _, errors = child.communicate(120)
+            assert child.returncode == 0, errors
     found = [json.loads((tmp_path / f"2-{rank}.json").read_text())["killed"] for rank in (0, 1)]
     assert found[0] == found[1]
     assert 6 <= found[0]["steps"] < 12, "the second life began at a snapshot"

@@ -201,6 +201,7 @@ CASES = {
     "tied": {"model": Tied, "samples": 8},
     "frozen": {"model": Tied, "samples": 8, "frozen": ["blocks.0.*", "*.up.bias"], "steps": 2},
     "bf16-mixed": {"model": Tied, "samples": 8, "policy": "bf16-mixed"},
+    "int8": {"model": Tied, "samples": 8, "policy": "int8"},
     "skipped": {"model": Tied, "samples": 8, "policy": "16-mixed", "loss": poisoned},
     "muon": {"model": Tied, "samples": 8, "tx": lambda: optim.muon(1e-2), "steps": 2},
     "finite": {"model": Tied, "samples": 8, "loss": poisoned, "tx": lambda: optim.apply_if_finite(adamw())},

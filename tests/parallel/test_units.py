@@ -84,3 +84,10 @@ def test_a_checkpoint_inside_of_a_unit_is_refused_with_what_to_write(answers):
 def test_a_gradient_that_is_not_finite_is_named_on_every_rank(answers):
     for rank in (0, 1):
         assert answers[2, rank]["refused"] == ["grads['blocks.1.norm.bias'] has infinities, the loss is nan"] * 2
+
+
+def test_a_step_leaves_no_tensors_behind(answers):
+    """Not even in cycles, which a collector finds late, or, where they go through autograd, never."""
+    for rank in (0, 1):
+        for plan, sizes in answers[2, rank]["left"].items():
+            assert min(sizes[1:]) <= 0, (plan, sizes)

@@ -5,6 +5,7 @@ Arguments: a directory, the number of processes, this process's number.
 
 import dataclasses
 import functools
+import gc
 import json
 import sys
 import traceback
@@ -329,6 +330,25 @@ def refused(plan):
     return not_finite(step.gradients(placed, next(batches([NONE]))), placed)
 
 
+def left_by(plan):
+    """Return how many bytes of tensors each of some steps leaves behind, beyond the state, without a collector."""
+    tx = optim.adamw(1e-2)
+    state = plan.place(ps.init(MODELS["linear, norm"], tx, seed=1, plan=plan))
+    step = ps.make_step(loss_fn, tx, microbatches=4, plan=plan)
+    evaluate = ps.make_eval(loss_fn, plan=plan)
+    gc.collect()
+    gc.disable()
+    try:
+        sizes = []
+        for batch in batches([NONE] * 4):
+            state, _ = step(state, batch)
+            evaluate(state, batch)
+            sizes.append(sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor))
+        return [later - sizes[0] for later in sizes]
+    finally:
+        gc.enable()
+
+
 def plans(model):
     modules = [name for name, _ in model.named_modules()]
     some = [glob for glob in ("blocks.1", "encoder.*.0") if any(ps.tree.matches((glob,), name) for name in modules)]
@@ -358,6 +378,7 @@ def main(directory, size, number, cases, others):
             except Exception:
                 found[f"{name}|{label}"] = traceback.format_exc()
     if size > 1 and others:
+        found["left"] = {name: left_by(plan) for name, plan in plans(MODELS["linear, norm"]()).items()}
         found["refused"] = [refused(plan) for plan in (ddp(), fsdp(units=()))]
         found["inside"] = [inside(reentrant) for reentrant in (True, False)]
         found["all again"] = again([1] * 8)

@@ -27,6 +27,7 @@ MEANING = {  # param, compute, output, reduce, master
     "16-true": (f16, f16, f32, f16, None),
     "bf16-master": (bf16, bf16, f32, f32, f32),
     "float8": (f32, bf16, f32, f32, None),
+    "int8": (f32, bf16, f32, f32, None),
 }
 
 
@@ -40,6 +41,7 @@ def test_a_name_means_what_it_says(name):
     assert (p.param, p.compute, p.output, p.reduce, p.master) == MEANING[name]
     assert isinstance(p.loss_scale, DynamicLossScale if name == "16-mixed" else NoLossScale)
     assert (p.float8 is not None) == (name == "float8")
+    assert (p.int8 is not None) == (name == "int8")
 
 
 @pytest.mark.parametrize("name", NAMES)

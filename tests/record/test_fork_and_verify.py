@@ -169,3 +169,35 @@ def test_another_code_is_found(parent):
         found = ps.verify(parent, small(2e-2))
     assert len(said) == 1
     assert not any(span.equal for span in found.spans)
+
+
+# --- resumed under other settings -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """A run of 12 steps, resumed after 6 with a tenth of the learning rate."""
+    small(1e-2, until=6).fit(run_dir=tmp_path / "run")
+    with pytest.warns(ps.loop.RunChangedWarning, match="lr"):
+        small(1e-3, until=12).fit(run_dir=tmp_path / "run")
+    return ps.open(tmp_path / "run")
+
+
+def test_each_span_is_made_with_its_own_settings(changed, tmp_path):
+    assert [changed.settings_at(at)["lr"] for at in (1, 6, 7, 12)] == [1e-2, 1e-2, 1e-3, 1e-3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ps.verify(changed, small).ok
+        assert [r.position for r in ps.replay(changed, small, 4, 9)] == [5, 6, 7, 8, 9]
+        assert [r.digest for r in ps.replay(changed, small, 11, 12)] == [changed.digest]
+        child = ps.fork(changed, at=5, run_dir=tmp_path / "child", experiment=small)
+        assert child.settings["lr"] == 1e-2
+        again = ps.fork(changed, at=8, run_dir=tmp_path / "again", experiment=small)
+        small(1e-3).fit(run_dir=again.path)
+    assert ps.open(again.path).digest == changed.digest
+    with pytest.warns(ps.loop.RunChangedWarning, match="lr"):
+        assert not ps.verify(changed, small(1e-3)).ok
+
+
+def test_a_change_of_settings_is_where_two_runs_part(changed, parent):
+    assert ps.bisect(changed, parent, small).position == 7

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import purestep as ps
-from purestep.sharding import ddp, full_tensors
+from purestep.sharding import ddp, exact_norm, full_tensors
 from purestep.sharding.exact_norm import squares
 
 
@@ -91,3 +91,17 @@ def test_compiled_sums_have_the_same_bits():
     tensors = [torch.randn(7, 5 + i, generator=generator) * 10.0 ** (i - 20) for i in range(33)]
     tensors += [torch.zeros(3), torch.full((3,), 1e-42), torch.randn(20_000, generator=generator)]
     assert torch.equal(ps.jit(of_all)(tensors), of_all(tensors))
+
+
+def test_what_a_card_computes_at_once_has_the_same_bits(monkeypatch):
+    """The vectors of a card, here on the CPU: tensors of all sizes and dtypes, cut, empty, of other ranks."""
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=g) * 10.0 ** (i % 7 - 3) for i, n in enumerate((1, 70_001, 0, 300, 5, 64))]
+    tensors += [torch.randn(33, 3, generator=g).bfloat16(), torch.randn(9, generator=g).to(torch.complex64)]
+    tensors += [torch.randn(4, 5, generator=g).t(), torch.tensor([math.inf, 1.0]), torch.tensor([math.nan, math.inf])]
+    counts, mine = [3 * x.numel() for x in tensors], [i != 3 for i in range(len(tensors))]
+    expected = squares(tensors, counts, mine, alone)
+    monkeypatch.setattr(exact_norm, "_on_card", lambda tensors: True)
+    for most in (1 << 25, 1000, 64):
+        monkeypatch.setattr(exact_norm, "_AT_ONCE", most)
+        assert squares(tensors, counts, mine, alone).nan_to_num(7.0).tolist() == expected.nan_to_num(7.0).tolist()

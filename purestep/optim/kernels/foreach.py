@@ -103,8 +103,14 @@ def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Te
 
 mul = _binary("mul", torch.mul)
 div = _binary("div", torch.div)
-maximum = _binary("maximum", lambda x, y: torch.maximum(x, torch.as_tensor(y, dtype=x.dtype, device=x.device)))
-minimum = _binary("minimum", lambda x, y: torch.minimum(x, torch.as_tensor(y, dtype=x.dtype, device=x.device)))
+
+
+def _on(x: Tensor, y: Tensor | float) -> Tensor:
+    return y.to(x) if isinstance(y, Tensor) else torch.full((), y, dtype=x.dtype, device=x.device)
+
+
+maximum = _binary("maximum", lambda x, y: torch.maximum(x, _on(x, y)))
+minimum = _binary("minimum", lambda x, y: torch.minimum(x, _on(x, y)))
 
 
 def add(
@@ -214,7 +220,7 @@ def convert(xs: Tensors, dtypes: list[torch.dtype]) -> list[Tensor]:
     """Return the tensors in other dtypes, with few kernels; a tensor of the right dtype is returned as it is."""
     result = list(xs)
     at = [i for i, (x, dtype) in enumerate(zip(xs, dtypes, strict=True)) if x.dtype != dtype]
-    if _mode(xs) != _PLAIN or not any(xs[i].is_cuda for i in at):
+    if _mode(xs) != _PLAIN or all(xs[i].is_cpu for i in at):
         for i in at:
             result[i] = xs[i].to(dtypes[i])
         return result
@@ -267,7 +273,7 @@ def global_norm(xs: Tensors, structure: Structure | None = None) -> Tensor:
         return torch.zeros(())
     behind = full_tensors.current()
     if behind is not None and structure is not None:
-        return torch.sqrt(behind.squares(xs, structure).sum()).to(_widest(xs))
+        return torch.sqrt(behind.squares(xs, structure).sum()).to(xs[0].device, _widest(xs))
     return torch.linalg.vector_norm(_stacked(norms(xs)))
 
 
