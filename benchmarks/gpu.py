@@ -537,6 +537,7 @@ def main(words: Sequence[str] | None = None) -> int:
     card, start, rows = Card(torch.device(told.device), told.quick, root), time.monotonic(), []
     only = tuple(filter(None, told.only.split(",")))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "inductor")  # the one of the machine may hold half a kernel
     try:
         for name, check in checks().items():
             if only and not name.startswith(only):
