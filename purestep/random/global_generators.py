@@ -30,7 +30,7 @@ _HEAD = (
 # The instances behind the functions of the modules `random` and `numpy.random`.
 PYTHON: Any = python_random.random.__self__  # type: ignore[attr-defined]
 NUMPY: Any = np.random.random_sample.__self__  # type: ignore[attr-defined]
-_seed_python: Any = next(c for c in type(PYTHON).__mro__ if c.__module__ == "_random").seed
+_seed_python: Any = next(c for c in type(PYTHON).__mro__ if c.__module__ == "_random").__dict__["seed"]
 _bit_generator: Any = np.random.get_bit_generator  # type: ignore[attr-defined]
 _set_bit_generator: Any = np.random.set_bit_generator  # type: ignore[attr-defined]
 
