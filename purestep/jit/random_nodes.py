@@ -34,7 +34,7 @@ def as_node(counter: Words, key: Words) -> tuple[Any, ...]:
     numbers = tuple(None if isinstance(word, Tensor) else word for word in words)
     tensors = [word for word in words if isinstance(word, Tensor)]
     if transforms.active():
-        found: tuple[Any, ...] = _Batched.apply(numbers, *tensors)  # type: ignore[no-untyped-call]
+        found: tuple[Any, ...] = _Batched.apply(numbers, *tensors)
         return found
     return _node(numbers, tensors)
 
@@ -74,7 +74,7 @@ class _Batched(torch.autograd.Function):
         _, *places = dims
         rank = max(x.ndim - (place is not None) for x, place in zip(tensors, places, strict=True))
         moved = [x if p is None else _in_front(x, p, rank) for x, p in zip(tensors, places, strict=True)]
-        return _Batched.apply(numbers, *moved), (0,) * 4  # type: ignore[no-untyped-call]
+        return _Batched.apply(numbers, *moved), (0,) * 4
 
 
 def _in_front(x: Tensor, dim: int, rank: int) -> Tensor:
