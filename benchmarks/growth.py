@@ -25,9 +25,9 @@ from benchmarks.report import table
 FOLDER = Path(__file__).parent / "results"
 STEPS = 200  # of a run whose cost a step is measured
 NOTE = (
-    "Of the eager step with 10,000 tensors, the part that grows faster than their number is torch's backward pass "
-    "over one `torch.stack` of them all. What concerns snapshots "
-    "is measured in a directory in memory (`/dev/shm`), where there is one."
+    "Of the eager step with 10,000 tensors, torch's backward pass over one `torch.stack` of them all grows faster than "
+    "their number, and so may binding the parameters to the model. What concerns snapshots is measured in a directory "
+    "in memory (`/dev/shm`), where there is one."
 )
 WORST = 1.15  # exponent that still counts as linear
 

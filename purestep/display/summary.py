@@ -109,6 +109,7 @@ def summary(state_or_module: object, *, depth: Count = 1) -> Summary:
         1      BatchNorm1d       8        9   72 B  float32, int64  yes
         -----  -----------  ------  -------  -----  --------------  -------
         total                   24        9  136 B  float32, int64  yes
+        on cpu
         24 trained and 0 frozen parameters
     """
     if depth < 1:

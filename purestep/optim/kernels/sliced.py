@@ -32,7 +32,7 @@ _NOTHING: Any = object()
 
 def is_long(x: Tensor) -> bool:
     """Tell whether a tensor is updated slice by slice."""
-    return x.numel() > _ON_CPU and type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
+    return type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
 
 
 def is_owned(x: Any) -> bool:
