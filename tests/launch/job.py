@@ -51,9 +51,10 @@ def main() -> None:
 
     lose, directory = sys.argv[1:]
     soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
+    small = {"num_cpus": 1, "object_store_memory": 100 << 20}  # Ray takes a third of the machine's memory otherwise
+    head = {**small, "include_dashboard": False, "_system_config": soon}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=1)
+    cluster.add_node(**small)
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         workers = (1, 2) if lose == "node" else 2
