@@ -25,7 +25,7 @@ _COLLECTIVES = {"cuda": "nccl", "xpu": "xccl"}
 
 @checked(ConfigError)
 def default_device(device: DeviceChoice | None = None) -> torch.device:
-    """Return the device that a first state is put on, if nobody says otherwise; or the one that a name stands for.
+    """Return the device that a first state is put on where no argument names one; or the one that a name stands for.
 
     The accelerator of this machine: CUDA, else XPU, else MPS, else the CPU. Under torchrun the card is that of
     LOCAL_RANK, otherwise torch's current one. The environment variable PURESTEP_DEVICE names another default. Where

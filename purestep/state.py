@@ -182,7 +182,7 @@ def init(
         frozen: path filter (a glob, several, or a function of the name) of parameters that are not trained. They get no
             gradient and no optimizer state and live in `state.buffers`. Parameters with `requires_grad=False` are
             frozen too.
-        device: where the state lives, and batches with it. "auto": where the module is, if somebody has put it on
+        device: where the state lives, and batches with it. "auto": where the module is, if its maker has put it on
             another device than the CPU; under a plan where its process group sends tensors from; otherwise
             `ps.default_device()`, the accelerator of this machine. The weights are made on the CPU, so their bits do
             not depend on the device.

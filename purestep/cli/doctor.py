@@ -70,7 +70,7 @@ def _versions() -> Iterator[Finding]:
         yield Finding(name, found or "missing", OK if found else BAD, "" if found else f"pip install {name}")
 
 
-# For work on purestep itself: nobody misses them in a training.
+# For work on purestep itself: a training needs none of them.
 _OF_DEVELOPERS = {"dev", "docs", "notebooks"}
 
 

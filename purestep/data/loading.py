@@ -116,7 +116,7 @@ class Loader:
         return Loaded(request, batch, tuple(skipped))
 
     def _to_run(self, request: Request) -> Iterator[tuple[int, list[int] | None]]:
-        """Give each index with the words of its key and seed; None where getting the sample runs nobody's code."""
+        """Give each index with the words of its key and seed; None where getting a sample runs no foreign code."""
         indices = request.indices.tolist()
         if self.transform is None and type(self.dataset) in (list, tuple):
             return zip(indices, itertools.repeat(None), strict=False)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from purestep.bits import human_bytes
 from purestep.errors import PrecisionError, explain
-from purestep.precision import convert_state, float8, int8
+from purestep.precision import convert_state
 from purestep.precision.convert_state import PolicyFields, StateFields
+from purestep.precision.linear_layers import converts
 from purestep.precision.loss_scale import NoLossScale
 from purestep.precision.rules import Rule, Settings, check_rules, word
 from purestep.views import Block, Note, Printed, Table
@@ -166,8 +167,8 @@ def _rows(
             _floating(rest[name] for name in own.get(path, ())),
             inner if cast else None,
             output if cast or not path else None,
-            policy.float8 if float8.converts(submodule, path, settings) else None,
-            policy.int8 if int8.converts(submodule, path, settings) else None,
+            policy.float8 if converts(submodule, path, settings, "float8") else None,
+            policy.int8 if converts(submodule, path, settings, "int8") else None,
             tuple(_short(rule, submodule) for number, rule in enumerate(settings.rules) if number in matching),
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from purestep import _torch
 from purestep.errors import PrecisionError, explain, import_extra
+from purestep.precision import linear_layers
 from purestep.precision.rules import Settings
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -38,18 +39,9 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
         PrecisionError: a layer has a size that is no multiple of 16, or there is no layer to convert. Calls of the copy
             raise it for a number of rows to train on that is no multiple of 16, and on a CPU if torch lacks the recipe.
     """
-    chosen = {path: m for path, m in module.named_modules() if converts(m, path, settings)}
+    chosen = linear_layers.chosen(module, settings, "float8")
     for path, linear in chosen.items():
         _check_sizes(path, linear)
-    if not chosen:
-        raise PrecisionError(
-            explain(
-                "float8 finds no linear layer in the model",
-                where=type(module).__qualname__,
-                why="it multiplies in torch.nn.Linear, and not in subclasses of it",
-                instead='policy="bf16-mixed"',
-            )
-        )
     torchao = import_extra("torchao.float8", extra="float8", needed_by='policy("float8")')
     # The first call may be inside of a trace, which would record the initialization of the layers that torchao makes.
     with _torch.disable_current_modes():
@@ -61,11 +53,6 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
     for path in chosen:
         copied.get_submodule(path).register_forward_pre_hook(CheckInputs(path, recipe))
     return copied
-
-
-def converts(module: nn.Module, path: str, settings: Settings) -> bool:
-    """Tell whether a module is a linear layer that multiplies in float8, under a policy with float8."""
-    return type(module) is nn.Linear and bool(settings.of_module(path, "float8", True))
 
 
 def _check_sizes(path: str, linear: nn.Linear) -> None:

@@ -1,7 +1,7 @@
 """Linear layers in int8: products of integers with one scale a row, forward and backward, as a pure function.
 
-Owns the arithmetic, the choice of layers and the converted copy of a model. The user's module is never changed. The
-scheme is that of torchao's int8 mixed-precision training; docs/decisions.md says why it is written here.
+Owns the arithmetic and the converted copy of a model; `linear_layers` chooses the layers. The user's module is never
+changed. The scheme is that of torchao's int8 mixed-precision training; docs/decisions.md says why it is written here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from purestep import _torch
 from purestep.errors import PrecisionError, explain
+from purestep.precision import linear_layers
 from purestep.precision.rules import Settings
 
 RECIPES = ("full", "forward")
@@ -170,32 +171,18 @@ def converted(module: nn.Module, recipe: str, settings: Settings) -> nn.Module:
         PrecisionError: there is no layer to convert, or one sums more products than int32 can hold. Calls of the copy
             raise it for so many rows to train on.
     """
-    chosen = {path: m for path, m in module.named_modules() if converts(m, path, settings)}
+    chosen = linear_layers.chosen(module, settings, "int8")
     for path, layer in chosen.items():
         _check_terms(path, "in_features", layer.in_features)
         if recipe == "full":
             _check_terms(path, "out_features", layer.out_features)
-    if not chosen:
-        raise PrecisionError(
-            explain(
-                "int8 finds no linear layer in the model",
-                where=type(module).__qualname__,
-                why="it multiplies in torch.nn.Linear, and not in subclasses of it",
-                instead='policy="bf16-mixed"',
-            )
-        )
     with _torch.disable_current_modes():  # the first call may be inside of a trace
         copied = copy.deepcopy(module)
     for path in chosen:
-        layer = copied.get_submodule(path)
-        layer.__class__ = Int8Linear
-        layer.path, layer.recipe = path, recipe  # type: ignore[assignment]
+        converted_layer = copied.get_submodule(path)
+        converted_layer.__class__ = Int8Linear
+        converted_layer.path, converted_layer.recipe = path, recipe  # type: ignore[assignment]
     return copied
-
-
-def converts(module: nn.Module, path: str, settings: Settings) -> bool:
-    """Tell whether a module is a linear layer that multiplies in int8, under a policy with int8."""
-    return type(module) is nn.Linear and bool(settings.of_module(path, "int8", True))
 
 
 def _check_terms(path: str, what: str, count: int) -> None:

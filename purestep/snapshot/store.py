@@ -69,7 +69,7 @@ class Store:
         keep: which snapshots to preserve, see `latest`, `best`, `every_steps`, `all_`.
         verify: whether `restore` checks the checksum of every leaf; "digest" for the digests of the tree, too.
         ranks: the processes that write it together; only this process by default.
-        follower: told of each durable snapshot, before older ones are deleted; None for nobody.
+        follower: told of each durable snapshot, before older ones are deleted; None: there is no follower.
 
     Examples:
         >>> import tempfile, torch
