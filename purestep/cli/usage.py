@@ -34,10 +34,14 @@ def of_explained(error: BaseException) -> UsageError:
     """Return an error of purestep, which has four parts on several lines, as a `UsageError`."""
     lines = str(error).splitlines() or [type(error).__name__]
     parts = {
-        label: line.partition(label)[2].strip() for line in lines for label in ("where:", "instead:") if label in line
+        label: line.partition(label)[2].strip()
+        for line in lines
+        for label in ("where:", "why:", "instead:")
+        if label in line
     }
     where = f" ({parts['where:']})" if parts.get("where:") else ""
-    return UsageError(f"{lines[0]}{where}", parts.get("instead:", ""))
+    why = f": {parts['why:']}" if parts.get("why:") else ""
+    return UsageError(f"{lines[0]}{where}{why}", parts.get("instead:", ""))
 
 
 class Parser(argparse.ArgumentParser):

@@ -119,7 +119,12 @@ class StepsDone(Event):
 
 @dataclasses.dataclass(frozen=True)
 class EpochDone(Event):
-    """An epoch is complete. The machine fills in the row of its weighted means, named `train/<metric>_epoch`."""
+    """An epoch is complete. The machine fills in its number, from 1, and the row of its weighted means.
+
+    Attributes:
+        epoch: number of epochs that are complete.
+        row: weighted means over the epoch, by `train/<metric>_epoch`.
+    """
 
     epoch: int = 0
     row: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -89,15 +89,23 @@ class Machine:
             return loop.replace(elapsed=event.seconds), ()
         if isinstance(event, _TIMING):
             return loop, ()
-        loop, event = self._record(loop, event)
+        event = self.completed(loop, event)
+        loop = self._record(loop, event)
         loop, effects = self._ask(loop, event)
         if isinstance(event, StepsDone):
             loop = loop.replace(status=loop.status.replace(boundary=loop.elapsed))
         return self._decide(loop, event, effects)
 
+    def completed(self, loop: LoopState, event: Event) -> Event:
+        """Return an event with what only the loop before it knows: the number of an epoch, and its weighted means."""
+        if not isinstance(event, EpochDone) or event.epoch:
+            return event
+        means = metrics_.compute(loop.status.sums)
+        return EpochDone(loop.cursor.epoch + 1, {f"train/{name}_epoch": value for name, value in means.items()})
+
     # --- what the event says --------------------------------------------------------------------------------------
 
-    def _record(self, loop: LoopState, event: Event) -> tuple[LoopState, Event]:
+    def _record(self, loop: LoopState, event: Event) -> LoopState:
         cursor, status = loop.cursor, loop.status
         if isinstance(event, Resumed):
             status = status.replace(stop=None)
@@ -105,11 +113,8 @@ class Machine:
             cursor = cursor.replace(batch=cursor.batch + event.count, batches=cursor.batches + event.count)
             status = status.replace(sums=metrics_.fold(status.sums, event.metrics))
         elif isinstance(event, EpochDone):
-            cursor = cursor.replace(epoch=cursor.epoch + 1, batch=0)
-            means = metrics_.compute(status.sums)
-            row = {f"train/{name}_epoch": value for name, value in means.items()}
-            event = EpochDone(cursor.epoch, row)
-            status = status.replace(sums={}, metrics=status.metrics | row)
+            cursor = cursor.replace(epoch=event.epoch, batch=0)
+            status = status.replace(sums={}, metrics=status.metrics | dict(event.row))
         elif isinstance(event, Evaluated):
             status = status.replace(due=_without(status.due, event.name), metrics=status.metrics | dict(event.row))
         elif isinstance(event, Transformed):
@@ -117,7 +122,7 @@ class Machine:
             loop = loop.replace(train=event.train)
         elif isinstance(event, Interrupted):
             status = status.replace(stop=event.signal)
-        return loop.replace(cursor=cursor, status=status), event
+        return loop.replace(cursor=cursor, status=status)
 
     # --- what the callbacks say -----------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ from purestep.loop.input import Feed, device_of
 from purestep.loop.instruments import Instruments
 from purestep.loop.logging import Outlets
 from purestep.loop.machine import Machine
+from purestep.loop.not_finite import FiniteLoss
 from purestep.loop.options import RunArguments
 from purestep.loop.ranks import Ranks
 from purestep.loop.result import Result
@@ -91,7 +92,6 @@ class Run:
         self.run_dir = None if arguments.run_dir is None else _cells.located(arguments.run_dir)
         self._signals, self._watch = Signals(), Stopwatch()
         self._ranks = Ranks.of(step)
-        self._skipped = Skipped(first=self._ranks.first)
         self._outside: Alone = self._ranks.outside(self._signals)
         source = self._ranks.share(data.as_source(arguments.train))
         self._feed = Feed(source, device_of(state), lambda: self._signals.unread, alone=self._ranks.alone)
@@ -99,6 +99,8 @@ class Run:
         if self._speaks:
             check_place(self.run_dir, self.callbacks)
         self._by_name: dict[str, object] = {c.name: c for c in self.callbacks}
+        self._skipped = Skipped(first=self._ranks.first)
+        self._finite = FiniteLoss(self.callbacks, speaks=self._speaks and self._ranks.first)
         self.machine = Machine(self.callbacks, arguments.until, self._feed.length)
         self._saving = Saving(
             self.run_dir,
@@ -244,6 +246,7 @@ class Run:
                 yield from self._tell(event, queue)
 
     def _tell(self, event: Event, queue: collections.deque[Effect]) -> Iterator[Event]:
+        event = self.machine.completed(self.loop, event)
         self.loop, effects = self.machine.transition(self.loop, event)
         queue.extend(effects)
         self._outlets.event(event, self.loop)
@@ -291,6 +294,7 @@ class Run:
             del batches, taken
             steps = record.series()
         self._skipped.look(self._step, state, last, steps)
+        self._finite.look(steps, cursor.batches)
         short = len(steps) < effect.n and not cut and not self._outside.unread
         end = self._feed.at_end(cursor.batch + len(steps), short)
         self.loop = self.loop.replace(train=state)
