@@ -31,11 +31,13 @@ ENDS ?= -m "not slow" tests/jit tests/sharding tests/precision --ignore=tests/pr
 	$(addprefix tests/,test_functional.py test_recompute.py test_step.py test_grad.py test_keyed.py test_transforms.py test_preemption.py \
 	optim/test_lift.py optim/test_foreach.py optim/test_blocks.py optim/test_second_order.py snapshot/test_codec.py \
 	snapshot/test_template.py parallel/test_same_bits.py loop/test_run.py loop/test_small_kernels.py)
+# What `make zoo` trains and traces: small models of transformers, of each kind one.
+ZOO ?= bert distilbert xlnet gpt2 llama qwen2 gemma2 opt mamba vit clip whisper
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 EXTRAS := dev,examples,notebooks,data,float8,export,metrics,parquet,optuna,hydra,onnx,ray
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-resume demo-topology examples faults kills test test-slow test-all test-oldest test-newest test-device setup-oldest setup-newest setup-docs lint format notebooks docs bench bench-quick gpu clean
+.PHONY: help setup demo demo-resume demo-topology examples faults kills test test-slow test-all test-oldest test-newest test-device setup-oldest setup-newest setup-docs zoo lint format notebooks docs bench bench-quick gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -84,6 +86,9 @@ test-newest: .venv-torch-$(NEWEST)/.ready  ## the same on the newest, which `pip
 
 test-device: .venv-device/.ready  ## steps on fake CUDA tensors: devices, waits and launches; gigabytes of torch, no card
 	.venv-device/bin/python -m pytest $(PYTEST_ARGS) tests/device
+
+zoo: $(READY)  ## train, trace and resume a dozen models of transformers; ZOO="t5 bart" chooses
+	$(PY) -m benchmarks.zoo --check $(ZOO)
 
 lint: $(READY)  ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .

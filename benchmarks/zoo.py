@@ -2,20 +2,26 @@
 
 Random weights, tiny configurations, no download. It has an environment of its own, `benchmarks/zoo-requirements.txt`:
 
-    python benchmarks/zoo.py                    # all, a table on the standard output
-    python benchmarks/zoo.py bert swin_tiny     # some
-    python benchmarks/zoo.py --compile bert     # with Inductor, which compiles each
+    python -m benchmarks.zoo                    # all, a table on the standard output
+    python -m benchmarks.zoo bert swin_tiny     # some
+    python -m benchmarks.zoo --compile bert     # with Inductor, which compiles each
+    python -m benchmarks.zoo --time bert        # and the time of a step beside torch.compile, which compiles each twice
+    python -m benchmarks.zoo --check bert       # and exit code 1 where a cell is not what it should be
 
-Each row is SGD steps of the step itself, two of `ps.jit(step, backend="eager")` and five of Inductor, from one state on
-the same batches. A new process goes on from a snapshot after the first step.
+Each row is five SGD steps of the step itself, beside a loop that is written by hand, in float64; two of `ps.jit(step,
+backend="eager")`; and five of Inductor, from one state on the same batches. A new process goes on from a snapshot after
+the first step.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import logging
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,306 +32,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 
 import purestep as ps
+from benchmarks.architectures import ROWS, Row
+from purestep.random.torch_mode import KeyedRandom
 from purestep.snapshot import Store
 
-VOCABULARY, LENGTH, SIZE = 64, 12, 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One architecture: how its model and a batch are made, and its loss."""
-
-    model: Callable[[], nn.Module]
-    batch: Callable[[torch.Generator], dict[str, torch.Tensor]]
-    loss: Callable[[Any, Any], torch.Tensor]
-
-
-# --- transformers -----------------------------------------------------------------------------------------------------
-
-WIDTHS = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": SIZE,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 66,
+STEPS, RATE = 5, 0.01  # at 0.1 rounding alone changes a ResNet with BatchNorm over two images by half in three steps
+ROUNDS, ROUND = 7, 10  # of the times of a step: rounds in turns, steps in each
+TOLERANCE = {"loop": 1e-9, "inductor": 1e-4}  # of a parameter after five steps, relative to the largest of its tensor
+COLUMNS = {
+    "loop": "loop by hand",
+    "pure": "pure",
+    "traces": "traces",
+    "bits": "bits",
+    "retraces": "traced again",
+    "seconds": "trace, CPU s",
+    "inductor": "Inductor",
+    "time": "step / torch.compile",
+    "resume": "resume",
 }
-GROUPED = {**WIDTHS, "num_key_value_heads": 2}
-ENCODER_DECODER = {
-    "vocab_size": VOCABULARY,
-    "d_model": SIZE,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-}
-T5 = {"vocab_size": VOCABULARY, "d_model": SIZE, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-VISION = {
-    "hidden_size": SIZE,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
-TEXT = {**WIDTHS, "eos_token_id": 2}
-AUDIO = {
-    "hidden_size": SIZE,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "conv_dim": (16, 16),
-    "conv_stride": (5, 4),
-    "conv_kernel": (10, 8),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "mask_time_prob": 0.0,
-    "layerdrop": 0.0,
-    "vocab_size": 16,
-}
+Cells = dict[str, str]
 
 
-def tokens(generator: torch.Generator, *, masked: bool = True) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, LENGTH - 4 :] = 0
-    return {"input_ids": ids, "labels": ids} | ({"attention_mask": mask} if masked else {})
-
-
-def unmasked(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return tokens(generator, masked=False)
-
-
-def sequences(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    batch = tokens(generator)
-    return {**batch, "labels": torch.tensor([0, 1])}
-
-
-def pixels(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator), "labels": torch.tensor([0, 1])}
-
-
-def only_pixels(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
-
-
-def waves(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    labels = torch.randint(1, 16, (2, 5), generator=generator)
-    return {"input_values": torch.randn(2, 1000, generator=generator), "labels": labels}
-
-
-def spectra(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=generator)
-    return {"input_features": torch.randn(2, 8, 32, generator=generator), "labels": ids}
-
-
-def recordings(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {**waves(generator), "labels": torch.tensor([0, 1])}
-
-
-def pairs(generator: torch.Generator) -> dict[str, Any]:
-    batch = {**only_pixels(generator), **tokens(generator)}
-    return {"pixel_values": batch["pixel_values"], "input_ids": batch["input_ids"], "return_loss": True}
-
-
-def hf(kind: str, config: str, batch: Callable[..., Any], **settings: Any) -> Row:
-    def model() -> nn.Module:
-        import transformers
-
-        made: nn.Module = getattr(transformers, kind)(getattr(transformers, config)(**settings))
-        return made
-
-    return Row(model, batch, lambda net, b: net(**b).loss)
-
-
-TRANSFORMERS = {
-    "bert": hf("BertForMaskedLM", "BertConfig", tokens, **WIDTHS),
-    "bert, classifier": hf("BertForSequenceClassification", "BertConfig", sequences, **WIDTHS),
-    "roberta": hf("RobertaForMaskedLM", "RobertaConfig", tokens, **WIDTHS),
-    "albert": hf("AlbertForMaskedLM", "AlbertConfig", tokens, **WIDTHS, embedding_size=16),
-    "electra": hf("ElectraForMaskedLM", "ElectraConfig", tokens, **WIDTHS, embedding_size=16),
-    "distilbert": hf(
-        "DistilBertForMaskedLM", "DistilBertConfig", tokens,
-        vocab_size=VOCABULARY, dim=SIZE, n_layers=1, n_heads=4, hidden_dim=48, max_position_embeddings=64,
-    ),
-    "deberta-v2": hf(
-        "DebertaV2ForMaskedLM", "DebertaV2Config", tokens, **WIDTHS,
-        relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
-    ),
-    "xlnet": hf(
-        "XLNetLMHeadModel", "XLNetConfig", unmasked,
-        vocab_size=VOCABULARY, d_model=SIZE, n_layer=1, n_head=4, d_inner=48,
-    ),
-    "longformer": hf("LongformerForMaskedLM", "LongformerConfig", tokens, **WIDTHS, attention_window=4),
-    "gpt2": hf(
-        "GPT2LMHeadModel", "GPT2Config", tokens,
-        vocab_size=VOCABULARY, n_embd=SIZE, n_layer=1, n_head=4, n_positions=64,
-    ),
-    "gpt-neox": hf("GPTNeoXForCausalLM", "GPTNeoXConfig", tokens, **WIDTHS),
-    "opt": hf(
-        "OPTForCausalLM", "OPTConfig", tokens,
-        vocab_size=VOCABULARY, hidden_size=SIZE, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=SIZE,
-    ),
-    "llama": hf("LlamaForCausalLM", "LlamaConfig", tokens, **GROUPED),
-    "mistral": hf("MistralForCausalLM", "MistralConfig", tokens, **GROUPED),
-    "qwen2": hf("Qwen2ForCausalLM", "Qwen2Config", tokens, **GROUPED),
-    "qwen3": hf("Qwen3ForCausalLM", "Qwen3Config", tokens, **GROUPED, head_dim=8),
-    "gemma": hf("GemmaForCausalLM", "GemmaConfig", tokens, **GROUPED, head_dim=8),
-    "gemma2": hf("Gemma2ForCausalLM", "Gemma2Config", tokens, **GROUPED, head_dim=8),
-    "phi": hf("PhiForCausalLM", "PhiConfig", tokens, **WIDTHS),
-    "mixtral": hf("MixtralForCausalLM", "MixtralConfig", tokens, **GROUPED, num_local_experts=2),
-    "switch": hf(
-        "SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", unmasked,
-        **T5, num_decoder_layers=2, num_experts=2, decoder_start_token_id=0,
-    ),
-    "mamba": hf(
-        "MambaForCausalLM", "MambaConfig", unmasked,
-        vocab_size=VOCABULARY, hidden_size=SIZE, num_hidden_layers=1, state_size=4,
-    ),
-    "t5": hf("T5ForConditionalGeneration", "T5Config", tokens, **T5, decoder_start_token_id=0),
-    "bart": hf(
-        "BartForConditionalGeneration", "BartConfig", tokens, **ENCODER_DECODER, max_position_embeddings=64
-    ),
-    "whisper": hf(
-        "WhisperForConditionalGeneration", "WhisperConfig", spectra, **ENCODER_DECODER,
-        num_mel_bins=8, max_source_positions=16, max_target_positions=16,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    ),
-    "wav2vec2": hf("Wav2Vec2ForCTC", "Wav2Vec2Config", waves, **AUDIO),
-    "vit": hf("ViTForImageClassification", "ViTConfig", pixels, **VISION),
-    "deit": hf("DeiTForImageClassification", "DeiTConfig", pixels, **VISION),
-    "beit": hf("BeitForImageClassification", "BeitConfig", pixels, **VISION),
-    "dinov2": hf("Dinov2ForImageClassification", "Dinov2Config", pixels, **VISION),
-    "vit-mae": hf(
-        "ViTMAEForPreTraining", "ViTMAEConfig", only_pixels, **VISION,
-        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
-        decoder_intermediate_size=16,
-    ),
-    "xlm-roberta": hf("XLMRobertaForMaskedLM", "XLMRobertaConfig", tokens, **WIDTHS),
-    "mpnet": hf("MPNetForMaskedLM", "MPNetConfig", tokens, **WIDTHS),
-    "gpt-neo": hf(
-        "GPTNeoForCausalLM", "GPTNeoConfig", tokens, vocab_size=VOCABULARY, hidden_size=SIZE, num_layers=2, num_heads=4,
-        attention_types=[[["global", "local"], 1]], max_position_embeddings=64, window_size=4,
-    ),
-    "gpt-j": hf(
-        "GPTJForCausalLM", "GPTJConfig", tokens,
-        vocab_size=VOCABULARY, n_embd=SIZE, n_layer=1, n_head=4, n_positions=64, rotary_dim=4,
-    ),
-    "bloom": hf(
-        "BloomForCausalLM", "BloomConfig", tokens, vocab_size=VOCABULARY, hidden_size=SIZE, n_layer=1, n_head=4
-    ),
-    "falcon": hf(
-        "FalconForCausalLM", "FalconConfig", tokens,
-        vocab_size=VOCABULARY, hidden_size=SIZE, num_hidden_layers=1, num_attention_heads=4,
-    ),
-    "stablelm": hf("StableLmForCausalLM", "StableLmConfig", tokens, **GROUPED),
-    "olmo": hf("OlmoForCausalLM", "OlmoConfig", tokens, **GROUPED),
-    "olmo2": hf("Olmo2ForCausalLM", "Olmo2Config", tokens, **GROUPED),
-    "starcoder2": hf("Starcoder2ForCausalLM", "Starcoder2Config", tokens, **GROUPED),
-    "phi3": hf("Phi3ForCausalLM", "Phi3Config", tokens, **GROUPED, pad_token_id=0),
-    "cohere": hf("CohereForCausalLM", "CohereConfig", tokens, **GROUPED),
-    "granite": hf("GraniteForCausalLM", "GraniteConfig", tokens, **GROUPED),
-    "mbart": hf("MBartForConditionalGeneration", "MBartConfig", tokens, **ENCODER_DECODER, max_position_embeddings=64),
-    "pegasus": hf(
-        "PegasusForConditionalGeneration", "PegasusConfig", tokens, **ENCODER_DECODER, max_position_embeddings=64
-    ),
-    "wav2vec2, classifier": hf("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", recordings, **AUDIO),
-    "hubert, classifier": hf("HubertForSequenceClassification", "HubertConfig", recordings, **AUDIO),
-    "clip": hf("CLIPModel", "CLIPConfig", pairs, text_config=TEXT, vision_config=VISION, projection_dim=16),
-    "segformer": hf(
-        "SegformerForImageClassification", "SegformerConfig", pixels, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1],
-        num_attention_heads=[1, 1, 2, 4], decoder_hidden_size=16,
-    ),
-}  # fmt: skip
-
-# --- timm and torchvision ---------------------------------------------------------------------------------------------
-
-
-def images(size: int) -> Callable[[torch.Generator], dict[str, torch.Tensor]]:
-    return lambda generator: {"x": torch.randn(2, 3, size, size, generator=generator), "y": torch.tensor([1, 2])}
-
-
-def classified(net: Any, b: Any) -> torch.Tensor:
-    return cross_entropy(net(b["x"]), b["y"])
-
-
-def timm(name: str, size: int = 64, **settings: Any) -> Row:
-    def model() -> nn.Module:
-        import timm
-
-        made: nn.Module = timm.create_model(name, num_classes=10, **settings)
-        return made
-
-    return Row(model, images(size), classified)
-
-
-def torchvision(name: str, size: int = 64) -> Row:
-    def model() -> nn.Module:
-        import torchvision
-
-        made: nn.Module = torchvision.models.get_model(name, num_classes=10)
-        return made
-
-    return Row(model, images(size), classified)
-
-
-def segmentation(name: str) -> Row:
-    def model() -> nn.Module:
-        import torchvision
-
-        made: nn.Module = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
-        return made
-
-    def scenes(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        x = torch.randn(2, 3, 32, 32, generator=generator)
-        return {"x": x, "y": torch.randint(0, 3, (2, 32, 32), generator=generator)}
-
-    return Row(model, scenes, lambda net, b: cross_entropy(net(b["x"])["out"], b["y"]))
-
-
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
-IMAGES = {
-    "efficientnet_b0 (timm)": timm("efficientnet_b0"),
-    "swin_tiny (timm)": timm("swin_tiny_patch4_window7_224", 224),
-    "vit, drop path, patch dropout (timm)": timm(
-        "vit_tiny_patch16_224", 32, **SMALL, drop_path_rate=0.1, patch_drop_rate=0.25
-    ),
-    "eva02_tiny (timm)": timm("eva02_tiny_patch14_224", 28, img_size=28),
-    "nfnet_l0 (timm)": timm("nfnet_l0"),
-    "convnext_atto (timm)": timm("convnext_atto", drop_path_rate=0.1),
-    "mixer_s16 (timm)": timm("mixer_s16_224", 32, img_size=32),
-    "resnet18": torchvision("resnet18"),
-    "densenet121": torchvision("densenet121"),
-    "mobilenet_v3_small": torchvision("mobilenet_v3_small"),
-    "shufflenet_v2_x0_5": torchvision("shufflenet_v2_x0_5"),
-    "vgg11_bn": torchvision("vgg11_bn", 32),
-    "squeezenet1_1": torchvision("squeezenet1_1"),
-    "regnet_y_400mf": torchvision("regnet_y_400mf"),
-    "mnasnet0_5": torchvision("mnasnet0_5"),
-    "fcn_resnet50, segmentation": segmentation("fcn_resnet50"),
-    "deeplabv3_mobilenet, segmentation": segmentation("deeplabv3_mobilenet_v3_large"),
-    "lraspp_mobilenet, segmentation": segmentation("lraspp_mobilenet_v3_large"),
-    "gmlp_s16 (timm)": timm("gmlp_s16_224", 32, img_size=32),
-}
-ROWS = TRANSFORMERS | IMAGES
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-STEPS = 5
-
-
-def started(row: Row) -> tuple[Any, Any, list[Any]]:
+def started(row: Row, tx: Any = None) -> tuple[Any, Any, list[Any]]:
     """Return the step, the first state and the batches of a row."""
-    tx = ps.optim.sgd(0.1)
+    tx = tx or ps.optim.sgd(RATE)
     generator = torch.Generator().manual_seed(0)
     batches = [row.batch(generator) for _ in range(STEPS)]
     return ps.make_step(row.loss, tx), ps.init(row.model, tx, seed=0), batches
@@ -337,40 +69,146 @@ def trained(step: Any, state: Any, batches: list[Any]) -> Any:
     return state
 
 
-def measured(name: str, folder: Path, *, compile: bool) -> list[str]:
-    """Return the cells of a row but for that on resume, for which the middle of its training is saved in a folder."""
+def by_hand(row: Row, state: Any, batches: list[Any]) -> dict[str, torch.Tensor]:
+    """Train the model in a loop as it is written everywhere, and return its parameters.
+
+    It draws from the keys that a step draws from, so that dropout masks are the same ones.
+    """
+    net = row.model()
+    net.load_state_dict({**state.params, **state.buffers}, strict=False)
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
+    for index, batch in enumerate(batches):
+        optimizer.zero_grad()
+        with KeyedRandom(ps.random.fold_in(state.rng, index, 0)):
+            loss = row.loss(net, batch)
+        loss.backward()
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in net.named_parameters() if name in state.params}
+
+
+def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of a parameter, relative to the largest of its tensor."""
+    pairs = [(expected[name], found[name]) for name in expected if expected[name].numel()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in pairs)
+
+
+def in_float64(row: Row) -> Row:
+    """Return a row in float64, where another order of the same sums stays far below a real difference."""
+
+    def batch(generator: torch.Generator) -> dict[str, Any]:
+        return {name: _double(value) for name, value in row.batch(generator).items()}
+
+    return dataclasses.replace(row, model=lambda: row.model().double(), batch=batch)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def worded(value: float) -> str:
+    return "same bits" if value == 0 else f"{value:.0e}"
+
+
+def attempted(cell: Callable[[], str]) -> str:
+    """Return a cell, or why there is none."""
     try:
-        step, state, batches = started(ROWS[name])
-        middle = trained(step, state, batches[:1])
-        with Store(folder / name) as store:
-            store.save(1, middle)
+        return cell()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()[:2]]
+        return f"no: {type(error).__name__}: {'; '.join(lines)}".replace("|", "/")[:230]
+
+
+def _yes(done: object) -> str:
+    return "yes"
+
+
+@dataclasses.dataclass
+class Measurement:
+    """The cells of one architecture, measured one after another."""
+
+    name: str
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.row = ROWS[self.name]
+        self.step, self.state, self.batches = started(self.row)
+        self.digest = ps.tree.digest(self.state)
+        self.middle = trained(self.step, self.state, self.batches[:1])
+        self.second = trained(self.step, self.middle, self.batches[1:2])
+        self.last = trained(self.step, self.second, self.batches[2:])
+
+    def save(self) -> None:
+        with Store(self.folder / self.name) as store:
+            store.save(1, self.middle)
             store.wait()
-        expected = trained(step, middle, batches[1:2])
-        (folder / name / "digest").write_text(ps.tree.digest(expected))
-    except Exception as error:
-        return [f"no: {first_lines(error)}", "", "", "", "", ""]
-    compiled = ps.jit(step, backend="eager")
-    began = time.process_time()
-    try:
-        compiled.compile(state, batches[0])
+        (self.folder / self.name / "digest").write_text(ps.tree.digest(self.second))
+
+    def loop(self) -> str:
+        row = in_float64(self.row)
+        step, state, batches = started(row)
+        return worded(difference(trained(step, state, batches).params, by_hand(row, state, batches)))
+
+    def pure(self) -> str:
+        again = trained(self.step, self.state, self.batches[:1])
+        same = ps.tree.equal(again, self.middle) and ps.tree.digest(self.state) == self.digest
+        return "yes" if same else "no"
+
+    def traced(self) -> Cells:
+        compiled = ps.jit(self.step, backend="eager")
+        began = time.process_time()
+        traces = attempted(lambda: _yes(compiled.compile(self.state, self.batches[0])))
+        if traces != "yes":
+            return {"traces": traces}
         seconds = time.process_time() - began
-        got = trained(compiled, state, batches[:2])
-    except Exception as error:
-        return ["yes", f"no: {first_lines(error)}", "", "", "", ""]
-    same = "same" if ps.tree.equal(got.params, expected.params) else "differ"
-    inductor = against_inductor(step, state, batches) if compile else ""
-    return ["yes", "yes", same, str(len(compiled.retraces)), f"{seconds:.1f}", inductor]
+        bits = attempted(
+            lambda: "same" if ps.tree.equal(trained(compiled, self.state, self.batches[:2]), self.second) else "differ"
+        )
+        return {"traces": "yes", "bits": bits, "retraces": str(len(compiled.retraces)), "seconds": f"{seconds:.1f}"}
+
+    def inductor(self) -> str:
+        return worded(difference(self.last.params, trained(ps.jit(self.step), self.state, self.batches).params))
+
+    def cells(self, *, compile: bool, timed: bool) -> Cells:
+        cells = {"loop": attempted(self.loop), "pure": attempted(self.pure), **self.traced()}
+        if cells["traces"] == "yes" and compile:
+            cells["inductor"] = attempted(self.inductor)
+        if cells["traces"] == "yes" and timed:
+            cells["time"] = attempted(lambda: f"{time_ratio(self.row):.2f}")
+        return cells
 
 
-def against_inductor(step: Any, state: Any, batches: list[Any]) -> str:
-    """Return the largest difference of a parameter after all steps, relative to the largest of its tensor."""
-    expected = trained(step, state, batches)
-    try:
-        found = trained(ps.jit(step), state, batches)
-    except Exception as error:
-        return f"no: {first_lines(error)}"
-    pairs = zip(expected.params.values(), found.params.values(), strict=True)
-    return f"{max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in pairs if a.numel()):.0e}"
+def time_ratio(row: Row) -> float:
+    """Return the CPU time of a compiled, donated AdamW step over that of `torch.compile` of the model and fused AdamW.
+
+    Both in turns in one process; the median of the ratios of the rounds.
+    """
+    step, state, batches = started(row, ps.optim.adamw(1e-3))
+    batch, ours = batches[0], ps.jit(step, donate=True)
+    net = row.model()
+    net.load_state_dict({**state.params, **state.buffers}, strict=False)
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    loss_of = torch.compile(lambda batch: row.loss(net, batch))
+
+    def our_round() -> None:
+        nonlocal state
+        for _ in range(ROUND):
+            state, _ = ours(state, batch)
+
+    def their_round() -> None:
+        for _ in range(ROUND):
+            optimizer.zero_grad()
+            loss_of(batch).backward()
+            optimizer.step()
+
+    def cpu_time(run: Callable[[], None]) -> float:
+        began = time.thread_time()
+        run()
+        return time.thread_time() - began
+
+    our_round(), their_round()  # compiles
+    return statistics.median(cpu_time(our_round) / cpu_time(their_round) for _ in range(ROUNDS))
 
 
 def resumed(name: str, folder: Path) -> str:
@@ -383,32 +221,71 @@ def resumed(name: str, folder: Path) -> str:
     return "same" if ps.tree.digest(trained(step, middle, batches[1:2])) == file.read_text() else "differ"
 
 
-def first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()[:2]]
-    return f"{type(error).__name__}: {'; '.join(lines)}".replace("|", "/")[:230]
+def faults(cells: Cells) -> list[str]:
+    """Return the cells that are not what they should be. One that was not measured is none."""
+    expected = {"pure": "yes", "traces": "yes", "bits": "same", "retraces": "0", "resume": "same"}
+    wrong = [f"{name}: {cells[name]}" for name, value in expected.items() if cells.get(name, value) != value]
+    for name, tolerance in TOLERANCE.items():
+        cell = cells.get(name, "same bits")
+        if cell != "same bits" and (cell.startswith("no") or not float(cell) <= tolerance):
+            wrong.append(f"{name}: {cell}")
+    return wrong
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Measure, and print each row as it is measured; then, from a new process, what a resume gives."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if arguments[:1] == ["--resume"]:
-        folder = Path(arguments[1])
         for name in arguments[2:]:
-            print(f"resumed in a new process: {name}: {resumed(name, folder)}", flush=True)
-        return
-    compile = arguments[:1] == ["--compile"]
-    wanted = arguments[compile:]
-    names = [name for name in ROWS if not wanted or any(part in name for part in wanted)]
+            print(f"{name}\t{resumed(name, Path(arguments[1]))}", flush=True)
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="an architecture, or a part of some names; all without any"
+    )
+    parser.add_argument("--compile", action="store_true", help="compare Inductor's parameters")
+    parser.add_argument("--time", action="store_true", help="compare the time of a step with torch.compile")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a cell is not what it should be")
+    told = parser.parse_args(arguments)
+    names = [name for name in ROWS if not told.names or any(_means(part, name) for part in told.names)]
     versions = [f"{n} {version(n)}" for n in ("torch", "transformers", "timm", "torchvision") if version(n)]
     print(f"{platform.processor() or platform.machine()}, one thread; {', '.join(versions)}\n", flush=True)
-    print("| architecture | eager step | traces | bits | traced again | trace, CPU s | Inductor |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    columns = [column for column in COLUMNS if column != "resume"]
+    print("| architecture |", " | ".join(COLUMNS[column] for column in columns), "|")
+    print("|---" * (len(columns) + 1) + "|", flush=True)
+    measured: dict[str, Cells] = {}
     with tempfile.TemporaryDirectory(prefix="purestep-zoo-") as folder:
         for name in names:
-            print(f"| {name} | {' | '.join(measured(name, Path(folder), compile=compile))} |", flush=True)
-        print(flush=True)
-        subprocess.run([sys.executable, __file__, "--resume", folder, *names], check=True)
+            measured[name] = row_of(name, Path(folder), compile=told.compile, timed=told.time)
+            print(f"| {name} |", " | ".join(measured[name].get(column, "") for column in columns), "|", flush=True)
+        call = [sys.executable, "-m", "benchmarks.zoo", "--resume", folder, *names]
+        lines = subprocess.run(call, check=True, capture_output=True, text=True).stdout.splitlines()
+    print("\nresumed in a new process:")
+    for name, _, cell in (line.partition("\t") for line in lines):
+        measured[name]["resume"] = cell
+    for cell, of in itertools.groupby(
+        sorted(names, key=lambda n: measured[n]["resume"]), lambda n: measured[n]["resume"]
+    ):
+        print(f"{cell or 'not measured'}: {', '.join(of)}")
+    wrong = [f"{name}: {fault}" for name in names for fault in faults(measured[name])]
+    if told.check and wrong:
+        print("\nwrong:", *wrong, sep="\n  ")
+    return int(told.check and bool(wrong))
+
+
+def _means(part: str, name: str) -> bool:
+    return part == name if part in ROWS else part in name
+
+
+def row_of(name: str, folder: Path, *, compile: bool, timed: bool) -> Cells:
+    try:
+        measurement = Measurement(name, folder)
+        measurement.save()
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        return {"loop": f"no: {type(error).__name__}: {why}"[:230]}
+    return measurement.cells(compile=compile, timed=timed)
 
 
 def version(package: str) -> str | None:
@@ -420,4 +297,4 @@ def version(package: str) -> str | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -9,7 +9,20 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, host_cost, machine, peers, report, run, sharding, targets, training, workloads
+from benchmarks import (
+    architectures,
+    gpu,
+    host_cost,
+    machine,
+    peers,
+    report,
+    run,
+    sharding,
+    targets,
+    training,
+    workloads,
+    zoo,
+)
 from benchmarks.peers import base
 from benchmarks.settings import SECTIONS
 from benchmarks.worker import Failure
@@ -256,3 +269,48 @@ def test_what_a_card_settles_is_a_line_each_and_an_error_ends_nothing(capsys, tm
     assert "| broken | **no** |" in (tmp_path / "table.md").read_text()
     assert gpu.main(["--device", "cpu", "--budget", "0"]) == 0
     assert '"left out": "no time"' in capsys.readouterr().out
+
+
+# --- the zoo ----------------------------------------------------------------------------------------------------------
+
+
+def tiny(loss):
+    """A row of the zoo: one layer behind dropout."""
+    model = lambda: torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(6, 1))  # noqa: E731
+    return architectures.Row(model, lambda generator: {"x": torch.randn(4, 6, generator=generator)}, loss)
+
+
+def row_of(monkeypatch, tmp_path, loss):
+    monkeypatch.setitem(zoo.ROWS, "tiny", tiny(loss))
+    return zoo.row_of("tiny", tmp_path, compile=False, timed=False)
+
+
+def test_a_model_that_is_right_fills_its_row(monkeypatch, tmp_path):
+    cells = row_of(monkeypatch, tmp_path, lambda net, batch: net(batch["x"]).square().mean())
+    assert {name: cells[name] for name in ("pure", "traces", "bits", "retraces")} == {
+        "pure": "yes",
+        "traces": "yes",
+        "bits": "same",
+        "retraces": "0",
+    }
+    assert zoo.faults(cells) == []
+    assert zoo.resumed("tiny", tmp_path) == "same"
+
+
+def test_a_loss_that_counts_its_calls_is_told_as_different_from_a_loop(monkeypatch, tmp_path):
+    calls = []
+
+    def loss(net, batch):
+        calls.append(None)
+        return net(batch["x"]).square().mean() * len(calls)
+
+    assert "loop: " in str(zoo.faults(row_of(monkeypatch, tmp_path, loss)))
+
+
+def test_a_model_that_does_not_trace_is_a_fault(monkeypatch, tmp_path):
+    def loss(net, batch):
+        out = net(batch["x"])
+        return out[out > 0].sum()
+
+    (fault,) = zoo.faults(row_of(monkeypatch, tmp_path, loss))
+    assert fault.startswith("traces: no: TraceError: ")
