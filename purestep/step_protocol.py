@@ -31,6 +31,19 @@ Around = Callable[[StepFn, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Seat:
+    """The place of a state among those over which a step is mapped.
+
+    Attributes:
+        number: from 0 on.
+        members: how many states there are.
+    """
+
+    number: int
+    members: int
+
+
+@dataclasses.dataclass(frozen=True)
 class StepFacts:
     """What is known of a step besides that it can be called; the defaults are what is known of an opaque function.
 
@@ -43,6 +56,7 @@ class StepFacts:
         plan: the plan of the ranks that call it together.
         donate: whether it consumes the state that it is called with.
         backend: what compiled it, None where nothing did.
+        seat: where it is computed together with the steps of other runs, its place among them.
         evaluates: whether it returns metrics only, as a step of `make_eval` does.
         gradients: `gradients(state, batch)` returns those of a batch without an update; collective under a plan.
     """
@@ -54,6 +68,7 @@ class StepFacts:
     plan: Plan | None = None
     donate: bool = False
     backend: str | None = None
+    seat: Seat | None = None
     evaluates: bool = False
     gradients: Callable[[TrainState, Any], Gradients] | None = None
 

@@ -233,6 +233,7 @@ def _arguments_of_sweep(own: Parser) -> None:
     _training(own)
     own.add_argument("--run-dir", metavar="DIR", help="directory of the runs; by default runs/FILE-sweep")
     own.add_argument("--jobs", metavar="N", type=_count, default=1, help="runs at the same time")
+    own.add_argument("--vmap", action="store_true", help="train runs that differ in tensors only in one step")
     own.add_argument("--metric", metavar="NAME", help="by which runs are compared, such as val/loss")
     own.add_argument("--mode", choices=("min", "max"), default="min", help="whether less or more of it is better")
     own.add_argument(

@@ -14,6 +14,8 @@ from typing import Any
 
 from purestep.cli.usage import UsageError, of_explained
 from purestep.errors import PurestepError, nearest_name
+from purestep.loop.result import Result
+from purestep.loop.run import Run
 from purestep.record.experiment import Experiment
 
 
@@ -47,14 +49,23 @@ class Loaded:
         except PurestepError as error:
             raise of_explained(error) from error
 
-    def fit(self, of: Experiment, **options: Any) -> Any:
+    def fit(self, of: Experiment, **options: Any) -> Result:
         """Call `of.fit(**options)` as code of the experiment's file, so that the record of the run names that file."""
+        result: Result = self._called(of.fit, options)
+        return result
+
+    def run(self, of: Experiment, **options: Any) -> Run:
+        """Call `of.run(**options)` in the same way."""
+        run: Run = self._called(of.run, options)
+        return run
+
+    def _called(self, method: Callable[..., Any], options: Mapping[str, Any]) -> Any:
         function: Any = inspect.unwrap(self.function)
         line = function.__code__.co_firstlineno
-        code = compile("\n" * (line - 1) + "_fit(**_options)", str(self.path), "eval")
+        code = compile("\n" * (line - 1) + "_call(**_options)", str(self.path), "eval")
         code = code.replace(co_qualname=self.name, co_name=self.name)
         names = {"__name__": function.__module__, "__file__": str(self.path)}
-        return eval(code, {**names, "_fit": of.fit, "_options": options})
+        return eval(code, {**names, "_call": method, "_options": options})
 
 
 def load(spec: str) -> Loaded:

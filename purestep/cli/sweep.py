@@ -30,7 +30,14 @@ from purestep.cli.load import Loaded, load
 from purestep.cli.usage import UsageError, of_explained
 from purestep.errors import ConfigError, PurestepError
 from purestep.loop.cadence import Until
-from purestep.tune.sweep import INTERRUPTED, Halving, Member, Sweep, combinations, is_done, name_of, perform, rungs
+from purestep.loop.result import Result
+from purestep.loop.run import Run
+from purestep.record.experiment import Experiment
+from purestep.tune.grid import Member, combinations, name_of
+from purestep.tune.halving import Halving, rungs
+from purestep.tune.perform import perform
+from purestep.tune.table import Sweep, is_done
+from purestep.tune.together import Together, trains
 
 Axes = Mapping[str, Sequence[str]]
 
@@ -61,6 +68,8 @@ def sweep(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     settings, _ = run_command.settings_of(loaded, arguments, [])
     if wants_help:
         return run_command.help_of("sweep", loaded, settings)
+    if arguments.vmap and arguments.jobs > 1:
+        raise UsageError("--vmap trains runs together in one process, --jobs in several", "one of the two")
     axes = axes_of(pairs, settings)
     root = Path(arguments.run_dir or f"runs/{loaded.stem}-sweep")
     jobs = list(_jobs(settings, axes, root, arguments))
@@ -77,18 +86,21 @@ def sweep(arguments: argparse.Namespace, pairs: Pairs, wants_help: bool) -> int:
     todo = [member for member in members if not is_done(member.run_dir)]
     show.say(f"{len(jobs)} runs in {root}, {len(jobs) - len(todo)} of them done")
 
-    def train_all(some: Sequence[Member], until: Until | None) -> int:
-        chosen = [by_run[member.run_dir] for member in some]
-        if until is not None:
-            chosen = [dataclasses.replace(job, until=str(until)) for job in chosen]
-        return _in_turn(chosen) if arguments.jobs == 1 or len(chosen) < 2 else _side_by_side(chosen, arguments.jobs)
+    work = _Work(loaded, by_run)
+    together = Together(members, work.make, work.start) if arguments.vmap else None
+    in_turn = trains(together, work.alone, work.code_of)
+
+    def train_all(todo: Sequence[Member], rung: Sequence[Member], until: Until | None) -> int:
+        if arguments.jobs == 1 or len(todo) < 2:
+            return in_turn(todo, rung, until)
+        return _side_by_side([work.job(member, until) for member in todo], arguments.jobs)
 
     options = {"halving": _halving(arguments, end, loaded, jobs), "metric": arguments.metric, "mode": arguments.mode}
     try:
         found, code = perform(members, root, train_all, **options)
     except ConfigError as error:
         raise of_explained(error) from error
-    return _report(found, arguments) or code
+    return _report(found if together is None else together.told(found, members), arguments) or code
 
 
 def _halving(arguments: argparse.Namespace, end: Until | None, loaded: Loaded, jobs: Sequence[Job]) -> Halving | None:
@@ -180,36 +192,71 @@ def _jobs(settings: Settings, axes: Axes, root: Path, arguments: argparse.Namesp
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
 
-def _train(job: Job) -> int:
-    """Train one run, and return its exit code; an error does not end the sweep."""
-    loaded = load(job.arguments.file)
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """How the runs of a sweep are made and trained in this process.
+
+    Attributes:
+        loaded: the experiment.
+        jobs: by run directory.
+    """
+
+    loaded: Loaded
+    jobs: Mapping[Path, Job]
+
+    def job(self, member: Member, until: Until | None) -> Job:
+        job = self.jobs[member.run_dir]
+        return job if until is None else dataclasses.replace(job, until=str(until))
+
+    def make(self, member: Member) -> Experiment:
+        return _made(self.loaded, self.jobs[member.run_dir])
+
+    def start(self, member: Member, experiment: Experiment, until: Until | None) -> Run:
+        job = self.jobs[member.run_dir]
+        show.say(f"{job.run_dir}: together with others")
+        return self.loaded.run(experiment, **_options(job), **({} if until is None else {"until": until}))
+
+    def alone(self, member: Member, until: Until | None) -> Result | Exception:
+        show.say(f"[{list(self.jobs).index(member.run_dir) + 1}/{len(self.jobs)}] {member.run_dir}")
+        return _trained(self.loaded, self.job(member, until))
+
+    def code_of(self, member: Member, result: Result | Exception) -> int:
+        return _code_of(self.jobs[member.run_dir], result)
+
+
+def _made(loaded: Loaded, job: Job) -> Experiment:
+    until = run_command.until_of({"until": job.until} if job.until is not None else {})
+    return run_command.adapted(loaded.make(job.plain), job.arguments, until)
+
+
+def _options(job: Job) -> dict[str, Any]:
+    loggers = run_command.loggers_of(job.arguments)
+    return {"run_dir": job.run_dir, "loggers": loggers, "strict": job.arguments.strict}
+
+
+def _trained(loaded: Loaded, job: Job) -> Result | Exception:
+    """Train one run alone; return its result, or the error that ended it."""
     try:
-        until = run_command.until_of({"until": job.until} if job.until is not None else {})
-        experiment = run_command.adapted(loaded.make(job.plain), job.arguments, until)
-        result = loaded.fit(
-            experiment,
-            run_dir=job.run_dir,
-            loggers=run_command.loggers_of(job.arguments),
-            strict=job.arguments.strict,
-        )
-    except (PurestepError, UsageError) as error:
-        print(f"{job.run_dir}: {error}", file=sys.stderr)
-        return 1
-    except Exception:
+        return loaded.fit(_made(loaded, job), **_options(job))
+    except Exception as error:
+        return error
+
+
+def _code_of(job: Job, result: Result | Exception) -> int:
+    """Return the exit code of a run, and print the error that ended it; an error does not end the sweep."""
+    if not isinstance(result, Exception):
+        return int(result.exit_code)
+    if isinstance(result, (PurestepError, UsageError)):
+        print(f"{job.run_dir}: {result}", file=sys.stderr)
+    else:
         print(f"{job.run_dir}:", file=sys.stderr)
-        traceback.print_exc()
-        return 1
-    return int(result.exit_code)
+        traceback.print_exception(result)
+    return 1
 
 
-def _in_turn(jobs: Sequence[Job]) -> int:
-    code = 0
-    for number, job in enumerate(jobs):
-        show.say(f"[{number + 1}/{len(jobs)}] {job.run_dir}")
-        code = max(code, found := _train(job))
-        if found in INTERRUPTED:
-            break
-    return code
+def _train(job: Job) -> int:
+    """Train one run in a worker process, and return its exit code."""
+    return _code_of(job, _trained(load(job.arguments.file), job))
 
 
 def _side_by_side(jobs: Sequence[Job], workers: int) -> int:
@@ -266,6 +313,7 @@ def _report(found: Sweep, arguments: argparse.Namespace) -> int:
                     "run_dir": str(row.run_dir),
                     "values": dict(row.values),
                     "why": row.why,
+                    **({"how": row.how} if row.how else {}),
                     "batches": None if row.summary is None else row.summary.batches,
                     "metrics": {} if row.summary is None else dict(row.summary.metrics),
                     "digest": "" if row.summary is None else row.summary.digest,

@@ -19,7 +19,7 @@ from purestep.errors import DataError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import Callback, Cursor
 from purestep.loop.stable_json import stable
 from purestep.snapshot.codec import JSON
-from purestep.step_protocol import StepFn, facts_of
+from purestep.step_protocol import Seat, StepFn, facts_of
 
 
 class RunChangedWarning(UserWarning):
@@ -88,10 +88,12 @@ _STEP = {
 def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
     """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, how a
     plan sums gradients and splits matrix products, and the device. On how many ranks they were computed is not among
-    them."""
+    them. Of a run that trains together with others its seat is noted, too."""
     facts = facts_of(step)
     policy, plan = facts.policy, facts.plan
+    seat = {} if facts.seat is None else {"seat": dataclasses.asdict(facts.seat)}
     return {
+        **seat,
         "microbatches": None if facts.microbatches == "auto" else facts.microbatches,
         "compiled": facts.backend,
         "policy": None if policy is None else str(policy),
@@ -99,6 +101,22 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
         "device": device,
     }
+
+
+def seat_of(info: Mapping[str, Any]) -> Seat | None:
+    """Return the seat that a snapshot records; None for a run that trained alone.
+
+    Args:
+        info: of the header or the manifest of the snapshot.
+    """
+    step = info.get("step")
+    told = step.get("seat") if isinstance(step, Mapping) else None
+    if not isinstance(told, Mapping):
+        return None
+    number, members = told.get("number"), told.get("members")
+    if not (isinstance(number, int) and isinstance(members, int) and 0 <= number < members):
+        return None
+    return Seat(number, members)
 
 
 def _changed_conditions(manifest: snapshot.Manifest, identity: Identity) -> list[tuple[str, str]]:

@@ -20,9 +20,11 @@ from purestep.loop.events import LoopState, Saved, StepsDone, Stopped
 from purestep.loop.replaying import Replaying
 from purestep.loop.resume import around
 from purestep.record.experiment import Experiment, Makes, made
+from purestep.record.member_step import without_others
 from purestep.record.run_record import RunRecord
 from purestep.record.run_record import open as open_run
 from purestep.snapshot import Manifest, Store, root_of
+from purestep.step_protocol import Seat
 from purestep.views import Block, Printed, Table, shortened
 
 Which = Annotated[
@@ -123,7 +125,7 @@ def replayed(record: RunRecord, experiments: Experiments, first: int, last: int)
 
 
 class Experiments:
-    """The experiments that a run was made of: one, unless it was resumed under other settings.
+    """The experiments that a run was made of: one, unless it was resumed under other settings, or with other runs.
 
     Args:
         record: the run.
@@ -132,23 +134,26 @@ class Experiments:
 
     def __init__(self, record: RunRecord, makes: Makes) -> None:
         self.record, self._makes = record, makes
-        self._settings: dict[str, Any] = {}
+        self._under: tuple[Any, Seat | None] = ({}, None)
         self._experiment: Experiment | None = None
 
     def at(self, position: int) -> Experiment:
-        """Return what trained the step that led to a position."""
-        settings = self.record.settings_at(position)
-        if self._experiment is None or settings != self._settings:
-            self._settings, self._experiment = settings, made(self._makes, settings)
+        """Return what trained the step that led to a position: a step that was mapped over several runs is so again."""
+        under = settings, seat = self._under_at(position)
+        if self._experiment is None or under != self._under:
+            one = made(self._makes, {} if settings is None else settings)
+            one = one if seat is None else dataclasses.replace(one, step=without_others(one.step, seat))
+            self._under, self._experiment = under, one
         return self._experiment
 
     def spans(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Split a span where the settings changed: at a snapshot, from which the run was resumed under others."""
-        if isinstance(self._makes, Experiment):
-            return [(start, end)]
-        settings = self.record.settings_at
-        cuts = [at for at in self.record.snapshots if start < at < end and settings(at) != settings(at + 1)]
+        """Split a span where the run was resumed in another way: at a snapshot, after which settings or seat change."""
+        cuts = [at for at in self.record.snapshots if start < at < end and self._under_at(at) != self._under_at(at + 1)]
         return list(itertools.pairwise([start, *cuts, end]))
+
+    def _under_at(self, position: int) -> tuple[Any, Seat | None]:
+        settings = None if isinstance(self._makes, Experiment) else self.record.settings_at(position)
+        return settings, self.record.seat_at(position)
 
 
 def nearest(record: RunRecord, position: int) -> int:

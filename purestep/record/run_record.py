@@ -19,12 +19,14 @@ from purestep.display import curves, plots
 from purestep.errors import ConfigError, SnapshotError, explain, import_extra
 from purestep.loggers import read_csv, read_media
 from purestep.loop import origin
+from purestep.loop.identity import seat_of
 from purestep.loop.origin import Program
 from purestep.loop.resume import restore
 from purestep.record.summary import Parent, Summary, is_run, started, summarize
 from purestep.snapshot import root_of
 from purestep.snapshot.listing import Index
 from purestep.snapshot.manifest import Header
+from purestep.step_protocol import Seat
 from purestep.views import Block, Note, Printed, Table, written
 
 if TYPE_CHECKING:
@@ -139,6 +141,16 @@ class RunRecord(Printed):
                 return {**self.settings, **(held if isinstance(held, Mapping) else {})}
         return dict(self.settings)
 
+    def seat_at(self, position: int) -> Seat | None:
+        """Return the seat at which the step was computed that led to a position, in batches.
+
+        It is what the first snapshot at or after the position records, or the newest one; None for a run that did not
+        train together with others.
+        """
+        later = (header for header in self.headers if header.step >= position)
+        header = next(later, self.headers[-1] if self.headers else None)
+        return None if header is None else seat_of(header.info)
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """What the run was made of, as its newest snapshot says: data, step, callbacks, versions."""
@@ -220,6 +232,8 @@ class RunRecord(Printed):
     def facts(self) -> list[list[object]]:
         """Return names and values of what a reader asks first."""
         program = self.programs[-1] if self.programs else Program()
+        seat = self.seat_at(self.snapshots[-1]) if self.snapshots else None
+        mapped = None if seat is None else f"by vmap, as run {seat.number + 1} of {seat.members} together"
         commit = None if program.commit is None else program.commit[:12] + ("" if program.clean else ", changed")
         settings: dict[str, object] = {name: written(value) for name, value in self.settings.items()}
         media: dict[str, object] = {name: f"at {', '.join(map(str, files))}" for name, files in self.media.items()}
@@ -232,6 +246,7 @@ class RunRecord(Printed):
             *([name, value] for name, value in self.summary.metrics.items()),
             *([f"media {name}", steps] for name, steps in media.items()),
             ["parent", self.parent],
+            ["trained", mapped],
             ["program", f"{program.cell} of a notebook" if program.cell else " ".join(program.command)],
             ["commit", commit],
             ["torch", self.environment.get("torch")],

@@ -115,7 +115,7 @@ def _check(step: Callable[..., Any], state: object, batch: object, values: objec
         what = "values= is True, or the positions of operations"
         raise ConfigError(explain(what, where=f"values={values!r:.80}", instead="values=[41]"))
     backend = facts_of(step).backend
-    if backend not in (None, "eager"):
+    if backend not in (None, "eager", "vmap", "vmap, eager"):
         raise ConfigError(
             explain(
                 "the operations of a compiled step cannot be seen",

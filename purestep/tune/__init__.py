@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from purestep.tune.lr_range import LearningRateRange as LearningRateRange
     from purestep.tune.lr_range import lr_range as lr_range
     from purestep.tune.search import search as search
-    from purestep.tune.sweep import Sweep as Sweep
     from purestep.tune.sweep import SweepWarning as SweepWarning
     from purestep.tune.sweep import sweep as sweep
+    from purestep.tune.table import Sweep as Sweep
 
 __getattr__, __dir__ = attach(__name__)

@@ -19,7 +19,9 @@ from purestep.loop.cadence import Until
 from purestep.loop.result import Result
 from purestep.record.experiment import Experiment
 from purestep.record.settings import arguments_of
-from purestep.tune.sweep import Row, Sweep, SweepWarning, name_of, nested, summary_of
+from purestep.tune.grid import name_of, nested
+from purestep.tune.sweep import SweepWarning
+from purestep.tune.table import Row, Sweep, summary_of
 from purestep.views import written
 
 if TYPE_CHECKING:

@@ -21,13 +21,14 @@ from purestep import data, tree
 from purestep.callbacks import progress
 from purestep.data.adapters import BatchSequence
 from purestep.ensembles import Ensemble, stack, unstack
-from purestep.jit import jit
 from purestep.loop.input import device_of
+from purestep.loop.result import Result
+from purestep.loop.run import Run
 from purestep.loop.signals import Signals
 from purestep.loop.stable_json import stable
 from purestep.record.experiment import Experiment
-from purestep.sharding.plan import Plan
-from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, no_microbatches
+from purestep.record.member_step import MemberStep, Seats
+from purestep.step_protocol import Seat, StepFn, bare, facts_of
 
 _FAR = 0.01  # of the length of an update: how far the mapped one may be from that of the step itself
 
@@ -48,34 +49,67 @@ class Groups:
     alone: Mapping[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tried:
+    """A run, and what its step made of its first batch.
+
+    Attributes:
+        one: the experiment.
+        batch: the first.
+        state, metrics: after it.
+    """
+
+    one: Experiment
+    batch: Any
+    state: Any
+    metrics: Any
+
+
 def groups_of(experiments: Mapping[str, Experiment]) -> Groups:
     """Put those together whose steps are the same program, and whose states and batches differ in values only.
 
-    That a mapped step computes what the step itself does is tried on the first batch of each: so a difference that the
-    descriptions of two steps do not show, such as a tensor that a loss function reads, is found.
+    Steps that are described alike are tried on first batches. A step must return the bits that the step of another run
+    returns: so a difference is found that descriptions do not show, such as a field of settings, or a tensor, that the
+    loss function reads. The mapped step must return the same up to rounding.
     """
     alone: dict[str, str] = {}
+    tried: dict[str, _Tried] = {}
     groups: dict[str, list[str]] = {}
-    batches: dict[str, Any] = {}
     for name, one in experiments.items():
         found = _unfit(one)
         if found is None:
             try:
-                batches[name] = _first_batch(one)
-                groups.setdefault(_program(one, batches[name]), []).append(name)
-            except Exception as error:  # the user's data set is read by it
-                found = f"its first batch cannot be read: {error}".split("\n")[0]
+                batch = _first_batch(one)
+                tried[name] = _Tried(one, batch, *bare(one.step)(one.state, batch))
+                groups.setdefault(_program(one, batch), []).append(name)
+            except Exception as error:  # the user's data set is read, and the user's step runs
+                found = f"its first batch ends by an error: {type(error).__name__}: {error}".split("\n")[0]
         if found is not None:
             alone[name] = found
     together = []
-    for names in groups.values():
+    for names in (part for group in groups.values() for part in _equal(group, tried)):
         reason = "no other run is the same program with tensors of the same shapes" if len(names) == 1 else None
-        reason = reason or _disagreement([experiments[n] for n in names], [batches[n] for n in names])
+        reason = reason or _disagreement([tried[name] for name in names])
         if reason is None:
             together.append(tuple(names))
         else:
             alone |= dict.fromkeys(names, reason)
     return Groups(tuple(together), alone)
+
+
+def _equal(names: Sequence[str], tried: Mapping[str, _Tried]) -> list[list[str]]:
+    """Part the runs by what their steps compute: each is called with the first state and batch of others."""
+    parts: list[list[str]] = []
+    for name in names:
+        own = tried[name]
+        for part in parts:
+            state, metrics = bare(tried[part[0]].one.step)(own.one.state, own.batch)
+            if tree.digest((state, metrics)) == tree.digest((own.state, own.metrics)):
+                part.append(name)
+                break
+        else:
+            parts.append([name])
+    return parts
 
 
 def _unfit(one: Experiment) -> str | None:
@@ -116,20 +150,20 @@ def _without_numbers(plain: Any) -> Any:
     return [_without_numbers(item) for item in plain] if isinstance(plain, list) else plain
 
 
-def _disagreement(experiments: Sequence[Experiment], batches: Sequence[Any]) -> str | None:
+def _disagreement(tried: Sequence[_Tried]) -> str | None:
     """Return why the mapped step does not compute what the steps do on their first batches, None where it does."""
-    structure = tree.structure(experiments[0].state)
-    if any(tree.structure(one.state) != structure for one in experiments):
+    states, batches = [each.one.state for each in tried], [each.batch for each in tried]
+    structure = tree.structure(states[0])
+    if any(tree.structure(state) != structure for state in states):
         return "their models differ"
     try:
         # A map that finds no error in its first call finds none in later ones, which have the same shapes.
-        mapped = Ensemble(bare(experiments[0].step), own_batches=True).mapped
-        states = unstack(mapped(stack([one.state for one in experiments]), stack(batches))[0])
-        alone = [bare(one.step)(one.state, batch)[0] for one, batch in zip(experiments, batches, strict=True)]
+        mapped = Ensemble(bare(tried[0].one.step), own_batches=True).mapped
+        found = unstack(mapped(stack(states), stack(batches))[0])
     except Exception as error:  # the user's step runs in it, under a transform that it may not take
         return f"torch.vmap does not take the step: {type(error).__name__}: {error}".split("\n")[0][:200]
-    for one, expected, found in zip(experiments, alone, states, strict=True):
-        moved, apart = _distance(one.state, expected), _distance(expected, found)
+    for each, state in zip(tried, found, strict=True):
+        moved, apart = _distance(each.one.state, each.state), _distance(each.state, state)
         if not apart <= _FAR * moved:
             return f"the mapped step moves a state by {apart:.2g} more than its {moved:.2g}"
     return None
@@ -143,49 +177,7 @@ def _distance(one: Any, other: Any) -> float:
     return float(torch.stack([square.cpu() for square in squares]).sum().sqrt()) if squares else 0.0
 
 
-def _mapped(step: StepFn) -> Callable[[Any, Any], Any]:
-    """Return the step over stacked states and batches, compiled where the step is."""
-    backend: Any = facts_of(step).backend
-    mapped = Ensemble(bare(step), own_batches=True).mapped
-    return mapped if backend is None else jit(mapped, backend=backend)
-
-
 # --- how they train together ------------------------------------------------------------------------------------------
-
-
-class MemberStep(AnyStep):
-    """The step of one run of a group: a call of it waits for those of the other runs.
-
-    Args:
-        step: that of its experiment.
-        call: computes the step together with the others.
-    """
-
-    def __init__(self, step: StepFn, call: Callable[[Any, Any], Any]) -> None:
-        self._step, self._call = step, call
-
-    def __call__(self, state: Any, batch: Any) -> Any:
-        return self._call(state, batch)
-
-    @property
-    def facts(self) -> StepFacts:
-        """Those of the step. What "compiled" it is in every snapshot: a resume without `vmap` says so."""
-        facts = facts_of(self._step)
-        backend = "vmap" if facts.backend is None else f"vmap, {facts.backend}"
-        return dataclasses.replace(facts, backend=backend, gradients=None)
-
-    def bare(self, microbatches: int | None = None) -> StepFn:
-        return bare(self._step, microbatches)
-
-    def with_microbatches(self, count: int) -> AnyStep:
-        raise no_microbatches(self)
-
-    def under(self, plan: Plan) -> StepFn:
-        return self
-
-    def identity(self) -> StepFn:
-        """Return the step itself, which a snapshot records."""
-        return self._step
 
 
 class Cancelled(BaseException):
@@ -239,95 +231,86 @@ class _Turn:
             self.give()
 
 
+Start = Callable[[Experiment], Run]  # makes the run of an experiment, in its run directory
+
+
 def train_together(
-    experiments: Sequence[Experiment], options: Sequence[Mapping[str, Any]]
-) -> list[Any]:  # of Result | Exception
-    """Train runs of one program, each to its end; return the result of each, or the error that ended it.
+    step: StepFn, experiments: Mapping[int, Experiment], starts: Mapping[int, Start], members: int
+) -> dict[int, Result | Exception]:
+    """Train runs of one program, each to its end; return the result of each, or the error that ended it, by seat.
 
     Args:
-        experiments: of one group of `groups_of`.
-        options: of `fit`, for each of them.
+        step: of one of the group.
+        experiments: of those that train, by seat.
+        starts: make the run of each. They are called here, so that it is recorded what called this.
+        members: how many seats the group has, also those of runs that are done.
     """
-    meeting = _Meeting(_mapped(experiments[0].step))
-    turns: list[_Turn] = []
-    runs: list[Any] = []
-    for one, chosen in zip(experiments, options, strict=True):
-        seat: list[_Turn] = []
-        step = MemberStep(one.step, functools.partial(_ask, seat))
-        seat.append(_Turn(_Training(dataclasses.replace(one, step=step), chosen, runs)))
-        turns += seat
+    meeting = _Meeting(Seats(step, members))
+    found: dict[int, Result | Exception] = {}
+    turns: dict[int, _Turn] = {}
+    runs: list[Run] = []
+    for seat, one in experiments.items():
+        try:
+            run = starts[seat](_seated(one, Seat(seat, members), turns))
+        except Exception as error:
+            found[seat] = error
+            continue
+        runs.append(run)
+        turns[seat] = _Turn(functools.partial(_drained, run))
     with Signals() as signals:
         try:
-            live = turns
-            for turn in live:
+            live = dict(turns)
+            for turn in live.values():
                 turn.give()
-            while live := [turn for turn in live if not turn.done]:
+            while live := {seat: turn for seat, turn in live.items() if not turn.done}:
                 meeting.answer(live)
                 if signals.unread:
                     name = signals.read()
                     for run in runs:
                         run.interrupt(name)
-                for turn in live:
+                for turn in live.values():
                     turn.give()
         except BaseException:
-            for turn in turns:
+            for turn in turns.values():
                 turn.cancel()
             raise
-    for turn in turns:
+    for seat, turn in turns.items():
         if turn.error is not None and not isinstance(turn.error, Exception):
             raise turn.error
-    return [turn.result if turn.error is None else turn.error for turn in turns]
+        found[seat] = turn.result if turn.error is None else turn.error
+    return found
 
 
-def _ask(seat: Sequence[_Turn], state: Any, batch: Any) -> Any:
-    return seat[0].ask(state, batch)
+def _seated(one: Experiment, seat: Seat, turns: Mapping[int, _Turn]) -> Experiment:
+    """Return an experiment whose step waits for its turn."""
+    step = MemberStep(one.step, seat, lambda state, batch: turns[seat.number].ask(state, batch))
+    own = {callback.name for callback in one.callbacks}
+    quiet = [] if "progress" in own else [progress(display="none")]  # several live bars would write over each other
+    return dataclasses.replace(one, step=step, callbacks=[*one.callbacks, *quiet])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Training:
-    experiment: Experiment
-    options: Mapping[str, Any]
-    runs: list[Any]
-
-    def __call__(self) -> Any:
-        own = {callback.name for callback in self.experiment.callbacks}
-        quiet = [] if "progress" in own else [progress(display="none")]  # several live bars would write over each other
-        run = self.experiment.run(callbacks=[*self.experiment.callbacks, *quiet], **self.options)
-        self.runs.append(run)
-        for _ in run:
-            pass
-        return run.result()
+def _drained(run: Run) -> Any:
+    for _ in run:
+        pass
+    return run.result()
 
 
 class _Meeting:
-    """Computes the steps that several runs ask for at the same time.
+    """Computes the steps that several runs ask for at the same time."""
 
-    The stacked state of the last call is kept: where each run goes on with what it was given, nothing is stacked anew.
-    """
+    def __init__(self, seats: Seats) -> None:
+        self._seats = seats
 
-    def __init__(self, mapped: Callable[[Any, Any], Any]) -> None:
-        self._mapped = mapped
-        self._last: tuple[list[Any], Any] = ([], None)
-
-    def answer(self, turns: Sequence[_Turn]) -> None:
+    def answer(self, turns: Mapping[int, _Turn]) -> None:
         """Give each its answer: what the step returned, or the error."""
-        by_shape: dict[str, list[_Turn]] = {}
-        for turn in turns:
+        by_shape: dict[str, dict[int, Any]] = {}
+        for seat, turn in turns.items():
             _, batch = turn.asked  # type: ignore[misc]  # one that is not done has asked
-            by_shape.setdefault(repr(tree.map(tree.describe, batch)), []).append(turn)
-        for group in by_shape.values():
+            by_shape.setdefault(repr(tree.map(tree.describe, batch)), {})[seat] = turn.asked
+        for asked in by_shape.values():
             try:
-                answers = self._called([turn.asked for turn in group])
+                answers = self._seats(asked)
             except Exception as error:
-                answers = [error] * len(group)
-            for turn, answer in zip(group, answers, strict=True):
-                turn.answer = answer
-
-    def _called(self, asked: Sequence[Any]) -> list[Any]:
-        states, batches = [state for state, _ in asked], [batch for _, batch in asked]
-        known, stacked = self._last
-        same = len(known) == len(states) and all(a is b for a, b in zip(known, states, strict=True))
-        stacked, values = self._mapped(stacked if same else stack(states), stack(batches))
-        members = unstack(stacked)
-        self._last = (members, stacked)
-        return list(zip(members, unstack(values), strict=True))
+                answers = dict.fromkeys(asked, error)
+            for seat, answer in answers.items():
+                turns[seat].answer = answer

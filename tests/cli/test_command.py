@@ -18,6 +18,7 @@ import purestep as ps
 from purestep.cli import doctor
 from purestep.cli.command import COMMANDS, main
 from purestep.record.settings import REQUIRED, SettingError, decode, encode, kind_of, settings_of
+from purestep.step_protocol import Seat
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,11 @@ MALFORMED = {
     "sweep FILE --halving 2 --until 9steps": "--halving keeps one run in two or more, by a metric",
     "sweep FILE --halving 2 --metric a --until 1steps --seed 0..3": "the runs are too short",
     "sweep FILE --seed": "--seed has no value",
+    "sweep FILE --vmap --jobs 2": "--vmap trains runs together in one process.*one of the two",
+    "sweep FILE --vmap 3": "no argument '3'",
+    "sweep FILE --vmap=yes": "--vmap: ignored explicit argument 'yes'",
+    "sweep FILE --vmp": "--vmp",
+    "run FILE --vmap": "--vmap is no setting",
     "plot nowhere curves.svg": "OUT must end with .png.*curves.png",
     "sweep FILE --jobs none": "--jobs: must be a whole number",
     "runs nowhere": "no such directory: nowhere",
@@ -323,6 +329,57 @@ def test_a_sweep_is_a_table_and_goes_on(command, tmp_path):
     assert len(stamps) == 4
     assert command(line)[1] == out
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_sweep_trains_runs_together(command, tmp_path):
+    """Each is a run like that of the command without --vmap, and is executed again with its own bits."""
+    line = "sweep FILE --seed 0..1 --until 2steps --run-dir s --vmap --json"
+    code, out, errors = command(line)
+    rows = json.loads(out)
+    assert (code, errors) == (0, "")
+    assert [row["how"] for row in rows] == ["vmapped"] * 2
+    assert len({row["digest"] for row in rows}) == 2
+    name = "s/seed=1"
+    run = ps.open(name)
+    assert (run.programs[0].function, run.programs[0].file.endswith("sine_experiment.py")) == ("experiment", True)
+    assert (run.settings["seed"], run.seat_at(2)) == (1, Seat(1, 2))
+    replayed = json.loads(command(f"replay {name} --at 2 --json")[1])
+    assert (replayed[0]["digest"], replayed[0]["as stored"]) == (run.digest, True)
+    assert command(f"verify {name}")[:2] == (0, f"steps   {Path(name).name}\n0 to 2  the same bits\nverified\n")
+    assert "run 2 of 2 together" in command(f"show {name}")[1]
+    assert json.loads(command(line)[1]) == rows
+
+
+@pytest.mark.slow
+def test_runs_that_trained_together_are_compared_forked_and_bisected(command, tmp_path):
+    line = "sweep FILE --seed 0..1 --until 2epochs --run-dir s"
+    assert command(f"{line} --vmap --metric val/loss --halving 2")[0] == 0
+    assert command(f"{line.replace('--run-dir s', '--run-dir t')} --scale 1,2 --vmap --optimizer sgd(0.01)")[0] == 0
+    tables = json.loads(command("runs s --json")[1])
+    assert sorted(row["why"] for row in tables) == ["reached 1 epochs", "reached 2 epochs"]
+    first, other = "t/seed=0,scale=1", "t/seed=1,scale=1"
+    assert "as run 1 of 2" in command(f"show {first}")[1]
+    assert "setting seed" in command(f"compare {first} {other}")[1]
+    assert command(f"diff {first} {other}")[0] == 1
+    assert command(f"diff {first} {first}")[0] == 0
+    code, out, errors = command(f"bisect {first} {other}")
+    assert (code, "first state" in out, errors) == (1, True, "")
+    assert command(f"plot {first} curves.png")[0] == 0
+    # A fork before the first snapshot executes the steps up to there, together as they were.
+    code, out, errors = command(f"fork {first} --at 5 --scale 2 --until 2epochs --run-dir child")
+    assert (code, errors) == (0, "")
+    assert ps.open("child").parent.digest == next(iter(ps.replay(first, made_of(first), 4, 5))).digest
+    # The same run alone parts from it by rounding: the first operation that differs is found in the mapped step.
+    assert command("run FILE --seed 0 --scale 1 --optimizer sgd(0.01) --until 2epochs --run-dir alone")[0] == 0
+    code, out, errors = command(f"bisect {first} alone --operation")
+    assert (code, errors) == (1, "")
+    assert "aten." in out
+
+
+def made_of(run_dir):
+    function = sys.modules["sine_experiment"].experiment
+    assert ps.open(run_dir).programs[0].function == function.__name__
+    return function
 
 
 def test_a_sweep_is_halved(command, tmp_path):

@@ -100,6 +100,23 @@ def test_a_signal_ends_a_run_as_it_ends_fit(zygote, tmp_path, number, code):
     assert ps.snapshot.steps(tmp_path / "a")
 
 
+@pytest.mark.slow
+def test_a_sweep_of_runs_together_that_was_killed_goes_on_with_the_same_bits(zygote, tmp_path):
+    file = shared_experiment.write(tmp_path)
+    words = ("sweep", str(file), "--seed", "0..1", "--until", "6epochs", "--vmap", "--json")
+    process = zygote.popen(COMMAND, *words, "--run-dir", "killed", cwd=tmp_path, env=ENVIRONMENT)
+    send_when_logged(process, tmp_path / "killed" / "seed=1" / "metrics.csv", 25, signal.SIGKILL)
+    reached = [ps.snapshot.steps(tmp_path / "killed" / f"seed={seed}") for seed in range(2)]
+    assert all(0 < steps[-1] < 60 for steps in reached)
+    again, straight = (
+        zygote.run(COMMAND, *words, "--run-dir", name, cwd=tmp_path, env=ENVIRONMENT) for name in ("killed", "whole")
+    )
+    assert (again.returncode, again.stderr, straight.returncode) == (0, "", 0)
+    digests = [[row["digest"] for row in json.loads(done.stdout)] for done in (again, straight)]
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == 2
+
+
 def test_help_needs_no_torch_and_a_table_neither(bare, tmp_path):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "run.json").write_text('{"format": 1, "settings": {"lr": 0.1}}')

@@ -16,7 +16,9 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import ConfigError
-from purestep.tune.sweep import Halving, SweepWarning, name_of, rungs
+from purestep.tune.grid import name_of
+from purestep.tune.halving import Halving, rungs
+from purestep.tune.sweep import SweepWarning
 
 CALLS: list[tuple[float, int]] = []
 AT: dict[str, tuple[float, int, int]] = {}  # (lr, seed, batch) at which a signal comes
