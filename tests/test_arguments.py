@@ -129,6 +129,8 @@ def right(tmp_path_factory) -> dict[str, Any]:
         # ensembles
         "stack.states": [state, state],
         "unstack.stacked": {"w": torch.ones(2, 3)},
+        "workers": 2,
+        "average_workers.state": ps.local_sgd(step, workers=2, every=2).begin(state),
         # loggers
         "Image.pixels": torch.ones(2, 3),
         "Histogram.values": torch.ones(3),
@@ -258,6 +260,7 @@ TREE = "takes any tree"
 # Callables that are not walked, and why.
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
+        "LocalState "
         "Result TrainState metrics.Confusion metrics.Last metrics.Max metrics.Mean metrics.Min metrics.Series "
         "metrics.Sum metrics.ClassScore metrics.Perplexity metrics.R2 metrics.Moments metrics.Pearson metrics.RootMean "
         "metrics.TorchmetricsState Predictions Evaluation "

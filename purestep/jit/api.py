@@ -13,6 +13,7 @@ from purestep.jit.function import Jit, Unjittable
 from purestep.jit.step import JitStep
 from purestep.step import Step
 from purestep.step_protocol import WrappedStep, facts_of
+from purestep.workers.step import LocalStep
 
 
 @checked(ConfigError)
@@ -96,6 +97,15 @@ def jit(
                 "only a step of make_step donates its state where its gradients cannot be compiled",
                 where=f"{unjittable=}, {donate=}, {function!r:.80}",
                 instead='ps.wrap_step(ps.jit(step, donate=True, unjittable="eager"), function)',
+            )
+        )
+    if isinstance(function, LocalStep):
+        raise ConfigError(
+            explain(
+                "a step of workers does not go into one graph",
+                where=repr(function),
+                why="whether a round ends is read from the state in each step, and then ranks exchange their params",
+                instead="ps.local_sgd(ps.jit(step), workers=4, every=16)   # compile the step of one worker",
             )
         )
     if isinstance(function, WrappedStep):

@@ -120,7 +120,7 @@ def _gathered(facts: StepFacts, state: Any) -> tuple[int, int]:
 
     A dry run keeps the latter for its backward pass where they are cast; a real one gathers them again.
     """
-    if facts.plan is None or not isinstance(facts.microbatches, int):
+    if facts.plan is None or not isinstance(facts.microbatches, int) or not isinstance(state, TrainState):
         return 0, 0
     compute = None if facts.policy is None else facts.policy.copied
     split = [x for x in tree.leaves(state.params) if placement.is_split(x)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.distributed.mesh import Mesh
 from purestep.sharding.leaf_roles import Kind, follow
-from purestep.sharding.spec import REPLICATED, Layout, Spec, box
+from purestep.sharding.spec import Layout, Spec, box
 from purestep.views import Block, Note, Printed, Table
 
 
@@ -76,9 +76,9 @@ def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     coordinate = plan.mesh.coordinate(rank)
     rows = []
-    for followed, path, leaf in zip(follow(value), tree.paths(value), tree.leaves(value), strict=True):
+    specs = tree.leaves(plan.specs(value))
+    for followed, path, leaf, spec in zip(follow(value), tree.paths(value), tree.leaves(value), specs, strict=True):
         own = followed.kind in ("params", "frozen")
-        spec = REPLICATED if followed.name is None else plan.spec(followed.name, followed.shape)
         local = box(spec, sizes, followed.shape, coordinate)[1]
         width = (
             leaf.element_size() if isinstance(leaf, Tensor) else getattr(getattr(leaf, "dtype", None), "itemsize", 0)
