@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -103,10 +103,14 @@ class MicrobatchExchange(Protocol):
 
     Attributes:
         collects: whether gradients are taken as the backward pass makes them, so that none may be left at its end.
+        gathers: names of parameters whose parts it copies to the card itself, where a plan offloads them.
     """
 
     @property
     def collects(self) -> bool: ...
+
+    @property
+    def gathers(self) -> Collection[str]: ...
 
     def check(self, state: TrainState) -> None:
         """Refuse a state that the microbatch cannot be computed from."""
@@ -139,6 +143,7 @@ class NoExchange:
     """The exchange of a microbatch that no other rank waits for: everything is passed on as it is."""
 
     collects = False
+    gathers = ()
 
     def check(self, state: TrainState) -> None:
         placement.check_plain(state)

@@ -105,7 +105,28 @@ class TrainState(Printed):
             params, opt_state = advance(
                 *(tx, grads, self.opt_state, self.params), accept=accept, reuse=reuse, step=self.step, **extra
             )
+        return self.advanced(tx, params, opt_state, buffers, accept)
+
+    def advanced(
+        self,
+        tx: GradientTransformation,
+        params: dict[str, Tensor],
+        opt_state: object,
+        buffers: Mapping[str, Tensor] | None,
+        accept: Tensor | None,
+    ) -> Self:
+        """Return the state with what an update made of it; the second half of `apply_gradients`.
+
+        Args:
+            tx: the transformation.
+            params: the new parameters.
+            opt_state: the new state of the transformation; it may be on another device.
+            buffers, accept: as of `apply_gradients`.
+        """
+        with transforms.unrecorded():
             applied = tx.applied(opt_state)
+            if applied is not None:
+                applied = applied.to(self.step.device, non_blocking=True)
             if accept is not None:
                 applied = accept if applied is None else applied & accept
             buffers = self.buffers if buffers is None else dict(buffers)
@@ -221,8 +242,14 @@ def init(
     if not isinstance(model, nn.Module):
         with _seeded(random.fold_in(rng, "init")):
             model = _made(model)
-    state = _first(model, tx, rng, frozen, asked)
-    return state if plan is None else plan.place(state)
+    if plan is None or plan.offload is None:
+        state = _first(model, tx, rng, frozen, asked)
+        return state if plan is None else plan.place(state)
+    from purestep.sharding.placement import place
+
+    # Made on the CPU: the card may have no room for what is offloaded.
+    state = _first(model, tx, rng, frozen, torch.device("cpu"))
+    return place(plan, state, asked or default_device())
 
 
 def _first(

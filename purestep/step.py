@@ -27,6 +27,7 @@ from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
 from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, counted, split_batch
 from purestep.optim.base import GradientTransformation, check_transformation
+from purestep.parallel import offload
 from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
@@ -171,8 +172,8 @@ class Step(AnyStep):
         samples, cast = _samples(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(random.fold_in, state.rng, state.step, index)
         cast.check(state)
-        old = cast.buffers(state.buffers)
-        params = cast.params(state.params)
+        old = offload.on_card(self.plan, state, cast.buffers(state.buffers), exchange.gathers)
+        params = offload.on_card(self.plan, state, cast.params(state.params), exchange.gathers)
 
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
             tensors, buffers, around = exchange.bound(tracked, old, cast.around)
@@ -182,6 +183,7 @@ class Step(AnyStep):
                     self._loss_fn, bound, cast.batch(microbatch), samples, alone=self.plan is None
                 )
             new = cast.kept(state.buffers, old, exchange.plain(bound.new_buffers, state.buffers))
+            new = offload.at_rest(self.plan, state, new)
             # What is known before the backward pass leaves before it: the exchange then goes on beside it.
             exchange.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
@@ -199,10 +201,10 @@ class Step(AnyStep):
             metrics = apart(metrics, donation.memory)
         grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
         value = metrics["loss"].compute()
-        new = state.apply_gradients(
-            self.tx, grads, buffers=gradients.buffers, accept=finite, last_use=True, value=value
-        )
+        new = self._advanced(state, grads, gradients.buffers, finite, value)
         refused = self.tx.refused(new.opt_state)
+        if refused is not None:
+            refused = refused.to(state.step.device, non_blocking=True)
         if finite is not None:
             # Of what was not finite nothing reached the transformation, whose state still tells of the update before.
             refused = ~finite if refused is None else ~finite | refused
@@ -210,6 +212,16 @@ class Step(AnyStep):
         if refused is not None:
             metrics = metrics | {"skipped": metrics_.Sum(refused.to(torch.int64))}
         return new, metrics
+
+    def _advanced(
+        self, state: TrainState, grads: Any, buffers: dict[str, Tensor], accept: Tensor | None, value: Tensor
+    ) -> TrainState:
+        """Return the state with the gradients applied, on the CPU where the plan keeps the optimizer state there."""
+        if self.plan is not None and offload.is_away(self.plan, state):
+            return offload.apply_gradients(
+                self.plan, state, self.tx, grads, buffers=buffers, accept=accept, value=value
+            )
+        return state.apply_gradients(self.tx, grads, buffers=buffers, accept=accept, last_use=True, value=value)
 
 
 @checked(StepError)
@@ -427,8 +439,10 @@ class _Inference(AnyStep):
         rng = functools.partial(random.fold_in, state.rng, "eval")
         with transforms.unrecorded(), cast.scope(params):
             if self.plan is not None:
-                from purestep.parallel.fsdp import evaluated
+                from purestep.parallel.fsdp import evaluated, split_leaves
 
+                held = split_leaves(state)
+                params, buffers = (offload.on_card(self.plan, state, x, held) for x in (params, buffers))
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
             bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
             return call(bound, cast.batch(batch))

@@ -19,6 +19,7 @@ from purestep.errors import ConfigError, explain
 from purestep.jit.function import Jit, Unjittable
 from purestep.microbatch import Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.optim.scope import only_shards
+from purestep.parallel import offload
 from purestep.sharding import full_tensors, placement
 from purestep.sharding.plan import Plan
 from purestep.state import TrainState
@@ -94,12 +95,17 @@ class JitStep(AnyStep):
 
         def compute(view: TrainState, microbatch: Any, index: int, exchange: MicrobatchExchange) -> Gradients:
             full = exchange.gathered(view)
-            return exchange.taken(_whole(full, self.grads(full, microbatch, indices[index])), view)
+            full = full.replace(
+                params=offload.on_card(plan, view, full.params), buffers=offload.on_card(plan, view, full.buffers)
+            )
+            part = _whole(full, self.grads(full, microbatch, indices[index]))
+            part = dataclasses.replace(part, buffers=offload.at_rest(plan, view, part.buffers))
+            return exchange.taken(part, view)
 
         gradients = microbatches_module.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
         with full_tensors.updating(full_tensors.Whole(plan, state.params, state.opt_state)):
-            # A transformation that needs full tensors gathers them, which a graph cannot contain.
-            compiled = view is state or only_shards(step.tx)
+            # A transformation that needs full tensors gathers them, one on the CPU copies: a graph has neither.
+            compiled = (view is state or only_shards(step.tx)) and not offload.is_away(plan, state)
             new, metrics = (self.update if compiled else step.update)(
                 view, _changed(view, gradients) if compiled else gradients
             )

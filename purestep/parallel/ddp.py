@@ -92,6 +92,7 @@ class BucketExchange:
     # --- what a step calls, see `MicrobatchExchange` ---
 
     collects = False
+    gathers = ()
 
     def check(self, state: TrainState) -> None:
         pass  # `total` chose buckets because no parameter is split

@@ -100,9 +100,14 @@ class ShardedExchange:
 
     Attributes:
         collects: whether gradients are taken on their way, so that none need be left at its end.
+        gathers: names of parameters whose parts it copies to the card, where a plan offloads them.
     """
 
     collects = True
+
+    @property
+    def gathers(self) -> Collection[str]:
+        return self.split
 
     def __init__(self, sharded: Sharded, number: int, index: int, last: bool) -> None:
         self.sharded, self.shares, self.sums = sharded, sharded.shares, sharded.sums
@@ -123,7 +128,7 @@ class ShardedExchange:
         self.cast, self.params = cast, params
         # Split parameters are gathered inside of the forward pass, so they cannot be what is differentiated. Their
         # gradients come to the session on the way to the anchor, of which every gather is made to depend.
-        anchor = torch.zeros((), device=next(iter(params.values())).device)
+        anchor = torch.zeros((), device=self.sums.state.step.device)
         return {n: params[n] for n in self.sharded.whole} | {_ANCHOR: anchor}
 
     def bound(
@@ -188,7 +193,8 @@ class ShardedExchange:
         return {n: (params if n in params else buffers)[n] for n in self.split}
 
     def _units_of(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Units:
-        return units_of(self.shares.plan, module, self.split, parts, self.sums.state.params)
+        state = self.sums.state
+        return units_of(self.shares.plan, module, self.split, parts, state.params, state.step.device)
 
     def _begin(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.weight, sharded, shares = weight, self.sharded, self.shares
@@ -213,9 +219,9 @@ class ShardedExchange:
             self._sent[unit.number] = self._send(self._rows(unit, [None] * len(unit.trained)) if rows is None else rows)
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
-        parts = self.session.parts
+        parts, device = self.session.parts, self.units.device
         wholes = [
-            torch.zeros(row.shape, dtype=parts[row.name].dtype, device=parts[row.name].device) if g is None else g
+            torch.zeros(row.shape, dtype=parts[row.name].dtype, device=device) if g is None else g
             for row, g in zip(unit.chosen, grads, strict=True)
         ]
         rows = unit.rows.cut(self.cast.reduced(wholes), unit.chosen)
@@ -252,7 +258,7 @@ def evaluated(
     if not split:
         return params, buffers, cast.around
     parts = {n: (params if n in params else buffers)[n] for n in split}
-    units = units_of(plan, cast.module, split, parts, params)
+    units = units_of(plan, cast.module, split, parts, params, at_rest.step.device)
     session = Session(units, parts, wrap=wrapping(plan, split), order=orders.of(units))
     around = functools.partial(both, functools.partial(_alone, session), cast.around)
     return *_gathered(session, params, buffers), around
@@ -290,14 +296,23 @@ def split_leaves(at_rest: TrainState) -> dict[str, Tensor]:
 _units: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, Units]]] = weakref.WeakKeyDictionary()
 
 
-def units_of(plan: Plan, module: nn.Module, split: Tensors, parts: Tensors, trained: Collection[str]) -> Units:
+def units_of(
+    plan: Plan, module: nn.Module, split: Tensors, parts: Tensors, trained: Collection[str], device: torch.device
+) -> Units:
     """Return the units of a model, made once for each plan and placement."""
     specs = [_torch.layout_of(x) for x in split.values()]
-    key = plan, tuple(split), tuple(id(spec) for spec in specs), tuple(parts[n].dtype for n in split), tuple(trained)
+    key = (
+        plan,
+        tuple(split),
+        tuple(id(spec) for spec in specs),
+        tuple(parts[n].dtype for n in split),
+        tuple(trained),
+        device,
+    )
     known = _units.setdefault(module, {})
     if key not in known:
         # The specs are kept, so that nothing else can get their ids.
-        known[key] = specs, Units(plan, module, split, parts, trained)
+        known[key] = specs, Units(plan, module, split, parts, trained, device)
     return known[key][1]
 
 

@@ -57,6 +57,7 @@ class Units:
         split: split leaves (DTensors) by name, trained and frozen.
         parts: the local parts by name, in the dtypes the model computes with.
         trained: which of them get gradients.
+        device: where they are gathered; the parts may be elsewhere.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Units:
         split: Mapping[str, Tensor],
         parts: Mapping[str, Tensor],
         trained: Container[str],
+        device: torch.device,
     ) -> None:
-        self.plan = plan
+        self.plan, self.device = plan, device
         self.group, self.count = plan.mesh.group(*plan.shard_axes), plan.mesh.size(*plan.shard_axes)
         self.slots: Slots = slots(module)
         self.modules = dict(module.named_modules())
@@ -85,7 +87,7 @@ class Units:
         # The units with a submodule of their own. The root's parameters stay gathered during the whole call.
         self.inner = [(unit, self.modules[unit.path]) for unit in self.units if unit.path]
         self.stand_ins = {
-            row.name: Absent.of(row.name, row.shape, parts[row.name], plan)
+            row.name: Absent.of(row.name, row.shape, torch.empty((), dtype=parts[row.name].dtype, device=device), plan)
             for unit in self.units
             if unit.path
             for row in unit.rows.rows
@@ -145,7 +147,8 @@ class Live:
         """Begin to gather. The other ranks do at the same time, whether this one needs it or has it already."""
         # Several may be under way for one unit: a rank that took part for the sake of others keeps what came, and uses
         # it where the unit runs next.
-        shards = [self.session.parts[n] for n in self.unit.names]
+        device = self.session.units.device
+        shards = [self.session.parts[n].to(device, non_blocking=True) for n in self.unit.names]
         self.pending.append(collectives.gather(self.unit.rows.pack(shards), self.session.units.group))
         self.session.coming += 1
 
@@ -245,7 +248,7 @@ class Session:
             UnitOrder() if order is None else order,
             units.unit_paths,
             units.group if units.inner and order is not None else None,
-            next(iter(parts.values())).device,
+            units.device,
             self._launch,
             self._is_computing,
         )

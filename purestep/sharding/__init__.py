@@ -14,5 +14,6 @@ from purestep.sharding.plan import Plan as Plan
 from purestep.sharding.presets import ddp as ddp
 from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp
+from purestep.sharding.presets import single as single
 from purestep.sharding.presets import tensor_parallel as tensor_parallel
 from purestep.sharding.spec import Spec as Spec

@@ -15,7 +15,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.sharding.init_tape import recording
 from purestep.sharding.leaf_roles import follow
-from purestep.sharding.placement import cut, wrap
+from purestep.sharding.placement import cut, homes_of, wrap
 from purestep.sharding.spec import REPLICATED, Layout, Spec
 from purestep.sharding.unmatched_rules import check_matches
 
@@ -42,18 +42,21 @@ def materialize(
     if plan is not None:
         check_matches(plan, described)
     specs = tree.map(lambda _: REPLICATED, described) if plan is None else plan.specs(described)
+    leaves, structure = tree.flatten(described)
+    asked = None if device is None else torch.device(device)
+    homes = [asked] * len(leaves) if plan is None else homes_of(plan, described, asked)
 
-    def computed(leaf: object, spec: Spec) -> object:
+    def computed(leaf: object, spec: Spec, home: torch.device | None) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         value = tape.value(leaf)
         if plan is None or not spec.axes:
-            return _own(value).to(device or value.device)
+            return _own(value).to(home or value.device)
         shape = tuple(value.shape)
         # `cut` copies, so the full tensor is freed before the next leaf is computed.
-        return wrap(plan, cut(plan, value, spec).to(device or value.device), spec, shape)
+        return wrap(plan, cut(plan, value, spec).to(home or value.device), spec, shape)
 
-    return tree.map(computed, described, specs)
+    return tree.unflatten(structure, list(map(computed, leaves, tree.leaves(specs), homes)))
 
 
 def _named(value: object) -> list[tuple[str, object]]:

@@ -44,18 +44,21 @@ class DryRun(Printed):
         description: where each leaf lives.
         memory: bytes a rank by kind: `params`, `frozen`, `buffers`, `optimizer` and `other` at rest, `grads` (one set,
             as params are split), and `gathered`: whole parameters that are live at once, with the whole gradients of
-            one unit. Activations are not in it.
+            one unit, or the copies of parameters that are offloaded. Activations are not in it.
         sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients). What tensor
             parallelism sends of activations is not in it.
+        host: bytes of the CPU's memory, of what a plan with `offload=` keeps there while the state is on a card: what
+            rests there, and what an update there copies, `grads` and `params`. They are not in `memory`.
     """
 
     description: Description
     memory: dict[str, int]
     sent: dict[str, int]
+    host: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory a rank needs, without activations."""
+        """Bytes of memory a rank needs on its device, without activations."""
         return sum(self.memory.values())
 
     def view(self) -> list[Block]:
@@ -68,6 +71,7 @@ class DryRun(Printed):
         return [
             Note(repr(self.description.mesh)),
             table("memory of a rank", self.memory),
+            *([table("memory of the host", self.host)] if self.host else []),
             table("sent in a step", self.sent),
         ]
 
@@ -84,16 +88,37 @@ def dry_run(
     description = describe(plan, value)
     own = [row for row in description.rows if row.unit is not None]
     turns = len(plan.microbatches(microbatches or plan.replicas, rank=0))
-    memory = {kind: _at_rest(description, kind) for kind in ("params", "frozen", "buffers", "optimizer", "other")}
-    memory["grads"] = _bytes([r for r in own if r.kind == "params"], reduce_dtype)
+    trained = [row for row in own if row.kind == "params"]
+    kinds = ("params", "frozen", "buffers", "optimizer", "other")
+    memory = {kind: _at_rest(description, kind, on_host=False) for kind in kinds}
+    memory["grads"] = sum(_gradient(plan, row, reduce_dtype) for row in trained)
     memory["gathered"] = _gathered(plan, own, compute_dtype)
     sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
-    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, reduce_dtype) for row in own if row.kind == "params")
-    return DryRun(description, {k: n for k, n in memory.items() if n}, sent)
+    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, reduce_dtype) for row in trained)
+    host = {kind: _at_rest(description, kind, on_host=True) for kind in kinds}
+    if plan.offload is not None:
+        host["grads"] = sum(_shard(plan, row, None) for row in trained)
+        host["params"] = host["params"] or sum(_shard(plan, row, None) for row in trained)
+    return DryRun(description, {k: n for k, n in memory.items() if n}, sent, {k: n for k, n in host.items() if n})
 
 
-def _at_rest(description: Description, kind: str) -> int:
-    return sum(row.nbytes for row in description.rows if row.kind == kind)
+def _at_rest(description: Description, kind: str, *, on_host: bool) -> int:
+    return sum(row.nbytes for row in description.rows if row.kind == kind and row.on_host == on_host)
+
+
+def _gradient(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
+    """Return the bytes of a gradient as it is held for the update."""
+    return _shard(plan, row, dtype)
+
+
+def _shard(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
+    """Return the bytes of the part of a parameter that this rank updates."""
+    return -(-_bytes([row], dtype) // _apart(plan, row))
+
+
+def _apart(plan: Costed, row: Row) -> int:
+    """Return over how many ranks a parameter that is whole here is updated."""
+    return plan.mesh.size(*(a for a in row.updated.axes if a in plan.batch and a not in row.spec.axes))
 
 
 def _bytes(rows: list[Row], dtype: torch.dtype | None) -> int:
@@ -120,7 +145,8 @@ def _gathered(plan: Costed, rows: list[Row], dtype: torch.dtype | None) -> int:
     for row in split:
         units[row.unit or ""] = units.get(row.unit or "", 0) + _whole(plan, row, dtype)
     if not units:
-        return 0
+        # Whole parameters that are offloaded are copied to the device for each microbatch.
+        return _bytes([row for row in rows if row.on_host], dtype)
     root = units.pop("", 0)
     largest = max(units.values(), default=0)
     # One unit computes while the next one is gathered, and has its whole gradients in the backward pass.
@@ -130,7 +156,8 @@ def _gathered(plan: Costed, rows: list[Row], dtype: torch.dtype | None) -> int:
 
 def _gather_traffic(plan: Costed, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:
     times = 2 if plan.reshard_after_forward else 1
-    return sum(turns * times * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
+    inside = sum(turns * times * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
+    return inside
 
 
 def _reduce_traffic(plan: Costed, row: Row, turns: int, dtype: torch.dtype | None) -> int:

@@ -7,6 +7,7 @@ only the local tensors, which `local` takes out and `rewrap` puts back.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from purestep import _torch, bits, tree
 from purestep.distributed.mesh import Mesh, check_world, this_rank
 from purestep.errors import ConfigError, explain
-from purestep.sharding.spec import Box, Layout, Spec, box, placements, spec_of
+from purestep.sharding.leaf_roles import follow
+from purestep.sharding.spec import OFFLOADED, Box, Layout, Spec, box, placements, spec_of
 from purestep.sharding.unmatched_rules import check_matches
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def place(plan: Layout, value: T) -> T:
+def place(plan: Layout, value: T, device: torch.device | None = None) -> T:
     """Return a state whose leaves live where a plan says.
 
     It needs no communication when every rank holds the same whole values, as after `init` under one seed. Leaves that
@@ -36,10 +38,11 @@ def place(plan: Layout, value: T) -> T:
     Args:
         plan: the plan.
         value: a state, or any pytree; see `Plan.specs`.
+        device: where steps compute; see `homes_of`.
 
     Returns:
-        The same tree, on the device that the mesh sends tensors from. Leaves that are whole, and there already, are the
-        very tensors that were given; parts are copies.
+        The same tree, on the device that the mesh sends tensors from; what the plan offloads, on the CPU. Leaves that
+        are whole, and there already, are the very tensors that were given; parts are copies.
 
     Raises:
         ConfigError: a rule or an entry of `units` matches nothing in a state, or the plan is for another job.
@@ -51,36 +54,69 @@ def place(plan: Layout, value: T) -> T:
         True
     """
     check_matches(plan, value)
-    specs = plan.specs(value)
+    specs, homes = plan.specs(value), homes_of(plan, value, device)
     # On one process nothing is sharded, and torch's DTensor, which takes seconds to import, is not needed.
     if all(not spec.axes for spec in tree.leaves(specs)):
-        return _sent(plan, gather(value))
+        value = gather(value)
+        leaves, structure = tree.flatten(value)
+        moved = list(map(_at, leaves, homes))
+        return value if all(map(operator.is_, leaves, moved)) else tree.unflatten(structure, moved)
     check_world(plan.mesh)
-    return tree.map(lambda leaf, spec: _placed(plan, leaf, spec), value, specs)
+    leaves, structure = tree.flatten(value)
+    return tree.unflatten(
+        structure,
+        [_placed(plan, x, spec, home) for x, spec, home in zip(leaves, tree.leaves(specs), homes, strict=True)],
+    )
 
 
-def _placed(plan: Layout, leaf: object, spec: Spec) -> object:
+def homes_of(plan: Layout, value: object, device: torch.device | None = None) -> list[torch.device | None]:
+    """Return the device of each leaf of a tree under a plan; None leaves a leaf where it is.
+
+    Args:
+        plan: says what is offloaded.
+        value: the tree.
+        device: where steps compute; by default where the mesh sends tensors from, or the card that some leaf is on.
+    """
+    leaves = tree.leaves(value)
+    if device is None:
+        cards = (x.device for x in leaves if isinstance(x, Tensor) and x.device.type not in HOSTS)
+        device = plan.mesh.device or next(cards, None)
+    if plan.offload is None or device is None or device.type in HOSTS:
+        return [device] * len(leaves)
+    return [_CPU if leaf.kind in OFFLOADED[plan.offload] else device for leaf in follow(value)]
+
+
+HOSTS = ("cpu", "meta")
+_CPU = torch.device("cpu")
+
+
+def _placed(plan: Layout, leaf: object, spec: Spec, home: torch.device | None) -> object:
     if not isinstance(leaf, Tensor):
         return leaf
     if is_split(leaf):
         if _torch.layout_of(leaf).mesh == plan.mesh.device_mesh and spec_of_leaf(leaf) == spec:
-            return leaf
-        leaf = full(leaf)
+            here = _torch.local_tensor(leaf)
+            moved = _at(here, home)
+            return leaf if moved is here else _torch.from_part(type(leaf), moved, _torch.layout_of(leaf))
+        leaf = full(_at_sender(plan, leaf))
     if not spec.axes:
-        return _on_mesh(plan, leaf)
-    return wrap(plan, _on_mesh(plan, cut(plan, leaf, spec)), spec, tuple(leaf.shape))
+        return _at(leaf, home)
+    return wrap(plan, _at(cut(plan, leaf, spec), home), spec, tuple(leaf.shape))
 
 
-def _sent(plan: Layout, value: T) -> T:
-    return value if plan.mesh.device is None else tree.map(lambda leaf: _on_mesh(plan, leaf), value)
+def _at_sender(plan: Layout, leaf: Tensor) -> Tensor:
+    """Return a split leaf whose part is where a process group can send it from."""
+    here = _torch.local_tensor(leaf)
+    moved = _at(here, plan.mesh.device)
+    return leaf if moved is here else _torch.from_part(type(leaf), moved, _torch.layout_of(leaf))
 
 
-def _on_mesh(plan: Layout, leaf: Any) -> Any:
-    """Return a tensor with memory where the process group of the mesh sends tensors from."""
-    device = plan.mesh.device
-    if device is None or not isinstance(leaf, Tensor) or leaf.is_meta:
+def _at(leaf: Any, device: torch.device | None) -> Any:
+    """Return a tensor with memory on a device: page-locked where it is to be copied to a card from."""
+    if device is None or not isinstance(leaf, Tensor) or leaf.is_meta or leaf.device == device:
         return leaf
-    return leaf.to(device)
+    moved = leaf.to(device)
+    return moved.pin_memory() if moved.is_cpu and torch.cuda.is_available() else moved
 
 
 def cut(plan: Layout, whole: Tensor, spec: Spec) -> Tensor:

@@ -20,8 +20,8 @@ from purestep.errors import ConfigError, explain
 from purestep.sharding import dry_run as dry_runs
 from purestep.sharding import placement as placing
 from purestep.sharding import report as descriptions
-from purestep.sharding.leaf_roles import follow
-from purestep.sharding.spec import REPLICATED, Both, Fallback, Rules, Spec, resolve
+from purestep.sharding.leaf_roles import Kind, follow
+from purestep.sharding.spec import REPLICATED, Both, Fallback, Offload, Rules, Spec, resolve
 from purestep.views import Block, Note, Table, View
 
 T = TypeVar("T")
@@ -47,6 +47,8 @@ class Plan(View):
         reshard_after_forward: free gathered parameters after the forward pass and gather them again in the backward.
         reduction: "tree" sums gradients in one fixed order, so that the bits do not depend on the topology; "fast" by
             the collectives of the backend.
+        offload: what lives on the CPU between steps, where the state is on a card: None, the "optimizer" state, or the
+            "params" too. Updates then run on the CPU.
 
     Raises:
         ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
@@ -70,6 +72,7 @@ class Plan(View):
     reshard_after_forward: bool = True
     reduction: Reduction = "tree"
     sync_batchnorm: bool = False
+    offload: Offload | None = None
 
     def __post_init__(self) -> None:
         rules = tuple((_frozen(rule[0]), rule[1]) if _is_rule(rule) else rule for rule in self.rules)
@@ -125,17 +128,23 @@ class Plan(View):
             >>> [plan.microbatches(8, rank=r) for r in range(4)]
             [(0, 2), (1, 3), (4, 6), (5, 7)]
         """
-        outer, inner = self.mesh.size(*self.data_axes), self.mesh.size(*self.shard_axes)
+        runs, turns = self.data_axes, self.shard_axes
+        outer, inner = self.mesh.size(*runs), self.mesh.size(*turns)
         if count < 1 or count % (outer * inner):
             _refuse_count(self, count)
-        start = self.mesh.index(*self.data_axes, rank=rank) * (count // outer)
-        turn = self.mesh.index(*self.shard_axes, rank=rank)
+        start = self.mesh.index(*runs, rank=rank) * (count // outer)
+        turn = self.mesh.index(*turns, rank=rank)
         return tuple(start + m * inner + turn for m in range(count // (outer * inner)))
 
     # --- where what lives ---
 
-    def spec(self, name: str, shape: Sequence[int]) -> Spec:
+    def spec(self, name: str, shape: Sequence[int], kind: Kind = "params") -> Spec:
         """Return where a parameter lives: the first rule that matches its name, for its shape on this mesh.
+
+        Args:
+            name: of the parameter.
+            shape: of the whole tensor.
+            kind: what of it: "optimizer" is the optimizer state that follows it, which lives in the same place.
 
         Raises:
             ConfigError: no rule matches, or the spec does not fit, under `fallback="error"`; more entries than dims.
@@ -150,7 +159,7 @@ class Plan(View):
 
     def specs(self, value: object) -> Any:
         """Return a tree like a state (or like a tree of parameters) with the Spec of each leaf."""
-        specs = [REPLICATED if f.name is None else self.spec(f.name, f.shape) for f in follow(value)]
+        specs = [REPLICATED if f.name is None else self.spec(f.name, f.shape, f.kind) for f in follow(value)]
         return tree.unflatten(tree.structure(value), specs)
 
     def unit(self, name: str) -> str:
@@ -239,7 +248,7 @@ class Plan(View):
         rules = [(_filter_text(filter), str(spec)) for filter, spec in self.rules]
         if "*" not in [filter for filter, _ in self.rules]:
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
-        names = ("fallback", "min_size", "units", "reshard_after_forward", "reduction", "sync_batchnorm")
+        names = "fallback min_size units reshard_after_forward reduction sync_batchnorm offload".split()
         settings = [(name, str(getattr(self, name))) for name in names]
         return [
             Table(("axis", "ranks", "splits"), axes),
@@ -330,6 +339,7 @@ def _check(plan: Plan) -> None:
     for word, value, known in (
         ("fallback", plan.fallback, ("replicate", "error", "pad")),
         ("reduction", plan.reduction, ("tree", "fast")),
+        ("offload", plan.offload, (None, "optimizer", "params")),
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
@@ -416,6 +426,7 @@ _SETTINGS: dict[str, Any] = {
     "reshard_after_forward": True,
     "reduction": "tree",
     "sync_batchnorm": False,
+    "offload": None,
 }
 
 

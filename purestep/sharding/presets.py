@@ -1,4 +1,4 @@
-"""The usual plans by name: `ddp`, `fsdp`, `hsdp`, `tensor_parallel`, and their products."""
+"""The usual plans by name: `single`, `ddp`, `fsdp`, `hsdp`, `tensor_parallel`, and their products."""
 
 from __future__ import annotations
 
@@ -9,8 +9,23 @@ from purestep.arguments import Name, Whole, checked
 from purestep.distributed.mesh import mesh
 from purestep.errors import ConfigError
 from purestep.sharding.plan import Plan
-from purestep.sharding.spec import Rules, Spec
+from purestep.sharding.spec import Offload, Rules, Spec
 from purestep.tree import Filter
+
+
+@checked(ConfigError)
+def single(*, offload: Offload | None = None) -> Plan:
+    """One process and its device, for what a plan says besides: what is offloaded to the CPU.
+
+    Args:
+        offload: what lives on the CPU between steps: the "optimizer" state, or the "params" too. Updates run there.
+            On a machine whose device is the CPU it changes nothing.
+
+    Examples:
+        >>> single(offload="optimizer").replicas
+        1
+    """
+    return Plan(mesh({"data": 1}), (), fallback="replicate", offload=offload)
 
 
 @checked(ConfigError)

@@ -14,7 +14,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.distributed.mesh import Mesh
 from purestep.sharding.leaf_roles import Kind, follow
-from purestep.sharding.spec import Layout, Spec, box
+from purestep.sharding.spec import OFFLOADED, Layout, Spec, box
 from purestep.views import Block, Note, Printed, Table
 
 
@@ -30,6 +30,8 @@ class Row:
         local: shape of what one rank holds.
         nbytes: bytes of that.
         unit: with which submodule it is gathered; None for what is never gathered in a step.
+        updated: where it is updated.
+        on_host: whether it is offloaded to the CPU, where the state is on a card.
     """
 
     path: str
@@ -39,6 +41,8 @@ class Row:
     local: tuple[int, ...]
     nbytes: int
     unit: str | None
+    updated: Spec = REPLICATED
+    on_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -85,7 +89,11 @@ def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:
         )
         nbytes = width * _product(local)
         unit = plan.unit(followed.name) if own and followed.name is not None else None
-        rows.append(Row(path, followed.kind, tree.describe(leaf), spec, local, nbytes, unit))
+        updated = spec
+        if followed.kind == "params" and followed.name is not None:
+            updated = plan.spec(followed.name, followed.shape, "optimizer")
+        on_host = followed.kind in OFFLOADED[plan.offload]
+        rows.append(Row(path, followed.kind, tree.describe(leaf), spec, local, nbytes, unit, updated, on_host))
     return Description(plan.mesh, rank, tuple(rows))
 
 

@@ -14,12 +14,20 @@ from purestep import tree
 from purestep.arguments import checked
 from purestep.distributed.mesh import Mesh
 from purestep.errors import ConfigError, explain
+from purestep.sharding.leaf_roles import Kind
 
 if TYPE_CHECKING:
     from purestep.sharding._dtensor import Placement
 
 Axes = str | Sequence[str] | None
 Fallback = Literal["replicate", "error", "pad"]
+Offload = Literal["optimizer", "params"]
+# Kinds of leaves that live on the CPU.
+OFFLOADED: dict[Offload | None, tuple[Kind, ...]] = {
+    None: (),
+    "optimizer": ("optimizer",),
+    "params": ("optimizer", "params", "frozen"),
+}
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -129,8 +137,12 @@ class Layout(Protocol):
     def units(self) -> str | tuple[str, ...] | None:
         """Globs of submodules whose parameters are gathered together."""
 
-    def spec(self, name: str, shape: Sequence[int]) -> Spec:
-        """Return where a parameter of a shape lives."""
+    @property
+    def offload(self) -> Offload | None:
+        """What lives on the CPU between the updates of a state on a card."""
+
+    def spec(self, name: str, shape: Sequence[int], kind: Kind = "params") -> Spec:
+        """Return where a parameter of a shape lives, or what follows it."""
 
     def specs(self, value: object) -> Any:
         """Return a tree like `value` with the Spec of each leaf."""

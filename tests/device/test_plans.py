@@ -6,6 +6,8 @@ agree on before their first step is taken as agreed.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from shared_gpt import TOKENS, TinyGPT
 
 import purestep as ps
 from purestep.distributed import collectives, mesh
+from purestep.errors import ConfigError
 from purestep.parallel import absent, same_inputs
 from purestep.sharding import placement
 from tests.device import budgets
@@ -122,3 +125,45 @@ def test_a_thousand_ranks(job, plan):
     assert counts.blocking == {}
     assert elsewhere(out) == {}
     assert counts.total <= budgets.PLANS[plan, "1024 ranks"], counts.launches.most_common(8)
+
+
+OFFLOADED = {
+    "single": ps.sharding.single(),
+    "ddp": ps.sharding.ddp(),
+    "fsdp": ps.sharding.fsdp(),
+    "hsdp": ps.sharding.hsdp(fsdp=2),
+}
+
+
+@pytest.mark.parametrize("policy", [None, "16-mixed", "bf16-master"])
+@pytest.mark.parametrize("kept", ["optimizer", "params"])
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_what_is_offloaded_is_on_the_cpu_and_computed_with_on_the_card(job, name, kept, policy):
+    plan = dataclasses.replace(OFFLOADED[name], offload=kept)
+    if name != "single":
+        job(4)
+    tx = opt.apply_if_finite(adamw())
+    step = ps.make_step(loss_fn, tx, policy=policy, plan=plan, microbatches=4)
+    state = ps.init(TinyGPT, tx, seed=0, frozen="*.norm1.*", device="cpu")
+    state = state if policy is None else ps.precision.policy(policy).apply(state)
+    if name != "single":
+        state = plan.place(state)
+        same_inputs._once(dist.group.WORLD, plan, 4).done = True
+    with fake_cuda():
+        state = placement.rewrap(on_cuda(placement.local(state)), state)
+        state = plan.place(state)
+        batch = on_cuda(TOKENS)
+        after = step(step(state, batch)[0], batch)[0]
+        ps.make_eval(loss_fn, policy=policy, plan=plan)(after, batch)
+        for found in (state, after):
+            away = {path.split("[")[0].split(".")[1] for path in elsewhere(placement.local(found))}
+            assert away == {"opt_state"} | ({"params", "buffers"} if kept == "params" else set())
+            assert not any(path.startswith((".step", ".rng", ".loss")) for path in elsewhere(placement.local(found)))
+
+
+def test_a_state_that_is_not_placed_by_an_offloading_plan_is_refused():
+    plan = ps.sharding.single(offload="optimizer")
+    step = ps.make_step(loss_fn, adamw(), plan=plan)
+    state = ps.init(TinyGPT, adamw(), seed=0, device="cpu")
+    with fake_cuda(), pytest.raises(ConfigError, match=r"says offload='optimizer'(.|\n)*plan.place"):
+        step(on_cuda(state), on_cuda(TOKENS))

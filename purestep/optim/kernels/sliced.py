@@ -7,7 +7,7 @@ are sliced. Only donated memory is overwritten.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ _ON_DEVICE = 1 << 26
 _WORTH = 1 << 14
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _NOTHING: Any = object()
+
+
+class Transfer(Protocol):
+    """What brings gradients and parameters of an update from another device while earlier ones are updated."""
+
+    def need(self, names: Iterable[str]) -> None:
+        """Wait until the gradients and parameters of these names are here."""
+
+    def done(self, name: str, param: Tensor) -> None:
+        """Take a parameter that has been updated."""
 
 
 def is_long(x: Tensor) -> bool:
@@ -57,6 +67,7 @@ def advance(
     *,
     accept: Tensor | None = None,
     reuse: bool = False,
+    transfer: Transfer | None = None,
     **extra: Any,
 ) -> tuple[Any, Any]:
     """Return the parameters and the state of a transformation after an update.
@@ -69,24 +80,35 @@ def advance(
         accept: 0-d bool: whether to apply the update; if False, parameters and state keep their values. None: True.
         reuse: whether the tensors of `params` and `state` are donated: then the result uses their memory if possible,
             and an error during the update leaves them partly overwritten.
+        transfer: told what the update is about to read, and what it is through with; None where all of it is here.
         **extra: keyword arguments of `tx.update`.
     """
-    if type(params) is dict and any(map(is_long, params.values())):
+    # With a transfer short parameters go in blocks, too, so that the first ones need not wait for the last.
+    if type(params) is dict and (transfer is not None or any(map(is_long, params.values()))):
         if scope_of(tx) == "element":
             done = None
             if reuse or not tx.only_fused():
-                done = sliced(tx, grads, state, params, accept=accept, reuse=reuse, **extra)
+                done = sliced(tx, grads, state, params, accept=accept, reuse=reuse, transfer=transfer, **extra)
             if done is not None:
                 return done
         elif isinstance(tx, Chain) and tx.transforms and scope_of(tx.transforms[-1]) == "element":
             (first, before), (end, held) = tx.divided(state)
+            if transfer is not None:
+                transfer.need(params)
             proposed, following = first.update(grads, before, params, **extra)
             if accept is not None:
                 following = tree.select(accept, following, before)
-            params, held = advance(end, proposed, held, params, accept=accept, reuse=reuse, **extra)
+            params, held = advance(end, proposed, held, params, accept=accept, reuse=reuse, transfer=transfer, **extra)
             return params, tx.joined(following, held)
+    if transfer is not None:
+        transfer.need(params)
     new = tx.advance(grads, state, params, reuse=reuse and accept is None, **extra)
-    return new if accept is None else tree.select(accept, new, (params, state))
+    if accept is not None:
+        new = tree.select(accept, new, (params, state))
+    if transfer is not None:
+        for name, param in new[0].items():
+            transfer.done(name, param)
+    return new
 
 
 def sliced(
@@ -98,12 +120,13 @@ def sliced(
     accept: Tensor | None = None,
     reuse: bool = False,
     limit: int | None = None,
+    transfer: Transfer | None = None,
     **extra: Any,
 ) -> tuple[Any, Any] | None:
     """Update slice by slice; None if the tensors are not plain ones, or if the state cannot be sliced like them.
 
     Args:
-        tx, grads, state, params, accept, reuse, **extra: as for `advance`; `tx` is of scope "element".
+        tx, grads, state, params, accept, reuse, transfer, **extra: as for `advance`; `tx` is of scope "element".
         limit: number of elements above which a tensor is sliced; the default depends on the device.
     """
     leaves, structure = tree.flatten(state)
@@ -118,7 +141,13 @@ def sliced(
         return None
     result = _Result(params, leaves, accept, reuse)
     for block in layout:
+        if transfer is not None:
+            transfer.need(block.names)
         result.take(block, tx, grads, extra)
+        for name in block.names:
+            done = block.rows is None or block.rows.stop >= params[name].shape[0]
+            if transfer is not None and done:
+                transfer.done(name, result.params[name])
     return {name: result.params[name] for name in params}, tree.unflatten(structure, result.leaves)
 
 
