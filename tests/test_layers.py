@@ -244,7 +244,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 # The files with a thread-local, each for what is active in a `with` block. Values go as arguments wherever they can.
 THREAD_LOCALS = set(
     "functional.py donation.py recompute.py random/torch_mode.py sharding/full_tensors.py optim/kernels/workspace.py "
-    "jit/compile_units.py".split()
+    "jit/redirection.py".split()
 )
 
 

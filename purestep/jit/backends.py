@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
-from purestep.jit import disk_cache, errors, layouts
+from purestep.jit import disk_cache, errors, instruction_sets, layouts
 from purestep.jit._torch import aot_backend, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
@@ -118,12 +118,14 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
         if kept is not None:
             return kept
         try:
-            compiled = _compiled(traced, mode, {"cpp.vec_isa_ok": True})
+            with instruction_sets.trusted():
+                compiled = _compiled(traced, mode)
         except Exception as error:
             if not errors.compiler_failed(error):
                 raise
             # The compiler may not support all instructions of the processor; Inductor's test of that takes seconds.
-            compiled = _compiled(traced, mode, {})
+            instruction_sets.forget()
+            compiled = _compiled(traced, mode)
         # The inner method of the object's `__call__`, without its work for profilers and caches.
         run: Run = getattr(compiled, "current_callable", None) or compiled
         if name is not None and not getattr(compiled, "constants", None):
@@ -131,7 +133,7 @@ def _inductor(traced: Traced, mode: str | None) -> Run:
         return run
 
 
-def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callable[..., Any]:
+def _compiled(traced: Traced, mode: str | None) -> Callable[..., Any]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     from purestep.jit import _inductor as inductor
@@ -146,7 +148,7 @@ def _compiled(traced: Traced, mode: str | None, known: dict[str, Any]) -> Callab
         # Traces have no ShapeEnv, so that shapes which depend on values are errors; Inductor's disk cache needs one.
         fake_mode.shape_env = ShapeEnv()
         with (
-            inductor.config.patch({**options, **_CONFIG, **known}),
+            inductor.config.patch({**options, **_CONFIG}),
             torch.no_grad(),
             inductor.compiling(fake_mode),
         ):

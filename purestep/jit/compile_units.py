@@ -1,8 +1,9 @@
 """C++ kernels of one graph, compiled a few files at a time instead of each in a file of its own.
 
 Inductor writes one source file for each CPU kernel, and the C++ compiler spends most of its time on the headers.
-`together` makes Inductor put the kernels into as many files as there are cores. Where Inductor's code has another form
-than expected, or the compiler refuses the files, Inductor compiles each kernel by itself. Only `backends` calls it.
+`together` makes Inductor put short kernels into one file, and longer ones into as many as there are cores. Where
+Inductor's code has another form than expected, or the compiler refuses the files, Inductor compiles each kernel by
+itself. Only `backends` calls it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from purestep.jit.redirection import Redirection
+
 _HEAD, _TAIL = "static PyObject* {entry_func}_py(", "static PyMethodDef py_methods[]"
 _METHOD = '{{"{entry_func}", {entry_func}_py, METH_VARARGS, ""}},'
 _SIGNATURE = re.compile(r'(extern "C"\s+void\s+)kernel(\()')
 _INCLUDE = re.compile(r"^\s*#include[^\n]*\n", re.MULTILINE)
 _DIRECTIVE = re.compile(r"^\s*#(?!pragma)", re.MULTILINE)
-_local = threading.local()
+# The compiler takes as long for so many characters of kernels as for the headers, which each file includes.
+_FULL = 200_000
 
 
 @contextlib.contextmanager
@@ -29,61 +33,15 @@ def together() -> Iterator[None]:
     if get_compile_threads() <= 1:
         yield
         return
-    outer, _local.batch = getattr(_local, "batch", None), Batch(get_compile_threads())
-    try:
-        with _redirection.redirected(AsyncCompile):
-            yield
-    finally:
-        _local.batch = outer
+    with _redirection.redirected(AsyncCompile, Batch(get_compile_threads())):
+        yield
 
 
-class _Redirection:
-    """Replaces `AsyncCompile.cpp_pybinding` while any thread compiles in `together`: kernels go to the thread's batch.
-
-    One redirection serves the process, because there is one class to change: threads that compile at the same time
-    share the change, the last one restores the class, and threads without a batch get Inductor's own behaviour.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.original: Callable[..., Any] | None = None
-        self.ours: Callable[..., Any] | None = None
-
-    @contextlib.contextmanager
-    def redirected(self, cls: type) -> Iterator[None]:
-        """Change a class for the duration of a `with` block."""
-        with self.lock:
-            self.users += 1
-            if self.users == 1:
-                self._put(cls)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.users -= 1
-                # Code that patched it meanwhile calls our version, which without a batch calls Inductor's.
-                if self.users == 0 and self.ours is not None and vars(cls)["cpp_pybinding"] is self.ours:
-                    cls.cpp_pybinding = self.original  # type: ignore[attr-defined]
-
-    def _put(self, cls: type) -> None:
-        self.original, self.ours = vars(cls).get("cpp_pybinding"), None
-        if self.original is not None:
-            self.ours = _collecting(self.original)
-            cls.cpp_pybinding = self.ours  # type: ignore[attr-defined]
+def _collected(batch: Batch, original: Callable[..., Any], self: Any, argtypes: list[str], source_code: str) -> Any:
+    return batch.add(argtypes, source_code, self.submit, lambda: original(self, argtypes, source_code))
 
 
-_redirection = _Redirection()
-
-
-def _collecting(original: Callable[..., Any]) -> Callable[..., Any]:
-    def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
-        batch = getattr(_local, "batch", None)
-        if batch is None:
-            return original(self, argtypes, source_code)
-        return batch.add(argtypes, source_code, self.submit, lambda: original(self, argtypes, source_code))
-
-    return cpp_pybinding
+_redirection = Redirection["Batch"]("cpp_pybinding", _collected)
 
 
 class Batch:
@@ -107,9 +65,10 @@ class Batch:
         """Start to compile the collected kernels."""
         kernels, self.kernels = self.kernels, []
         try:
-            parts = _binding_parts() if len(kernels) > self.files else None
+            files = min(self.files, 1 + sum(len(k.source) for k in kernels) // _FULL)
+            parts = _binding_parts() if len(kernels) > files else None
             fit = [k for k in kernels if parts is not None and fits(k.source)]
-            for group in _groups(fit, self.files):
+            for group in _groups(fit, files):
                 _start(group, parts)
         except (AttributeError, LookupError, TypeError, ValueError):
             for kernel in kernels:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
 
 from purestep.jit import compile_units
+from purestep.jit.redirection import Redirection
 
 INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 
@@ -93,10 +95,21 @@ def test_an_inductor_of_other_insides_is_left_alone(monkeypatch):
     assert found == list(range(5)) == sorted(asked)
 
 
-def test_few_kernels_keep_their_files():
+def test_one_kernel_keeps_its_file():
     batch, asked = compile_units.Batch(2), []
-    made = [batch.add(TYPES, source("x;"), None, Alone(i, asked)) for i in range(2)]
-    assert [future.result() for future in made] == [0, 1] == asked
+    assert batch.add(TYPES, source("x;"), None, Alone(0, asked)).result() == 0
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(("length", "files"), [(10, 1), (70_000, 2), (400_000, 3)])
+def test_there_are_more_files_the_longer_the_kernels_are(monkeypatch, length, files):
+    found = []
+    monkeypatch.setattr(compile_units, "_start", lambda group, parts: found.append(group))
+    batch = compile_units.Batch(3)
+    for i in range(4):
+        batch.add(TYPES, source(f"out_ptr0[0] = {i};" + " " * length), None, Alone(i, []))
+    batch.start()
+    assert len(found) == files
 
 
 def test_one_file_holds_all_kernels_and_each_include_once():
@@ -114,18 +127,26 @@ class Compiler:
     submit = None
 
 
-def test_other_threads_keep_inductors_way(monkeypatch):
-    with compile_units._Redirection().redirected(Compiler):
-        assert isinstance(Compiler().cpp_pybinding(TYPES, source("x;")), Alone)
-        monkeypatch.setattr(compile_units._local, "batch", compile_units.Batch(2), raising=False)
+def redirected(cls, redirection=None):
+    redirection = redirection or Redirection("cpp_pybinding", compile_units._collected)
+    return redirection.redirected(cls, compile_units.Batch(2))
+
+
+def test_other_threads_keep_inductors_way():
+    found = []
+    with redirected(Compiler):
+        elsewhere = threading.Thread(target=lambda: found.append(Compiler().cpp_pybinding(TYPES, source("x;"))))
+        elsewhere.start()
+        elsewhere.join()
+        assert isinstance(found[0], Alone)
         future = Compiler().cpp_pybinding(TYPES, source("x;"))
         assert not isinstance(future, Alone)
     assert future.result() == "alone"
 
 
 def test_inductor_is_as_it_was_after_the_last_compilation_that_shares_the_change():
-    redirection, before = compile_units._Redirection(), Compiler.cpp_pybinding
-    first, second = redirection.redirected(Compiler), redirection.redirected(Compiler)
+    redirection, before = Redirection("cpp_pybinding", compile_units._collected), Compiler.cpp_pybinding
+    first, second = redirected(Compiler, redirection), redirected(Compiler, redirection)
     first.__enter__()
     second.__enter__()  # another thread, that is
     first.__exit__(None, None, None)
@@ -139,7 +160,7 @@ def test_a_change_that_somebody_else_made_meanwhile_stays(monkeypatch):
         return "theirs"
 
     monkeypatch.setattr(Compiler, "cpp_pybinding", Compiler.cpp_pybinding)  # to put back afterwards
-    with compile_units._Redirection().redirected(Compiler):
+    with redirected(Compiler):
         Compiler.cpp_pybinding = theirs
     assert Compiler.cpp_pybinding is theirs
 
@@ -148,7 +169,7 @@ def test_an_inductor_without_the_function_compiles_as_it_does():
     class Other:
         pass
 
-    with compile_units._Redirection().redirected(Other):
+    with redirected(Other):
         assert vars(Other).get("cpp_pybinding") is None
 
 
