@@ -8,6 +8,7 @@ a later torch has it no more:
                             differentiated step would detach; look for a successor in `torch._functorch.pyfunctorch`.
     dispatch_modes          how many dispatch modes are active (a trace is one), those that only watch left out. Without
                             it: the length of `torch.utils._python_dispatch._get_current_dispatch_mode_stack()`, slower.
+    function_modes          how many function modes are active. Without it: every call is under `KeyedRandom`.
     innermost_mode          the function mode of a class that torch has on its stack, also in the threads in which the
                             autograd engine runs a backward pass. Without it: a dict of modes by module.
     no_torch_function       a context in which no function mode and no `__torch_function__` looks. The documented
@@ -99,12 +100,12 @@ def dispatch_modes() -> int:
     return count
 
 
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 
 
 def innermost_mode(kind: type[T]) -> T | None:
     """Return the innermost function mode of a class that is active in this thread."""
-    for at in reversed(range(_function_modes())):
+    for at in reversed(range(function_modes())):
         mode = torch._C._get_function_stack_at(at)
         if isinstance(mode, kind):
             return mode

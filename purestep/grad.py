@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 from purestep import _torch, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
-from purestep.functional import backward_scope, gradient_scope
+from purestep.functional import GradientScope
 from purestep.random.torch_mode import undispatched
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ def _func(
     def checked(*a: Any, **k: Any) -> Any:
         out = function(*a, **k)
         value, aux = out if has_aux else (out, None)
-        _check_value(value, getattr(function, "__name__", "the function"))
+        _check_value(value, function)
         leaves, structure = tree.flatten(aux)
         around[:] = [[None if isinstance(x, Tensor) else x for x in leaves], structure]
         return value, tuple(x for x in leaves if isinstance(x, Tensor))
@@ -147,16 +147,37 @@ def _autograd(
         tracked: the same, each the leaf of a graph.
         collected: see `grad_and_value`.
     """
-    with torch.enable_grad(), gradient_scope() as scope:
-        out = function(*args, **kwargs)
-        value, aux = out if has_aux else (out, None)
-        _check_value(value, getattr(function, "__name__", "the function"))
-        if not value.requires_grad:
-            raise _independent(value)
-    one = torch.ones_like(value)
+    with GradientScope() as scope:
+        with torch.enable_grad():
+            out = function(*args, **kwargs)
+            value, aux = out if has_aux else (out, None)
+            _check_value(value, function)
+            if not value.requires_grad:
+                raise _independent(value)
+        one = torch.ones_like(value)
+        with scope.backward():
+            found = _backward(value, one, tracked)
+    if not collected and all(g is None for g in found):
+        raise _independent(value)
+    grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
+    return grads, value.detach(), aux
+
+
+def _independent(value: Tensor) -> StepError:
+    return StepError(
+        explain(
+            "the loss does not depend on the parameters",
+            where=f"loss: {tree.describe(value)}",
+            why="it was computed under no_grad, detached, or with other weights than those given",
+            instead="compute it from net(batch[...]), not from the module that net was made of",
+        )
+    )
+
+
+def _backward(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
+    """Run the backward pass, and say what went wrong in checkpoints."""
     try:
-        with backward_scope(scope):
-            found = _gradient(value, one, tracked)
+        return _gradient(value, one, inputs)
     except CheckpointError as error:
         raise StepError(
             explain(
@@ -176,21 +197,6 @@ def _autograd(
                 instead="return ps.checkpoint(block, x)    # or torch.utils.checkpoint.checkpoint",
             )
         ) from error
-    if not collected and all(g is None for g in found):
-        raise _independent(value)
-    grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
-    return grads, value.detach(), aux
-
-
-def _independent(value: Tensor) -> StepError:
-    return StepError(
-        explain(
-            "the loss does not depend on the parameters",
-            where=f"loss: {tree.describe(value)}",
-            why="it was computed under no_grad, detached, or with other weights than those given",
-            instead="compute it from net(batch[...]), not from the module that net was made of",
-        )
-    )
 
 
 def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
@@ -215,12 +221,12 @@ def _track(leaf: object, index: int, structure: tree.Structure) -> Tensor:
     return leaf.detach().requires_grad_()
 
 
-def _check_value(value: object, name: str) -> None:
+def _check_value(value: object, function: Callable[..., Any]) -> None:
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
         raise StepError(
             explain(
                 "a loss is one floating-point number",
-                where=f"{name} returned {tree.describe(value)}",
+                where=f"{getattr(function, '__name__', 'the function')} returned {tree.describe(value)}",
                 instead="return loss.mean()" if isinstance(value, Tensor) else "return loss",
             )
         )

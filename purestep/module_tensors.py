@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from purestep import _torch
 from purestep.errors import StepError, explain
 from purestep.random.host_draws import Habits
+from purestep.random.torch_watch import TorchHabits
 
 # By name: the dicts in which modules keep a tensor, and its key there; several where it is tied.
 Places = dict[str, list[tuple[dict[str, Tensor], str]]]
@@ -33,16 +34,37 @@ class Slots:
         self.links = [(_torch.children_of(m), dict(_torch.children_of(m))) for m in module.modules()]
         self.params = _places(module, _torch.parameters_of)
         self.buffers = _places(module, _torch.buffers_of)
+        self.names = dict.fromkeys((*self.params, *self.buffers)).keys()
+        self.places = [
+            (name, place, key)
+            for group in (self.params, self.buffers)
+            for name, places in group.items()
+            for place, key in places
+        ]
         self.rnns = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
         # A bound module belongs to one thread; another one waits until it is put back.
         self.lock = threading.RLock()
         self.habits = Habits()
+        self._torch_habits: weakref.WeakKeyDictionary[Any, tuple[TorchHabits, TorchHabits]] = (
+            weakref.WeakKeyDictionary()
+        )
         # Whether a call has shown that the model leaves its parameters as they are.
         self.writes_nothing = False
 
     def stale(self) -> bool:
         """Tell whether a submodule was added, removed or replaced since the places were found."""
         return any(now != then for now, then in self.links)
+
+    def torch_habits(self, function: Callable[..., Any], train: bool) -> TorchHabits | None:
+        """Return what is known of the torch draws of a function on this module; None for one that nothing can be
+        known of from call to call."""
+        try:
+            found = self._torch_habits.get(function)
+            if found is None:
+                found = self._torch_habits[function] = TorchHabits(), TorchHabits()
+        except TypeError:  # it cannot be hashed, or not be referred to weakly
+            return None
+        return found[train]
 
 
 def _places(module: nn.Module, tensors_of: Callable[[nn.Module], _torch.Slots]) -> Places:

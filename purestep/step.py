@@ -20,7 +20,7 @@ from purestep import random, transforms, tree
 from purestep.arguments import NonNegative, checked
 from purestep.donation import also_donated, apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
-from purestep.functional import bind
+from purestep.functional import Binding
 from purestep.grad import Engine, loss_gradients
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.converted import refuse_captured
@@ -177,7 +177,7 @@ class Step(AnyStep):
 
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
             tensors, buffers, around = exchange.bound(tracked, old, cast.around)
-            bound = bind(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
+            bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(
                     self._loss_fn, bound, cast.batch(microbatch), samples, alone=self.plan is None
@@ -348,7 +348,7 @@ def _samples(batch: Any) -> int:
 
 
 def read_loss(
-    loss_fn: LossFn, bound: bind, batch: Any, samples: int, *, alone: bool = True
+    loss_fn: LossFn, bound: Binding, batch: Any, samples: int, *, alone: bool = True
 ) -> tuple[Tensor, Any, Metrics]:
     """Call a loss function on a bound model, and check and normalise what it returns.
 
@@ -374,10 +374,10 @@ def read_loss(
     return loss, weight, metrics
 
 
-def _called(function: Callable[[Any, Any], Any], bound: bind, batch: Any, *, alone: bool) -> Any:
+def _called(function: Callable[[Any, Any], Any], bound: Binding, batch: Any, *, alone: bool) -> Any:
     """Return what a function makes of the bound model and a batch; `alone`: it may be called a second time."""
     if alone:
-        return bound.run(lambda net: function(net, batch))
+        return bound.run(lambda net: function(net, batch), function)
     with bound as net:
         return function(net, batch)
 
@@ -428,7 +428,7 @@ class _Inference(AnyStep):
     def under(self, plan: Plan) -> Self:
         return self if self.plan is not None else dataclasses.replace(self, plan=plan)
 
-    def _call(self, state: TrainState, batch: Any, call: Callable[[bind, Any], T]) -> T:
+    def _call(self, state: TrainState, batch: Any, call: Callable[[Binding, Any], T]) -> T:
         """Return `call(bound, batch)` with the model bound to the state, and the batch as the policy has it."""
         cast = casting(self.policy, definition(state).module)
         if self.plan is None:
@@ -444,7 +444,7 @@ class _Inference(AnyStep):
                 held = split_leaves(state)
                 params, buffers = (offload.on_card(self.plan, state, x, held) for x in (params, buffers))
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
-            bound = bind(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
+            bound = Binding(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
             return call(bound, cast.batch(batch))
 
 

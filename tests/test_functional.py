@@ -225,7 +225,7 @@ def test_a_binding_that_cannot_be_entered_or_left_leaves_nothing_bound(fails, mo
     done.join(20)
     assert not done.is_alive()
     with bind(model, params, buffers):  # and the next binding is the innermost one
-        assert len(ps.functional._stack("active")) == 1
+        assert len(ps.functional.active.stack()) == 1
 
 
 def test_flags_of_submodules_are_respected_in_training_mode():

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 
 from purestep.errors import RandomnessError, explain
-from purestep.random import global_generators
+from purestep.random import global_generators, torch_watch
 from purestep.random.keys import host_words
 from purestep.random.torch_mode import KeyedRandom
+from purestep.random.torch_watch import TorchHabits
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
@@ -67,11 +68,17 @@ class Guard:
         habits: what is known of the module; it is kept from call to call.
         mode: has the key that draws come from.
         repeatable: whether the caller does the call again when `exit` says so.
+        torch_habits: what is known of the torch draws of a function on the module, which is kept as well; None: that
+            is not looked at.
+
+    Attributes:
+        keyed: whether the call has to be under the mode; known once it has begun. Otherwise torch's generator is
+            watched, too.
     """
 
     __slots__ = (
-        *("_before", "_caller", "_how", "_others", "_start", "_threads", "_torch", "_trap"),
-        *("habits", "mode", "repeatable"),
+        *("_before", "_caller", "_how", "_others", "_start", "_threads", "_torch", "_torch_moved_from", "_trap"),
+        *("habits", "keyed", "mode", "repeatable", "torch_habits"),
     )
     _before: Any  # the generators of Python and numpy when the call began, and torch's where it was looked at
     _torch: Any
@@ -81,24 +88,39 @@ class Guard:
     _start: Any  # all of them as they were seeded, or where a recomputation begins
     _caller: Any  # all of them as the caller left them, when the call is done again
 
-    def __init__(self, habits: Habits, mode: KeyedRandom, repeatable: bool = False) -> None:
-        self.habits, self.mode, self.repeatable = habits, mode, repeatable
+    def __init__(
+        self,
+        habits: Habits,
+        mode: KeyedRandom,
+        repeatable: bool = False,
+        torch_habits: TorchHabits | None = None,
+    ) -> None:
+        self.habits, self.mode, self.repeatable, self.torch_habits = habits, mode, repeatable, torch_habits
+        self.keyed = True
         self._how: Literal["off", "watch", "trap", "seed"] = "off"
-        self._start = self._caller = None
+        self._start = self._caller = self._torch_moved_from = None
 
     def enter(self) -> None:
         """Begin to watch."""
-        habits = self.habits
+        habits, self.keyed = self.habits, True
         if (_unguarded and threading.get_ident() in _unguarded) or _is_compiling():
             self._how = "off"
         elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
-            self._how, self._torch = "watch", None
-            # They cost microseconds a thread. A repeatable call that drew is repeated with care, which takes them.
-            self._others = None if self.repeatable else _other_threads()
-            self._before = _read()
-            self._threads = _thread_count()
+            self.watch(keyed=self.torch_habits is None or not self.torch_habits.watched(self.mode))
         else:
             self._enter_with_care()
+
+    def watch(self, keyed: bool) -> None:
+        """Begin to watch a call that is not expected to draw.
+
+        Args:
+            keyed: whether it is under the mode.
+        """
+        self._how, self.keyed, self._torch = "watch", keyed, None if keyed else torch_watch.state()
+        # They cost microseconds a thread. A repeatable call that drew is repeated with care, which takes them.
+        self._others = None if self.repeatable else _other_threads()
+        self._before = _read()
+        self._threads = _thread_count()
 
     def _enter_with_care(self) -> None:
         """Begin a first call, one of a model that draws, one that shows who draws, or a recomputation."""
@@ -133,9 +155,14 @@ class Guard:
         how = self._how
         if how == "off":
             return False
+        if self.keyed and self.torch_habits is not None:
+            self._learn_of_torch(self.torch_habits, failed)
         if how == "watch":
             now = _read()
-            if (now is self._before or now == self._before) and (self._torch is None or self._torch_is_still()):
+            still = now is self._before or now == self._before
+            if not self.keyed and torch_watch.moved(self._torch):
+                return self._torch_moved(failed, still)
+            if still and (not self.keyed or self._torch is None or self._torch_is_still()):
                 return False
         caller = self._caller or (self._before, self._torch)
         if caller[1] is None and self._torch is not None:
@@ -166,6 +193,28 @@ class Guard:
         return again
 
     # --- private ------------------------------------------------------------------------------------------------------
+
+    def _torch_moved(self, failed: bool, host_is_still: bool) -> bool:
+        """Torch's generator moved while it was watched: from now on the mode sees whether the model draws."""
+        if self.torch_habits is not None:
+            self.torch_habits.draws = True
+        if self._alone():
+            torch.default_generator.set_state(self._torch)
+            if self.mode.refusal is not None and not failed:
+                raise self._refusal(None, None)
+        else:
+            self._torch_moved_from = self._torch
+        if not host_is_still:
+            self._moved(failed, (self._before, self._torch))
+        return not failed and self.repeatable
+
+    def _learn_of_torch(self, habits: TorchHabits, failed: bool) -> None:
+        """Remember what the mode has met. If that moved torch's generator in the call before, it is put back."""
+        habits.learn(self.mode)
+        moved_from, self._torch_moved_from = self._torch_moved_from, None
+        if moved_from is not None and self.mode.met and not failed:
+            torch.default_generator.set_state(moved_from)
+            self._torch = None if self._torch is None else moved_from
 
     def _moved(self, failed: bool, caller: tuple[Any, Any]) -> bool:
         """The generators moved while they were watched: was it the model?"""

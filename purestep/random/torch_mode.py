@@ -53,6 +53,9 @@ class KeyedRandom(TorchFunctionMode):
         refusal: text of the error that any random operation raises, in place of a draw.
         handlers: a table of more functions than those that draw; those alone by default.
 
+    Attributes:
+        met: whether it has met a function of its table.
+
     Examples:
         >>> import torch.nn.functional as F
         >>> with KeyedRandom(random.key(0)):
@@ -75,6 +78,7 @@ class KeyedRandom(TorchFunctionMode):
         self.refusal = refusal
         self.handlers = _handlers if handlers is None else handlers
         self.covered = 0
+        self.met = False
 
     def __enter__(self) -> KeyedRandom:
         entered = _entered()
@@ -109,6 +113,7 @@ class KeyedRandom(TorchFunctionMode):
                 handler = refused
             else:
                 return func(*args, **kwargs) if kwargs else func(*args)
+        self.met = True
         if kwargs and kwargs.get("generator") is not None:
             raise RandomnessError(
                 explain(
