@@ -14,7 +14,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.distributed.mesh import Mesh
 from purestep.sharding.leaf_roles import Kind, follow
-from purestep.sharding.spec import OFFLOADED, Layout, Spec, box
+from purestep.sharding.spec import OFFLOADED, REPLICATED, Layout, Spec, box
 from purestep.views import Block, Note, Printed, Table
 
 
