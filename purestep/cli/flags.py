@@ -20,21 +20,19 @@ import jsonargparse
 
 from purestep.cli.usage import UsageError
 from purestep.errors import PurestepError
-from purestep.record.settings import (
+from purestep.record.kinds import (
     NAME,
     REQUIRED,
     Kind,
     Maker,
     Setting,
     SettingError,
-    call_of,
-    decode,
-    encode,
     near,
     not_a_value,
     settings_of,
     wanted,
 )
+from purestep.record.settings import call_of, decode, encode
 
 Pairs = Sequence[tuple[str, str | None]]
 

@@ -17,7 +17,7 @@ from purestep.cli.load import Loaded, load
 from purestep.cli.usage import UsageError, of_explained
 from purestep.errors import PurestepError
 from purestep.record.experiment import Experiment
-from purestep.record.settings import SettingError, kind_of
+from purestep.record.kinds import SettingError, kind_of
 
 _OWN = ("device",)  # options that are passed as a setting if the experiment has one of that name
 

@@ -19,7 +19,8 @@ from purestep.loop.options import RunArguments
 from purestep.loop.origin import plain_settings
 from purestep.loop.result import Result
 from purestep.loop.run import Run
-from purestep.record.settings import arguments_of, free_names, plain_of, settings_of
+from purestep.record.kinds import settings_of
+from purestep.record.settings import arguments_of, free_names, plain_of
 from purestep.step_protocol import StepFn
 from purestep.views import Block, Printed, Table, shortened, written
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from purestep.errors import ConfigError, explain
 from purestep.record.experiment import Experiment
-from purestep.record.settings import REQUIRED, encode, kind_of, settings_of
+from purestep.record.kinds import REQUIRED, kind_of, settings_of
+from purestep.record.settings import encode
 
 
 @dataclasses.dataclass(frozen=True)

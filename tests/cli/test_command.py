@@ -17,7 +17,8 @@ import yaml
 import purestep as ps
 from purestep.cli import doctor
 from purestep.cli.command import COMMANDS, main
-from purestep.record.settings import REQUIRED, SettingError, decode, encode, kind_of, settings_of
+from purestep.record.kinds import REQUIRED, SettingError, kind_of, settings_of
+from purestep.record.settings import decode, encode
 from purestep.step_protocol import Seat
 
 
