@@ -109,7 +109,8 @@ _PLAIN = (bool, int, float, str, list, tuple, dict)
 def makers_of(kind: Any) -> dict[str, Maker]:
     """Return the functions of purestep that return a type, by name: optimizers, schedules, plans."""
     if kind is Plan:
-        return {"ddp": sharding.ddp, "fsdp": sharding.fsdp, "hsdp": sharding.hsdp}
+        names = "ddp fsdp hsdp single zero1 zero2".split()
+        return {name: getattr(sharding, name) for name in names}
     found: dict[str, Maker] = {}
     for name in dir(optim):
         value = None if name.startswith("_") else getattr(optim, name)
@@ -344,9 +345,12 @@ def _encoded_plan(value: Plan, path: str) -> dict[str, Any]:
         ("ddp", {"size": sizes.get("data")}),
         ("fsdp", {"size": sizes.get("fsdp")}),
         ("hsdp", {"fsdp": sizes.get("fsdp"), "data": sizes.get("data")}),
+        ("zero1", {"size": sizes.get("data")}),
+        ("zero2", {"size": sizes.get("data")}),
     ):
-        if None not in arguments.values() and makers_of(Plan)[name](**arguments) == value:
-            return {NAME: name, **{key: size for key, size in arguments.items() if size != -1}}
+        given = arguments if value.offload is None else {**arguments, "offload": value.offload}
+        if None not in arguments.values() and makers_of(Plan)[name](**given) == value:
+            return {NAME: name, **{key: found for key, found in given.items() if found != -1}}
     raise SettingError(path, "is a plan that has no name", "its name as a string, from which the experiment makes it")
 
 
