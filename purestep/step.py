@@ -27,12 +27,12 @@ from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
 from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, counted, split_batch
 from purestep.optim.base import GradientTransformation, check_transformation
-from purestep.parallel import offload
+from purestep.parallel import offload, zero
 from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.cast_params import casting, wrapped
-from purestep.sharding import full_tensors, placement
+from purestep.sharding import placement
 from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState, definition
@@ -138,9 +138,7 @@ class Step(AnyStep):
         view = placement.local(state)
         also_donated(state, view)
         gradients = self._planned(self.plan, state, view, batch)
-        with full_tensors.updating(full_tensors.Whole(self.plan, state.params, state.opt_state)):
-            new, metrics = self.update(view, gradients)
-        return placement.rewrap(new, state), metrics
+        return zero.updated(self.plan, state, view, gradients, self.update)
 
     def gradients(self, state: TrainState, batch: Any) -> Gradients:
         """Compute the mean gradients and the metrics of a batch, without an update; under a plan those of this rank's

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from purestep import _torch
@@ -48,7 +50,7 @@ class Sharded:
         self.small: dict[Node, Partial] = {}
         self.trees: list[TreeSum[Tensor]] = []
         self.waiting: Callable[[], Partial]
-        self.units: Units
+        self.units: Travelling
         self.rest: Flat
 
     def exchange(self, number: int, index: int, *, last: bool) -> ShardedExchange:
@@ -89,6 +91,22 @@ class Sharded:
         return [whole_sum(sum_) for sum_ in begun]
 
 
+class Travelling(Protocol):
+    """The units in which gradients travel: those of a model, or buckets of whole parameters."""
+
+    @property
+    def units(self) -> list[Unit]: ...
+
+    @property
+    def group(self) -> dist.ProcessGroup | None: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 class ShardedExchange:
     """The exchange of one microbatch of a model whose parameters are split.
 
@@ -117,6 +135,8 @@ class ShardedExchange:
         self.weight: Weight = 0
         self._sent: dict[int, tuple[collectives.Pending, int] | dict[Node, Tensor]] = {}
         self._taken: dict[int, Tensor] = {}
+        self.parts: Tensors = {}
+        self.units: Travelling
 
     # --- what a step calls, see `MicrobatchExchange` ---
 
@@ -135,10 +155,10 @@ class ShardedExchange:
         self, tracked: Tensors, buffers: Tensors, around: Context | None
     ) -> tuple[Tensors, Tensors, Context | None]:
         plan = self.shares.plan
-        parts = self._parts(self.params, buffers)
-        self.units = self.sharded.units = self._units_of(self.cast.module, parts)
-        wrap, order = wrapping(plan, self.split), self.sharded.orders.of(self.units)
-        self.session = Session(self.units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
+        self.parts = parts = self._parts(self.params, buffers)
+        self.units = self.sharded.units = units = self._units_of(self.cast.module, parts)
+        wrap, order = wrapping(plan, self.split), self.sharded.orders.of(units)
+        self.session = Session(units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
         inner = synced(self.shares, self.counts, self.factor, around)
         return *_gathered(self.session, params, buffers), functools.partial(both, self.session.around, inner)
@@ -167,9 +187,9 @@ class ShardedExchange:
 
     def gathered(self, view: TrainState) -> TrainState:
         """Return the state with full parameters, for a compiled piece: they stay until it has run."""
-        parts = self._parts(view.params, view.buffers)
-        self.units = self.sharded.units = self._units_of(definition(view).module, parts)
-        self.session = Session(self.units, parts)
+        self.parts = parts = self._parts(view.params, view.buffers)
+        self.units = self.sharded.units = units = self._units_of(definition(view).module, parts)
+        self.session = Session(units, parts)
         known = self.session.wholes()
         return view.replace(
             params={n: known.get(n, t) for n, t in view.params.items()},
@@ -219,9 +239,9 @@ class ShardedExchange:
             self._sent[unit.number] = self._send(self._rows(unit, [None] * len(unit.trained)) if rows is None else rows)
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
-        parts, device = self.session.parts, self.units.device
+        device = self.units.device
         wholes = [
-            torch.zeros(row.shape, dtype=parts[row.name].dtype, device=device) if g is None else g
+            torch.zeros(row.shape, dtype=self.parts[row.name].dtype, device=device) if g is None else g
             for row, g in zip(unit.chosen, grads, strict=True)
         ]
         rows = unit.rows.cut(self.cast.reduced(wholes), unit.chosen)

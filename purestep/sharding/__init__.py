@@ -16,4 +16,6 @@ from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp
 from purestep.sharding.presets import single as single
 from purestep.sharding.presets import tensor_parallel as tensor_parallel
+from purestep.sharding.presets import zero1 as zero1
+from purestep.sharding.presets import zero2 as zero2
 from purestep.sharding.spec import Spec as Spec

@@ -29,6 +29,10 @@ class Costed(Layout, Protocol):
         """Number of ranks that compute different microbatches."""
 
     @property
+    def zero(self) -> int:
+        """The stage of ZeRO."""
+
+    @property
     def reshard_after_forward(self) -> bool:
         """Whether gathered parameters are freed after the forward pass."""
 
@@ -108,7 +112,7 @@ def _at_rest(description: Description, kind: str, *, on_host: bool) -> int:
 
 def _gradient(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
     """Return the bytes of a gradient as it is held for the update."""
-    return _shard(plan, row, dtype)
+    return _bytes([row], dtype) if plan.zero == 1 else _shard(plan, row, dtype)
 
 
 def _shard(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
@@ -117,7 +121,7 @@ def _shard(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
 
 
 def _apart(plan: Costed, row: Row) -> int:
-    """Return over how many ranks a parameter that is whole here is updated."""
+    """Return over how many ranks a parameter that is whole here is updated: 1 unless ZeRO is at stage 1 or 2."""
     return plan.mesh.size(*(a for a in row.updated.axes if a in plan.batch and a not in row.spec.axes))
 
 
@@ -157,11 +161,15 @@ def _gathered(plan: Costed, rows: list[Row], dtype: torch.dtype | None) -> int:
 def _gather_traffic(plan: Costed, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:
     times = 2 if plan.reshard_after_forward else 1
     inside = sum(turns * times * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
-    return inside
+    # Under ZeRO 1 and 2 ranks send each other what they have updated, once a step, in the dtype of the state.
+    return inside + sum((_apart(plan, r) - 1) * _shard(plan, r, None) for r in rows if r.kind == "params")
 
 
 def _reduce_traffic(plan: Costed, row: Row, turns: int, dtype: torch.dtype | None) -> int:
     """Return bytes sent for the gradient of a leaf: reduce-scatters over what splits it, then one all-reduce."""
-    part, split = _bytes([row], dtype), _split(plan, row)
+    if plan.zero == 2:
+        part, split = _shard(plan, row, dtype), _apart(plan, row)
+    else:
+        part, split = _bytes([row], dtype), _split(plan, row)
     rest = plan.replicas // split
     return turns * (split - 1) * part + 2 * (rest - 1) * part // rest

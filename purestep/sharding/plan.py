@@ -26,6 +26,7 @@ from purestep.views import Block, Note, Table, View
 
 T = TypeVar("T")
 Reduction = Literal["tree", "fast"]
+Zero = Literal[1, 2, 3]
 
 
 @checked(ConfigError)
@@ -47,6 +48,8 @@ class Plan(View):
         reshard_after_forward: free gathered parameters after the forward pass and gather them again in the backward.
         reduction: "tree" sums gradients in one fixed order, so that the bits do not depend on the topology; "fast" by
             the collectives of the backend.
+        zero: the stage of ZeRO, which says what the rules split: 1 the optimizer state, 2 the gradients too, 3 the
+            parameters too.
         offload: what lives on the CPU between steps, where the state is on a card: None, the "optimizer" state, or the
             "params" too. Updates then run on the CPU.
 
@@ -72,6 +75,7 @@ class Plan(View):
     reshard_after_forward: bool = True
     reduction: Reduction = "tree"
     sync_batchnorm: bool = False
+    zero: Zero = 3
     offload: Offload | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +133,9 @@ class Plan(View):
             [(0, 2), (1, 3), (4, 6), (5, 7)]
         """
         runs, turns = self.data_axes, self.shard_axes
+        if self.zero == 1:
+            # Gradients stay whole on every rank, so each adds up a run of its own before it sends anything.
+            runs, turns = (*runs, *turns), ()
         outer, inner = self.mesh.size(*runs), self.mesh.size(*turns)
         if count < 1 or count % (outer * inner):
             _refuse_count(self, count)
@@ -144,7 +151,7 @@ class Plan(View):
         Args:
             name: of the parameter.
             shape: of the whole tensor.
-            kind: what of it: "optimizer" is the optimizer state that follows it, which lives in the same place.
+            kind: "optimizer" for the optimizer state that follows it, which lives elsewhere under ZeRO 1 and 2.
 
         Raises:
             ConfigError: no rule matches, or the spec does not fit, under `fallback="error"`; more entries than dims.
@@ -153,6 +160,8 @@ class Plan(View):
         if found is None:
             if self.fallback == "error":
                 _refuse_unmatched(self, name, shape)
+            return REPLICATED
+        if self.zero < 3 and kind != "optimizer":
             return REPLICATED
         sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
         return resolve(found, sizes, shape, fallback=self.fallback, min_size=self.min_size, where=name)
@@ -248,7 +257,7 @@ class Plan(View):
         rules = [(_filter_text(filter), str(spec)) for filter, spec in self.rules]
         if "*" not in [filter for filter, _ in self.rules]:
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
-        names = "fallback min_size units reshard_after_forward reduction sync_batchnorm offload".split()
+        names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload".split()
         settings = [(name, str(getattr(self, name))) for name in names]
         return [
             Table(("axis", "ranks", "splits"), axes),
@@ -258,7 +267,8 @@ class Plan(View):
 
     def _splits(self, axis: str) -> str:
         over = ["microbatches"] if axis in self.batch else []
-        return " and ".join([*over, *(["parameters"] if axis in self._named else [])]) or "nothing"
+        split = {1: "optimizer state", 2: "gradients", 3: "parameters"}[self.zero]
+        return " and ".join([*over, *([split] if axis in self._named else [])]) or "nothing"
 
     def __mul__(self, other: Plan) -> Plan:
         """Return the plan that does both: the axes of both meshes, each tensor split by the specs of both.
@@ -339,10 +349,19 @@ def _check(plan: Plan) -> None:
     for word, value, known in (
         ("fallback", plan.fallback, ("replicate", "error", "pad")),
         ("reduction", plan.reduction, ("tree", "fast")),
+        ("zero", plan.zero, (1, 2, 3)),
         ("offload", plan.offload, (None, "optimizer", "params")),
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
+    if plan.zero < 3 and plan.model_axes:
+        raise ConfigError(
+            explain(
+                "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
+                where=f"zero={plan.zero} on {plan.mesh!r}",
+                instead="fsdp() * tensor_parallel(rules, size=2)",
+            )
+        )
     if plan.sync_batchnorm and plan.reduction == "tree":
         raise ConfigError(
             explain(
@@ -426,6 +445,7 @@ _SETTINGS: dict[str, Any] = {
     "reshard_after_forward": True,
     "reduction": "tree",
     "sync_batchnorm": False,
+    "zero": 3,
     "offload": None,
 }
 

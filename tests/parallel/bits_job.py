@@ -24,7 +24,7 @@ from purestep import optim
 from purestep.optim.kernels import sliced
 from purestep.parallel.fsdp_layout import Rows
 from purestep.parallel.fsdp_units import Session
-from purestep.sharding import Spec, ddp, fsdp, hsdp, placement, tensor_parallel
+from purestep.sharding import Spec, ddp, fsdp, hsdp, placement, tensor_parallel, zero1, zero2
 
 
 class Block(nn.Module):
@@ -190,7 +190,10 @@ def train(
 def plans(size):
     found = {"ddp": ddp(), "fsdp": fsdp(), "keep": fsdp(reshard_after_forward=False)}
     found |= {"root": fsdp(units=()), "pad": fsdp(fallback="pad")}
-    return found | ({"hsdp": hsdp(fsdp=2)} if size == 4 else {})
+    found |= {"zero1": zero1(), "zero2": zero2(), "zero2, pad": zero2(fallback="pad")}
+    if size == 4:
+        found |= {"hsdp": hsdp(fsdp=2), "hsdp, zero1": hsdp(fsdp=2, zero=1), "hsdp, zero2": hsdp(fsdp=2, zero=2)}
+    return found
 
 
 CASES = {
@@ -217,16 +220,20 @@ def bits(size):
     for name, options in CASES.items():
         for label, plan in plans(size).items():
             long = name == "fifty" and label in ("ddp", "fsdp", "hsdp", "keep")
-            on_four = long or name in ALL or label in ("ddp", "fsdp") or (label == "hsdp" and name in SOME)
+            on_four = long or name in ALL or label in ("ddp", "fsdp", "zero1", "zero2")
+            on_four = on_four or (label == "hsdp" and name in SOME)
+            on_four = on_four and not (name == "fifty" and "zero" in label)
             on_fewer = (label == "fsdp" and name in SOME) or (size == 1 and label == "ddp") or (long and size == 2)
             if on_four if size == 4 else on_fewer:
                 yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
     yield "fast|ddp", lambda: train(ddp(reduction="fast"))
     yield "fast|fsdp", lambda: train(fsdp(reduction="fast"))
     if size == 2:
-        yield "tied|jit", lambda: train(fsdp(), **CASES["tied"], backend="eager")
+        for label, plan in (("fsdp", fsdp()), ("zero1", zero1()), ("zero2", zero2())):
+            yield f"tied|jit, {label}", lambda plan=plan: train(plan, **CASES["tied"], backend="eager")
+            yield f"skipped|{label}, two", lambda plan=plan: train(plan, **CASES["skipped"])
         for name in ("plain", "tied", "skipped"):
-            for label, plan in (("ddp", ddp()), ("fsdp", fsdp())):
+            for label, plan in (("ddp", ddp()), ("fsdp", fsdp()), ("zero1", zero1()), ("zero2", zero2())):
                 options = CASES[name] | {"donate": True}
                 yield f"{name}|{label}, donated", lambda plan=plan, options=options: train(plan, **options)
 
