@@ -32,6 +32,10 @@ class Costed(Layout, Protocol):
     def reshard_after_forward(self) -> bool:
         """Whether gathered parameters are freed after the forward pass."""
 
+    @property
+    def sent_dtype(self) -> torch.dtype | None:
+        """The dtype in which ranks exchange gradients."""
+
     def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
         """Return the numbers of the microbatches that a rank computes."""
 
@@ -88,7 +92,8 @@ def dry_run(
     memory["grads"] = _bytes([r for r in own if r.kind == "params"], reduce_dtype)
     memory["gathered"] = _gathered(plan, own, compute_dtype)
     sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
-    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, reduce_dtype) for row in own if row.kind == "params")
+    wire = plan.sent_dtype or reduce_dtype
+    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in own if row.kind == "params")
     return DryRun(description, {k: n for k, n in memory.items() if n}, sent)
 
 
