@@ -80,6 +80,7 @@ _STEP = {
     "microbatches": "ps.make_step(..., microbatches={})",
     "compiled": "the step compiled as it was: {}",
     "reduction": "a plan with reduction={!r}, or no plan for None",
+    "compress": "a plan with compress={!r}",
     "tensor_parallel": "tensor_parallel(rules, size={})",
     "device": "the device it was saved on: {}",
 }
@@ -98,6 +99,7 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         "compiled": facts.backend,
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
+        "compress": None if plan is None else plan.compress,
         "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
         "device": device,
     }

@@ -19,6 +19,7 @@ from purestep.metrics import Metric
 from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight
 from purestep.parallel import tensor_parallel
 from purestep.parallel.assignment import Shares
+from purestep.parallel.compressed import scatter_sum, sum_into
 from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.fsdp_units import Session, Unit, Units
 from purestep.parallel.small_exchange import exchange_small
@@ -45,7 +46,7 @@ class Sharded:
 
     def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor], orders: Orders) -> None:
         self.shares, self.sums, self.split, self.orders = shares, sums, split, orders
-        self.fast = shares.plan.reduction == "fast"
+        self.fast, self.sent = shares.plan.reduction == "fast", shares.plan.sent_dtype
         self.whole = [name for name in sums.state.params if name not in split]
         self.small: dict[Node, Partial] = {}
         self.trees: list[TreeSum[Tensor]] = []
@@ -84,7 +85,10 @@ class Sharded:
         """Return the sums over the ranks that hold the same parts."""
         shares = self.shares
         if self.fast:
-            return [p.wait() for p in [collectives.sum_into(t.result(), shares.copies) for t in self.trees]]
+            units = sum(bool(unit.trained) for unit in self.units.units)
+            dtypes = [self.sent if k < units else None for k in range(len(self.trees))]
+            begun_fast = [sum_into(t.result(), shares.copies, d) for t, d in zip(self.trees, dtypes, strict=True)]
+            return [pending.wait() for pending in begun_fast]
         begun = [Summing(t.nodes, shares.groups, shares.copies, next(iter(t.nodes.values()))) for t in self.trees]
         for sum_ in begun:
             sum_.advance()
@@ -202,7 +206,8 @@ class ShardedExchange:
         self._begin(part.weight, buffers, part.metrics)
         for unit in self.units.units:
             if unit.trained:
-                self._sent[unit.number] = self._send(self._rows(unit, [part.grads[n] for n in unit.trained]))
+                rows = self._rows(unit, [part.grads[n] for n in unit.trained])
+                self._sent[unit.number] = self._send(rows, self.sharded.sent)
         self._finish({n: part.grads[n] for n in self.sharded.whole})
         self.session.close()
         return part
@@ -236,7 +241,8 @@ class ShardedExchange:
             for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
                 self._sent[before] = self._arrived(*self._sent[before])
             rows = self._taken.pop(unit.number, None)
-            self._sent[unit.number] = self._send(self._rows(unit, [None] * len(unit.trained)) if rows is None else rows)
+            rows = self._rows(unit, [None] * len(unit.trained)) if rows is None else rows
+            self._sent[unit.number] = self._send(rows, self.sharded.sent)
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
         device = self.units.device
@@ -247,10 +253,10 @@ class ShardedExchange:
         rows = unit.rows.cut(self.cast.reduced(wholes), unit.chosen)
         return self.sums.weighed([rows], self.weight, self.index if self.counts else 0)[0]
 
-    def _send(self, rows: Tensor) -> tuple[collectives.Pending, int]:
+    def _send(self, rows: Tensor, dtype: torch.dtype | None = None) -> tuple[collectives.Pending, int]:
         group = self.units.group
         if self.sharded.fast:
-            return collectives.scatter_sum(rows if self.counts else torch.zeros_like(rows), group), rows.shape[1]
+            return scatter_sum(rows if self.counts else torch.zeros_like(rows), group, dtype), rows.shape[1]
         held = rows.unsqueeze(1) if self.counts else rows.unsqueeze(1)[:, :0]
         return send(held, self.owners, group), rows.shape[1]
 

@@ -36,6 +36,10 @@ class Costed(Layout, Protocol):
     def reshard_after_forward(self) -> bool:
         """Whether gathered parameters are freed after the forward pass."""
 
+    @property
+    def sent_dtype(self) -> torch.dtype | None:
+        """The dtype in which ranks exchange gradients."""
+
     def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
         """Return the numbers of the microbatches that a rank computes."""
 
@@ -98,7 +102,8 @@ def dry_run(
     memory["grads"] = sum(_gradient(plan, row, reduce_dtype) for row in trained)
     memory["gathered"] = _gathered(plan, own, compute_dtype)
     sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
-    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, reduce_dtype) for row in trained)
+    wire = plan.sent_dtype or reduce_dtype
+    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in trained)
     host = {kind: _at_rest(description, kind, on_host=True) for kind in kinds}
     if plan.offload is not None:
         host["grads"] = sum(_shard(plan, row, None) for row in trained)

@@ -27,6 +27,7 @@ from purestep.views import Block, Note, Table, View
 T = TypeVar("T")
 Reduction = Literal["tree", "fast"]
 Zero = Literal[1, 2, 3]
+Compress = Literal["bf16", "fp16"]
 
 
 @checked(ConfigError)
@@ -52,6 +53,8 @@ class Plan(View):
             parameters too.
         offload: what lives on the CPU between steps, where the state is on a card: None, the "optimizer" state, or the
             "params" too. Updates then run on the CPU.
+        compress: with `reduction="fast"`, the dtype in which ranks exchange gradients: "bf16" or "fp16"; by default
+            their own. What the model adds to buffers, and parameters that `fsdp` leaves whole, are sent as they are.
 
     Raises:
         ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
@@ -77,6 +80,7 @@ class Plan(View):
     sync_batchnorm: bool = False
     zero: Zero = 3
     offload: Offload | None = None
+    compress: Compress | None = None
 
     def __post_init__(self) -> None:
         rules = tuple((_frozen(rule[0]), rule[1]) if _is_rule(rule) else rule for rule in self.rules)
@@ -110,6 +114,17 @@ class Plan(View):
     def replicas(self) -> int:
         """Number of ranks that compute different microbatches (W)."""
         return self.mesh.size(*self.data_axes, *self.shard_axes)
+
+    @property
+    def sent_dtype(self) -> torch.dtype | None:
+        """The dtype in which ranks exchange gradients; None for that in which they are summed.
+
+        Examples:
+            >>> from purestep.sharding import ddp
+            >>> ddp(reduction="fast", compress="bf16").sent_dtype
+            torch.bfloat16
+        """
+        return None if self.compress is None else {"bf16": torch.bfloat16, "fp16": torch.float16}[self.compress]
 
     @property
     def index(self) -> int:
@@ -257,7 +272,7 @@ class Plan(View):
         rules = [(_filter_text(filter), str(spec)) for filter, spec in self.rules]
         if "*" not in [filter for filter, _ in self.rules]:
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
-        names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload".split()
+        names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload compress".split()
         settings = [(name, str(getattr(self, name))) for name in names]
         return [
             Table(("axis", "ranks", "splits"), axes),
@@ -351,6 +366,7 @@ def _check(plan: Plan) -> None:
         ("reduction", plan.reduction, ("tree", "fast")),
         ("zero", plan.zero, (1, 2, 3)),
         ("offload", plan.offload, (None, "optimizer", "params")),
+        ("compress", plan.compress, (None, "bf16", "fp16")),
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
@@ -360,6 +376,17 @@ def _check(plan: Plan) -> None:
                 "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
                 where=f"zero={plan.zero} on {plan.mesh!r}",
                 instead="fsdp() * tensor_parallel(rules, size=2)",
+            )
+        )
+    if plan.compress is not None and plan.reduction == "tree":
+        raise ConfigError(
+            explain(
+                "gradients that are sent in another dtype have other bits on another number of ranks",
+                where=f'compress={plan.compress!r}, reduction="tree"',
+                why="what a rank adds up itself is not rounded",
+                instead=f'ddp(compress={plan.compress!r}, reduction="fast")\n'
+                'or ps.make_step(..., policy=ps.precision.policy("bf16-mixed", reduce="bf16")): '
+                "every gradient is rounded, the same bits everywhere",
             )
         )
     if plan.sync_batchnorm and plan.reduction == "tree":
@@ -447,6 +474,7 @@ _SETTINGS: dict[str, Any] = {
     "sync_batchnorm": False,
     "zero": 3,
     "offload": None,
+    "compress": None,
 }
 
 

@@ -5,6 +5,7 @@ single rows of them, separated by semicolons.
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import random
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import purestep as ps
 from purestep import optim
+from purestep.distributed import collectives
 from purestep.optim.kernels import sliced
 from purestep.parallel.fsdp_layout import Rows
 from purestep.parallel.fsdp_units import Session
@@ -402,6 +404,41 @@ def synced(size):
             yield f"synced|{label}|{kind}", run
 
 
+def compressed(size):
+    """What a step of SGD changes, by plan and dtype that is sent, as full tensors; and the dtypes that were sent."""
+    for label, make in (("ddp", ddp), ("fsdp", fsdp), *([("hsdp", functools.partial(hsdp, fsdp=2))] * (size == 4))):
+        for dtype in (None, "bf16", "fp16"):
+            yield f"compressed|{label}|{dtype}", lambda make=make, dtype=dtype: one_step(make, dtype)
+
+
+def one_step(make, dtype):
+    plan, sent = make(reduction="fast", compress=dtype), []
+    originals = {name: getattr(collectives, name) for name in ("sum_into", "scatter_sum")}
+
+    def noting(original):
+        def call(values, group):
+            if group is not None:
+                sent.append((str(values.dtype), values.numel()))
+            return original(values, group)
+
+        return call
+
+    tx = optim.sgd(1.0)
+    before = ps.init(Net, tx, seed=3, plan=plan)
+    batch = {"x": torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), "y": torch.arange(8) % 5}
+    try:
+        for name, original in originals.items():
+            setattr(collectives, name, noting(original))
+        after, _ = ps.make_step(loss_fn, tx, microbatches=4, plan=plan)(before, batch)
+    finally:
+        for name, original in originals.items():
+            setattr(collectives, name, original)
+    whole = [plan.gather(state).params for state in (before, after)]
+    moved = {name: (whole[0][name] - whole[1][name]).flatten().tolist() for name in whole[0]}
+    buffers = {name: x.tolist() for name, x in plan.gather(after).buffers.items()}
+    return {"moved": moved, "buffers": buffers, "sent": sent}
+
+
 def evaluated(size):
     for label, plan in plans(size).items():
 
@@ -421,6 +458,7 @@ def checks(size, number):
     yield from evaluated(size)
     yield from tensor(size)
     yield from synced(size)
+    yield from compressed(size)
     if size == 2:
         yield "live", live
         yield "refusals", refusals

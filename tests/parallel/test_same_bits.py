@@ -13,20 +13,20 @@ twelve evaluated""".split()
 QUICK = "plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipped|fsdp;plain|zero1;plain|zero2".split(
     ";"
 )
+SENT = [f"compressed|ddp|{dtype}" for dtype in ("None", "bf16", "fp16")]
 
 
 @pytest.fixture(scope="session")
 def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
-    return _asked(
-        zygote, once, "bits", "4,2,1", [*QUICK, "fast", "live", "refusals", "tensor|none", "tensor|fsdp x tensor"]
-    )
+    wanted = [*QUICK, *SENT, "fast", "live", "refusals", "tensor|none", "tensor|fsdp x tensor"]
+    return _asked(zygote, once, "bits", "4,2,1", wanted)
 
 
 @pytest.fixture(scope="session")
 def more_answers(zygote, once):
     """The same of all cases."""
-    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "tensor"])
+    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "compressed", "tensor"])
 
 
 def _asked(zygote, once, name, sizes, cases):
@@ -76,6 +76,34 @@ def test_sums_of_the_backend_have_other_bits(answers):
     assert one["fast|fsdp"] != four["fast|fsdp"]
     assert len(one["fast|ddp"]) == len(four["fast|fsdp"]) == 72
     assert len({answers[4, rank]["fast|fsdp"] for rank in range(4)}) == 1
+
+
+def check_compressed(answers, places):
+    for (size, rank), label in places:
+        plain = answers[size, rank][f"compressed|{label}|None"]
+        for dtype, name, error in (("bf16", "torch.bfloat16", 2**-7), ("fp16", "torch.float16", 2**-10)):
+            found = answers[size, rank][f"compressed|{label}|{dtype}"]
+            assert found["buffers"] == plain["buffers"]
+            assert found["moved"] != plain["moved"]
+            for key, values in plain["moved"].items():
+                near = pytest.approx(values, rel=2 * error, abs=error * max(map(abs, values)) + 1e-6)
+                assert found["moved"][key] == near, (label, dtype, key)
+            narrow = sum(count for kind, count in found["sent"] if kind == name)
+            assert narrow > 0.8 * sum(count for _, count in found["sent"])
+            assert sum(count for _, count in found["sent"]) == sum(count for _, count in plain["sent"])
+            assert answers[size, 0][f"compressed|{label}|{dtype}"] == found
+
+
+def test_gradients_are_sent_in_another_dtype(answers):
+    check_compressed(answers, [((size, rank), "ddp") for size in (2, 4) for rank in range(size)])
+    assert answers[1, 0]["compressed|ddp|bf16"] == answers[1, 0]["compressed|ddp|None"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["ddp", "fsdp", "hsdp"])
+def test_gradients_are_sent_in_another_dtype_under_every_plan(more_answers, label):
+    sizes = (4,) if label == "hsdp" else (2, 4)
+    check_compressed(more_answers, [((size, rank), label) for size in sizes for rank in range(size)])
 
 
 def test_blocks_are_whole_only_while_they_are_needed(answers):

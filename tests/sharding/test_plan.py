@@ -184,6 +184,8 @@ def test_rules_of_a_product_are_the_first_of_each(left, right, name):
         (lambda: Plan(mesh({"a": 1}), [("*", "fsdp")]), ["a rule is a pair of a filter and a Spec"]),
         (lambda: fsdp(fallback="no"), ["fallback is one of 'replicate', 'error', 'pad'", "fallback='no'"]),
         (lambda: fsdp(reduction="sum"), ["reduction is one of 'tree', 'fast'"]),
+        (lambda: fsdp(compress="bf16"), ["have other bits on another number of ranks", "reduction=\"fast\""]),
+        (lambda: fsdp(reduction="fast", compress="fp8"), ["compress is one of None, 'bf16', 'fp16'"]),
         (lambda: fsdp(sync_batchnorm=True), ["batch norm over ranks has other bits on another number", "reduction="]),
     ],
 )
@@ -195,6 +197,8 @@ def test_what_does_not_fit_together_is_refused(make, parts):
 
 
 def test_settings_of_a_product_come_from_the_factor_that_was_told():
+    halved = ddp(2, reduction="fast", compress="bf16") * tensor_parallel({}, 2)
+    assert halved.sent_dtype == torch.bfloat16
     plan = fsdp(min_size=8, reshard_after_forward=False) * tensor_parallel({}, 2, reduction="fast", units="blocks.*")
     assert (plan.min_size, plan.reshard_after_forward, plan.reduction, plan.units) == (8, False, "fast", ("blocks.*",))
 
