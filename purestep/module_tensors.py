@@ -23,6 +23,10 @@ from purestep.random.host_draws import Habits
 Places = dict[str, list[tuple[dict[str, Tensor], str]]]
 
 
+class InParts(Tensor):
+    """A tensor of which several ranks have parts while a model computes with it; `parallel.split_tensor` makes them."""
+
+
 class Slots:
     """Where the named parameters and buffers of a module live: found once, checked at every use.
 

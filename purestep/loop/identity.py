@@ -80,7 +80,8 @@ _STEP = {
     "microbatches": "ps.make_step(..., microbatches={})",
     "compiled": "the step compiled as it was: {}",
     "reduction": "a plan with reduction={!r}, or no plan for None",
-    "tensor_parallel": "tensor_parallel(rules, size={})",
+    "tensor_parallel": "tensor_parallel(rules, size, tensor_parts={})",
+    "sequence_parallel": "tensor_parallel(rules, size, sequence_parallel={})",
     "device": "the device it was saved on: {}",
 }
 
@@ -96,7 +97,8 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         "compiled": facts.backend,
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
-        "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
+        "tensor_parallel": 1 if plan is None else plan.parts if plan.tensor_axis else 1,
+        "sequence_parallel": plan is not None and plan.sequence_parallel,
         "device": device,
     }
 
