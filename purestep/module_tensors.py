@@ -24,6 +24,10 @@ from purestep.random.torch_watch import TorchHabits
 Places = dict[str, list[tuple[dict[str, Tensor], str]]]
 
 
+class InParts(Tensor):
+    """A tensor of which several ranks have parts while a model computes with it; `parallel.split_tensor` makes them."""
+
+
 class Slots:
     """Where the named parameters and buffers of a module live: found once, checked at every use.
 

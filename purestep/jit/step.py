@@ -71,15 +71,6 @@ class JitStep(AnyStep):
 
         step = self.step
         microbatches_module.check(plan, step)
-        if plan.mesh.size(*plan.model_axes) > 1:
-            raise ConfigError(
-                explain(
-                    "a step whose ranks compute together cannot be compiled",
-                    where=repr(plan.mesh),
-                    why="DTensors of tensor parallelism do not go into a graph",
-                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
-                )
-            )
         if plan.sync_batchnorm:
             raise ConfigError(
                 explain(

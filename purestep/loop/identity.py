@@ -81,7 +81,8 @@ _STEP = {
     "compiled": "the step compiled as it was: {}",
     "reduction": "a plan with reduction={!r}, or no plan for None",
     "compress": "a plan with compress={!r}",
-    "tensor_parallel": "tensor_parallel(rules, size={})",
+    "tensor_parallel": "tensor_parallel(rules, size, tensor_parts={})",
+    "sequence_parallel": "tensor_parallel(rules, size, sequence_parallel={})",
     "device": "the device it was saved on: {}",
 }
 
@@ -100,7 +101,8 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "compress": None if plan is None else plan.compress,
-        "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
+        "tensor_parallel": 1 if plan is None else plan.parts if plan.tensor_axis else 1,
+        "sequence_parallel": plan is not None and plan.sequence_parallel,
         "device": device,
     }
 

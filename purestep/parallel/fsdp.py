@@ -161,7 +161,7 @@ class ShardedExchange:
         plan = self.shares.plan
         self.parts = parts = self._parts(self.params, buffers)
         self.units = self.sharded.units = units = self._units_of(self.cast.module, parts)
-        wrap, order = wrapping(plan, self.split), self.sharded.orders.of(units)
+        wrap, order = wrapping(plan, self.cast.module), self.sharded.orders.of(units)
         self.session = Session(units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
         inner = synced(self.shares, self.counts, self.factor, around)
@@ -169,8 +169,7 @@ class ShardedExchange:
 
     def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state holds them: of frozen parameters the shards."""
-        plain = {n: t.to_local() if placement.is_split(t) else t for n, t in new.items()}
-        return {n: old[n] if n in self.split else t for n, t in plain.items()}
+        return {n: old[n] if n in self.split else t for n, t in new.items()}
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.session.end_forward()
@@ -285,16 +284,16 @@ def evaluated(
         return params, buffers, cast.around
     parts = {n: (params if n in params else buffers)[n] for n in split}
     units = units_of(plan, cast.module, split, parts, params, at_rest.step.device)
-    session = Session(units, parts, wrap=wrapping(plan, split), order=orders.of(units))
+    session = Session(units, parts, wrap=wrapping(plan, cast.module), order=orders.of(units))
     around = functools.partial(both, functools.partial(_alone, session), cast.around)
     return *_gathered(session, params, buffers), around
 
 
 def _gathered(session: Session, params: Tensors, buffers: Tensors) -> tuple[Tensors, Tensors]:
-    known, wrap = session.tensors(), session.wrap or (lambda name, value: value)
+    known = session.tensors()
 
     def full(group: Tensors) -> Tensors:
-        return {n: known[n] if n in known else wrap(n, t) for n, t in group.items()}
+        return {n: known.get(n, t) for n, t in group.items()}
 
     return full(params), full(buffers)
 
@@ -309,9 +308,9 @@ def _alone(session: Session) -> Iterator[None]:
     session.close()
 
 
-def wrapping(plan: Plan, split: Mapping[str, Tensor]) -> tensor_parallel.Wrapped | None:
-    """Return what makes DTensors of whole parameters, where several ranks compute together."""
-    return tensor_parallel.Wrapped(plan, split) if tensor_parallel.is_tensor_parallel(plan) else None
+def wrapping(plan: Plan, module: nn.Module) -> tensor_parallel.Splitter | None:
+    """Return what makes of a gathered parameter what the model computes with, where several ranks compute together."""
+    return tensor_parallel.splitter(plan, module) if plan.tensor_axis else None
 
 
 def split_leaves(at_rest: TrainState) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from purestep.distributed.control import rank as rank
 from purestep.distributed.control import size as size
 from purestep.distributed.mesh import Mesh as Mesh
 from purestep.distributed.mesh import mesh as mesh
+from purestep.sharding.families import tensor_rules as tensor_rules
 from purestep.sharding.local_batches import LocalBatch as LocalBatch
 from purestep.sharding.local_batches import local_batch as local_batch
 from purestep.sharding.plan import Plan as Plan

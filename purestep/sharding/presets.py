@@ -8,6 +8,7 @@ from typing import Any
 from purestep.arguments import Name, Whole, checked
 from purestep.distributed.mesh import mesh
 from purestep.errors import ConfigError
+from purestep.sharding.families import tensor_rules
 from purestep.sharding.plan import Plan, Zero
 from purestep.sharding.spec import Offload, Rules, Spec
 from purestep.tree import Filter
@@ -142,21 +143,28 @@ def hsdp(*, fsdp: int, data: int = -1, min_size: Whole = 0, offload: Offload | N
 
 
 @checked(ConfigError)
-def tensor_parallel(rules: Rules | Mapping[Any, Spec], size: int, *, axis: Name = "tensor", **settings: Any) -> Plan:
+def tensor_parallel(
+    rules: str | Rules | Mapping[Any, Spec], size: int, *, axis: Name = "tensor", **settings: Any
+) -> Plan:
     """Tensor parallelism: matrices are split over `size` ranks, which compute every microbatch together.
 
     Args:
-        rules: `(filter, Spec)` pairs, or a dict of them, over the axis: `Spec("tensor")` for the weight of a layer
-            whose outputs are split, `Spec(None, "tensor")` for one whose inputs are. What no rule matches is whole.
+        rules: the name of a family of models, see `tensor_rules`; or `(filter, Spec)` pairs, or a dict of them, over
+            the axis: `Spec("tensor")` for the weight of a layer whose outputs are split, `Spec(None, "tensor")` for one
+            whose inputs are. What no rule matches is whole; under the rules of a family a matrix has to match.
         size: ranks.
-        axis: name of the mesh axis.
-        **settings: of `Plan`.
+        axis: name of the mesh axis; rules of families are for "tensor".
+        **settings: of `Plan`: `tensor_parts`, which fixes the bits on any number of ranks, `sequence_parallel`, ...
 
     Examples:
+        >>> tensor_parallel("llama", 2, tensor_parts=4).tensor_cut("model.layers.0.self_attn.q_proj.weight", (64, 64))
+        (0, (64,))
         >>> plan = ddp() * tensor_parallel({"*.up.weight": Spec("tensor"), "*.down.weight": Spec(None, "tensor")}, 2)
         >>> plan.mesh
         mesh({'data': -1, 'tensor': 2})
     """
+    if isinstance(rules, str):
+        rules = tensor_rules(rules)
     pairs: Any = rules.items() if isinstance(rules, Mapping) else rules
     found: tuple[tuple[Filter, Spec], ...] = tuple(pairs)
     return Plan(mesh({axis: size}), found, **({"fallback": "replicate"} | settings))

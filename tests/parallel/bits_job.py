@@ -345,19 +345,27 @@ class Attention(nn.Module):
 
 
 def tensor(size):
-    rows = ("q.*", "k.*", "v.*", "up.*")
+    """In two parts, whoever computes them: the bits are the same on every number of ranks and in every product."""
+    rows = ("q.*", "k.*", "v.*", "up.*", "embed.*", "head.*")
     rules = {rows: Spec("tensor"), ("out.weight", "down.weight"): Spec(None, "tensor")}
-    found = {"none": ddp()} if size == 1 else {"tensor": ddp() * tensor_parallel(rules, 2)}
-    if size == 4:
-        found["fsdp x tensor"] = fsdp() * tensor_parallel(rules, 2)
+
+    def parts(ranks):
+        return tensor_parallel(rules, ranks, tensor_parts=2)
+
+    found = {"none": None} if size == 1 else {"tensor": ddp() * parts(2)}
+    found |= {"ddp": ddp() * parts(1)} if size < 4 else {"fsdp": fsdp() * parts(2)}
     for label, plan in found.items():
 
         def run(plan=plan):
-            state, metrics = train(plan, model=Attention, samples=8, keep=True, loss=lambda n, b: loss_fn(n, b)[0])
-            state = plan.gather(state)
-            evaluate = ps.make_eval(loss_fn, plan=plan)(plan.place(state), next(batches(Attention, 8, 1)))
-            numbers = [float(metrics["loss"]), float(evaluate["loss"]), float(optim.global_norm(state.params))]
-            return [*numbers, *state.params["q.weight"].flatten().tolist()[:16]]
+            tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
+            state = ps.init(Attention, tx, seed=7, plan=plan)
+            step = ps.make_step(loss_fn, tx, microbatches=4, plan=plan)
+            for batch in batches(Attention, 8, 3):
+                state, metrics = step(state, batch)
+            evaluate = ps.make_eval(loss_fn, plan=plan)(state, next(batches(Attention, 8, 1)))
+            numbers = [float(m.compute()) for m in (metrics["loss"], evaluate["loss"], evaluate["largest"])]
+            whole = state if plan is None else plan.gather(state)
+            return [ps.digest([state, metrics]), *numbers, *whole.params["q.weight"].flatten().tolist()[:16]]
 
         yield f"tensor|{label}", run
 
