@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from purestep.tree import digest as digest
     from purestep.tree import pytree as pytree
     from purestep.tree import static as static
+    from purestep.weights import Weights as Weights
 
 __version__ = "0.1.0"
 
