@@ -420,6 +420,7 @@ accept(
 )
 accept("Remote.storage_options", ["{}"], "no options")
 accept("load_weights.rename", ["{}"], "nothing is renamed")
+accept("Weights.rename", ["{}", "function", "class"], "nothing is renamed; a function is called when names are matched")
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("Experiment.state Experiment.data", EVERYTHING, "what `fit` is given: it checks them, with the step")
 accept("Experiment.step", ["function"], "a function")
