@@ -6,7 +6,7 @@ are sliced. Only donated memory is overwritten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,13 @@ _NOTHING: Any = object()
 
 def is_long(x: Tensor) -> bool:
     """Tell whether a tensor is updated slice by slice."""
-    return type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
+    size = x.numel()
+    return size > _ON_CPU and size > _limit(x) and type(x) in _ORDINARY and x.dim() > 0 and x.shape[0] > 1
+
+
+def any_long(xs: Collection[Tensor]) -> bool:
+    """Tell whether a tensor is among some that is updated slice by slice."""
+    return max(map(Tensor.numel, xs), default=0) > _ON_CPU and any(map(is_long, xs))
 
 
 def is_owned(x: Any) -> bool:
@@ -71,7 +77,7 @@ def advance(
             and an error during the update leaves them partly overwritten.
         **extra: keyword arguments of `tx.update`.
     """
-    if type(params) is dict and any(map(is_long, params.values())):
+    if type(params) is dict and any_long(params.values()):
         if scope_of(tx) == "element":
             done = None
             if reuse or not tx.only_fused():
