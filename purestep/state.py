@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import random as python_random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -145,9 +146,17 @@ class TrainState(Printed):
         return notebook.show(self, root="state").view()
 
 
+def _shapes(tensors: dict[str, Any]) -> list[torch.Size | None]:
+    if not set(map(type, tensors.values())) <= {Tensor}:
+        return [x.shape if isinstance(x, Tensor) else None for x in tensors.values()]
+    return list(map(_shape_of, tensors.values()))
+
+
+_shape_of = operator.attrgetter("shape")
+
+
 def _check_same(what: str, given: Any, field: str, own: Mapping[str, Tensor]) -> None:
-    flat = type(given) is dict and type(own) is dict and given.keys() == own.keys()
-    if flat and all(isinstance(x, Tensor) and x.shape == own[name].shape for name, x in given.items()):
+    if type(given) is dict and type(own) is dict and list(given) == list(own) and _shapes(given) == _shapes(own):
         return
     left, right = tree.names(given), tree.names(own)
     odd = sorted(set(left) ^ set(right))

@@ -385,7 +385,8 @@ def read_loss(
     if isinstance(loss, Weighted):
         weight = loss.weight
         loss = loss.loss
-    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or not isinstance(extra, Mapping):
+    is_dict = type(extra) is dict or isinstance(extra, Mapping)
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or not is_dict:
         raise StepError(_loss_message(loss_fn, out))
     if "loss" in extra:
         raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
