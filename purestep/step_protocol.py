@@ -43,6 +43,7 @@ class StepFacts:
         plan: the plan of the ranks that call it together.
         donate: whether it consumes the state that it is called with.
         backend: what compiled it, None where nothing did.
+        warmup: steps of a state that it runs uncompiled, before the first compiled one.
         evaluates: whether it returns metrics only, as a step of `make_eval` does.
         gradients: `gradients(state, batch)` returns those of a batch without an update; collective under a plan.
     """
@@ -54,6 +55,7 @@ class StepFacts:
     plan: Plan | None = None
     donate: bool = False
     backend: str | None = None
+    warmup: int = 0
     evaluates: bool = False
     gradients: Callable[[TrainState, Any], Gradients] | None = None
 

@@ -93,7 +93,7 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
     policy, plan = facts.policy, facts.plan
     return {
         "microbatches": None if facts.microbatches == "auto" else facts.microbatches,
-        "compiled": facts.backend,
+        "compiled": f"{facts.backend} from step {facts.warmup}" if facts.warmup else facts.backend,
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
