@@ -97,7 +97,7 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
     return {
         **seat,
         "microbatches": None if facts.microbatches == "auto" else facts.microbatches,
-        "compiled": facts.backend,
+        "compiled": f"{facts.backend} from step {facts.warmup}" if facts.warmup else facts.backend,
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "compress": None if plan is None else plan.compress,
