@@ -18,7 +18,7 @@ ROOMS = (
     "_torch _cpus _lazy _cells closures errors views arguments _torch_cpu portable_kernels portable bits "
     "transforms tree devices treesum recompute distributed random donation module_tensors metrics loggers display "
     "sharding functional optim precision data snapshot remote weights state trainable batchnorm grad microbatch "
-    "step_protocol parallel step ensembles workers jit preflight loop callbacks inference interop trainer record"
+    "step_protocol parallel step ensembles workers jit preflight loop callbacks inference interop trainer record "
     "launch tune testing cli __main__"
 ).split()
 
