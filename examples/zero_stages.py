@@ -33,11 +33,12 @@ def hsdp() -> ps.sharding.Plan:
     return ps.sharding.hsdp(fsdp=min(2, ps.sharding.size()))
 
 
-# 0: all replicated. 2: sharded between steps, parameters gathered once a step. 3: gathered layer by layer, twice.
+# 0: all replicated. 1: optimizer state split. 2: gradients too. 3: parameters too, gathered layer by layer.
 # hybrid: stage 3 inside of a machine, replicated over machines.
 STAGES: dict[str, Callable[[], ps.sharding.Plan]] = {
     "0": ps.sharding.ddp,
-    "2": lambda: ps.sharding.fsdp(reshard_after_forward=False),
+    "1": ps.sharding.zero1,
+    "2": ps.sharding.zero2,
     "3": ps.sharding.fsdp,
     "hybrid": hsdp,
 }
@@ -58,7 +59,7 @@ class Settings:
         megabytes: of source code to read.
     """
 
-    stage: Literal["0", "2", "3", "hybrid"] = "3"
+    stage: Literal["0", "1", "2", "3", "hybrid"] = "3"
     width: int = 64
     layers: int = 2
     heads: int = 4
@@ -90,7 +91,7 @@ def costs(width: int, layers: int, ranks: int) -> None:
     kinds = ("params", "optimizer", "grads", "gathered")
     print("stage   " + "".join(f"{kind:>11}" for kind in (*kinds, "all", "sent")))
     for stage, make in STAGES.items():
-        sizes = {"data": ranks // 8, "fsdp": 8} if stage == "hybrid" else {"data" if stage == "0" else "fsdp": ranks}
+        sizes = {"data": ranks // 8, "fsdp": 8} if stage == "hybrid" else {"fsdp" if stage == "3" else "data": ranks}
         run = make().dry_run(state, sizes, compute_dtype=torch.bfloat16)
         row = [run.memory.get(kind, 0) for kind in kinds] + [run.nbytes, sum(run.sent.values())]
         print(f"{stage:<8}" + "".join(f"{nbytes / 1e9:>11.2f}" for nbytes in row))

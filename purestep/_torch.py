@@ -11,6 +11,7 @@ a later torch has it no more:
     function_modes          how many function modes are active. Without it: every call is under `KeyedRandom`.
     innermost_mode          the function mode of a class that torch has on its stack, also in the threads in which the
                             autograd engine runs a backward pass. Without it: a dict of modes by module.
+    set_grad_enabled        sets whether autograd records. Public: `torch.set_grad_enabled`, an object for each call.
     no_torch_function       a context in which no function mode and no `__torch_function__` looks. The documented
                             `DisableTorchFunctionSubclass` leaves modes on.
     no_torch_dispatch       the same for dispatch modes. Without it: leave the modes of the tape and enter them again.
@@ -83,6 +84,7 @@ Hooks = OrderedDict[Any, Callable[..., Any]]
 
 transform_level: Callable[[], int | None] = torch._C._functorch.maybe_current_level
 _all_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 no_torch_function = torch._C.DisableTorchFunction
 no_torch_dispatch = torch._C._DisableTorchDispatch
 autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled

@@ -27,6 +27,7 @@ Argnums = int | tuple[int, ...]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 # What torch.autograd.grad comes to for one number: the rest of it takes as long as the backward pass of a small model.
+_TENSORS = {Tensor}
 _engine = _torch.run_backward
 _autograd_grad = undispatched(torch.autograd.grad)
 
@@ -91,7 +92,8 @@ def loss_gradients(
     if (
         _by_func(engine)
         or type(params) is not dict
-        or not all(type(x) is Tensor and x.is_floating_point() for x in params.values())
+        or set(map(type, params.values())) != _TENSORS
+        or not all(map(Tensor.is_floating_point, params.values()))
     ):
         grads, (_, aux) = grad_and_value(loss_of, has_aux=True, engine=engine, collected=collected)(params)
         return grads, aux
@@ -148,7 +150,7 @@ def _autograd(
         collected: see `grad_and_value`.
     """
     with GradientScope() as scope:
-        with torch.enable_grad():
+        with transforms.recorded():
             out = function(*args, **kwargs)
             value, aux = out if has_aux else (out, None)
             _check_value(value, function)

@@ -24,6 +24,10 @@ from purestep.random.torch_watch import TorchHabits
 Places = dict[str, list[tuple[dict[str, Tensor], str]]]
 
 
+class InParts(Tensor):
+    """A tensor of which several ranks have parts while a model computes with it; `parallel.split_tensor` makes them."""
+
+
 class Slots:
     """Where the named parameters and buffers of a module live: found once, checked at every use.
 
@@ -31,7 +35,8 @@ class Slots:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.links = [(_torch.children_of(m), dict(_torch.children_of(m))) for m in module.modules()]
+        self._now = [_torch.children_of(m) for m in module.modules()]
+        self._then = [dict(children) for children in self._now]
         self.params = _places(module, _torch.parameters_of)
         self.buffers = _places(module, _torch.buffers_of)
         self.names = dict.fromkeys((*self.params, *self.buffers)).keys()
@@ -53,7 +58,7 @@ class Slots:
 
     def stale(self) -> bool:
         """Tell whether a submodule was added, removed or replaced since the places were found."""
-        return any(now != then for now, then in self.links)
+        return self._now != self._then
 
     def torch_habits(self, function: Callable[..., Any], train: bool) -> TorchHabits | None:
         """Return what is known of the torch draws of a function on this module; None for one that nothing can be

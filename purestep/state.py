@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import random as python_random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from purestep import _torch, bits, random, transforms, tree
-from purestep.arguments import DeviceChoice, Seed, checked
+from purestep.arguments import DeviceChoice, Location, Seed, checked
 from purestep.devices import default_device
 from purestep.donation import apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
@@ -29,6 +30,7 @@ from purestep.views import Block, Printed
 
 if TYPE_CHECKING:
     from purestep.sharding import Plan
+    from purestep.weights import Weights
 
 
 @pytree
@@ -144,9 +146,17 @@ class TrainState(Printed):
         return notebook.show(self, root="state").view()
 
 
+def _shapes(tensors: dict[str, Any]) -> list[torch.Size | None]:
+    if not set(map(type, tensors.values())) <= {Tensor}:
+        return [x.shape if isinstance(x, Tensor) else None for x in tensors.values()]
+    return list(map(_shape_of, tensors.values()))
+
+
+_shape_of = operator.attrgetter("shape")
+
+
 def _check_same(what: str, given: Any, field: str, own: Mapping[str, Tensor]) -> None:
-    flat = type(given) is dict and type(own) is dict and given.keys() == own.keys()
-    if flat and all(isinstance(x, Tensor) and x.shape == own[name].shape for name, x in given.items()):
+    if type(given) is dict and type(own) is dict and list(given) == list(own) and _shapes(given) == _shapes(own):
         return
     left, right = tree.names(given), tree.names(own)
     odd = sorted(set(left) ^ set(right))
@@ -192,6 +202,7 @@ def init(
     device: DeviceChoice | None = "auto",
     plan: Plan | None = None,
     deferred: bool = False,
+    weights: Location | Weights | None = None,
 ) -> TrainState:
     """Make the first state of a run.
 
@@ -212,6 +223,10 @@ def init(
             compute one tensor at a time and keep this process's part. Each random number depends on the seed and on
             the name of its parameter, so the bits are the same under every plan and without one, but they are not
             those of `deferred=False`.
+        weights: values for the parameters and buffers: a file or directory of named tensors (see
+            `ps.interop.read_weights`), or `ps.Weights(path, rename=..., keep=...)` where names differ. With `deferred`
+            each process reads its part of each tensor from the file and initial values are not computed, so a
+            pretrained model may be larger than the memory of one process.
 
     Returns:
         TrainState at step 0. The module is not changed, and later changes to it do not reach the state.
@@ -220,7 +235,9 @@ def init(
         StepError: the module has parameters without a shape yet (lazy modules), nothing to train, or a filter that
             matches nothing; `deferred` with a module that exists, or one that reads the values of its tensors.
         ConfigError: `tx` is no gradient transformation, `device` no device, `plan` no plan, or it does not fit the job
-            or the parameters, or one of its rules matches nothing.
+            or the parameters, or one of its rules matches nothing; no such file of weights.
+        TemplateMismatch: names or shapes of the weights do not fit the model; the error lists them.
+        SnapshotError: the weights cannot be read.
 
     Examples:
         >>> from purestep import optim
@@ -234,21 +251,25 @@ def init(
         from purestep.sharding.plan import check_plan
 
         check_plan(plan, "ps.init")
+    if weights is not None:
+        from purestep.weights.matching import weights_of
+
+        weights = weights_of(weights)
     asked = None if device in (None, "auto") else default_device(device)
     if asked is None and plan is not None:
         asked = plan.mesh.device
     if deferred:
-        return _deferred(model, tx, rng, frozen, asked or default_device(), plan)
+        return _deferred(model, tx, rng, frozen, asked or default_device(), plan, weights)
     if not isinstance(model, nn.Module):
         with _seeded(random.fold_in(rng, "init")):
             model = _made(model)
     if plan is None or plan.offload is None:
-        state = _first(model, tx, rng, frozen, asked)
+        state = _first(model, tx, rng, frozen, asked, weights)
         return state if plan is None else plan.place(state)
     from purestep.sharding.placement import place
 
     # Made on the CPU: the card may have no room for what is offloaded.
-    state = _first(model, tx, rng, frozen, torch.device("cpu"))
+    state = _first(model, tx, rng, frozen, torch.device("cpu"), weights)
     return place(plan, state, asked or default_device())
 
 
@@ -258,6 +279,7 @@ def _first(
     rng: Tensor,
     frozen: Filter | None,
     device: torch.device | None,
+    weights: Weights | None,
 ) -> TrainState:
     found = slots(model)
     tensors = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
@@ -266,6 +288,10 @@ def _first(
     if device is None and all(tensor.device.type == "cpu" for tensor in tensors.values()):
         device = default_device()
     copied = {name: t.detach().clone().to(device or t.device) for name, t in tensors.items()}
+    if weights is not None:
+        from purestep.weights.matching import loaded
+
+        copied = loaded(weights, model, copied)
     params = {name: copied[name] for name in trained}
     place = next(iter(params.values())).device
     return TrainState(
@@ -285,6 +311,7 @@ def _deferred(
     frozen: Filter | None,
     device: torch.device,
     plan: Plan | None,
+    weights: Weights | None,
 ) -> TrainState:
     from purestep.sharding.deferred_init import materialize
 
@@ -300,7 +327,7 @@ def _deferred(
     key = random.fold_in(rng, "init")
     with _seeded(key):
         described = materialize(
-            lambda: _first(_made(model), tx, rng, frozen, torch.device("cpu")), key, plan=plan, device=device
+            lambda: _first(_made(model), tx, rng, frozen, torch.device("cpu"), weights), key, plan=plan, device=device
         )
     return described.replace(rng=rng.to(described.step.device))
 

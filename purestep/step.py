@@ -10,10 +10,10 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from purestep import metrics as metrics_
 from purestep import random, transforms, tree
@@ -27,16 +27,19 @@ from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
 from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, counted, split_batch
 from purestep.optim.base import GradientTransformation, check_transformation
-from purestep.parallel import offload
+from purestep.parallel import offload, zero
 from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.cast_params import casting, wrapped
-from purestep.sharding import full_tensors, placement
+from purestep.sharding import placement
 from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState, definition
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, following, no_microbatches
+
+if TYPE_CHECKING:
+    from purestep.parallel.tensor_parallel import Splitter
 
 LossFn = Callable[[Any, Any], Any]
 Metrics = dict[str, Metric]
@@ -138,9 +141,7 @@ class Step(AnyStep):
         view = placement.local(state)
         also_donated(state, view)
         gradients = self._planned(self.plan, state, view, batch)
-        with full_tensors.updating(full_tensors.Whole(self.plan, state.params, state.opt_state)):
-            new, metrics = self.update(view, gradients)
-        return placement.rewrap(new, state), metrics
+        return zero.updated(self.plan, state, view, gradients, self.update)
 
     def gradients(self, state: TrainState, batch: Any) -> Gradients:
         """Compute the mean gradients and the metrics of a batch, without an update; under a plan those of this rank's
@@ -175,14 +176,20 @@ class Step(AnyStep):
         old = offload.on_card(self.plan, state, cast.buffers(state.buffers), exchange.gathers)
         params = offload.on_card(self.plan, state, cast.params(state.params), exchange.gathers)
 
+        together = splitting(self.plan, cast.module)
+
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
-            tensors, buffers, around = exchange.bound(tracked, old, cast.around)
+            tensors, given, around = exchange.bound(tracked, old, cast.around)
+            buffers = given
+            if together is not None:
+                tensors, buffers = together.bound(tensors), together.bound(given)
             bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(
                     self._loss_fn, bound, cast.batch(microbatch), samples, alone=self.plan is None
                 )
-            new = cast.kept(state.buffers, old, exchange.plain(bound.new_buffers, state.buffers))
+            left = bound.new_buffers if together is None else together.kept(bound.new_buffers, given)
+            new = cast.kept(state.buffers, old, exchange.plain(left, state.buffers))
             new = offload.at_rest(self.plan, state, new)
             # What is known before the backward pass leaves before it: the exchange then goes on beside it.
             exchange.forward_done(weight, new, metrics)
@@ -325,11 +332,23 @@ def _check_arity(loss_fn: LossFn) -> None:
 
 def on_plan(plan: Plan | None, loss_fn: LossFn) -> LossFn:
     """Return a loss function as several ranks compute it together, where a plan says so."""
-    if plan is None or plan.mesh.size(*plan.model_axes) == 1:
+    if plan is None:
         return loss_fn
-    from purestep.parallel.tensor_parallel import loss_on
+    plan.check_computed()
+    if not plan.tensor_axis:
+        return loss_fn
+    from purestep.parallel.tensor_parallel import plain_loss
 
-    return loss_on(plan, loss_fn)
+    return plain_loss(loss_fn)
+
+
+def splitting(plan: Plan | None, module: nn.Module) -> Splitter | None:
+    """Return what binds a model to the parts that a rank of a plan has; None where parameters are whole in a call."""
+    if plan is None or not plan.tensor_axis:
+        return None
+    from purestep.parallel import tensor_parallel
+
+    return tensor_parallel.splitter(plan, module)
 
 
 def _samples(batch: Any) -> int:
@@ -366,7 +385,8 @@ def read_loss(
     if isinstance(loss, Weighted):
         weight = loss.weight
         loss = loss.loss
-    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or not isinstance(extra, Mapping):
+    is_dict = type(extra) is dict or isinstance(extra, Mapping)
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point() or not is_dict:
         raise StepError(_loss_message(loss_fn, out))
     if "loss" in extra:
         raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
@@ -444,6 +464,9 @@ class _Inference(AnyStep):
                 held = split_leaves(state)
                 params, buffers = (offload.on_card(self.plan, state, x, held) for x in (params, buffers))
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
+            together = splitting(self.plan, cast.module)
+            if together is not None:
+                params, buffers = together.bound(params), together.bound(buffers)
             bound = Binding(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
             return call(bound, cast.batch(batch))
 

@@ -57,6 +57,7 @@ class StepFacts:
         donate: whether it consumes the state that it is called with.
         backend: what compiled it, None where nothing did.
         seat: where it is computed together with the steps of other runs, its place among them.
+        warmup: steps of a state that it runs uncompiled, before the first compiled one.
         evaluates: whether it returns metrics only, as a step of `make_eval` does.
         gradients: `gradients(state, batch)` returns those of a batch without an update; collective under a plan.
     """
@@ -69,6 +70,7 @@ class StepFacts:
     donate: bool = False
     backend: str | None = None
     seat: Seat | None = None
+    warmup: int = 0
     evaluates: bool = False
     gradients: Callable[[TrainState, Any], Gradients] | None = None
 

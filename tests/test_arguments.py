@@ -351,6 +351,8 @@ NAMED_OTHERWISE = {
     ("mesh", "sizes"): "mesh",
     ("ddp", "size"): "mesh",
     ("fsdp", "size"): "mesh",
+    ("zero1", "size"): "mesh",
+    ("zero2", "size"): "mesh",
     ("tensor_parallel", "axis"): "mesh",
     ("tensor_parallel", "size"): "mesh",
     ("restore", "run_dir"): "no snapshot",
@@ -382,6 +384,7 @@ accept(
     ITERABLE,
     "batches, or a function",
 )
+accept("Plan.zero", ["1"], "the first stage")
 accept("Histogram.values", [*NUMBERS - {"10**30"}, "[]", "()", "matrix", "array"], "whatever is made of real numbers")
 accept("unstack.stacked", ["matrix"], "a tree of one tensor")
 accept("Image.pixels", ["matrix"], "a tensor")
@@ -417,6 +420,7 @@ accept(
 )
 accept("Remote.storage_options", ["{}"], "no options")
 accept("load_weights.rename", ["{}"], "nothing is renamed")
+accept("Weights.rename", ["{}", "function", "class"], "nothing is renamed; a function is called when names are matched")
 accept("map.tree assert_trees_equal.root", EVERYTHING, TREE)
 accept("Experiment.state Experiment.data", EVERYTHING, "what `fit` is given: it checks them, with the step")
 accept("Experiment.step", ["function"], "a function")

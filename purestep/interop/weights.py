@@ -1,21 +1,18 @@
 """Weights by name: into a state from a module (`from_module`) and files (`load_weights`), and out to a file.
 
-Owns the matching of names. Nothing is left out silently: a name that only the file or only the state has is an error
-that lists both sides, unless a filter of the caller allows it.
+`purestep.weights` reads the files and matches the names; here their tensors become leaves of a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from purestep import bits, tree
-from purestep.arguments import Location, Name, checked
-from purestep.errors import ConfigError, TemplateMismatch, explain
-from purestep.interop.weight_files import read_weights
+from purestep import bits
+from purestep.arguments import Count, Location, Name, checked
+from purestep.errors import ConfigError, explain
 from purestep.module_tensors import module_of, slots
 from purestep.optim.average import AverageState
 from purestep.optim.base import GradientTransformation
@@ -28,9 +25,10 @@ from purestep.sharding import placement
 from purestep.snapshot import export
 from purestep.state import TrainState
 from purestep.tree import Filter
+from purestep.weights.directories import write_directory
+from purestep.weights.matching import Rename, Weights, matched, names_of
+from purestep.weights.stored import InMemory, Stored
 
-Rename = Callable[[str], str] | Mapping[str, str]
-_SHOWN = 8
 # Optimizer states that hold copies of the parameters, or values that depend on their history.
 _HOLDERS = (AverageState, LbfgsState, LookaheadState, MasterWeightsState, ScheduleFreeState)
 
@@ -43,13 +41,15 @@ def load_weights(
     rename: Rename | None = None,
     keep: Filter | None = None,
     ignore: Filter | None = None,
+    strict: bool = True,
     entry: Name | None = None,
     tx: GradientTransformation | None = None,
 ) -> TrainState:
     """Return a state with the parameters and buffers of a file that another program wrote.
 
-    Step, key and optimizer state stay as they are. Names and shapes must match: the error lists the names that are
-    missing in the file or left over there, and a `rename=` of one prefix if that makes all names fit.
+    Of a state that is split over processes each reads its own part. Step, key and optimizer state stay as they are.
+    Names and shapes must match: the error lists the names that are missing in the file or left over there, and a
+    `rename=` of one prefix if that makes all names fit. `ps.init(..., weights=path)` does both at once.
 
     Args:
         state: state of the model, from `ps.init`, placed by a plan or not. Values are cast to its dtypes.
@@ -59,6 +59,7 @@ def load_weights(
             match is replaced (`{"model.": ""}`).
         keep: filter of names of the state that keep their values if the file lacks them, such as a new head.
         ignore: filter of names of the file, after renaming, to leave out.
+        strict: whether any other name that only the file or only the state has is an error.
         entry: the entry of a checkpoint that holds the weights, see `ps.interop.read_weights`.
         tx: makes the optimizer state anew for the loaded parameters. Needed if the optimizer state holds copies of
             parameters: averages, master weights.
@@ -74,6 +75,7 @@ def load_weights(
 
     Examples:
         >>> import tempfile
+        >>> import torch
         >>> import purestep as ps
         >>> state = ps.init(lambda: nn.Linear(2, 1), ps.optim.sgd(0.1))
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -83,8 +85,8 @@ def load_weights(
         >>> loaded.params["weight"]
         tensor([[1., 1.]])
     """
-    given = _renamed(read_weights(path, entry=entry), rename)
-    return _filled(state, given, keep, ignore, tx, str(path))
+    weights = Weights(path, rename=rename, keep=keep, ignore=ignore, strict=strict, entry=entry)
+    return _replaced(state, weights.matched(*_model_and_tensors(state)), tx)
 
 
 @checked(ConfigError, failed=True)
@@ -117,131 +119,59 @@ def from_module(
     """
     found = slots(module, fresh=True)
     given = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
-    return _filled(state, given, keep, ignore, tx, type(module).__qualname__)
+    stored: dict[str, Stored] = {name: InMemory(tensor) for name, tensor in given.items()}
+    model, own = _model_and_tensors(state)
+    return _replaced(state, matched(stored, model, own, keep, ignore, type(module).__qualname__), tx)
 
 
-@checked(ConfigError, failed=True)
-def save_weights(state: TrainState, path: Location) -> Path:
-    """Write the parameters and buffers of a state as one file for other programs, named as in a `state_dict`.
+@checked(ConfigError)
+def save_weights(state: TrainState, path: Location, *, shard_bytes: Count = 5_000_000_000) -> Path:
+    """Write the parameters and buffers of a state for other programs, named as in a `state_dict`.
 
-    The file is written atomically. If the state is split over processes, every process calls this function and writes
-    the full state to its own path. `ps.snapshot.consolidate` does the same for a snapshot on disk.
+    A file appears complete or not at all, and so does a directory: its index appears last.
+    `ps.snapshot.consolidate` does the same for a snapshot on disk.
 
     Args:
-        state: any state of `ps.init`.
-        path: ends in `.safetensors`, or in `.pt` or `.pth` for `torch.load`.
+        state: any state of `ps.init`. If it is split over processes, every process calls this function.
+        path: ends in `.safetensors`, or in `.pt` or `.pth` for `torch.load`: one file, which every process writes to
+            its own path, holding the full state. Without a suffix, or with "/" at its end: a directory of shards of
+            safetensors with their index, as `from_pretrained` of Hugging Face's libraries reads it beside a
+            `config.json`. Processes write it together, on a file system that they share, and none holds more than one
+            shard and one full tensor; a state that is not split is written by rank 0.
+        shard_bytes: bytes of a shard of a directory; a tensor that is larger has a shard of its own.
 
     Returns:
         The absolute path.
 
     Raises:
-        ConfigError: another suffix.
-        MissingExtra: `.safetensors` needs `pip install "purestep[export]"`.
+        ConfigError: another suffix, or a directory that holds weights already.
+        SnapshotError: another process could not write its shards.
+        MissingExtra: safetensors needs `pip install "purestep[export]"`.
 
     Examples:
         >>> import tempfile
         >>> import purestep as ps
         >>> state = ps.init(lambda: nn.Linear(2, 1), ps.optim.sgd(0.1))
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     sorted(read_weights(save_weights(state, f"{directory}/model.pt")))
+        ...     sorted(ps.interop.read_weights(save_weights(state, f"{directory}/model.pt")))
+        ...     sorted(file.name for file in save_weights(state, f"{directory}/tiny", shard_bytes=8).iterdir())
         ['bias', 'weight']
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors', 'model.safetensors.index.json']
     """
-    aliases, left_out = _model_names(state)
-    tensors = {n: bits.whole(t).detach().cpu().contiguous() for n, t in {**state.params, **state.buffers}.items()}
-    kept = {alias: tensors[name] for alias, name in aliases.items() if name not in left_out}
-    return export.write_file(path, kept, {"format": "pt", "step": str(int(state.step)), "written_by": "purestep"})
+    model, own = _model_and_tensors(state)
+    aliases, left_out = names_of(model, own)
+    kept = {alias: own[name] for alias, name in aliases.items() if name not in left_out}
+    if not Path(path).suffix or str(path).endswith("/"):
+        return write_directory(Path(path), kept, shard_bytes)
+    whole = {name: bits.whole(own[name]).detach().cpu().contiguous() for name in set(aliases.values()) - left_out}
+    values = {alias: whole[aliases[alias]] for alias in kept}
+    return export.write_file(path, values, {"format": "pt", "step": str(int(state.step)), "written_by": "purestep"})
 
 
-# --- matching ---------------------------------------------------------------------------------------------------------
+# --- into a state -----------------------------------------------------------------------------------------------------
 
 
-def _renamed(given: Mapping[str, Tensor], rename: Rename | None) -> dict[str, Tensor]:
-    if rename is None:
-        return dict(given)
-    renamed: dict[str, Tensor] = {}
-    used: set[str] = set()
-    for name, tensor in given.items():
-        new = _by_function(name, rename) if callable(rename) else _by_prefix(name, rename, used)
-        if not isinstance(new, str) or new in renamed:
-            what = "rename= gives two tensors one name" if isinstance(new, str) else "rename= returns a name"
-            raise ConfigError(explain(what, where=f"{name!r} -> {new!r}"))
-        renamed[new] = tensor
-    if not callable(rename) and set(rename) - used:
-        prefix = sorted(set(rename) - used)[0]
-        raise ConfigError(explain("a prefix of rename= matches nothing", where=f"{prefix!r}; names: {_listed(given)}"))
-    return renamed
-
-
-def _by_function(name: str, rename: Callable[[str], str]) -> str:
-    try:
-        return rename(name)
-    except Exception as error:  # a function of the user
-        raise ConfigError(explain("rename= fails", where=f"{name!r}: {type(error).__name__}: {error}")) from error
-
-
-def _by_prefix(name: str, prefixes: Mapping[str, str], used: set[str]) -> str:
-    for old, new in prefixes.items():
-        if name.startswith(old):
-            used.add(old)
-            return new + name[len(old) :]
-    return name
-
-
-def _model_names(state: TrainState) -> tuple[dict[str, str], set[str]]:
-    """Return the names in a `state_dict` of the tensors of the state, with all names of tied tensors; and the names
-    that a `state_dict` leaves out."""
-    own = {**state.params, **state.buffers}
-    if state.model is None:
-        return {name: name for name in own}, set()
-    module = module_of(state)
-    found = slots(module)
-    first = {
-        id(places[0][0][places[0][1]]): name for name, places in (found.params | found.buffers).items() if name in own
-    }
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    aliases = {alias: first[id(t)] for alias, t in tensors if id(t) in first}
-    stored = {aliases[name] for name in module.state_dict(keep_vars=True) if name in aliases}
-    return aliases, set(own) - stored
-
-
-def _filled(
-    state: TrainState,
-    given: Mapping[str, Tensor],
-    keep: Filter | None,
-    ignore: Filter | None,
-    tx: GradientTransformation | None,
-    source: str,
-) -> TrainState:
-    own = {**state.params, **state.buffers}
-    aliases, left_out = _model_names(state)
-    _check_matches("ignore", ignore, given, source)
-    _check_matches("keep", keep, own, "the state")
-    values: dict[str, Tensor] = {}
-    left_over = []
-    for name, tensor in given.items():
-        target = aliases.get(name)
-        if target is None:
-            left_over += [] if ignore is not None and tree.matches(ignore, name) else [name]
-        elif target in values and not torch.equal(values[target].to(tensor.dtype), tensor):
-            raise TemplateMismatch(
-                explain(
-                    "tied parameters have different values",
-                    where=f"{name!r} and {target!r} in {source}",
-                    why="the state holds one tensor for all tied parameters",
-                    instead=f"ignore={name!r}   # to take the other",
-                )
-            )
-        elif not (ignore is not None and tree.matches(ignore, name)):
-            values[target] = tensor
-    kept = left_out | {name for name in own if keep is not None and tree.matches(keep, name)}
-    missing = [name for name in own if name not in values and name not in kept]
-    misshapen = [name for name, value in values.items() if value.shape != own[name].shape]
-    if missing or left_over or misshapen:
-        raise _mismatch(own, values, missing, left_over, misshapen, source, _advice(missing, left_over, aliases))
-    return _replaced(state, values, tx)
-
-
-def _replaced(state: TrainState, values: Mapping[str, Tensor], tx: GradientTransformation | None) -> TrainState:
+def _replaced(state: TrainState, values: Mapping[str, Stored], tx: GradientTransformation | None) -> TrainState:
     new = {n: _like(old, values[n]) if n in values else old for n, old in {**state.params, **state.buffers}.items()}
     params = {name: new[name] for name in state.params}
     changed = state.replace(params=params, buffers={name: new[name] for name in state.buffers})
@@ -260,60 +190,12 @@ def _replaced(state: TrainState, values: Mapping[str, Tensor], tx: GradientTrans
     return changed
 
 
-def _like(old: Tensor, value: Tensor) -> Tensor:
+def _like(old: Tensor, value: Stored) -> Tensor:
     """Return a value with the dtype and device of a leaf of the state; for a split leaf, this rank's shard."""
-    full = value.detach().to(old.device, old.dtype, copy=True)
-    if not placement.is_split(old):
-        return full
-    return placement.rewrap(placement.part_like(full, old), old)
+    # A part of a file may be a window on memory that is not its own.
+    part = value.part(placement.shard_of(old)).to(old.device, old.dtype, copy=True).contiguous()
+    return placement.rewrap(part, old) if placement.is_split(old) else part
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def _check_matches(argument: str, wanted: Filter | None, names: Iterable[str], where: str) -> None:
-    if wanted is not None and not any(tree.matches(wanted, name) for name in names):
-        raise ConfigError(
-            explain(f"the filter {argument}= matches nothing", where=f"{wanted!r}; names in {where}: {_listed(names)}")
-        )
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-def _mismatch(
-    own: Mapping[str, Tensor],
-    values: Mapping[str, Tensor],
-    missing: list[str],
-    left_over: list[str],
-    misshapen: list[str],
-    source: str,
-    advice: str | None,
-) -> TemplateMismatch:
-    shapes = [f"{n}: {tree.describe(values[n])}, in the state {tree.describe(own[n])}" for n in misshapen[:_SHOWN]]
-    lines = [
-        f"missing ({len(missing)}): {_listed(missing)}" if missing else "",
-        f"left over ({len(left_over)}): {_listed(left_over)}" if left_over else "",
-        "; ".join(shapes),
-    ]
-    return TemplateMismatch(
-        explain(
-            "the weights do not fit the state",
-            where=f"{source}\n" + "\n".join(filter(None, lines)),
-            instead=advice,
-        )
-    )
-
-
-def _advice(missing: list[str], left_over: list[str], known: Iterable[str]) -> str | None:
-    """Return the code to write: a rename of one prefix if it makes all names fit, else filters."""
-    sides = ((left_over, missing, set(left_over), "{{{0!r}: ''}}"), (missing, left_over, set(known), "{{'': {0!r}}}"))
-    for names, others, there, text in sides:
-        prefixes = {name[: i + 1] for name in names for i, letter in enumerate(name) if letter == "."}
-        for prefix in sorted(prefixes, key=len):
-            if others and all(prefix + other in there for other in others):
-                return f"rename={text.format(prefix)}"
-    lines = [f"keep={missing[0]!r}   # it keeps its values"] if missing else []
-    return "\n".join(lines + ([f"ignore={left_over[0]!r}   # it is not used"] if left_over else [])) or None
+def _model_and_tensors(state: TrainState) -> tuple[nn.Module | None, dict[str, Tensor]]:
+    return None if state.model is None else module_of(state), {**state.params, **state.buffers}

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from purestep.arguments import checked
+from purestep.arguments import Whole, checked
 from purestep.errors import ConfigError, explain
 from purestep.jit import backends
 from purestep.jit.backends import Backend, Mode
 from purestep.jit.function import Jit, Unjittable
 from purestep.jit.step import JitStep
+from purestep.jit.warmup import WarmedUp
 from purestep.step import Step
-from purestep.step_protocol import WrappedStep, facts_of
+from purestep.step_protocol import AnyStep, WrappedStep, facts_of
 from purestep.workers.step import LocalStep
 
 
@@ -25,6 +26,7 @@ def jit(
     static: int | str | Sequence[int | str] = (),
     mode: Mode | None = None,
     unjittable: Unjittable = "error",
+    warmup: Whole = 0,
 ) -> Any:
     """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
 
@@ -52,6 +54,9 @@ def jit(
             compiled in two pieces, gradients and update; gradients that cannot be traced run uncompiled, with the bits
             of the step itself. An evaluation, or another function that donates nothing, runs uncompiled as a whole.
             `refusals` says why.
+        warmup: train uncompiled until the state's counter `step` has this value, while another process compiles, and
+            then switch, after waiting for it if it is not done. The switch depends on the counter alone, so a resumed
+            or replayed run has the same bits, and snapshots record it. Only a step, of a train state, may have one.
 
     Returns:
         An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),
@@ -89,8 +94,19 @@ def jit(
     if any(isinstance(name, int) and name < 0 for name in names):
         raise ConfigError(explain("static= counts arguments from 0 up", where=f"{static=}", instead="static=0"))
     pieces = unjittable == "eager" or (isinstance(function, Step) and function.microbatches not in (None, 1))
+    if warmup and (static or not isinstance(function, AnyStep) or facts_of(function).evaluates):
+        raise ConfigError(
+            explain(
+                "only a step that trains has a warm-up",
+                where=f"{warmup=}, {function!r:.80}",
+                why="the counter of its state says when to switch to what was compiled",
+                instead="ps.jit(ps.make_step(loss_fn, tx), warmup=200)\n"
+                "ps.jit(ps.wrap_step(step, function), warmup=200)",
+            )
+        )
     if isinstance(function, Step) and (pieces or function.plan is not None):
-        return JitStep(function, bool(donate), backend, mode, unjittable=unjittable)
+        made = JitStep(function, bool(donate), backend, mode, unjittable=unjittable)
+        return WarmedUp(made, warmup) if warmup else made
     if unjittable == "eager" and donate:
         raise ConfigError(
             explain(
@@ -110,7 +126,8 @@ def jit(
         )
     if isinstance(function, WrappedStep):
         _check_one_graph(function)
-    return Jit(function, bool(donate), backend, names, mode, unjittable=unjittable)
+    compiled = Jit(function, bool(donate), backend, names, mode, unjittable=unjittable)
+    return WarmedUp(compiled, warmup) if warmup else compiled
 
 
 def _check_one_graph(function: WrappedStep) -> None:

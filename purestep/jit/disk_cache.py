@@ -50,15 +50,20 @@ _KNOWN = (philox, laid_out)
 # --- the name of a graph ----------------------------------------------------------------------------------------------
 
 
+def is_used(backend: str) -> bool:
+    """Tell whether what a backend compiles is stored at all."""
+    config = inductor_config()
+    return backend == "inductor" and not config.force_disable_caches and bool(config.fx_graph_cache)
+
+
 def key(traced: Traced, mode: str | None) -> str | None:
     """Return the name of a graph in the disk cache: a digest of everything that its compiled form depends on.
 
     None for graphs that are not stored: graphs with constant tensors, or with tensors on another device than the CPU.
     """
-    config = inductor_config()
-    if config.force_disable_caches or not config.fx_graph_cache:
+    if not is_used("inductor"):
         return None
-    lines = [repr(_machine()), repr(mode), repr(_settings()), config.get_hash().hex()]
+    lines = [repr(_machine()), repr(mode), repr(_settings()), inductor_config().get_hash().hex()]
     for node in traced.graph.graph.nodes:
         target = node.target
         if node.op == "call_function":

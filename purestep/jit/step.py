@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import _torch, transforms
+from purestep import _torch, transforms, tree
 from purestep.donation import consume
 from purestep.errors import ConfigError, explain
 from purestep.jit.function import Jit, Unjittable
 from purestep.microbatch import Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.optim.scope import only_shards
-from purestep.parallel import offload
-from purestep.sharding import full_tensors, placement
+from purestep.parallel import offload, zero
+from purestep.sharding import placement
 from purestep.sharding.plan import Plan
 from purestep.state import TrainState
 from purestep.step import Metrics, Step
@@ -71,15 +71,6 @@ class JitStep(AnyStep):
 
         step = self.step
         microbatches_module.check(plan, step)
-        if plan.mesh.size(*plan.model_axes) > 1:
-            raise ConfigError(
-                explain(
-                    "a step whose ranks compute together cannot be compiled",
-                    where=repr(plan.mesh),
-                    why="DTensors of tensor parallelism do not go into a graph",
-                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
-                )
-            )
         if plan.sync_batchnorm:
             raise ConfigError(
                 explain(
@@ -90,7 +81,7 @@ class JitStep(AnyStep):
                 )
             )
         # A graph takes no DTensors: if any leaf is split, the pieces compute with the local shards.
-        view = placement.local(state) if microbatches_module.split_leaves(state) else state
+        view = placement.local(state) if any(map(placement.is_split, tree.leaves(state))) else state
         indices = self._indices(step.microbatch_count, state.rng.device)
 
         def compute(view: TrainState, microbatch: Any, index: int, exchange: MicrobatchExchange) -> Gradients:
@@ -103,17 +94,15 @@ class JitStep(AnyStep):
             return exchange.taken(part, view)
 
         gradients = microbatches_module.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
-        with full_tensors.updating(full_tensors.Whole(plan, state.params, state.opt_state)):
-            # A transformation that needs full tensors gathers them, one on the CPU copies: a graph has neither.
-            compiled = (view is state or only_shards(step.tx)) and not offload.is_away(plan, state)
-            new, metrics = (self.update if compiled else step.update)(
-                view, _changed(view, gradients) if compiled else gradients
-            )
-        if view is state:
-            return new, metrics
-        new = placement.rewrap(new, state)
+        # A transformation that needs full tensors gathers them, one on the CPU copies: a graph has neither.
+        compiled = (view is state or only_shards(step.tx)) and not offload.is_away(plan, state)
+
+        def update(parts: TrainState, total: Gradients) -> tuple[TrainState, Metrics]:
+            return self.update(parts, _changed(parts, total)) if compiled else step.update(parts, total)
+
+        new, metrics = zero.updated(plan, state, view, gradients, update)
         # The compiled update marked the view as consumed; the state, with the same memory, is still to be marked.
-        if self.donate and compiled:
+        if self.donate and compiled and view is not state:
             consume(state, self.__name__)
         return new, metrics
 

@@ -80,7 +80,9 @@ _STEP = {
     "microbatches": "ps.make_step(..., microbatches={})",
     "compiled": "the step compiled as it was: {}",
     "reduction": "a plan with reduction={!r}, or no plan for None",
-    "tensor_parallel": "tensor_parallel(rules, size={})",
+    "compress": "a plan with compress={!r}",
+    "tensor_parallel": "tensor_parallel(rules, size, tensor_parts={})",
+    "sequence_parallel": "tensor_parallel(rules, size, sequence_parallel={})",
     "device": "the device it was saved on: {}",
 }
 
@@ -95,10 +97,12 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
     return {
         **seat,
         "microbatches": None if facts.microbatches == "auto" else facts.microbatches,
-        "compiled": facts.backend,
+        "compiled": f"{facts.backend} from step {facts.warmup}" if facts.warmup else facts.backend,
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
-        "tensor_parallel": 1 if plan is None else plan.mesh.size(*plan.model_axes),
+        "compress": None if plan is None else plan.compress,
+        "tensor_parallel": 1 if plan is None else plan.parts if plan.tensor_axis else 1,
+        "sequence_parallel": plan is not None and plan.sequence_parallel,
         "device": device,
     }
 

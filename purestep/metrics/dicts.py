@@ -83,7 +83,7 @@ def as_metrics(values: Any, samples: int) -> dict[str, Metric]:
         >>> float(m["loss"].total), float(m["tokens"])
         (8.0, 7.0)
     """
-    if not isinstance(values, Mapping):
+    if type(values) is not dict and not isinstance(values, Mapping):
         raise MetricError(
             explain(
                 f"metrics are a dict of names to values, not {tree.describe(values)}",

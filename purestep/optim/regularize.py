@@ -164,7 +164,7 @@ def normalize_by_update_norm(
 
 
 def _normal(key: Tensor, like: Tensor) -> Tensor:
-    return random.normal(key, like.shape, dtype=fx.accumulator(like.dtype)).to(like.device, like.dtype)
+    return random.normal(key, like.shape, dtype=fx.accumulator(like.dtype), device=like.device).to(like.dtype)
 
 
 def _centered(x: Tensor) -> Tensor:

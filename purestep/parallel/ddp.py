@@ -19,6 +19,7 @@ from purestep.grad import stop_gradient
 from purestep.metrics import Metric
 from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight, merge
 from purestep.parallel.assignment import Shares
+from purestep.parallel.compressed import sum_into
 from purestep.parallel.small_exchange import exchange_small
 from purestep.parallel.sync_batchnorm import synced
 from purestep.parallel.tree_reduce import Flat, Summing, add, flat_like, packed, whole_sum
@@ -39,7 +40,7 @@ class Buckets:
 
     def __init__(self, shares: Shares, sums: Accumulation) -> None:
         self.shares, self.sums = shares, sums
-        self.fast = shares.plan.reduction == "fast"
+        self.fast, self.sent = shares.plan.reduction == "fast", shares.plan.sent_dtype
         self.small: TreeSum[Partial] = TreeSum(merge)
         self.trees: list[TreeSum[Tensor]] = []
         self.leaving: list[collectives.Pending | Summing] = []
@@ -56,11 +57,13 @@ class Buckets:
         shares = self.shares
         self.waiting = exchange_small(self.small.nodes, shares.owners, shares.group, pattern, self.sums)
 
-    def begin(self, trees: TreeSum[Tensor], like: Tensor) -> collectives.Pending | Summing:
+    def begin(self, k: int, like: Tensor) -> collectives.Pending | Summing:
         """Launch the reduction of a flat tensor over the ranks."""
-        shares = self.shares
+        shares, trees = self.shares, self.trees[k]
         if self.fast:
-            return collectives.sum_into(trees.result() if trees.nodes else torch.zeros_like(like), shares.group)
+            # What the forward pass adds to buffers, which comes first, is not compressed.
+            dtype = self.sent if k >= len(self.changes.groups) else None
+            return sum_into(trees.result() if trees.nodes else torch.zeros_like(like), shares.group, dtype)
         return Summing(trees.nodes, shares.owners, shares.group, like)
 
     def result(self) -> Gradients:
@@ -196,7 +199,7 @@ class BucketExchange:
             for before in buckets.leaving:
                 if isinstance(before, Summing):
                     before.advance()
-            buckets.leaving.append(buckets.begin(buckets.trees[k], flat))
+            buckets.leaving.append(buckets.begin(k, flat))
 
 
 _GONE = torch.empty(0)

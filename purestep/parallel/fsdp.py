@@ -6,8 +6,10 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from purestep import _torch
@@ -17,6 +19,7 @@ from purestep.metrics import Metric
 from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight
 from purestep.parallel import tensor_parallel
 from purestep.parallel.assignment import Shares
+from purestep.parallel.compressed import scatter_sum, sum_into
 from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.fsdp_units import Session, Unit, Units
 from purestep.parallel.small_exchange import exchange_small
@@ -43,12 +46,12 @@ class Sharded:
 
     def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor], orders: Orders) -> None:
         self.shares, self.sums, self.split, self.orders = shares, sums, split, orders
-        self.fast = shares.plan.reduction == "fast"
+        self.fast, self.sent = shares.plan.reduction == "fast", shares.plan.sent_dtype
         self.whole = [name for name in sums.state.params if name not in split]
         self.small: dict[Node, Partial] = {}
         self.trees: list[TreeSum[Tensor]] = []
         self.waiting: Callable[[], Partial]
-        self.units: Units
+        self.units: Travelling
         self.rest: Flat
 
     def exchange(self, number: int, index: int, *, last: bool) -> ShardedExchange:
@@ -82,11 +85,30 @@ class Sharded:
         """Return the sums over the ranks that hold the same parts."""
         shares = self.shares
         if self.fast:
-            return [p.wait() for p in [collectives.sum_into(t.result(), shares.copies) for t in self.trees]]
+            units = sum(bool(unit.trained) for unit in self.units.units)
+            dtypes = [self.sent if k < units else None for k in range(len(self.trees))]
+            begun_fast = [sum_into(t.result(), shares.copies, d) for t, d in zip(self.trees, dtypes, strict=True)]
+            return [pending.wait() for pending in begun_fast]
         begun = [Summing(t.nodes, shares.groups, shares.copies, next(iter(t.nodes.values()))) for t in self.trees]
         for sum_ in begun:
             sum_.advance()
         return [whole_sum(sum_) for sum_ in begun]
+
+
+class Travelling(Protocol):
+    """The units in which gradients travel: those of a model, or buckets of whole parameters."""
+
+    @property
+    def units(self) -> list[Unit]: ...
+
+    @property
+    def group(self) -> dist.ProcessGroup | None: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class ShardedExchange:
@@ -117,6 +139,8 @@ class ShardedExchange:
         self.weight: Weight = 0
         self._sent: dict[int, tuple[collectives.Pending, int] | dict[Node, Tensor]] = {}
         self._taken: dict[int, Tensor] = {}
+        self.parts: Tensors = {}
+        self.units: Travelling
 
     # --- what a step calls, see `MicrobatchExchange` ---
 
@@ -135,18 +159,17 @@ class ShardedExchange:
         self, tracked: Tensors, buffers: Tensors, around: Context | None
     ) -> tuple[Tensors, Tensors, Context | None]:
         plan = self.shares.plan
-        parts = self._parts(self.params, buffers)
-        self.units = self.sharded.units = self._units_of(self.cast.module, parts)
-        wrap, order = wrapping(plan, self.split), self.sharded.orders.of(self.units)
-        self.session = Session(self.units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
+        self.parts = parts = self._parts(self.params, buffers)
+        self.units = self.sharded.units = units = self._units_of(self.cast.module, parts)
+        wrap, order = wrapping(plan, self.cast.module), self.sharded.orders.of(units)
+        self.session = Session(units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
         inner = synced(self.shares, self.counts, self.factor, around)
         return *_gathered(self.session, params, buffers), functools.partial(both, self.session.around, inner)
 
     def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state holds them: of frozen parameters the shards."""
-        plain = {n: t.to_local() if placement.is_split(t) else t for n, t in new.items()}
-        return {n: old[n] if n in self.split else t for n, t in plain.items()}
+        return {n: old[n] if n in self.split else t for n, t in new.items()}
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.session.end_forward()
@@ -167,9 +190,9 @@ class ShardedExchange:
 
     def gathered(self, view: TrainState) -> TrainState:
         """Return the state with full parameters, for a compiled piece: they stay until it has run."""
-        parts = self._parts(view.params, view.buffers)
-        self.units = self.sharded.units = self._units_of(definition(view).module, parts)
-        self.session = Session(self.units, parts)
+        self.parts = parts = self._parts(view.params, view.buffers)
+        self.units = self.sharded.units = units = self._units_of(definition(view).module, parts)
+        self.session = Session(units, parts)
         known = self.session.wholes()
         return view.replace(
             params={n: known.get(n, t) for n, t in view.params.items()},
@@ -182,7 +205,8 @@ class ShardedExchange:
         self._begin(part.weight, buffers, part.metrics)
         for unit in self.units.units:
             if unit.trained:
-                self._sent[unit.number] = self._send(self._rows(unit, [part.grads[n] for n in unit.trained]))
+                rows = self._rows(unit, [part.grads[n] for n in unit.trained])
+                self._sent[unit.number] = self._send(rows, self.sharded.sent)
         self._finish({n: part.grads[n] for n in self.sharded.whole})
         self.session.close()
         return part
@@ -216,21 +240,22 @@ class ShardedExchange:
             for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
                 self._sent[before] = self._arrived(*self._sent[before])
             rows = self._taken.pop(unit.number, None)
-            self._sent[unit.number] = self._send(self._rows(unit, [None] * len(unit.trained)) if rows is None else rows)
+            rows = self._rows(unit, [None] * len(unit.trained)) if rows is None else rows
+            self._sent[unit.number] = self._send(rows, self.sharded.sent)
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
-        parts, device = self.session.parts, self.units.device
+        device = self.units.device
         wholes = [
-            torch.zeros(row.shape, dtype=parts[row.name].dtype, device=device) if g is None else g
+            torch.zeros(row.shape, dtype=self.parts[row.name].dtype, device=device) if g is None else g
             for row, g in zip(unit.chosen, grads, strict=True)
         ]
         rows = unit.rows.cut(self.cast.reduced(wholes), unit.chosen)
         return self.sums.weighed([rows], self.weight, self.index if self.counts else 0)[0]
 
-    def _send(self, rows: Tensor) -> tuple[collectives.Pending, int]:
+    def _send(self, rows: Tensor, dtype: torch.dtype | None = None) -> tuple[collectives.Pending, int]:
         group = self.units.group
         if self.sharded.fast:
-            return collectives.scatter_sum(rows if self.counts else torch.zeros_like(rows), group), rows.shape[1]
+            return scatter_sum(rows if self.counts else torch.zeros_like(rows), group, dtype), rows.shape[1]
         held = rows.unsqueeze(1) if self.counts else rows.unsqueeze(1)[:, :0]
         return send(held, self.owners, group), rows.shape[1]
 
@@ -259,16 +284,16 @@ def evaluated(
         return params, buffers, cast.around
     parts = {n: (params if n in params else buffers)[n] for n in split}
     units = units_of(plan, cast.module, split, parts, params, at_rest.step.device)
-    session = Session(units, parts, wrap=wrapping(plan, split), order=orders.of(units))
+    session = Session(units, parts, wrap=wrapping(plan, cast.module), order=orders.of(units))
     around = functools.partial(both, functools.partial(_alone, session), cast.around)
     return *_gathered(session, params, buffers), around
 
 
 def _gathered(session: Session, params: Tensors, buffers: Tensors) -> tuple[Tensors, Tensors]:
-    known, wrap = session.tensors(), session.wrap or (lambda name, value: value)
+    known = session.tensors()
 
     def full(group: Tensors) -> Tensors:
-        return {n: known[n] if n in known else wrap(n, t) for n, t in group.items()}
+        return {n: known.get(n, t) for n, t in group.items()}
 
     return full(params), full(buffers)
 
@@ -283,9 +308,9 @@ def _alone(session: Session) -> Iterator[None]:
     session.close()
 
 
-def wrapping(plan: Plan, split: Mapping[str, Tensor]) -> tensor_parallel.Wrapped | None:
-    """Return what makes DTensors of whole parameters, where several ranks compute together."""
-    return tensor_parallel.Wrapped(plan, split) if tensor_parallel.is_tensor_parallel(plan) else None
+def wrapping(plan: Plan, module: nn.Module) -> tensor_parallel.Splitter | None:
+    """Return what makes of a gathered parameter what the model computes with, where several ranks compute together."""
+    return tensor_parallel.splitter(plan, module) if plan.tensor_axis else None
 
 
 def split_leaves(at_rest: TrainState) -> dict[str, Tensor]:

@@ -50,12 +50,18 @@ class Row:
     @classmethod
     def of(cls, plan: Plan, name: str, leaf: Tensor) -> Row:
         """Describe a split leaf; `plan.model_axes` split what is gathered here once more."""
-        mesh, spec = plan.mesh, placement.spec_of_leaf(leaf)
+        spec = placement.spec_of_leaf(leaf)
+        _check(plan, name, leaf, spec)
+        return cls.under(plan, name, tuple(leaf.shape), spec)
+
+    @classmethod
+    def under(cls, plan: Plan, name: str, whole: tuple[int, ...], spec: Spec) -> Row:
+        """Describe a tensor of a whole shape under a resolved spec."""
+        mesh = plan.mesh
         sizes = dict(zip(mesh.axes, mesh.shape, strict=True))
         inner = Spec(*[tuple(a for a in axes if a in plan.shard_axes) for axes in spec.entries])
         outer = Spec(*[tuple(a for a in axes if a in plan.model_axes) for axes in spec.entries])
-        _check(plan, name, leaf, spec)
-        shape = box(outer, sizes, leaf.shape, mesh.coordinate())[1]
+        shape = box(outer, sizes, whole, mesh.coordinate())[1]
         members = [mesh.coordinate(rank) for rank in mesh.ranks(*plan.shard_axes)]
         boxes = [box(inner, sizes, shape, coordinate) for coordinate in members]
         first = boxes[0][1]

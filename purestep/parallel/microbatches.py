@@ -15,11 +15,13 @@ from purestep.errors import ConfigError, explain
 from purestep.microbatch import NO_EXCHANGE, Accumulation, Gradients, MicrobatchExchange, accumulate
 from purestep.optim.base import GradientTransformation
 from purestep.optim.scope import fused_on_shards
+from purestep.parallel import zero
 from purestep.parallel.assignment import shares
 from purestep.parallel.ddp import Buckets
 from purestep.parallel.fsdp import Sharded, split_leaves
 from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.same_inputs import compare_first, compare_sizes, sizes_of
+from purestep.parallel.scattered import Scattered
 from purestep.parallel.small_exchange import exchange_small
 from purestep.sharding import placement
 from purestep.sharding.local_batches import local_batch
@@ -66,8 +68,9 @@ def total(
     pieces = {index: data for index, data, _ in local.pieces(who.mine)}
     spare = local.spare(who.mine) if len(pieces) < len(who.mine) else None
     split = split_leaves(at_rest)
-    if split:
-        sharded = Sharded(who, sums, split, orders)
+    specs = zero.parts_of(plan, view.params) if plan.zero == 2 else {}
+    if split or specs:
+        sharded = Scattered(who, sums, view.params, specs, orders) if specs else Sharded(who, sums, split, orders)
         for number, index in enumerate(who.mine):
             compute(view, pieces.get(index, spare), index, sharded.exchange(number, index, last=index == who.mine[-1]))
         return _compared(sharded.result(), sums)

@@ -1,128 +1,96 @@
-"""Tensor parallelism inside of a step: parameters as DTensors over the model axes of a plan, everything else whole.
+"""Tensor parallelism inside of a step: which parameters of a model are split, and binding it to their parts.
 
-Gathered parameters come in as local parts and the loss goes out as a plain number, so nothing around a model knows. The
-bits depend on the number of tensor-parallel ranks, because matrix products are cut.
+Gathered parameters come in as this rank's plain parts and the loss goes out as a plain number, so nothing around a
+model knows. `split_tensor` is what the model computes with.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
-from purestep import _torch, tree
-from purestep.errors import StepError, explain
-from purestep.sharding import placement
+from purestep import tree
+from purestep.distributed.mesh import world_size
+from purestep.module_tensors import slots
+from purestep.parallel import split_layers, split_math, split_views
+from purestep.parallel.absent import Absent
+from purestep.parallel.split_tensor import is_split, split, whole
+from purestep.parallel.team import Blocks, Team
 from purestep.sharding.plan import Plan
-from purestep.sharding.spec import Spec, placements
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+__all__ = ["split_layers", "split_math", "split_views"]  # imported for the rules that they register
 
 T = TypeVar("T")
 
 
-def is_tensor_parallel(plan: Plan | None) -> bool:
-    """Tell whether several ranks compute each microbatch together."""
-    return plan is not None and plan.mesh.size(*plan.model_axes) > 1
-
-
-def _mesh(plan: Plan) -> tuple[DeviceMesh, dict[str, int]]:
-    axes = tuple(a for a in plan.model_axes if plan.mesh.size(a) > 1)
-    return plan.mesh.device_mesh[axes], {a: plan.mesh.size(a) for a in axes}
-
-
-class Wrapped:
-    """What binds a model to DTensors: made once for a microbatch.
+class Splitter:
+    """What binds a model to parts. Made by `splitter`, once for a plan and a model.
 
     Args:
-        plan: with model axes of more than one rank.
-        split: split leaves by name, as they are at rest.
+        plan: with a tensor axis.
+        module: the model.
     """
 
-    def __init__(self, plan: Plan, split: Mapping[str, Tensor]) -> None:
-        self.mesh, self.sizes = _mesh(plan)
-        self.placed: dict[str, tuple[Any, ...]] = {}
-        for name, leaf in split.items():
-            entries = [tuple(a for a in axes if a in self.sizes) for axes in placement.spec_of_leaf(leaf).entries]
-            self.placed[name] = placements(Spec(*entries), self.sizes)
-        self.whole = placements(Spec(), self.sizes)
+    def __init__(self, plan: Plan, module: nn.Module) -> None:
+        axis = plan.tensor_axis
+        self.team = Team(plan.mesh.group(axis), plan.parts, plan.reduction == "fast", plan.sequence_parallel)
+        self.cuts: dict[str, tuple[int, Blocks]] = {}
+        known = slots(module)
+        for name, places in (known.params | known.buffers).items():
+            tensors, key = places[0]
+            shape = tuple(tensors[key].shape)
+            found = plan.tensor_cut(name, shape) if isinstance(tensors[key], nn.Parameter) else None
+            if found is not None:
+                self.cuts[name] = found
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
-        """Return a parameter or a buffer as a DTensor; its gradient comes back placed like it."""
-        from purestep.sharding._dtensor import DTensor
+        """Return a parameter as the model computes with it: a split one as its parts."""
+        if name not in self.cuts or isinstance(value, Absent) or is_split(value):
+            return value
+        at, blocks = self.cuts[name]
+        return split(self.team.parameter(value, at, blocks), at, blocks, self.team)
 
-        return DTensor.from_local(value, self.mesh, self.placed.get(name, self.whole), run_check=False)
+    def bound(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return parameters or buffers as the model computes with them."""
+        return {name: self(name, value) for name, value in tensors.items()}
+
+    def kept(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the buffers after a call as plain tensors: frozen parameters are those that were given."""
+        self.team.forget()
+        return {name: old[name] if name in self.cuts else whole(value) for name, value in new.items()}
 
 
-def loss_on(plan: Plan, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a loss function that gives the model its batch whole on every rank, and returns plain tensors."""
-    mesh, sizes = _mesh(plan)
-    whole = placements(Spec(), sizes)
+_splitters: weakref.WeakKeyDictionary[nn.Module, dict[Any, Splitter]] = weakref.WeakKeyDictionary()
+
+
+def splitter(plan: Plan, module: nn.Module) -> Splitter:
+    """Return what binds a model to parts under a plan with a tensor axis."""
+    world = dist.group.WORLD if world_size() > 1 else None  # joins the processes that torchrun started
+    known = _splitters.setdefault(module, {})
+    if (world, plan) not in known:
+        known[world, plan] = Splitter(plan, module)
+    return known[world, plan]
+
+
+def plain_loss(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a model and a batch that returns plain tensors, whole on every rank."""
 
     def wrapped(net: nn.Module, batch: object) -> object:
-        from torch.distributed.tensor.experimental import implicit_replication
-
-        from purestep.sharding._dtensor import DTensor
-
-        def spread(x: object) -> object:
-            return DTensor.from_local(x, mesh, whole, run_check=False) if isinstance(x, Tensor) else x
-
-        with implicit_replication(), LocalAttention():
-            out = loss_fn(net, tree.map(spread, batch))
-            return _plain(out)
+        return _plain(loss_fn(net, batch))
 
     wrapped.__name__ = getattr(loss_fn, "__name__", "loss_fn")
     return wrapped
 
 
 def _plain(out: T) -> T:
-    def leaf(x: object) -> object:
-        if placement.is_split(x):
-            return x.full_tensor()
+    def leaf(x: Any) -> Any:
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             return dataclasses.replace(x, **{f.name: leaf(getattr(x, f.name)) for f in dataclasses.fields(x)})
-        return x
+        return whole(x)
 
     return tree.map(leaf, out)
-
-
-class LocalAttention(TorchFunctionMode):
-    """Run attention on the heads of this rank: its kernels know no DTensors, and heads nothing of each other."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention or not placement.is_split(args[0] if args else kwargs["query"]):
-            return func(*args, **kwargs)
-        query = args[0] if args else kwargs["query"]
-        from purestep.sharding._dtensor import DTensor, Shard
-
-        layout = _torch.layout_of(query)
-        for p in layout.placements:
-            if p.is_partial() or (isinstance(p, Shard) and p.dim not in (0, 1)):
-                raise StepError(
-                    explain(
-                        "attention is split along a dim that its heads share",
-                        where=f"query: {tree.describe(query)}, {layout.placements}",
-                        why="a rank attends with its own heads, [batch, heads, length, width], split along 1",
-                        instead='split the weights of q, k and v by rows, Spec("tensor"), and that of the output by '
-                        'columns, Spec(None, "tensor"); one matrix for all three cannot be split',
-                    )
-                )
-
-        def local(x: T) -> T:
-            return cast(T, x.redistribute(placements=layout.placements).to_local()) if placement.is_split(x) else x
-
-        parts = [local(x) for x in args[:3]] + list(args[3:])
-        named = {k: local(x) if k in ("query", "key", "value") else x for k, x in kwargs.items()}
-        return DTensor.from_local(func(*parts, **named), layout.mesh, layout.placements, run_check=False)

@@ -29,6 +29,7 @@ from purestep.random.torch_mode import Handler
 
 Tensors = Mapping[str, Tensor]
 T = TypeVar("T")
+_NOTHING = contextlib.nullcontext()
 
 
 class Uncast:
@@ -62,7 +63,7 @@ class Uncast:
 
     def scope(self, params: Tensors) -> contextlib.AbstractContextManager[object]:
         """Return the context in which the loss function runs."""
-        return contextlib.nullcontext()
+        return _NOTHING
 
     def scaled(self, loss: Tensor, state: StateFields) -> Tensor:
         """Return the loss that is differentiated."""

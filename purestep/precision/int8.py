@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from purestep import _torch
 from purestep.errors import PrecisionError, explain
+from purestep.module_tensors import InParts
 from purestep.precision import linear_layers
 from purestep.precision.rules import Settings
 
@@ -145,12 +146,12 @@ class Int8Linear(nn.Linear):
     recipe: str
 
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.is_dtensor(self.weight):
+        if isinstance(self.weight, InParts):
             raise PrecisionError(
                 explain(
                     "int8 does not multiply in a layer that tensor parallelism splits",
                     where=f"{self.path or 'the model itself'}: weight {list(self.weight.shape)}",
-                    why="torch has no integer product of sharded tensors, and each part of a row would have a scale",
+                    why="each part of a row would have a scale of its own, other than that of the row",
                     instead=f'policy.where("{self.path or "*"}", int8=False)\nor a plan of ddp or fsdp',
                 )
             )

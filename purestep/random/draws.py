@@ -1,7 +1,8 @@
 """Draws from a key: bits, and the distributions made of them.
 
 Every draw is a function of (key, position of the element), so `index=` gives any part of a larger draw. The dtypes are
-those asked for; the arithmetic is exact or in float64.
+those asked for; the arithmetic is exact or in float64. On a CUDA card `card` makes a whole draw in one kernel, of the
+same bits; what traces and batches are the operations that are written out here.
 """
 
 from __future__ import annotations
@@ -14,17 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep.arguments import checked
+from purestep.arguments import Device, checked
 from purestep.errors import KeyShapeError, explain
+from purestep.random import card
 from purestep.random.keys import check_key, is_host
 from purestep.random.philox import DRAW, MASK, philox, philox_numpy
 
 _FLOAT_BITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
 
-def _words(key: Tensor, shape: Sequence[int], index: Tensor | None, per_element: int) -> tuple[Tensor, ...]:
-    """Return `per_element` (1 or 2) words for each element; element i uses words i * per_element and following."""
+def _source(
+    key: Tensor, shape: Sequence[int], index: Tensor | None, device: Device | None
+) -> tuple[Tensor, card.Draw | None]:
+    """Return the key where it is drawn from, and what draws in one kernel: None where operations do."""
     check_key(key)
+    if index is not None and (index.dtype != torch.int64 or tuple(index.shape) != tuple(shape)):
+        raise KeyShapeError(
+            explain(
+                "index= gives the position of each element in the larger draw, so it has the shape of the draw",
+                where=f"index: {index.dtype}{list(index.shape)}, shape: {list(shape)}",
+                instead="index=torch.arange(start, stop).reshape(shape)",
+            )
+        )
+    target = key.device if device is None else torch.device(device)
+    if card.draws(target, key, *(() if index is None else (index,))):
+        return key, card.Draw(key, shape, index, target)
+    return (key if device is None else key.to(target)), None
+
+
+def _words(
+    key: Tensor, shape: Sequence[int], index: Tensor | None, per_element: int, device: Device | None
+) -> tuple[Tensor, ...]:
+    """Return `per_element` (1 or 2) words for each element; element i uses words i * per_element and following."""
+    key, kernel = _source(key, shape, index, device)
+    if kernel is not None:
+        return kernel.words(per_element)
     if index is None:
         count = math.prod(shape)
         blocks = -(-count * per_element // 4)
@@ -35,14 +60,6 @@ def _words(key: Tensor, shape: Sequence[int], index: Tensor | None, per_element:
             words = torch.stack(philox((counter, 0, 0, DRAW), (key[0], key[1])), dim=-1).reshape(-1)
         words = words[: count * per_element].reshape(*shape, per_element)
     else:
-        if index.dtype != torch.int64 or tuple(index.shape) != tuple(shape):
-            raise KeyShapeError(
-                explain(
-                    "index= gives the position of each element in the larger draw, so it has the shape of the draw",
-                    where=f"index: {index.dtype}{list(index.shape)}, shape: {list(shape)}",
-                    instead="index=torch.arange(start, stop).reshape(shape)",
-                )
-            )
         position = index * per_element
         block, lane = position // 4, position % 4
         words = torch.stack(philox((block & MASK, (block >> 32) & MASK, 0, DRAW), (key[0], key[1])), dim=-1)
@@ -52,7 +69,9 @@ def _words(key: Tensor, shape: Sequence[int], index: Tensor | None, per_element:
 
 
 @checked(KeyShapeError, failed=True)
-def bits(key: Tensor, shape: Sequence[int] = (), *, index: Tensor | None = None) -> Tensor:
+def bits(
+    key: Tensor, shape: Sequence[int] = (), *, index: Tensor | None = None, device: Device | None = None
+) -> Tensor:
     """Draw 32 uniform random bits an element.
 
     Args:
@@ -60,6 +79,8 @@ def bits(key: Tensor, shape: Sequence[int] = (), *, index: Tensor | None = None)
         shape: shape of the result.
         index: int64 tensor of that shape: which elements of a larger (flat) draw these are. By default 0, 1, 2, ...
             `bits(key, (100,))[10:20]` equals `bits(key, (10,), index=torch.arange(10, 20))`. All draws take it.
+        device: where to draw; by default where the key is. The bits are the same everywhere. A key on the host is best
+            also for draws on a card: it is folded in Python, and one kernel makes the draw.
 
     Returns:
         int64 tensor of values in [0, 2**32).
@@ -69,7 +90,7 @@ def bits(key: Tensor, shape: Sequence[int] = (), *, index: Tensor | None = None)
         >>> bits(key(0), (2,))
         tensor([1713891541, 3781805453])
     """
-    return _words(key, shape, index, 1)[0]
+    return _words(key, shape, index, 1, device)[0]
 
 
 @checked(KeyShapeError, failed=True)
@@ -81,6 +102,7 @@ def uniform(
     maxval: float | Tensor = 1.0,
     dtype: torch.dtype = torch.float32,
     index: Tensor | None = None,
+    device: Device | None = None,
 ) -> Tensor:
     """Draw from the uniform distribution on [minval, maxval), with as many random bits as the significand of dtype
     holds.
@@ -94,8 +116,11 @@ def uniform(
         tensor([0.3990, 0.8805, 0.7357])
     """
     width = _float_bits(dtype)
-    if width == 53:
-        high, low = _words(key, shape, index, 2)
+    key, kernel = _source(key, shape, index, device)
+    if kernel is not None:
+        unit = kernel.uniform(dtype, width)
+    elif width == 53:
+        high, low = _words(key, shape, index, 2, None)
         unit = ((high << 21) | (low >> 11)).to(dtype) * 2.0**-53
     else:
         unit = (bits(key, shape, index=index) >> (32 - width)).to(dtype) * 2.0**-width
@@ -129,7 +154,12 @@ def _float_bits(dtype: torch.dtype) -> int:
 
 @checked(KeyShapeError, failed=True)
 def normal(
-    key: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32, index: Tensor | None = None
+    key: Tensor,
+    shape: Sequence[int] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    index: Tensor | None = None,
+    device: Device | None = None,
 ) -> Tensor:
     """Draw from the standard normal distribution, by the Box-Muller transform in float64.
 
@@ -141,14 +171,22 @@ def normal(
         tensor([ 0.9911, -0.6176, -0.1536])
     """
     _float_bits(dtype)
-    first, second = _words(key, shape, index, 2)
+    key, kernel = _source(key, shape, index, device)
+    if kernel is not None:
+        return kernel.normal(dtype)
+    first, second = _words(key, shape, index, 2, None)
     radius = torch.sqrt(-2.0 * torch.log((first + 1).to(torch.float64) * 2.0**-32))
     return (radius * torch.cos(second.to(torch.float64) * (2.0 * math.pi * 2.0**-32))).to(dtype)
 
 
 @checked(KeyShapeError, failed=True)
 def bernoulli(
-    key: Tensor, p: float | Tensor = 0.5, shape: Sequence[int] | None = None, *, index: Tensor | None = None
+    key: Tensor,
+    p: float | Tensor = 0.5,
+    shape: Sequence[int] | None = None,
+    *,
+    index: Tensor | None = None,
+    device: Device | None = None,
 ) -> Tensor:
     """Draw booleans that are True with probability `p` (to 2**-32).
 
@@ -158,7 +196,7 @@ def bernoulli(
         key: int64[2].
         p: probability, a number or a tensor that broadcasts to `shape`.
         shape: shape of the result; that of `p` by default.
-        index: see `bits`.
+        index, device: see `bits`.
 
     Raises:
         KeyShapeError: `p` is a number outside [0, 1].
@@ -175,13 +213,22 @@ def bernoulli(
     elif not 0.0 <= p <= 1.0:
         raise KeyShapeError(explain("a probability lies in [0, 1]", where=f"p={p}"))
     else:
-        threshold = round(float(p) * 2**32)
-    return bits(key, shape, index=index) < threshold
+        threshold = _threshold(float(p))
+        key, kernel = _source(key, shape, index, device)
+        if kernel is not None:
+            return kernel.mask(threshold)
+    return _words(key, shape, index, 1, device)[0] < threshold
 
 
 @checked(KeyShapeError, failed=True)
 def randint(
-    key: Tensor, shape: Sequence[int] = (), low: int = 0, high: int = 2**31, *, index: Tensor | None = None
+    key: Tensor,
+    shape: Sequence[int] = (),
+    low: int = 0,
+    high: int = 2**31,
+    *,
+    index: Tensor | None = None,
+    device: Device | None = None,
 ) -> Tensor:
     """Draw integers from [low, high), with a bias below (high - low) / 2**63.
 
@@ -205,13 +252,13 @@ def randint(
                 instead="ps.random.bits(key, shape)   # 32 random bits an element",
             )
         )
-    first, second = _words(key, shape, index, 2)
+    first, second = _words(key, shape, index, 2, device)
     return ((first << 31) | (second >> 1)) % (high - low) + low
 
 
 @checked(KeyShapeError, failed=True)
-def permutation(key: Tensor, x: int | Tensor) -> Tensor:
-    """Return a random permutation of `range(x)`, or of the rows of `x`.
+def permutation(key: Tensor, x: int | Tensor, *, device: Device | None = None) -> Tensor:
+    """Return a random permutation of `range(x)`, or of the rows of `x`, which stay on their device.
 
     Examples:
         >>> from purestep.random import key
@@ -219,7 +266,7 @@ def permutation(key: Tensor, x: int | Tensor) -> Tensor:
         tensor([4, 3, 1, 0, 2])
     """
     n = x.shape[0] if isinstance(x, Tensor) else operator.index(x)
-    order = torch.argsort(randint(key, (n,), 0, 2**62), stable=True)
+    order = torch.argsort(randint(key, (n,), 0, 2**62, device=device), stable=True)
     return x[order.to(x.device)] if isinstance(x, Tensor) else order
 
 
@@ -245,13 +292,15 @@ def categorical(
         tensor(1)
     """
     full = (*(shape or ()), *logits.shape)
-    unit = (bits(key, full, index=index).to(torch.float64) + 0.5) * 2.0**-32
+    unit = (bits(key, full, index=index, device=logits.device).to(torch.float64) + 0.5) * 2.0**-32
     return torch.argmax(logits - torch.log(-torch.log(unit)), dim=dim if dim < 0 else dim + len(full) - logits.ndim)
 
 
 @checked(KeyShapeError, failed=True)
 def dropout(key: Tensor, x: Tensor, rate: float, *, index: Tensor | None = None) -> Tensor:
     """Zero each element of `x` with probability `rate` and scale the others by 1 / (1 - rate).
+
+    The mask is drawn on the device of `x`, wherever the key is.
 
     Examples:
         >>> from purestep.random import key
@@ -266,5 +315,13 @@ def dropout(key: Tensor, x: Tensor, rate: float, *, index: Tensor | None = None)
         return x.masked_fill(
             torch.ones((), dtype=torch.bool, device=x.device), 0.0
         )  # a part of the graph, with gradient 0
-    drop = bernoulli(key, rate, x.shape, index=index)
-    return torch.where(drop, 0.0, x * (1.0 / (1.0 - rate)))
+    scale = 1.0 / (1.0 - rate)
+    if index is None and x.dtype in card.FLOATS and card.draws(x.device, key, x):
+        check_key(key)
+        return card.dropout(key, x, _threshold(rate), scale)
+    drop = bernoulli(key, rate, x.shape, index=index, device=x.device)
+    return torch.where(drop, 0.0, x * scale)
+
+
+def _threshold(p: float) -> int:
+    return round(p * 2**32)

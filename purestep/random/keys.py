@@ -1,12 +1,13 @@
 """Keys: made from a seed, derived from one another, never advanced.
 
-Owns `key`, `fold_in` and `split`. A key on the host is folded in Python ints, anything else in tensor operations that
-trace, compile and batch; the bits are the same.
+Owns `key`, `fold_in` and `split`. A key on the host is folded in Python ints, one on a CUDA card by a kernel of `card`,
+anything else in tensor operations that trace, compile and batch; the bits are the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from purestep import _torch
 from purestep.arguments import Device, Seed, checked
 from purestep.errors import KeyShapeError, explain
+from purestep.random import card
 from purestep.random.philox import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
 
 
@@ -96,29 +98,47 @@ def fold_in(key: Tensor, *data: int | str | Tensor) -> Tensor:
         tensor([3413589608, 3874771151])
     """
     check_key(key)
-    host = is_host(key, *(d for d in data if isinstance(d, Tensor)))
+    tensors = [d for d in data if isinstance(d, Tensor)]
+    host = is_host(key, *tensors)
+    if not host and card.draws(key.device, key, *tensors):
+        return _folded_on_card(key, data)
     words: tuple[Any, Any] = tuple(key.tolist()) if host else (key[0], key[1])
     for part in data:
-        if isinstance(part, str):
-            counter: tuple[Any, ...] = (*_text_words(part), FOLD_STR)
-        elif isinstance(part, Tensor) and part.ndim == 0 and not part.is_floating_point() and not part.is_complex():
+        counter = _counter(part)
+        if isinstance(part, Tensor):
             value = int(part) if host else part.to(torch.int64).to(key.device)
-            counter = (value & MASK, (value >> 32) & MASK, 0, FOLD_INT)
-        elif isinstance(part, (int, np.integer)) and not isinstance(part, bool) and -(2**63) <= int(part) < 2**64:
-            counter = (int(part) & MASK, (int(part) >> 32) & MASK, 0, FOLD_INT)
-        else:
-            raise KeyShapeError(
-                explain(
-                    "only integers, 0-d integer tensors and strings can be folded into a key",
-                    where=f"{type(part).__name__} {part!r}",
-                    instead='ps.random.fold_in(key, step, "dropout")',
-                )
-            )
+            counter = (value & MASK, (value >> 32) & MASK, *counter[2:])
         if not host and not any(isinstance(c, Tensor) for c in counter):
             counter = (torch.full_like(key[0], counter[0]), *counter[1:])
         words = philox_int(counter, words) if host else philox(counter, words)[:2]
     # Not torch.tensor: it takes five times as long, and follows torch.set_default_device.
     return torch.from_numpy(np.array(words, dtype=np.int64)) if host else torch.stack(words)
+
+
+def _folded_on_card(key: Tensor, data: Sequence[Any]) -> Tensor:
+    for part in data:
+        counter = _counter(part)
+        if isinstance(part, Tensor):
+            counter = _counter(int(part)) if is_host(part) else (part.to(key.device), *counter[1:])
+        key = card.fold(key, counter)
+    return key
+
+
+def _counter(part: object) -> tuple[Any, ...]:
+    """Return the block that stands for a part of a path; of a tensor, whose value it does not look at, that of 0."""
+    if isinstance(part, str):
+        return (*_text_words(part), FOLD_STR)
+    if isinstance(part, Tensor) and part.ndim == 0 and not part.is_floating_point() and not part.is_complex():
+        return 0, 0, 0, FOLD_INT
+    if isinstance(part, (int, np.integer)) and not isinstance(part, bool) and -(2**63) <= int(part) < 2**64:
+        return int(part) & MASK, (int(part) >> 32) & MASK, 0, FOLD_INT
+    raise KeyShapeError(
+        explain(
+            "only integers, 0-d integer tensors and strings can be folded into a key",
+            where=f"{type(part).__name__} {part!r}",
+            instead='ps.random.fold_in(key, step, "dropout")',
+        )
+    )
 
 
 @checked(KeyShapeError, failed=True)

@@ -26,7 +26,7 @@ def _dropout(
     # In place the elements cannot be chosen by `where`, so a mask of 0 and 1 / (1 - p) is multiplied in.
     if inplace:
         return input.mul_(mode.scaled_mask("dropout", input.shape, p, input))
-    return random.dropout(mode.next_key("dropout", input), input, p)
+    return random.dropout(mode.next_key("dropout"), input, p)
 
 
 def _dropout_(mode: KeyedRandom, func: Function, input: Tensor, p: float, train: bool) -> Tensor:
@@ -58,7 +58,7 @@ def _alpha_dropout(per_channel: bool) -> Callable[..., Tensor]:
         if not training or rate(p, "alpha_dropout") == 0.0:
             return input
         shape = _channel_shape(input, None) if per_channel else tuple(input.shape)
-        drop = random.bernoulli(mode.next_key("alpha_dropout", input), p, shape)
+        drop = random.bernoulli(mode.next_key("alpha_dropout"), p, shape, device=input.device)
         # Klambauer et al., "Self-normalizing neural networks" (2017): dropped units take alpha', then mean and
         # variance are restored.
         alpha = -1.7580993408473766
@@ -98,7 +98,7 @@ def _attention(
         boolean = attn_mask.dtype == torch.bool
         weight = weight.masked_fill(~attn_mask, -math.inf) if boolean else weight + attn_mask
     weight = torch.softmax(weight, dim=-1)
-    drop_key = mode.next_key("scaled_dot_product_attention", weight)
+    drop_key = mode.next_key("scaled_dot_product_attention")
     return random.dropout(drop_key, weight, rate(dropout_p, "scaled_dot_product_attention")) @ value
 
 
@@ -149,8 +149,8 @@ def _rrelu(
 ) -> Tensor:
     if not training:
         return func(input, lower, upper, training, inplace)
-    key = mode.next_key("rrelu", input)
-    slope = random.uniform(key, input.shape, minval=lower, maxval=upper, dtype=input.dtype)
+    key = mode.next_key("rrelu")
+    slope = random.uniform(key, input.shape, minval=lower, maxval=upper, dtype=input.dtype, device=input.device)
     out = torch.where(input < 0, input * slope, input)
     return input.copy_(out) if inplace else out
 
@@ -165,7 +165,8 @@ def _gumbel_softmax(
     dim: int = -1,
 ) -> Tensor:
     # In (0, 1), both ends left out, in float64: the double logarithm of an end would be infinite.
-    unit = (random.bits(mode.next_key("gumbel_softmax", logits), logits.shape).to(torch.float64) + 0.5) * 2.0**-32
+    words = random.bits(mode.next_key("gumbel_softmax"), logits.shape, device=logits.device)
+    unit = (words.to(torch.float64) + 0.5) * 2.0**-32
     soft = torch.softmax((logits - torch.log(-torch.log(unit)).to(logits.dtype)) / tau, dim)
     if not hard:
         return soft
@@ -179,7 +180,8 @@ def _native_dropout(
 ) -> tuple[Tensor, Tensor]:
     if train is False:
         return input, torch.ones_like(input, dtype=torch.bool)
-    kept = ~random.bernoulli(mode.next_key("native_dropout", input), rate(p, "native_dropout"), input.shape)
+    drop_key = mode.next_key("native_dropout")
+    kept = ~random.bernoulli(drop_key, rate(p, "native_dropout"), input.shape, device=input.device)
     return torch.where(kept, input * (0.0 if p == 1.0 else 1.0 / (1.0 - p)), 0.0), kept
 
 
@@ -188,8 +190,8 @@ def _fractional_max_pool(mode: KeyedRandom, func: Function, input: Tensor, *args
     if kwargs.get("_random_samples") is None:
         spatial = 3 if "3d" in func.__name__ else 2
         lead = (1, input.shape[0]) if input.ndim == spatial + 1 else tuple(input.shape[:2])
-        key = mode.next_key(func.__name__, input)
-        kwargs["_random_samples"] = random.uniform(key, (*lead, spatial), dtype=input.dtype)
+        key = mode.next_key(func.__name__)
+        kwargs["_random_samples"] = random.uniform(key, (*lead, spatial), dtype=input.dtype, device=input.device)
     return func(input, *args, **kwargs)
 
 

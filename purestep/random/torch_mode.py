@@ -124,8 +124,8 @@ class KeyedRandom(TorchFunctionMode):
             )
         return handler(self, func, *args, **(kwargs or {}))
 
-    def next_key(self, name: str, like: Tensor | None = None) -> Tensor:
-        """Return the key of the next random operation, on the device of `like`; `name` is for the error."""
+    def next_key(self, name: str) -> Tensor:
+        """Return the key of the next random operation, for a draw on any device; `name` is for the error."""
         if self.refusal is not None:
             raise RandomnessError(self.refusal)
         if self.key is None:
@@ -140,12 +140,11 @@ class KeyedRandom(TorchFunctionMode):
         if not isinstance(self.key, Tensor):
             self.key = self.key()
         self.calls += 1
-        key = random.fold_in(self.key, self.calls - 1)
-        return key if like is None or key.device == like.device else key.to(like.device)
+        return random.fold_in(self.key, self.calls - 1)
 
     def scaled_mask(self, name: str, shape: Sequence[int], p: float, like: Tensor) -> Tensor:
         """Return a tensor of 0 (with probability p) and 1 / (1 - p), of the dtype and device of `like`."""
-        drop = random.bernoulli(self.next_key(name, like), p, shape)
+        drop = random.bernoulli(self.next_key(name), p, shape, device=like.device)
         return torch.where(drop, 0.0, 0.0 if p == 1.0 else 1.0 / (1.0 - p)).to(like.dtype)
 
 

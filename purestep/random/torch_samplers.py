@@ -41,13 +41,20 @@ def _finish(
     """Put a draw where the keyword arguments of torch's factories want it; layout and pinning do not change values."""
     if out is not None:
         return out.resize_(draw.shape).copy_(draw)
-    draw = draw.to(torch.get_default_device() if device is None else device)
+    draw = draw.to(_place(device=device))
     return draw.requires_grad_() if requires_grad else draw
 
 
-def _open_unit(key: Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw float64 from the open interval (0, 1), symmetric about 1/2."""
-    return (random.bits(key, shape).to(torch.float64) + 0.5) * 2.0**-32
+def _place(out: Tensor | None = None, device: Device | None = None, **ignored: object) -> Device:
+    """Return the device that the keyword arguments of torch's factories want: draws are made there, not copied."""
+    if out is not None:
+        return out.device
+    return torch.get_default_device() if device is None else device
+
+
+def _open_unit(key: Tensor, like: Tensor) -> Tensor:
+    """Draw float64 from the open interval (0, 1), symmetric about 1/2, in the shape and on the device of a tensor."""
+    return (random.bits(key, like.shape, device=like.device).to(torch.float64) + 0.5) * 2.0**-32
 
 
 def _creator(name: str, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -61,7 +68,7 @@ def _creator(name: str, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         out = kwargs.get("out")
         dtype = dtype or (torch.get_default_dtype() if out is None else out.dtype)
-        return _finish(_draw(draw, mode.next_key(name), _shape(sizes, size), dtype), **kwargs)
+        return _finish(_draw(draw, mode.next_key(name), _shape(sizes, size), dtype, _place(**kwargs)), **kwargs)
 
     return handler
 
@@ -76,16 +83,19 @@ def _like_creator(name: str, draw: Callable[..., Tensor]) -> Callable[..., Tenso
         device: Device | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        made = _draw(draw, mode.next_key(name, input), tuple(input.shape), dtype or input.dtype)
-        return _finish(made, device=input.device if device is None else device, **kwargs)
+        place = input.device if device is None else device
+        made = _draw(draw, mode.next_key(name), tuple(input.shape), dtype or input.dtype, place)
+        return _finish(made, device=place, **kwargs)
 
     return handler
 
 
-def _draw(draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _draw(
+    draw: Callable[..., Tensor], key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: Device
+) -> Tensor:
     if not dtype.is_complex:
-        return draw(key, shape, dtype=dtype)
-    parts = draw(key, (*shape, 2), dtype=dtype.to_real())
+        return draw(key, shape, dtype=dtype, device=device)
+    parts = draw(key, (*shape, 2), dtype=dtype.to_real(), device=device)
     # torch's complex normal has variance 1 in all, half of it in each part.
     return torch.view_as_complex(parts * (math.sqrt(0.5) if draw is random.normal else 1.0))
 
@@ -100,7 +110,7 @@ def _randint(mode: KeyedRandom, func: Function, *args: Any, **kwargs: Any) -> Te
     low = bounds[0] if bounds else kwargs.pop("low", 0)
     kwargs.pop("low", None)
     out, dtype = kwargs.get("out"), kwargs.pop("dtype", None)
-    draw = random.randint(mode.next_key("randint"), _shape((), size), low, high)
+    draw = random.randint(mode.next_key("randint"), _shape((), size), low, high, device=_place(**kwargs))
     return _finish(draw.to(dtype or (torch.int64 if out is None else out.dtype)), **kwargs)
 
 
@@ -110,15 +120,15 @@ def _randint_like(mode: KeyedRandom, func: Function, input: Tensor, *bounds: int
     if high is None:
         high = given.pop()
     low = given[0] if given else kwargs.pop("low", 0)
-    draw = random.randint(mode.next_key("randint_like", input), input.shape, low, high)
     kwargs["device"] = kwargs.get("device") or input.device
+    draw = random.randint(mode.next_key("randint_like"), input.shape, low, high, device=kwargs["device"])
     return _finish(draw.to(kwargs.pop("dtype", None) or input.dtype), **kwargs)
 
 
 def _randperm(mode: KeyedRandom, func: Function, n: int, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
     out = kwargs.get("out")
     dtype = dtype or (torch.int64 if out is None else out.dtype)
-    return _finish(random.permutation(mode.next_key("randperm"), n).to(dtype), **kwargs)
+    return _finish(random.permutation(mode.next_key("randperm"), n, device=_place(**kwargs)).to(dtype), **kwargs)
 
 
 def _bernoulli(
@@ -130,14 +140,14 @@ def _bernoulli(
     out: Tensor | None = None,
     **ignored: object,
 ) -> Tensor:
-    key = mode.next_key("bernoulli", input)
-    draw = random.bernoulli(key, input if p is None else p, input.shape).to(input.dtype)
+    key = mode.next_key("bernoulli")
+    draw = random.bernoulli(key, input if p is None else p, input.shape, device=input.device).to(input.dtype)
     return draw if out is None else _finish(draw, out=out)
 
 
 def _bernoulli_(mode: KeyedRandom, func: Function, input: Tensor, p: float | Tensor = 0.5, **ignored: object) -> Tensor:
     p = p.to(input.device) if isinstance(p, Tensor) else p
-    return input.copy_(random.bernoulli(mode.next_key("bernoulli_", input), p, input.shape))
+    return input.copy_(random.bernoulli(mode.next_key("bernoulli_"), p, input.shape, device=input.device))
 
 
 def _normal(
@@ -153,7 +163,8 @@ def _normal(
     tensors = [t for t in (mean, std) if isinstance(t, Tensor)]
     shape = _shape((), size) if size is not None else torch.broadcast_shapes(*(t.shape for t in tensors))
     dtype = dtype or (tensors[0].dtype if tensors else torch.get_default_dtype())
-    noise = _draw(random.normal, mode.next_key("normal", tensors[0] if tensors else None), tuple(shape), dtype)
+    place = tensors[0].device if tensors else _place(**kwargs)
+    noise = _draw(random.normal, mode.next_key("normal"), tuple(shape), dtype, place)
     with torch.no_grad():  # as in torch, samples are not a function of the parameters; rsample says that itself
         if tensors:
             draw = mean + std * noise
@@ -164,18 +175,19 @@ def _normal(
 def _normal_(
     mode: KeyedRandom, func: Function, input: Tensor, mean: float = 0.0, std: float = 1.0, **ignored: object
 ) -> Tensor:
-    key = mode.next_key("normal_", input)
-    return input.copy_(_draw(random.normal, key, tuple(input.shape), input.dtype) * std + mean)
+    key = mode.next_key("normal_")
+    return input.copy_(_draw(random.normal, key, tuple(input.shape), input.dtype, input.device) * std + mean)
 
 
 def _uniform_(
     mode: KeyedRandom, func: Function, input: Tensor, a: float = 0.0, b: float = 1.0, **kwargs: Any
 ) -> Tensor:
     low, high = kwargs.get("from", a), kwargs.get("to", b)
-    key = mode.next_key("uniform_", input)
+    key = mode.next_key("uniform_")
     if low == high:
         return input.fill_(low)
-    return input.copy_(random.uniform(key, input.shape, minval=low, maxval=high, dtype=input.dtype))
+    drawn = random.uniform(key, input.shape, minval=low, maxval=high, dtype=input.dtype, device=input.device)
+    return input.copy_(drawn)
 
 
 def _random_(mode: KeyedRandom, func: Function, input: Tensor, *bounds: int, **kwargs: Any) -> Tensor:
@@ -185,7 +197,7 @@ def _random_(mode: KeyedRandom, func: Function, input: Tensor, *bounds: int, **k
         floating = input.is_floating_point()
         high = int(2 / torch.finfo(input.dtype).eps) + 1 if floating else torch.iinfo(input.dtype).max
         high = high if floating or input.dtype == torch.int64 else high + 1
-    return input.copy_(random.randint(mode.next_key("random_", input), input.shape, low, high))
+    return input.copy_(random.randint(mode.next_key("random_"), input.shape, low, high, device=input.device))
 
 
 def _inverse(name: str, quantile: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -193,7 +205,7 @@ def _inverse(name: str, quantile: Callable[..., Tensor]) -> Callable[..., Tensor
 
     def handler(mode: KeyedRandom, func: Function, input: Tensor, *args: float, **kwargs: Any) -> Tensor:
         kwargs.pop("generator", None)
-        return input.copy_(quantile(_open_unit(mode.next_key(name, input), input.shape), *args, **kwargs))
+        return input.copy_(quantile(_open_unit(mode.next_key(name), input), *args, **kwargs))
 
     return handler
 
@@ -213,7 +225,8 @@ def _geometric(unit: Tensor, p: float) -> Tensor:
 def _log_normal_(
     mode: KeyedRandom, func: Function, input: Tensor, mean: float = 1.0, std: float = 2.0, **ignored: object
 ) -> Tensor:
-    noise = random.normal(mode.next_key("log_normal_", input), input.shape, dtype=torch.float64)
+    key = mode.next_key("log_normal_")
+    noise = random.normal(key, input.shape, dtype=torch.float64, device=input.device)
     return input.copy_(torch.exp(noise * std + mean))
 
 
@@ -227,7 +240,7 @@ def _multinomial(
     out: Tensor | None = None,
     **ignored: object,
 ) -> Tensor:
-    key, logits = mode.next_key("multinomial", input), input.detach().to(torch.float64).log()
+    key, logits = mode.next_key("multinomial"), input.detach().to(torch.float64).log()
     if replacement:
         draw = random.categorical(key, logits, shape=(num_samples,)).movedim(0, -1)
     else:
@@ -240,7 +253,7 @@ def _multinomial(
                 )
             )
         # The largest Gumbel-perturbed logits are a sample without replacement.
-        gumbel = -torch.log(-torch.log(_open_unit(key, input.shape)))
+        gumbel = -torch.log(-torch.log(_open_unit(key, input)))
         draw = torch.topk(logits + gumbel, num_samples, dim=-1).indices
     return draw if out is None else _finish(draw, out=out)
 

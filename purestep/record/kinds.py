@@ -106,7 +106,8 @@ _PLAIN = (bool, int, float, str, list, tuple, dict)
 def makers_of(kind: Any) -> dict[str, Maker]:
     """Return the functions of purestep that return a type, by name: optimizers, schedules, plans."""
     if kind is Plan:
-        return {"ddp": sharding.ddp, "fsdp": sharding.fsdp, "hsdp": sharding.hsdp}
+        names = "ddp fsdp hsdp single zero1 zero2".split()
+        return {name: getattr(sharding, name) for name in names}
     found: dict[str, Maker] = {}
     for name in dir(optim):
         value = None if name.startswith("_") else getattr(optim, name)

@@ -97,9 +97,12 @@ def _encoded_plan(value: Plan, path: str) -> dict[str, Any]:
         ("ddp", {"size": sizes.get("data")}),
         ("fsdp", {"size": sizes.get("fsdp")}),
         ("hsdp", {"fsdp": sizes.get("fsdp"), "data": sizes.get("data")}),
+        ("zero1", {"size": sizes.get("data")}),
+        ("zero2", {"size": sizes.get("data")}),
     ):
-        if None not in arguments.values() and makers_of(Plan)[name](**arguments) == value:
-            return {NAME: name, **{key: size for key, size in arguments.items() if size != -1}}
+        given = arguments if value.offload is None else {**arguments, "offload": value.offload}
+        if None not in arguments.values() and makers_of(Plan)[name](**given) == value:
+            return {NAME: name, **{key: found for key, found in given.items() if found != -1}}
     raise SettingError(path, "is a plan that has no name", "its name as a string, from which the experiment makes it")
 
 

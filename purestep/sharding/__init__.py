@@ -8,6 +8,7 @@ from purestep.distributed.control import rank as rank
 from purestep.distributed.control import size as size
 from purestep.distributed.mesh import Mesh as Mesh
 from purestep.distributed.mesh import mesh as mesh
+from purestep.sharding.families import tensor_rules as tensor_rules
 from purestep.sharding.local_batches import LocalBatch as LocalBatch
 from purestep.sharding.local_batches import local_batch as local_batch
 from purestep.sharding.plan import Plan as Plan
@@ -16,4 +17,6 @@ from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp
 from purestep.sharding.presets import single as single
 from purestep.sharding.presets import tensor_parallel as tensor_parallel
+from purestep.sharding.presets import zero1 as zero1
+from purestep.sharding.presets import zero2 as zero2
 from purestep.sharding.spec import Spec as Spec

@@ -29,8 +29,16 @@ class Costed(Layout, Protocol):
         """Number of ranks that compute different microbatches."""
 
     @property
+    def zero(self) -> int:
+        """The stage of ZeRO."""
+
+    @property
     def reshard_after_forward(self) -> bool:
         """Whether gathered parameters are freed after the forward pass."""
+
+    @property
+    def sent_dtype(self) -> torch.dtype | None:
+        """The dtype in which ranks exchange gradients."""
 
     def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
         """Return the numbers of the microbatches that a rank computes."""
@@ -94,7 +102,8 @@ def dry_run(
     memory["grads"] = sum(_gradient(plan, row, reduce_dtype) for row in trained)
     memory["gathered"] = _gathered(plan, own, compute_dtype)
     sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
-    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, reduce_dtype) for row in trained)
+    wire = plan.sent_dtype or reduce_dtype
+    sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in trained)
     host = {kind: _at_rest(description, kind, on_host=True) for kind in kinds}
     if plan.offload is not None:
         host["grads"] = sum(_shard(plan, row, None) for row in trained)
@@ -108,7 +117,7 @@ def _at_rest(description: Description, kind: str, *, on_host: bool) -> int:
 
 def _gradient(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
     """Return the bytes of a gradient as it is held for the update."""
-    return _shard(plan, row, dtype)
+    return _bytes([row], dtype) if plan.zero == 1 else _shard(plan, row, dtype)
 
 
 def _shard(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
@@ -117,7 +126,7 @@ def _shard(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
 
 
 def _apart(plan: Costed, row: Row) -> int:
-    """Return over how many ranks a parameter that is whole here is updated."""
+    """Return over how many ranks a parameter that is whole here is updated: 1 unless ZeRO is at stage 1 or 2."""
     return plan.mesh.size(*(a for a in row.updated.axes if a in plan.batch and a not in row.spec.axes))
 
 
@@ -157,11 +166,15 @@ def _gathered(plan: Costed, rows: list[Row], dtype: torch.dtype | None) -> int:
 def _gather_traffic(plan: Costed, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:
     times = 2 if plan.reshard_after_forward else 1
     inside = sum(turns * times * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
-    return inside
+    # Under ZeRO 1 and 2 ranks send each other what they have updated, once a step, in the dtype of the state.
+    return inside + sum((_apart(plan, r) - 1) * _shard(plan, r, None) for r in rows if r.kind == "params")
 
 
 def _reduce_traffic(plan: Costed, row: Row, turns: int, dtype: torch.dtype | None) -> int:
     """Return bytes sent for the gradient of a leaf: reduce-scatters over what splits it, then one all-reduce."""
-    part, split = _bytes([row], dtype), _split(plan, row)
+    if plan.zero == 2:
+        part, split = _shard(plan, row, dtype), _apart(plan, row)
+    else:
+        part, split = _bytes([row], dtype), _split(plan, row)
     rest = plan.replicas // split
     return turns * (split - 1) * part + 2 * (rest - 1) * part // rest

@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,15 +20,25 @@ from torch.overrides import TorchFunctionMode
 
 from purestep import _torch, random, tree
 from purestep.errors import StepError, explain
+from purestep.sharding.spec import Box
 
 Function = Callable[..., Any]
+Source = Callable[[Box], Tensor]  # reads a part of a tensor, as a copy
 # Operations after which the former content of what they write does not matter.
 _FILLS = {"uniform_", "normal_", "zero_", "fill_", "random_", "exponential_", "copy_", "_no_grad_trunc_normal_"}
+_EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# Operations that take no value from a tensor but its shape, strides and dtype.
+_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+_COPIES = {"clone", "_to_copy"}
+_NONE = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """A tensor on the tape: a window on a storage. Storages are numbered as they appear."""
+    """A tensor on the tape: a window on a storage. Storages are numbered as they appear.
+
+    One of the storage `_NONE` stands for a tensor whose values nobody asks for.
+    """
 
     storage: int
     size: tuple[int, ...]
@@ -70,6 +81,7 @@ class Tape:
         self._alive: list[Any] = []
         self._writers: dict[int, list[int]] = {}
         self._seeds: dict[int, int] = {}
+        self._sources: dict[int, Source] = {}
 
     # --- recording ---
 
@@ -124,11 +136,12 @@ class Tape:
         is_random: bool,
     ) -> None:
         """Write an operation down."""
-        held: Any = tree.map(lambda x: self._argument(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        argument = _shape_of if _name(function) in _LIKE else self._argument
+        held: Any = tree.map(lambda x: argument(x) if isinstance(x, Tensor) else x, (args, kwargs))
         # A generator would have to be in the state that it has now; the replay seeds the default one instead.
         changes = {"device": torch.device("cpu"), "generator": None}
         kept = held[1] | {k: v for k, v in changes.items() if k in held[1]}
-        reads = frozenset(r.storage for r in tree.leaves(held) if isinstance(r, Ref))
+        reads = frozenset(r.storage for r in tree.leaves(held) if isinstance(r, Ref) and r.storage != _NONE)
         targets = [self._ref(t) for t in written]
         refs = tuple(self._ref(t) for t in made)
         writes = frozenset(r.storage for r in targets)
@@ -140,6 +153,42 @@ class Tape:
         for storage in writes | {r.storage for r in refs}:
             self._writers.setdefault(storage, []).append(len(self.ops))
         self.ops.append(Op(function, held[0], kept, reads, writes, refs, fills, is_random))
+
+    def read(self, source: Source, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor whose values a function reads, later, as a whole or in part."""
+        with _torch.no_torch_function(), _torch.no_torch_dispatch():
+            made = torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+        def whole() -> Tensor:
+            return source(((0,) * len(shape), tuple(shape)))
+
+        self.note(whole, (), {}, written=[], made=[made], is_random=False)
+        self._sources[self._ref(made).storage] = source
+        return made
+
+    def source(self, tensor: Tensor) -> Source | None:
+        """Return what reads parts of a tensor, if `read` made it and nothing has written into it since."""
+        if not tensor.is_meta or not self.knows(tensor):
+            return None
+        ref = self._ref(tensor)
+        return self._sources.get(ref.storage) if len(self._writers[ref.storage]) == 1 and self._covers(ref) else None
+
+    def never_filled(self, tensor: Tensor) -> bool:
+        """Tell whether the values of a tensor are what `torch.empty` or its like found in memory, or a copy of that."""
+        if not tensor.is_meta or not self.knows(tensor) or not tensor.numel():
+            return False
+        storage, before = self._ref(tensor).storage, len(self.ops)
+        while True:
+            writers = [i for i in self._writers.get(storage, ()) if i < before]
+            if len(writers) != 1:
+                return False
+            before = writers[0]
+            op = self.ops[before]
+            if _name(op.function) in _EMPTY:
+                return True
+            if _name(op.function) not in _COPIES or len(op.reads) != 1:
+                return False
+            storage = next(iter(op.reads))
 
     def _covers(self, ref: Ref) -> bool:
         return torch.Size(ref.size).numel() * ref.dtype.itemsize == self._alive[ref.storage].nbytes()
@@ -215,6 +264,8 @@ class Tape:
 
     def window(self, held: dict[int, Tensor], ref: Ref) -> Tensor:
         """Return the tensor that a Ref stands for."""
+        if ref.storage == _NONE:
+            return torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype)
         owner = held[ref.storage] if ref.storage in held else self.constants[ref.storage]
         return torch.empty(0, dtype=ref.dtype).set_(owner.untyped_storage(), ref.offset, ref.size, ref.stride)
 
@@ -238,6 +289,10 @@ class Tape:
                     wanted += [(s, writers[0]) for s in self.ops[writers[0]].reads if s != storage]
                     break
         return sorted(chosen)
+
+
+def _shape_of(tensor: Tensor) -> Ref:
+    return Ref(_NONE, tuple(tensor.shape), tensor.stride(), 0, tensor.dtype)
 
 
 def _seed(rng: Tensor) -> int:
@@ -276,8 +331,35 @@ def _refuse(function: Function, why: str, error: Exception | None = None) -> Non
 def recording(rng: Tensor) -> Iterator[Tape]:
     """Make tensors without memory, and yield the tape on which everything that is done to them is written."""
     tape = Tape(rng)
-    with _truncated_normals(tape), _Recorder(tape), _Disguise(tape):
-        yield tape
+    reset = _recorded.set(tape)
+    try:
+        with _truncated_normals(tape), _Recorder(tape), _Disguise(tape):
+            yield tape
+    finally:
+        _recorded.reset(reset)
+
+
+_recorded: contextvars.ContextVar[Tape | None] = contextvars.ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Do what is done to tensors in a `with` block as if nothing were recorded: files can be read in it."""
+    with _torch.no_torch_function(), _torch.no_torch_dispatch():
+        yield
+
+
+def reading(source: Source, like: Tensor) -> Tensor:
+    """Return a tensor that a function reads: now, or under `recording` when it is needed, and then in parts.
+
+    Args:
+        source: reads the part at `(offset, shape)`, as a copy on the CPU with the dtype of `like`.
+        like: has the shape, dtype and device of the tensor.
+    """
+    tape = _recorded.get()
+    if tape is not None:
+        return tape.read(source, like.shape, like.dtype)
+    return source(((0,) * like.dim(), tuple(like.shape))).to(like.device)
 
 
 class _Recorder(_torch.DispatchMode):

@@ -121,12 +121,13 @@ def _at(leaf: Any, device: torch.device | None) -> Any:
 
 def cut(plan: Layout, whole: Tensor, spec: Spec) -> Tensor:
     """Return a copy of the part of a whole tensor that this rank holds under a resolved spec, contiguous."""
+    return slice_of(whole, box_here(plan, whole.shape, spec)).detach().clone(memory_format=torch.contiguous_format)
+
+
+def box_here(plan: Layout, shape: Sequence[int], spec: Spec) -> Box:
+    """Return `(offset, shape)` of the part of a tensor that this rank holds under a resolved spec."""
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
-    return (
-        slice_of(whole, box(spec, sizes, whole.shape, plan.mesh.coordinate()))
-        .detach()
-        .clone(memory_format=torch.contiguous_format)
-    )
+    return box(spec, sizes, shape, plan.mesh.coordinate())
 
 
 def slice_of(whole: Tensor, part: Box) -> Tensor:

@@ -13,19 +13,22 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from purestep import tree
-from purestep.arguments import Whole, checked
+from purestep.arguments import Positive, Whole, checked
 from purestep.distributed.mesh import Mesh
 from purestep.distributed.mesh import mesh as mesh_of
 from purestep.errors import ConfigError, explain
 from purestep.sharding import dry_run as dry_runs
 from purestep.sharding import placement as placing
 from purestep.sharding import report as descriptions
+from purestep.sharding.families import OfFamily
 from purestep.sharding.leaf_roles import Kind, follow
-from purestep.sharding.spec import REPLICATED, Both, Fallback, Offload, Rules, Spec, resolve
+from purestep.sharding.spec import REPLICATED, Both, Fallback, Offload, Rules, Spec, blocks_of, resolve
 from purestep.views import Block, Note, Table, View
 
 T = TypeVar("T")
 Reduction = Literal["tree", "fast"]
+Zero = Literal[1, 2, 3]
+Compress = Literal["bf16", "fp16"]
 
 
 @checked(ConfigError)
@@ -47,8 +50,16 @@ class Plan(View):
         reshard_after_forward: free gathered parameters after the forward pass and gather them again in the backward.
         reduction: "tree" sums gradients in one fixed order, so that the bits do not depend on the topology; "fast" by
             the collectives of the backend.
+        zero: the stage of ZeRO, which says what the rules split: 1 the optimizer state, 2 the gradients too, 3 the
+            parameters too.
         offload: what lives on the CPU between steps, where the state is on a card: None, the "optimizer" state, or the
             "params" too. Updates then run on the CPU.
+        compress: with `reduction="fast"`, the dtype in which ranks exchange gradients: "bf16" or "fp16"; by default
+            their own. What the model adds to buffers, and parameters that `fsdp` leaves whole, are sent as they are.
+        tensor_parts: into how many parts the dims over the tensor axis are cut, a power of two times its ranks; as many
+            as ranks by default. The bits depend on this number, and not on that of the ranks.
+        sequence_parallel: what is computed between the split layers is split over the positions of a sequence,
+            dim 1 of `[batch, position, width]`, where the parts divide it.
 
     Raises:
         ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
@@ -72,7 +83,11 @@ class Plan(View):
     reshard_after_forward: bool = True
     reduction: Reduction = "tree"
     sync_batchnorm: bool = False
+    zero: Zero = 3
     offload: Offload | None = None
+    compress: Compress | None = None
+    tensor_parts: Positive[int] | None = None
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         rules = tuple((_frozen(rule[0]), rule[1]) if _is_rule(rule) else rule for rule in self.rules)
@@ -99,6 +114,59 @@ class Plan(View):
         return tuple(a for a in self.mesh.axes if a not in self.batch)
 
     @property
+    def tensor_axis(self) -> str:
+        """The axis over which ranks compute each microbatch together; "" where there is none, or several.
+
+        Raises:
+            ConfigError: `tensor_parts` is no power of two times its ranks.
+        """
+        axes = [a for a in self.model_axes if self.mesh.size(a) > 1]
+        if not axes and (self.tensor_parts or 1) > 1:
+            axes = list(self.model_axes)
+        if len(axes) != 1:
+            return ""
+        _check_parts(self, self.mesh.size(axes[0]))
+        return axes[0]
+
+    def check_computed(self) -> None:
+        """Refuse a plan by which ranks would compute together over several axes: such a state can only be placed.
+
+        Raises:
+            ConfigError: names the axes.
+        """
+        if not self.tensor_axis and self.mesh.size(*self.model_axes) > 1:
+            _refuse_axes(self)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the dims over the tensor axis are cut."""
+        return self.tensor_parts or self.mesh.size(*self.model_axes)
+
+    def tensor_cut(self, name: str, shape: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
+        """Return the dim of a parameter that the tensor axis splits, and the lengths of the matrices that lie side by
+        side along it; None where the parameter is whole on every rank of the axis.
+
+        Examples:
+            >>> from purestep.sharding import tensor_parallel
+            >>> plan = tensor_parallel({"qkv.weight": Spec("tensor", fused=3), "*.weight": Spec(None, "tensor")}, 2)
+            >>> plan.tensor_cut("qkv.weight", (12, 4)), plan.tensor_cut("out.weight", (4, 4))
+            ((0, (4, 4, 4)), (1, (4,)))
+        """
+        axis, found = self.tensor_axis, self._first(name)
+        if not axis or found is None:
+            return None
+        at = next((d for d, entry in enumerate(found.entries) if axis in entry), None)
+        if at is None or at >= len(shape):
+            return None
+        blocks = blocks_of(shape[at], found.fused, self.parts)
+        if blocks is None and self.fallback == "error":
+            _refuse_cut(self, name, shape, found)
+        return None if blocks is None else (at, blocks)
+
+    def _first(self, name: str) -> Spec | None:
+        return next((s for f, s in self.rules if tree.matches(f, name)), None)
+
+    @property
     def _named(self) -> set[str]:
         return {axis for _, spec in self.rules for axis in spec.axes}
 
@@ -106,6 +174,17 @@ class Plan(View):
     def replicas(self) -> int:
         """Number of ranks that compute different microbatches (W)."""
         return self.mesh.size(*self.data_axes, *self.shard_axes)
+
+    @property
+    def sent_dtype(self) -> torch.dtype | None:
+        """The dtype in which ranks exchange gradients; None for that in which they are summed.
+
+        Examples:
+            >>> from purestep.sharding import ddp
+            >>> ddp(reduction="fast", compress="bf16").sent_dtype
+            torch.bfloat16
+        """
+        return None if self.compress is None else {"bf16": torch.bfloat16, "fp16": torch.float16}[self.compress]
 
     @property
     def index(self) -> int:
@@ -129,6 +208,9 @@ class Plan(View):
             [(0, 2), (1, 3), (4, 6), (5, 7)]
         """
         runs, turns = self.data_axes, self.shard_axes
+        if self.zero == 1:
+            # Gradients stay whole on every rank, so each adds up a run of its own before it sends anything.
+            runs, turns = (*runs, *turns), ()
         outer, inner = self.mesh.size(*runs), self.mesh.size(*turns)
         if count < 1 or count % (outer * inner):
             _refuse_count(self, count)
@@ -144,16 +226,21 @@ class Plan(View):
         Args:
             name: of the parameter.
             shape: of the whole tensor.
-            kind: what of it: "optimizer" is the optimizer state that follows it, which lives in the same place.
+            kind: "optimizer" for the optimizer state that follows it, which lives elsewhere under ZeRO 1 and 2.
 
         Raises:
             ConfigError: no rule matches, or the spec does not fit, under `fallback="error"`; more entries than dims.
         """
-        found = next((s for f, s in self.rules if tree.matches(f, name)), None)
+        found = self._first(name)
         if found is None:
             if self.fallback == "error":
                 _refuse_unmatched(self, name, shape)
             return REPLICATED
+        if self.zero < 3 and kind != "optimizer":
+            return REPLICATED
+        axis = self.tensor_axis
+        if axis in found.axes and self.tensor_cut(name, shape) is None:
+            found = Spec(*[tuple(a for a in entry if a != axis) for entry in found.entries], auto=found.auto)
         sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
         return resolve(found, sizes, shape, fallback=self.fallback, min_size=self.min_size, where=name)
 
@@ -248,7 +335,8 @@ class Plan(View):
         rules = [(_filter_text(filter), str(spec)) for filter, spec in self.rules]
         if "*" not in [filter for filter, _ in self.rules]:
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
-        names = "fallback min_size units reshard_after_forward reduction sync_batchnorm offload".split()
+        names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload compress".split()
+        names += ["tensor_parts", "sequence_parallel"] if self.model_axes else []
         settings = [(name, str(getattr(self, name))) for name in names]
         return [
             Table(("axis", "ranks", "splits"), axes),
@@ -258,7 +346,8 @@ class Plan(View):
 
     def _splits(self, axis: str) -> str:
         over = ["microbatches"] if axis in self.batch else []
-        return " and ".join([*over, *(["parameters"] if axis in self._named else [])]) or "nothing"
+        split = {1: "optimizer state", 2: "gradients", 3: "parameters"}[self.zero]
+        return " and ".join([*over, *([split] if axis in self._named else [])]) or "nothing"
 
     def __mul__(self, other: Plan) -> Plan:
         """Return the plan that does both: the axes of both meshes, each tensor split by the specs of both.
@@ -319,7 +408,7 @@ def _filter_text(filter: tree.Filter) -> str:
     if isinstance(filter, Both):
         return f"{_filter_text(filter.first)} and {_filter_text(filter.second)}"
     if callable(filter):
-        return str(getattr(filter, "__qualname__", type(filter).__name__))
+        return str(filter if isinstance(filter, OfFamily) else getattr(filter, "__qualname__", type(filter).__name__))
     return filter if isinstance(filter, str) else " or ".join(filter)
 
 
@@ -339,10 +428,31 @@ def _check(plan: Plan) -> None:
     for word, value, known in (
         ("fallback", plan.fallback, ("replicate", "error", "pad")),
         ("reduction", plan.reduction, ("tree", "fast")),
+        ("zero", plan.zero, (1, 2, 3)),
         ("offload", plan.offload, (None, "optimizer", "params")),
+        ("compress", plan.compress, (None, "bf16", "fp16")),
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
+    if plan.zero < 3 and plan.model_axes:
+        raise ConfigError(
+            explain(
+                "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
+                where=f"zero={plan.zero} on {plan.mesh!r}",
+                instead="fsdp() * tensor_parallel(rules, size=2)",
+            )
+        )
+    if plan.compress is not None and plan.reduction == "tree":
+        raise ConfigError(
+            explain(
+                "gradients that are sent in another dtype have other bits on another number of ranks",
+                where=f'compress={plan.compress!r}, reduction="tree"',
+                why="what a rank adds up itself is not rounded",
+                instead=f'ddp(compress={plan.compress!r}, reduction="fast")\n'
+                'or ps.make_step(..., policy=ps.precision.policy("bf16-mixed", reduce="bf16")): '
+                "every gradient is rounded, the same bits everywhere",
+            )
+        )
     if plan.sync_batchnorm and plan.reduction == "tree":
         raise ConfigError(
             explain(
@@ -353,6 +463,40 @@ def _check(plan: Plan) -> None:
                 "or leave it out: statistics of each microbatch, the same bits everywhere",
             )
         )
+
+
+def _refuse_axes(plan: Plan) -> None:
+    raise ConfigError(
+        explain(
+            "ranks compute a microbatch together over one axis of the mesh",
+            where=f"{plan.mesh!r}, batch={plan.batch!r}: {', '.join(plan.model_axes)}",
+            instead='one tensor axis; name the axes over which batches differ: Plan(..., batch=("data", "fsdp"))',
+        )
+    )
+
+
+def _check_parts(plan: Plan, size: int) -> None:
+    share, rest = divmod(plan.parts, size)
+    # Sums of a rank are nodes of the tree of all parts only then.
+    if rest or (size > 1 and share & (share - 1)):
+        raise ConfigError(
+            explain(
+                f"{plan.parts} parts cannot be shared by {size} ranks",
+                where=f"tensor_parts={plan.parts} on {plan.mesh!r}",
+                why="each rank computes a power of two of them, so that sums are added in one order on any number",
+                instead=f"tensor_parts={size}, or {2 * size}, {4 * size}, ...",
+            )
+        )
+
+
+def _refuse_cut(plan: Plan, name: str, shape: Sequence[int], spec: Spec) -> None:
+    raise ConfigError(
+        explain(
+            f"a parameter cannot be cut into {plan.parts} equal parts",
+            where=f"{name}: {list(shape)} under {spec!r}",
+            instead="fallback='replicate' keeps such tensors whole on every rank; or fewer parts",
+        )
+    )
 
 
 def _refuse_unmatched(plan: Plan, name: str, shape: Sequence[int]) -> None:
@@ -426,7 +570,11 @@ _SETTINGS: dict[str, Any] = {
     "reshard_after_forward": True,
     "reduction": "tree",
     "sync_batchnorm": False,
+    "zero": 3,
     "offload": None,
+    "compress": None,
+    "tensor_parts": None,
+    "sequence_parallel": False,
 }
 
 
@@ -466,4 +614,4 @@ def _joined(a: Spec, b: Spec, batch: tuple[str, ...]) -> Spec:
         )
         for d in range(max(len(a.entries), len(b.entries)))
     ]
-    return Spec(*dims, auto=(*a.auto, *b.auto))
+    return Spec(*dims, auto=(*a.auto, *b.auto), fused=max(a.fused, b.fused, key=len))

@@ -1,4 +1,4 @@
-"""The usual plans by name: `single`, `ddp`, `fsdp`, `hsdp`, `tensor_parallel`, and their products."""
+"""The usual plans by name: `single`, `ddp`, `zero1`, `zero2`, `fsdp`, `hsdp`, `tensor_parallel`, and their products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from purestep.arguments import Name, Whole, checked
 from purestep.distributed.mesh import mesh
 from purestep.errors import ConfigError
-from purestep.sharding.plan import Plan
+from purestep.sharding.families import tensor_rules
+from purestep.sharding.plan import Plan, Zero
 from purestep.sharding.spec import Offload, Rules, Spec
 from purestep.tree import Filter
 
@@ -29,22 +30,77 @@ def single(*, offload: Offload | None = None) -> Plan:
 
 
 @checked(ConfigError)
-def ddp(size: int = -1, **settings: Any) -> Plan:
+def ddp(size: int = -1, *, offload: Offload | None = None, **settings: Any) -> Plan:
     """Data parallelism: every rank holds the whole state and computes its own microbatches.
 
     Args:
         size: ranks; by default all of the job, which is 1 on a laptop.
+        offload: what lives on the CPU between steps, where the state is on a card: the "optimizer" state, or the
+            "params" too.
         **settings: of `Plan`: `reduction`, ...
 
     Examples:
         >>> ddp(4).spec("weight", (8, 8)), ddp().replicas
         (Spec(), 1)
     """
-    return Plan(mesh({"data": size}), (), **({"fallback": "replicate"} | settings))
+    return Plan(mesh({"data": size}), (), **({"fallback": "replicate", "offload": offload} | settings))
 
 
 @checked(ConfigError)
-def fsdp(size: int = -1, *, min_size: Whole = 0, **settings: Any) -> Plan:
+def zero1(size: int = -1, *, min_size: Whole = 0, offload: Offload | None = None, **settings: Any) -> Plan:
+    """Data parallelism with the optimizer state split over all ranks (ZeRO-1): each updates a part of the parameters.
+
+    Parameters and gradients are whole on every rank. After an update the ranks send each other the parts they have
+    updated. The bits are those of `ddp()`.
+
+    Args:
+        size: ranks; by default all of the job.
+        min_size: leave the state of tensors of fewer elements whole.
+        offload: what lives on the CPU between steps, where the state is on a card: the "optimizer" state, or the
+            "params" too.
+        **settings: of `Plan`: `fallback`, `reduction`, ...
+
+    Examples:
+        >>> plan = zero1(4)
+        >>> plan.spec("weight", (8, 3)), plan.spec("weight", (8, 3), "optimizer")
+        (Spec(), Spec('data'))
+
+    Reference: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+    arXiv 1910.02054.
+    """
+    return _zero(1, size, min_size, {"offload": offload} | settings)
+
+
+@checked(ConfigError)
+def zero2(size: int = -1, *, min_size: Whole = 0, offload: Offload | None = None, **settings: Any) -> Plan:
+    """Data parallelism with optimizer state and gradients split over all ranks (ZeRO-2).
+
+    Parameters are whole on every rank. During the backward pass each rank gets the sums of its own parts of the
+    gradients, bucket by bucket, and lets go of the rest. The bits are those of `ddp()`.
+
+    Args:
+        size: ranks; by default all of the job.
+        min_size: leave the state and the gradients of tensors of fewer elements whole.
+        offload: what lives on the CPU between steps, where the state is on a card: the "optimizer" state, or the
+            "params" too.
+        **settings: of `Plan`: `fallback`, `reduction`, ...
+
+    Examples:
+        >>> zero2(4).zero, zero2(4).mesh
+        (2, mesh({'data': 4}))
+
+    Reference: as of `zero1`.
+    """
+    return _zero(2, size, min_size, {"offload": offload} | settings)
+
+
+def _zero(stage: Zero, size: int, min_size: int, settings: dict[str, Any]) -> Plan:
+    settings = {"fallback": "replicate"} | settings
+    return Plan(mesh({"data": size}), (("*", Spec(auto="data")),), min_size=min_size, zero=stage, **settings)
+
+
+@checked(ConfigError)
+def fsdp(size: int = -1, *, min_size: Whole = 0, offload: Offload | None = None, **settings: Any) -> Plan:
     """Fully sharded data parallelism (ZeRO-3): params, gradients and optimizer state are split over all ranks.
 
     A tensor is split along its first dim that the number of ranks divides. One without such a dim is whole on every
@@ -53,6 +109,8 @@ def fsdp(size: int = -1, *, min_size: Whole = 0, **settings: Any) -> Plan:
     Args:
         size: ranks; by default all of the job.
         min_size: leave tensors of fewer elements whole.
+        offload: what lives on the CPU between steps, where the state is on a card: the "optimizer" state, or the
+            "params" too.
         **settings: of `Plan`: `reshard_after_forward`, `units`, `fallback`, `reduction`, ...
 
     Examples:
@@ -60,43 +118,53 @@ def fsdp(size: int = -1, *, min_size: Whole = 0, **settings: Any) -> Plan:
         >>> plan.spec("weight", (8, 3)), plan.spec("weight", (3, 8)), plan.spec("bias", (3,))
         (Spec('fsdp'), Spec(None, 'fsdp'), Spec())
     """
-    return Plan(mesh({"fsdp": size}), _EVERYWHERE, min_size=min_size, **({"fallback": "replicate"} | settings))
+    settings = {"fallback": "replicate", "offload": offload} | settings
+    return Plan(mesh({"fsdp": size}), _EVERYWHERE, min_size=min_size, **settings)
 
 
 @checked(ConfigError)
-def hsdp(*, fsdp: int, data: int = -1, min_size: Whole = 0, **settings: Any) -> Plan:
+def hsdp(*, fsdp: int, data: int = -1, min_size: Whole = 0, offload: Offload | None = None, **settings: Any) -> Plan:
     """Hybrid sharding: the state is split over `fsdp` ranks, and that group is repeated over the axis `data`.
 
     Args:
         fsdp: ranks that hold one state together: those of one machine, say.
         data: such groups; by default what is left of the job.
         min_size: leave tensors of fewer elements whole.
+        offload: what lives on the CPU between steps, where the state is on a card: the "optimizer" state, or the
+            "params" too.
         **settings: of `Plan`.
 
     Examples:
         >>> hsdp(fsdp=2, data=4).mesh
         mesh({'data': 4, 'fsdp': 2})
     """
-    settings = {"fallback": "replicate"} | settings
+    settings = {"fallback": "replicate", "offload": offload} | settings
     return Plan(mesh({"data": data, "fsdp": fsdp}), _EVERYWHERE, min_size=min_size, **settings)
 
 
 @checked(ConfigError)
-def tensor_parallel(rules: Rules | Mapping[Any, Spec], size: int, *, axis: Name = "tensor", **settings: Any) -> Plan:
+def tensor_parallel(
+    rules: str | Rules | Mapping[Any, Spec], size: int, *, axis: Name = "tensor", **settings: Any
+) -> Plan:
     """Tensor parallelism: matrices are split over `size` ranks, which compute every microbatch together.
 
     Args:
-        rules: `(filter, Spec)` pairs, or a dict of them, over the axis: `Spec("tensor")` for the weight of a layer
-            whose outputs are split, `Spec(None, "tensor")` for one whose inputs are. What no rule matches is whole.
+        rules: the name of a family of models, see `tensor_rules`; or `(filter, Spec)` pairs, or a dict of them, over
+            the axis: `Spec("tensor")` for the weight of a layer whose outputs are split, `Spec(None, "tensor")` for one
+            whose inputs are. What no rule matches is whole; under the rules of a family a matrix has to match.
         size: ranks.
-        axis: name of the mesh axis.
-        **settings: of `Plan`.
+        axis: name of the mesh axis; rules of families are for "tensor".
+        **settings: of `Plan`: `tensor_parts`, which fixes the bits on any number of ranks, `sequence_parallel`, ...
 
     Examples:
+        >>> tensor_parallel("llama", 2, tensor_parts=4).tensor_cut("model.layers.0.self_attn.q_proj.weight", (64, 64))
+        (0, (64,))
         >>> plan = ddp() * tensor_parallel({"*.up.weight": Spec("tensor"), "*.down.weight": Spec(None, "tensor")}, 2)
         >>> plan.mesh
         mesh({'data': -1, 'tensor': 2})
     """
+    if isinstance(rules, str):
+        rules = tensor_rules(rules)
     pairs: Any = rules.items() if isinstance(rules, Mapping) else rules
     found: tuple[tuple[Filter, Spec], ...] = tuple(pairs)
     return Plan(mesh({axis: size}), found, **({"fallback": "replicate"} | settings))

@@ -30,7 +30,7 @@ class Row:
         local: shape of what one rank holds.
         nbytes: bytes of that.
         unit: with which submodule it is gathered; None for what is never gathered in a step.
-        updated: where it is updated.
+        updated: where it is updated; elsewhere than where it lives for the parameters of ZeRO 1 and 2.
         on_host: whether it is offloaded to the CPU, where the state is on a card.
     """
 

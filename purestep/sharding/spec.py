@@ -61,26 +61,41 @@ class Spec:
     Args:
         *entries: for each dim an axis, a tuple of axes, or None.
         auto: axes that split whichever dim they divide: the first one that does.
+        fused: how many matrices lie side by side along the dim that a tensor axis splits, or their relative lengths:
+            3 for query, key and value in one, `(8, 2, 2)` with fewer heads of key and value. Each rank then computes
+            with its share of each of them.
 
     Raises:
-        ConfigError: an axis is used twice.
+        ConfigError: an axis is used twice, or `fused` is no positive number or several.
 
     Examples:
         >>> Spec("fsdp", None), Spec(None, ("tensor", "fsdp")), Spec()
         (Spec('fsdp'), Spec(None, ('tensor', 'fsdp')), Spec())
         >>> Spec("tensor", auto="fsdp")
         Spec('tensor', auto='fsdp')
+        >>> Spec("tensor", fused=3)
+        Spec('tensor', fused=3)
     """
 
     entries: tuple[tuple[str, ...], ...]
     auto: tuple[str, ...]
+    fused: tuple[int, ...]
 
-    def __init__(self, *entries: Axes, auto: Axes = None) -> None:
+    def __init__(self, *entries: Axes, auto: Axes = None, fused: int | Sequence[int] = 1) -> None:
         dims = [_as_axes(e) for e in entries]
         while dims and not dims[-1]:
             dims.pop()
         object.__setattr__(self, "entries", tuple(dims))
         object.__setattr__(self, "auto", _as_axes(auto))
+        object.__setattr__(self, "fused", (1,) * fused if isinstance(fused, int) else tuple(fused))
+        if not self.fused or not all(isinstance(n, int) and n > 0 for n in self.fused):
+            raise ConfigError(
+                explain(
+                    "fused= is a positive number of matrices, or their relative lengths",
+                    where=f"Spec(..., fused={fused!r})",
+                    instead='Spec("tensor", fused=3)   # query, key and value in one matrix',
+                )
+            )
         twice = sorted({a for a in self.axes if self.axes.count(a) > 1})
         if twice:
             raise ConfigError(
@@ -99,7 +114,21 @@ class Spec:
 
     def __repr__(self) -> str:
         shown = [repr(_shown(e)) for e in self.entries] + ([f"auto={_shown(self.auto)!r}"] if self.auto else [])
+        if len(self.fused) > 1:
+            shown.append(f"fused={len(self.fused) if set(self.fused) == {1} else self.fused}")
         return f"Spec({', '.join(shown)})"
+
+
+def blocks_of(length: int, fused: Sequence[int], parts: int) -> tuple[int, ...] | None:
+    """Return the lengths of the matrices that lie side by side along a dim, None if parts do not divide them all.
+
+    Examples:
+        >>> blocks_of(12, (1, 1, 1), 2), blocks_of(12, (4, 1, 1), 2), blocks_of(12, (1,), 5)
+        ((4, 4, 4), (8, 2, 2), None)
+    """
+    unit, rest = divmod(length, sum(fused))
+    blocks = tuple(unit * n for n in fused)
+    return None if rest or not length or any(n % parts for n in blocks) else blocks
 
 
 REPLICATED = Spec()

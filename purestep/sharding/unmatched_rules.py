@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from purestep import tree
 from purestep.errors import ConfigError, explain
+from purestep.sharding.families import OfFamily
 from purestep.sharding.leaf_roles import Leaf, follow
 from purestep.sharding.spec import Both, Layout
 
@@ -29,16 +30,38 @@ def check_matches(plan: Layout, state: object) -> None:
     """
     if not plan.rules and not plan.units:
         return
-    names = [leaf.name or "" for leaf in follow(state) if leaf.kind in ("params", "frozen") and _in_state(leaf)]
+    leaves = [leaf for leaf in follow(state) if leaf.kind in ("params", "frozen") and _in_state(leaf)]
+    names = [leaf.name or "" for leaf in leaves]
     if not names:
         return
-    for filter in (each for rule, _ in plan.rules for each in _factors(rule)):
-        if not any(tree.matches(filter, name) for name in names):
+    filters = [each for rule, _ in plan.rules for each in _factors(rule)]
+    families = sorted({each.family for each in filters if isinstance(each, OfFamily)})
+    if families:
+        _check_families(families, filters, leaves)
+    for filter in filters:
+        if not isinstance(filter, OfFamily) and not any(tree.matches(filter, name) for name in names):
             _refuse("a rule of the plan matches no parameter", filter, names)
     modules = list(dict.fromkeys(prefix for name in names for prefix in _parents(name)))
     for glob in plan.units or ():
         if not any(tree.matches(glob, module) for module in modules):
             _refuse("an entry of units= matches no submodule with parameters", glob, modules)
+
+
+def _check_families(families: Sequence[str], filters: Sequence[tree.Filter], leaves: Sequence[Leaf]) -> None:
+    """Refuse matrices that the rules of a family do not know: they would be whole, and computed by every rank."""
+    own = [each for each in filters if each != "*"]
+    left = [x.name or "" for x in leaves if len(x.shape) > 1 and not any(tree.matches(f, x.name or "") for f in own)]
+    if left:
+        shown = list(dict.fromkeys(left))
+        raise ConfigError(
+            explain(
+                f"the rules of {', '.join(families)} do not know {len(shown)} matrices of the model",
+                where=", ".join(shown[:8]) + (", ..." if len(shown) > 8 else ""),
+                why="each rank would hold the whole of them, and compute with the whole",
+                instead=f'{{**ps.sharding.tensor_rules("{families[0]}"), "{shown[0]}": Spec("tensor")}}\n'
+                'Spec("tensor") splits a matrix by its outputs, Spec(None, "tensor") by its inputs; Spec() does not',
+            )
+        )
 
 
 def _in_state(leaf: Leaf) -> bool:

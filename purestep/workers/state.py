@@ -42,7 +42,7 @@ class LocalState(Printed):
 
     def replace(self, **changes: object) -> Self:
         """Return the state with some fields changed."""
-        values = {"step": self.step, "workers": self.workers, "outer": self.outer}
+        values: dict[str, Any] = {"step": self.step, "workers": self.workers, "outer": self.outer}
         return type(self)(**values | changes)
 
     def view(self) -> Iterable[Block]:

@@ -76,7 +76,7 @@ MALFORMED = {
     "run FILE --sizes 1,x": "--sizes must be a sequence, each a whole number",
     "run FILE --until 5parsecs": "--until must be the end of a run, such as 5epochs",
     "run FILE --policy bf16-mixd": "--policy must be a precision policy.*--policy bf16-mixed",
-    "run FILE --plan fdsp": "--plan must be one of ddp, fsdp, hsdp or none.*--plan fsdp",
+    "run FILE --plan fdsp": "--plan must be one of ddp, fsdp, hsdp, single, zero1, zero2 or none.*--plan fsdp",
     "run FILE --optimizer adamx": "--optimizer must be a name such as adamw.*--optimizer adam",
     "run FILE --optimizer lion": "--optimizer.learning_rate has no default",
     "run FILE --optimizer __import__('os')": "--optimizer must be a name",
@@ -208,7 +208,7 @@ def test_classes_and_functions_go_by_name_and_dotted_flags(command):
         "",
         "--optimizer lion --optimizer.learning_rate 1e-5 --optimizer.mask *.weight --model Linear --tags a,b",
         "--optimizer muon(warmup_cosine_decay_schedule(0.0,0.1,5,50)) --plan hsdp(fsdp=2) --drop 0.1 --until 1h",
-        "--policy bf16-mixed --sizes [] --noise some --data.batch 10",
+        "--policy bf16-mixed --sizes [] --noise some --data.batch 10 --plan zero2 --plan.offload optimizer",
     ],
 )
 def test_a_printed_config_gives_the_same_config(command, tmp_path, line):

@@ -5,6 +5,7 @@ single rows of them, separated by semicolons.
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import random
@@ -21,10 +22,11 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import purestep as ps
 from purestep import optim
+from purestep.distributed import collectives
 from purestep.optim.kernels import sliced
 from purestep.parallel.fsdp_layout import Rows
 from purestep.parallel.fsdp_units import Session
-from purestep.sharding import Spec, ddp, fsdp, hsdp, placement, tensor_parallel
+from purestep.sharding import Spec, ddp, fsdp, hsdp, placement, tensor_parallel, zero1, zero2
 
 
 class Block(nn.Module):
@@ -190,7 +192,10 @@ def train(
 def plans(size):
     found = {"ddp": ddp(), "fsdp": fsdp(), "keep": fsdp(reshard_after_forward=False)}
     found |= {"root": fsdp(units=()), "pad": fsdp(fallback="pad")}
-    return found | ({"hsdp": hsdp(fsdp=2)} if size == 4 else {})
+    found |= {"zero1": zero1(), "zero2": zero2(), "zero2, pad": zero2(fallback="pad")}
+    if size == 4:
+        found |= {"hsdp": hsdp(fsdp=2), "hsdp, zero1": hsdp(fsdp=2, zero=1), "hsdp, zero2": hsdp(fsdp=2, zero=2)}
+    return found
 
 
 CASES = {
@@ -217,16 +222,20 @@ def bits(size):
     for name, options in CASES.items():
         for label, plan in plans(size).items():
             long = name == "fifty" and label in ("ddp", "fsdp", "hsdp", "keep")
-            on_four = long or name in ALL or label in ("ddp", "fsdp") or (label == "hsdp" and name in SOME)
+            on_four = long or name in ALL or label in ("ddp", "fsdp", "zero1", "zero2")
+            on_four = on_four or (label == "hsdp" and name in SOME)
+            on_four = on_four and not (name == "fifty" and "zero" in label)
             on_fewer = (label == "fsdp" and name in SOME) or (size == 1 and label == "ddp") or (long and size == 2)
             if on_four if size == 4 else on_fewer:
                 yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
     yield "fast|ddp", lambda: train(ddp(reduction="fast"))
     yield "fast|fsdp", lambda: train(fsdp(reduction="fast"))
     if size == 2:
-        yield "tied|jit", lambda: train(fsdp(), **CASES["tied"], backend="eager")
+        for label, plan in (("fsdp", fsdp()), ("zero1", zero1()), ("zero2", zero2())):
+            yield f"tied|jit, {label}", lambda plan=plan: train(plan, **CASES["tied"], backend="eager")
+            yield f"skipped|{label}, two", lambda plan=plan: train(plan, **CASES["skipped"])
         for name in ("plain", "tied", "skipped"):
-            for label, plan in (("ddp", ddp()), ("fsdp", fsdp())):
+            for label, plan in (("ddp", ddp()), ("fsdp", fsdp()), ("zero1", zero1()), ("zero2", zero2())):
                 options = CASES[name] | {"donate": True}
                 yield f"{name}|{label}, donated", lambda plan=plan, options=options: train(plan, **options)
 
@@ -336,19 +345,27 @@ class Attention(nn.Module):
 
 
 def tensor(size):
-    rows = ("q.*", "k.*", "v.*", "up.*")
+    """In two parts, whoever computes them: the bits are the same on every number of ranks and in every product."""
+    rows = ("q.*", "k.*", "v.*", "up.*", "embed.*", "head.*")
     rules = {rows: Spec("tensor"), ("out.weight", "down.weight"): Spec(None, "tensor")}
-    found = {"none": ddp()} if size == 1 else {"tensor": ddp() * tensor_parallel(rules, 2)}
-    if size == 4:
-        found["fsdp x tensor"] = fsdp() * tensor_parallel(rules, 2)
+
+    def parts(ranks):
+        return tensor_parallel(rules, ranks, tensor_parts=2)
+
+    found = {"none": None} if size == 1 else {"tensor": ddp() * parts(2)}
+    found |= {"ddp": ddp() * parts(1)} if size < 4 else {"fsdp": fsdp() * parts(2)}
     for label, plan in found.items():
 
         def run(plan=plan):
-            state, metrics = train(plan, model=Attention, samples=8, keep=True, loss=lambda n, b: loss_fn(n, b)[0])
-            state = plan.gather(state)
-            evaluate = ps.make_eval(loss_fn, plan=plan)(plan.place(state), next(batches(Attention, 8, 1)))
-            numbers = [float(metrics["loss"]), float(evaluate["loss"]), float(optim.global_norm(state.params))]
-            return [*numbers, *state.params["q.weight"].flatten().tolist()[:16]]
+            tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-2))
+            state = ps.init(Attention, tx, seed=7, plan=plan)
+            step = ps.make_step(loss_fn, tx, microbatches=4, plan=plan)
+            for batch in batches(Attention, 8, 3):
+                state, metrics = step(state, batch)
+            evaluate = ps.make_eval(loss_fn, plan=plan)(state, next(batches(Attention, 8, 1)))
+            numbers = [float(m.compute()) for m in (metrics["loss"], evaluate["loss"], evaluate["largest"])]
+            whole = state if plan is None else plan.gather(state)
+            return [ps.digest([state, metrics]), *numbers, *whole.params["q.weight"].flatten().tolist()[:16]]
 
         yield f"tensor|{label}", run
 
@@ -395,6 +412,41 @@ def synced(size):
             yield f"synced|{label}|{kind}", run
 
 
+def compressed(size):
+    """What a step of SGD changes, by plan and dtype that is sent, as full tensors; and the dtypes that were sent."""
+    for label, make in (("ddp", ddp), ("fsdp", fsdp), *([("hsdp", functools.partial(hsdp, fsdp=2))] * (size == 4))):
+        for dtype in (None, "bf16", "fp16"):
+            yield f"compressed|{label}|{dtype}", lambda make=make, dtype=dtype: one_step(make, dtype)
+
+
+def one_step(make, dtype):
+    plan, sent = make(reduction="fast", compress=dtype), []
+    originals = {name: getattr(collectives, name) for name in ("sum_into", "scatter_sum")}
+
+    def noting(original):
+        def call(values, group):
+            if group is not None:
+                sent.append((str(values.dtype), values.numel()))
+            return original(values, group)
+
+        return call
+
+    tx = optim.sgd(1.0)
+    before = ps.init(Net, tx, seed=3, plan=plan)
+    batch = {"x": torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), "y": torch.arange(8) % 5}
+    try:
+        for name, original in originals.items():
+            setattr(collectives, name, noting(original))
+        after, _ = ps.make_step(loss_fn, tx, microbatches=4, plan=plan)(before, batch)
+    finally:
+        for name, original in originals.items():
+            setattr(collectives, name, original)
+    whole = [plan.gather(state).params for state in (before, after)]
+    moved = {name: (whole[0][name] - whole[1][name]).flatten().tolist() for name in whole[0]}
+    buffers = {name: x.tolist() for name, x in plan.gather(after).buffers.items()}
+    return {"moved": moved, "buffers": buffers, "sent": sent}
+
+
 def evaluated(size):
     for label, plan in plans(size).items():
 
@@ -414,6 +466,7 @@ def checks(size, number):
     yield from evaluated(size)
     yield from tensor(size)
     yield from synced(size)
+    yield from compressed(size)
     if size == 2:
         yield "live", live
         yield "refusals", refusals

@@ -10,21 +10,23 @@ JOB = Path(__file__).with_name("bits_job.py")
 CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed int8 fifty skipped muon finite large six
 twelve evaluated""".split()
 # What `make test` runs of them, with what is asked of several processes besides bits.
-QUICK = "plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipped|fsdp".split(";")
+QUICK = "plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipped|fsdp;plain|zero1;plain|zero2".split(
+    ";"
+)
+SENT = [f"compressed|ddp|{dtype}" for dtype in ("None", "bf16", "fp16")]
 
 
 @pytest.fixture(scope="session")
 def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
-    return _asked(
-        zygote, once, "bits", "4,2,1", [*QUICK, "fast", "live", "refusals", "tensor|none", "tensor|fsdp x tensor"]
-    )
+    tensor = ["tensor|none", "tensor|ddp", "tensor|fsdp"]
+    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "live", "refusals", *tensor])
 
 
 @pytest.fixture(scope="session")
 def more_answers(zygote, once):
     """The same of all cases."""
-    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "tensor"])
+    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "compressed", "tensor"])
 
 
 def _asked(zygote, once, name, sizes, cases):
@@ -76,6 +78,34 @@ def test_sums_of_the_backend_have_other_bits(answers):
     assert len({answers[4, rank]["fast|fsdp"] for rank in range(4)}) == 1
 
 
+def check_compressed(answers, places):
+    for (size, rank), label in places:
+        plain = answers[size, rank][f"compressed|{label}|None"]
+        for dtype, name, error in (("bf16", "torch.bfloat16", 2**-7), ("fp16", "torch.float16", 2**-10)):
+            found = answers[size, rank][f"compressed|{label}|{dtype}"]
+            assert found["buffers"] == plain["buffers"]
+            assert found["moved"] != plain["moved"]
+            for key, values in plain["moved"].items():
+                near = pytest.approx(values, rel=2 * error, abs=error * max(map(abs, values)) + 1e-6)
+                assert found["moved"][key] == near, (label, dtype, key)
+            narrow = sum(count for kind, count in found["sent"] if kind == name)
+            assert narrow > 0.8 * sum(count for _, count in found["sent"])
+            assert sum(count for _, count in found["sent"]) == sum(count for _, count in plain["sent"])
+            assert answers[size, 0][f"compressed|{label}|{dtype}"] == found
+
+
+def test_gradients_are_sent_in_another_dtype(answers):
+    check_compressed(answers, [((size, rank), "ddp") for size in (2, 4) for rank in range(size)])
+    assert answers[1, 0]["compressed|ddp|bf16"] == answers[1, 0]["compressed|ddp|None"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["ddp", "fsdp", "hsdp"])
+def test_gradients_are_sent_in_another_dtype_under_every_plan(more_answers, label):
+    sizes = (4,) if label == "hsdp" else (2, 4)
+    check_compressed(more_answers, [((size, rank), label) for size in sizes for rank in range(size)])
+
+
 def test_blocks_are_whole_only_while_they_are_needed(answers):
     for rank in range(2):
         found = answers[2, rank]["live"]
@@ -97,20 +127,24 @@ def test_what_a_plan_cannot_do_is_refused(answers):
     assert "ConfigError: a step with batch norm over ranks cannot be compiled" in said["synced"]
 
 
-def test_tensor_parallel_ranks_agree_with_one_process(answers):
-    check_tensor_parallel(answers, 4, "fsdp x tensor")
+def test_tensor_parallel_ranks_have_the_bits_of_one_process(answers):
+    check_tensor_parallel(answers, [(1, "ddp"), (2, "ddp"), (4, "fsdp")])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_tensor_parallel_ranks_alone_agree_with_one_process(more_answers, size):
-    check_tensor_parallel(more_answers, size, "tensor")
+def test_products_with_tensor_parallelism_have_the_bits_of_one_process(more_answers):
+    check_tensor_parallel(more_answers, [(1, "ddp"), (2, "ddp"), (2, "tensor"), (4, "tensor"), (4, "fsdp")])
 
 
-def check_tensor_parallel(answers, size, label):
-    for rank in range(size):
-        reference = pytest.approx(answers[1, 0]["tensor|none"], rel=1e-5, abs=1e-5)
-        assert answers[size, rank][f"tensor|{label}"] == reference, (label, rank)
+def check_tensor_parallel(answers, plans):
+    found = {
+        (size, rank, label): answers[size, rank][f"tensor|{label}"] for size, label in plans for rank in range(size)
+    }
+    (whole, *numbers), reference = answers[1, 0]["tensor|none"], found[1, 0, "ddp"]
+    assert all(value == reference for value in found.values()), found
+    # Sums in two parts round otherwise than whole ones.
+    assert whole != reference[0]
+    assert reference[1:] == pytest.approx(numbers, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -176,10 +176,11 @@ def test_what_does_not_fit_is_refused():
         policy("int8", autocast=True)
 
 
-def test_a_layer_that_tensor_parallelism_splits_is_refused(monkeypatch):
-    monkeypatch.setattr(_torch, "is_dtensor", lambda value: True)
+def test_a_layer_that_tensor_parallelism_splits_is_refused():
+    plan = ps.sharding.tensor_parallel({"0.weight": ps.sharding.Spec("tensor")}, 1, tensor_parts=2)
+    step = ps.make_step(loss_fn, TX, policy=policy("int8"), plan=plan)
     with pytest.raises(PrecisionError, match=r'does not multiply in a layer(.|\n)*policy.where\("0", int8=False\)'):
-        casting(policy("int8"), make_model()).module(torch.ones(2, 32))
+        step(ps.init(make_model(), TX), make_batch(3))
 
 
 @pytest.mark.slow

@@ -15,13 +15,15 @@ import purestep as ps
 from purestep import optim, tree
 from purestep.distributed.mesh import world_size
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel
+from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel, zero1, zero2
 from purestep.sharding.placement import full, is_owner, is_split, local, rewrap, shard_of, slice_of
 
 RANK = int(sys.argv[1]) if __name__ == "__main__" else 0
 TENSOR = {"0.weight": Spec("tensor"), "0.bias": Spec("tensor"), "2.weight": Spec(None, "tensor")}
 PLANS = {
     "ddp": ddp(),
+    "zero1": zero1(),
+    "zero2": zero2(fallback="pad"),
     "fsdp": fsdp(),
     "fsdp min_size": fsdp(min_size=20),
     "hsdp": hsdp(fsdp=2),

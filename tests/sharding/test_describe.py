@@ -124,6 +124,9 @@ def test_hybrid_and_tensor_parallel_dry_runs():
     assert split.memory["params"] < 0.55 * alone.memory["params"]
     assert split.memory["gathered"] < alone.memory["gathered"]
     replicated = ddp(8).dry_run(state)
+    halved = ddp(8, reduction="fast", compress="bf16").dry_run(state)
+    assert 2 * halved.sent["reduce"] == replicated.sent["reduce"]
+    assert halved.memory == replicated.memory
     assert (replicated.memory["params"], replicated.sent["gather"]) == (whole, 0)
     assert replicated.sent["reduce"] == 2 * whole * 7 // 8
     assert "gathered" not in replicated.memory

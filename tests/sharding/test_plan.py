@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 import purestep as ps
 from purestep import tree
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel
+from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, single, tensor_parallel, zero1, zero2
 from purestep.treesum import TreeSum
 
 # name, plan on a mesh of its own, ranks, ranks that compute different microbatches
 PLANS = [
     ("ddp", ddp(4), 4, 4),
+    ("single", single(), 1, 1),
+    ("zero1", zero1(4), 4, 4),
+    ("zero2", zero2(4), 4, 4),
     ("fsdp", fsdp(4), 4, 4),
     ("hsdp", hsdp(fsdp=2, data=3), 6, 6),
     ("tensor", tensor_parallel({"*": Spec("tensor")}, 2), 2, 1),
@@ -61,6 +64,29 @@ def test_data_takes_runs_and_fsdp_takes_turns():
     assert [ddp(2).microbatches(4, rank=r) for r in range(2)] == [(0, 1), (2, 3)]
     assert [fsdp(2).microbatches(4, rank=r) for r in range(2)] == [(0, 2), (1, 3)]
     assert (hsdp(fsdp=2, data=2).data_axes, hsdp(fsdp=2, data=2).shard_axes) == (("data",), ("fsdp",))
+
+
+def test_stages_of_zero_split_what_they_say():
+    with torch.device("meta"):
+        state = ps.init(torch.nn.Linear(8, 4), ps.optim.adam(0.1))
+    for plan, axis, whole in ((ddp(4), None, True), (zero1(4), "data", True), (fsdp(4), "fsdp", False)):
+        rows = {row.path: row for row in plan.describe(state).rows}
+        moment = next(row for path, row in rows.items() if "mu" in path and "weight" in path)
+        assert moment.spec == (Spec() if axis is None else Spec(axis))
+        assert (rows[".params['weight']"].spec == Spec()) is whole
+    # Gradients that stay whole are summed over runs of microbatches first, those that are split go at once.
+    assert [zero1(2).microbatches(4, rank=r) for r in range(2)] == [(0, 1), (2, 3)]
+    assert [zero2(2).microbatches(4, rank=r) for r in range(2)] == [(0, 2), (1, 3)]
+    plan = hsdp(fsdp=2, data=2, zero=1)
+    assert [plan.microbatches(4, rank=r) for r in range(4)] == [(0,), (1,), (2,), (3,)]
+
+
+def test_stages_of_zero_do_not_go_with_tensor_parallelism():
+    with pytest.raises(ConfigError) as caught:
+        zero1() * tensor_parallel({"*": Spec("tensor")}, 2)
+    assert "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them" in str(caught.value)
+    with pytest.raises(ConfigError, match="zero is one of 1, 2, 3"):
+        fsdp(zero=4)
 
 
 @pytest.mark.parametrize(("count", "named"), [(6, "microbatches=4 or 8"), (1, "microbatches=4"), (0, "microbatches=4")])
@@ -158,6 +184,8 @@ def test_rules_of_a_product_are_the_first_of_each(left, right, name):
         (lambda: Plan(mesh({"a": 1}), [("*", "fsdp")]), ["a rule is a pair of a filter and a Spec"]),
         (lambda: fsdp(fallback="no"), ["fallback is one of 'replicate', 'error', 'pad'", "fallback='no'"]),
         (lambda: fsdp(reduction="sum"), ["reduction is one of 'tree', 'fast'"]),
+        (lambda: fsdp(compress="bf16"), ["have other bits on another number of ranks", 'reduction="fast"']),
+        (lambda: fsdp(reduction="fast", compress="fp8"), ["compress is one of None, 'bf16', 'fp16'"]),
         (lambda: fsdp(sync_batchnorm=True), ["batch norm over ranks has other bits on another number", "reduction="]),
     ],
 )
@@ -169,6 +197,8 @@ def test_what_does_not_fit_together_is_refused(make, parts):
 
 
 def test_settings_of_a_product_come_from_the_factor_that_was_told():
+    halved = ddp(2, reduction="fast", compress="bf16") * tensor_parallel({}, 2)
+    assert halved.sent_dtype == torch.bfloat16
     plan = fsdp(min_size=8, reshard_after_forward=False) * tensor_parallel({}, 2, reduction="fast", units="blocks.*")
     assert (plan.min_size, plan.reshard_after_forward, plan.reduction, plan.units) == (8, False, "fast", ("blocks.*",))
 

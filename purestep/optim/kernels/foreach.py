@@ -8,14 +8,16 @@ foreach has no batching rules, and its derivatives of 0-d tensors are wrong; und
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from purestep import _torch, transforms
+from purestep import _torch
 from purestep.optim import _torch as kernels
 from purestep.optim.kernels import workspace
 from purestep.sharding import full_tensors
@@ -23,12 +25,15 @@ from purestep.tree import Structure
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 _PLAIN, _TRACED, _LEAFWISE = 0, 1, 2
+_transform_level, _recording = _torch.transform_level, torch.is_grad_enabled
+_dtype_of = operator.attrgetter("dtype")
 
 
 def _mode(*lists: Tensors) -> int:
-    if transforms.active():
+    # Asked a dozen times in every update, so without calls of Python where there is neither transform nor trace.
+    if _transform_level() is not None:
         return _LEAFWISE
-    if torch.is_grad_enabled() and any(x.requires_grad for xs in lists for x in xs):
+    if _recording() and any(x.requires_grad for xs in lists for x in xs):
         return _LEAFWISE
     return _TRACED if _torch.dispatch_modes() > 0 else _PLAIN
 
@@ -83,7 +88,9 @@ def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Te
         if reuse and mode == _PLAIN:
             inplace(xs, other)
             return list(xs)
-        return list(fresh(xs, other))
+        number = isinstance(other, (int, float))
+        kept = workspace.into(between, function, xs, other) if between and number and mode == _PLAIN else None
+        return list(fresh(xs, other)) if kept is None else kept
 
     def _by_scalar_tensor(xs: Tensors, scalar: Tensor, reuse: bool, between: str | None) -> list[Tensor]:
         fitted = _fit(scalar, xs[0])
@@ -213,6 +220,8 @@ def clamp(xs: Tensors, low: float | Tensor | None, high: float | Tensor | None) 
 
 def cast(xs: Tensors, like: Tensors) -> list[Tensor]:
     """Return the tensors in the dtypes of others; a tensor of the right dtype is returned as it is."""
+    if list(map(_dtype_of, xs)) == list(map(_dtype_of, like)):
+        return list(xs)
     return [x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(xs, like, strict=True)]
 
 
@@ -229,6 +238,11 @@ def convert(xs: Tensors, dtypes: list[torch.dtype]) -> list[Tensor]:
     for i, x in zip(at, made, strict=True):
         result[i] = x
     return result
+
+
+def dtypes(*lists: Tensors) -> set[torch.dtype]:
+    """Return the dtypes of some tensors."""
+    return set(map(_dtype_of, itertools.chain(*lists)))
 
 
 def select(condition: Tensor, on_true: Tensors, on_false: Tensors) -> list[Tensor]:

@@ -7,10 +7,15 @@ on parameters of zeros.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from purestep.optim import _torch
+from purestep.optim.kernels import foreach as fx
+
+_is_contiguous = Tensor.is_contiguous
 
 
 def _groups(xs: list[Tensor], numbers: list[float] | None = None) -> list[list[int]]:
@@ -31,6 +36,8 @@ def fitted(grads: list[Tensor], *lists: list[Tensor]) -> list[Tensor] | None:
         grads: gradients.
         *lists: parameters and moments, which a kernel writes into: dense, and at each position of one dtype and layout.
     """
+    if all(map(_is_contiguous, itertools.chain(grads, *lists))) and len(fx.dtypes(grads, *lists)) == 1:
+        return grads
     result = []
     for g, *xs in zip(grads, *lists, strict=True):
         layout = _layout(xs[0] if xs else g)

@@ -6,7 +6,7 @@ are sliced. Only donated memory is overwritten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +42,13 @@ class Transfer(Protocol):
 
 def is_long(x: Tensor) -> bool:
     """Tell whether a tensor is updated slice by slice."""
-    return type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
+    size = x.numel()
+    return size > _ON_CPU and size > _limit(x) and type(x) in _ORDINARY and x.dim() > 0 and x.shape[0] > 1
+
+
+def any_long(xs: Collection[Tensor]) -> bool:
+    """Tell whether a tensor is among some that is updated slice by slice."""
+    return max(map(Tensor.numel, xs), default=0) > _ON_CPU and any(map(is_long, xs))
 
 
 def is_owned(x: Any) -> bool:
@@ -84,7 +90,7 @@ def advance(
         **extra: keyword arguments of `tx.update`.
     """
     # With a transfer short parameters go in blocks, too, so that the first ones need not wait for the last.
-    if type(params) is dict and (transfer is not None or any(map(is_long, params.values()))):
+    if type(params) is dict and (transfer is not None or any_long(params.values())):
         if scope_of(tx) == "element":
             done = None
             if reuse or not tx.only_fused():

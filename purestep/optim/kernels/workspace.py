@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LEAST_BYTES = 1 << 16  # of a tensor, on average; to allocate a smaller one costs less than to look for it here
 _MOST_BYTES = 1 << 25  # bytes of one list; longer lists are left to the allocator
 _MOST_LISTS = 8  # lists kept in a thread; few suffice, because slices of a tensor have one shape, except for the last
 _local = threading.local()
@@ -21,15 +22,17 @@ _local = threading.local()
 def into(name: str, function: Callable[..., Tensor], xs: Sequence[Tensor], *args: Any) -> list[Tensor] | None:
     """Return `function(x, *args)` for each tensor, in memory that the next call of this name and shapes overwrites.
 
-    None if this would save nothing: on devices, whose allocators cache memory, and for lists that are too long.
+    None if this would save nothing: on devices, whose allocators cache memory, for small tensors, and for lists that
+    are too long.
 
     Examples:
-        >>> first = into("double", torch.mul, [torch.ones(2)], 2.0)
-        >>> second = into("double", torch.mul, [torch.ones(2)], 3.0)
-        >>> first[0].tolist(), first[0] is second[0]
-        ([3.0, 3.0], True)
+        >>> first = into("double", torch.mul, [torch.ones(1 << 14)], 2.0)
+        >>> second = into("double", torch.mul, [torch.ones(1 << 14)], 3.0)
+        >>> float(first[0].max()), first[0] is second[0]
+        (3.0, True)
     """
-    if not all(x.is_cpu for x in xs) or sum(x.nbytes for x in xs) > _MOST_BYTES:
+    size = sum(x.nbytes for x in xs)
+    if not _LEAST_BYTES * len(xs) <= size <= _MOST_BYTES or not all(x.is_cpu for x in xs):
         return None
     kept: dict[Hashable, list[Tensor]] = _local.__dict__.setdefault("kept", {})
     key = name, tuple((x.shape, x.stride(), x.dtype) for x in xs)

@@ -35,7 +35,10 @@ from purestep.optim.kernels.fused import fitted, fused_adam
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
 from purestep.optim.weight_decay import add_decay, fixed_filter
+from purestep.random.keys import is_host
 from purestep.tree import Structure
+
+_FLOAT32 = {torch.float32}
 
 
 @tree.pytree
@@ -118,8 +121,8 @@ class Adam(Kernel, GradientTransformation):
             if done is not None:
                 return done
         us, following = self._proposed(updates, leaves, params, step, reuse=reuse)
-        same = all(u.dtype == p.dtype for u, p in zip(us, ps, strict=True))
-        return tree.unflatten(leaves.structure, fx.cast(fx.add(ps, us, reuse=reuse and same), ps)), following
+        reuse = reuse and all(u.dtype == p.dtype for u, p in zip(us, ps, strict=True))
+        return tree.unflatten(leaves.structure, fx.cast(fx.add(ps, us, reuse=reuse), ps)), following
 
     def _leaves(self, updates: Any, state: Any) -> _Leaves:
         gs, structure = tree.flatten(updates)
@@ -175,19 +178,41 @@ class Adam(Kernel, GradientTransformation):
         nu = fx.average_of_squares(leaves.nu, gs, self.b2, reuse=reuse)
         if top is not None:
             top = fx.maximum(top, nu, reuse=reuse)
-        t = wide(leaves.count)
         largest = nu if top is None else top
         root, move = ("adam root", "adam move") if reuse else (None, None)
         denom = fx.sqrt(largest if is_zero(self.eps_root) else fx.add(largest, self.eps_root), between=root)
-        denom = fx.add(fx.div(denom, torch.sqrt(1 - self.b2**t), reuse=True), self.eps, reuse=True)
-        sign = 1.0 if rate is None else -rate
-        moment = fx.cast(mu, nu)
-        if not self.nesterov:
-            us = fx.mul(moment, sign / (1 - self.b1**t), between=move)
+        moment, sign = fx.cast(mu, nu), 1.0 if rate is None else -rate
+        if (numbers := self._corrections(leaves, sign)) is not None:
+            scale, factor = numbers
+            us = fx.mul(moment, factor, between=move)
         else:
-            us = fx.mul(moment, sign * self.b1 / (1 - self.b1 ** (t + 1)), between=move)
-            us = fx.add(us, gs, alpha=sign * (1 - self.b1) / (1 - self.b1**t), reuse=True)
+            t = wide(leaves.count)
+            scale = torch.sqrt(1 - self.b2**t)
+            us = self._directions(moment, gs, t, sign, move)
+        denom = fx.add(fx.div(denom, scale, reuse=True), self.eps, reuse=True)
         return fx.div(us, denom, reuse=True), mu, nu, top
+
+    def _directions(self, moment: list[Tensor], gs: list[Tensor], t: Tensor, sign: Scalar, move: str | None) -> Any:
+        """Return the first moments without their bias, times the rate; Nesterov's form has the gradient in it."""
+        if not self.nesterov:
+            return fx.mul(moment, sign / (1 - self.b1**t), between=move)
+        us = fx.mul(moment, sign * self.b1 / (1 - self.b1 ** (t + 1)), between=move)
+        return fx.add(us, gs, alpha=sign * (1 - self.b1) / (1 - self.b1**t), reuse=True)
+
+    def _corrections(self, leaves: _Leaves, sign: Scalar) -> tuple[Tensor, float] | None:
+        """Return the corrections of both moments by arithmetic of Python, a tenth of the time of that of 0-d tensors.
+
+        None where the host does not have the numbers, or the bits would be others: in other dtypes than float32 a
+        number is not rounded as a 0-d tensor is.
+        """
+        b1, b2, count = self.b1, self.b2, leaves.count
+        if self.nesterov or isinstance(b1, Tensor) or isinstance(b2, Tensor) or isinstance(sign, Tensor):
+            return None
+        if not is_host(count) or fx.dtypes(leaves.mu, leaves.nu) != _FLOAT32:
+            return None
+        t = int(count)
+        # torch divides a number by a tensor like this; and its root is not rounded as Python's is in the last place.
+        return torch.sqrt(torch.full((), 1 - b2**t, dtype=torch.float64)), 1 / (1 - b1**t) * sign
 
     def _fused(
         self,

@@ -77,7 +77,7 @@ class ScaleBySophia(GradientTransformation):
         """Hutchinson's estimate: for random signs r, the mean of r * (H r) is the diagonal of H."""
         rng = random.fold_in(state.rng, state.count)
         signs = [
-            (2 * random.bernoulli(random.fold_in(rng, name), 0.5, p.shape).to(p.dtype) - 1).to(p.device)
+            (2 * random.bernoulli(random.fold_in(rng, name), 0.5, p.shape, device=p.device).to(p.dtype) - 1)
             for name, p in zip(tree.names(params), tree.leaves(params), strict=True)
         ]
         estimate = fx.mul(hessian_vector(value_fn, params, signs), signs)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purestep.sharding.spec import Box
+
 # Classes in the modules of torch.distributed.checkpoint.
 _SAFE = set(
     "Metadata TensorStorageMetadata TensorProperties ChunkStorageMetadata BytesStorageMetadata MetadataIndex "
@@ -62,31 +64,43 @@ def read_dcp_metadata(directory: Path) -> DcpMetadata:
     """Read the metadata of a checkpoint that `torch.distributed.checkpoint.save` wrote."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    with (directory / ".metadata").open("rb") as file:
-        metadata = _Unpickler(file).load()
+    metadata = _metadata(directory)
     tensors = {Key(k): v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     planned = metadata.planner_data or {}
     paths = {key: tuple(str(p) for p in planned.get(key, (key,))) for key in tensors}
     return DcpMetadata(paths, {key: (v.size, v.properties.dtype) for key, v in tensors.items()})
 
 
-def read_dcp_tensors(directory: Path, described: DcpMetadata, keys: set[Key]) -> dict[Key, Tensor]:
-    """Read full tensors of a distributed checkpoint in this process alone; no process group is needed."""
+def read_dcp_part(directory: Path, key: Key, dtype: torch.dtype, box: Box) -> Tensor:
+    """Read the part at `(offset, shape)` of a tensor in this process alone; no process group is needed."""
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    from torch.distributed.checkpoint.planner import LoadPlan
+    from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
     from torch.distributed.checkpoint.state_dict_loader import load
 
     class Reader(FileSystemReader):
         """Reads the metadata as `read_dcp_metadata` does, without running code."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with (directory / ".metadata").open("rb") as file:
-                return _Unpickler(file).load()
+            return _metadata(directory)
 
-    values: dict[str, Any] = {}
-    for key in keys:
-        shape, dtype = described.shapes[key]
-        values[str(key)] = torch.empty(shape, dtype=dtype)
-    # The names are flat already, so the planner must not flatten them again.
-    planner = DefaultLoadPlanner(flatten_state_dict=False)
-    load(values, storage_reader=Reader(str(directory)), planner=planner, no_dist=True)
-    return {key: values[key] for key in keys}
+    class PartPlanner(DefaultLoadPlanner):
+        """Asks for one part of one tensor."""
+
+        def create_local_plan(self) -> LoadPlan:
+            described = self.metadata.state_dict_metadata[str(key)]  # type: ignore[union-attr]
+            chunk = ChunkStorageMetadata(torch.Size(box[0]), torch.Size(box[1]))
+            return LoadPlan(create_read_items_for_chunk_list(str(key), described, [chunk]))  # type: ignore[arg-type]
+
+        def lookup_tensor(self, index: Any) -> Tensor:
+            return part
+
+    part = torch.empty(box[1], dtype=dtype)
+    load({str(key): part}, storage_reader=Reader(str(directory)), planner=PartPlanner(False), no_dist=True)
+    return part
+
+
+def _metadata(directory: Path) -> Any:
+    with (directory / ".metadata").open("rb") as file:
+        return _Unpickler(file).load()

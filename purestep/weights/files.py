@@ -1,16 +1,18 @@
 """Reading named tensors from files of other programs: safetensors, `torch.save`, Lightning,
 torch.distributed.checkpoint.
 
-Owns `read_weights`. No code in a file is run: files of `torch.save` are read with `weights_only=True`, and the pickled
-metadata of a distributed checkpoint by an unpickler that allows only its classes.
+Owns `read_weights`, and `stored_weights`, which reads what it is asked for. No code in a file is run: files of
+`torch.save` are read with `weights_only=True`, and the pickled metadata of a distributed checkpoint by an unpickler
+that allows only its classes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ import torch
 from torch import Tensor
 
 from purestep.arguments import Location, Name, checked
-from purestep.errors import ConfigError, SnapshotError, explain, import_extra
-from purestep.interop import _torch
+from purestep.errors import ConfigError, MissingExtra, SnapshotError, explain
+from purestep.sharding.spec import Box
+from purestep.weights import _torch
+from purestep.weights.stored import InMemory, OnDemand, Safetensors, Stored, whole
 
-Named = dict[str, Tensor]
+Named = dict[str, Stored]
 # Usual names of the entry with the weights, in the order of search: Lightning's, torch's tutorials', others.
 _ENTRIES = ("state_dict", "model_state_dict", "model", "module", "weights", "params")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -57,6 +61,11 @@ def read_weights(path: Location, *, entry: Name | None = None) -> dict[str, Tens
         ...     read_weights(f"{directory}/last.ckpt")
         {'w': tensor([1., 1.])}
     """
+    return {name: whole(tensor) for name, tensor in stored_weights(path, entry=entry).items()}
+
+
+def stored_weights(path: str | Path, *, entry: str | None = None) -> Named:
+    """Return what `read_weights` reads as tensors that are read when they are asked for, and in parts."""
     found = Path(path)
     if not found.exists():
         raise ConfigError(explain("there is no such file of weights", where=f"path: {found}"))
@@ -83,9 +92,9 @@ def _of_file(path: Path, entry: str | None) -> Named:
     if path.name.endswith(".index.json"):
         return _sharded(path, entry)
     if path.suffix == ".safetensors":
-        return _chosen(path, _safetensors(path), entry)
+        return _chosen(path, _safetensors(path, Safetensors()), entry)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        return _chosen(path, _pickled(path), entry)
+        return {name: InMemory(tensor) for name, tensor in _chosen(path, _pickled(path), entry).items()}
     raise ConfigError(
         explain(
             "the suffix says what kind of file is read",
@@ -95,11 +104,17 @@ def _of_file(path: Path, entry: str | None) -> Named:
     )
 
 
-def _safetensors(path: Path) -> Named:
-    module = import_extra("safetensors.torch", extra="export", needed_by=f"reading {path.name}")
+def _safetensors(path: Path, files: Safetensors) -> Named:
     with _reading(path):
-        loaded: Named = module.load_file(str(path), device="cpu")
-        return loaded
+        return {n: OnDemand(t.shape, t.dtype, _guarded(path, t.part)) for n, t in files.contents(path).items()}
+
+
+def _guarded(path: Path, read: Callable[[Box], Tensor]) -> Callable[[Box], Tensor]:
+    def part(box: Box) -> Tensor:
+        with _reading(path):
+            return read(box)
+
+    return part
 
 
 def _pickled(path: Path) -> Any:
@@ -114,7 +129,8 @@ def _sharded(index: Path, entry: str | None) -> Named:
     with _reading(index):
         weight_map = json.loads(index.read_text())["weight_map"]
         files = {name: index.parent / file for name, file in weight_map.items()}
-    read = {file: _of_file(file, entry) for file in dict.fromkeys(files.values()) if file.is_file()}
+    shards = Safetensors()
+    read = {f: _of_shard(f, shards, entry) for f in dict.fromkeys(files.values()) if f.is_file()}
     lost = sorted(name for name, file in files.items() if name not in read.get(file, {}))
     if lost:
         raise SnapshotError(
@@ -126,15 +142,24 @@ def _sharded(index: Path, entry: str | None) -> Named:
     return {name: read[file][name] for name, file in files.items()}
 
 
+def _of_shard(path: Path, shards: Safetensors, entry: str | None) -> Named:
+    if path.suffix == ".safetensors":
+        return _chosen(path, _safetensors(path, shards), entry)
+    return _of_file(path, entry)
+
+
 def _distributed(directory: Path, entry: str | None) -> Named:
     with _reading(directory):
         described = _torch.read_dcp_metadata(directory)
     # Nested names have dots. An entry that is no tensor (a step, a learning rate) has no shape and is not read.
     nested = _nested({path: key for key, path in described.paths.items()})
-    wanted = _chosen(directory, nested, entry)
-    with _reading(directory):
-        by_key = _torch.read_dcp_tensors(directory, described, set(wanted.values()))
-    return {name: by_key[key] for name, key in wanted.items()}
+
+    def stored(key: _torch.Key) -> Stored:
+        shape, dtype = described.shapes[key]
+        read = functools.partial(_torch.read_dcp_part, directory, key, dtype)
+        return OnDemand(tuple(shape), dtype, _guarded(directory, read))
+
+    return {name: stored(key) for name, key in _chosen(directory, nested, entry).items()}
 
 
 def _nested(flat: Mapping[tuple[str, ...], str]) -> Any:
@@ -151,7 +176,7 @@ def _nested(flat: Mapping[tuple[str, ...], str]) -> Any:
 def _reading(path: Path, instead: str | None = None) -> Any:
     try:
         yield
-    except SnapshotError:
+    except (SnapshotError, MissingExtra):
         raise
     except Exception as error:  # each format has its own errors for damaged files
         why = f"{type(error).__name__}: {error}".split("\n")[0][:300]
@@ -196,7 +221,7 @@ def _at(path: Path, content: Any, entry: str) -> Any:
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, (Tensor, _torch.Key))
+    return isinstance(value, (Tensor, OnDemand, _torch.Key))
 
 
 def _has_weights(value: Any) -> bool:
