@@ -8,9 +8,9 @@ Random weights, tiny configurations, no download. It has an environment of its o
     python -m benchmarks.zoo --time bert        # and the time of a step beside torch.compile, which compiles each twice
     python -m benchmarks.zoo --check bert       # and exit code 1 where a cell is not what it should be
 
-Each row is five SGD steps of the step itself, beside a loop that is written by hand, in float64 where the model can; two of `ps.jit(step,
-backend="eager")`; and five of Inductor, from one state on the same batches. A new process goes on from a snapshot after
-the first step.
+Each row is five SGD steps of the step itself, beside a loop that is written by hand, in float64 where the model can;
+two of `ps.jit(step, backend="eager")`; and five of Inductor, from one state on the same batches. A new process goes on
+from a snapshot after the first step.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def by_hand(row: Row, state: Any, batches: list[Any]) -> dict[str, torch.Tensor]
 
 
 def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
-    """Return the largest difference of a parameter, relative to the largest of its tensor."""
+    """Return the largest difference of a parameter, relative to the largest of its tensor, or to 0.001."""
     pairs = [(expected[name], found[name]) for name in expected if expected[name].numel()]
-    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in pairs)
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs)
 
 
 def in_float64(row: Row) -> Row:
