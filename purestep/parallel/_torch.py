@@ -20,12 +20,11 @@ from torch import Tensor
 T = TypeVar("T", bound=Tensor)
 no_subclass = torch._C.DisableTorchFunctionSubclass
 nn_functions = torch._C._nn
-FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__
 
 
 def wrapper(kind: type[T], shape: Sequence[int], like: Tensor) -> T:
     """Return a tensor of a class that has a shape, the dtype and device of another one, and no memory."""
-    made: T = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+    made: T = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=like.dtype, device=like.device)
     return made
 
 

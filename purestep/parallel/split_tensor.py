@@ -234,12 +234,20 @@ def _refuse_opaque(args: Sequence[Any]) -> None:
 
 def _applied() -> bool:
     """Tell whether an autograd function calls, and not a block under no_grad."""
+    codes = set(_forwards(torch.autograd.Function))
     frame: types.FrameType | None = sys._getframe(3)
-    while frame is not None:
-        if frame.f_code is _torch.FUNCTION_APPLY:
-            return True
+    while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
-    return False
+    return frame is not None
+
+
+def _forwards(kind: type) -> Iterator[types.CodeType]:
+    """Yield the code of the forward function of all autograd functions that there are."""
+    for function in kind.__subclasses__():
+        forward = getattr(function, "forward", None)
+        if isinstance(forward, types.FunctionType):
+            yield forward.__code__
+        yield from _forwards(function)
 
 
 def _unseen(what: str) -> ConfigError:
