@@ -232,14 +232,60 @@ def draws(card: Card) -> dict[str, Any]:
     """Integers and uniforms have the bits of the CPU; normals may differ in the last one."""
     here, there = ps.random.key(7), ps.random.key(7, device=card.device)
     found = {"fold_in": torch.equal(ps.random.fold_in(here, 3, "a"), ps.random.fold_in(there, 3, "a").cpu())}
-    for name in ("bits", "uniform"):
+    some = torch.randint(0, 2**40, (1003,))
+    for name in ("bits", "uniform", "randint"):
         draw = getattr(ps.random, name)
         found[name] = torch.equal(draw(here, (1003,)), draw(there, (1003,)).cpu())
-    ones = torch.ones(1003)
-    kept = ps.random.dropout(there, ones.to(card.device), 0.3).cpu()
-    found["dropout"] = torch.equal(ps.random.dropout(here, ones, 0.3), kept)
+        found[f"{name}, indexed"] = torch.equal(
+            draw(here, (1003,), index=some), draw(there, (1003,), index=some.to(card.device)).cpu()
+        )
+        found[f"{name}, key of the host"] = torch.equal(
+            draw(here, (1003,)), draw(here, (1003,), device=card.device).cpu()
+        )
+    found["mask"] = torch.equal(ps.random.bernoulli(here, 0.3, (1003,)), ps.random.bernoulli(there, 0.3, (1003,)).cpu())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x, results = torch.randn(1003, dtype=torch.float64).to(dtype), []
+        for key, device in ((here, torch.device("cpu")), (there, card.device), (here, card.device)):
+            held = x.detach().to(device).requires_grad_()
+            kept = ps.random.dropout(key, held, 0.3)
+            kept.backward(torch.ones_like(kept))
+            results.append(torch.stack([kept.detach(), held.grad]).cpu())
+        found[f"dropout of {dtype}"] = all(torch.equal(results[0], other) for other in results[1:])
     normals = ps.random.normal(here, (1003,)) - ps.random.normal(there, (1003,)).cpu()
     return {"ok": all(found.values()), **found, "normals differ by": float(normals.abs().max())}
+
+
+def attention_dropout(card: Card) -> dict[str, Any]:
+    """Attention by the card's own kernels is a function of the key, and leaves the generator; time and memory."""
+    shape = (4, 12, 1024, 64) if card.is_card else (1, 2, 64, 8)
+    x = torch.randn(shape, device=card.device, dtype=torch.bfloat16)
+    kinds = {"written out": contextlib.nullcontext, "kernels of the device": ps.random.device_dropout}
+
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True)
+
+    def call(seed: int) -> tuple[Tensor, Tensor]:
+        held = x.detach().requires_grad_()
+        out, _ = ps.apply(Attention(), {}, {}, held, rng=ps.random.key(seed))
+        out.sum().backward()
+        return out.detach(), held.grad
+
+    found: dict[str, Any] = {"ok": True}
+    for name, kind in kinds.items():
+        with kind():
+            before = torch.cuda.get_rng_state() if card.is_card else torch.get_rng_state()
+            first, again, other = call(1), call(1), call(2)
+            after = torch.cuda.get_rng_state() if card.is_card else torch.get_rng_state()
+            same = torch.equal(before, after) and torch.equal(first[0], again[0])
+            found["ok"] &= same and not torch.equal(first[0], other[0])
+            found |= contest(card, {f"{name}, ms": lambda: lambda: call(3) and None}, 5)["ms"]
+            if card.is_card:
+                torch.cuda.reset_peak_memory_stats()
+                base = torch.cuda.memory_allocated()
+                call(4)
+                found[f"{name}, GiB"] = round((torch.cuda.max_memory_allocated() - base) / 2**30, 3)
+    return found
 
 
 def repeatable(card: Card) -> dict[str, Any]:
@@ -480,6 +526,7 @@ def speed_dropout(card: Card) -> dict[str, Any]:
 
 def checks() -> dict[str, Check]:
     found: dict[str, Check] = {"environment": environment, "first state": first_state, "draws": draws}
+    found |= {"attention with dropout": attention_dropout}
     found |= {"repeatable": repeatable, "recomputation": recomputation, "fit": fit, "snapshots": snapshots}
     for name in WAYS:
         found[f"mlp, {name}"] = way(name, lambda: Net(p=0.1), False)

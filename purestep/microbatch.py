@@ -330,7 +330,7 @@ def counted(part: Gradients) -> Gradients:
 
 
 def _counted(vector: list[Tensor], weight: Weight) -> list[Tensor]:
-    return vector if isinstance(weight, int) else [torch.where(weight > 0, x, 0) for x in vector]
+    return vector if isinstance(weight, int) else fx.select(weight > 0, vector, None)
 
 
 def averaged(old: Tensor, new: Tensor) -> bool:
@@ -353,7 +353,8 @@ def _weighed(vector: list[Tensor], weight: Weight, share: float | None) -> list[
     if isinstance(weight, int):
         return vector if share is None else scaled(vector, share)
     # A microbatch of weight 0 (all padding) may have a NaN mean; it must not count.
-    return [torch.where(weight > 0, x * weight.to(x.dtype), 0) for x in vector]
+    factors = {dtype: weight.to(dtype) for dtype in dict.fromkeys(x.dtype for x in vector)}
+    return fx.select(weight > 0, [x * factors[x.dtype] for x in vector], None)
 
 
 def scaled(vector: list[Tensor], factor: float | Tensor, *, owned: bool = False) -> list[Tensor]:

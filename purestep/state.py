@@ -24,7 +24,7 @@ from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
 from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.optim.kernels.sliced import advance
-from purestep.random import global_generators
+from purestep.random import global_generators, remembered
 from purestep.tree import Filter, pytree, static
 from purestep.views import Block, Printed
 
@@ -134,6 +134,7 @@ class TrainState(Printed):
             buffers = self.buffers if buffers is None else dict(buffers)
             if applied is None:
                 step = self.step + 1
+                remembered.follow(self.step, step, 1)
             else:
                 step = self.step + applied.to(self.step.dtype)
                 buffers = tree.select(applied, buffers, self.buffers)
@@ -294,12 +295,16 @@ def _first(
         copied = loaded(weights, model, copied)
     params = {name: copied[name] for name in trained}
     place = next(iter(params.values())).device
+    key, step = rng.to(place), torch.zeros((), dtype=torch.int64, device=place)
+    if place.type == "cuda":
+        remembered.remember(key, rng.tolist())
+        remembered.remember(step, 0)
     return TrainState(
-        step=torch.zeros((), dtype=torch.int64, device=place),
+        step=step,
         params=params,
         buffers={name: t for name, t in copied.items() if name not in params},
         opt_state=tx.init(params),
-        rng=rng.to(place),
+        rng=key,
         model=Definition(model),
     )
 

@@ -32,6 +32,7 @@ from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.cast_params import casting, wrapped
+from purestep.random.keys import step_key
 from purestep.sharding import placement
 from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
@@ -171,7 +172,7 @@ class Step(AnyStep):
         """Do what `grads` says, for a microbatch whose parameters and gradients an exchange may pass between ranks."""
         exchange.check(state)
         samples, cast = _samples(microbatch), casting(self.policy, definition(state).module)
-        rng = functools.partial(random.fold_in, state.rng, state.step, index)
+        rng = functools.partial(step_key, state.rng, state.step, index)
         cast.check(state)
         old = offload.on_card(self.plan, state, cast.buffers(state.buffers), exchange.gathers)
         params = offload.on_card(self.plan, state, cast.params(state.params), exchange.gathers)

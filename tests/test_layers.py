@@ -243,8 +243,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 # The files with a thread-local, each for what is active in a `with` block. Values go as arguments wherever they can.
 THREAD_LOCALS = set(
-    "functional/active.py donation.py recompute.py random/torch_mode.py sharding/full_tensors.py "
-    "optim/kernels/workspace.py jit/redirection.py".split()
+    "functional/active.py donation.py recompute.py random/torch_mode.py random/card_dropout.py "
+    "sharding/full_tensors.py optim/kernels/workspace.py jit/redirection.py".split()
 )
 
 

@@ -126,11 +126,11 @@ class Accumulate(ElementWrapper):
         us, out = tree.flatten(proposed)
         following = AccumulateState(
             torch.where(due, torch.zeros_like(state.mini_step), state.mini_step + 1),
-            tree.unflatten(treedef, fx.select(due, [torch.zeros_like(x) for x in total], total)),
+            tree.unflatten(treedef, fx.select(~due, total, None)),
             due,
             tree.select(due, inner, state.inner),
         )
-        return tree.unflatten(out, fx.select(due, us, [torch.zeros_like(u) for u in us])), following
+        return tree.unflatten(out, fx.select(due, us, None)), following
 
     def applied(self, state: Any) -> Tensor | None:
         return all_applied([state.last_applied, self.inner.applied(state.inner)])

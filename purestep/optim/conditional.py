@@ -60,7 +60,7 @@ class ConditionallyTransform(ElementWrapper):
         now = torch.as_tensor(now, device=state.acted.device)
         proposed, inner = self.inner.update(updates, state.inner, params, step=step, **extra)
         us, treedef = tree.flatten(updates)
-        others = [torch.zeros_like(u) for u in us] if self.otherwise_zero else us
+        others = None if self.otherwise_zero else us
         chosen = fx.select(now, same_leaves(proposed, treedef, updates, "inner updates"), others)
         return tree.unflatten(treedef, chosen), ConditionalState(now, tree.select(now, inner, state.inner))
 

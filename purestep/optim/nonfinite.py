@@ -61,7 +61,7 @@ class ApplyIfFinite(Guard):
         proposed, inner = self.inner.update(updates, state.inner, params, **extra)
         us = tree.leaves(proposed)
         finite = (fx.all_finite(gs) & fx.all_finite(us)).to(state.last_finite.device)
-        accepted = fx.select(finite, us, [torch.zeros_like(u) for u in us])
+        accepted = fx.select(finite, us, None)
         following = ApplyIfFiniteState(
             torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1),
             state.total_notfinite + (~finite).to(state.total_notfinite.dtype),
@@ -134,7 +134,7 @@ class SkipLargeUpdates(Guard):
         small = norm <= self.max_norm
         proposed, inner = self.inner.update(updates, state.inner, params, **extra)
         us, treedef = tree.flatten(proposed)
-        accepted = fx.select(small, us, [torch.zeros_like(u) for u in us])
+        accepted = fx.select(small, us, None)
         following = SkipLargeUpdatesState(
             state.skipped + (~small).to(state.skipped.dtype), small, norm, tree.select(small, inner, state.inner)
         )

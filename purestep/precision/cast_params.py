@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from purestep.precision.master_params import MasterWeightsState, master_weights
 from purestep.precision.module_hooks import CastInputs, CastOutputs, Hooks, cast_floating
 from purestep.precision.policies import Policy
 from purestep.precision.rules import Settings, check_rules, word
+from purestep.random.card_dropout import device_dropout
 from purestep.random.torch_mode import Handler
 
 Tensors = Mapping[str, Tensor]
@@ -35,7 +37,7 @@ _NOTHING = contextlib.nullcontext()
 class Uncast:
     """The casts of a step without a policy: none. `Casting` has the same methods."""
 
-    around: Hooks | None = None
+    around: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
     handlers: Mapping[Any, Handler] | None = None
 
     def __init__(self, module: nn.Module) -> None:
@@ -103,7 +105,8 @@ class Casting(Uncast):
         # Weak, because the cache that holds this object has the model as its weak key, and would keep it alive.
         self._module = weakref.ref(module)
         self._converted = self._convert(module)
-        self.around = self._hooks(self._converted or module)
+        hooks = self._hooks(self._converted or module)
+        self.around = functools.partial(_with_device_dropout, hooks) if policy.dropout == "device" else hooks
         self.handlers = None if policy.autocast else autocast_functions.of(policy)
         self._rest: dict[str, torch.dtype] = {}
         self._compute: dict[str, torch.dtype] = {}
@@ -210,6 +213,12 @@ class Casting(Uncast):
         rest = self._rest_of(state.params)
         dtypes = dict.fromkeys(rest, self.policy.master) if self.policy.master is not None else rest
         return cast(grads, {n: dtypes[n] if g.is_floating_point() else g.dtype for n, g in grads.items()}), finite
+
+
+@contextlib.contextmanager
+def _with_device_dropout(hooks: Hooks) -> Iterator[None]:
+    with hooks(), device_dropout():
+        yield
 
 
 def _has_tensors(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from purestep.precision.rules import NORMS, DType, Rule, Where, dtype_of, rule, 
 from purestep.views import Block, Table, View
 
 S = TypeVar("S")
+_DROPOUT = ("portable", "device")
 
 
 Word = Annotated[
@@ -46,6 +47,9 @@ class Policy(View):
             casting parameters and inputs by module.
         float8: recipe of torchao for linear layers, or None.
         int8: recipe for linear layers in int8, "full" or "forward", or None.
+        dropout: "portable" draws the masks of dropout from `ps.random`, with the same bits on every device, and writes
+            attention with dropout out; "device" lets a CUDA card's own kernels draw them, seeded from the same keys,
+            with attention fused. See `ps.random.device_dropout`.
         name: the name that it was made from; ignored in comparisons.
     """
 
@@ -59,6 +63,7 @@ class Policy(View):
     autocast: bool = False
     float8: str | None = None
     int8: str | None = None
+    dropout: str = "portable"
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +88,14 @@ class Policy(View):
             what = "there is no such int8 recipe" if self.float8 is None else both
             where = f"int8={self.int8!r}, float8={self.float8!r}"
             raise PrecisionError(explain(what, where=where, instead=f"one of {', '.join(int8.RECIPES)}"))
+        if self.dropout not in _DROPOUT:
+            raise PrecisionError(
+                explain(
+                    "dropout is drawn by purestep, or by the kernels of the device",
+                    where=f"dropout={self.dropout!r}",
+                    instead=" or ".join(f'dropout="{word}"' for word in _DROPOUT),
+                )
+            )
         if self.autocast:
             _check_autocast(self)
 
@@ -209,6 +222,7 @@ class Policy(View):
             ("master weights", None if self.master is None else word(self.master)),
             ("linear layers multiply in float8", self.float8),
             ("linear layers multiply in int8", self.int8),
+            ("dropout has the bits of", None if self.dropout == "portable" else "the device"),
             ("loss scale", None if isinstance(self.loss_scale, NoLossScale) else repr(self.loss_scale)),
             *((f"rule {number}", str(rule)) for number, rule in enumerate(self.rules)),
         ]
@@ -254,6 +268,7 @@ class Policy(View):
         words += ["autocast"] if self.autocast else []
         words += [f"float8={self.float8}"] if self.float8 else []
         words += [f"int8={self.int8}"] if self.int8 else []
+        words += [] if self.dropout == "portable" else [f"dropout={self.dropout}"]
         words += [] if isinstance(self.loss_scale, NoLossScale) else [f"loss_scale={self.loss_scale!r}"]
         return ",".join([*words, *(f"[{rule}]" for rule in self.rules)])
 

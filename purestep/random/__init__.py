@@ -4,6 +4,7 @@ Re-exports only, and nothing of it touches a global generator; `global_generator
 rooms.
 """
 
+from purestep.random.card_dropout import device_dropout as device_dropout
 from purestep.random.draws import bernoulli as bernoulli
 from purestep.random.draws import bits as bits
 from purestep.random.draws import categorical as categorical

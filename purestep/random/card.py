@@ -20,6 +20,7 @@ from torch import Tensor
 
 from purestep import _torch
 
+is_capturing = torch.cuda.is_current_stream_capturing  # a CUDA graph: what the host does then is not repeated
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that are dropped out in one launch
 _BITS, _MASK, _UNIFORM, _NORMAL = range(4)  # as the kernels number them
 _SCHEMAS = (
@@ -32,12 +33,22 @@ _SCHEMAS = (
 
 def draws(device: torch.device, *tensors: Tensor) -> bool:
     """Tell whether kernels of this room fold and draw on a device, for keys and positions in these tensors."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    return device.type == "cuda" and plain(*tensors) and has_triton()
+
+
+def launches(x: Tensor) -> bool:
+    """Tell whether an operation on a tensor launches a kernel of a card when it is called, seeded by the host."""
+    return x.device.type == "cuda" and plain(x) and not is_capturing()
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Tell whether tensors are no subclasses, and not traced or transformed."""
+    if torch.compiler.is_compiling():
         return False
     for t in tensors:
         if type(t) is not Tensor and not _torch.is_fake(t):
             return False
-    return _torch.transform_level() is None and _torch.dispatch_modes() == 0 and has_triton()
+    return _torch.transform_level() is None and _torch.dispatch_modes() == 0
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from purestep import _torch
 from purestep.arguments import Device, Seed, checked
 from purestep.errors import KeyShapeError, explain
-from purestep.random import card
+from purestep.random import card, card_dropout, remembered
 from purestep.random.philox import FOLD_INT, FOLD_STR, MASK, SPLIT, philox, philox_int
 
 
@@ -111,8 +111,26 @@ def fold_in(key: Tensor, *data: int | str | Tensor) -> Tensor:
         if not host and not any(isinstance(c, Tensor) for c in counter):
             counter = (torch.full_like(key[0], counter[0]), *counter[1:])
         words = philox_int(counter, words) if host else philox(counter, words)[:2]
+    return _on_host(words) if host else torch.stack(words)
+
+
+def _on_host(words: Sequence[int]) -> Tensor:
     # Not torch.tensor: it takes five times as long, and follows torch.set_default_device.
-    return torch.from_numpy(np.array(words, dtype=np.int64)) if host else torch.stack(words)
+    return torch.from_numpy(np.array(words, dtype=np.int64))
+
+
+def step_key(rng: Tensor, step: Tensor, *more: int | Tensor) -> Tensor:
+    """Return `fold_in(rng, step, *more)`, on the host where both are known there without waiting for the card.
+
+    Inside `device_dropout` the host waits once to learn them, because it seeds the kernels.
+    """
+    if not rng.is_cpu and not step.is_cpu and card.plain(rng, step):
+        find = remembered.read if card_dropout.asked() and not card.is_capturing() else remembered.known
+        words = find(rng)
+        number = None if words is None else find(step)
+        if number is not None:
+            rng, step = _on_host(words), number
+    return fold_in(rng, step, *more)
 
 
 def _folded_on_card(key: Tensor, data: Sequence[Any]) -> Tensor:
@@ -172,7 +190,7 @@ def host_words(key: Tensor, purpose: str) -> tuple[int, int] | None:
     if key.is_meta:
         return 0, 0
     try:
-        first, second = key.tolist()
+        first, second = remembered.known(key) or key.tolist()
     except Exception:  # a tensor of a transform or of a trace
         return None
     return philox_int((*_text_words(purpose), FOLD_STR), (first, second))

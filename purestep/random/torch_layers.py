@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from purestep import random
+from purestep import _torch, random
+from purestep.random import card_dropout
 from purestep.random.torch_mode import Function, KeyedRandom, rate, undispatched
 
 
@@ -23,6 +24,10 @@ def _dropout(
 ) -> Tensor:
     if not training or rate(p, "dropout") == 0.0:
         return input
+    if card_dropout.takes(input):
+        drop = torch.dropout_ if inplace else torch.dropout
+        with card_dropout.seeded(mode.next_key("dropout"), input.device), _torch.no_torch_function():
+            return drop(input, p, True)
     # In place the elements cannot be chosen by `where`, so a mask of 0 and 1 / (1 - p) is multiplied in.
     if inplace:
         return input.mul_(mode.scaled_mask("dropout", input.shape, p, input))
@@ -84,9 +89,16 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     # Without dropout torch's fused kernel, with its bits; with dropout the kernel would draw by itself, so the formula
-    # that its documentation gives.
+    # that its documentation gives, unless its bits are asked for.
     if dropout_p == 0.0:
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    rate(dropout_p, "scaled_dot_product_attention")
+    if card_dropout.takes(query):
+        seeded = card_dropout.seeded(mode.next_key("scaled_dot_product_attention"), query.device)
+        with seeded, _torch.no_torch_function():
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -99,7 +111,7 @@ def _attention(
         weight = weight.masked_fill(~attn_mask, -math.inf) if boolean else weight + attn_mask
     weight = torch.softmax(weight, dim=-1)
     drop_key = mode.next_key("scaled_dot_product_attention")
-    return random.dropout(drop_key, weight, rate(dropout_p, "scaled_dot_product_attention")) @ value
+    return random.dropout(drop_key, weight, float(dropout_p)) @ value
 
 
 def _multi_head_attention(mode: KeyedRandom, func: Function, *args: object, **kwargs: object) -> object:

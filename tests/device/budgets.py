@@ -18,6 +18,7 @@ STEPS = {
     "policy bf16-true": 106,
     "policy 16-true": 106,
     "policy bf16-master": 147,
+    "policy int8": 432,
 }
 OPTIMIZERS = {
     "sgd": 4,

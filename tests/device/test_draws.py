@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared_fake_cuda import counting, fake_cuda, needs_cuda_build
+from shared_fake_cuda import counting, fake_cuda, needs_cuda_build, on_cuda
+from shared_gpt import TinyGPT
 
 import purestep as ps
-from purestep.random import card
+from purestep.random import card, remembered
+from tests.device.test_steps import step_of
 
 pytestmark = [needs_cuda_build, pytest.mark.skipif(not card.has_triton(), reason="Triton is not installed")]
 ROOT = Path(__file__).parents[2]
@@ -125,3 +127,23 @@ def test_without_triton_operations_draw(monkeypatch):
     found = launched(CALLS["dropout"][0])
     assert not any("philox" in name for name in found)
     assert sum(found.values()) > 100
+
+
+@pytest.mark.parametrize("dropout", ["portable", "device"])
+def test_a_dropout_is_one_launch_of_a_step_whose_key_the_host_knows(dropout):
+    policy = None if dropout == "portable" else ps.precision.policy("32", dropout=dropout)
+    found = {}
+    for p in (0.0, 0.1):
+        step, state, batch = step_of(make=lambda p=p: TinyGPT(p=p), policy=policy)
+        with fake_cuda():
+            state, batch = on_cuda(state), on_cuda(batch)
+            remembered.remember(state.rng, [0, 0])
+            remembered.remember(state.step, 0)
+            state, _ = step(state, batch)
+            with counting() as counts:
+                state, _ = step(state, batch)
+        assert counts.blocking == {}
+        assert remembered.known(state.step) == 2
+        found[p] = counts
+    assert found[0.1].total == found[0.0].total + 4
+    assert found[0.1].launches["philox_dropout" if dropout == "portable" else "native_dropout"] == 4

@@ -127,3 +127,11 @@ def test_sign_does_not_hide_a_nan() -> None:
 
 def test_empty_lists_give_empty_lists() -> None:
     assert fx.mul([], 2.0) == fx.add([], []) == fx.lerp([], [], 0.1) == fx.sqrt([]) == fx.addcmul([], [], []) == []
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_choice_against_zeros_keeps_shapes_and_dtypes_and_lets_no_nan_through(taken):
+    xs = [*draw(1), *draw(2, torch.float64), torch.tensor([math.nan, -1.0]), torch.tensor([3, 4])]
+    chosen = fx.select(torch.tensor(taken), xs, None)
+    for x, y in zip(xs, chosen, strict=True):
+        torch.testing.assert_close(y, x if taken else torch.zeros_like(x), rtol=0, atol=0, equal_nan=True)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import purestep as ps
 from purestep import _torch, grad
+from purestep.random import card, card_dropout, keys
 from purestep.random.host_draws import unguarded
 
 needs_cuda_build = pytest.mark.skipif(
@@ -105,8 +106,22 @@ def fake_cuda() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, unguarded(), _mode():
         patch.setattr(grad, "_gradient", lambda value, one, inputs: [torch.empty_like(x) for x in inputs])
         patch.setattr(_torch, "dispatch_modes", lambda: 0)
+        patch.setattr(keys, "_on_host", _real(keys._on_host))  # keys of the host have values
+        patch.setattr(card, "is_capturing", lambda: False)
+        patch.setattr(card_dropout, "_generator", lambda device: _GENERATOR)
         patch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)  # memory that is not there
         yield
+
+
+_GENERATOR = torch.Generator()  # in place of that of a card, which is not there
+
+
+def _real(function: Any) -> Any:
+    def called(*args: Any) -> Any:
+        with _torch.disable_current_modes():
+            return function(*args)
+
+    return called
 
 
 @functools.cache

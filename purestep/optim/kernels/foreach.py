@@ -245,8 +245,15 @@ def dtypes(*lists: Tensors) -> set[torch.dtype]:
     return set(map(_dtype_of, itertools.chain(*lists)))
 
 
-def select(condition: Tensor, on_true: Tensors, on_false: Tensors) -> list[Tensor]:
-    """Return the tensors of one list or the other, selected by a 0-d bool tensor that the host never reads."""
+def select(condition: Tensor, on_true: Tensors, on_false: Tensors | None) -> list[Tensor]:
+    """Return the tensors of one list or the other, selected by a 0-d bool tensor that the host never reads.
+
+    None stands for zeros, of which one number is made for each dtype and device, and no tensor.
+    """
+    if on_false is None:
+        kinds = dict.fromkeys((x.dtype, x.device) for x in on_true)  # in order: a trace repeats it
+        zeros = {kind: torch.zeros((), dtype=kind[0], device=kind[1]) for kind in kinds}
+        on_false = [zeros[x.dtype, x.device] for x in on_true]
     return [torch.where(condition, x, y) for x, y in zip(on_true, on_false, strict=True)]
 
 
