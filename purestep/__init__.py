@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from purestep.tree import pytree as pytree
     from purestep.tree import static as static
     from purestep.weights import Weights as Weights
+    from purestep.workers.power import power_sgd as power_sgd
     from purestep.workers.state import LocalState as LocalState
     from purestep.workers.state import average_workers as average_workers
     from purestep.workers.step import diloco as diloco

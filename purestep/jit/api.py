@@ -14,6 +14,7 @@ from purestep.jit.step import JitStep
 from purestep.jit.warmup import WarmedUp
 from purestep.step import Step
 from purestep.step_protocol import AnyStep, WrappedStep, facts_of
+from purestep.workers.power import PowerStep
 from purestep.workers.step import LocalStep
 
 
@@ -115,13 +116,14 @@ def jit(
                 instead='ps.wrap_step(ps.jit(step, donate=True, unjittable="eager"), function)',
             )
         )
-    if isinstance(function, LocalStep):
+    if isinstance(function, (LocalStep, PowerStep)):
         raise ConfigError(
             explain(
                 "a step of workers does not go into one graph",
                 where=repr(function),
-                why="whether a round ends is read from the state in each step, and then ranks exchange their params",
-                instead="ps.local_sgd(ps.jit(step), workers=4, every=16)   # compile the step of one worker",
+                why="it reads the number of the step from its state, and exchanges what it finds with other ranks",
+                instead="ps.local_sgd(ps.jit(step), workers=4, every=16)   # compile the step of one worker\n"
+                "ps.power_sgd(step, workers=4)   # as it is",
             )
         )
     if isinstance(function, WrappedStep):

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from purestep import tree
+from purestep import _torch, tree
 from purestep.arguments import checked
 from purestep.errors import ConfigError, StepError, explain
 from purestep.module_tensors import Definition, slots
@@ -52,6 +52,33 @@ class LocalState(Printed):
         return notebook.show(self, root="state").view()
 
 
+@pytree
+class PowerState(Printed):
+    """A train state, and what workers remember of the gradients that PowerSGD has sent. Made by `PowerStep.begin`.
+
+    Attributes:
+        step: int64[], batches trained on so far.
+        train: the train state, which all workers share.
+        errors: by parameter that is compressed, what each worker has not sent yet: [W, *shape].
+        q: by parameter, the right factor of the last step, where the next one begins: [m, rank].
+    """
+
+    step: Tensor
+    train: TrainState
+    errors: dict[str, Tensor]
+    q: dict[str, Tensor]
+
+    def view(self) -> Iterable[Block]:
+        """Return the blocks that show it: each leaf with its path, dtype and shape."""
+        from purestep.display import notebook
+
+        return notebook.show(self, root="state").view()
+
+
+# The field of each kind of state whose leaves have the workers as their first dim.
+_STACKED: tuple[tuple[type[Any], str], ...] = ((LocalState, "workers"), (PowerState, "errors"))
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerPlan(Plan):
     """The plan of a step of workers: it splits them over its data axes, everything else is whole on every rank."""
@@ -77,7 +104,8 @@ class WorkerPlan(Plan):
     def specs(self, value: object) -> Any:
         """Return a tree like a state with the Spec of each leaf."""
         sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
-        stacked = tuple(f"{path}.workers." for path, _ in tree.find(value, LocalState, "value"))
+        nodes = [(path, field) for kind, field in _STACKED for path, _ in tree.find(value, kind, "value")]
+        stacked = tuple(f"{path}.{field}{end}" for path, field in nodes for end in ".[")
 
         def spec(path: str, leaf: Any) -> Spec:
             if not path.startswith(stacked):
@@ -86,6 +114,11 @@ class WorkerPlan(Plan):
 
         leaves, structure = tree.flatten(value)
         return tree.unflatten(structure, map(spec, tree.paths(value, "value"), leaves))
+
+
+def steps_of(step: Tensor) -> int | None:
+    """Return how many steps were taken; None in a dry run, which has no values, and looks at the dearest step."""
+    return None if step.is_meta or _torch.is_fake(step) else int(step)
 
 
 # --- one worker of several --------------------------------------------------------------------------------------------

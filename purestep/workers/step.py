@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purestep import _torch, random, tree
+from purestep import tree
 from purestep.arguments import Count, Whole, checked
 from purestep.distributed.mesh import world_size
 from purestep.errors import ConfigError, StepError, explain
@@ -22,13 +22,13 @@ from purestep.microbatch import Accumulation
 from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.parallel.same_inputs import compare_first, sizes_of
 from purestep.sharding import placement, presets
-from purestep.sharding.local_batches import LocalBatch, local_batch, microbatch_sizes, piece
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState
 from purestep.step import Step
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, following, name_of, resliced
 from purestep.workers.average import averaged, check_workers, merged, team
-from purestep.workers.state import LocalState, WorkerPlan, one_of, repeated, together
+from purestep.workers.batches import cut_for, with_key_of
+from purestep.workers.state import LocalState, WorkerPlan, one_of, repeated, steps_of, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LocalStep(AnyStep):
         if self.plan is not None and world_size() > 1:
             compare_first(self.plan, self.microbatch_count, state, batch)
         batch = following(view.workers, batch)
-        done = _read(state.step)
+        done = steps_of(state.step)
         if done is not None and done < self.start:
             new, metrics = self._together(view, batch)
         else:
@@ -94,29 +94,23 @@ class LocalStep(AnyStep):
 
     def _apart(self, view: LocalState, batch: Any) -> tuple[LocalState, dict[str, Metric]]:
         """Let each worker of this rank take a step on its share of the batch; one without samples stays as it is."""
-        who, each = team(self.plan, self.workers), self.microbatch_count // self.workers
-        local = local_batch(batch, _All() if self.plan is None else self.plan, self.pieces or self.microbatch_count)
-        samples = _samples_of(local, self.workers, each)
-        states, found, start = [], {}, 0
+        who, cut = team(self.plan, self.workers), cut_for(self, batch)
+        states = [one_of(view.workers, place) for place in range(len(who.mine))]
+        found = {}
         for place, worker in enumerate(who.mine):
-            before, count = one_of(view.workers, place), samples[worker]
-            states.append(before)
-            if count:
-                states[-1], found[worker] = self._one(before, worker, piece(local.data, start, start + count), count)
-                start += count
+            if worker in cut.shares:
+                states[place], found[worker] = self._one(states[place], worker, *cut.shares[worker])
         pattern = next(iter(found.values()), None)
         if pattern is None:  # the ranks exchange metrics like those of a worker that has samples
-            first = samples[0]
-            pattern = self._one(states[0], who.mine[0], piece(local.data, 0, first), first)[1]
-        sums = Accumulation(view.workers, microbatch_sizes(local.samples, self.pieces or self.microbatch_count))
-        sums.told = sizes_of(batch, local.samples)
-        counted = team(self.plan, self.workers, sum(map(bool, samples)))
+            pattern = self._one(states[0], who.mine[0], *cut.spare)[1]
+        sums = Accumulation(view.workers, cut.samples)
+        sums.told = sizes_of(batch, sum(cut.samples))
+        counted = team(self.plan, self.workers, cut.filled)
         return view.replace(workers=together(states)), merged(counted, sums, found, pattern)
 
     def _one(self, state: TrainState, worker: int, batch: Any, samples: int) -> tuple[TrainState, dict[str, Metric]]:
         """Let one worker take a step, with a key of its own."""
-        own = state if worker == 0 else state.replace(rng=random.fold_in(state.rng, "worker", worker))
-        new, values = self.step(own, batch)
+        new, values = self.step(with_key_of(state, worker), batch)
         return new.replace(rng=state.rng), as_metrics(values, samples)
 
     def _together(self, view: LocalState, batch: Any) -> tuple[LocalState, dict[str, Metric]]:
@@ -205,19 +199,6 @@ class LocalStep(AnyStep):
         return {name: getattr(self, name) for name in names}
 
 
-class _All:
-    """The shares of a process that has all microbatches."""
-
-    def microbatches(self, count: int) -> tuple[int, ...]:
-        return tuple(range(count))
-
-
-def _samples_of(local: LocalBatch, workers: int, each: int) -> list[int]:
-    """Return the number of samples of each worker, of `each` microbatches."""
-    sizes = microbatch_sizes(local.samples, local.microbatches)
-    return [sum(sizes[worker * each : (worker + 1) * each]) for worker in range(workers)]
-
-
 def _here(view: LocalState) -> int:
     return int(view.workers.step.shape[0])
 
@@ -225,11 +206,6 @@ def _here(view: LocalState) -> int:
 def _own_memory(leaf: Tensor) -> Tensor:
     """Return a tensor that shares its memory with no other worker."""
     return leaf if placement.is_split(leaf) else leaf.clone(memory_format=torch.contiguous_format)
-
-
-def _read(step: Tensor) -> int | None:
-    """Return how many steps were taken; None where a dry run has no values, which then takes the end of a round."""
-    return None if step.is_meta or _torch.is_fake(step) else int(step)
 
 
 @checked(ConfigError)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from shared_marks import slow_but
 from torch import nn
 
 import purestep as ps
@@ -92,7 +93,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, "post-local", "diloco"))
 def test_workers_have_the_params_of_a_loop_of_torch(case):
     tx, inner, settings, by_hand_settings = CASES[case]
     diloco = case.startswith("diloco")
@@ -186,9 +187,9 @@ def test_a_run_saves_resumes_evaluates_and_exports(tmp_path):
         state = step.begin(ps.init(model, tx, seed=1))
         return ps.fit(step, state, train, until=ps.steps(until), callbacks=callbacks, loggers=[], run_dir=run_dir)
 
-    straight = run(9)
+    straight = run(6)
     run(4, tmp_path)
-    resumed = run(9, tmp_path)
+    resumed = run(6, tmp_path)
     assert ps.digest(straight.state) == ps.digest(resumed.state)
     assert straight.metrics == resumed.metrics
     assert {"train/loss_epoch", "val/loss"} <= straight.metrics.keys()

@@ -101,8 +101,46 @@ def resumed(directory, size):
     return ps.digest(result.state)
 
 
+def power(start=1, norm=nn.BatchNorm1d):
+    """A step of PowerSGD, and its first state."""
+    tx = adamw()
+    step = ps.power_sgd(ps.make_step(loss_fn, tx, microbatches=2), workers=4, rank=1, start=start)
+    return step, step.begin(ps.init(lambda: Net(norm), tx, seed=5))
+
+
+def power_run(until=STEPS, **settings):
+    step, state = power()
+    data = ps.data.batches(samples(), 22, seed=1)
+    result = ps.fit(step, state, data, until=ps.steps(until), loggers=[], **settings)
+    return [ps.digest(result.state), {name: float(x) for name, x in result.metrics.items()}]
+
+
+def power_resumed(directory, size):
+    until = {4: 2, 2: 5, 1: STEPS}[size]
+    return power_run(until, run_dir=f"{directory}/power", callbacks=[ps.callbacks.snapshots()])
+
+
+def power_ragged():
+    """Batches of fewer samples than workers: some have no gradient, and send what they still owe."""
+    step, state = power(norm=nn.LayerNorm)
+    for count in (9, 3, 1, 2, 5):
+        state, metrics = step(state, samples(count))
+    return [ps.digest(state), ps.digest(metrics)]
+
+
 def sent():
-    """Bytes that this rank hands to collectives in each step; how large the params are; what came of it."""
+    step = step_of("diloco")
+    state = begun(step)
+    return [sum(x.numel() * x.element_size() for x in state.outer.params.values()), *sent_by(step, state)]
+
+
+def power_sent():
+    step, state = power(start=2)
+    return [sum(x.numel() * x.element_size() for x in state.train.params.values()), *sent_by(step, state)]
+
+
+def sent_by(step, state):
+    """Bytes that this rank hands to collectives in each step; what came of it."""
     counted = [0]
     originals = {name: getattr(collectives, name) for name in ("gather", "exchange", "swap", "sum_into")}
 
@@ -113,19 +151,16 @@ def sent():
 
         return call
 
-    step = step_of("diloco")
-    state = begun(step)
     for name, original in originals.items():
         setattr(collectives, name, counting(original))
     try:
         for _ in range(STEPS):
-            state, metrics = step(state, samples(11))
+            state, metrics = step(state, samples(22))
             counted.append(0)
     finally:
         for name, original in originals.items():
             setattr(collectives, name, original)
-    params = sum(x.numel() * x.element_size() for x in state.outer.params.values())
-    return [counted[:-1], params, ps.digest(state), ps.digest(metrics)]
+    return [counted[:-1], ps.digest(state), ps.digest(metrics)]
 
 
 def unplaced():
@@ -146,6 +181,8 @@ def checks(directory, size):
     found = {kind: lambda kind=kind: bits(kind) for kind in kinds}
     found |= {"fast": lambda: bits("apart", "fast"), "ragged": ragged, "evaluated": evaluated}
     found |= {"resumed": lambda: resumed(directory, size), "sent": sent}
+    found |= {"power": power_run, "power_ragged": power_ragged, "power_sent": power_sent}
+    found |= {"power_resumed": lambda: power_resumed(directory, size)}
     return found if size < 4 else found | {"unplaced": unplaced}
 
 
