@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from purestep import testing as testing
     from purestep import tree as tree
     from purestep import tune as tune
+    from purestep.activations import Checkpoint as Checkpoint
     from purestep.batchnorm import refresh_batchnorm as refresh_batchnorm
     from purestep.devices import default_device as default_device
     from purestep.display import notebook as notebook

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -137,6 +137,13 @@ class MicrobatchExchange(Protocol):
 
     def taken(self, part: Gradients, view: TrainState) -> Gradients:
         """Take what a compiled piece returned."""
+
+
+@contextlib.contextmanager
+def both(outer: Context, inner: Context | None) -> Iterator[None]:
+    """Enter two contexts, of which the inner one may be missing."""
+    with outer(), inner() if inner is not None else contextlib.nullcontext():
+        yield
 
 
 class NoExchange:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from purestep import metrics as metrics_
 from purestep import random, transforms, tree
+from purestep.activations import Checkpoint, as_checkpoint
 from purestep.arguments import NonNegative, checked
 from purestep.donation import also_donated, apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
@@ -25,19 +26,29 @@ from purestep.grad import Engine, loss_gradients
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
-from purestep.microbatch import NO_EXCHANGE, Context, Gradients, MicrobatchExchange, accumulate, counted, split_batch
+from purestep.microbatch import (
+    NO_EXCHANGE,
+    Context,
+    Gradients,
+    MicrobatchExchange,
+    accumulate,
+    both,
+    counted,
+    split_batch,
+)
 from purestep.optim.base import GradientTransformation, check_transformation
 from purestep.parallel import offload, zero
 from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
-from purestep.precision.cast_params import casting, wrapped
+from purestep.precision.cast_params import Uncast, casting, wrapped
 from purestep.random.keys import step_key
 from purestep.sharding import placement
 from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState, definition
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, following, no_microbatches
+from purestep.tree import Filter
 
 if TYPE_CHECKING:
     from purestep.parallel.tensor_parallel import Splitter
@@ -89,6 +100,7 @@ class Step(AnyStep):
     engine: Engine = "auto"
     policy: Policy | None = None
     plan: Plan | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def microbatch_count(self) -> int:
@@ -180,7 +192,7 @@ class Step(AnyStep):
         together = splitting(self.plan, cast.module)
 
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
-            tensors, given, around = exchange.bound(tracked, old, cast.around)
+            tensors, given, around = exchange.bound(tracked, old, self._around(cast))
             buffers = given
             if together is not None:
                 tensors, buffers = together.bound(tensors), together.bound(given)
@@ -199,6 +211,12 @@ class Step(AnyStep):
         tracked = exchange.tracked(cast, params)
         grads, (weight, new, metrics) = loss_gradients(loss_of, tracked, self.engine, exchange.collects)
         return Gradients(exchange.backward_done(cast, grads), weight, new, metrics)
+
+    def _around(self, cast: Uncast) -> Context | None:
+        """Return what makes the context that the model runs in: hooks of the policy, checkpoints by rule."""
+        if self.checkpoint is None:
+            return cast.around
+        return functools.partial(both, self.checkpoint.around(cast.module), cast.around)
 
     def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
         """Apply the gradients of a whole batch; an update that was refused counts itself in `skipped`."""
@@ -241,6 +259,7 @@ def make_step(
     engine: Engine = "auto",
     policy: Policy | str | None = None,
     plan: Plan | None = None,
+    checkpoint: Filter | Checkpoint | None = None,
 ) -> Step:
     """Make a pure training step `(state, batch) -> (state, metrics)`.
 
@@ -261,6 +280,8 @@ def make_step(
             loss scale an update with gradients that are not finite changes nothing but the scale.
         plan: a `ps.sharding` plan; the state has to be placed by it, `plan.place(state)`. Every rank calls the step
             with the same global batch, or with its `LocalBatch`, and computes its own microbatches of it.
+        checkpoint: globs of submodules that store no activations and run again in the backward pass (`"blocks.*"`), or
+            a `ps.Checkpoint` that says more. The bits do not change.
 
     Returns:
         A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its
@@ -309,7 +330,18 @@ def make_step(
     chosen = None if policy is None else policy_of(policy)
     if plan is None and microbatches is None:
         microbatches = 1
-    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen, plan)
+    rule = as_checkpoint(checkpoint)
+    if rule is not None and rule.offload and plan is not None and plan.zero == 3 and plan.shard_axes:
+        raise ConfigError(
+            explain(
+                "activations cannot be moved to the CPU under a plan that splits parameters",
+                where=f"{rule!r} on {plan.mesh!r}",
+                why="a unit that gathers its parameters keeps account itself of what is saved inside of it",
+                instead=f"ps.make_step(..., checkpoint=ps.Checkpoint({rule.modules!r}))   # recomputed\n"
+                "or plan=ps.sharding.zero2()",
+            )
+        )
+    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen, plan, rule)
 
 
 def _check_arity(loss_fn: LossFn) -> None:

@@ -241,6 +241,7 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "Mesh.sizes": (1,),
         "axes": ("data",),
         "mesh": ps.sharding.mesh({"data": 1}),
+        "modules": "blocks.*",
         "offload": "params",
         "plan": ps.sharding.ddp(1),
         "microbatches": 1,

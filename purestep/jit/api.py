@@ -65,7 +65,8 @@ def jit(
         A step of several microbatches is compiled in two pieces, `grads` and `update`.
 
     Raises:
-        ConfigError: an unknown backend, mode or argument name; a function around a step that is compiled in pieces.
+        ConfigError: an unknown backend, mode or argument name; a function around a step that is compiled in pieces; a
+            step that moves activations to the CPU.
         TraceError: when called: a captured tensor, a Python branch on the value of a tensor, an argument that is
             changed in place.
         StepError: when called: a donating function that returns no such state.
@@ -94,6 +95,15 @@ def jit(
     names: Sequence[int | str] = (static,) if isinstance(static, (int, str)) else tuple(static)
     if any(isinstance(name, int) and name < 0 for name in names):
         raise ConfigError(explain("static= counts arguments from 0 up", where=f"{static=}", instead="static=0"))
+    if isinstance(function, Step) and function.checkpoint is not None and function.checkpoint.offload:
+        raise ConfigError(
+            explain(
+                "a compiled step does not move activations to the CPU",
+                where=f"checkpoint={function.checkpoint!r}",
+                why="what is stored for the backward pass is chosen when the graph is made",
+                instead=f"ps.make_step(..., checkpoint=ps.Checkpoint({function.checkpoint.modules!r}))   # recomputed",
+            )
+        )
     pieces = unjittable == "eager" or (isinstance(function, Step) and function.microbatches not in (None, 1))
     if warmup and (static or not isinstance(function, AnyStep) or facts_of(function).evaluates):
         raise ConfigError(

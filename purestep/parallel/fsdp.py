@@ -16,7 +16,7 @@ from purestep import _torch
 from purestep.distributed import collectives
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
-from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight
+from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight, both
 from purestep.parallel import tensor_parallel
 from purestep.parallel.assignment import Shares
 from purestep.parallel.compressed import scatter_sum, sum_into
@@ -339,10 +339,3 @@ def units_of(
         # The specs are kept, so that nothing else can get their ids.
         known[key] = specs, Units(plan, module, split, parts, trained, device)
     return known[key][1]
-
-
-@contextlib.contextmanager
-def both(outer: Context, inner: Context | None) -> Iterator[None]:
-    """Enter two contexts, of which the inner one may be missing."""
-    with outer(), inner() if inner is not None else contextlib.nullcontext():
-        yield

@@ -54,7 +54,7 @@ class Scattered(Sharded):
 
     def buckets(self, like: Tensors) -> Buckets:
         """Return the buckets of gradients in the dtypes of some tensors, the last parameters first."""
-        where = [(n, tuple(like[n].shape), like[n].dtype, spec) for n, spec in reversed(self.specs.items())]
+        where = [(n, tuple(like[n].shape), like[n].dtype, spec) for n, spec in reversed(list(self.specs.items()))]
         rows = grouped(self.shares.plan, where, _LIMITS)
         units = [Unit(i, "", r, [row.name for row in r.rows]) for i, r in enumerate(rows)]
         mesh, axes = self.shares.plan.mesh, self.shares.plan.shard_axes

@@ -158,13 +158,14 @@ def train(
     backend=None,
     donate=False,
     keep=False,
+    checkpoint=None,
 ):
     tx = tx()
     state = ps.init(model, tx, seed=1, frozen=frozen)
     if policy:
         state = ps.precision.policy(policy).apply(state)
     state = plan.place(state)
-    step = ps.make_step(loss, tx, microbatches=v, policy=policy, plan=plan)
+    step = ps.make_step(loss, tx, microbatches=v, policy=policy, plan=plan, checkpoint=checkpoint)
     if backend:
         step = ps.jit(step, backend=backend, donate=True)
     if donate:
@@ -234,6 +235,8 @@ def bits(size):
         for label, plan in (("fsdp", fsdp()), ("zero1", zero1()), ("zero2", zero2())):
             yield f"tied|jit, {label}", lambda plan=plan: train(plan, **CASES["tied"], backend="eager")
             yield f"skipped|{label}, two", lambda plan=plan: train(plan, **CASES["skipped"])
+        for label, plan in (("fsdp", fsdp()), ("zero2", zero2())):
+            yield f"plain|{label}, checkpoint", lambda plan=plan: train(plan, checkpoint="blocks.*")
         for name in ("plain", "tied", "skipped"):
             for label, plan in (("ddp", ddp()), ("fsdp", fsdp()), ("zero1", zero1()), ("zero2", zero2())):
                 options = CASES[name] | {"donate": True}

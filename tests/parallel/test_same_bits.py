@@ -10,9 +10,8 @@ JOB = Path(__file__).with_name("bits_job.py")
 CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed int8 fifty skipped muon finite large six
 twelve evaluated""".split()
 # What `make test` runs of them, with what is asked of several processes besides bits.
-QUICK = "plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipped|fsdp;plain|zero1;plain|zero2".split(
-    ";"
-)
+QUICK = """plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipped|fsdp;plain|zero1;plain|zero2;
+plain|fsdp, checkpoint""".replace("\n", "").split(";")
 SENT = [f"compressed|ddp|{dtype}" for dtype in ("None", "bf16", "fp16")]
 
 
