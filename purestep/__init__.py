@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from purestep.loop.result import Result as Result
     from purestep.loop.resume import restore as restore
     from purestep.loop.until_text import until as until
+    from purestep.lora import lora as lora
+    from purestep.lora import merge_lora as merge_lora
     from purestep.record.bisect import bisect as bisect
     from purestep.record.compare import compare as compare
     from purestep.record.compare_bits import compare_bits as compare_bits

@@ -110,6 +110,16 @@ def module_of(model: object) -> nn.Module:
     return inner
 
 
+class Adapted(nn.Module):
+    """A module with parameters that a file of the weights of the model does not have: they keep their values then.
+
+    Attributes:
+        adapters: names of these parameters in the module.
+    """
+
+    adapters: tuple[str, ...] = ()
+
+
 class Definition:
     """The static part of a model: its module without the weights.
 

@@ -190,6 +190,8 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "path": root / "run" / "metrics.csv",
         "load_weights.path": ps.save_weights(state, root / "weights.pt"),
         "save_weights.path": root / "saved.pt",
+        "lora.names": "*",
+        "merge_lora.state": ps.init(ps.lora("0")(nn.Sequential(nn.Linear(2, 1))), tx),
         "source": root / "run",
         "root": root / "store",
         "manifest.step": 2,

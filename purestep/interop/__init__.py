@@ -1,5 +1,7 @@
 """To and from other libraries: weights by name, export, LightningModules. Re-exports only."""
 
+from purestep.interop.distributed_checkpoint import load_dcp_optimizer as load_dcp_optimizer
+from purestep.interop.distributed_checkpoint import save_dcp as save_dcp
 from purestep.interop.export import export as export
 from purestep.interop.lightning import FromLightning as FromLightning
 from purestep.interop.lightning import from_lightning as from_lightning

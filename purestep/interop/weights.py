@@ -86,7 +86,7 @@ def load_weights(
         tensor([[1., 1.]])
     """
     weights = Weights(path, rename=rename, keep=keep, ignore=ignore, strict=strict, entry=entry)
-    return _replaced(state, weights.matched(*_model_and_tensors(state)), tx)
+    return _replaced(state, weights.matched(*model_and_tensors(state)), tx)
 
 
 @checked(ConfigError, failed=True)
@@ -120,7 +120,7 @@ def from_module(
     found = slots(module, fresh=True)
     given = {name: places[0][0][places[0][1]] for name, places in (found.params | found.buffers).items()}
     stored: dict[str, Stored] = {name: InMemory(tensor) for name, tensor in given.items()}
-    model, own = _model_and_tensors(state)
+    model, own = model_and_tensors(state)
     return _replaced(state, matched(stored, model, own, keep, ignore, type(module).__qualname__), tx)
 
 
@@ -158,7 +158,7 @@ def save_weights(state: TrainState, path: Location, *, shard_bytes: Count = 5_00
         ['bias', 'weight']
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors', 'model.safetensors.index.json']
     """
-    model, own = _model_and_tensors(state)
+    model, own = model_and_tensors(state)
     aliases, left_out = names_of(model, own)
     kept = {alias: own[name] for alias, name in aliases.items() if name not in left_out}
     if not Path(path).suffix or str(path).endswith("/"):
@@ -172,7 +172,7 @@ def save_weights(state: TrainState, path: Location, *, shard_bytes: Count = 5_00
 
 
 def _replaced(state: TrainState, values: Mapping[str, Stored], tx: GradientTransformation | None) -> TrainState:
-    new = {n: _like(old, values[n]) if n in values else old for n, old in {**state.params, **state.buffers}.items()}
+    new = {n: leaf_like(old, values[n]) if n in values else old for n, old in {**state.params, **state.buffers}.items()}
     params = {name: new[name] for name in state.params}
     changed = state.replace(params=params, buffers={name: new[name] for name in state.buffers})
     if tx is not None:
@@ -190,12 +190,12 @@ def _replaced(state: TrainState, values: Mapping[str, Stored], tx: GradientTrans
     return changed
 
 
-def _like(old: Tensor, value: Stored) -> Tensor:
+def leaf_like(old: Tensor, value: Stored) -> Tensor:
     """Return a value with the dtype and device of a leaf of the state; for a split leaf, this rank's shard."""
     # A part of a file may be a window on memory that is not its own.
     part = value.part(placement.shard_of(old)).to(old.device, old.dtype, copy=True).contiguous()
     return placement.rewrap(part, old) if placement.is_split(old) else part
 
 
-def _model_and_tensors(state: TrainState) -> tuple[nn.Module | None, dict[str, Tensor]]:
+def model_and_tensors(state: TrainState) -> tuple[nn.Module | None, dict[str, Tensor]]:
     return None if state.model is None else module_of(state), {**state.params, **state.buffers}

@@ -60,7 +60,7 @@ def set(opt_state: Any, changes: Mapping[str, Any] | None = None, /, **named: An
     """
     for name, value in {**(changes or {}), **named}.items():
         path, old = _unique_match(opt_state, name)
-        opt_state = _replaced(opt_state, path, _fitted(name, old, value))
+        opt_state = replaced(opt_state, path, _fitted(name, old, value))
     return opt_state
 
 
@@ -124,15 +124,15 @@ def _refuse(name: str, old: Any, new: Any) -> None:
     raise OptimError(explain(f"the new {name!r} does not fit the old", where=f"{left} != {right}"))
 
 
-def _replaced(node: Any, path: Path, value: Any) -> Any:
+def replaced(node: Any, path: Path, value: Any) -> Any:
     if not path:
         return value
     head, rest = path[0], path[1:]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return dataclasses.replace(node, **{head: _replaced(getattr(node, head), rest, value)})
+        return dataclasses.replace(node, **{head: replaced(getattr(node, head), rest, value)})
     if isinstance(node, Mapping):
-        return {key: _replaced(child, rest, value) if str(key) == head else child for key, child in node.items()}
-    items = [_replaced(child, rest, value) if str(i) == head else child for i, child in enumerate(node)]
+        return {key: replaced(child, rest, value) if str(key) == head else child for key, child in node.items()}
+    items = [replaced(child, rest, value) if str(i) == head else child for i, child in enumerate(node)]
     return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from purestep import tree
 from purestep.errors import OptimError, explain
 from purestep.optim.base import GradientTransformation
-from purestep.optim.state_access import Path, _replaced, nodes
+from purestep.optim.state_access import Path, nodes, replaced
 
 # torch's key of a parameter's state, and its possible names in purestep.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -84,14 +84,14 @@ def from_torch(tx: GradientTransformation, state_dict: Mapping[str, Any], params
             elif key == "mu_product":
                 filled[_scalar_path(state, "mu_product", key)] = value
             elif value is not None:
-                filled[_path_of(state, key, name)] = value
+                filled[place_of(state, key, name)] = value
     if step is None and filled:
         step = 1
     for path, _ in nodes(state):
         if step is not None and path and path[-1] == "count":
             filled[path] = step
     for path, value in filled.items():
-        state = _replaced(state, path, _fitted(path, _at(state, path), value))
+        state = replaced(state, path, _fitted(path, _at(state, path), value))
     return state
 
 
@@ -153,7 +153,7 @@ def _places(state: Any, key: str, name: str) -> list[tuple[Path, Tensor]]:
     return []
 
 
-def _path_of(state: Any, key: str, name: str) -> Path:
+def place_of(state: Any, key: str, name: str) -> Path:
     places = _places(state, key, name)
     if len(places) != 1:
         raise OptimError(

@@ -1,4 +1,4 @@
-"""Private names of torch that reading a distributed checkpoint needs.
+"""Reading and writing distributed checkpoints, and the private names of torch that it takes.
 
 `torch.distributed.checkpoint` reads the metadata of a checkpoint with plain pickle, which can run code. The unpickler
 here allows only the classes of such metadata. If torch adds a class, add its name to `_SAFE`.
@@ -6,8 +6,11 @@ here allows only the classes of such metadata. If torch adds a class, add its na
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +100,25 @@ def read_dcp_part(directory: Path, key: Key, dtype: torch.dtype, box: Box) -> Te
             return part
 
     part = torch.empty(box[1], dtype=dtype)
-    load({str(key): part}, storage_reader=Reader(str(directory)), planner=PartPlanner(False), no_dist=True)
+    with _alone():
+        load({str(key): part}, storage_reader=Reader(str(directory)), planner=PartPlanner(False), no_dist=True)
     return part
+
+
+def write_dcp(directory: Path, content: dict[str, Any], *, alone: bool) -> None:
+    """Write a distributed checkpoint: each rank its parts, or this process alone."""
+    from torch.distributed.checkpoint import save
+
+    with _alone() if alone else contextlib.nullcontext():
+        save(content, checkpoint_id=directory, no_dist=alone)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    # torch warns that it takes one process to be meant, which `no_dist=True` has said.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _metadata(directory: Path) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from purestep import tree
 from purestep.arguments import Location, Name, checked
 from purestep.errors import ConfigError, TemplateMismatch, explain
-from purestep.module_tensors import slots
+from purestep.module_tensors import Adapted, slots
 from purestep.sharding.init_tape import reading, unrecorded
 from purestep.sharding.spec import Box
 from purestep.tree import Filter
@@ -204,12 +204,18 @@ def matched(
             )
         else:
             values[target] = tensor
-    kept = left_out | {name for name in own if keep is not None and tree.matches(keep, name)}
+    kept = left_out | _added(module) | {name for name in own if keep is not None and tree.matches(keep, name)}
     missing = [name for name in own if name not in values and name not in kept]
     misshapen = [name for name, value in values.items() if value.shape != tuple(own[name].shape)]
     if (strict and (missing or left_over)) or misshapen:
         raise _mismatch(own, values, missing, left_over, misshapen, source, _advice(missing, left_over, aliases))
     return values
+
+
+def _added(module: nn.Module | None) -> set[str]:
+    """Return the names of adapters, which files of the model's weights need not hold."""
+    found = [] if module is None else [(n, m) for n, m in module.named_modules() if isinstance(m, Adapted)]
+    return {f"{name}.{key}" if name else key for name, m in found for key in m.adapters}
 
 
 def _same_values(a: Stored, b: Stored) -> bool:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 
 import purestep as ps
 from purestep.errors import ConfigError, SnapshotError
@@ -66,6 +69,46 @@ def check_parts(root: Path, entries: list[int]) -> None:
     assert sum(here) < 0.7 * sum(t.numel() for t in {**state.params, **state.buffers}.values())
 
 
+def check_distributed_checkpoints(root: Path) -> None:
+    """FSDP2 goes on where a split state was, and the other way round, each rank with its parts."""
+    plan, batch = PLANS["fsdp"], (torch.arange(8), torch.ones(8, 5))
+    step = ps.make_step(lambda net, batch: (net(batch[0]) - batch[1]).square().mean(), TX, plan=plan)
+    state, _ = step(ps.init(net, TX, plan=plan), batch)
+    saved = ps.interop.save_dcp(state, root / "dcp", optimizer=torch.optim.Adam)
+
+    module = fully_shard(net())
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    model, inner = get_state_dict(module, optimizer)
+    dcp.load({"model": model, "optimizer": inner}, checkpoint_id=saved)
+    set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=inner)
+    whole = plan.gather(state)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.full_tensor(), whole.params[name]), name
+        moment = optimizer.state[parameter]["exp_avg"].full_tensor()
+        assert torch.equal(moment, whole.opt_state.mu[name]), name
+
+    model, inner = get_state_dict(module, optimizer)
+    dcp.save({"model": model, "optimizer": inner}, checkpoint_id=root / "theirs")
+    back = ps.init(net, TX, plan=plan, seed=9, deferred=True, weights=root / "theirs")
+    back = plan.gather(ps.interop.load_dcp_optimizer(back, root / "theirs"))
+    for field in ("params", "opt_state", "step"):
+        ps.testing.assert_trees_equal(getattr(back, field), getattr(whole, field))
+
+
+def check_adapters(root: Path) -> None:
+    rule = ps.lora("1", rank=2)
+    plan, batch = rule.plan(PLANS["fsdp"]), (torch.arange(8), torch.ones(8, 5))
+    loss_fn = lambda net, batch: (net(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    ends = []
+    for place in (plan, None):
+        state = ps.init(rule(net), TX, plan=place, deferred=True, weights=root / "source")
+        for _ in range(3):
+            state, _ = ps.make_step(loss_fn, TX, plan=place, microbatches=2)(state, batch)
+        ends.append(ps.merge_lora(state))
+    assert ps.sharding.placement.is_split(ends[0].params["1.weight"])
+    ps.testing.assert_trees_equal(plan.gather(ends[0]).params, ends[1].params)
+
+
 def check_errors(root: Path) -> None:
     state = ps.init(net, TX, plan=PLANS["fsdp"])
     dist.barrier()
@@ -91,6 +134,8 @@ def main() -> None:
     for name in PLANS:
         check_in_and_out(name, root)
     check_parts(root, [])
+    check_distributed_checkpoints(root)
+    check_adapters(root)
     check_errors(root)
     dist.destroy_process_group()
     print("all hold")

@@ -1,0 +1,251 @@
+"""`lora`: low-rank adapters beside frozen linear layers, by a rule of names, and merged back.
+
+The adapters are ordinary parameters of the model that `init` is given, so steps, plans, jit and snapshots treat them as
+any other; the layers that they adapt keep the names of their weights, so files of weights and rules of plans fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purestep import tree
+from purestep.arguments import Count, Decay, Finite, checked
+from purestep.errors import ConfigError, StepError, explain
+from purestep.module_tensors import Adapted, Definition, slots
+from purestep.sharding import Plan, Spec, placement
+from purestep.state import TrainState, definition
+from purestep.tree import Filter
+
+T = TypeVar("T", nn.Module, Callable[[], nn.Module])
+_ADAPTERS = ("*.lora_A", "*.lora_B", "lora_A", "lora_B")
+
+
+class LoraLinear(nn.Linear, Adapted):
+    """A linear layer with a low-rank update: `x W^T + b + alpha / rank * dropout(x) A^T B^T`.
+
+    Attributes:
+        weight, bias: of the layer that it adapts.
+        lora_A: [rank, in_features], drawn as PEFT draws it: uniformly, with the variance of `nn.Linear`'s weights.
+        lora_B: [out_features, rank], zeros, so that the model begins as it is without adapters.
+    """
+
+    adapters = ("lora_A", "lora_B")
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
+        made = {"device": linear.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **made))  # type: ignore[arg-type]
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **made))  # type: ignore[arg-type]
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        frozen = F.linear(input.to(self.weight.dtype), self.weight, self.bias)
+        kept = F.dropout(input, self.dropout, self.training) if self.dropout else input
+        update = F.linear(F.linear(kept.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return frozen + (update * self.scale).to(frozen.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
+
+    def without(self) -> nn.Linear:
+        """Return the layer without its adapters; it has the same weight and bias."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain.train(self.training)
+
+
+@checked(ConfigError)
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A rule of which linear layers get adapters; `lora` makes it, and calling it adapts a model.
+
+    Attributes:
+        names, rank, alpha, dropout, train, base: see `ps.lora`.
+    """
+
+    names: Filter
+    rank: Count = 8
+    alpha: Finite[float] | None = None
+    dropout: Decay[float] = 0.0
+    train: Filter | None = None
+    base: torch.dtype | None = None
+
+    def __call__(self, model: T) -> T:
+        """Return the adapted model: of a module a copy, of a function that makes one a function.
+
+        Raises:
+            ConfigError: the rule matches no linear layer, or one that cannot be adapted.
+        """
+        if isinstance(model, nn.Module):
+            return self._adapted(copy.deepcopy(model))
+        return lambda: self._adapted(model())
+
+    def plan(self, plan: Plan) -> Plan:
+        """Return a plan with the adapters in full on every process, and everything else as it is.
+
+        Examples:
+            >>> import purestep as ps
+            >>> plan = ps.lora("*").plan(ps.sharding.fsdp(4))
+            >>> plan.spec("0.weight", (8, 8)), plan.spec("0.lora_A", (8, 8))
+            (Spec('fsdp'), Spec())
+        """
+        return dataclasses.replace(plan, rules=((_ADAPTERS, Spec()), *plan.rules))
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        for name in self._targets(model):
+            owner, _, key = name.rpartition(".")
+            linear = model.get_submodule(name)
+            setattr(model.get_submodule(owner), key, LoraLinear(linear, self.rank, self._alpha, self.dropout))
+        trained = [n for n, _ in model.named_parameters() if self.train is not None and tree.matches(self.train, n)]
+        if self.train is not None and not trained:
+            raise ConfigError(explain("the filter train= matches no parameter", where=repr(self.train)))
+        for name, parameter in model.named_parameters():
+            if name in trained or name.rpartition(".")[2] in LoraLinear.adapters:
+                continue
+            parameter.requires_grad_(False)
+            if self.base is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.base)
+        return model
+
+    @property
+    def _alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def _targets(self, model: nn.Module) -> list[str]:
+        linear = {name: m for name, m in model.named_modules() if name and isinstance(m, nn.Linear)}
+        chosen = [name for name in linear if tree.matches(self.names, name)]
+        if not chosen:
+            shown = ", ".join(map(repr, [*linear][:8])) or "none"
+            raise ConfigError(
+                explain(
+                    "lora: the rule matches no linear layer",
+                    where=f"{self.names!r}; linear layers of {type(model).__qualname__}: {shown}",
+                    instead="ps.lora('*.q_proj', rank=8), ps.lora('*')   # every linear layer",
+                )
+            )
+        shared = {name for name, places in slots(model).params.items() if len(places) > 1}
+        for name in chosen:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if type(linear[name]) is not nn.Linear:
+                why = f"it is a {type(linear[name]).__qualname__}, whose forward pass is its own"
+            elif isinstance(owner, nn.MultiheadAttention):
+                why = "nn.MultiheadAttention multiplies by its weight without calling the layer"
+            elif f"{name}.weight" in shared or f"{name}.weight" not in slots(model).params:
+                why = "its weight is shared with another layer, which an update would change, too"
+            else:
+                continue
+            raise ConfigError(
+                explain(
+                    "lora: a layer that the rule matches cannot be adapted",
+                    where=f"{name!r}, matched by {self.names!r}",
+                    why=why,
+                    instead="a rule that leaves it out: ps.lora(['*.q_proj', '*.v_proj']), or a function of the name",
+                )
+            )
+        return chosen
+
+
+@checked(ConfigError)
+def lora(
+    names: Filter,
+    *,
+    rank: Count = 8,
+    alpha: Finite[float] | None = None,
+    dropout: Decay[float] = 0.0,
+    train: Filter | None = None,
+    base: torch.dtype | None = None,
+) -> Lora:
+    """Return a rule that puts low-rank adapters beside linear layers and freezes all else.
+
+    An adapted layer computes `x W^T + b + alpha / rank * dropout(x) A^T B^T` with `A: [rank, in]` and `B: [out, rank]`.
+    B begins at zero, so the model begins as it is without adapters.
+
+    Args:
+        names: a filter of dotted names of linear layers: a glob, several, or a function of the name.
+        rank: of the update.
+        alpha: scale of the update times the rank; by default the rank, so that the scale is 1.
+        dropout: probability with which elements of an adapter's input are dropped in training.
+        train: a filter of other parameters that stay trained, such as a new head.
+        base: dtype of the frozen floating-point parameters, such as `torch.bfloat16`; by default they keep theirs. The
+            adapters and what `train` matches keep float32.
+
+    Returns:
+        The rule. `rule(model)` is the adapted module, or a function that makes it if `model` is one.
+
+    Raises:
+        ConfigError: on being called, that the rule matches no linear layer, or one that cannot be adapted: a subclass
+            of `nn.Linear`, a layer whose weight is tied, the projection inside `nn.MultiheadAttention`.
+
+    Examples:
+        >>> import purestep as ps
+        >>> rule = ps.lora("0", rank=2, alpha=4)
+        >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+        >>> state = ps.init(rule(model), ps.optim.adam(1e-3))
+        >>> {name: tuple(t.shape) for name, t in state.params.items()}, list(state.buffers)
+        ({'0.lora_A': (2, 3), '0.lora_B': (5, 2)}, ['0.weight', '0.bias', '2.weight', '2.bias'])
+        >>> list(ps.merge_lora(state).params)
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+
+    Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    return Lora(names, rank, alpha, dropout, train, base)
+
+
+@checked(ConfigError, failed=True)
+def merge_lora(state: TrainState) -> TrainState:
+    """Return a state of the model without adapters, whose weights have the updates added: `W + alpha / rank * B A`.
+
+    Parts of a split weight are updated where they are. Sums are computed in float32 and rounded to the dtype of the
+    weight.
+
+    Args:
+        state: of a model that `ps.lora` adapted.
+
+    Returns:
+        A state to evaluate, save (`ps.save_weights`) or make a module of (`ps.to_module`). All parameters are in its
+        params; its optimizer state is empty, so `ps.init` begins another training: `ps.init(ps.to_module(merged), tx)`.
+
+    Raises:
+        StepError: the model has no adapters.
+    """
+    module: nn.Module = copy.deepcopy(definition(state).module)
+    own = {**state.params, **state.buffers}
+    adapted = {name: m for name, m in module.named_modules() if isinstance(m, LoraLinear)}
+    if not adapted:
+        raise StepError(explain("the model of the state has no adapters", instead="ps.lora('*.q_proj')(model)"))
+    for name, layer in adapted.items():
+        dots = f"{name}."
+        a, b = (placement.gather(own.pop(f"{dots}{key}")) for key in LoraLinear.adapters)
+        own[f"{dots}weight"] = _merged(own[f"{dots}weight"], a, b, layer.scale)
+        owner, _, key = name.rpartition(".")
+        setattr(module.get_submodule(owner), key, layer.without())
+    known = slots(module, fresh=True).params
+    return state.replace(
+        params={name: own[name] for name in known},
+        buffers={name: value for name, value in own.items() if name not in known},
+        opt_state=None,
+        loss_scale=None,
+        model=Definition(module),
+    )
+
+
+def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Add the update to a weight, or to this rank's part of it."""
+    (row, column), (rows, columns) = placement.shard_of(weight)
+    update = b[row : row + rows].float() @ a[:, column : column + columns].float()
+    part = placement.part_of(weight)
+    merged = (part.float() + scale * update).to(part.dtype)
+    return placement.rewrap(merged, weight) if placement.is_split(weight) else merged

@@ -1,0 +1,172 @@
+"""Low-rank adapters by rule: they train as a loop by hand does, and merge into the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import purestep as ps
+from purestep.errors import ConfigError, StepError
+
+
+class Block(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.q_proj, self.v_proj, self.norm = nn.Linear(width, 7), nn.Linear(7, width, bias=False), nn.LayerNorm(width)
+
+    def forward(self, x):
+        return x + self.norm(self.v_proj(self.q_proj(x).tanh()))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def loss_fn(net, batch):
+    return F.cross_entropy(net(batch["x"]), batch["y"])
+
+
+def batches(count=5, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield {"x": torch.randn(9, 6, generator=draw), "y": torch.randint(0, 3, (9,), generator=draw)}
+
+
+RULE, TX = ps.lora("*.q_proj", rank=3, alpha=5, train="head.*"), ps.optim.adam(0.05)
+
+
+def trained(state, step=None, count=5):
+    step = step or ps.make_step(loss_fn, TX)
+    for batch in batches(count):
+        state, metrics = step(state, batch)
+    return state, float(metrics["loss"].compute())
+
+
+def test_training_is_that_of_a_loop_by_hand(seed):
+    state = ps.init(RULE(Net), TX, seed=seed)
+    tensors = {n: t.clone() for n, t in {**state.params, **state.buffers}.items()}
+    assert set(state.params) == {
+        *(f"blocks.{i}.q_proj.lora_{x}" for i in range(2) for x in "AB"),
+        *("head.weight", "head.bias"),
+    }
+    module, mine = Net(), {n: t.requires_grad_() for n, t in tensors.items() if n in state.params}
+    optimizer = torch.optim.Adam(mine.values(), lr=0.05)
+    for batch in batches():
+        given = {n: t for n, t in tensors.items() if "lora" not in n}
+        for i in range(2):
+            name = f"blocks.{i}.q_proj."
+            product = tensors[f"{name}lora_B"] @ tensors[f"{name}lora_A"]
+            given[f"{name}weight"] = given[f"{name}weight"] + 5 / 3 * product
+        optimizer.zero_grad()
+        loss = F.cross_entropy(torch.func.functional_call(module, given, (batch["x"],)), batch["y"])
+        loss.backward()
+        optimizer.step()
+    end, last = trained(state)
+    assert last == pytest.approx(loss.item(), rel=1e-4)
+    for name, value in end.params.items():
+        torch.testing.assert_close(value, mine[name].detach(), rtol=1e-3, atol=1e-5)
+    ps.testing.assert_trees_equal(end.buffers, state.buffers)
+
+
+def test_it_begins_as_the_model_and_merges_into_it(seed):
+    state = ps.init(RULE(Net), TX, seed=seed)
+    x = torch.randn(4, 6)
+    plain = Net()
+    plain.load_state_dict({n: t for n, t in {**state.params, **state.buffers}.items() if "lora" not in n})
+    assert torch.equal(ps.to_module(state)(x), plain.eval()(x))
+    end, _ = trained(state)
+    merged = ps.merge_lora(end)
+    module = ps.to_module(merged)
+    assert list(dict(module.named_parameters())) == list(dict(plain.named_parameters())) == list(merged.params)
+    assert {type(m) for m in module.modules()} == {type(m) for m in plain.modules()}
+    torch.testing.assert_close(module(x), ps.to_module(end)(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(module(x), plain(x), atol=1e-3)
+    with pytest.raises(StepError, match="has no adapters"):
+        ps.merge_lora(merged)
+
+
+def test_a_model_that_exists_is_not_changed():
+    net = Net()
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    state = ps.init(RULE(net), TX)
+    trained(state)
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == set(before)
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    assert torch.equal(state.buffers["blocks.0.q_proj.weight"], before["blocks.0.q_proj.weight"])
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_pretrained_base_in_bf16(deferred, tmp_path, seed):
+    torch.manual_seed(seed)
+    torch.save(Net().state_dict(), tmp_path / "a.pt")
+    rule = ps.lora(["*.q_proj", "*.v_proj"], rank=2, base=torch.bfloat16)
+    state = ps.init(rule(Net), TX, deferred=deferred, weights=tmp_path / "a.pt")
+    values = torch.load(tmp_path / "a.pt")
+    assert all(torch.equal(state.buffers[n], value.bfloat16()) for n, value in values.items())
+    assert {p.dtype for p in state.params.values()} == {torch.float32}
+    bf16 = ps.make_step(lambda net, batch: F.cross_entropy(net(batch["x"].bfloat16()).float(), batch["y"]), TX)
+    end, _ = trained(state, bf16)
+    assert all(end.params[n].count_nonzero() == p.numel() for n, p in state.params.items())
+    ps.testing.assert_trees_equal(end.buffers, state.buffers)
+    assert ps.merge_lora(end).params["blocks.0.v_proj.weight"].dtype == torch.bfloat16
+    # A file that has adapters fills them.
+    back = ps.load_weights(state, ps.save_weights(end, tmp_path / "b.safetensors"))
+    ps.testing.assert_trees_equal(back.params, end.params)
+
+
+def test_dropout_draws_from_the_key_of_the_state():
+    state = ps.init(ps.lora("*", rank=2, dropout=0.5)(Net), ps.optim.sgd(0.5), seed=1)
+    step = ps.make_step(loss_fn, ps.optim.sgd(0.5))
+    one, two = (trained(state, step)[0] for _ in range(2))
+    ps.testing.assert_trees_equal(one, two)
+    other = trained(state.replace(rng=ps.random.key(7)), step)[0]
+    assert not torch.equal(one.params["head.lora_B"], other.params["head.lora_B"])
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_adapters():
+    state = ps.init(RULE(Net), TX)
+    compiled, plain = trained(state, ps.jit(ps.make_step(loss_fn, TX))), trained(state)
+    assert compiled[1] == pytest.approx(plain[1], rel=1e-4)
+
+
+def test_a_plan_keeps_adapters_in_full():
+    plan = RULE.plan(ps.sharding.fsdp(2))
+    assert plan.spec("blocks.0.q_proj.lora_B", (8, 4)) == ps.sharding.Spec()
+    assert plan.spec("blocks.0.q_proj.weight", (8, 4)) == ps.sharding.Spec("fsdp")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embed.weight
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.own = type("Own", (nn.Linear,), {"forward": lambda self, x: x})(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ("*.k_proj", "matches no linear layer\n  where:   '*.k_proj'; linear layers of Tied: 'head', "),
+        ("head", "its weight is shared with another layer"),
+        ("attention.*", "NonDynamicallyQuantizableLinear, whose forward pass is its own"),
+        ("own", "it is a Own, whose forward pass is its own"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(names, text):
+    with pytest.raises(ConfigError) as caught:
+        ps.lora(names)(Tied())
+    assert text in str(caught.value)
+    with pytest.raises(ConfigError, match="the filter train= matches no parameter"):
+        ps.lora("*.q_proj", train="nothing.*")(Net())
