@@ -100,7 +100,7 @@ class Donating(AnyStep):
 def donate(step: Callable[..., Any]) -> Any:
     """Make a step consume the state it is called with, without compiling it.
 
-    Parameters and optimizer state are updated in place, unless all parameters are small (below some 16,000 elements),
+    Parameters and optimizer state are updated in place, unless all parameters are small (below some 32,000 elements),
     where an update in place would save nothing. So memory holds one state instead of two, and the time to fill fresh
     memory is saved; the bits are those of the step itself. Using a consumed state again raises DonatedStateError.
     `fit(..., donate=True)` does this for states that the loop alone owns.

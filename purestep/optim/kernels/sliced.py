@@ -24,8 +24,8 @@ from purestep.optim.scope import scope_of
 _ON_CPU = 1 << 19
 # On a device, launching a kernel costs more than a slice saves: slices only limit the memory there.
 _ON_DEVICE = 1 << 26
-# Elements of the largest parameter from which updates in place save time.
-_WORTH = 1 << 14
+# Elements of the largest parameter from which updates in place save time: fresh pages are mapped from 128 KiB on.
+_WORTH = 1 << 15
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _NOTHING: Any = object()
 

@@ -1,0 +1,252 @@
+"""`make_step`: a training step.
+
+It is two pure pieces, `grads(state, microbatch, index)` and `update(state, gradients)`; accumulation and data
+parallelism put a fixed-order sum between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from purestep import metrics as metrics_
+from purestep import random
+from purestep.arguments import checked
+from purestep.donation import also_donated, apart, donation_of
+from purestep.errors import ConfigError, StepError, explain
+from purestep.functional import Binding
+from purestep.grad import Engine, loss_gradients
+from purestep.microbatch import NO_EXCHANGE, Gradients, MicrobatchExchange, accumulate, counted, split_batch
+from purestep.optim.base import GradientTransformation, check_transformation
+from purestep.parallel.fsdp_order import Orders
+from purestep.precision import Policy
+from purestep.precision import policy as policy_of
+from purestep.precision.cast_params import casting, wrapped
+from purestep.sharding import full_tensors, placement
+from purestep.sharding.local_batches import MOST_MICROBATCHES
+from purestep.sharding.plan import Plan, check_plan
+from purestep.state import TrainState, definition
+from purestep.step.loss import LossFn, Metrics, check_arity, on_plan, read_loss, samples_of
+from purestep.step_protocol import AnyStep, StepFacts, StepFn, following
+
+
+@dataclasses.dataclass(frozen=True)
+class Step(AnyStep):
+    """A training step. Made by `make_step`; call it as `step(state, batch)`."""
+
+    loss_fn: LossFn
+    tx: GradientTransformation
+    microbatches: int | Literal["auto"] | None = 1
+    engine: Engine = "auto"
+    policy: Policy | None = None
+    plan: Plan | None = None
+
+    @property
+    def microbatch_count(self) -> int:
+        """Number of microbatches of a batch (V): the given one, or one for each replica of the plan."""
+        if self.microbatches == "auto":
+            raise ConfigError(
+                explain(
+                    "the number of microbatches is not settled yet",
+                    where="ps.make_step(..., microbatches='auto')",
+                    why="it depends on the state, the batch and the memory that is free",
+                    instead="ps.fit(step, ...)   # the step itself: the first batch settles it\n"
+                    "ps.fit(ps.wrap_step(step, function), ...)   # where a function is around it\n"
+                    "count = ps.loop.choose_microbatches(step, state, batch)   # in a loop of your own",
+                )
+            )
+        return self.microbatches or (1 if self.plan is None else self.plan.replicas)
+
+    @functools.cached_property
+    def orders(self) -> Orders:
+        """What the ranks of the plan know of the order in which this step gathers the units of a model."""
+        return Orders()
+
+    @property
+    def _loss_fn(self) -> LossFn:
+        return on_plan(self.plan, self.loss_fn)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a snapshot of a run records of its step, beside microbatches and policy: not where it runs."""
+        return {"loss_fn": self.loss_fn, "tx": self.tx, "engine": self.engine}
+
+    @property
+    def facts(self) -> StepFacts:
+        """What the loop, `jit` and the checks before the first batch know of it."""
+        count: int | Literal["auto"] = "auto" if self.microbatches == "auto" else self.microbatch_count
+        return StepFacts(self.loss_fn, self.tx, count, self.policy, self.plan, gradients=self.gradients)
+
+    def bare(self, microbatches: int | None = None) -> Step:
+        return dataclasses.replace(self, plan=None, microbatches=microbatches or self.microbatches)
+
+    def with_microbatches(self, count: int) -> Step:
+        return dataclasses.replace(self, microbatches=count)
+
+    def under(self, plan: Plan) -> StepFn:
+        return self
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Return the state after one update, and the metrics of the batch, which follows the state to its device."""
+        batch = following(state, batch)
+        if self.plan is None:
+            return self.update(state, self.gradients(state, batch))
+        view = placement.local(state)
+        also_donated(state, view)
+        gradients = self._planned(self.plan, state, view, batch)
+        with full_tensors.updating(full_tensors.Whole(self.plan, state.params, state.opt_state)):
+            new, metrics = self.update(view, gradients)
+        return placement.rewrap(new, state), metrics
+
+    def gradients(self, state: TrainState, batch: Any) -> Gradients:
+        """Compute the mean gradients and the metrics of a batch, without an update; under a plan those of this rank's
+        parts, and every rank calls it."""
+        if self.plan is not None:
+            return self._planned(self.plan, state, placement.local(state), batch)
+        if self.microbatch_count == 1:
+            return counted(self.grads(state, batch))
+        total = accumulate(state, samples_of(batch), self.microbatch_count)
+        for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatch_count)):
+            total.add(self.grads(state, microbatch, index), index)
+        return total.result()
+
+    def _planned(self, plan: Plan, state: TrainState, view: TrainState, batch: Any) -> Gradients:
+        from purestep.parallel import microbatches as microbatches_module
+
+        microbatches_module.check(plan, self)
+        return microbatches_module.total(plan, self.microbatch_count, state, view, batch, self._grads, self.orders)
+
+    def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
+        """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
+        return self._grads(state, microbatch, index, NO_EXCHANGE)
+
+    def _grads(
+        self, state: TrainState, microbatch: Any, index: int | Tensor, exchange: MicrobatchExchange
+    ) -> Gradients:
+        """Do what `grads` says, for a microbatch whose parameters and gradients an exchange may pass between ranks."""
+        exchange.check(state)
+        samples, cast = samples_of(microbatch), casting(self.policy, definition(state).module)
+        rng = functools.partial(random.fold_in, state.rng, state.step, index)
+        cast.check(state)
+        old = cast.buffers(state.buffers)
+        params = cast.params(state.params)
+
+        def loss_of(tracked: Any) -> tuple[Tensor, Any]:
+            tensors, buffers, around = exchange.bound(tracked, old, cast.around)
+            bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
+            with cast.scope(params):
+                loss, weight, metrics = read_loss(
+                    self._loss_fn, bound, cast.batch(microbatch), samples, alone=self.plan is None
+                )
+            new = cast.kept(state.buffers, old, exchange.plain(bound.new_buffers, state.buffers))
+            # What is known before the backward pass leaves before it: the exchange then goes on beside it.
+            exchange.forward_done(weight, new, metrics)
+            return cast.scaled(loss, state), (weight, new, metrics)
+
+        tracked = exchange.tracked(cast, params)
+        grads, (weight, new, metrics) = loss_gradients(loss_of, tracked, self.engine, exchange.collects)
+        return Gradients(exchange.backward_done(cast, grads), weight, new, metrics)
+
+    def update(self, state: TrainState, gradients: Gradients) -> tuple[TrainState, Metrics]:
+        """Apply the gradients of a whole batch; an update that was refused counts itself in `skipped`."""
+        metrics = gradients.metrics
+        donation = donation_of(state)
+        if donation is not None:
+            # A metric may be a view of a parameter, whose memory the update is about to write over.
+            metrics = apart(metrics, donation.memory)
+        grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
+        value = metrics["loss"].compute()
+        new = state.apply_gradients(
+            self.tx, grads, buffers=gradients.buffers, accept=finite, last_use=True, value=value
+        )
+        refused = self.tx.refused(new.opt_state)
+        if finite is not None:
+            # Of what was not finite nothing reached the transformation, whose state still tells of the update before.
+            refused = ~finite if refused is None else ~finite | refused
+            new = new.replace(loss_scale=state.loss_scale.adjust(finite))
+        if refused is not None:
+            metrics = metrics | {"skipped": metrics_.Sum(refused.to(torch.int64))}
+        return new, metrics
+
+
+@checked(StepError)
+def make_step(
+    loss_fn: LossFn,
+    tx: GradientTransformation,
+    *,
+    microbatches: int | Literal["auto"] | None = None,
+    engine: Engine = "auto",
+    policy: Policy | str | None = None,
+    plan: Plan | None = None,
+) -> Step:
+    """Make a pure training step `(state, batch) -> (state, metrics)`.
+
+    Args:
+        loss_fn: `loss_fn(net, batch)` returns a loss, or `(loss, metrics)`. `net` is the model bound to the params
+            that are differentiated; use it like the module it is. The loss is a 0-d floating mean over the samples of
+            the batch, or `ps.weighted(mean, weight)` for a mean over something else. Metrics are a dict; see
+            `metrics.as_metrics`.
+        tx: gradient transformation, the one the state was made with.
+        microbatches: slice each batch into so many equal ones, run one after the other through the model, and sum their
+            gradients in a fixed binary tree. Memory falls, the gradient is that of the whole batch to rounding. By
+            default 1; with a plan one for each rank that computes others, so name it where the number of ranks may
+            change: the bits depend on it. "auto" lets `fit` take the smallest number that fits in memory; a resumed
+            run keeps the one it began with.
+        engine: see `grad_and_value`.
+        policy: precision policy, or the name of one; the state has to be under it, `policy.apply(state)`. The model is
+            cast by its rules, gradients are summed in its reduce dtype and unscaled before `tx` sees them, and with a
+            loss scale an update with gradients that are not finite changes nothing but the scale.
+        plan: a `ps.sharding` plan; the state has to be placed by it, `plan.place(state)`. Every rank calls the step
+            with the same global batch, or with its `LocalBatch`, and computes its own microbatches of it.
+
+    Returns:
+        A Step. Its metrics hold `loss`, those of `loss_fn`, and `skipped` if `tx` or the policy can skip updates. Its
+        `tx` is the one it applies: the given one, with master weights around it if the policy has them.
+
+    Raises:
+        ConfigError: `microbatches` is not a positive integer, `plan` is no plan, or `loss_fn` does not take two
+            arguments.
+
+    Examples:
+        >>> from torch import nn
+        >>> import purestep as ps
+        >>> def loss_fn(net, batch):
+        ...     return ((net(batch["x"]) - batch["y"]) ** 2).mean()
+        >>> tx = ps.optim.sgd(0.1)
+        >>> state = ps.init(lambda: nn.Linear(3, 1), tx, seed=0)
+        >>> step = make_step(loss_fn, tx)
+        >>> batch = {"x": torch.ones(4, 3), "y": torch.ones(4, 1)}
+        >>> new, metrics = step(state, batch)
+        >>> int(state.step), int(new.step), sorted(metrics)
+        (0, 1, ['loss'])
+    """
+    if microbatches not in (None, "auto") and (
+        not isinstance(microbatches, int)
+        or isinstance(microbatches, bool)
+        or not 1 <= microbatches <= MOST_MICROBATCHES
+    ):
+        raise ConfigError(
+            explain(
+                f"microbatches is a positive integer or 'auto', at most {MOST_MICROBATCHES}",
+                where=f"microbatches={microbatches!r}",
+            )
+        )
+    check_plan(plan, "ps.make_step")
+    if microbatches == "auto" and plan is not None:
+        raise ConfigError(
+            explain(
+                "microbatches='auto' and a plan do not go together",
+                where="ps.make_step(..., microbatches='auto', plan=...)",
+                why="each rank would choose by the memory that it has, and all need the same number",
+                instead="microbatches=8   # a number that all of them can share",
+            )
+        )
+    check_transformation(tx)
+    check_arity(loss_fn)
+    chosen = None if policy is None else policy_of(policy)
+    if plan is None and microbatches is None:
+        microbatches = 1
+    return Step(loss_fn, wrapped(chosen, tx), microbatches, engine, chosen, plan)
