@@ -19,6 +19,7 @@ from torch import Tensor
 from purestep import _cells, tree
 
 T = TypeVar("T")
+_PLAIN = {Tensor}
 
 
 class Donation:
@@ -79,7 +80,14 @@ def memory_of(leaves: Iterable[object]) -> frozenset[int]:
         >>> memory_of([x[:2], x[2:], torch.ones(0)]) == {x.data_ptr()}
         True
     """
-    return frozenset(x.untyped_storage().data_ptr() for x in leaves if isinstance(x, Tensor) and x.numel()) - {0}
+    return frozenset(_starts([x for x in leaves if isinstance(x, Tensor)]))
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the addresses of the storages of some tensors; those without memory are left out."""
+    if set(map(type, tensors)) <= _PLAIN and set(map(Tensor.storage_offset, tensors)) <= {0}:
+        return [start for start in map(Tensor.data_ptr, tensors) if start]  # several times as fast
+    return [start for x in tensors if x.numel() and (start := x.untyped_storage().data_ptr())]
 
 
 def lies_in(leaf: object, memory: frozenset[int]) -> bool:
@@ -94,7 +102,7 @@ def leaves_apart(leaves: Sequence[T], memory: frozenset[int]) -> list[T]:
 
 def apart(value: T, memory: frozenset[int]) -> T:
     """Return a tree with copies in place of the tensors of some memory, which is about to be written over."""
-    if not memory:
+    if not memory or memory.isdisjoint(_starts([x for x in tree.leaves(value) if isinstance(x, Tensor)])):
         return value
     leaves, structure = tree.flatten(value)
     return tree.unflatten(structure, leaves_apart(leaves, memory))
@@ -110,6 +118,10 @@ def unaliased(leaves: Sequence[Any], state_leaves: int) -> list[Any]:
         leaves: those of the state, and others after them.
         state_leaves: how many are the state's.
     """
+    if set(map(type, leaves)) <= _PLAIN and all(map(Tensor.is_contiguous, leaves)):
+        starts = _starts(leaves)
+        if len(set(starts)) == len(starts):
+            return list(leaves)
     owned: set[int] = set()
     result = list(leaves)
     for i, leaf in enumerate(leaves):

@@ -20,7 +20,7 @@ import purestep as ps
 from purestep import tree
 from purestep.errors import RandomnessError, TraceError
 from purestep.functional import apply, bind
-from purestep.random import global_generators, host_draws
+from purestep.random import global_generators, host_draws, host_trap
 
 DRAWS = {
     "np.random.rand": lambda: np.random.rand(),
@@ -624,7 +624,7 @@ def test_the_trap_is_touched_by_draws_only_and_goes_with_the_first():
     python_random.getstate(), np.random.RandomState(3).rand(), python_random.Random(3).gauss(0, 1)
     assert not trap.touched
     np.random.permutation(3)
-    assert not isinstance(np.random.get_bit_generator(), host_draws._Trapped)
+    assert not isinstance(np.random.get_bit_generator(), host_trap._Trapped)
     assert sys.getprofile() is None
     python_random.random()
     trap.close()

@@ -274,9 +274,7 @@ class Binding:
 
     def guard_of_backward(self) -> Guard:
         """Return what watches the generators in the backward pass of a binding that is held: it refuses draws."""
-        guard = Guard(self.slots.habits, _REFUSING, torch_habits=self.host.torch_habits)
-        guard.watch(keyed=False)
-        return guard
+        return self.host.following(_REFUSING)
 
     def repeating(self) -> Callable[[], Binding]:
         """Return what makes the binding of a recomputation of what comes next."""

@@ -7,14 +7,17 @@ that, so a call that fails earlier leaves the state as it was.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from purestep import _torch, transforms, tree
 from purestep.arguments import checked
 from purestep.donation import consume, donating, lies_in, memory_of, nodes, unaliased
 from purestep.errors import ConfigError, StepError, explain
-from purestep.optim.kernels.sliced import is_owned, worth_reusing
+from purestep.optim.kernels.sliced import owned, worth_reusing
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan
 from purestep.state import TrainState
@@ -79,7 +82,9 @@ class Donating(AnyStep):
 
     def _check_apart(self, others: list[Any], memory: frozenset[int]) -> None:
         """Refuse a tensor that the step returned besides the state if it shares memory with the overwritten state."""
-        for path, leaf in zip(tree.paths(others), tree.leaves(others), strict=True) if memory else ():
+        if not memory or not any(lies_in(leaf, memory) for leaf in tree.leaves(others)):
+            return
+        for path, leaf in zip(tree.paths(others), tree.leaves(others), strict=True):
             if lies_in(leaf, memory):
                 raise StepError(
                     explain(
@@ -95,7 +100,7 @@ class Donating(AnyStep):
 def donate(step: Callable[..., Any]) -> Any:
     """Make a step consume the state it is called with, without compiling it.
 
-    Parameters and optimizer state are updated in place, unless all parameters are small (below some 16,000 elements),
+    Parameters and optimizer state are updated in place, unless all parameters are small (below some 32,000 elements),
     where an update in place would save nothing. So memory holds one state instead of two, and the time to fill fresh
     memory is saved; the bits are those of the step itself. Using a consumed state again raises DonatedStateError.
     `fit(..., donate=True)` does this for states that the loop alone owns.
@@ -140,14 +145,19 @@ def _without_aliases(state: Any) -> tuple[Any, frozenset[int]]:
     if not worth_reusing(placement.part_of(p) for found in _states(state) for p in found.params.values()):
         return state, frozenset()
     leaves, structure = tree.flatten(state)
-    local = [placement.part_of(leaf) for leaf in leaves]
+    local = _parts(leaves)
     apart = unaliased(local, len(local))
-    if any(a is not b for a, b in zip(local, apart, strict=True)):
+    if not all(map(operator.is_, local, apart)):
         state = placement.rewrap(tree.unflatten(structure, apart), state)
-    written = [
-        placement.part_of(leaf) for found in _states(state) for leaf in tree.leaves((found.params, found.opt_state))
-    ]
-    return state, memory_of(filter(is_owned, written))
+    written: list[Any] = []
+    for found in _states(state):
+        written += [*tree.leaves(found.params), *tree.leaves(found.opt_state)]
+    return state, memory_of(owned(_parts(written)))
+
+
+def _parts(leaves: list[Any]) -> list[Any]:
+    """Return the local parts of leaves; in nearly every call none is split."""
+    return leaves if set(map(type, leaves)) <= {torch.Tensor} else [placement.part_of(leaf) for leaf in leaves]
 
 
 def _states(value: object) -> list[TrainState]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from purestep import _torch
 from purestep.jit._torch import READ_VALUE, UNIQUE, node_of, proxy_root
 from purestep.jit.errors import is_writer, written
-from purestep.random.host_draws import calling_line
+from purestep.random.host_trap import calling_line
 
 aten = torch.ops.aten
 # A function that reads more values than this computes in Python; it does not merely branch.

@@ -14,32 +14,23 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
-import linecache
-import os
-import random as python_random
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from purestep.errors import RandomnessError, explain
 from purestep.random import global_generators, torch_watch
+from purestep.random.host_trap import Trap, calling_line
 from purestep.random.keys import host_words
 from purestep.random.torch_mode import KeyedRandom
 from purestep.random.torch_watch import TorchHabits
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-_NUMPY = os.path.dirname(os.path.abspath(np.__file__))
-_NOT_THE_USERS = (_PACKAGE, _TORCH, _NUMPY, python_random.__file__, contextlib.__file__, threading.__file__, "<frozen")
 _PURPOSE = "host generators"
 _INSTEAD = "x * ps.random.uniform(key, ())    # key = ps.random.fold_in(state.rng, state.step), passed with the batch"
-_GAUSS = python_random.Random.gauss.__code__
 _unguarded: set[int] = set()  # threads whose guards are off
 _read, _is_compiling, _thread_count = global_generators.read, torch.compiler.is_compiling, _thread._count
 
@@ -106,21 +97,14 @@ class Guard:
         if (_unguarded and threading.get_ident() in _unguarded) or _is_compiling():
             self._how = "off"
         elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
-            self.watch(keyed=self.torch_habits is None or not self.torch_habits.watched(self.mode))
+            self.keyed = self.torch_habits is None or not self.torch_habits.watched(self.mode)
+            self._how, self._torch = "watch", None if self.keyed else torch_watch.state()
+            # They cost microseconds a thread. A repeatable call that drew is repeated with care, which takes them.
+            self._others = None if self.repeatable else _other_threads()
+            self._before = _read()
+            self._threads = _thread_count()
         else:
             self._enter_with_care()
-
-    def watch(self, keyed: bool) -> None:
-        """Begin to watch a call that is not expected to draw.
-
-        Args:
-            keyed: whether it is under the mode.
-        """
-        self._how, self.keyed, self._torch = "watch", keyed, None if keyed else torch_watch.state()
-        # They cost microseconds a thread. A repeatable call that drew is repeated with care, which takes them.
-        self._others = None if self.repeatable else _other_threads()
-        self._before = _read()
-        self._threads = _thread_count()
 
     def _enter_with_care(self) -> None:
         """Begin a first call, one of a model that draws, one that shows who draws, or a recomputation."""
@@ -191,6 +175,13 @@ class Guard:
         again = Guard(self.habits, mode)
         again._start = mark()
         return again
+
+    def following(self, mode: KeyedRandom) -> Guard:
+        """Return the guard of what comes next, after a call that was watched and moved nothing: it refuses draws."""
+        after = Guard(self.habits, mode, torch_habits=self.torch_habits)
+        after._how, after.keyed, after._torch, after._before = "watch", False, self._torch, self._before
+        after._others, after._threads = _other_threads(), _thread_count()
+        return after
 
     # --- private ------------------------------------------------------------------------------------------------------
 
@@ -369,111 +360,6 @@ def unguarded() -> Iterator[None]:
             _unguarded.discard(thread)
 
 
-class Trap:
-    """Sees the first draw of this thread from the generators of Python and numpy, before it happens.
-
-    Python's is seen by a profile function, numpy's by a bit generator that has the words of the real one and a lock of
-    ours. Other threads draw as ever. What Python calls without a frame (`map(random.random, ...)`) is not seen.
-
-    Args:
-        react: called once with the name of the generator; it may raise, and the draw does not happen then.
-
-    Attributes:
-        touched: whether there was one.
-    """
-
-    def __init__(self, react: Callable[[str], None]) -> None:
-        self.react, self.touched = react, False
-        self._open = self._profiling = False
-
-    def open(self) -> None:
-        """Set the trap."""
-        self._thread, self._outer = threading.get_ident(), sys.getprofile()
-        self._bits = global_generators.bit_generator()
-        with _real(self._bits).lock:
-            global_generators.swap(_Trapped(self._bits, self._numpy_draws))
-        own = self._outer is None or isinstance(getattr(self._outer, "__self__", None), Trap)
-        if own:  # the caller's own profiler is left alone
-            sys.setprofile(self._called)
-        self._open, self._profiling = True, own
-
-    def close(self) -> None:
-        """Take the trap away; the generators stay where they are."""
-        if not self._open:
-            return
-        self._open = False
-        if self._profiling and sys.getprofile() in (None, self._called):
-            sys.setprofile(self._outer)
-        with _real(self._bits).lock:
-            global_generators.swap(self._bits)
-
-    def _touch(self, which: str) -> None:
-        if self._open:
-            self.touched = True
-            self.close()
-            self.react(which)
-
-    def _called(self, frame: types.FrameType, event: str, argument: Any) -> None:
-        if event == "c_call":
-            draws = getattr(argument, "__self__", None) is global_generators.PYTHON and argument.__name__ != "getstate"
-        else:
-            # The second of two normal numbers is given without a draw.
-            gauss = event == "call" and frame.f_code is _GAUSS
-            draws = gauss and frame.f_locals.get("self") is global_generators.PYTHON
-        if draws:
-            self._touch("Python's random")
-
-    def _numpy_draws(self) -> None:
-        if threading.get_ident() == self._thread:
-            self._touch("numpy.random")
-
-
-class _Trapped(np.random.MT19937):
-    """A bit generator that is another one, and says when it is about to be used."""
-
-    def __init__(self, bits: Any, used: Callable[[], None]) -> None:
-        super().__init__(0)
-        self._real, self._used = bits, used
-        self._lock = _Lock(bits.lock, used)
-
-    capsule = property(lambda self: self._real.capsule)
-    ctypes = property(lambda self: self._real.ctypes)
-    lock = property(lambda self: self._lock)
-
-    @property
-    def state(self) -> Any:
-        return self._real.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._used()
-        self._real.state = value
-
-    def _legacy_seeding(self, seed: object) -> None:
-        self._used()
-        self._real._legacy_seeding(seed)
-
-
-def _real(bits: Any) -> Any:
-    while isinstance(bits, _Trapped):
-        bits = bits._real
-    return bits
-
-
-class _Lock:
-    """The lock that numpy takes for each draw."""
-
-    def __init__(self, lock: Any, used: Callable[[], None]) -> None:
-        self._lock, self._used = lock, used
-
-    def __enter__(self) -> None:
-        self._used()
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-
 # Threads that run only code of this package, which never draws. That of a save is not among them, because Orbax and the
 # modules that it imports draw there; nor are those of other libraries' loggers. Names of other libraries' threads are
 # not listed: their pools run the user's code too (`asyncio_0`, `grain-prefetch_0`), and the CPU time clears an idle one
@@ -511,15 +397,3 @@ def _all_idle(before: dict[int, int] | None) -> bool:
     """Whether no other thread that might draw has run since `before`; where that is None, whether there is none."""
     others = _other_threads()
     return others == {} if before is None else others == before
-
-
-def calling_line() -> str | None:
-    """Return the innermost line of the user's own code that is being run."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        frame = frame.f_back
-    if frame is None:
-        return None
-    name, line = frame.f_code.co_filename, frame.f_lineno
-    text = linecache.getline(name, line).strip()
-    return f"{os.path.basename(name)}:{line} in {frame.f_code.co_name}" + (f": {text}" if text else "")

@@ -34,8 +34,10 @@ from purestep.step_protocol import facts_of, name_of
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
-_FORWARD = frozenset([_OURS + "functional.py", _OURS + "grad.py"])  # what they call is a forward pass, if not backward
-_OBSERVING = _OURS + os.path.join("random", "host_draws.py")  # asks whether a generator moved, and computes nothing
+# What they call is a forward pass, if not backward.
+_FORWARD = frozenset([_OURS + os.path.join("functional", "binding.py"), _OURS + "grad.py"])
+# They ask whether a generator moved, and compute nothing.
+_OBSERVING = frozenset(_OURS + os.path.join("random", name) for name in ("host_draws.py", "torch_watch.py"))
 _IMPORT = "<frozen importlib"  # a module that is imported by the first call may make tensors
 _GRAPH = "<eval_with_key>"  # the name that torch.fx gives the code of a graph
 _LONGEST = 160  # characters of arguments and lines that are kept
@@ -385,7 +387,7 @@ class _Watch(_torch.Watcher):
             file = frame.f_code.co_filename
             if file.startswith(_GRAPH):
                 return frame, "graph"
-            if file.startswith(_IMPORT) or (file == _OBSERVING and ours is users is None):
+            if file.startswith(_IMPORT) or (file in _OBSERVING and ours is users is None):
                 return frame, "aside"
             if file.startswith(_OURS):
                 if ours is None and not file.startswith(_HERE):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform, overload
 
@@ -86,9 +87,11 @@ def _register(cls: Any) -> None:
     data = tuple(f.name for f in fields if not f.metadata.get("static"))
     fixed = tuple(f.name for f in fields if f.metadata.get("static"))
 
+    children_of, fixed_of = _getter(data), _getter(fixed)
+
     def flatten(node: object) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[str, ...]]:
         values = node.__dict__
-        return tuple([values[n] for n in data]), tuple([values[n] for n in fixed]), data
+        return children_of(values), fixed_of(values), data
 
     def unflatten(aux: Any, children: Iterable[Any]) -> Any:
         node = object.__new__(cls)
@@ -122,6 +125,13 @@ def _register(cls: Any) -> None:
         flatten_with_keys_fn=torch_keys,
     )
     _NODES[name] = cls
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """Return what looks names up in a dict and returns the values as a tuple."""
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return lambda values: tuple([values[name] for name in names])
 
 
 def node_name(cls: type) -> str | None:

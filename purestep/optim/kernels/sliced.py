@@ -24,8 +24,8 @@ from purestep.optim.scope import scope_of
 _ON_CPU = 1 << 19
 # On a device, launching a kernel costs more than a slice saves: slices only limit the memory there.
 _ON_DEVICE = 1 << 26
-# Elements of the largest parameter from which updates in place save time.
-_WORTH = 1 << 14
+# Elements of the largest parameter from which updates in place save time: fresh pages are mapped from 128 KiB on.
+_WORTH = 1 << 15
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _NOTHING: Any = object()
 
@@ -51,14 +51,14 @@ def any_long(xs: Collection[Tensor]) -> bool:
     return max(map(Tensor.numel, xs), default=0) > _ON_CPU and any(map(is_long, xs))
 
 
-def is_owned(x: Any) -> bool:
-    """Tell whether a donated leaf of parameters or optimizer state is overwritten."""
-    return type(x) in _ORDINARY and x.dim() > 0 and not x.is_meta
+def owned(leaves: Iterable[Any]) -> list[Tensor]:
+    """Return the leaves of donated parameters or optimizer state that are overwritten."""
+    return [x for x in leaves if type(x) in _ORDINARY and x.dim() > 0 and not x.is_meta]
 
 
 def worth_reusing(params: Iterable[Any]) -> bool:
     """Tell whether parameters are large enough to overwrite their memory and that of their state."""
-    return any(is_owned(x) and x.numel() >= _WORTH for x in params)
+    return max(map(Tensor.numel, owned(params)), default=0) >= _WORTH
 
 
 def _limit(x: Tensor) -> int:

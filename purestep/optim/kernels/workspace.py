@@ -6,6 +6,7 @@ place use it, because no other code sees their intermediate results.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 _LEAST_BYTES = 1 << 16  # of a tensor, on average; to allocate a smaller one costs less than to look for it here
 _MOST_BYTES = 1 << 25  # bytes of one list; longer lists are left to the allocator
 _MOST_LISTS = 8  # lists kept in a thread; few suffice, because slices of a tensor have one shape, except for the last
+_bytes_of = operator.attrgetter("nbytes")
 _local = threading.local()
 
 
@@ -31,7 +33,7 @@ def into(name: str, function: Callable[..., Tensor], xs: Sequence[Tensor], *args
         >>> float(first[0].max()), first[0] is second[0]
         (3.0, True)
     """
-    size = sum(x.nbytes for x in xs)
+    size = sum(map(_bytes_of, xs))
     if not _LEAST_BYTES * len(xs) <= size <= _MOST_BYTES or not all(x.is_cpu for x in xs):
         return None
     kept: dict[Hashable, list[Tensor]] = _local.__dict__.setdefault("kept", {})
