@@ -29,9 +29,9 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     script_source           the Python function that `torch.jit.script` compiled. Without it: constants inside of such a
                             function are taken for captured tensors.
     aot_backend             the backend `aot_eager` of `torch.compile`, which records views anew, then a pass of ours.
-    READ_VALUE, UNIQUE, UNSAFE_VIEW
+    READ_VALUE, UNIQUE, UNSAFE_VIEW, TO_COPY
                             operators: the first reads a value, the second has an output shape that depends on values,
-                            the third views a fresh tensor. They have no public names.
+                            the third views a fresh tensor, the fourth converts. They have no public names.
     DEVICE, fake_device     the operator that `x.device` is in a trace, and the device of a fake tensor. Without them:
                             the same answer, in a longer way.
     uncompiled_graphs       graphs that generate their Python code when they first run. Without it: it is generated
@@ -68,6 +68,7 @@ READ_VALUE = torch.ops.aten._local_scalar_dense.default
 DEVICE = torch.ops.prim.device.default
 fake_device: Callable[[Tensor], torch.device] = operator.attrgetter("fake_device")
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+TO_COPY = torch.ops.aten._to_copy.default
 UNIQUE = torch.ops.aten._unique2.default
 Conversion = Callable[..., nn.Module]
 
@@ -222,3 +223,9 @@ def fake_tensor_mode(*, allow_non_fake_inputs: bool) -> FakeTensorMode:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
+
+
+def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """Return a fake tensor laid out like another, with memory of its own."""
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

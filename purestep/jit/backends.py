@@ -22,6 +22,7 @@ from purestep.jit._torch import aot_backend, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
 from purestep.jit.hoist import hoist_scalars
+from purestep.jit.outline import outlined
 from purestep.jit.random_nodes import expanding
 from purestep.jit.trace import Traced
 
@@ -113,24 +114,40 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
 
 def _inductor(traced: Traced, mode: str | None) -> Run:
     with _without_warnings():
-        name = disk_cache.key(traced, mode)
-        kept = None if name is None else disk_cache.take(name)
-        if kept is not None:
-            return kept
-        try:
-            with instruction_sets.trusted():
-                compiled = _compiled(traced, mode)
-        except Exception as error:
-            if not errors.compiler_failed(error):
-                raise
-            # The compiler may not support all instructions of the processor; Inductor's test of that takes seconds.
-            instruction_sets.forget()
-            compiled = _compiled(traced, mode)
+        pieces = None if mode else outlined(traced)
+        if pieces is None:
+            return _each([traced], mode)[0]
+        rest, *kinds = _each([pieces.rest, *pieces.kinds], mode)
+        return pieces.run(rest, kinds)
+
+
+def _each(graphs: Sequence[Traced], mode: str | None) -> list[Run]:
+    """Take graphs from the disk cache, or compile them, their kernels together."""
+    names = [disk_cache.key(graph, mode) for graph in graphs]
+    runs = [None if name is None else disk_cache.take(name) for name in names]
+    missing = [i for i, run in enumerate(runs) if run is None]
+    for i, compiled in zip(missing, _together([graphs[i] for i in missing], mode), strict=True):
         # The inner method of the object's `__call__`, without its work for profilers and caches.
         run: Run = getattr(compiled, "current_callable", None) or compiled
+        runs[i], name = run, names[i]
         if name is not None and not getattr(compiled, "constants", None):
             disk_cache.put(name, run)
-        return run
+    return [run for run in runs if run is not None]
+
+
+def _together(graphs: Sequence[Traced], mode: str | None) -> list[Callable[..., Any]]:
+    if not graphs:
+        return []
+    try:
+        with instruction_sets.trusted(), together():
+            return [_compiled(graph, mode) for graph in graphs]
+    except Exception as error:
+        if not errors.compiler_failed(error):
+            raise
+    # The compiler may not support all instructions of the processor; Inductor's test of that takes seconds.
+    instruction_sets.forget()
+    with together():
+        return [_compiled(graph, mode) for graph in graphs]
 
 
 def _compiled(traced: Traced, mode: str | None) -> Callable[..., Any]:
@@ -156,8 +173,7 @@ def _compiled(traced: Traced, mode: str | None) -> Callable[..., Any]:
             hoist_scalars(graph)
             end = graph.graph.output_node()
             end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
-            with together():
-                return inductor.compile_fx_inner(graph, traced.fakes, is_inference=True)
+            return inductor.compile_fx_inner(graph, traced.fakes, is_inference=True)
 
 
 def _broken_up(traced: Traced, decompositions: Mapping[_torch.OpOverload, Callable[..., object]]) -> fx.GraphModule:

@@ -27,21 +27,33 @@ _FULL = 200_000
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Make this thread's compilations put their C++ kernels into few files."""
+    """Make this thread's compilations put their C++ kernels into few files, compiled when the block ends."""
     from purestep.jit._inductor import AsyncCompile, get_compile_threads
 
     if get_compile_threads() <= 1:
         yield
         return
-    with _redirection.redirected(AsyncCompile, Batch(get_compile_threads())):
+    waiting: list[Callable[[], object]] = []
+    with (
+        _kernels.redirected(AsyncCompile, Batch(get_compile_threads())),
+        _waits.redirected(AsyncCompile, waiting),
+    ):
         yield
+    for wait in waiting:
+        wait()
+
+
+def _deferred(waiting: list[Callable[[], object]], original: Callable[..., Any], self: Any, scope: Any) -> None:
+    waiting.append(lambda: original(self, scope))
 
 
 def _collected(batch: Batch, original: Callable[..., Any], self: Any, argtypes: list[str], source_code: str) -> Any:
     return batch.add(argtypes, source_code, self.submit, lambda: original(self, argtypes, source_code))
 
 
-_redirection = Redirection["Batch"]("cpp_pybinding", _collected)
+_kernels = Redirection["Batch"]("cpp_pybinding", _collected)
+# The module of a compiled graph waits for its kernels as it is imported; kernels of all graphs are compiled together.
+_waits = Redirection[list[Callable[[], object]]]("wait", _deferred)
 
 
 class Batch:
