@@ -66,8 +66,10 @@ if TYPE_CHECKING:
     from purestep.loop.result import Result as Result
     from purestep.loop.resume import restore as restore
     from purestep.loop.until_text import until as until
+    from purestep.lora import load_adapters as load_adapters
     from purestep.lora import lora as lora
     from purestep.lora import merge_lora as merge_lora
+    from purestep.lora import save_adapters as save_adapters
     from purestep.record.bisect import bisect as bisect
     from purestep.record.compare import compare as compare
     from purestep.record.compare_bits import compare_bits as compare_bits

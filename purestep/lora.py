@@ -1,4 +1,4 @@
-"""`lora`: low-rank adapters beside frozen linear layers, by a rule of names, and merged back.
+"""`lora`: low-rank adapters beside frozen linear layers, by a rule of names, merged back, and in files of their own.
 
 The adapters are ordinary parameters of the model that `init` is given, so steps, plans, jit and snapshots treat them as
 any other; the layers that they adapt keep the names of their weights, so files of weights and rules of plans fit.
@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,14 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purestep import tree
-from purestep.arguments import Count, Decay, Finite, checked
-from purestep.errors import ConfigError, StepError, explain
+from purestep.arguments import Count, Decay, Finite, Location, checked
+from purestep.distributed.mesh import this_rank
+from purestep.errors import ConfigError, StepError, TemplateMismatch, explain
 from purestep.module_tensors import Adapted, Definition, slots
 from purestep.sharding import Plan, Spec, placement
+from purestep.snapshot import export
 from purestep.state import TrainState, definition
 from purestep.tree import Filter
+from purestep.weights.files import stored_weights
+from purestep.weights.matching import matched
+from purestep.weights.stored import leaf_like, read_metadata
 
 T = TypeVar("T", nn.Module, Callable[[], nn.Module])
+_BASE = "base_digest"  # in the header of a file of adapters
 _ADAPTERS = ("*.lora_A", "*.lora_B", "lora_A", "lora_B")
 
 
@@ -45,9 +52,9 @@ class LoraLinear(nn.Linear, Adapted):
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
-        made = {"device": linear.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **made))  # type: ignore[arg-type]
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **made))  # type: ignore[arg-type]
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(linear.training)
 
@@ -105,9 +112,8 @@ class Lora:
         return dataclasses.replace(plan, rules=((_ADAPTERS, Spec()), *plan.rules))
 
     def _adapted(self, model: nn.Module) -> nn.Module:
-        for name in self._targets(model):
+        for name, linear in self._targets(model).items():
             owner, _, key = name.rpartition(".")
-            linear = model.get_submodule(name)
             setattr(model.get_submodule(owner), key, LoraLinear(linear, self.rank, self._alpha, self.dropout))
         trained = [n for n, _ in model.named_parameters() if self.train is not None and tree.matches(self.train, n)]
         if self.train is not None and not trained:
@@ -124,7 +130,7 @@ class Lora:
     def _alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
 
-    def _targets(self, model: nn.Module) -> list[str]:
+    def _targets(self, model: nn.Module) -> dict[str, nn.Linear]:
         linear = {name: m for name, m in model.named_modules() if name and isinstance(m, nn.Linear)}
         chosen = [name for name in linear if tree.matches(self.names, name)]
         if not chosen:
@@ -155,7 +161,7 @@ class Lora:
                     instead="a rule that leaves it out: ps.lora(['*.q_proj', '*.v_proj']), or a function of the name",
                 )
             )
-        return chosen
+        return {name: linear[name] for name in chosen}
 
 
 @checked(ConfigError)
@@ -249,3 +255,93 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     part = placement.part_of(weight)
     merged = (part.float() + scale * update).to(part.dtype)
     return placement.rewrap(merged, weight) if placement.is_split(weight) else merged
+
+
+# --- files of adapters ------------------------------------------------------------------------------------------------
+
+
+@checked(ConfigError)
+def save_adapters(state: TrainState, path: Location) -> Path:
+    """Write what trains of a state, and the digest of the frozen base, as one file of safetensors.
+
+    Args:
+        state: of a model with adapters, or with any other frozen parameters. If it is split over processes, every
+            process calls this function; rank 0 writes.
+        path: ends in `.safetensors`.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        ConfigError: another suffix.
+        MissingExtra: it needs `pip install "purestep[export]"`.
+
+    Examples:
+        >>> import tempfile
+        >>> import purestep as ps
+        >>> state = ps.init(ps.lora("0")(nn.Sequential(nn.Linear(3, 5))), ps.optim.adam(1e-3))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     sorted(ps.interop.read_weights(save_adapters(state, f"{directory}/a.safetensors")))
+        ['0.lora_A', '0.lora_B']
+    """
+    target = Path(path).absolute()
+    if target.suffix != ".safetensors":
+        raise ConfigError(
+            explain("a file of adapters ends in .safetensors", where=f"path: {path}", instead="'adapters.safetensors'")
+        )
+    metadata = {"format": "pt", "written_by": "purestep", "step": str(int(state.step)), _BASE: _base_digest(state)}
+    values = {name: placement.gather(p).detach().cpu().contiguous() for name, p in state.params.items()}
+    return export.write_file(target, values, metadata) if this_rank() == 0 else target
+
+
+@checked(ConfigError, failed=True)
+def load_adapters(state: TrainState, path: Location) -> TrainState:
+    """Return a state with the trained parameters of a file that `save_adapters` wrote, beside the base they belong to.
+
+    Step, key and optimizer state stay as they are.
+
+    Args:
+        state: of the same model with the same base, from `ps.init(rule(model), tx, weights=...)`.
+        path: the file.
+
+    Raises:
+        ConfigError: no such file, or one that `save_adapters` did not write.
+        TemplateMismatch: the frozen parameters are not those beside which the adapters were trained; names or shapes
+            that do not fit.
+
+    Examples:
+        >>> import tempfile
+        >>> import purestep as ps
+        >>> state = ps.init(ps.lora("0")(nn.Sequential(nn.Linear(3, 5))), ps.optim.adam(1e-3))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     loaded = load_adapters(state, save_adapters(state, f"{directory}/a.safetensors"))
+        >>> ps.diff(loaded, state)
+        []
+    """
+    stored = stored_weights(path)
+    recorded = read_metadata(Path(path)).get(_BASE)
+    if recorded is None:
+        raise ConfigError(
+            explain(
+                "the file does not say which base its tensors belong to",
+                where=str(path),
+                instead="ps.load_weights(state, path, strict=False)   # for a file of another program",
+            )
+        )
+    if (own := _base_digest(state)) != recorded:
+        raise TemplateMismatch(
+            explain(
+                "the adapters were trained beside another base",
+                where=f"{path}: base {recorded[:16]}; frozen parameters of the state: {own[:16]}",
+                why="a low-rank update means something only beside the very weights it was trained with",
+                instead="ps.init(rule(model), tx, weights=the_base_of_that_run)   # in the same dtype: base=\n"
+                "ps.load_weights(state, path, strict=False)   # to take them all the same",
+            )
+        )
+    found = matched(stored, None, state.params, None, None, str(path))
+    return state.replace(params={name: leaf_like(p, found[name]) for name, p in state.params.items()})
+
+
+def _base_digest(state: TrainState) -> str:
+    known = slots(definition(state).module).params
+    return tree.digest({name: value for name, value in state.buffers.items() if name in known})

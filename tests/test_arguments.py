@@ -191,6 +191,8 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "load_weights.path": ps.save_weights(state, root / "weights.pt"),
         "save_weights.path": root / "saved.pt",
         "lora.names": "*",
+        "save_adapters.path": root / "adapters.safetensors",
+        "load_adapters.path": ps.save_adapters(state, root / "adapters.safetensors"),
         "merge_lora.state": ps.init(ps.lora("0")(nn.Sequential(nn.Linear(2, 1))), tx),
         "source": root / "run",
         "root": root / "store",

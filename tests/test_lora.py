@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import purestep as ps
-from purestep.errors import ConfigError, StepError
+from purestep.errors import ConfigError, StepError, TemplateMismatch
 
 
 class Block(nn.Module):
@@ -122,6 +122,25 @@ def test_a_pretrained_base_in_bf16(deferred, tmp_path, seed):
     # A file that has adapters fills them.
     back = ps.load_weights(state, ps.save_weights(end, tmp_path / "b.safetensors"))
     ps.testing.assert_trees_equal(back.params, end.params)
+
+
+def test_a_file_of_adapters_goes_with_its_base_alone(tmp_path, seed):
+    state = ps.init(RULE(Net), TX, seed=seed)
+    end, _ = trained(state)
+    path = ps.save_adapters(end, tmp_path / "a.safetensors")
+    assert set(ps.interop.read_weights(path)) == set(state.params)
+    ps.testing.assert_trees_equal(ps.load_adapters(state, path).params, end.params)
+    other = ps.init(RULE(Net), TX, seed=seed + 1)
+    with pytest.raises(TemplateMismatch) as caught:
+        ps.load_adapters(other, path)
+    text = str(caught.value)
+    assert text.startswith("the adapters were trained beside another base\n  where:   ")
+    assert "ps.init(rule(model), tx, weights=the_base_of_that_run)" in text
+    ps.testing.assert_trees_equal(ps.load_weights(other, path, strict=False).params, end.params)
+    with pytest.raises(ConfigError, match="does not say which base"):
+        ps.load_adapters(state, ps.save_weights(end, tmp_path / "whole.safetensors"))
+    with pytest.raises(ConfigError, match=r"ends in \.safetensors"):
+        ps.save_adapters(state, tmp_path / "a.pt")
 
 
 def test_dropout_draws_from_the_key_of_the_state():

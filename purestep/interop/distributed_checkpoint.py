@@ -17,7 +17,7 @@ from purestep import tree
 from purestep.arguments import Location, Name, checked
 from purestep.distributed.mesh import this_rank
 from purestep.errors import ConfigError, TemplateMismatch, explain
-from purestep.interop.weights import leaf_like, model_and_tensors
+from purestep.interop.weights import model_and_tensors
 from purestep.optim.state_access import nodes, replaced
 from purestep.optim.torch_interop import place_of, to_torch
 from purestep.sharding.placement import is_split
@@ -25,7 +25,7 @@ from purestep.state import TrainState
 from purestep.weights._torch import write_dcp
 from purestep.weights.files import stored_weights
 from purestep.weights.matching import names_of
-from purestep.weights.stored import Stored, described, whole
+from purestep.weights.stored import Stored, described, leaf_like, whole
 
 Layout = Literal["fsdp2", "torchtitan"]
 

@@ -21,13 +21,12 @@ from purestep.optim.optimizers.lbfgs import LbfgsState
 from purestep.optim.optimizers.schedule_free import ScheduleFreeState
 from purestep.optim.state_access import nodes
 from purestep.precision.master_params import MasterWeightsState
-from purestep.sharding import placement
 from purestep.snapshot import export
 from purestep.state import TrainState
 from purestep.tree import Filter
 from purestep.weights.directories import write_directory
 from purestep.weights.matching import Rename, Weights, matched, names_of
-from purestep.weights.stored import InMemory, Stored
+from purestep.weights.stored import InMemory, Stored, leaf_like
 
 # Optimizer states that hold copies of the parameters, or values that depend on their history.
 _HOLDERS = (AverageState, LbfgsState, LookaheadState, MasterWeightsState, ScheduleFreeState)
@@ -188,13 +187,6 @@ def _replaced(state: TrainState, values: Mapping[str, Stored], tx: GradientTrans
             )
         )
     return changed
-
-
-def leaf_like(old: Tensor, value: Stored) -> Tensor:
-    """Return a value with the dtype and device of a leaf of the state; for a split leaf, this rank's shard."""
-    # A part of a file may be a window on memory that is not its own.
-    part = value.part(placement.shard_of(old)).to(old.device, old.dtype, copy=True).contiguous()
-    return placement.rewrap(part, old) if placement.is_split(old) else part
 
 
 def model_and_tensors(state: TrainState) -> tuple[nn.Module | None, dict[str, Tensor]]:

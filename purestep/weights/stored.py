@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep.errors import import_extra
-from purestep.sharding.placement import slice_of
+from purestep.sharding.placement import is_split, rewrap, shard_of, slice_of
 from purestep.sharding.spec import Box
 
 
@@ -41,6 +41,13 @@ class Stored(Protocol):
 def whole(stored: Stored) -> Tensor:
     """Return the full tensor; it may share memory with the file."""
     return stored.part(((0,) * len(stored.shape), tuple(stored.shape)))
+
+
+def leaf_like(old: Tensor, value: Stored) -> Tensor:
+    """Return a value with the dtype and device of a leaf of the state; for a split leaf, this rank's shard."""
+    # A part of a file may be a window on memory that is not its own.
+    part = value.part(shard_of(old)).to(old.device, old.dtype, copy=True).contiguous()
+    return rewrap(part, old) if is_split(old) else part
 
 
 def described(stored: Stored) -> str:
@@ -100,7 +107,6 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
-NAMES = {getattr(torch, ours): theirs for theirs, ours in _DTYPES.items()}
 
 
 class Safetensors:
@@ -135,3 +141,12 @@ class Safetensors:
             return part
 
         return OnDemand(tuple(found.get_shape()), getattr(torch, _DTYPES[kind]), read)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in the header of a file of safetensors; none of a file of another kind."""
+    if path.suffix != ".safetensors":
+        return {}
+    module = import_extra("safetensors", extra="export", needed_by=f"reading {path.name}")
+    with module.safe_open(str(path), framework="pt", device="cpu") as file:
+        return dict(file.metadata() or {})

@@ -104,6 +104,9 @@ def check_adapters(root: Path) -> None:
         state = ps.init(rule(net), TX, plan=place, deferred=True, weights=root / "source")
         for _ in range(3):
             state, _ = ps.make_step(loss_fn, TX, plan=place, microbatches=2)(state, batch)
+        saved = ps.save_adapters(state, root / "adapters.safetensors")
+        dist.barrier()
+        ps.testing.assert_trees_equal(ps.load_adapters(state, saved), state)
         ends.append(ps.merge_lora(state))
     assert ps.sharding.placement.is_split(ends[0].params["1.weight"])
     ps.testing.assert_trees_equal(plan.gather(ends[0]).params, ends[1].params)
