@@ -129,6 +129,8 @@ def right(tmp_path_factory) -> dict[str, Any]:
         # ensembles
         "stack.states": [state, state],
         "unstack.stacked": {"w": torch.ones(2, 3)},
+        # sharding
+        "tensor_rules.family": "gpt",
         # loggers
         "Image.pixels": torch.ones(2, 3),
         "Histogram.values": torch.ones(3),
