@@ -226,7 +226,7 @@ EXAMPLES = (
     ),
     Example(
         "demo_topology.py",
-        "1, 2 and 4 processes, replicated and sharded, compute the same bits",
+        "1, 2 and 4 processes, replicated, sharded and tensor parallel, compute the same bits",
         "digests",
         SAME_BITS,
         "the same bits",

@@ -5,7 +5,7 @@
     purestep run examples/gpt.py --processes 4 --plan fsdp
 
 The loss and the digest at the end are the same either way: plans and processes change where the work is done, and
-nothing else. `--plan none` is the step without a plan; its norm is summed in another order, so its bits are its own.
+nothing else. Two plans have bits of their own: `none` sums the norm in another order, `tensor` cuts matrices in four.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 16
 LEARNING_RATE = 3e-3
 HELD_OUT = 0.05
 SEED = 0
-PLANS = ("none", "ddp", "fsdp", "hsdp")
+PLANS = ("none", "ddp", "fsdp", "hsdp", "tensor")
 
 
 def read(megabytes: float) -> np.ndarray:
@@ -103,6 +103,8 @@ def make_plan(name: str) -> ps.sharding.Plan | None:
         return None
     if name == "hsdp":
         return ps.sharding.hsdp(fsdp=min(2, ps.sharding.size()))
+    if name == "tensor":
+        return ps.sharding.ddp() * ps.sharding.tensor_parallel("gpt", size=min(2, ps.sharding.size()), tensor_parts=4)
     return {"ddp": ps.sharding.ddp, "fsdp": ps.sharding.fsdp}[name]()
 
 
@@ -120,7 +122,7 @@ class Settings:
         schedule_steps: of the learning rate's schedule; those of the run by default.
     """
 
-    plan: Literal["none", "ddp", "fsdp", "hsdp"] = "ddp"
+    plan: Literal["none", "ddp", "fsdp", "hsdp", "tensor"] = "ddp"
     steps: int = 200
     microbatches: int = 4
     precision: str = "32"
@@ -141,8 +143,7 @@ def experiment(settings: Settings) -> ps.Experiment:
     total = settings.schedule_steps or steps
     schedule = ps.optim.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup_steps=total // 10, decay_steps=total)
     tx = ps.optim.chain(ps.optim.clip_by_global_norm(1.0), ps.optim.adamw(schedule, weight_decay=0.1))
-    policy = ps.precision.policy(settings.precision)
-    placement = make_plan(settings.plan)
+    policy, placement = ps.precision.policy(settings.precision), make_plan(settings.plan)
     step = ps.make_step(loss_fn, tx, microbatches=settings.microbatches, policy=policy, plan=placement)
     state = policy.apply(ps.init(GPT, tx, seed=SEED))
     if placement is not None:
@@ -151,8 +152,8 @@ def experiment(settings: Settings) -> ps.Experiment:
     callbacks = [
         ps.callbacks.log(every=ps.every.steps(min(20, steps))),
         ps.callbacks.evaluate(evaluate, held_out, every=ps.every.steps(max(total // 4, 1))),
+        ps.callbacks.snapshots(every=ps.every.steps(max(total // 4, 1))),
     ]
-    callbacks.append(ps.callbacks.snapshots(every=ps.every.steps(max(total // 4, 1))))
     step = ps.jit(step) if settings.jit else step
     free = ["plan", "steps"]  # a resume may change where it runs and where it ends
     return ps.Experiment(step, state, data, until=ps.steps(steps), callbacks=callbacks, free_settings=free)

@@ -131,6 +131,8 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "unstack.stacked": {"w": torch.ones(2, 3)},
         "workers": 2,
         "average_workers.state": ps.local_sgd(step, workers=2, every=2).begin(state),
+        # sharding
+        "tensor_rules.family": "gpt",
         # loggers
         "Image.pixels": torch.ones(2, 3),
         "Histogram.values": torch.ones(3),

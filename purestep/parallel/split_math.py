@@ -45,7 +45,6 @@ def pointwise_in_place(func: Any, target: Any, *args: Any, **kwargs: Any) -> Any
     """Write into the parts what meets them."""
     if not isinstance(target, Split):
         return NotImplemented
-    target.forget()
     columns = [target.parts, *(aligned(x, target) for x in args)]
     each(func, columns, **{k: aligned(x, target) for k, x in kwargs.items()})
     return target

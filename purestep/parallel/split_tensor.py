@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from purestep import tree
+from purestep._torch import writes
 from purestep.errors import ConfigError, explain
 from purestep.module_tensors import InParts
 from purestep.parallel import _torch
@@ -62,11 +63,7 @@ class Split(InParts):
     at: int
     blocks: Blocks
     team: Team
-    known: tuple[bool, Tensor] | None
-
-    def forget(self) -> None:
-        """Forget the whole tensor: a part was written into."""
-        self.known = None
+    known: tuple[object, Tensor] | None  # the whole, and what it was made of
 
     @property
     def cut(self) -> tuple[int, Blocks]:
@@ -122,9 +119,10 @@ def whole(value: Any) -> Any:
     """Return the whole tensor of a Split, on every rank; anything else is itself."""
     if not isinstance(value, Split):
         return value
-    recorded = torch.is_grad_enabled()
-    if value.known is None or value.known[0] != recorded:  # several functions may take the whole of one tensor
-        value.known = recorded, value.team.gather(value.parts, value.at, value.blocks)
+    # Several functions may take the whole of one tensor, which a write into it, or into a view of it, changes.
+    made_of = torch.is_grad_enabled(), *map(writes, value.parts)
+    if value.known is None or value.known[0] != made_of:
+        value.known = made_of, value.team.gather(value.parts, value.at, value.blocks)
     return value.known[1]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from purestep import tree
-from purestep.arguments import Positive, Whole, checked
+from purestep.arguments import Count, Whole, checked
 from purestep.distributed.mesh import Mesh
 from purestep.distributed.mesh import mesh as mesh_of
 from purestep.errors import ConfigError, explain
@@ -86,7 +86,7 @@ class Plan(View):
     zero: Zero = 3
     offload: Offload | None = None
     compress: Compress | None = None
-    tensor_parts: Positive[int] | None = None
+    tensor_parts: Count | None = None
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:

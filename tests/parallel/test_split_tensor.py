@@ -181,6 +181,13 @@ def test_a_split_tensor_has_the_shape_of_the_whole():
     assert (x * torch.ones(12, requires_grad=True)).requires_grad
 
 
+def test_a_write_into_a_view_is_seen_in_the_whole():
+    x = cut(torch.zeros(4, 6), 1)
+    assert float(x.flip(0).sum()) == 0.0  # the whole was made
+    x.view(2, 2, 6).add_(1.0)
+    assert float(x.flip(0).sum()) == 24.0
+
+
 def test_the_mask_of_dropout_is_that_of_the_whole():
     x = torch.ones(4, 24)
     for drop in (F.dropout, lambda x, p: F.dropout(x * 1, p, inplace=True), F.feature_alpha_dropout):
@@ -254,3 +261,19 @@ def test_an_encoder_trains_in_parts_as_it_does_whole(sequence, seed):
         ends = ps.make_eval(loss_fn, plan=plan)(state, ids)
         found.append([state.params, float(metrics["loss"]), float(ends["loss"]), float(ends["right"])])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_step_has_the_same_bits(seed):
+    def model():
+        return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 10))
+
+    rules = {("0.*",): ps.sharding.Spec("tensor"), "3.weight": ps.sharding.Spec(None, "tensor")}
+    plan, tx = ps.sharding.tensor_parallel(rules, 1, tensor_parts=2), ps.optim.sgd(0.5)
+    step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=plan)
+    found = []
+    for each in (step, ps.jit(step, backend="eager")):
+        state = ps.init(model, tx, seed=seed, plan=plan)
+        for x in torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(seed)):
+            state, metrics = each(state, x)
+        found.append(ps.digest([state, metrics]))
+    assert found[0] == found[1]
