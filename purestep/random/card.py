@@ -27,6 +27,7 @@ _SCHEMAS = (
     "philox_fold(Tensor key, Tensor? value, int c0, int c1, int c2, int c3) -> Tensor",
     "philox_draw(Tensor like, Tensor? key, int k0, int k1, Tensor? index, SymInt[] shape, ScalarType dtype, int kind, "
     "int width, int threshold) -> Tensor",
+    "philox_block(Tensor?[] words, int[] numbers, SymInt[] shape) -> Tensor",
     "philox_dropout(Tensor x, Tensor? key, int k0, int k1, int threshold, float scale) -> Tensor",
 )
 
@@ -69,6 +70,15 @@ def fold(key: Tensor, counter: Sequence[Any]) -> Tensor:
     value, number = (first, 0) if of_tensor else (None, first)
     found: Tensor = _operators().philox_fold.default(key, value, number, *rest)
     return found
+
+
+def block(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Return the four words of blocks on the card; words are numbers or int64 tensors there, which broadcast."""
+    words = [word if isinstance(word, Tensor) else None for word in (*counter, *key)]
+    numbers = [0 if isinstance(word, Tensor) else word for word in (*counter, *key)]
+    shape = torch.broadcast_shapes(*(word.shape for word in words if word is not None))
+    found: Tensor = _operators().philox_block.default(words, numbers, shape)
+    return found.unbind(0)
 
 
 class Draw:
@@ -159,6 +169,7 @@ def _library() -> torch.library.Library:
     # What they return, without values: for fake tensors.
     library.impl("philox_fold", lambda key, *counter: torch.empty_like(key), "Meta")
     library.impl("philox_draw", _empty, "Meta")
+    library.impl("philox_block", lambda words, numbers, shape: _first(words).new_empty((4, *shape)), "Meta")
     library.impl("philox_dropout", lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format), "Meta")
     return library
 
@@ -167,6 +178,7 @@ def implement(library: torch.library.Library, device: str) -> None:
     """Register the kernels as the operators' implementation for a kind of device."""
     library.impl("philox_fold", _fold, device)
     library.impl("philox_draw", _draw, device)
+    library.impl("philox_block", _block, device)
     library.impl("philox_dropout", _dropped, device)
 
 
@@ -187,6 +199,25 @@ def _fold(key: Tensor, value: Tensor | None, c0: int, c1: int, c2: int, c3: int)
     out, held = torch.empty_like(key), key if value is None else value
     with torch.cuda.device_of(key):
         philox_triton.fold[(1,)](out, key, held, c0, c1, c2, c3, VALUE=value is not None)
+    return out
+
+
+def _first(words: Sequence[Tensor | None]) -> Tensor:
+    return next(word for word in words if word is not None)
+
+
+def _block(words: Sequence[Tensor | None], numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
+    from purestep.random import philox_triton
+
+    out, count = _first(words).new_empty((4, *shape)), math.prod(shape)
+    if count == 0:
+        return out
+    kinds = [0 if word is None else 1 if word.numel() == 1 else 2 for word in words]
+    held = [out if w is None else w if w.numel() == 1 else w.expand(shape).contiguous() for w in words]
+    with torch.cuda.device_of(out):
+        philox_triton.block[(-(-count // philox_triton.BLOCKS),)](
+            out, count, *held, *numbers, *kinds, BLOCKS=philox_triton.BLOCKS
+        )
     return out
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from purestep.random import card
+
 MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -44,6 +46,8 @@ def philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, A
     if getattr(k0, "device", None) is not None and k0.device.type == "meta":
         word = c0 ^ c1 ^ c2 ^ c3 ^ k0 ^ k1  # shapes without values: two hundred operations would say no more
         return word, word, word, word
+    if tensors and all(word.is_cuda for word in tensors) and card.draws(tensors[0].device, *tensors):
+        return card.block(counter, key)  # type: ignore[return-value]
     # Inductor multiplies an arange by a constant in 32 bits; an operation between the two keeps it from that.
     c0 = c0 ^ 0
     for _ in range(10):

@@ -11,11 +11,10 @@ import math
 import triton
 import triton.language as tl
 
-from purestep.random.philox import DRAW
-
+# As in `philox`, which leads here and so cannot be imported.
 _M0, _M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 _W0, _W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
-_DRAW = tl.constexpr(DRAW)
+_DRAW = tl.constexpr(0)
 _UNIT, _ANGLE = tl.constexpr(2.0**-32), tl.constexpr(2.0 * math.pi * 2.0**-32)
 BITS, MASK, UNIFORM, NORMAL = (tl.constexpr(kind) for kind in range(4))
 BLOCKS = 256  # blocks of four words, or elements of an indexed draw, of one program
@@ -61,6 +60,56 @@ def _value(first, second, threshold, KIND: tl.constexpr, WIDTH: tl.constexpr):
     else:
         value = first.to(tl.int64)
     return value
+
+
+@triton.jit
+def _word(word, number, at, inside, KIND: tl.constexpr):
+    """One word of a block: a number (0), the one element of a tensor (1), or the element at a place (2)."""
+    if KIND == 0:
+        found = number + at * 0
+    elif KIND == 1:
+        found = tl.load(word) + at * 0
+    else:
+        found = tl.load(word + at, mask=inside, other=0)
+    return found.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["count", "n0", "n1", "n2", "n3", "n4", "n5"])
+def block(
+    out,
+    count,
+    w0,
+    w1,
+    w2,
+    w3,
+    w4,
+    w5,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    K3: tl.constexpr,
+    K4: tl.constexpr,
+    K5: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Write the four words of `count` blocks one after another to `out`: int64[4, count]. Each word of the counters and
+    keys is a number or a tensor, see `_word`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = at < count
+    c0, c1 = _word(w0, n0, at, inside, K0), _word(w1, n1, at, inside, K1)
+    c2, c3 = _word(w2, n2, at, inside, K2), _word(w3, n3, at, inside, K3)
+    k0, k1 = _word(w4, n4, at, inside, K4), _word(w5, n5, at, inside, K5)
+    a, b, c, d = _philox(c0, c1, c2, c3, k0, k1)
+    tl.store(out + at, a.to(tl.int64), mask=inside)
+    tl.store(out + count + at, b.to(tl.int64), mask=inside)
+    tl.store(out + 2 * count + at, c.to(tl.int64), mask=inside)
+    tl.store(out + 3 * count + at, d.to(tl.int64), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "threshold", "k0", "k1"])

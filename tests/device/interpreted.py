@@ -14,6 +14,7 @@ import torch
 
 import purestep as ps
 from purestep.random import card, draws, keys
+from purestep.random.philox import philox
 from purestep.random.torch_random import KeyedRandom
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,6 +44,15 @@ def cases(seed):
                 kind = str(dtype).removeprefix("torch.")
                 found[f"uniform {kind} {name}"] = lambda n=n, i=index, d=dtype: [r.uniform(key, (n,), dtype=d, index=i)]
                 found[f"normal {kind} {name}"] = lambda n=n, i=index, d=dtype: [r.normal(key, (n,), dtype=d, index=i)]
+    column, row = torch.randint(0, 2**32, (5, 1), generator=other), torch.randint(0, 2**32, (7,), generator=other)
+    for name, words in {
+        "numbers and a row": ((row, 0, 5, 3), (key[0], key[1])),
+        "a column and a row": ((column, row, 2**32 - 1, 1), (key[0], row)),
+        "many": ((torch.arange(1403), 0, 0, 3), (key[0], 7)),
+        "nothing": ((row[:0], 0, 0, 3), (key[0], 7)),
+    }.items():
+        found[f"block of {name}"] = lambda words=words: list(_block(*words))
+    found["split"] = lambda: [r.split(key, 300)]
     found["permutation"] = lambda: [r.permutation(key, 101)]
     found["categorical"] = lambda: [r.categorical(key, torch.zeros(7, 5))]
     found["nothing"] = lambda: [r.uniform(key, (0, 3)), r.dropout(key, torch.ones(0), 0.5)]
@@ -70,6 +80,10 @@ def _model(key, x):
     with KeyedRandom(key):
         h = torch.nn.functional.dropout(x, 0.3)
         return h + torch.rand(6, 5) + torch.randn_like(h) + torch.nn.functional.alpha_dropout(x, 0.2, True)
+
+
+def _block(counter, key):
+    return card.block(counter, key) if card.draws is not _draws else philox(counter, key)
 
 
 def _as_a_card(yes, words=False):

@@ -80,6 +80,10 @@ def test_the_kernels_compile_for_cards(architecture, tmp_path, monkeypatch):
     for value in (True, False):
         pointers = dict.fromkeys(("out", "key", "value"), "*i64")
         assert "cubin" in compiled(kernels.fold, pointers, {"VALUE": value}, architecture)
+    for kinds in ((2, 0, 0, 0, 1, 1), (2, 2, 0, 0, 2, 2), (1, 1, 0, 0, 1, 1)):
+        pointers = dict.fromkeys(("out", *(f"w{i}" for i in range(6))), "*i64")
+        constants = {f"K{i}": kind for i, kind in enumerate(kinds)} | {"BLOCKS": kernels.BLOCKS}
+        assert "cubin" in compiled(kernels.block, pointers, constants, architecture)
     for dtype in card.FLOATS:
         pointers = {"out": POINTERS[dtype], "x": POINTERS[dtype], "key": "*i64"}
         constants = {"WIDE": dtype == torch.float64, "HOST": True, "BLOCKS": kernels.BLOCKS}
@@ -110,6 +114,7 @@ CALLS = {
     "normal": (lambda k, x: ps.random.normal(k, (9,)), {"philox_draw": 1}),
     "bernoulli": (lambda k, x: ps.random.bernoulli(k, 0.3, (9,)), {"philox_draw": 1}),
     "dropout": (lambda k, x: ps.random.dropout(k, x, 0.3), {"philox_dropout": 1}),
+    "split": (lambda k, x: ps.random.split(k, 9), {"philox_block": 1, "arange": 1, "stack": 1}),
     "a key of the host": (lambda k, x: ps.random.dropout(HOST_KEY, x, 0.3), {"philox_dropout": 1}),
     "on a card, from the host": (lambda k, x: ps.random.uniform(HOST_KEY, (9,), device="cuda"), {"philox_draw": 1}),
 }
