@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,48 +19,22 @@ from torch.overrides import TorchFunctionMode
 
 from purestep import _torch, random, tree
 from purestep.errors import StepError, explain
+from purestep.sharding.init_ops import (
+    COPIES,
+    EMPTY,
+    FILLS,
+    LIKE,
+    NONE,
+    Function,
+    Op,
+    Ref,
+    name_of,
+    shape_of,
+    written_by,
+)
 from purestep.sharding.spec import Box
 
-Function = Callable[..., Any]
 Source = Callable[[Box], Tensor]  # reads a part of a tensor, as a copy
-# Operations after which the former content of what they write does not matter.
-_FILLS = {"uniform_", "normal_", "zero_", "fill_", "random_", "exponential_", "copy_", "_no_grad_trunc_normal_"}
-_EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# Operations that take no value from a tensor but its shape, strides and dtype.
-_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
-_COPIES = {"clone", "_to_copy"}
-_NONE = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Ref:
-    """A tensor on the tape: a window on a storage. Storages are numbered as they appear.
-
-    One of the storage `_NONE` stands for a tensor whose values nobody asks for.
-    """
-
-    storage: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """One operation: function and arguments (tensors as Refs), the storages it reads and writes, the tensors it makes.
-
-    `fills` is a storage whose former content does not matter afterwards, if there is one.
-    """
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reads: frozenset[int]
-    writes: frozenset[int]
-    made: tuple[Ref, ...]
-    fills: int | None
-    is_random: bool
 
 
 class Tape:
@@ -100,10 +73,10 @@ class Tape:
         bare = {id(t): t if t.is_meta else torch.empty_like(t, device="meta") for t in inputs}
         # Of operations in place, the argument itself has to come back.
         meta = tree.map(lambda x: bare[id(x)] if isinstance(x, Tensor) else x, (args, kwargs))
-        written = _written(function, args, kwargs)
+        written = written_by(function, args, kwargs)
         try:
             # The others' kernels for meta tensors are in Python, and import sympy and Dynamo.
-            fills = _name(function) in _FILLS and len(written) == 1 and written[0].is_meta
+            fills = name_of(function) in FILLS and len(written) == 1 and written[0].is_meta
             out = written[0] if fills else function(*meta[0], **meta[1])
         except (RuntimeError, NotImplementedError) as error:
             # No meta kernel, or a result that depends on values. Such an operation can run for real now, unless it
@@ -136,19 +109,19 @@ class Tape:
         is_random: bool,
     ) -> None:
         """Write an operation down."""
-        argument = _shape_of if _name(function) in _LIKE else self._argument
+        argument = shape_of if name_of(function) in LIKE else self._argument
         held: Any = tree.map(lambda x: argument(x) if isinstance(x, Tensor) else x, (args, kwargs))
         # A generator would have to be in the state that it has now; the replay seeds the default one instead.
         changes = {"device": torch.device("cpu"), "generator": None}
         kept = held[1] | {k: v for k, v in changes.items() if k in held[1]}
-        reads = frozenset(r.storage for r in tree.leaves(held) if isinstance(r, Ref) and r.storage != _NONE)
+        reads = frozenset(r.storage for r in tree.leaves(held) if isinstance(r, Ref) and r.storage != NONE)
         targets = [self._ref(t) for t in written]
         refs = tuple(self._ref(t) for t in made)
         writes = frozenset(r.storage for r in targets)
         sources = [x.storage for x in tree.leaves(held) if isinstance(x, Ref)]
         # A fill may only skip what came before if it covers the whole storage and does not read it (`x.copy_(x.t())`).
         fills = None
-        if _name(function) in _FILLS and len(targets) == 1 and self._covers(targets[0]):
+        if name_of(function) in FILLS and len(targets) == 1 and self._covers(targets[0]):
             fills = targets[0].storage if sources.count(targets[0].storage) == 1 else None
         for storage in writes | {r.storage for r in refs}:
             self._writers.setdefault(storage, []).append(len(self.ops))
@@ -184,9 +157,9 @@ class Tape:
                 return False
             before = writers[0]
             op = self.ops[before]
-            if _name(op.function) in _EMPTY:
+            if name_of(op.function) in EMPTY:
                 return True
-            if _name(op.function) not in _COPIES or len(op.reads) != 1:
+            if name_of(op.function) not in COPIES or len(op.reads) != 1:
                 return False
             storage = next(iter(op.reads))
 
@@ -264,7 +237,7 @@ class Tape:
 
     def window(self, held: dict[int, Tensor], ref: Ref) -> Tensor:
         """Return the tensor that a Ref stands for."""
-        if ref.storage == _NONE:
+        if ref.storage == NONE:
             return torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype)
         owner = held[ref.storage] if ref.storage in held else self.constants[ref.storage]
         return torch.empty(0, dtype=ref.dtype).set_(owner.untyped_storage(), ref.offset, ref.size, ref.stride)
@@ -291,26 +264,9 @@ class Tape:
         return sorted(chosen)
 
 
-def _shape_of(tensor: Tensor) -> Ref:
-    return Ref(_NONE, tuple(tensor.shape), tensor.stride(), 0, tensor.dtype)
-
-
 def _seed(rng: Tensor) -> int:
     low, high = rng.tolist()
     return int(low + ((high & 0x7FFFFFFF) << 32))
-
-
-def _name(function: Function) -> str:
-    return str(function.__name__).split(".")[0]
-
-
-def _written(function: Function, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for position, argument in enumerate(_torch.schema_of(function).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [t for t in tree.leaves(value) if isinstance(t, Tensor)]
-    return found
 
 
 def _refuse(function: Function, why: str, error: Exception | None = None) -> None:
