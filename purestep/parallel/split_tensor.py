@@ -239,9 +239,10 @@ def _applied() -> bool:
     return frame is not None
 
 
-def _forwards(kind: type) -> Iterator[types.CodeType]:
+def _forwards(kind: type[Any]) -> Iterator[types.CodeType]:
     """Yield the code of the forward function of all autograd functions that there are."""
-    for function in kind.__subclasses__():
+    functions: list[type[Any]] = kind.__subclasses__()
+    for function in functions:
         forward = getattr(function, "forward", None)
         if isinstance(forward, types.FunctionType):
             yield forward.__code__
