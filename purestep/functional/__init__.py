@@ -7,9 +7,9 @@ module is left changed. `grad`, `step` and users' own steps call it.
 
 from purestep.functional.active import checkpoint as checkpoint
 from purestep.functional.backward import GradientScope as GradientScope
-from purestep.functional.bind import apply as apply
-from purestep.functional.bind import bind as bind
 from purestep.functional.binding import Binding as Binding
+from purestep.functional.pure_call import apply as apply
+from purestep.functional.pure_call import bind as bind
 from purestep.module_tensors import Definition as Definition
 from purestep.module_tensors import Slots as Slots
 from purestep.module_tensors import slots as slots

@@ -32,7 +32,7 @@ class Active(Protocol):
 class _Local(threading.local):
     def __init__(self) -> None:
         self.active: list[Active] = []
-        self.scope: list[Active] | None = None
+        self.scope: list[Any] | None = None
 
 
 _local = _Local()
@@ -57,12 +57,12 @@ def stack() -> list[Active]:
     return _local.active
 
 
-def scope() -> list[Active] | None:
+def scope() -> list[Any] | None:
     """Return the list that collects the bindings of a forward pass that is differentiated; None outside of one."""
     return _local.scope
 
 
-def set_scope(collected: list[Active] | None) -> list[Active] | None:
+def set_scope(collected: list[Any] | None) -> list[Any] | None:
     """Have bindings collected in a list, or in none, and return the one before."""
     before, _local.scope = _local.scope, collected
     return before

@@ -78,6 +78,7 @@ class Guard:
     _trap: Trap
     _start: Any  # all of them as they were seeded, or where a recomputation begins
     _caller: Any  # all of them as the caller left them, when the call is done again
+    _torch_moved_from: torch.Tensor | None  # torch's before a call that moved it beside other threads
 
     def __init__(
         self,
@@ -89,7 +90,8 @@ class Guard:
         self.habits, self.mode, self.repeatable, self.torch_habits = habits, mode, repeatable, torch_habits
         self.keyed = True
         self._how: Literal["off", "watch", "trap", "seed"] = "off"
-        self._start = self._caller = self._torch_moved_from = None
+        self._start = self._caller = None
+        self._torch_moved_from = None
 
     def enter(self) -> None:
         """Begin to watch."""
