@@ -19,6 +19,7 @@ from purestep.distributed.mesh import mesh as mesh_of
 from purestep.errors import ConfigError, explain
 from purestep.sharding import dry_run as dry_runs
 from purestep.sharding import placement as placing
+from purestep.sharding import plan_checks, plan_product
 from purestep.sharding import report as descriptions
 from purestep.sharding.families import OfFamily
 from purestep.sharding.leaf_roles import Kind, follow
@@ -90,11 +91,11 @@ class Plan(View):
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        rules = tuple((_frozen(rule[0]), rule[1]) if _is_rule(rule) else rule for rule in self.rules)
+        rules = tuple((_frozen(rule[0]), rule[1]) if plan_checks.is_rule(rule) else rule for rule in self.rules)
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "batch", _names(self.batch))
         object.__setattr__(self, "units", None if self.units is None else _names(self.units))
-        _check(self)
+        plan_checks.check(self)
 
     # --- who computes what ---
 
@@ -125,7 +126,7 @@ class Plan(View):
             axes = list(self.model_axes)
         if len(axes) != 1:
             return ""
-        _check_parts(self, self.mesh.size(axes[0]))
+        plan_checks.check_parts(self, self.mesh.size(axes[0]))
         return axes[0]
 
     def check_computed(self) -> None:
@@ -135,7 +136,7 @@ class Plan(View):
             ConfigError: names the axes.
         """
         if not self.tensor_axis and self.mesh.size(*self.model_axes) > 1:
-            _refuse_axes(self)
+            plan_checks.refuse_axes(self)
 
     @property
     def parts(self) -> int:
@@ -160,7 +161,7 @@ class Plan(View):
             return None
         blocks = blocks_of(shape[at], found.fused, self.parts)
         if blocks is None and self.fallback == "error":
-            _refuse_cut(self, name, shape, found)
+            plan_checks.refuse_cut(self, name, shape, found)
         return None if blocks is None else (at, blocks)
 
     def _first(self, name: str) -> Spec | None:
@@ -213,7 +214,7 @@ class Plan(View):
             runs, turns = (*runs, *turns), ()
         outer, inner = self.mesh.size(*runs), self.mesh.size(*turns)
         if count < 1 or count % (outer * inner):
-            _refuse_count(self, count)
+            plan_checks.refuse_count(self, count)
         start = self.mesh.index(*runs, rank=rank) * (count // outer)
         turn = self.mesh.index(*turns, rank=rank)
         return tuple(start + m * inner + turn for m in range(count // (outer * inner)))
@@ -234,7 +235,7 @@ class Plan(View):
         found = self._first(name)
         if found is None:
             if self.fallback == "error":
-                _refuse_unmatched(self, name, shape)
+                plan_checks.refuse_unmatched(self, name, shape)
             return REPLICATED
         if self.zero < 3 and kind != "optimizer":
             return REPLICATED
@@ -367,7 +368,7 @@ class Plan(View):
             >>> plan.spec("0.up.weight", (8, 4)), plan.spec("0.norm.weight", (8,))
             (Spec(('tensor', 'fsdp')), Spec('fsdp'))
         """
-        return _product(self, other)
+        return plan_product.product(Plan, self, other)
 
 
 def check_plan(plan: object, where: str) -> None:
@@ -412,206 +413,5 @@ def _filter_text(filter: tree.Filter) -> str:
     return filter if isinstance(filter, str) else " or ".join(filter)
 
 
-def _is_rule(rule: object) -> bool:
-    return isinstance(rule, tuple) and len(rule) == 2
-
-
 def _frozen(filter: tree.Filter) -> tree.Filter:
     return tuple(filter) if isinstance(filter, list) else filter
-
-
-def _check(plan: Plan) -> None:
-    for rule in plan.rules:
-        if not _is_rule(rule) or not isinstance(rule[1], Spec):
-            instead = 'Plan(mesh, [("*.weight", Spec("fsdp")), ("*", Spec())])'
-            raise ConfigError(explain("a rule is a pair of a filter and a Spec", where=repr(rule), instead=instead))
-    for word, value, known in (
-        ("fallback", plan.fallback, ("replicate", "error", "pad")),
-        ("reduction", plan.reduction, ("tree", "fast")),
-        ("zero", plan.zero, (1, 2, 3)),
-        ("offload", plan.offload, (None, "optimizer", "params")),
-        ("compress", plan.compress, (None, "bf16", "fp16")),
-    ):
-        if value not in known:
-            raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
-    if plan.zero < 3 and plan.model_axes:
-        raise ConfigError(
-            explain(
-                "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
-                where=f"zero={plan.zero} on {plan.mesh!r}",
-                instead="fsdp() * tensor_parallel(rules, size=2)",
-            )
-        )
-    if plan.compress is not None and plan.reduction == "tree":
-        raise ConfigError(
-            explain(
-                "gradients that are sent in another dtype have other bits on another number of ranks",
-                where=f'compress={plan.compress!r}, reduction="tree"',
-                why="what a rank adds up itself is not rounded",
-                instead=f'ddp(compress={plan.compress!r}, reduction="fast")\n'
-                'or ps.make_step(..., policy=ps.precision.policy("bf16-mixed", reduce="bf16")): '
-                "every gradient is rounded, the same bits everywhere",
-            )
-        )
-    if plan.sync_batchnorm and plan.reduction == "tree":
-        raise ConfigError(
-            explain(
-                "batch norm over ranks has other bits on another number of ranks",
-                where='sync_batchnorm=True, reduction="tree"',
-                why="statistics are those of the microbatches that are computed at the same time",
-                instead='ddp(sync_batchnorm=True, reduction="fast")\n'
-                "or leave it out: statistics of each microbatch, the same bits everywhere",
-            )
-        )
-
-
-def _refuse_axes(plan: Plan) -> None:
-    raise ConfigError(
-        explain(
-            "ranks compute a microbatch together over one axis of the mesh",
-            where=f"{plan.mesh!r}, batch={plan.batch!r}: {', '.join(plan.model_axes)}",
-            instead='one tensor axis; name the axes over which batches differ: Plan(..., batch=("data", "fsdp"))',
-        )
-    )
-
-
-def _check_parts(plan: Plan, size: int) -> None:
-    share, rest = divmod(plan.parts, size)
-    # Sums of a rank are nodes of the tree of all parts only then.
-    if rest or (size > 1 and share & (share - 1)):
-        raise ConfigError(
-            explain(
-                f"{plan.parts} parts cannot be shared by {size} ranks",
-                where=f"tensor_parts={plan.parts} on {plan.mesh!r}",
-                why="each rank computes a power of two of them, so that sums are added in one order on any number",
-                instead=f"tensor_parts={size}, or {2 * size}, {4 * size}, ...",
-            )
-        )
-
-
-def _refuse_cut(plan: Plan, name: str, shape: Sequence[int], spec: Spec) -> None:
-    raise ConfigError(
-        explain(
-            f"a parameter cannot be cut into {plan.parts} equal parts",
-            where=f"{name}: {list(shape)} under {spec!r}",
-            instead="fallback='replicate' keeps such tensors whole on every rank; or fewer parts",
-        )
-    )
-
-
-def _refuse_unmatched(plan: Plan, name: str, shape: Sequence[int]) -> None:
-    raise ConfigError(
-        explain(
-            "no rule of the plan matches a parameter",
-            where=f"{name}: {list(shape)}",
-            why=f"fallback='error', and the rules are for {', '.join(repr(f) for f, _ in plan.rules) or 'nothing'}",
-            instead='end the rules with ("*", Spec()), or fallback="replicate": it is then whole on every rank',
-        )
-    )
-
-
-def _refuse_count(plan: Plan, count: int) -> None:
-    replicas = plan.replicas
-    near = sorted({max(1, count // replicas) * replicas, (max(0, count) // replicas + 1) * replicas})
-    raise ConfigError(
-        explain(
-            f"{count} microbatches cannot be shared equally by {replicas} ranks",
-            where=repr(plan.mesh),
-            why="every rank computes the same number of microbatches",
-            instead=f"make_step(..., microbatches={' or '.join(map(str, near))}, plan=plan), or another multiple of "
-            f"{replicas}",
-        )
-    )
-
-
-# --- products of plans ------------------------------------------------------------------------------------------------
-
-
-def _product(left: Plan, right: Plan) -> Plan:
-    """Return the plan that does what two plans do; see `Plan.__mul__`."""
-    if not isinstance(right, Plan):
-        raise ConfigError(
-            explain(
-                f"a plan is multiplied by a Plan, not by a {type(right).__name__}",
-                where=f"plan * {right!r}",
-                instead="fsdp() * tensor_parallel(rules, size=4)",
-            )
-        )
-    shared = [a for a in left.mesh.axes if a in right.mesh.axes]
-    if shared:
-        raise ConfigError(
-            explain(
-                f"both plans have the mesh axis {shared[0]!r}",
-                where=f"{left.mesh!r} * {right.mesh!r}",
-                instead="fsdp() * tensor_parallel(rules, size=4), or one Plan with the rules of both",
-            )
-        )
-    batch = tuple(dict.fromkeys([*left.batch, *right.batch]))
-    sizes = dict(zip(left.mesh.axes + right.mesh.axes, left.mesh.sizes + right.mesh.sizes, strict=True))
-    if list(sizes.values()).count(-1) > 1:
-        raise ConfigError(
-            explain(
-                "both plans take what is left of the job",
-                where=f"{left.mesh!r} * {right.mesh!r}",
-                instead="name the size of one: hsdp(fsdp=8), or ddp() * fsdp(8)",
-            )
-        )
-    ordered = [a for a in batch if a in sizes] + [a for a in sizes if a not in batch]
-    mesh = Mesh(tuple(ordered), tuple(sizes[a] for a in ordered))
-    settings = {f.name: _agreed(left, right, f) for f in dataclasses.fields(Plan) if f.name in _SETTINGS}
-    return Plan(mesh, _rules(left, right, batch), batch=batch, **settings)
-
-
-# The defaults of a plan; in a product of two, the factor whose value is no default decides.
-_SETTINGS: dict[str, Any] = {
-    "fallback": "replicate",
-    "min_size": 0,
-    "units": None,
-    "reshard_after_forward": True,
-    "reduction": "tree",
-    "sync_batchnorm": False,
-    "zero": 3,
-    "offload": None,
-    "compress": None,
-    "tensor_parts": None,
-    "sequence_parallel": False,
-}
-
-
-def _agreed(left: Plan, right: Plan, field: dataclasses.Field[Any]) -> Any:
-    a, b, default = getattr(left, field.name), getattr(right, field.name), _SETTINGS[field.name]
-    if a != b and default not in (a, b):
-        raise ConfigError(
-            explain(
-                f"the two plans disagree about {field.name}",
-                where=f"{a!r} and {b!r}",
-                instead=f"give both the same {field.name}",
-            )
-        )
-    return b if a == default else a
-
-
-def _rules(left: Plan, right: Plan, batch: tuple[str, ...]) -> tuple[tuple[tree.Filter, Spec], ...]:
-    # In the order of pairs, the first that matches a name is the pair of the first matches of both.
-    one, two = [*left.rules, ("*", REPLICATED)], [*right.rules, ("*", REPLICATED)]
-    found = [(_both(f, g), _joined(s, t, batch)) for f, s in one for g, t in two]
-    kept: list[tuple[tree.Filter, Spec]] = []
-    for rule in found:
-        if all(rule[0] != earlier and earlier != "*" for earlier, _ in kept):
-            kept.append(rule)
-    return tuple(kept)
-
-
-def _both(f: tree.Filter, g: tree.Filter) -> tree.Filter:
-    return g if f == "*" or f == g else f if g == "*" else Both(f, g)
-
-
-def _joined(a: Spec, b: Spec, batch: tuple[str, ...]) -> Spec:
-    dims = [
-        sorted(
-            (*(a.entries[d] if d < len(a.entries) else ()), *(b.entries[d] if d < len(b.entries) else ())),
-            key=lambda axis: axis in batch,
-        )
-        for d in range(max(len(a.entries), len(b.entries)))
-    ]
-    return Spec(*dims, auto=(*a.auto, *b.auto), fused=max(a.fused, b.fused, key=len))

@@ -1,0 +1,127 @@
+"""What a plan refuses, with what to write instead.
+
+A plan is `Any` here, because `plan.py` imports this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from purestep.errors import ConfigError, explain
+from purestep.sharding.spec import Spec
+
+
+def is_rule(rule: object) -> bool:
+    """Tell whether a value is a pair, as a rule is."""
+    return isinstance(rule, tuple) and len(rule) == 2
+
+
+def check(plan: Any) -> None:
+    """Refuse a plan with a malformed rule, or words that do not go together."""
+    for rule in plan.rules:
+        if not is_rule(rule) or not isinstance(rule[1], Spec):
+            instead = 'Plan(mesh, [("*.weight", Spec("fsdp")), ("*", Spec())])'
+            raise ConfigError(explain("a rule is a pair of a filter and a Spec", where=repr(rule), instead=instead))
+    for word, value, known in (
+        ("fallback", plan.fallback, ("replicate", "error", "pad")),
+        ("reduction", plan.reduction, ("tree", "fast")),
+        ("zero", plan.zero, (1, 2, 3)),
+        ("offload", plan.offload, (None, "optimizer", "params")),
+        ("compress", plan.compress, (None, "bf16", "fp16")),
+    ):
+        if value not in known:
+            raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
+    if plan.zero < 3 and plan.model_axes:
+        raise ConfigError(
+            explain(
+                "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
+                where=f"zero={plan.zero} on {plan.mesh!r}",
+                instead="fsdp() * tensor_parallel(rules, size=2)",
+            )
+        )
+    if plan.compress is not None and plan.reduction == "tree":
+        raise ConfigError(
+            explain(
+                "gradients that are sent in another dtype have other bits on another number of ranks",
+                where=f'compress={plan.compress!r}, reduction="tree"',
+                why="what a rank adds up itself is not rounded",
+                instead=f'ddp(compress={plan.compress!r}, reduction="fast")\n'
+                'or ps.make_step(..., policy=ps.precision.policy("bf16-mixed", reduce="bf16")): '
+                "every gradient is rounded, the same bits everywhere",
+            )
+        )
+    if plan.sync_batchnorm and plan.reduction == "tree":
+        raise ConfigError(
+            explain(
+                "batch norm over ranks has other bits on another number of ranks",
+                where='sync_batchnorm=True, reduction="tree"',
+                why="statistics are those of the microbatches that are computed at the same time",
+                instead='ddp(sync_batchnorm=True, reduction="fast")\n'
+                "or leave it out: statistics of each microbatch, the same bits everywhere",
+            )
+        )
+
+
+def refuse_axes(plan: Any) -> NoReturn:
+    """Refuse a mesh with several axes over which the batch is the same."""
+    raise ConfigError(
+        explain(
+            "ranks compute a microbatch together over one axis of the mesh",
+            where=f"{plan.mesh!r}, batch={plan.batch!r}: {', '.join(plan.model_axes)}",
+            instead='one tensor axis; name the axes over which batches differ: Plan(..., batch=("data", "fsdp"))',
+        )
+    )
+
+
+def check_parts(plan: Any, size: int) -> None:
+    """Refuse a number of parts that the ranks of the tensor axis cannot share."""
+    share, rest = divmod(plan.parts, size)
+    # Sums of a rank are nodes of the tree of all parts only then.
+    if rest or (size > 1 and share & (share - 1)):
+        raise ConfigError(
+            explain(
+                f"{plan.parts} parts cannot be shared by {size} ranks",
+                where=f"tensor_parts={plan.parts} on {plan.mesh!r}",
+                why="each rank computes a power of two of them, so that sums are added in one order on any number",
+                instead=f"tensor_parts={size}, or {2 * size}, {4 * size}, ...",
+            )
+        )
+
+
+def refuse_cut(plan: Any, name: str, shape: Sequence[int], spec: Spec) -> NoReturn:
+    """Refuse a parameter that has no equal parts."""
+    raise ConfigError(
+        explain(
+            f"a parameter cannot be cut into {plan.parts} equal parts",
+            where=f"{name}: {list(shape)} under {spec!r}",
+            instead="fallback='replicate' keeps such tensors whole on every rank; or fewer parts",
+        )
+    )
+
+
+def refuse_unmatched(plan: Any, name: str, shape: Sequence[int]) -> NoReturn:
+    """Refuse a parameter that no rule matches."""
+    raise ConfigError(
+        explain(
+            "no rule of the plan matches a parameter",
+            where=f"{name}: {list(shape)}",
+            why=f"fallback='error', and the rules are for {', '.join(repr(f) for f, _ in plan.rules) or 'nothing'}",
+            instead='end the rules with ("*", Spec()), or fallback="replicate": it is then whole on every rank',
+        )
+    )
+
+
+def refuse_count(plan: Any, count: int) -> NoReturn:
+    """Refuse a number of microbatches that the ranks cannot share."""
+    replicas = plan.replicas
+    near = sorted({max(1, count // replicas) * replicas, (max(0, count) // replicas + 1) * replicas})
+    raise ConfigError(
+        explain(
+            f"{count} microbatches cannot be shared equally by {replicas} ranks",
+            where=repr(plan.mesh),
+            why="every rank computes the same number of microbatches",
+            instead=f"make_step(..., microbatches={' or '.join(map(str, near))}, plan=plan), or another multiple of "
+            f"{replicas}",
+        )
+    )
