@@ -95,16 +95,20 @@ class Feed:
             self._iterator = self._placed(opened)
             del opened
         if self.left_out is not None:
-            before = len(self._skipped)
-            for batch in itertools.islice(self._iterator, n):
-                self.left_out, before = len(self._skipped) - before, len(self._skipped)
-                yield batch
-            return
+            return self._counted(self._iterator, n)
         if self.length is not None:
-            yield from itertools.islice(self._iterator, n)
-            return
+            return itertools.islice(self._iterator, n)
+        return self._after_looking(self._iterator, cursor, n, fresh)
+
+    def _counted(self, batches: Iterator[Any], n: int) -> Iterator[Any]:
+        before = len(self._skipped)
+        for batch in itertools.islice(batches, n):
+            self.left_out, before = len(self._skipped) - before, len(self._skipped)
+            yield batch
+
+    def _after_looking(self, batches: Iterator[Any], cursor: Cursor, n: int, fresh: bool) -> Iterator[Any]:
         if fresh:
-            self._look_ahead(self._iterator)
+            self._look_ahead(batches)
             self._empty = self._empty + 1 if self._ahead is _END and cursor.batch == 0 else 0
             if self._empty == _MOST_EMPTY:
                 raise _empty_epoch(self.source, cursor.epoch)
@@ -112,7 +116,7 @@ class Feed:
             batch = self._ahead
             if batch is _END:
                 return
-            self._look_ahead(self._iterator)
+            self._look_ahead(batches)
             yield batch
 
     def _placed(self, batches: Iterator[Any]) -> Iterator[Any]:

@@ -209,5 +209,7 @@ def applied_steps(loop: LoopState) -> int:
 
     Of states that are stacked for `vmap` it is the largest step, as one of them may have skipped updates.
     """
+    if isinstance(loop.train, TrainState):
+        return int(loop.train.step.max())  # each row of the log asks, and mostly it is the whole
     states = tree.find(loop.train, TrainState)
     return int(states[0][1].step.max()) if states else loop.cursor.batches
