@@ -143,6 +143,7 @@ def make_eval(loss_fn: LossFn, *, policy: Policy | str | None = None, plan: Plan
             are split every rank calls it at the same time, because they are gathered.
 
     Examples:
+        >>> import torch
         >>> from torch import nn
         >>> import purestep as ps
         >>> state = ps.init(lambda: nn.Linear(3, 1), ps.optim.sgd(0.1))
@@ -171,6 +172,7 @@ def make_predict(
         StepError: the function does not take two arguments; when called: an output is not one a sample.
 
     Examples:
+        >>> import torch
         >>> from torch import nn
         >>> import purestep as ps
         >>> state = ps.init(lambda: nn.Linear(3, 2), ps.optim.sgd(0.1))

@@ -17,6 +17,7 @@ def digest(tree: object) -> str:
         TreeError: a leaf is not a tensor, numpy array, number, string or bytes.
 
     Examples:
+        >>> import torch
         >>> digest({"a": torch.ones(2), "b": 1}) == digest({"b": 1, "a": torch.ones(4)[::2]})
         True
         >>> digest(torch.tensor(0.0)) == digest(torch.tensor(-0.0))
@@ -32,6 +33,7 @@ def diff(a: object, b: object, root: str = "") -> Differences:
     are gathered, so every process calls it.
 
     Examples:
+        >>> import torch
         >>> diff({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 2.0000002])}, root="params")
         path         leaf        differ    max abs    max rel  max ulp
         params['w']  float32[2]       1  2.384e-07  1.192e-07        1

@@ -51,14 +51,16 @@ def pytree(cls: type | None = None, *, eq: bool = False) -> Any:
         TreeError: what is decorated is not a class.
 
     Examples:
+        >>> import torch
+        >>> from purestep import tree
         >>> @pytree
         ... class Point:
         ...     x: torch.Tensor
         ...     y: torch.Tensor
         >>> p = Point(torch.tensor(1.0), torch.tensor(2.0))
-        >>> map(lambda t: t * 2, p).y
+        >>> tree.map(lambda t: t * 2, p).y
         tensor(4.)
-        >>> paths(p, "p")
+        >>> tree.paths(p, "p")
         ['p.x', 'p.y']
     """
     if cls is None:
@@ -153,6 +155,7 @@ def stable_name(kind: type | Callable[..., Any]) -> str:
 
     Examples:
         >>> import collections
+        >>> from purestep.tree import Differences
         >>> stable_name(collections.Counter), stable_name(Differences)
         ('collections.Counter', 'purestep.Differences')
     """
