@@ -1,4 +1,4 @@
-"""Train the same small GPT on 1, 2 and 4 processes under four plans, and once across them; compare the bits.
+"""Train the same small GPT on 1, 2 and 4 processes under six plans, and once across them; compare the bits.
 
 Prints one table of digests. Exits with 1 unless all are equal, those of the run that began on 4 processes under fsdp,
 went on with 2 under ddp and ended on 1 too. Tensor parallelism cuts matrices into four parts, whoever computes them: it
@@ -22,7 +22,7 @@ import torch
 import purestep as ps
 
 STEPS = 18
-PLANS = ("ddp", "fsdp", "hsdp", "tensor")
+PLANS = ("ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor")
 SIZES = (4, 2, 1)
 RELAY = {4: "fsdp", 2: "ddp", 1: "ddp"}  # the run that is handed on: its plan on so many processes
 

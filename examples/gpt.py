@@ -33,7 +33,7 @@ BATCH = 16
 LEARNING_RATE = 3e-3
 HELD_OUT = 0.05
 SEED = 0
-PLANS = ("none", "ddp", "fsdp", "hsdp", "tensor")
+PLANS = ("none", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor")
 
 
 def read(megabytes: float) -> np.ndarray:
@@ -105,7 +105,8 @@ def make_plan(name: str) -> ps.sharding.Plan | None:
         return ps.sharding.hsdp(fsdp=min(2, ps.sharding.size()))
     if name == "tensor":
         return ps.sharding.ddp() * ps.sharding.tensor_parallel("gpt", size=min(2, ps.sharding.size()), tensor_parts=4)
-    return {"ddp": ps.sharding.ddp, "fsdp": ps.sharding.fsdp}[name]()
+    plan: ps.sharding.Plan = getattr(ps.sharding, name)()
+    return plan
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Settings:
         schedule_steps: of the learning rate's schedule; those of the run by default.
     """
 
-    plan: Literal["none", "ddp", "fsdp", "hsdp", "tensor"] = "ddp"
+    plan: Literal["none", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor"] = "ddp"
     steps: int = 200
     microbatches: int = 4
     precision: str = "32"
