@@ -128,7 +128,7 @@ def _entered(modules: list[nn.Module], rule: Checkpoint) -> Iterator[None]:
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for module in modules:
-            own = type(module)
+            own: Any = type(module)
             # A recomputation enters the context again, within that of the forward pass or after it.
             if not issubclass(own, _Rerouted):
                 module.__class__ = _rerouted(own, rule)

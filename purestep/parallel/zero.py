@@ -25,7 +25,8 @@ from purestep.sharding.spec import Spec
 from purestep.state import TrainState
 
 M = TypeVar("M")
-_LIMITS = 25 << 20, 25 << 20  # bytes of the parameters that are sent at a time
+# Bytes of the parameters that are gathered at a time: two groups are under way, in three copies each.
+_LIMITS = 4 << 20, 4 << 20
 
 
 def parts_of(plan: Plan, params: Mapping[str, Tensor]) -> dict[str, Spec]:
@@ -56,8 +57,7 @@ def updated(
     at_rest = state
     if specs:
         at_rest = state.replace(params=_split(plan, state.params, specs))
-        grads = {n: _part(plan, g, state.params[n], specs[n]) if n in specs else g for n, g in gradients.grads.items()}
-        gradients = dataclasses.replace(gradients, grads=grads)
+        gradients = dataclasses.replace(gradients, grads=_parted(plan, state, gradients.grads, specs))
         split, view = view, placement.local(at_rest)
         also_donated(split, view)
     with full_tensors.updating(full_tensors.Whole(plan, at_rest.params, at_rest.opt_state)):
@@ -78,8 +78,15 @@ def _split(plan: Plan, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) 
     }
 
 
-def _part(plan: Plan, grad: Tensor, like: Tensor, spec: Spec) -> Tensor:
-    return placement.cut(plan, grad, spec) if grad.shape == like.shape else grad
+def _parted(plan: Plan, state: TrainState, grads: dict[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Return this rank's parts of gradients that may be whole. Whole ones are taken out of the dict: nobody else needs
+    them, and they would be held until the update ends."""
+    found = {}
+    for name in list(grads):
+        grad = grads.pop(name)
+        whole = name in specs and grad.shape == state.params[name].shape
+        found[name] = placement.cut(plan, grad, specs[name]) if whole else grad
+    return found
 
 
 def _gathered(

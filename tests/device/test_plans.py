@@ -130,13 +130,15 @@ def test_a_thousand_ranks(job, plan):
 OFFLOADED = {
     "single": ps.sharding.single(),
     "ddp": ps.sharding.ddp(),
+    "zero1": ps.sharding.zero1(),
+    "zero2": ps.sharding.zero2(),
     "fsdp": ps.sharding.fsdp(),
     "hsdp": ps.sharding.hsdp(fsdp=2),
 }
 
 
 @pytest.mark.parametrize("policy", [None, "16-mixed", "bf16-master"])
-@pytest.mark.parametrize("kept", ["optimizer", "params"])
+@pytest.mark.parametrize("kept", [None, "optimizer", "params"])
 @pytest.mark.parametrize("name", OFFLOADED)
 def test_what_is_offloaded_is_on_the_cpu_and_computed_with_on_the_card(job, name, kept, policy):
     plan = dataclasses.replace(OFFLOADED[name], offload=kept)
@@ -157,7 +159,7 @@ def test_what_is_offloaded_is_on_the_cpu_and_computed_with_on_the_card(job, name
         ps.make_eval(loss_fn, policy=policy, plan=plan)(after, batch)
         for found in (state, after):
             away = {path.split("[")[0].split(".")[1] for path in elsewhere(placement.local(found))}
-            assert away == {"opt_state"} | ({"params", "buffers"} if kept == "params" else set())
+            assert away == {None: set(), "optimizer": {"opt_state"}, "params": {"opt_state", "params", "buffers"}}[kept]
             assert not any(path.startswith((".step", ".rng", ".loss")) for path in elsewhere(placement.local(found)))
 
 
@@ -167,3 +169,15 @@ def test_a_state_that_is_not_placed_by_an_offloading_plan_is_refused():
     state = ps.init(TinyGPT, adamw(), seed=0, device="cpu")
     with fake_cuda(), pytest.raises(ConfigError, match=r"says offload='optimizer'(.|\n)*plan.place"):
         step(on_cuda(state), on_cuda(TOKENS))
+
+
+def test_activations_are_moved_to_the_cpu_and_parameters_are_not():
+    rule = ps.Checkpoint("blocks.*", offload=True)
+    state = ps.init(TinyGPT, adamw(), seed=0, device="cpu")
+    with fake_cuda():
+        for checkpoint, least in ((None, 0), (rule, 20)):
+            with counting() as counts:
+                ps.make_step(loss_fn, adamw(), checkpoint=checkpoint)(on_cuda(state), on_cuda(TOKENS))
+            moved = sum(n for line, n in counts.blocking.items() if "activations.py" in line)
+            assert moved >= least
+            assert bool(moved) is (checkpoint is not None)

@@ -12,7 +12,7 @@ from torch import nn
 
 import purestep as ps
 from purestep import optim
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel
+from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel, zero1, zero2
 
 from .models import TENSOR_RULES, Llama, llama_70b, small
 
@@ -146,3 +146,19 @@ def test_a_plan_for_another_machine_says_so_when_it_is_used():
     assert plan.dry_run({"w": torch.zeros(1024)}).memory["params"] == 4
     with pytest.raises(ps.errors.ConfigError, match="the mesh has 1024 processes, the job 1"):
         ps.init(lambda: nn.Linear(1024, 2), optim.sgd(0.1), plan=plan)
+
+
+def test_dry_runs_of_the_stages_of_zero():
+    with torch.device("meta"):
+        state = ps.init(nn.Sequential(nn.Linear(64, 64, bias=False)), ps.optim.adam(0.1))
+    size, found = 64 * 64 * 4, {}
+    for stage, plan in enumerate((ddp(4), zero1(4), zero2(4), fsdp(4))):
+        found[stage] = plan.dry_run(state)
+        assert found[stage].memory["params"] == (size if stage < 3 else size // 4)
+        assert found[stage].memory["optimizer"] == (size * 2 if stage < 1 else size // 2) + 8  # and a count
+        assert found[stage].memory["grads"] == (size if stage < 2 else size // 4)
+    # An all-reduce sends twice 3/4 of the gradients; parts that are gathered are 3/4 of the parameters.
+    part = 3 * size // 4
+    sent = {stage: (run.sent["gather"], run.sent["reduce"]) for stage, run in found.items()}
+    assert sent == {0: (0, 2 * part), 1: (part, 2 * part), 2: (part, part), 3: (2 * part, part)}
+    assert zero2(4).dry_run(state, microbatches=8).sent == {"gather": part, "reduce": 2 * part}
