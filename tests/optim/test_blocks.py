@@ -318,6 +318,7 @@ def run_bare(grads: Any, tx: Any, state: Any, params: Any) -> Any:
 
 def test_scratch_memory_is_taken_again_by_name_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace._local, "kept", {}, raising=False)
+    monkeypatch.setattr(workspace, "_LEAST_BYTES", 0)
     xs = [torch.randn(3, 5), torch.randn(7)]
     first = workspace.into("a", torch.sqrt, [x.abs() for x in xs])
     again = workspace.into("a", torch.mul, xs, 2.0)
@@ -336,6 +337,7 @@ def test_scratch_memory_is_taken_again_by_name_and_layout(monkeypatch: pytest.Mo
 
 def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace._local, "kept", {}, raising=False)
+    monkeypatch.setattr(workspace, "_LEAST_BYTES", 0)
     for size in range(3 * workspace._MOST_LISTS):
         assert workspace.into("a", torch.neg, [torch.ones(size)]) is not None
     assert len(workspace._local.kept) == workspace._MOST_LISTS

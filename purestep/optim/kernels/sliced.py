@@ -42,13 +42,12 @@ class Transfer(Protocol):
 
 def is_long(x: Tensor) -> bool:
     """Tell whether a tensor is updated slice by slice."""
-    size = x.numel()
-    return size > _ON_CPU and size > _limit(x) and type(x) in _ORDINARY and x.dim() > 0 and x.shape[0] > 1
+    return type(x) in _ORDINARY and x.numel() > _limit(x) and x.dim() > 0 and x.shape[0] > 1
 
 
-def any_long(xs: Collection[Tensor]) -> bool:
+def any_long(xs: Collection[Any]) -> bool:
     """Tell whether a tensor is among some that is updated slice by slice."""
-    return max(map(Tensor.numel, xs), default=0) > _ON_CPU and any(map(is_long, xs))
+    return any(map(is_long, [x for x in xs if type(x) in _ORDINARY and x.numel() > _ON_CPU]))
 
 
 def owned(leaves: Iterable[Any]) -> list[Tensor]:
