@@ -368,7 +368,9 @@ class Plan(View):
             >>> plan.spec("0.up.weight", (8, 4)), plan.spec("0.norm.weight", (8,))
             (Spec(('tensor', 'fsdp')), Spec('fsdp'))
         """
-        return plan_product.product(Plan, self, other)
+        if not isinstance(other, Plan):
+            plan_checks.refuse_factor(other)
+        return Plan(**plan_product.product(self, other))
 
 
 def check_plan(plan: object, where: str) -> None:

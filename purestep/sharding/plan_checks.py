@@ -125,3 +125,14 @@ def refuse_count(plan: Any, count: int) -> NoReturn:
             f"{replicas}",
         )
     )
+
+
+def refuse_factor(other: object) -> NoReturn:
+    """Refuse what a plan is multiplied by."""
+    raise ConfigError(
+        explain(
+            f"a plan is multiplied by a Plan, not by a {type(other).__name__}",
+            where=f"plan * {other!r}",
+            instead="fsdp() * tensor_parallel(rules, size=4)",
+        )
+    )
