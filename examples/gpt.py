@@ -23,11 +23,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import purestep as ps
+from purestep import sharding
 
 CONTEXT = 64  # bytes that the model sees
 WIDTH = 96
-HEADS = 4
-BLOCKS = 3
+HEADS, BLOCKS = 4, 3
 DROPOUT = 0.1
 BATCH = 16
 LEARNING_RATE = 3e-3
@@ -98,15 +98,14 @@ def loss_fn(net: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return cross_entropy(net(batch["x"]).flatten(0, 1), batch["y"].flatten())
 
 
-def make_plan(name: str) -> ps.sharding.Plan | None:
+def make_plan(name: str) -> sharding.Plan | None:
     if name == "none":
         return None
     if name == "hsdp":
-        return ps.sharding.hsdp(fsdp=min(2, ps.sharding.size()))
+        return sharding.hsdp(fsdp=min(2, sharding.size()))
     if name == "tensor":
-        return ps.sharding.ddp() * ps.sharding.tensor_parallel("gpt", size=min(2, ps.sharding.size()), tensor_parts=4)
-    plan: ps.sharding.Plan = getattr(ps.sharding, name)()
-    return plan
+        return sharding.ddp() * sharding.tensor_parallel("gpt", size=min(2, sharding.size()), tensor_parts=4)
+    return {"ddp": sharding.ddp, "zero1": sharding.zero1, "zero2": sharding.zero2, "fsdp": sharding.fsdp}[name]()
 
 
 @dataclass(frozen=True)
@@ -181,11 +180,11 @@ def main() -> int:
 
     result = train(**vars(args))
     digest = ps.digest(result.state)  # of the whole state: every process takes part
-    if ps.sharding.rank() == 0:
+    if sharding.rank() == 0:
         loss = result.metrics.get("val/loss", math.nan)
         report = {
             "why it ended": result.reason,
-            "processes, plan": f"{ps.sharding.size()}, {args.plan}",
+            "processes, plan": f"{sharding.size()}, {args.plan}",
             "training loss, last": f"{result.metrics['train/loss']:.4f}",
             "held-out loss, last": f"{loss:.4f} ({loss / math.log(2):.3f} bits a byte)",
             "time in training": f"{result.loop.elapsed:.1f} s",

@@ -60,6 +60,7 @@ def encode(value: Any, kind: Kind, path: str) -> Any:
         SettingError: the value has no form in JSON.
 
     Examples:
+        >>> from purestep import optim
         >>> encode(optim.lion(1e-4), kind_of(GradientTransformation), "optimizer")
         {'name': 'lion', 'learning_rate': 0.0001}
     """
