@@ -181,8 +181,10 @@ class Guard:
     def following(self, mode: KeyedRandom) -> Guard:
         """Return the guard of what comes next, after a call that was watched and moved nothing: it refuses draws."""
         after = Guard(self.habits, mode, torch_habits=self.torch_habits)
-        after._how, after.keyed, after._torch, after._before = "watch", False, self._torch, self._before
+        after._how, after.keyed = "watch", False
+        # The times of other threads before the generators, so that what one of them drew in between is not the model's.
         after._others, after._threads = _other_threads(), _thread_count()
+        after._torch, after._before = torch_watch.state(), _read()
         return after
 
     # --- private ------------------------------------------------------------------------------------------------------
