@@ -7,16 +7,13 @@ single rows of them, separated by semicolons.
 import dataclasses
 import functools
 import gc
-import json
 import random
 import sys
-import traceback
 import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
@@ -476,26 +473,14 @@ def checks(size, number):
 
 
 def main(directory, sizes, number, cases):
-    torch.set_num_threads(1)
-    for round, size in enumerate(sizes):
-        if number >= size:
-            continue
-        if size > 1:
-            store = f"file://{directory}/store-{round}-{size}"
-            dist.init_process_group("gloo", init_method=store, rank=number, world_size=size)
-        found = {}
-        for name, check in checks(size, number):
-            if name not in cases and name.partition("|")[0] not in cases:
-                continue
-            try:
-                found[name] = check()
-            except Exception:
-                found[name] = traceback.format_exc()
-        (Path(directory) / f"{size}-{number}.json").write_text(json.dumps(found))
-        if size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+    def asked(name):
+        return name in cases or name.partition("|")[0] in cases
+
+    answer(directory, sizes, number, lambda size: checks(size, number), asked)
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "shared"))
+    from shared_ranks import answer
+
     main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), sys.argv[4].split(";"))

@@ -1,10 +1,9 @@
 """The same bits on 1, 2, 3 and 4 processes, under every plan; and what only several processes can show."""
 
-import json
-import os
 from pathlib import Path
 
 import pytest
+import shared_ranks
 
 JOB = Path(__file__).with_name("bits_job.py")
 CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed int8 fifty skipped muon finite large six
@@ -30,21 +29,8 @@ def more_answers(zygote, once):
 
 def _asked(zygote, once, name, sizes, cases):
     """Four processes are all of the jobs in turn."""
-    directory = once(name, lambda directory: _ask(zygote, directory, sizes, cases))
-    found = [(int(size), rank) for size in sizes.split(",") for rank in range(int(size))]
-    return {(size, rank): json.loads((directory / f"{size}-{rank}.json").read_text()) for size, rank in found}
-
-
-def _ask(zygote, directory, sizes, cases):
-    quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    arguments = str(directory), sizes
-    children = [
-        zygote.popen(JOB, *arguments, str(rank), ";".join(cases), env=quiet, preload=zygote.RANKS) for rank in range(4)
-    ]
-    for child in children:
-        with child:
-            _, errors = child.communicate(240)
-            assert (child.returncode, errors) == (0, "")
+    directory = once(name, lambda directory: shared_ranks.ask(zygote, JOB, directory, sizes, cases))
+    return shared_ranks.answers(directory, sizes)
 
 
 @pytest.mark.parametrize("case", ["plain", "skipped"])

@@ -1,11 +1,10 @@
 """Transformers under tensor parallelism on 1, 2 and 4 processes: the bits of one process that computes all parts."""
 
 import importlib.util
-import json
-import os
 from pathlib import Path
 
 import pytest
+import shared_ranks
 
 pytestmark = [pytest.mark.slow]
 JOB = Path(__file__).with_name("tensor_job.py")
@@ -20,22 +19,10 @@ def answers(zygote, once):
 
 
 def _asked(zygote, once, name, sizes, rows):
-    directory = once(name, lambda directory: _ask(zygote, directory, sizes, rows))
-    found = [(int(size), rank) for size in sizes.split(",") for rank in range(int(size))]
-    return {(size, rank): json.loads((directory / f"{size}-{rank}.json").read_text()) for size, rank in found}
-
-
-def _ask(zygote, directory, sizes, rows):
-    quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    count = max(int(size) for size in sizes.split(","))
-    children = [
-        zygote.popen(JOB, str(directory), sizes, str(rank), ";".join(rows), env=quiet, preload=zygote.RANKS)
-        for rank in range(count)
-    ]
-    for child in children:
-        with child:
-            _, errors = child.communicate(400)
-            assert child.returncode == 0, errors
+    directory = once(
+        name, lambda directory: shared_ranks.ask(zygote, JOB, directory, sizes, rows, seconds=400, silent=False)
+    )
+    return shared_ranks.answers(directory, sizes)
 
 
 def check(answers, model, labels, least):

@@ -1,10 +1,10 @@
 """Workers have the same bits on 1, 2 and 4 processes; params are sent once a round, gradients as thin factors."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+import shared_ranks
 
 JOB = Path(__file__).with_name("workers_job.py")
 KINDS = ["apart", "microbatches", "start", "diloco", "compiled", "ragged", "evaluated", "power", "power_ragged"]
@@ -24,21 +24,8 @@ def more_answers(zygote, once):
 
 
 def _asked(zygote, once, name, sizes, checks):
-    directory = once(name, lambda directory: _ask(zygote, directory, sizes, checks))
-    found = [(int(size), rank) for size in sizes.split(",") for rank in range(int(size))]
-    return {(size, rank): json.loads((directory / f"{size}-{rank}.json").read_text()) for size, rank in found}
-
-
-def _ask(zygote, directory, sizes, checks):
-    quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    children = [
-        zygote.popen(JOB, str(directory), sizes, str(rank), ";".join(checks), env=quiet, preload=zygote.RANKS)
-        for rank in range(int(sizes[0]))
-    ]
-    for child in children:
-        with child:
-            _, errors = child.communicate(240)
-            assert (child.returncode, errors) == (0, "")
+    directory = once(name, lambda directory: shared_ranks.ask(zygote, JOB, directory, sizes, checks))
+    return shared_ranks.answers(directory, sizes)
 
 
 def check_bits(answers, kind):

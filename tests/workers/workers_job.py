@@ -3,13 +3,10 @@
 Arguments: a directory, the sizes of the jobs to be part of one after the other, this process's number, and the checks.
 """
 
-import json
 import sys
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import purestep as ps
@@ -187,26 +184,11 @@ def checks(directory, size):
 
 
 def main(directory, sizes, number, wanted):
-    torch.set_num_threads(1)
-    for round, size in enumerate(sizes):
-        if number >= size:
-            continue
-        if size > 1:
-            store = f"file://{directory}/store-{round}-{size}"
-            dist.init_process_group("gloo", init_method=store, rank=number, world_size=size)
-        found = {}
-        for name, check in checks(directory, size).items():
-            if name not in wanted:
-                continue
-            try:
-                found[name] = check()
-            except Exception:
-                found[name] = traceback.format_exc()
-        (Path(directory) / f"{size}-{number}.json").write_text(json.dumps(found))
-        if size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+    answer(directory, sizes, number, lambda size: checks(directory, size).items(), wanted.__contains__)
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "shared"))
+    from shared_ranks import answer
+
     main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), sys.argv[4].split(";"))
