@@ -129,10 +129,6 @@ def attempted(cell: Callable[[], str]) -> str:
         return f"no: {type(error).__name__}: {'; '.join(lines)}".replace("|", "/")[:230]
 
 
-def _yes(done: object) -> str:
-    return "yes"
-
-
 @dataclasses.dataclass
 class Measurement:
     """The cells of one architecture, measured one after another."""
@@ -171,7 +167,12 @@ class Measurement:
     def traced(self) -> Cells:
         compiled = ps.jit(self.step, backend="eager")
         began = time.process_time()
-        traces = attempted(lambda: _yes(compiled.compile(self.state, self.batches[0])))
+
+        def compile() -> str:
+            compiled.compile(self.state, self.batches[0])
+            return "yes"
+
+        traces = attempted(compile)
         if traces != "yes":
             return {"traces": traces}
         seconds = time.process_time() - began

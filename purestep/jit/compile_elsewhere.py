@@ -73,7 +73,7 @@ def _work(work: Callable[[], object]) -> None:
 def _ended(pid: int) -> bool:
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:  # somebody else has waited for all children
+    except ChildProcessError:  # other code of this process has waited for all children
         return True
 
 

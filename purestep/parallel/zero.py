@@ -79,7 +79,7 @@ def _split(plan: Plan, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) 
 
 
 def _parted(plan: Plan, state: TrainState, grads: dict[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
-    """Return this rank's parts of gradients that may be whole. Whole ones are taken out of the dict: nobody else needs
+    """Return this rank's parts of gradients that may be whole. Whole ones are taken out of the dict: nothing else needs
     them, and they would be held until the update ends."""
     found = {}
     for name in list(grads):

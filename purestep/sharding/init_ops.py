@@ -28,7 +28,7 @@ NONE = -1
 class Ref:
     """A tensor on the tape: a window on a storage. Storages are numbered as they appear.
 
-    One of the storage `NONE` stands for a tensor whose values nobody asks for.
+    One of the storage `NONE` stands for a tensor whose values are never read.
     """
 
     storage: int

@@ -1,4 +1,4 @@
-"""Who holds which workers, the sum over all of them, and the average at the end of a round.
+"""Which process holds which workers, the sum over all of them, and the average at the end of a round.
 
 Owns what is sent: the means of a round as one sum over ranks, and the metrics of a step. Sums are taken in the order of
 the workers by the fixed tree, so that their bits do not depend on which process holds which worker.
@@ -31,7 +31,7 @@ _LIMITS = 25 << 20, 25 << 20  # bytes of a flat tensor: what is sent at a time w
 
 @dataclasses.dataclass(frozen=True)
 class Team:
-    """Who holds which workers.
+    """Which process holds which workers.
 
     Attributes:
         mine: the workers of this rank, in their order.
@@ -47,7 +47,7 @@ class Team:
 
 
 def team(plan: WorkerPlan | None, workers: int, filled: int | None = None) -> Team:
-    """Return who holds which of so many workers; without a plan this process holds all.
+    """Return which process holds which of so many workers; without a plan this process holds all.
 
     Args:
         plan: the plan.
@@ -87,7 +87,7 @@ def total_over(team: Team, values: Mapping[int, Sequence[Tensor]]) -> list[Tenso
     """Return the sums over all workers of what each has; one exchange between ranks.
 
     Args:
-        team: who holds which workers.
+        team: which process holds which workers.
         values: by worker of this rank, tensors of the same shapes and dtypes.
     """
     layout = flat_like(next(iter(values.values())), _LIMITS)
@@ -112,7 +112,7 @@ def averaged(
     and it updates the former.
 
     Args:
-        team: who holds which workers.
+        team: which process holds which workers.
         state: with the workers of this rank.
         workers: number of all workers.
         outer_tx: of DiLoCo.
@@ -136,7 +136,7 @@ def merged(
     """Return the metrics of a batch over all workers, merged in their order, on every rank.
 
     Args:
-        counted: who holds which workers that had samples.
+        counted: which process holds which workers that had samples.
         sums: of the batch, for its sizes, which travel along and are compared.
         found: by worker of this rank that had samples, its metrics.
         pattern: metrics like these, for a rank that has none.

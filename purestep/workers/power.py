@@ -234,7 +234,7 @@ def compressed(
     """Return the sums over all workers of what each adds, in part compressed; what is not sent yet; the right factors.
 
     Args:
-        who: who holds which workers.
+        who: which process holds which workers.
         workers: number of all workers.
         vectors: by worker of this rank, gradients in the order of `names`, then what is never compressed.
         names: of the parameters.
