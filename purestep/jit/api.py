@@ -14,8 +14,7 @@ from purestep.jit.step import JitStep
 from purestep.jit.warmup import WarmedUp
 from purestep.step import Step
 from purestep.step_protocol import AnyStep, WrappedStep, facts_of
-from purestep.workers.power import PowerStep
-from purestep.workers.step import LocalStep
+from purestep.workers.base import StepOfWorkers
 
 
 @checked(ConfigError)
@@ -126,7 +125,7 @@ def jit(
                 instead='ps.wrap_step(ps.jit(step, donate=True, unjittable="eager"), function)',
             )
         )
-    if isinstance(function, (LocalStep, PowerStep)):
+    if isinstance(function, StepOfWorkers):
         raise ConfigError(
             explain(
                 "a step of workers does not go into one graph",

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from purestep import random
 from purestep.sharding.local_batches import local_batch, microbatch_sizes, piece
 from purestep.state import TrainState
 from purestep.workers.average import team
-from purestep.workers.state import WorkerPlan
-
-
-class Workers(Protocol):
-    """What is asked of a step of workers here."""
-
-    @property
-    def workers(self) -> int:
-        """Number of workers."""
-
-    @property
-    def microbatch_count(self) -> int:
-        """Number of microbatches of a batch: those of each worker."""
-
-    @property
-    def plan(self) -> WorkerPlan | None:
-        """The ranks that hold the workers."""
-
-    @property
-    def pieces(self) -> int | None:
-        """Into how many microbatches a batch is sliced, where it holds those of the first workers only."""
+from purestep.workers.base import StepOfWorkers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +40,7 @@ class _All:
         return tuple(range(count))
 
 
-def cut_for(step: Workers, batch: Any) -> Cut:
+def cut_for(step: StepOfWorkers, batch: Any) -> Cut:
     """Cut a global batch, or this rank's LocalBatch, into the shares of the workers of this rank."""
     each, parts = step.microbatch_count // step.workers, step.pieces or step.microbatch_count
     local = local_batch(batch, _All() if step.plan is None else step.plan, parts)

@@ -26,9 +26,10 @@ from purestep.sharding import placement, presets
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState
 from purestep.step import Step
-from purestep.step_protocol import AnyStep, StepFacts, StepFn, following, name_of
+from purestep.step_protocol import StepFacts, following, name_of
 from purestep.treesum import TreeSum
 from purestep.workers.average import Team, check_workers, team, total_over
+from purestep.workers.base import StepOfWorkers
 from purestep.workers.batches import Cut, cut_for, with_key_of
 from purestep.workers.state import PowerState, WorkerPlan, steps_of
 
@@ -36,24 +37,17 @@ _LEAST_GAIN = 2  # a matrix is compressed if it has so many times more elements 
 
 
 @dataclasses.dataclass(frozen=True)
-class PowerStep(AnyStep):
+class PowerStep(StepOfWorkers):
     """A step whose workers exchange compressed gradients. Made by `power_sgd`; call it as `step(state, batch)`.
 
     Attributes:
-        step: what computes gradients and applies them.
-        workers: their number.
+        step, workers, plan, pieces: as of `StepOfWorkers`; the step computes gradients and applies them.
         rank: columns of the factors.
         start: steps before the first whose gradients are compressed.
-        plan: the ranks that hold the workers; None in a dry run and in a replay, where this process holds all.
-        pieces: into how many microbatches a batch is sliced, where a dry run is given the samples of one rank.
     """
 
-    step: Step
-    workers: int
     rank: int
     start: int = 0
-    plan: WorkerPlan | None = None
-    pieces: int | None = dataclasses.field(default=None, repr=False)
 
     def begin(self, state: TrainState) -> PowerState:
         """Return the state of a run that begins with a train state, placed by the plan; workers have sent everything.
@@ -160,47 +154,12 @@ class PowerStep(AnyStep):
                     instead="state = step.begin(state.train)",
                 )
             )
-        here, mine = int(placement.part_of(errors).shape[0]), len(team(self.plan, self.workers).mine)
-        if here != mine:
-            raise ConfigError(
-                explain(
-                    "the state is not placed by the plan of the step",
-                    where=f"the errors of {here} workers are on this rank, the plan says {mine}",
-                    instead="state = step.plan.place(state)",
-                )
-            )
-
-    @property
-    def microbatch_count(self) -> int:
-        """Number of microbatches of a batch: those of each worker."""
-        return self.workers * self.step.microbatch_count
+        self.check_here(int(placement.part_of(errors).shape[0]), "the errors of ")
 
     @property
     def facts(self) -> StepFacts:
         """What is known of it; its tx is that of the train state in its state."""
         return StepFacts(self.step.loss_fn, None, self.microbatch_count, self.step.policy, self.plan)
-
-    def bare(self, microbatches: int | None = None) -> PowerStep:
-        """Return it without a plan; with `microbatches` those of the first workers, which have all the samples."""
-        return dataclasses.replace(self, plan=None, pieces=microbatches)
-
-    def with_microbatches(self, count: int) -> PowerStep:
-        if count % self.workers:
-            raise ConfigError(
-                explain(
-                    "the microbatches of a batch are shared equally by the workers",
-                    where=f"{count} microbatches, {self.workers} workers",
-                    instead=f"microbatches={-(-count // self.workers) * self.workers}",
-                )
-            )
-        return dataclasses.replace(self, step=self.step.with_microbatches(count // self.workers))
-
-    def under(self, plan: Plan) -> StepFn:
-        return self
-
-    @property
-    def __name__(self) -> str:
-        return f"{self.workers} workers of {name_of(self.step)}"
 
     def identity(self) -> dict[str, Any]:
         """Return what a snapshot of a run records of it: not where it runs."""
@@ -322,4 +281,4 @@ def power_sgd(step: Step, *, workers: Count, rank: Count = 1, start: Whole = 0, 
                 instead="ps.power_sgd(ps.make_step(loss_fn, tx), workers=4, rank=2, plan=ps.sharding.ddp())",
             )
         )
-    return PowerStep(step, workers, rank, start, WorkerPlan.of(presets.ddp() if plan is None else plan))
+    return PowerStep(step, workers, rank, start, plan=WorkerPlan.of(presets.ddp() if plan is None else plan))

@@ -25,35 +25,29 @@ from purestep.sharding import placement, presets
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState
 from purestep.step import Step
-from purestep.step_protocol import AnyStep, StepFacts, StepFn, bare, facts_of, following, name_of, resliced
+from purestep.step_protocol import StepFacts, facts_of, following, name_of
 from purestep.workers.average import averaged, check_workers, merged, team
+from purestep.workers.base import StepOfWorkers
 from purestep.workers.batches import cut_for, with_key_of
 from purestep.workers.state import LocalState, WorkerPlan, one_of, repeated, steps_of, together
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalStep(AnyStep):
+class LocalStep(StepOfWorkers):
     """A step of workers that train apart. Made by `local_sgd` or `diloco`; call it as `step(state, batch)`.
 
     Attributes:
-        step: that of one worker.
-        workers: their number.
+        step, workers, plan, pieces: as of `StepOfWorkers`; the step is that of one worker.
         every: steps of a round, at whose end they are averaged.
         start: steps that they take together before the first round.
         outer: what updates the params at the end of a round; None for their mean.
         average_optimizer: whether the state of their optimizers is averaged, too.
-        plan: the ranks that hold the workers; None in a dry run and in a replay, where this process holds all.
-        pieces: into how many microbatches a batch is sliced, where a dry run is given the samples of one rank.
     """
 
-    step: StepFn
-    workers: int
     every: int
     start: int = 0
     outer: GradientTransformation | None = None
     average_optimizer: bool = False
-    plan: WorkerPlan | None = None
-    pieces: int | None = dataclasses.field(default=None, repr=False)
 
     def begin(self, state: TrainState) -> LocalState:
         """Return the state of a run: every worker begins with the given train state, placed by the plan.
@@ -148,50 +142,14 @@ class LocalStep(AnyStep):
                 )
             )
         view = placement.local(state)
-        mine = len(team(self.plan, self.workers).mine)
-        if _here(view) != mine:
-            raise ConfigError(
-                explain(
-                    "the state is not placed by the plan of the step",
-                    where=f"{_here(view)} workers are on this rank, the plan says {mine}",
-                    instead="state = step.plan.place(state)",
-                )
-            )
+        self.check_here(_here(view), "")
         return view
-
-    @property
-    def microbatch_count(self) -> int:
-        """Number of microbatches of a batch: those of each worker."""
-        count = facts_of(self.step).microbatches
-        return self.workers * (count if isinstance(count, int) else 1)
 
     @property
     def facts(self) -> StepFacts:
         """What is known of it; the tx and the gradients are those of one worker, so they are not those of its state."""
         of_one = facts_of(self.step)
         return StepFacts(of_one.loss_fn, None, self.microbatch_count, of_one.policy, self.plan, backend=of_one.backend)
-
-    def bare(self, microbatches: int | None = None) -> LocalStep:
-        """Return it without a plan; with `microbatches` those of the first workers, which have all the samples."""
-        return dataclasses.replace(self, step=bare(self.step), plan=None, pieces=microbatches)
-
-    def with_microbatches(self, count: int) -> LocalStep:
-        if count % self.workers:
-            raise ConfigError(
-                explain(
-                    "the microbatches of a batch are shared equally by the workers",
-                    where=f"{count} microbatches, {self.workers} workers",
-                    instead=f"microbatches={-(-count // self.workers) * self.workers}",
-                )
-            )
-        return dataclasses.replace(self, step=resliced(self.step, count // self.workers))
-
-    def under(self, plan: Plan) -> StepFn:
-        return self
-
-    @property
-    def __name__(self) -> str:
-        return f"{self.workers} workers of {name_of(self.step)}"
 
     def identity(self) -> dict[str, Any]:
         """Return what a snapshot of a run records of it: not where it runs."""
