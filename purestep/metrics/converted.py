@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import enum
-import hashlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +23,10 @@ from purestep import transforms, tree
 from purestep.arguments import checked
 from purestep.closures import free_variables, named_globals
 from purestep.errors import MetricError, explain
-from purestep.metrics import _torch
+from purestep.metrics import _torch, converted_settings, converted_states
 from purestep.metrics.metric import Growing, extreme, written
 from purestep.tree import pytree, static
 from purestep.views import Block, Note, Printed
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric as Theirs
 
 # What the words of `_torch.reduction` say of two states. Those that are kept whole have a first dim that grows.
 _MERGE: dict[str, Callable[[Any, Any], Any]] = {
@@ -110,7 +105,7 @@ class TorchmetricsState(Growing, Printed):
         for name, kind in self.kinds:
             values = [state.states[name] for state in every]
             if kind in _KEPT:
-                states[name] = _kept(values, kind)
+                states[name] = converted_states.kept(values, kind)
             else:
                 total = values[0]
                 for value in values[1:]:
@@ -163,14 +158,16 @@ class TorchmetricsFunction:
         self._idle: dict[str, list[nn.Module]] = {}  # copies to work on, by device
         self._looked = False
         self._constants = {
-            name: (x.tolist(), x.dtype) for name, x in _constants(metric) if x.numel() <= _LONGEST and not x.is_meta
+            name: (x.tolist(), x.dtype)
+            for name, x in converted_states.constants(metric)
+            if x.numel() <= _LONGEST and not x.is_meta
         }
         self.kinds = tuple(
             (f"{path}{state}", _torch.reduction(part, state))
-            for path, part in _parts(metric)
+            for path, part in converted_states.parts(metric)
             for state in sorted(_torch.defaults(part))
         )
-        self.source = f"{tree.stable_name(type(metric))}#{_digest(metric, pick)}"
+        self.source = f"{tree.stable_name(type(metric))}#{converted_settings.digest(metric, pick)}"
 
     def __repr__(self) -> str:
         return f"from_torchmetrics({self._template!r})"
@@ -182,19 +179,19 @@ class TorchmetricsFunction:
         device = tensors[0].device if tensors else torch.device("cpu")
         traced = transforms.active() or torch_names.dispatch_modes() > 0 or any(map(_has_no_values, tensors))
         with self._worker(device, traced) as worker, transforms.unrecorded():
-            before = None if self._looked or traced else _attributes(worker)
+            before = None if self._looked or traced else converted_settings.attributes(worker)
             with _Traceable() if traced else contextlib.nullcontext():
                 self._reset(worker, device, traced)
                 # The method of the class: that of the instance is wrapped, counts calls and may move lists to the CPU.
                 type(worker).update(worker, *args, **kwargs)  # type: ignore[attr-defined]
             if before is not None:
-                _check_attributes(self._template, before, _attributes(worker))
+                converted_settings.check_attributes(self._template, before, converted_settings.attributes(worker))
                 self._looked = True
             # A tensor, because a number would be no output of a vmapped step.
             updates = torch.ones((), dtype=torch.int64, device=device)
             states = {
-                f"{path}{state}": _taken(getattr(part, state), kinds, f"{type(part).__name__}.{state}")
-                for path, part in _parts(worker)
+                f"{path}{state}": converted_states.taken(getattr(part, state), kinds, f"{type(part).__name__}.{state}")
+                for path, part in converted_states.parts(worker)
                 for state in sorted(_torch.defaults(part))
                 for kinds in [_torch.reduction(part, state)]
             }
@@ -205,15 +202,17 @@ class TorchmetricsFunction:
         tensors = [x for x in tree.leaves(state.states) if isinstance(x, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
         with self._worker(device, False) as worker, torch.no_grad():
-            for path, part in _parts(worker):
+            for path, part in converted_states.parts(worker):
                 for name, default in _torch.defaults(part).items():
-                    setattr(part, name, _given(part, name, state.states[f"{path}{name}"], default, device))
+                    setattr(
+                        part, name, converted_states.loaded(part, name, state.states[f"{path}{name}"], default, device)
+                    )
                 _torch.begin(part, int(state.updates))
             return worker.compute()  # type: ignore[operator]
 
     def compute(self, state: TorchmetricsState) -> Any:
         value = self.value(state)
-        return _numbers(value if self._pick is None else self._pick(value), self.source)
+        return converted_states.numbers(value if self._pick is None else self._pick(value), self.source)
 
     @contextlib.contextmanager
     def _worker(self, device: torch.device, traced: bool) -> Iterator[nn.Module]:
@@ -234,7 +233,7 @@ class TorchmetricsFunction:
 
     def _reset(self, worker: nn.Module, device: torch.device, traced: bool) -> None:
         """Put every state to its beginning. In a trace its constants are made anew: those from outside are refused."""
-        for path, part in _parts(worker):
+        for path, part in converted_states.parts(worker):
             for name, default in _torch.defaults(part).items():
                 if isinstance(default, Tensor):
                     setattr(part, name, self._constant(f"{path}{name}", default, device, traced))
@@ -242,7 +241,7 @@ class TorchmetricsFunction:
                     setattr(part, name, [])
             _torch.begin(part, 1)
         if traced:
-            for path, part in _parts(worker):
+            for path, part in converted_states.parts(worker):
                 for name, buffer in part.named_buffers(recurse=False):
                     setattr(part, name, self._constant(f"{path}{name}", buffer, device, traced))
 
@@ -387,103 +386,6 @@ def refuse_captured(function: Callable[..., Any]) -> None:
             )
 
 
-# --- states -----------------------------------------------------------------------------------------------------------
-
-
-def _parts(root: nn.Module) -> list[tuple[str, Theirs]]:
-    """The metrics inside of a metric, itself included, with the prefix of their states."""
-    from torchmetrics import Metric
-
-    found = [(f"{path}." if path else "", part) for path, part in root.named_modules() if isinstance(part, Metric)]
-    return sorted(found, key=lambda pair: pair[0])
-
-
-def _constants(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, part in _parts(root):
-        for name, default in _torch.defaults(part).items():
-            if isinstance(default, Tensor):
-                yield f"{path}{name}", default
-        for name, buffer in part.named_buffers(recurse=False):
-            yield f"{path}{name}", buffer
-
-
-def _taken(value: Any, kind: str, what: str) -> Any:
-    """A state after one update, as it merges; nothing of it shares memory with the batch."""
-    if kind in ("cat", "list") and isinstance(value, (list, tuple)):
-        odd = next((x for x in value if not isinstance(x, Tensor)), None)
-        if odd is not None:
-            raise MetricError(
-                explain(
-                    f"{what} keeps {type(odd).__name__} in its state, which is no tensor",
-                    why="states are tensors: they go to other ranks and into snapshots",
-                    instead="compute it after the run, from ps.predict(..., to=directory)",
-                )
-            )
-        if kind == "list":
-            return tuple(x.clone() for x in value)
-        return torch.cat([x.unsqueeze(0) if x.ndim == 0 else x for x in value]) if value else None
-    if kind == "stack":
-        return value.unsqueeze(0)
-    return value
-
-
-def _kept(values: Sequence[Any], kind: str) -> Any:
-    if kind == "list":
-        return tuple(x for value in values for x in value)
-    present = [value for value in values if value is not None]  # a batch without a sample that counts leaves None
-    if len({value.shape[1:] for value in present}) > 1:
-        raise MetricError(
-            explain(
-                "the states that torchmetrics keeps of two batches differ in their dims",
-                where=", ".join(sorted({tree.describe(value) for value in present})),
-                why="some of its metrics drop a dim of a batch of one sample, or of one label",
-                instead="batches of at least two samples: drop_last=True, or another batch size",
-            )
-        )
-    return torch.cat(present) if present else None
-
-
-def _given(part: Theirs, name: str, value: Any, default: Any, device: torch.device) -> Any:
-    """A state as the metric computes with it."""
-    kind = _torch.reduction(part, name)
-    if kind == "list":
-        return [x if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in value]
-    if kind == "cat" and isinstance(default, list):
-        return [] if value is None else [value]
-    if kind == "stack":
-        return value[0] if value.shape[0] == 1 else _torch.reduce(part, name, value)
-    if isinstance(value, Tensor):
-        return value
-    # A count that began as an integer may have become a floating-point sum.
-    whole = isinstance(value, int) or default.is_floating_point()
-    return torch.tensor(value, dtype=default.dtype if whole else torch.get_default_dtype(), device=device)
-
-
-def _numbers(value: Any, source: str) -> Any:
-    """The value of a metric for a row of the log: a number, or a flat dict of numbers."""
-    if isinstance(value, Mapping):
-        row: dict[str, Any] = {}
-        for key, inner in value.items():
-            found = _numbers(inner, source)
-            row |= {f"{key}/{name}": x for name, x in found.items()} if isinstance(found, dict) else {str(key): found}
-        return row
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.reshape(())
-    if isinstance(value, Tensor) and value.ndim == 1:
-        return {str(i): x for i, x in enumerate(value.unbind())}
-    if isinstance(value, (int, float)):
-        return value
-    shown = tree.describe(value) if isinstance(value, Tensor) else type(value).__name__
-    raise MetricError(
-        explain(
-            "the value of this metric is no number and no dict of numbers",
-            where=f"{source.partition('#')[0]}: {shown}",
-            why="a row of the log holds numbers; `value()` of the merged metric returns all of it",
-            instead="ps.metrics.from_torchmetrics(metric, pick=lambda value: {...})   # what of it goes to the log",
-        )
-    )
-
-
 # --- tracing ----------------------------------------------------------------------------------------------------------
 
 
@@ -503,56 +405,3 @@ class _Traceable(TorchFunctionMode):
                 bins = torch.zeros(bound["minlength"], dtype=torch.int64, device=x.device)
                 return bins.scatter_add(0, x, torch.ones_like(x))
         return func(*args, **kwargs)
-
-
-# --- what a metric is, and whether it keeps something besides states --------------------------------------------------
-
-
-def _attributes(root: nn.Module) -> dict[str, Any]:
-    """What a metric holds besides its states, by path."""
-    found = {}
-    for path, part in _parts(root):
-        states = set(_torch.defaults(part))
-        for name, value in vars(part).items():
-            if name not in states and name not in _torch.PASSING:
-                found[f"{path}{name}"] = _plain(value)
-    return found
-
-
-def _check_attributes(metric: nn.Module, before: dict[str, Any], after: dict[str, Any]) -> None:
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed:
-        raise MetricError(
-            explain(
-                f"{type(metric).__name__} keeps something of a batch outside of its states",
-                where=", ".join(changed),
-                why="what is no state is not merged over batches and ranks, and is in no snapshot",
-                instead="declare it with add_state in the metric's __init__",
-            )
-        )
-
-
-def _digest(metric: nn.Module, pick: Callable[[Any], Any] | None) -> str:
-    """A digest of the settings of a metric, the same in every process."""
-    facts = [(path, type(part).__qualname__) for path, part in _parts(metric)]
-    text = repr((facts, sorted(_attributes(metric).items()), _plain(pick)))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _plain(value: Any) -> Any:
-    """A value as text that is equal for equal settings; what is changed in place is seen by it, too."""
-    if isinstance(value, Tensor):
-        return ("tensor", str(value.dtype), tree.digest(value) if not value.is_meta else tuple(value.shape))
-    if isinstance(value, Mapping):
-        return sorted(((str(k), _plain(v)) for k, v in value.items()), key=lambda pair: pair[0])
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(str(_plain(v)) for v in value)
-    if isinstance(value, enum.Enum):
-        return (type(value).__qualname__, value.name)
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
-        return value
-    if callable(value) and not isinstance(value, nn.Module):
-        return tree.stable_name(value)
-    return type(value).__qualname__

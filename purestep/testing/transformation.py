@@ -1,14 +1,12 @@
 """`check_transformation`: the proof that a gradient transformation keeps the protocol and declares the right scope.
 
-No run shows a wrong scope: slices and shards are then updated wrongly without an error. Threads that exchange through a
-barrier simulate ranks, so the proof needs one process and executes the code of a real plan.
+No run shows a wrong scope: slices and shards are then updated wrongly without an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -22,8 +20,7 @@ from purestep.optim.base import GradientTransformation
 from purestep.optim.base import check_transformation as check_kind
 from purestep.optim.kernels import sliced
 from purestep.optim.scope import Scope, ShardAware, fused_on_shards, inside, scope_of
-from purestep.sharding import ddp, exact_norm, full_tensors
-from purestep.sharding.leaf_roles import follow
+from purestep.testing.simulated_ranks import ROOTS, Shards, Update, on_ranks
 
 # A leaf of each number of dimensions, with sizes that are no multiples of 2 or 3 ranks or of a vector register.
 _SHAPES: dict[str, tuple[int, ...]] = {"matrix": (19, 7), "vector": (37,), "kernel": (5, 3, 4), "scalar": ()}
@@ -34,22 +31,6 @@ _WHY = {
     "tensor": "each tensor may be updated without the others, and must get the bits that it has among them",
     "tree": "the update has to know that tensors are shards, and ask all ranks for what it needs of the rest",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """The inputs of one update, and its results on full tensors."""
-
-    number: int
-    grads: Any
-    state: Any
-    params: Any
-    extra: dict[str, Any]
-    updates: Any
-    following: Any
-
-    def __str__(self) -> str:
-        return f"update {self.number}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +139,7 @@ def _is_number(p: object) -> bool:
     return isinstance(p, Tensor) and p.is_floating_point()
 
 
-def _failed(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> tuple[Scope, str, str] | None:
+def _failed(tx: GradientTransformation, done: list[Update], near: _Tolerance) -> tuple[Scope, str, str] | None:
     """Return the scope that fails, where, and what to write instead; None if the declared scope holds."""
     claim = scope_of(tx)
     if claim == "element" and (found := _first(_sliced(tx, done, near))):
@@ -183,7 +164,7 @@ def _first(found: Iterator[str]) -> str | None:
 
 def _straight(
     tx: GradientTransformation, params: object, seed: int, steps: int, value_fn: Callable[[Any], Any] | None
-) -> list[_Step]:
+) -> list[Update]:
     """Return the updates on full tensors, each checked against the protocol."""
     state = tx.init(params)
     _check_alias(tx, state, params)
@@ -202,7 +183,7 @@ def _straight(
 
 def _protocol(
     tx: GradientTransformation, number: int, grads: object, state: object, params: object, extra: dict[str, Any]
-) -> _Step:
+) -> Update:
     """Update twice, and check the rules that every step relies on."""
     kept = tree.map(_copy, (grads, state, params))
     updates, following = tx.update(grads, state, params, **extra)
@@ -232,7 +213,7 @@ def _protocol(
             "an update is a function of what it is given, or no run can be repeated",
             "randomness from a key in the state: ps.random.fold_in(state.rng, step)",
         )
-    return _Step(number, grads, state, params, extra, updates, following)
+    return Update(number, grads, state, params, extra, updates, following)
 
 
 def _check_kept(what: str, old: object, new: object, root: str, *, dtypes: bool = True) -> None:
@@ -274,7 +255,7 @@ def _broken(what: str, where: str, why: str | None = None, instead: str | None =
 # --- the update of parts ----------------------------------------------------------------------------------------------
 
 
-def _sliced(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> Iterator[str]:
+def _sliced(tx: GradientTransformation, done: list[Update], near: _Tolerance) -> Iterator[str]:
     """Yield the differences of updates slice by slice, as `kernels.sliced` makes them for long tensors."""
     for step in done:
         if type(step.params) is not dict:
@@ -292,7 +273,7 @@ def _sliced(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> 
                 yield from _differences(how, ("params", "state"), expected, found, near)
 
 
-def _one_by_one(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> Iterator[str]:
+def _one_by_one(tx: GradientTransformation, done: list[Update], near: _Tolerance) -> Iterator[str]:
     """Yield the differences of updates of one tensor at a time, from `init` on."""
     structure = tree.structure(done[0].params)
     for at, name in enumerate(tree.names(done[0].params)):
@@ -313,18 +294,18 @@ def _one_by_one(tx: GradientTransformation, done: list[_Step], near: _Tolerance)
             yield from _differences(how, ("updates",), (expected,), (updates,), near)
 
 
-def _sharded(tx: GradientTransformation, done: list[_Step], near: _Tolerance) -> Iterator[str]:
+def _sharded(tx: GradientTransformation, done: list[Update], near: _Tolerance) -> Iterator[str]:
     """Yield the differences of updates on the shards of simulated ranks from those of one rank under the same plan."""
     for step in done:
         try:
-            alone = _on_ranks(tx, step, 1, 0)[0]
+            alone = on_ranks(tx, step, 1, 0)[0]
             for size, dim in _RANKS:
                 how = f"on the shards of {size} ranks{'' if dim == 0 else ' along the last dimension'}, {step}"
-                ranks = _on_ranks(tx, step, size, dim)
-                shards = _Shards(step, size, dim)
+                ranks = on_ranks(tx, step, size, dim)
+                shards = Shards(step, size, dim)
                 for rank, result in enumerate(ranks):
                     expected = shards.of(alone, rank)
-                    yield from _differences(f"{how}, rank {rank}", _ROOTS, expected, result, near)
+                    yield from _differences(f"{how}, rank {rank}", ROOTS, expected, result, near)
         except Exception as error:  # a user's formula may raise anything on a shard
             yield f"on the shards of simulated ranks, {step}: {type(error).__name__}: {error}"
             return
@@ -354,148 +335,6 @@ def _apart(a: Tensor, b: Tensor, near: _Tolerance) -> Tensor:
         return ~torch.isclose(a, b, rtol=near.rtol, atol=near.atol, equal_nan=True)
     raw = [x.detach().contiguous().reshape(-1, 1).view(torch.uint8) for x in (a, b)]
     return (raw[0] != raw[1]).any(dim=1).reshape(a.shape)
-
-
-# --- simulated ranks --------------------------------------------------------------------------------------------------
-
-_ROOTS = ("updates", "state", "params")
-
-
-class _Shards:
-    """The shards of the leaves of a step: consecutive rows for each rank; the last ranks may hold none."""
-
-    def __init__(self, step: _Step, size: int, dim: int) -> None:
-        self.size, self.dim = size, dim
-        self.shapes = {
-            n: tuple(p.shape) for n, p in zip(tree.names(step.params), tree.leaves(step.params), strict=True)
-        }
-        # The parameter of each leaf of the optimizer state, which determines its placement under a real plan.
-        roles = follow({"opt_state": step.state, "params": step.params})
-        self.followed = [leaf.name is not None for leaf in roles if leaf.kind != "params"]
-
-    def of(self, result: Sequence[Any], rank: int) -> tuple[Any, Any, Any]:
-        """Return the shards of a rank of `(updates or gradients, state, params)`."""
-        updates, state, params = result
-        leaves, structure = tree.flatten(state)
-        held = [self.cut(x, rank) if own else x for x, own in zip(leaves, self.followed, strict=True)]
-        cut = lambda x: self.cut(x, rank)  # noqa: E731
-        return tree.map(cut, updates), tree.unflatten(structure, held), tree.map(cut, params)
-
-    def cut(self, leaf: Tensor, rank: int) -> Tensor:
-        """Return a copy of the shard of a rank."""
-        if leaf.dim() == 0 or self.size == 1:
-            return leaf
-        start, length = self.rows(tuple(leaf.shape), rank)
-        return leaf.narrow(self.dim, start, length).clone(memory_format=torch.contiguous_format)
-
-    def rows(self, shape: tuple[int, ...], rank: int) -> tuple[int, int]:
-        """Return the start of the shard of a rank along the dimension, and its length."""
-        count = shape[self.dim]
-        most = -(-count // self.size)
-        start = min(rank * most, count)
-        return start, min(most, count - start)
-
-    def shape(self, full: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """Return the shape of the shard of a rank."""
-        local = list(full)
-        local[self.dim] = self.rows(full, rank)[1]
-        return tuple(local)
-
-
-class _Exchange:
-    """An all-gather between simulated ranks, which are threads."""
-
-    def __init__(self, size: int) -> None:
-        self.sent: list[tuple[str, Any]] = [("", None)] * size
-        self.barrier = threading.Barrier(size, timeout=120)
-
-    def __call__(self, rank: int, what: str, value: object = None) -> list[Any]:
-        self.sent[rank] = what, value
-        self.barrier.wait()
-        sent = list(self.sent)
-        self.barrier.wait()
-        if len({message for message, _ in sent}) > 1:
-            raise RuntimeError(f"the ranks ask for different things: {', '.join(message for message, _ in sent)}")
-        return [value for _, value in sent]
-
-
-class _Rank(full_tensors.Whole):
-    """The exchange of an update on one simulated rank with the others, as `Whole` is on real ranks."""
-
-    def __init__(self, shards: _Shards, rank: int, exchange: _Exchange, given: Sequence[Any]) -> None:
-        super().__init__(ddp(), {})
-        self.shards, self.rank, self.exchange = shards, rank, exchange
-        self.__dict__["split"] = shards.size > 1
-        own = [*([True] * len(tree.leaves(given[0]))), *shards.followed, *([True] * len(tree.leaves(given[2])))]
-        self.held = {id(x) for x, yes in zip(tree.leaves(tuple(given)), own, strict=True) if yes and x.dim()}
-
-    def reduce(self, values: Tensor, op: str) -> Tensor:
-        stacked = torch.stack(self.exchange(self.rank, f"a {op}", values))
-        return stacked.sum(0) if op == "sum" else stacked.amax(0) if op == "max" else stacked.amin(0)
-
-    def squares(self, values: Sequence[Tensor], structure: Any) -> Tensor:
-        counts, mine = [], []
-        for name, value in zip(self.names(structure), values, strict=True):
-            full = self.shards.shapes[name]
-            counts.append(torch.Size(full).numel())
-            mine.append(self._is_shard(name, value) or self.rank == 0)
-        return exact_norm.squares(values, counts, mine, self.reduce)
-
-    def gathered(self, values: object) -> Any:
-        leaves, structure = tree.flatten(values)
-        full = [
-            torch.cat(self.exchange(self.rank, f"the full {name}", x), self.shards.dim)
-            if self._is_shard(name, x)
-            else x
-            for name, x in zip(self.names(structure), leaves, strict=True)
-        ]
-        return tree.unflatten(structure, full)
-
-    def parted(self, values: object, like: object) -> Any:
-        leaves, structure = tree.flatten(values)
-        old, known = tree.flatten(like)
-        if structure != known:
-            return values
-        parts = [
-            self.shards.cut(x, self.rank) if self._is_shard(name, y) else x
-            for name, x, y in zip(self.names(known), leaves, old, strict=True)
-        ]
-        return tree.unflatten(structure, parts)
-
-    def _is_shard(self, name: str, value: object) -> bool:
-        if not self.split or not isinstance(value, Tensor):
-            return False
-        full = self.shards.shapes.get(name)
-        return id(value) in self.held or bool(full and self.shards.shape(full, self.rank) == tuple(value.shape))
-
-
-def _on_ranks(tx: GradientTransformation, step: _Step, size: int, dim: int) -> list[tuple[Any, Any, Any]]:
-    """Return `(updates, state, params)` after an update for each simulated rank."""
-    shards, exchange = _Shards(step, size, dim), _Exchange(size)
-    results: list[Any] = [None] * size
-    failed: list[Exception] = []
-
-    def run(rank: int) -> None:
-        try:
-            grads, state, params = shards.of((step.grads, step.state, step.params), rank)
-            with full_tensors.updating(_Rank(shards, rank, exchange, (grads, state, params))):
-                updates, following = tx.update(grads, state, params, **step.extra)
-                results[rank] = updates, following, tx.apply(params, updates, following)
-            exchange(rank, "nothing more")
-        except threading.BrokenBarrierError:
-            pass  # another rank failed, and its error is raised
-        except Exception as error:
-            failed.append(error)
-            exchange.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-    return results
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from purestep.optim import _torch as kernels
 from purestep.optim.base import Wrapper
 from purestep.optim.kernels import sliced
 from purestep.optim.scope import fused_on_shards, inside, only_shards, scope_of
-from purestep.testing import transformation
+from purestep.testing import simulated_ranks
 
 JOB = Path(__file__).with_name("own_job.py")
 
@@ -159,10 +159,10 @@ def seen_on_ranks(scope: str, keep: Any) -> tuple[list[Any], Any]:
     tx = optim.transformation(type("Norms", (Norms,), {"scope": scope}))()
     grads = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     params = tree.map(torch.zeros_like, grads)
-    step = transformation._Step(1, grads, tx.init(params), params, {}, None, None)
-    one, other = transformation._on_ranks(tx, step, 2, 0)
+    step = simulated_ranks.Update(1, grads, tx.init(params), params, {}, None, None)
+    one, other = simulated_ranks.on_ranks(tx, step, 2, 0)
     expected = tx.update(grads, tx.init(params), params)
-    shards = transformation._Shards(step, 2, 0)
+    shards = simulated_ranks.Shards(step, 2, 0)
     for rank, result in enumerate((one, other)):
         full = shards.of((*expected, params), rank)
         assert not (found := tree.diff(result[:2], full[:2])), f"\n{found}"
