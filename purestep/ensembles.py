@@ -110,7 +110,7 @@ class Ensemble(AnyStep):
     @property
     def facts(self) -> StepFacts:
         """Those of the step, which is not compiled inside of the map; its tx and gradients are those of one member."""
-        return dataclasses.replace(facts_of(self.step), tx=None, gradients=None, backend=None)
+        return dataclasses.replace(facts_of(self.step), tx=None, gradients=None, backend=None, warmup=0, ready=None)
 
     def bare(self, microbatches: int | None = None) -> StepFn:
         return Ensemble(bare(self.step, microbatches), self.own_batches)

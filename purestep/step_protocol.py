@@ -57,7 +57,9 @@ class StepFacts:
         donate: whether it consumes the state that it is called with.
         backend: what compiled it, None where nothing did.
         seat: where it is computed together with the steps of other runs, its place among them.
-        warmup: steps of a state that it runs uncompiled, before the first compiled one.
+        warmup: steps of a state that it runs uncompiled, before the first compiled one; "eager": a run decides.
+        ready: of a step whose run is to decide: returns the counter of the state from which on it may run compiled,
+            None while it is still being compiled.
         evaluates: whether it returns metrics only, as a step of `make_eval` does.
         gradients: `gradients(state, batch)` returns those of a batch without an update; collective under a plan.
     """
@@ -70,7 +72,8 @@ class StepFacts:
     donate: bool = False
     backend: str | None = None
     seat: Seat | None = None
-    warmup: int = 0
+    warmup: int | Literal["eager"] = 0
+    ready: Callable[[], int | None] | None = None
     evaluates: bool = False
     gradients: Callable[[TrainState, Any], Gradients] | None = None
 
@@ -102,6 +105,15 @@ class AnyStep(abc.ABC):
         Raises:
             ConfigError: it has no microbatches.
         """
+
+    def with_warmup(self, warmup: int | None) -> AnyStep:
+        """Return a step of `warmup="eager"` as a run calls it; any other as it is.
+
+        Args:
+            warmup: counter of the state from which on it runs compiled; None while the run has not decided. Then it
+                runs uncompiled, other processes compile from its first call on, and `facts.ready` is there.
+        """
+        return self
 
     @abc.abstractmethod
     def under(self, plan: Plan) -> StepFn:
@@ -147,6 +159,11 @@ def resliced(step: StepFn, count: int) -> AnyStep:
     if isinstance(step, AnyStep):
         return step.with_microbatches(count)
     raise no_microbatches(step)
+
+
+def warmed_up(step: StepFn, warmup: int | None) -> StepFn:
+    """Return any step as a run calls it, see `AnyStep.with_warmup`."""
+    return step.with_warmup(warmup) if isinstance(step, AnyStep) else step
 
 
 def no_microbatches(step: object) -> ConfigError:
@@ -207,6 +224,9 @@ class WrappedStep(AnyStep):
 
     def with_microbatches(self, count: int) -> AnyStep:
         return WrappedStep(resliced(self.step, count), self.function)
+
+    def with_warmup(self, warmup: int | None) -> AnyStep:
+        return WrappedStep(warmed_up(self.step, warmup), self.function)
 
     def under(self, plan: Plan) -> StepFn:
         return WrappedStep(self.step.under(plan), self.function) if isinstance(self.step, AnyStep) else self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from purestep.arguments import Whole, checked
 from purestep.errors import ConfigError, explain
@@ -26,7 +26,7 @@ def jit(
     static: int | str | Sequence[int | str] = (),
     mode: Mode | None = None,
     unjittable: Unjittable = "error",
-    warmup: Whole = 0,
+    warmup: Whole | Literal["eager"] = 0,
 ) -> Any:
     """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
 
@@ -57,6 +57,8 @@ def jit(
         warmup: train uncompiled until the state's counter `step` has this value, while another process compiles, and
             then switch, after waiting for it if it is not done. The switch depends on the counter alone, so a resumed
             or replayed run has the same bits, and snapshots record it. Only a step, of a train state, may have one.
+            "eager": a run switches at the first batch at which the other process is done, and records the counter, so
+            that from then on it is a run with that number. Called outside of a run, it stays uncompiled.
 
     Returns:
         An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),

@@ -6,6 +6,7 @@ Not a thread: a trace changes settings of the process, such as the use of oneDNN
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -41,22 +42,28 @@ class Elsewhere:
             _work(work)
         self._end = weakref.finalize(self, _kill, self.pid, os.getpid())
 
+    def ended(self) -> bool:
+        """Tell whether the function has returned, or the process has ended otherwise."""
+        if self._end.alive and _ended(self.pid):
+            self._end.detach()
+        return not self._end.alive
+
     def wait(self) -> None:
         """Wait until the function has returned."""
         end = time.monotonic() + _PATIENCE
-        while self._end.alive and not _ended(self.pid):
+        while not self.ended():
             if time.monotonic() > end:
                 log.warning("the process that compiles took more than %.0f s; compiling here", _PATIENCE)
                 self._end()
                 return
             time.sleep(0.01)
-        self._end.detach()
 
 
 def _work(work: Callable[[], object]) -> None:
     """Call the function and end the process, without what the parent has registered for its end."""
     status = 1
     try:
+        _die_with_parent()
         os.setsid()  # an interrupt from the terminal is for the parent
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -68,6 +75,13 @@ def _work(work: Callable[[], object]) -> None:
         status = 0
     finally:
         os._exit(status)
+
+
+def _die_with_parent() -> None:
+    """Have Linux kill this process when the thread that forked it ends: it has copies of the parent's sockets."""
+    kill_me = 1  # PR_SET_PDEATHSIG
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(kill_me, signal.SIGKILL)
 
 
 def _ended(pid: int) -> bool:

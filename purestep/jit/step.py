@@ -8,6 +8,7 @@ computes a microbatch by the same piece, so with the same bits.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class JitStep(AnyStep):
         # Values may be read from the batch only, and the arguments of the update are gradients.
         self.update = Jit(update, donate, backend, (), mode, reads=False)
         self._index: list[Tensor] = []
+        self._compute: Callable[..., Gradients] = self.grads
+        self._apply: Callable[..., tuple[TrainState, Metrics]] = self.update
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the state after one update, and the metrics of the batch."""
@@ -63,7 +66,7 @@ class JitStep(AnyStep):
         batch = following(state, batch)
         if self.step.plan is not None:
             return self._planned(self.step.plan, state, batch)
-        return self.update(state, _changed(state, self._total(state, batch)))
+        return self._apply(state, _changed(state, self._total(state, batch)))
 
     def _planned(self, plan: Plan, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Run both pieces on this rank's microbatches, with all gathers and sums outside of the compiled graphs."""
@@ -89,7 +92,7 @@ class JitStep(AnyStep):
             full = full.replace(
                 params=offload.on_card(plan, view, full.params), buffers=offload.on_card(plan, view, full.buffers)
             )
-            part = _whole(full, self.grads(full, microbatch, indices[index]))
+            part = _whole(full, self._compute(full, microbatch, indices[index]))
             part = dataclasses.replace(part, buffers=offload.at_rest(plan, view, part.buffers))
             return exchange.taken(part, view)
 
@@ -98,7 +101,7 @@ class JitStep(AnyStep):
         compiled = (view is state or only_shards(step.tx)) and not offload.is_away(plan, state)
 
         def update(parts: TrainState, total: Gradients) -> tuple[TrainState, Metrics]:
-            return self.update(parts, _changed(parts, total)) if compiled else step.update(parts, total)
+            return self._apply(parts, _changed(parts, total)) if compiled else step.update(parts, total)
 
         new, metrics = zero.updated(plan, state, view, gradients, update)
         # The compiled update marked the view as consumed; the state, with the same memory, is still to be marked.
@@ -115,7 +118,7 @@ class JitStep(AnyStep):
         for index, (microbatch, size) in enumerate(microbatches):
             part = known.get(size)
             if part is None:
-                part = _whole(state, self.grads(state, microbatch, indices[index]))
+                part = _whole(state, self._compute(state, microbatch, indices[index]))
                 if same:
                     known[size] = part
             total.add(part, index)
@@ -175,6 +178,24 @@ class JitStep(AnyStep):
         """
         self._pieces(state, batch)
         return self
+
+    def uncompiled(self, told: Callable[[Jit, tuple[Any, ...]], None]) -> JitStep:
+        """Return a step of the same two pieces that runs uncompiled and consumes nothing.
+
+        Args:
+            told: called with each piece and its arguments, before it computes.
+        """
+        plain = JitStep(self.step, False, self.backend, self.mode, unjittable=self.unjittable)
+
+        def telling(piece: Jit) -> Callable[..., Any]:
+            def compute(*args: Any) -> Any:
+                told(piece, args)
+                return piece.function(*args)
+
+            return compute
+
+        plain._compute, plain._apply = telling(self.grads), telling(self.update)
+        return plain
 
     def graph(self, state: TrainState, batch: Any) -> str:
         """Return the graphs of both pieces as code."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from purestep.loop.events import StepsDone as StepsDone
     from purestep.loop.events import Stop as Stop
     from purestep.loop.events import Stopped as Stopped
+    from purestep.loop.events import Switched as Switched
     from purestep.loop.events import Ticked as Ticked
     from purestep.loop.events import Train as Train
     from purestep.loop.events import Transform as Transform

@@ -27,10 +27,20 @@ class Alone:
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
         self._start = time.monotonic()
+        self._ready: Callable[[], int | None] | None = None
 
     def begin(self, elapsed: float, batches: int) -> None:
         """Start the clock at so many seconds, and the count of batches."""
         self._start = time.monotonic() - elapsed
+
+    def watch(self, ready: Callable[[], int | None] | None) -> None:
+        """End a chunk of steps once the step is compiled, as `StepFacts.ready` says; None: there is nothing to ask."""
+        self._ready = ready
+
+    @property
+    def switch(self) -> int | None:
+        """The counter from which on all ranks have the step compiled; None before that is known."""
+        return None if self._ready is None else self._ready()
 
     @property
     def unread(self) -> bool:
@@ -51,7 +61,9 @@ class Alone:
 
     def stop(self, deadline: float | None) -> bool:
         """Tell, after a batch, whether the chunk of steps ends here."""
-        return self._signals.unread or (deadline is not None and time.monotonic() - self._start >= deadline)
+        if self._signals.unread or (self._ready is not None and self._ready() is not None):
+            return True
+        return deadline is not None and time.monotonic() - self._start >= deadline
 
     def meet(self, what: str, value: object = None) -> list[Any]:
         """Exchange a value with the other ranks, and with it signals and time."""
@@ -72,10 +84,19 @@ class Together(Alone):
         self._since = 0  # steps since the last exchange
         self._next = 1  # steps from one exchange to the next
         self._batches = 0
+        self._switch: int | None = None
 
     def begin(self, elapsed: float, batches: int) -> None:
         super().begin(elapsed, batches)
         self._elapsed, self._batches = elapsed, batches
+
+    def watch(self, ready: Callable[[], int | None] | None) -> None:
+        super().watch(ready)
+        self._switch = None
+
+    @property
+    def switch(self) -> int | None:
+        return self._switch
 
     @property
     def unread(self) -> bool:
@@ -109,7 +130,9 @@ class Together(Alone):
         if self._since < self._next:
             return False
         self.meet("a chunk of steps", deadline=deadline)
-        return self.unread or (deadline is not None and self._elapsed >= deadline)
+        if self.unread or self._switch is not None:
+            return True
+        return deadline is not None and self._elapsed >= deadline
 
     def done(self, count: int, seen: Callable[[], str | None]) -> None:
         """Note that a chunk is over; all ranks must have trained on the same number of batches, and read the same ones.
@@ -124,9 +147,12 @@ class Together(Alone):
     def meet(self, what: str, value: object = None, *, deadline: float | None = None) -> list[Any]:
         name = self._signals.read() if self._signals.unread else ""
         now = time.monotonic() - self._start
-        found = control.gather((value, name, now, self._pace(now, deadline)), what=what)
-        self._name = self._name or next((name for _, name, _, _ in found if name), "")
-        _, _, self._elapsed, self._next = found[0]
+        ready = None if self._ready is None else self._ready()
+        found = control.gather((value, name, now, self._pace(now, deadline), ready), what=what)
+        self._name = self._name or next((name for _, name, _, _, _ in found if name), "")
+        _, _, self._elapsed, self._next, _ = found[0]
+        counters = [ready for *_, ready in found]
+        self._switch = None if None in counters else max(counters)
         self._met, self._since = time.monotonic(), 0
         return [entry[0] for entry in found]
 

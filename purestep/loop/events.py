@@ -182,6 +182,16 @@ class Ticked(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Switched(Event):
+    """A step of `warmup="eager"` was compiled: it runs compiled where `state.step` is this counter or more.
+
+    When that is depends on the compiler, so callbacks are not told; snapshots record it.
+    """
+
+    counter: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Interrupted(Event):
     """A signal asked the run to end."""
 

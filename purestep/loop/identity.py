@@ -12,7 +12,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from purestep import snapshot
 from purestep.errors import DataError, SnapshotError, TemplateMismatch, explain
@@ -90,14 +90,16 @@ _STEP = {
 def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
     """Return what the bits of a run depend on in its step: microbatches, what compiled it, the precision policy, how a
     plan sums gradients and splits matrix products, and the device. On how many ranks they were computed is not among
-    them. Of a run that trains together with others its seat is noted, too."""
+    them. Of a run that trains together with others its seat is noted, too; of one with a warm-up where it switches."""
     facts = facts_of(step)
     policy, plan = facts.policy, facts.plan
     seat = {} if facts.seat is None else {"seat": dataclasses.asdict(facts.seat)}
+    warmup = {"warmup": facts.warmup} if facts.warmup else {}
     return {
         **seat,
+        **warmup,
         "microbatches": None if facts.microbatches == "auto" else facts.microbatches,
-        "compiled": f"{facts.backend} from step {facts.warmup}" if facts.warmup else facts.backend,
+        "compiled": _compiled(facts.backend, facts.warmup),
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "compress": None if plan is None else plan.compress,
@@ -105,6 +107,23 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         "sequence_parallel": plan is not None and plan.sequence_parallel,
         "device": device,
     }
+
+
+def _compiled(backend: str | None, warmup: int | Literal["eager"]) -> str | None:
+    if not warmup:
+        return backend
+    return f"{backend} once it is compiled" if warmup == "eager" else f"{backend} from step {warmup}"
+
+
+def warmup_of(info: Mapping[str, Any]) -> int | None:
+    """Return the counter of the state from which on a run was compiled; None where its snapshot does not say.
+
+    Args:
+        info: of the header or the manifest of the snapshot.
+    """
+    step = info.get("step")
+    told = step.get("warmup") if isinstance(step, Mapping) else None
+    return told if isinstance(told, int) and told > 0 else None
 
 
 def seat_of(info: Mapping[str, Any]) -> Seat | None:
@@ -129,6 +148,9 @@ def _changed_conditions(manifest: snapshot.Manifest, identity: Identity) -> list
     changed = [(name, then[name], now[name], _ENVIRONMENT[name]) for name in _ENVIRONMENT if name in then]
     was, is_ = manifest.info.get("step"), conditions(identity.step, identity.device)
     if isinstance(was, Mapping):
+        facts = facts_of(identity.step)
+        if was.get("warmup") == "eager" and facts.warmup:  # where it switches was decided after this snapshot
+            is_["compiled"] = _compiled(facts.backend, "eager")
         _check_policy(was, is_)
         # Without a number yet ("auto") the run goes on with those it has.
         names = [name for name in _STEP if name in was and not (name == "microbatches" and is_[name] is None)]

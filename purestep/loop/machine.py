@@ -34,6 +34,7 @@ from purestep.loop.events import (
     StepsDone,
     Stop,
     Stopped,
+    Switched,
     Ticked,
     Train,
     Transform,
@@ -44,9 +45,9 @@ from purestep.loop.roles import Transformer
 
 # A chunk of steps without any boundary ends here, so that metrics waiting to be read stay few. That changes no bit.
 LONGEST_CHUNK = 1000
-# Facts whose moment depends on the disk or the clock. Callbacks do not hear of them: their states are functions of
-# the data.
-_TIMING = (Saved, SaveLost, Copied, CopyLost, Ticked, Failed, Stopped)
+# Facts whose moment depends on the disk, the compiler or the clock. Callbacks do not hear of them: their states are
+# functions of the data.
+_TIMING = (Saved, SaveLost, Copied, CopyLost, Ticked, Switched, Failed, Stopped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,10 @@ from purestep.loop.events import (
     StepsDone,
     View,
 )
-from purestep.loop.identity import Identity, check_resumed
+from purestep.loop.identity import Identity, check_resumed, warmup_of
 from purestep.loop.options import RunArguments
 from purestep.loop.run import Run
+from purestep.step_protocol import warmed_up
 
 _NAME = "purestep.replay"
 
@@ -89,6 +90,12 @@ class Replaying(Run):
             length = self._feed.length
             check_resumed(self._manifest, identity, loop.cursor, length, strict=self._refuses, silent=silent)
         return loop, at
+
+    def _warm_up(self, store: snapshot.Store | None) -> None:
+        """Switch where the run did; what it trained before it had decided is computed uncompiled."""
+        counter = None if self._manifest is None else warmup_of(self._manifest.info)
+        if counter is not None:
+            self._step = self._guard.step = warmed_up(self._step, counter)
 
     def _chunk(
         self, state: Any, batches: Iterator[Any], elapsed: float | None

@@ -11,14 +11,14 @@ from purestep import snapshot, tree
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
-from purestep.loop.identity import Identity, check_resumed, differences
+from purestep.loop.identity import Identity, check_resumed, differences, warmup_of
 from purestep.loop.machine import Machine
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.convert_state import any_policy, under_policy
 from purestep.snapshot import Verify
 from purestep.state import TrainState
-from purestep.step_protocol import StepFn, resliced
+from purestep.step_protocol import StepFn, facts_of, resliced
 
 Resume = Literal["auto", "never", "must"] | int
 
@@ -112,6 +112,26 @@ def adopt(fresh: LoopState, stored: LoopState, machine: Machine) -> LoopState:
         owns[name] = old
     due = tuple(name for name in stored.status.due if name in owns)
     return stored.replace(callbacks=owns, status=stored.status.replace(due=due))
+
+
+def recorded_warmup(step: StepFn, store: snapshot.Store | None) -> int | None:
+    """Return where a run of `warmup="eager"` began to run compiled, as its snapshots say; every rank calls it.
+
+    Any of them is asked, so that a run that goes back to an earlier one switches where it did before.
+    """
+    if store is None or facts_of(step).warmup != "eager":
+        return None
+
+    def read() -> int | None:
+        for number in reversed(store.steps()):
+            with contextlib.suppress(SnapshotError):
+                found = warmup_of(store.read_manifest(number).info)
+                if found is not None:
+                    return found
+        return None
+
+    told: int | None = store.ranks.from_first(read)
+    return told
 
 
 def settled(step: StepFn, manifest: snapshot.Manifest) -> StepFn:

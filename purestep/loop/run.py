@@ -37,6 +37,7 @@ from purestep.loop.events import (
     StepsDone,
     Stop,
     Stopped,
+    Switched,
     Ticked,
     Train,
     Transform,
@@ -61,7 +62,7 @@ from purestep.preflight.check import check_precision, check_threads
 from purestep.preflight.contract import Contract
 from purestep.preflight.guard import Guard, Remembered
 from purestep.step_protocol import StepFn as StepFn
-from purestep.step_protocol import facts_of
+from purestep.step_protocol import facts_of, warmed_up
 
 
 class Run:
@@ -171,6 +172,7 @@ class Run:
             self._given = self._ranks.placed(self._given)
             held = {name: value for name, value in self._settings.items() if name not in self._free}
             self._feed.place(device := device_of(self._given))
+            self._warm_up(store)
             identity = Identity(self._feed.source, self._step, self.callbacks, held, devices.name_of(device))
             self.loop, at = self._begin(store, identity)
             self._feed.begin(self.loop.cursor.loader)
@@ -212,6 +214,18 @@ class Run:
         if at is not None and store is not None:
             self._step = self._guard.step = resume_.settled(self._step, store.read_manifest(at))
         return loop, at
+
+    def _warm_up(self, store: snapshot.Store | None) -> None:
+        """Let a step of `warmup="eager"` switch where the run has switched before, or else once it is compiled."""
+        self._step = self._guard.step = warmed_up(self._step, resume_.recorded_warmup(self._step, store))
+
+    def _switch(self) -> Iterator[Event]:
+        """Go on with the compiled step, if it is there on all ranks."""
+        counter = self._outside.switch
+        if counter is not None:
+            self._step = self._guard.step = warmed_up(self._step, counter)
+            self._outside.watch(None)
+            yield Switched(counter)
 
     def _begin_origin(self, at: int | None) -> None:
         if self._ranks.first and self.run_dir is not None:
@@ -304,6 +318,7 @@ class Run:
         if end:
             self._feed.end_epoch()
             yield EpochDone()
+        yield from self._switch()
         yield from self._watch.over("save", self._saving.durable())
 
     def _chunk(
@@ -370,6 +385,7 @@ class Run:
             self._try_evaluations(state, unproven=found[0][1])
         self._ranks.compare_batch()
         self._step = self._guard.step
+        self._outside.watch(facts_of(self._step).ready)
         if self._ranks.first:
             memory.warn([short for short, _ in found])
         return _First(contract, self._guard.attributes(state))

@@ -120,6 +120,9 @@ def _write(directory: Path, record: RunRecord, loop: LoopState) -> None:
         shutil.copyfile(log, directory / log.name)
         csv().open(directory, resume_step=applied_steps(loop)).close()  # takes back what came later
     # Without an identity: what goes on from here may be something else, and is meant to be.
-    info = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch, "updates": applied_steps(loop), "stop": None}
+    info: dict[str, Any] = {"epoch": loop.cursor.epoch, "batch": loop.cursor.batch}
+    info |= {"updates": applied_steps(loop), "stop": None}
+    if record.warmup is not None:  # where a step of warmup="eager" switches, or has switched
+        info["step"] = {"warmup": record.warmup}
     with Store(directory / DIRECTORY) as store:
         store.save(at, loop, metrics=loop.status.metrics, info=info, digests=DIGESTS)

@@ -19,7 +19,7 @@ from purestep.display import curves, plots
 from purestep.errors import ConfigError, SnapshotError, explain, import_extra
 from purestep.loggers import read_csv, read_media
 from purestep.loop import origin
-from purestep.loop.identity import seat_of
+from purestep.loop.identity import seat_of, warmup_of
 from purestep.loop.origin import Program
 from purestep.loop.resume import restore
 from purestep.record.summary import Parent, Summary, is_run, started, summarize
@@ -152,6 +152,13 @@ class RunRecord(Printed):
         return None if header is None else seat_of(header.info)
 
     @property
+    def warmup(self) -> int | None:
+        """Counter of the state from which on its steps were compiled, after uncompiled ones; None without a warm-up,
+        and while a step of `warmup="eager"` is being compiled.
+        """
+        return next((found for header in self.headers[::-1] if (found := warmup_of(header.info)) is not None), None)
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What the run was made of, as its newest snapshot says: data, step, callbacks, versions."""
         found = self.headers[-1].info.get("identity") if self.headers else None
@@ -247,6 +254,7 @@ class RunRecord(Printed):
             *([f"media {name}", steps] for name, steps in media.items()),
             ["parent", self.parent],
             ["trained", mapped],
+            ["compiled", None if self.warmup is None else f"from step {self.warmup}"],
             ["program", f"{program.cell} of a notebook" if program.cell else " ".join(program.command)],
             ["commit", commit],
             ["torch", self.environment.get("torch")],

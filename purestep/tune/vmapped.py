@@ -118,6 +118,8 @@ def _unfit(one: Experiment) -> str | None:
         return "its step has a plan"
     if facts.donate:
         return "its step consumes the state"
+    if facts.warmup:
+        return "its step has a warm-up, and a mapped step is compiled from its first call on"
     if facts.microbatches == "auto":
         return "its microbatches are chosen by the memory that is free"
     if not isinstance(data.as_source(one.data), (data.Batches, BatchSequence)):

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from purestep.errors import ConfigError, explain
 from purestep.sharding.plan import Plan
-from purestep.step_protocol import AnyStep, StepFn, bare, facts_of, name_of, resliced
+from purestep.step_protocol import AnyStep, StepFn, bare, facts_of, name_of, resliced, warmed_up
 from purestep.workers.average import team
 from purestep.workers.state import WorkerPlan
 
@@ -49,6 +49,9 @@ class StepOfWorkers(AnyStep):
                 )
             )
         return dataclasses.replace(self, step=resliced(self.step, count // self.workers))
+
+    def with_warmup(self, warmup: int | None) -> Self:
+        return dataclasses.replace(self, step=warmed_up(self.step, warmup))
 
     def under(self, plan: Plan) -> StepFn:
         return self

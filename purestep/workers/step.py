@@ -149,7 +149,8 @@ class LocalStep(StepOfWorkers):
     def facts(self) -> StepFacts:
         """What is known of it; the tx and the gradients are those of one worker, so they are not those of its state."""
         of_one = facts_of(self.step)
-        return StepFacts(of_one.loss_fn, None, self.microbatch_count, of_one.policy, self.plan, backend=of_one.backend)
+        known = StepFacts(of_one.loss_fn, None, self.microbatch_count, of_one.policy, self.plan)
+        return dataclasses.replace(known, backend=of_one.backend, warmup=of_one.warmup, ready=of_one.ready)
 
     def identity(self) -> dict[str, Any]:
         """Return what a snapshot of a run records of it: not where it runs."""

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import purestep as ps
-from purestep.errors import ConfigError
-from purestep.jit import backends, compile_elsewhere
+from purestep.errors import ConfigError, SnapshotError
+from purestep.jit import api, backends, compile_elsewhere, warmup
+from purestep.jit.function import Jit
 
 
 def loss_fn(net, batch):
@@ -33,8 +34,8 @@ def samples(count=40):
 DATA = ps.data.Batches(samples(), batch_size=4, seed=0)
 
 
-def made(warmup=5, **options):
-    return ps.jit(ps.make_step(loss_fn, TX), backend="eager", warmup=warmup, **options)
+def made(counter=5, **options):
+    return ps.jit(ps.make_step(loss_fn, TX), backend="eager", warmup=counter, **options)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_step_of_microbatches_has_one(rounding):
 
 
 @pytest.mark.parametrize("at", [pytest.param(3, marks=pytest.mark.slow), 7])
-def test_a_run_that_is_resumed_switches_where_it_would_have(rounding, tmp_path, at):
+def test_a_run_that_is_resumed_switches_where_it_would_have(ready_after, tmp_path, at):
     whole = trained(made(), 9)
     trained(made(), at, tmp_path / "run")
     resumed = trained(made(), 9, tmp_path / "run", resume="auto")
@@ -92,7 +93,7 @@ def test_a_run_that_is_resumed_switches_where_it_would_have(rounding, tmp_path, 
     assert ps.digest(trained(made(6), 9).state) != ps.digest(whole.state)
 
 
-def test_a_run_is_verified_with_the_warm_up_that_it_had(rounding, tmp_path):
+def test_a_run_is_verified_with_the_warm_up_that_it_had(ready_after, tmp_path):
     trained(made(), 7, tmp_path / "run")
     assert ps.verify(tmp_path / "run", ps.Experiment(made(), first(), DATA)).ok
     with pytest.warns(UserWarning, match="saved under eager from step 5, now eager from step 6"):
@@ -115,6 +116,120 @@ def test_it_shows_and_asks_as_a_compiled_step(rounding):
     assert step.with_microbatches(4).facts.microbatches == 4
     assert "tanh" not in step.compile(first(), torch.ones(4, 3)).graph(first(), torch.ones(4, 3))
     assert step.retraces == step.refusals == ()
+
+
+# --- a switch that the run decides ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready_after(monkeypatch):
+    """Let each compiler that is started be done after the step of a counter, of which there is a list."""
+    counters, seen = [], []
+    own = warmup._counter
+
+    class Compiler:
+        def __init__(self):
+            self.after = counters.pop(0) if counters else 0
+
+        def ended(self):
+            return seen[-1] >= self.after
+
+        def wait(self):
+            pass
+
+    def counter(step, state):
+        seen.append(own(step, state))
+        return seen[-1]
+
+    class Rounded(Jit):
+        """Traces nothing, which takes half a second each time."""
+
+        def __call__(self, state, batch):
+            state, values = self.function(state, batch)
+            return ps.tree.map(lambda x: x * (1 + 2**-20) if x.is_floating_point() else x, state), values
+
+    monkeypatch.setattr(api, "Jit", Rounded)
+    monkeypatch.setattr(warmup, "_counter", counter)
+    monkeypatch.setattr(warmup.disk_cache, "is_used", lambda backend: True)
+    monkeypatch.setattr(warmup, "_compiling", lambda calls: Compiler())
+    return counters
+
+
+EVERY = [ps.callbacks.snapshots(every=ps.every.steps(3), keep=ps.snapshot.all_())]
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"microbatches": 2}, marks=pytest.mark.slow), {"donate": True}])
+def test_a_run_switches_at_the_first_batch_at_which_the_step_is_compiled(ready_after, options):
+    ready_after.append(4)
+    donate = options.pop("donate", False)
+    step = ps.jit(ps.make_step(loss_fn, TX, **options), backend="eager", warmup="eager", donate=donate)
+    run = ps.run(step, first(), DATA, until=ps.steps(9))
+    trained_so_far = 0
+    for event in run:
+        trained_so_far += event.count if isinstance(event, ps.loop.StepsDone) else 0
+        if isinstance(event, ps.loop.Switched):
+            assert event.counter == trained_so_far == 5
+    fixed = ps.jit(ps.make_step(loss_fn, TX, **options), backend="eager", warmup=5, donate=donate)
+    assert ps.digest(run.result().state) == ps.digest(trained(fixed, 9).state)
+
+
+def test_an_update_that_is_skipped_does_not_move_the_switch(ready_after):
+    ready_after.append(0)
+    step = made("eager").with_warmup(None)
+    state, batch = first(), torch.stack(samples(4))
+    for _ in range(3):
+        step(state, batch)  # as if it had returned the same state
+        ready = step.facts.ready()
+    assert ready == 1  # not 0: with that number the calls above would run compiled
+
+
+@pytest.mark.parametrize("killed_at", [3, 8])
+def test_what_comes_after_the_switch_is_that_of_the_run_which_recorded_it(ready_after, tmp_path, killed_at):
+    """Resumed before the switch a run makes its own, and after it keeps the one that it has."""
+    ready_after.extend([4, 6])
+    trained(made("eager"), killed_at, tmp_path / "run", callbacks=EVERY)
+    trained(made("eager"), 12, tmp_path / "run", callbacks=EVERY)
+    record = ps.open(tmp_path / "run")
+    at = {3: 7, 8: 5}[killed_at]
+    assert record.warmup == at
+    assert ["compiled", f"from step {at}"] in record.facts()
+    assert ps.digest(trained(made(at), 12).state) == record.digest
+    assert ps.digest(trained(made(at + 1), 12).state) != record.digest
+    experiment = ps.Experiment(made("eager"), first(), DATA)
+    assert ps.verify(tmp_path / "run", experiment).ok
+    assert [step.digest for step in ps.replay(tmp_path / "run", experiment, 9, 12)][-1] == record.digest
+
+
+def test_a_run_that_goes_back_and_a_fork_switch_where_it_did(ready_after, tmp_path):
+    ready_after.append(4)
+    whole = trained(made("eager"), 12, tmp_path / "run", callbacks=EVERY)
+    for at in (3, 9):
+        ps.fork(
+            tmp_path / "run", at=at, run_dir=tmp_path / f"{at}", experiment=ps.Experiment(made("eager"), first(), DATA)
+        )
+        assert ps.digest(trained(made("eager"), 12, tmp_path / f"{at}").state) == ps.digest(whole.state)
+    again = trained(made("eager"), 12, tmp_path / "run", callbacks=EVERY, resume=3, strict=True)
+    assert ps.digest(again.state) == ps.digest(whole.state)
+
+
+def test_a_compiled_run_is_not_taken_for_one_that_was_not(ready_after, tmp_path):
+    trained(made(0), 4, tmp_path / "run")
+    with pytest.raises(SnapshotError, match="saved under eager, now eager once it is compiled"):
+        trained(made("eager"), 6, tmp_path / "run", strict=True)
+
+
+def test_outside_of_a_run_it_stays_uncompiled(rounding):
+    step, state = made("eager"), first()
+    for batch in torch.stack(samples()).split(4):
+        state, _ = step(state, batch)
+    assert rounding == []
+    assert step.facts.ready is None
+
+
+def test_where_no_other_process_compiles_the_first_batch_is_uncompiled(ready_after, monkeypatch):
+    monkeypatch.setattr(warmup, "can_fork", lambda: False)
+    result = trained(made("eager"), 5)
+    assert ps.digest(result.state) == ps.digest(trained(made(1), 5).state)
 
 
 # --- the other process ------------------------------------------------------------------------------------------------
@@ -180,6 +295,44 @@ result = ps.fit(ps.wrap_step(step, watched), ps.init(model, tx, seed=0), data, u
     run_dir=run_dir, callbacks=[ps.callbacks.snapshots(every=ps.every.steps(2))], resume="auto")
 print(ps.digest(result.state), result.metrics["loss"] if "loss" in result.metrics else "")
 """
+
+
+KILLED_EAGER = (
+    KILLED.replace("warmup=6", "warmup=eval(sys.argv[3])")
+    .replace(
+        "callbacks=[ps.callbacks.snapshots(every=ps.every.steps(2))]",
+        "callbacks=[ps.callbacks.snapshots(every=ps.every.steps(2)), ps.callbacks.tap(slow, every=ps.every.steps(1))]",
+    )
+    .replace("until=ps.steps(12)", "until=ps.steps(int(sys.argv[4]))")
+    .replace(
+        "result = ps.fit(",
+        """
+import time
+
+def slow(event, loop):  # so slowly that the compiler is done in the middle
+    time.sleep(0.2 if ps.open(run_dir).warmup is None else 0)
+
+result = ps.fit(""",
+    )
+)
+
+
+@pytest.mark.slow
+def test_a_killed_run_whose_compiler_said_when_to_switch_ends_as_one_with_that_number(zygote, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+    def run(run_dir, kill_at, counter, until=600):
+        return zygote.run(KILLED_EAGER, tmp_path / run_dir, kill_at, counter, until, timeout=300)
+
+    assert run("killed", 3, "'eager'").returncode != 0
+    assert ps.open(tmp_path / "killed").warmup is None
+    assert run("killed", 400, "'eager'").returncode != 0
+    counter = ps.open(tmp_path / "killed").warmup
+    assert 3 < counter < 400
+    digests = [run("killed", 999, "'eager'"), run("fixed", 999, counter), run("later", 999, counter + 1)]
+    assert [ended.returncode for ended in digests] == [0, 0, 0], [ended.stderr for ended in digests]
+    killed, fixed, later = (ended.stdout.split()[0] for ended in digests)
+    assert killed == fixed != later
 
 
 @pytest.mark.slow

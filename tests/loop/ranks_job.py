@@ -15,6 +15,7 @@ import time
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -23,6 +24,7 @@ import purestep as ps
 from purestep import sharding
 from purestep.distributed import control
 from purestep.errors import RankError
+from purestep.jit import backends, warmup
 from purestep.loop import StepsDone, Stopped
 from purestep.preflight.dry_run import dry_run
 from purestep.preflight.guard import Guard
@@ -224,6 +226,47 @@ def collated(directory):
 
     train = ps.data.batches(Samples(59, 0), 12, seed=3, drop_last=False, collate=centred)
     return summary(ps.fit(**job(train=train), until=ps.steps(7)))
+
+
+def switched(directory):
+    """Compilers that are done earlier on some ranks than on others, and whose bits are not those of the eager step."""
+    own, found = backends._eager, {}
+
+    def rounding(traced, mode):
+        run = own(traced, mode)
+        return lambda tensors: [x * (1 + 2**-20) if x.is_floating_point() else x for x in run(tensors)]
+
+    class Compiler:
+        def __init__(self, calls):
+            self.end = time.monotonic() + 0.1 * (RANK + 1)
+
+        def ended(self):
+            return time.monotonic() >= self.end
+
+        def wait(self):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends._BACKENDS, "eager", rounding)
+        patch.setattr(warmup.disk_cache, "is_used", lambda backend: True)
+        patch.setattr(warmup, "_compiling", Compiler)
+        for plan in (ddp(), sharding.fsdp()):
+
+            def trained(until, counter, run_dir=None, plan=plan):
+                options = job(plan, train=ps.data.batches(table(60, 0), 12), model=narrow)
+                step = ps.jit(options["step"], backend="eager", warmup=counter, donate=True)
+                slow = ps.wrap_step(step, lambda inner, state, batch: (time.sleep(0.02), inner(state, batch))[1])
+                options = options | {"step": slow, "callbacks": ()}
+                run = ps.run(**options, until=ps.steps(until), run_dir=run_dir)
+                at = [event.counter for event in run if isinstance(event, ps.loop.Switched)]
+                return at, ps.digest(ddp().gather(run.result().state))
+
+            run_dir = directory / f"switched-{bool(plan.shard_axes)}"
+            counters, digest = trained(40, "eager", run_dir)
+            answer = {"at": counters, "digest": digest, "fixed": trained(40, counters[0])[1]}
+            answer["resumed"] = trained(42, "eager", run_dir)
+            found[str(bool(plan.shard_axes))] = answer | {"longer": trained(42, counters[0])[1]}
+    return found
 
 
 def with_signal(directory):

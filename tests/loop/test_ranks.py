@@ -9,6 +9,9 @@ import pytest
 from shared_marks import slow_but
 
 import purestep as ps
+from purestep.distributed import control
+from purestep.loop.clock import Together
+from purestep.loop.signals import Signals
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
 ALL = "straight own_loop level_two relay"
@@ -70,7 +73,7 @@ def more_answers(zygote, once):
 
     def ask(directory):
         for size in (4, 2, 1):
-            _, ends = start(zygote, directory, size, f"{SLOW} wrong_on_two_axes")
+            _, ends = start(zygote, directory, size, f"{SLOW} wrong_on_two_axes switched")
             assert ends == [(0, "")] * size, ends
 
     directory = once("more-ranks", ask)
@@ -114,6 +117,27 @@ def test_a_run_has_the_same_bits_under_two_plans(answers):
 @pytest.mark.slow
 def test_a_run_has_the_same_bits_under_any_plan(answers, more_answers):
     assert answers[4][0]["straight"]["digest"] == more_answers[4][0]["fsdp"]["digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["False", "True"])
+def test_all_ranks_switch_to_the_compiled_step_at_the_same_batch(more_answers, sharded):
+    for size in (4, 2, 1):
+        answers = [more_answers[size][rank]["switched"][sharded] for rank in range(size)]
+        assert all(answer == answers[0] for answer in answers)
+        assert 0 < answers[0]["at"][0] < 40
+        assert answers[0]["digest"] == answers[0]["fixed"]
+        assert answers[0]["resumed"] == [[], answers[0]["longer"]]
+
+
+@pytest.mark.parametrize("other", [None, 7])
+def test_ranks_switch_once_the_step_is_compiled_on_all(monkeypatch, other):
+    monkeypatch.setattr(control, "gather", lambda entry, what: [entry, (*entry[:-1], other)])
+    outside = Together(Signals())
+    outside.watch(lambda: 7)
+    assert outside.switch is None  # what one rank alone knows is nothing
+    assert outside.stop(None) is (other is not None)
+    assert outside.switch == other
 
 
 def test_a_loop_of_ones_own_has_the_same_bits_too(answers):

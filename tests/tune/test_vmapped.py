@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -13,6 +14,7 @@ import purestep as ps
 from purestep.record.member_step import Seats, without_others
 from purestep.step_protocol import Seat
 from purestep.tune.sweep import SweepWarning
+from purestep.tune.vmapped import groups_of
 
 X = ps.random.normal(ps.random.key(7), (48, 3))
 COLUMNS = {"x": X, "y": X.sin().sum(1, keepdim=True)}
@@ -199,6 +201,17 @@ def test_what_differs_in_more_than_tensors_trains_in_turn(tmp_path):
     lonely = "in turn: no other run is the same program with tensors of the same shapes"
     assert {row.how for row in found.rows} <= {lonely, "in turn: their models differ"}
     assert all(row.why == "reached 1 steps" for row in found.rows)
+
+
+@pytest.mark.parametrize("counter", [3, "eager"])
+def test_a_step_with_a_warm_up_trains_in_turn(counter):
+    one = experiment()
+    step = ps.jit(one.step, backend="eager", warmup=counter)
+    groups = groups_of(dict.fromkeys("ab", dataclasses.replace(one, step=step)))
+    assert groups.together == ()
+    assert set(groups.alone.values()) == {
+        "its step has a warm-up, and a mapped step is compiled from its first call on"
+    }
 
 
 def test_what_a_loss_function_reads_parts_them(tmp_path):
