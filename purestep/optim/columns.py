@@ -64,14 +64,26 @@ def rows_of(
 
 
 @functools.lru_cache(maxsize=32)
-def tensors_of(structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...]) -> list[Block] | None:
-    """Return one block for each parameter; None if the state cannot be separated by parameters."""
+def tensors_of(
+    structure: Structure, shapes: tuple[Any, ...], leaf_shapes: tuple[Any, ...], counts: tuple[int, ...], limit: int
+) -> list[Block] | None:
+    """Group parameters, all rows of each, until a block has `limit` elements, of which each has a count; None if the
+    state cannot be separated by parameters."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
     cutter = _Selector(numbered, dict(shapes), leaf_shapes, by_rows=False)
+    blocks: list[Block] = []
+    names: list[str] = []
+    gathered = 0
     try:
-        return [cutter.block((name,)) for name, _ in shapes]
+        for (name, _), count in zip(shapes, counts, strict=True):
+            names.append(name)
+            gathered += count
+            if gathered >= limit or name == shapes[-1][0]:
+                blocks.append(cutter.block(tuple(names)))
+                names, gathered = [], 0
     except _Inseparable:
         return None
+    return blocks
 
 
 class _Inseparable(Exception):

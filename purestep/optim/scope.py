@@ -130,7 +130,7 @@ def full_update(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[A
         if behind is None:
             return method(self, updates, state, params, **extra)
         call = functools.partial(method, self, **extra)
-        if scope_of(self) == "tensor" and (done := _one_by_one(behind, call, updates, state, params)) is not None:
+        if scope_of(self) == "tensor" and (done := _in_blocks(behind, call, updates, state, params)) is not None:
             return done
         new, following = behind.in_full(call, updates, state, params)
         return behind.parted(new, updates), behind.parted(following, state)
@@ -138,10 +138,14 @@ def full_update(method: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[A
     return update
 
 
-def _one_by_one(
+# Elements of full tensors from which a block takes no more: they are gathered together, and held at once.
+_BLOCK = 1 << 23
+
+
+def _in_blocks(
     behind: full_tensors.Whole, call: Callable[..., Any], updates: Any, state: Any, params: Any
 ) -> tuple[Any, Any] | None:
-    """Gather, update and shard one tensor after another, so that at most one is full at a time.
+    """Gather, update and shard some tensors after others, so that few are full at a time, and messages are few.
 
     None if the trees are not flat, or if the state does not assign its leaves to parameters by name.
     """
@@ -151,16 +155,17 @@ def _one_by_one(
     if not updates or not all(isinstance(x, Tensor) for x in (*updates.values(), *leaves)):
         return None
     shapes = tuple((name, tuple(u.shape)) for name, u in updates.items())
-    blocks = tensors_of(structure, shapes, tuple(tuple(x.shape) for x in leaves))
+    counts = tuple(behind.count(name, u) for name, u in updates.items())  # the same on every rank, as shapes are not
+    blocks = tensors_of(structure, shapes, tuple(tuple(x.shape) for x in leaves), counts, _BLOCK)
     if blocks is None:
         return None
     result: dict[str, Tensor] = {}
     following = list(leaves)
     for block in blocks:
-        (name,) = block.names
-        given = {name: updates[name]}
+        given = {name: updates[name] for name in block.names}
         own = tree.unflatten(block.structure, [leaves[at] for at, _ in block.leaves])
-        new, held = behind.in_full(call, given, own, None if params is None else {name: params[name]})
+        some = None if params is None else {name: params[name] for name in block.names}
+        new, held = behind.in_full(call, given, own, some)
         result |= behind.parted(new, given)
         for (at, _), leaf in zip(block.leaves, tree.leaves(behind.parted(held, own)), strict=True):
             following[at] = leaf  # a leaf that all tensors share, such as a count, is the same in each block

@@ -17,6 +17,7 @@ from purestep import tree
 from purestep.distributed.mesh import this_rank
 from purestep.errors import ConfigError, explain
 from purestep.sharding import placement
+from purestep.sharding.messages import is_even, slice_of
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Box, Spec, box
 
@@ -64,12 +65,7 @@ class Row:
         shape = box(outer, sizes, whole, mesh.coordinate())[1]
         members = [mesh.coordinate(rank) for rank in mesh.ranks(*plan.shard_axes)]
         boxes = [box(inner, sizes, shape, coordinate) for coordinate in members]
-        first = boxes[0][1]
-        even = bool(first) and all(
-            part == first and offset == (i * first[0], *(0,) * (len(first) - 1))
-            for i, (offset, part) in enumerate(boxes)
-        )
-        return cls(name, shape, boxes, even)
+        return cls(name, shape, boxes, is_even(boxes))
 
 
 def _check(plan: Plan, name: str, leaf: Tensor, spec: Spec) -> None:
@@ -135,7 +131,7 @@ class Rows:
             shaped = full.view(row.shape)
             for (offset, shape), member in zip(row.boxes, received, strict=True):
                 shard = member[row.at : row.at + math.prod(shape)].view(shape)
-                placement.slice_of(shaped, (offset, shape)).copy_(shard)
+                slice_of(shaped, (offset, shape)).copy_(shard)
         return flat
 
     def wholes(self, flat: Tensor) -> dict[str, Tensor]:
@@ -151,7 +147,7 @@ class Rows:
         start = 0
         for row, full in zip(rows, wholes, strict=True):
             for member, (offset, shape) in zip(by_member, row.boxes, strict=True):
-                member[start : start + math.prod(shape)].view(shape).copy_(placement.slice_of(full, (offset, shape)))
+                member[start : start + math.prod(shape)].view(shape).copy_(slice_of(full, (offset, shape)))
             start += row.length
         return by_member
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -103,16 +104,27 @@ class Whole:
             )
         return leaf
 
-    def gathered(self, values: T) -> T:
-        """Return a tree of local parts with whole tensors; every rank calls it."""
-        leaves, structure = tree.flatten(values)
-        likes = [self._like(name, x) for name, x in zip(self.names(structure), leaves, strict=True)]
-        whole = [x if y is None else placement.full(placement.rewrap(x, y)) for x, y in zip(leaves, likes, strict=True)]
-        return tree.unflatten(structure, whole)
+    def count(self, name: str, value: Tensor) -> int:
+        """Return the number of elements of the full tensor behind a leaf of the updates."""
+        return self.params.get(name, value).numel()
+
+    def full(self, named: Sequence[tuple[str, Any]]) -> list[Any]:
+        """Return leaves with full tensors in place of this rank's shards, gathered together; every rank calls it.
+
+        Args:
+            named: leaves of trees like that of the parameters or the optimizer state, and their names.
+        """
+        likes = [self._like(name, x) for name, x in named]
+        split = [placement.rewrap(x, y) for (_, x), y in zip(named, likes, strict=True) if y is not None]
+        found = iter(placement.fulls(split))
+        return [x if y is None else next(found) for (_, x), y in zip(named, likes, strict=True)]
 
     def in_full(self, call: Callable[..., T], *values: Any) -> T:
         """Call a function of trees with full tensors in place of this rank's shards; every rank calls it."""
-        full = [self.gathered(value) for value in values]
+        flat = [tree.flatten(value) for value in values]
+        named = [pair for leaves, s in flat for pair in zip(self.names(s), leaves, strict=True)]
+        found = iter(self.full(named))
+        full = [tree.unflatten(s, list(itertools.islice(found, s.num_leaves))) for _, s in flat]
         with updating(_Alone(self)):
             return call(*full)
 

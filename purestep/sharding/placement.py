@@ -6,19 +6,21 @@ only the local tensors, which `local` takes out and `rewrap` puts back.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from purestep import _torch, bits, tree
+from purestep.distributed import collectives
 from purestep.distributed.mesh import Mesh, check_world, this_rank
 from purestep.errors import ConfigError, explain
 from purestep.sharding.leaf_roles import follow
+from purestep.sharding.messages import Message, is_even, slice_of
 from purestep.sharding.spec import OFFLOADED, Box, Layout, Spec, box, placements, spec_of
 from purestep.sharding.unmatched_rules import check_matches
 
@@ -128,13 +130,6 @@ def box_here(plan: Layout, shape: Sequence[int], spec: Spec) -> Box:
     """Return `(offset, shape)` of the part of a tensor that this rank holds under a resolved spec."""
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     return box(spec, sizes, shape, plan.mesh.coordinate())
-
-
-def slice_of(whole: Tensor, part: Box) -> Tensor:
-    """Return the view of a tensor at `(offset, shape)`."""
-    for dim, (start, length) in enumerate(zip(*part, strict=True)):
-        whole = whole.narrow(dim, start, length)
-    return whole
 
 
 def wrap(plan: Layout, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Tensor:
@@ -303,23 +298,70 @@ def is_owner(leaf: Tensor, *, among: Sequence[str] | None = None) -> bool:
 
 
 def gather(value: T) -> T:
-    """Return a tree of whole plain tensors; every rank calls it when leaves are split."""
-    return tree.map(lambda x: full(x) if is_split(x) else x, value)
+    """Return a tree of full plain tensors; every rank calls it when leaves are split."""
+    leaves, structure = tree.flatten(value)
+    found = iter(fulls([leaf for leaf in leaves if is_split(leaf)]))
+    return cast(T, tree.unflatten(structure, [next(found) if is_split(leaf) else leaf for leaf in leaves]))
 
 
 def full(leaf: Tensor) -> Tensor:
-    """Return the whole of a split tensor, on every rank of its mesh; every rank calls it."""
-    sizes, spec = _sizes(leaf), spec_of_leaf(leaf)
-    shard = _torch.local_tensor(leaf)
-    boxes = [box(spec, sizes, leaf.shape, c) for c in _grid(spec.axes, sizes)]
-    full_tensor = shard.new_empty(leaf.shape)
-    for received, (offset, shape) in zip(_exchanged(leaf, spec, sizes, boxes), boxes, strict=True):
-        slice_of(full_tensor, (offset, shape)).copy_(received)
-    return full_tensor
+    """Return the full tensor of a split one, on every rank of its mesh; every rank calls it."""
+    return fulls([leaf])[0]
+
+
+def fulls(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return the full tensors of split ones; every rank calls it. Those that are split over the same ranks are gathered
+    together, some megabytes at a time."""
+    found: list[Any] = [None] * len(leaves)
+    for members in _messages(tuple([(_torch.layout_of(x), x.shape, x.dtype) for x in leaves])):
+        message, group = members.message, members.mesh.group(*members.axes)
+        sent = message.pack([_torch.local_tensor(leaves[i]) for i in members.of])
+        received = collectives.gather(sent, group).wait()
+        for i, tensor in zip(members.of, message.unpack(received), strict=True):
+            found[i] = tensor
+    return found
 
 
 # Digests, differences and `to_module` take the full tensor of a split leaf; only this file makes such leaves.
 bits.gather_split_with(full)
+
+_MOST_BYTES = 32 << 20  # of full tensors from which a message takes no more
+
+
+@dataclasses.dataclass
+class _Gathered:
+    """Tensors that are gathered by one message: their positions, and along which axes of which mesh."""
+
+    of: list[int]
+    mesh: Mesh
+    axes: tuple[str, ...]
+    message: Message
+
+
+@functools.lru_cache(maxsize=64)
+def _messages(kinds: tuple[tuple[DTensorSpec, torch.Size, torch.dtype], ...]) -> list[_Gathered]:
+    """Return how tensors of these layouts, full shapes and dtypes are gathered."""
+    groups: dict[Any, list[int]] = {}
+    sizes: dict[Any, int] = {}
+    parts = []
+    for i, (layout, shape, dtype) in enumerate(kinds):
+        axes = layout.mesh.mesh_dim_names or tuple(str(k) for k in range(layout.mesh.ndim))
+        mesh = dict(zip(axes, layout.mesh.shape, strict=True))
+        spec = spec_of(layout.placements, mesh)
+        parts.append([box(spec, mesh, shape, at) for at in _grid(spec.axes, mesh)])
+        kind = tuple(mesh.items()), tuple(a for a in mesh if a in spec.axes), is_even(parts[-1])
+        number = sizes.get(kind, 0) // _MOST_BYTES
+        sizes[kind] = sizes.get(kind, 0) + shape.numel() * dtype.itemsize
+        groups.setdefault((*kind, number), []).append(i)
+    return [
+        _Gathered(
+            of,
+            Mesh(tuple(a for a, _ in mesh), tuple(n for _, n in mesh)),
+            axes,
+            Message([tuple(kinds[i][1]) for i in of], [kinds[i][2] for i in of], [parts[i] for i in of]),
+        )
+        for (mesh, axes, _, _), of in groups.items()
+    ]
 
 
 def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int]]:
@@ -329,25 +371,6 @@ def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int
         if axis in axes:
             grid = [c | {axis: i} for c in grid for i in range(sizes[axis])]
     return grid
-
-
-def _exchanged(leaf: Tensor, spec: Spec, sizes: Mapping[str, int], boxes: list[Box]) -> list[Tensor]:
-    """Return every part of a tensor, in the order of the grid, as bytes went over the wire: any dtype can be sent."""
-    shard = _torch.local_tensor(leaf).detach().contiguous()
-    width = shard.element_size()
-    # Uneven shards are filled up to the longest: an all-gather takes equal lengths.
-    lengths = [torch.Size(shape).numel() * width for _, shape in boxes]
-    sent = torch.zeros(max(lengths), dtype=torch.uint8, device=shard.device)
-    sent[: shard.numel() * width] = shard.reshape(-1).view(torch.uint8)
-    group = _group(leaf, spec)
-    received = [torch.empty_like(sent) for _ in boxes]
-    dist.all_gather(received, sent, group=group)
-    return [r[:n].view(shard.dtype).view(shape) for r, n, (_, shape) in zip(received, lengths, boxes, strict=True)]
-
-
-def _group(leaf: Tensor, spec: Spec) -> dist.ProcessGroup | None:
-    sizes = _sizes(leaf)
-    return Mesh(tuple(sizes), tuple(sizes.values())).group(*spec.axes)
 
 
 def part_like(whole: Tensor, leaf: Tensor) -> Tensor:

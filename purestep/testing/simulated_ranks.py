@@ -117,15 +117,16 @@ class _Rank(full_tensors.Whole):
             mine.append(self._is_shard(name, value) or self.rank == 0)
         return exact_norm.squares(values, counts, mine, self.reduce)
 
-    def gathered(self, values: object) -> Any:
-        leaves, structure = tree.flatten(values)
-        full = [
+    def count(self, name: str, value: Tensor) -> int:
+        return torch.Size(self.shards.shapes[name]).numel()
+
+    def full(self, named: Sequence[tuple[str, Any]]) -> list[Any]:
+        return [
             torch.cat(self.exchange(self.rank, f"the full {name}", x), self.shards.dim)
             if self._is_shard(name, x)
             else x
-            for name, x in zip(self.names(structure), leaves, strict=True)
+            for name, x in named
         ]
-        return tree.unflatten(structure, full)
 
     def parted(self, values: object, like: object) -> Any:
         leaves, structure = tree.flatten(values)

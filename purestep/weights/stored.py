@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from purestep.errors import import_extra
-from purestep.sharding.placement import is_split, rewrap, shard_of, slice_of
+from purestep.sharding.messages import slice_of
+from purestep.sharding.placement import is_split, rewrap, shard_of
 from purestep.sharding.spec import Box
 
 

@@ -15,6 +15,7 @@ import purestep as ps
 from purestep import optim, tree
 from purestep.errors import OptimError
 from purestep.optim import _torch as kernels
+from purestep.optim import scope
 from purestep.optim.base import Wrapper
 from purestep.optim.kernels import sliced
 from purestep.optim.scope import fused_on_shards, inside, only_shards, scope_of
@@ -143,7 +144,7 @@ def test_a_state_by_position_is_not_sliced(keep: Any, monkeypatch: Any) -> None:
 SHAPES = {"a": (8, 6), "b": (9,), "c": (4, 2, 3)}
 
 
-def seen_on_ranks(scope: str, keep: Any) -> tuple[list[Any], Any]:
+def seen_on_ranks(width: str, keep: Any) -> tuple[list[Any], Any]:
     """Return what the update of a rule that keeps a state is given on two simulated ranks, and that state."""
     seen: list[Any] = []
 
@@ -156,7 +157,7 @@ def seen_on_ranks(scope: str, keep: Any) -> tuple[list[Any], Any]:
             seen.append({name: tuple(u.shape) for name, u in updates.items()})
             return tree.map(lambda u: u / u.norm(), updates), Held(tree.map(lambda x: x + 1, state.held))
 
-    tx = optim.transformation(type("Norms", (Norms,), {"scope": scope}))()
+    tx = optim.transformation(type("Norms", (Norms,), {"scope": width}))()
     grads = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     params = tree.map(torch.zeros_like, grads)
     step = simulated_ranks.Update(1, grads, tx.init(params), params, {}, None, None)
@@ -173,10 +174,13 @@ def per_row(params: Any) -> Any:
     return {"count": torch.zeros(()), "rows": {name: torch.zeros(p.shape[0]) for name, p in params.items()}}
 
 
-def test_an_update_of_scope_tensor_gathers_one_tensor_at_a_time() -> None:
+def test_an_update_of_scope_tensor_gathers_as_many_tensors_as_a_block_holds(monkeypatch: Any) -> None:
+    a, b, c = ({name: shape} for name, shape in SHAPES.items())
     for keep in (per_row, lambda params: torch.zeros(2), lambda params: tree.map(torch.zeros_like, params)):
-        seen, _ = seen_on_ranks("tensor", keep)
-        assert sorted(map(str, seen)) == sorted(str({name: shape}) for name, shape in SHAPES.items() for _ in (0, 1))
+        for limit, blocks in ((1, (a, b, c)), (49, (a | b, c)), (1000, (SHAPES,))):
+            monkeypatch.setattr(scope, "_BLOCK", limit)
+            seen, _ = seen_on_ranks("tensor", keep)
+            assert sorted(map(str, seen)) == sorted(str(block) for block in blocks for _ in (0, 1))
         assert seen_on_ranks("tree", keep)[0] == [SHAPES, SHAPES]
 
 

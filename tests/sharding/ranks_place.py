@@ -16,7 +16,8 @@ from purestep import optim, tree
 from purestep.distributed.mesh import world_size
 from purestep.errors import ConfigError
 from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel, zero1, zero2
-from purestep.sharding.placement import full, is_owner, is_split, local, rewrap, shard_of, slice_of
+from purestep.sharding.messages import slice_of
+from purestep.sharding.placement import full, is_owner, is_split, local, rewrap, shard_of
 
 RANK = int(sys.argv[1]) if __name__ == "__main__" else 0
 TENSOR = {"0.weight": Spec("tensor"), "0.bias": Spec("tensor"), "2.weight": Spec(None, "tensor")}

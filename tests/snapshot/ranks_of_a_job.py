@@ -23,6 +23,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from purestep import tree
 from purestep.errors import PurestepError
 from purestep.sharding import Spec, placement
+from purestep.sharding.messages import slice_of
 from purestep.sharding.spec import box, placements
 from purestep.snapshot import Ranks, Store, all_, durable_directories, free_space, latest, orbax_io
 
@@ -93,7 +94,7 @@ def split(layout: str, value: Any) -> Any:
             return whole
         mesh = MESHES[layout]
         where = dict(zip(sizes, mesh.get_coordinate(), strict=True))
-        part = placement.slice_of(whole, box(spec, sizes, whole.shape, where)).clone()
+        part = slice_of(whole, box(spec, sizes, whole.shape, where)).clone()
         meta = TensorMeta(whole.shape, whole.contiguous().stride(), whole.dtype)
         return made.setdefault(
             id(whole), DTensor(part, DTensorSpec(mesh, placements(spec, sizes), tensor_meta=meta), requires_grad=False)
