@@ -360,6 +360,8 @@ NAMED_OTHERWISE = {
     ("fsdp", "size"): "mesh",
     ("zero1", "size"): "mesh",
     ("zero2", "size"): "mesh",
+    ("context_parallel", "axis"): "mesh",
+    ("context_parallel", "size"): "mesh",
     ("tensor_parallel", "axis"): "mesh",
     ("tensor_parallel", "size"): "mesh",
     ("restore", "run_dir"): "no snapshot",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from purestep.parallel import split_positions
 from purestep.parallel.split_math import summed
 from purestep.parallel.split_tensor import Split, aligned, each, named, rule, split, split_of, whole
 
@@ -25,6 +26,8 @@ def embedding(
     sparse: bool = False,
 ) -> Any:
     """Look up rows `[rows, width]`: each part those that it has, or the columns of all."""
+    if func is F.embedding and isinstance(ids, Split) and not max_norm and not sparse and not isinstance(weight, Split):
+        return split_positions.embedding(func, ids, weight, padding_idx, None, norm_type, scale_grad_by_freq)
     if func is not F.embedding or not isinstance(weight, Split) or max_norm or scale_grad_by_freq or sparse:
         return NotImplemented
     ids, team = whole(ids), weight.team
@@ -63,6 +66,8 @@ def attention(
     """Attend with the heads, or the samples, of a part: `[..., heads, positions, width]`."""
     like = split_of((query, key, value, attn_mask))
     back = like.cut[0]
+    if like is query and back == -2:
+        return split_positions.attention(func, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if back > -3 or like is attn_mask:
         return NotImplemented
     alike = _cut_alike(query, key) and _cut_alike(query, value)
@@ -130,10 +135,12 @@ def cross_entropy(
     No rank has all logits of a sample: three numbers of each sample are summed over the parts.
     """
     legacy = size_average is not None or reduce is not None or weight is not None
-    if legacy or not isinstance(logits, Split) or logits.at != 1 or len(logits.blocks) > 1:
+    if legacy or not isinstance(logits, Split) or logits.ndim < 2 or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    if target.is_floating_point() or reduction not in ("mean", "sum", "none"):
+    if target.is_floating_point() or (logits.at == 1 and len(logits.blocks) > 1):
         return NotImplemented
+    if logits.at != 1:
+        return split_positions.cross_entropy(logits, target, ignore_index, reduction, label_smoothing)
     if logits.ndim > 2:  # [samples, classes, ...]
         shape = target.shape
         flat = logits.movedim(1, -1).reshape(-1, logits.shape[1])

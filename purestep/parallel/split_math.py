@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from purestep.parallel import split_positions
 from purestep.parallel.split_tensor import Split, aligned, each, named, rule, split, split_of, whole
 
 # --- element by element -----------------------------------------------------------------------------------------------
@@ -137,6 +138,8 @@ def matmul(func: Any, a: Any, b: Any) -> Any:
         like = a if cut_a == batch else b
         outs = each(torch.matmul, [aligned(a, like), aligned(b, like)])
         return split(outs, outs[0].ndim + batch, like.blocks, team)
+    if team.context and cut_a == -2 and cut_b < 0:
+        return split_positions.matmul(func, a, b)
     if cut_b == -2 and cut_a in (0, -1):  # the dim that is summed
         if cut_a == 0 or a.blocks != b.blocks:
             a = split(team.cut(whole(a), a.ndim - 1, b.blocks), a.ndim - 1, b.blocks, team)

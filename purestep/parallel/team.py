@@ -36,18 +36,21 @@ class Team:
         parts: into how many a split dim is cut; a multiple of the number of ranks.
         fast: sums go by the collectives of the backend, in an order of theirs.
         sequence: sums stay split over the positions of a sequence where nothing needs them whole.
+        context: parts are runs of positions: the model is given a part of each sequence, and no parameter is cut.
     """
 
     group: dist.ProcessGroup | None
     parts: int
     fast: bool = False
     sequence: bool = False
+    context: bool = False
 
     def __post_init__(self) -> None:
         self.size, self.rank = collectives.size_of(self.group), collectives.rank_in(self.group)
         self.own = self.parts // self.size
         self.numbers = range(self.rank * self.own, (self.rank + 1) * self.own)
         self._entered: tuple[weakref.ref[Tensor], int | None, Parts] | None = None
+        self.met = False  # whether the model was called since, see `split_positions`
 
     @functools.cached_property
     def _name(self) -> str:
@@ -70,7 +73,7 @@ class Team:
 
     def forget(self) -> None:
         """Let go of the tensor that was entered last: a pass is over."""
-        self._entered = None
+        self._entered, self.met = None, False
 
     def cut(self, whole: Tensor, dim: int, blocks: Blocks) -> Parts:
         """Return this rank's parts of a whole tensor."""
@@ -80,6 +83,11 @@ class Team:
         """Return the whole of a tensor of which this rank has parts."""
         whole: Tensor = _Gather.apply(self, dim, blocks, *parts)
         return whole
+
+    def gather_each(self, parts: Sequence[Tensor], dim: int) -> Parts:
+        """Return the whole of a tensor once for each part of this rank, which computes other things with it than the
+        other parts do: its gradient is the sum over all parts, of which each rank keeps its own."""
+        return _GatherEach.apply(self, dim, *parts)
 
     def sum(self, addends: Sequence[Tensor]) -> Tensor:
         """Return the sum of one tensor from each part, on every rank."""
@@ -207,6 +215,18 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         team, dim, blocks = ctx.how
         return None, None, None, *team.pieces(grad, dim, blocks)
+
+
+class _GatherEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, team: Team, dim: int, *parts: Tensor) -> Parts:
+        ctx.team, ctx.dim = team, dim % parts[0].ndim
+        whole = team.joined(parts, ctx.dim, (parts[0].shape[ctx.dim] * team.parts,))
+        return tuple(whole.view_as(whole) for _ in range(team.own))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.team.total_cut(grads, ctx.dim)
 
 
 class _Sum(torch.autograd.Function):

@@ -7,6 +7,7 @@ model knows. `split_tensor` is what the model computes with.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.distributed.mesh import world_size
+from purestep.microbatch import Context, both
 from purestep.module_tensors import slots
-from purestep.parallel import split_layers, split_math, split_views
+from purestep.parallel import split_layers, split_math, split_positions, split_views
 from purestep.parallel.absent import Absent
 from purestep.parallel.split_tensor import is_split, split, whole
 from purestep.parallel.team import Blocks, Team
@@ -37,8 +39,10 @@ class Splitter:
     """
 
     def __init__(self, plan: Plan, module: nn.Module) -> None:
-        axis = plan.tensor_axis
-        self.team = Team(plan.mesh.group(axis), plan.parts, plan.reduction == "fast", plan.sequence_parallel)
+        axis, self.module = plan.tensor_axis, module
+        self.team = Team(
+            plan.mesh.group(axis), plan.parts, plan.reduction == "fast", plan.sequence_parallel, plan.context
+        )
         self.cuts: dict[str, tuple[int, Blocks]] = {}
         known = slots(module)
         for name, places in (known.params | known.buffers).items():
@@ -55,12 +59,19 @@ class Splitter:
         at, blocks = self.cuts[name]
         return split(self.team.parameter(value, at, blocks), at, blocks, self.team)
 
+    def around(self, inner: Context | None) -> Context | None:
+        """Return what makes the context that the model runs in: under context parallelism its input is cut there."""
+        if not self.team.context:
+            return inner
+        return functools.partial(both, functools.partial(split_positions.cutting, self.team, self.module), inner)
+
     def bound(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters or buffers as the model computes with them."""
         return {name: self(name, value) for name, value in tensors.items()}
 
     def kept(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the buffers after a call as plain tensors: frozen parameters are those that were given."""
+        split_positions.check_called(self.team, self.module)
         self.team.forget()
         return {name: old[name] if name in self.cuts else whole(value) for name, value in new.items()}
 

@@ -84,7 +84,7 @@ class Estimate:
 def estimate(step: StepFn, state: object, batch: object, dry: Dry) -> Estimate | None:
     """Return what a step needs of this process, from a dry run of it.
 
-    None under tensor parallelism: what each rank keeps of a layer that several compute is not known.
+    None under tensor and context parallelism: what each rank keeps of a layer that several compute is not known.
     """
     plan = facts_of(step).plan
     if plan is not None and plan.mesh.size(*plan.model_axes) > 1:

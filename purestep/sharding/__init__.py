@@ -12,6 +12,7 @@ from purestep.sharding.families import tensor_rules as tensor_rules
 from purestep.sharding.local_batches import LocalBatch as LocalBatch
 from purestep.sharding.local_batches import local_batch as local_batch
 from purestep.sharding.plan import Plan as Plan
+from purestep.sharding.presets import context_parallel as context_parallel
 from purestep.sharding.presets import ddp as ddp
 from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp

@@ -29,6 +29,14 @@ class Costed(Layout, Protocol):
         """Number of ranks that compute different microbatches."""
 
     @property
+    def context(self) -> bool:
+        """Whether ranks compute runs of positions together."""
+
+    @property
+    def model_axes(self) -> tuple[str, ...]:
+        """Axes over which the batch is the same."""
+
+    @property
     def zero(self) -> int:
         """The stage of ZeRO."""
 
@@ -53,8 +61,9 @@ class DryRun(Printed):
         memory: bytes a rank by kind: `params`, `frozen`, `buffers`, `optimizer` and `other` at rest, `grads` (one set,
             as params are split), and `gathered`: whole parameters that are live at once, with the whole gradients of
             one unit, or the copies of parameters that are offloaded. Activations are not in it.
-        sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients). What tensor
-            parallelism sends of activations is not in it.
+        sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients), and under
+            context parallelism `context` (gradients that are summed over positions). What tensor and context
+            parallelism send of activations is not in it.
         host: bytes of the CPU's memory, of what a plan with `offload=` keeps there while the state is on a card: what
             rests there, and what an update there copies, `grads` and `params`. They are not in `memory`.
     """
@@ -104,6 +113,10 @@ def dry_run(
     sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
     wire = plan.sent_dtype or reduce_dtype
     sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in trained)
+    if plan.context:
+        size = plan.mesh.size(*plan.model_axes)
+        # In each microbatch an exchange of slices, and one of their sums.
+        sent["context"] = turns * 2 * (size - 1) * sum(_whole(plan, row, compute_dtype) for row in trained) // size
     host = {kind: _at_rest(description, kind, on_host=True) for kind in kinds}
     if plan.offload is not None:
         host["grads"] = sum(_shard(plan, row, None) for row in trained)

@@ -61,6 +61,8 @@ class Plan(View):
             as ranks by default. The bits depend on this number, and not on that of the ranks.
         sequence_parallel: what is computed between the split layers is split over the positions of a sequence,
             dim 1 of `[batch, position, width]`, where the parts divide it.
+        context: the ranks of the tensor axis compute runs of positions of each sequence, with whole parameters;
+            `context_parallel` makes such a plan.
 
     Raises:
         ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
@@ -89,6 +91,7 @@ class Plan(View):
     compress: Compress | None = None
     tensor_parts: Count | None = None
     sequence_parallel: bool = False
+    context: bool = False
 
     def __post_init__(self) -> None:
         rules = tuple((_frozen(rule[0]), rule[1]) if plan_checks.is_rule(rule) else rule for rule in self.rules)
@@ -337,7 +340,7 @@ class Plan(View):
         if "*" not in [filter for filter, _ in self.rules]:
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
         names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload compress".split()
-        names += ["tensor_parts", "sequence_parallel"] if self.model_axes else []
+        names += ["tensor_parts", "sequence_parallel", "context"] if self.model_axes else []
         settings = [(name, str(getattr(self, name))) for name in names]
         return [
             Table(("axis", "ranks", "splits"), axes),
@@ -346,7 +349,7 @@ class Plan(View):
         ]
 
     def _splits(self, axis: str) -> str:
-        over = ["microbatches"] if axis in self.batch else []
+        over = ["microbatches"] if axis in self.batch else ["positions"] if self.context else []
         split = {1: "optimizer state", 2: "gradients", 3: "parameters"}[self.zero]
         return " and ".join([*over, *([split] if axis in self._named else [])]) or "nothing"
 

@@ -32,7 +32,7 @@ def check(plan: Any) -> None:
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
-    if plan.zero < 3 and plan.model_axes:
+    if plan.zero < 3 and plan.model_axes and not plan.context:
         raise ConfigError(
             explain(
                 "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",

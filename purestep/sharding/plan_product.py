@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 from purestep import tree
 from purestep.distributed.mesh import Mesh
@@ -25,6 +25,8 @@ def product(left: Any, right: Any) -> dict[str, Any]:
                 instead="fsdp() * tensor_parallel(rules, size=4), or one Plan with the rules of both",
             )
         )
+    if left.model_axes and right.model_axes and left.context != right.context:
+        refuse_context(left, right)
     batch = tuple(dict.fromkeys([*left.batch, *right.batch]))
     sizes = dict(zip(left.mesh.axes + right.mesh.axes, left.mesh.sizes + right.mesh.sizes, strict=True))
     if list(sizes.values()).count(-1) > 1:
@@ -41,6 +43,19 @@ def product(left: Any, right: Any) -> dict[str, Any]:
     return {"mesh": mesh, "rules": _rules(left, right, batch), "batch": batch, **settings}
 
 
+def refuse_context(left: Any, right: Any) -> NoReturn:
+    """Refuse to split both positions and matrices."""
+    raise ConfigError(
+        explain(
+            "context parallelism and tensor parallelism do not go together",
+            where=f"{left.mesh!r} * {right.mesh!r}",
+            why="ranks compute a microbatch together over one axis: they split its positions, or matrices",
+            instead="ddp() * context_parallel(4), fsdp() * context_parallel(4)\n"
+            "or tensor_parallel(rules, 4, sequence_parallel=True), which splits positions between the split layers",
+        )
+    )
+
+
 # The defaults of a plan; in a product of two, the factor whose value is no default decides.
 _SETTINGS: dict[str, Any] = {
     "fallback": "replicate",
@@ -54,6 +69,7 @@ _SETTINGS: dict[str, Any] = {
     "compress": None,
     "tensor_parts": None,
     "sequence_parallel": False,
+    "context": False,
 }
 
 

@@ -1,11 +1,12 @@
-"""The usual plans by name: `single`, `ddp`, `zero1`, `zero2`, `fsdp`, `hsdp`, `tensor_parallel`, and their products."""
+"""The usual plans by name: `single`, `ddp`, `zero1`, `zero2`, `fsdp`, `hsdp`, `tensor_parallel`,
+`context_parallel`, and their products."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from purestep.arguments import Name, Whole, checked
+from purestep.arguments import Count, Name, Whole, checked
 from purestep.distributed.mesh import mesh
 from purestep.errors import ConfigError
 from purestep.sharding.families import tensor_rules
@@ -168,6 +169,31 @@ def tensor_parallel(
     pairs: Any = rules.items() if isinstance(rules, Mapping) else rules
     found: tuple[tuple[Filter, Spec], ...] = tuple(pairs)
     return Plan(mesh({axis: size}), found, **({"fallback": "replicate"} | settings))
+
+
+@checked(ConfigError)
+def context_parallel(size: int, *, parts: Count | None = None, axis: Name = "context", **settings: Any) -> Plan:
+    """Context parallelism: each sequence is split over `size` ranks, which compute runs of its positions.
+
+    Parameters are whole on every rank of the axis. Attention gathers the keys and values of all positions, layer by
+    layer; every other layer computes with the positions of a rank.
+
+    Args:
+        size: ranks.
+        parts: into how many runs a sequence is cut, a power of two times `size`; `size` by default. The bits depend on
+            it, and not on the number of ranks.
+        axis: name of the mesh axis.
+        **settings: of `Plan`: `reduction`, ...
+
+    Examples:
+        >>> plan = ddp() * context_parallel(2, parts=4)
+        >>> plan.mesh, plan.parts
+        (mesh({'data': -1, 'context': 2}), 4)
+
+    Reference: Llama Team, "The Llama 3 Herd of Models", arXiv 2407.21783, section 3.3.2, which gathers keys and values.
+    """
+    settings = {"fallback": "replicate", "context": True, "tensor_parts": parts} | settings
+    return Plan(mesh({axis: size}), (), **settings)
 
 
 _EVERYWHERE = (("*", Spec(auto="fsdp")),)

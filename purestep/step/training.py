@@ -150,7 +150,7 @@ class Step(AnyStep):
             tensors, given, around = exchange.bound(tracked, old, self._around(cast))
             buffers = given
             if together is not None:
-                tensors, buffers = together.bound(tensors), together.bound(given)
+                tensors, buffers, around = together.bound(tensors), together.bound(given), together.around(around)
             bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(

@@ -15,7 +15,7 @@ import purestep as ps
 from purestep import optim, tree
 from purestep.distributed.mesh import world_size
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, tensor_parallel, zero1, zero2
+from purestep.sharding import Plan, Spec, context_parallel, ddp, fsdp, hsdp, mesh, tensor_parallel, zero1, zero2
 from purestep.sharding.messages import slice_of
 from purestep.sharding.placement import full, is_owner, is_split, local, rewrap, shard_of
 
@@ -32,6 +32,7 @@ PLANS = {
     "tensor": ddp() * tensor_parallel(TENSOR, 2),
     "fsdp x tensor": fsdp() * tensor_parallel(TENSOR, 2),
     "fsdp x tensor, pad": fsdp(fallback="pad") * tensor_parallel(TENSOR, 2),
+    "fsdp x context": fsdp() * context_parallel(2),
     "by hand": Plan(
         mesh({"x": 2, "y": 2}), [("*.weight", Spec(("y", "x"))), ("*", Spec())], fallback="pad", batch=("x",)
     ),

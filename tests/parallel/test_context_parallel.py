@@ -1,0 +1,70 @@
+"""Transformers under context parallelism on 1, 2 and 4 processes: the bits of one process that computes all parts."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import shared_ranks
+
+JOB = Path(__file__).with_name("context_job.py")
+LABELS = ["context", "none", "jit", "ddp x context", "fsdp x context", "zero1 x context", "zero2 x context"]
+# By model: what is computed besides `context` and `none`.
+MORE = {"gpt": ["jit", "fsdp x context"], "llama": ["ddp x context", "zero1 x context"], "encoder": []}
+MORE["tokens"] = ["jit", "ddp x context", "fsdp x context", "zero1 x context", "zero2 x context"]
+SLOW = pytest.mark.slow
+
+
+def asked(zygote, once, name, sizes, rows):
+    def ask(directory):
+        shared_ranks.ask(zygote, JOB, directory, sizes, rows, seconds=400, silent=False)
+
+    return shared_ranks.answers(once(name, ask), sizes)
+
+
+@pytest.fixture(scope="module")
+def answers(zygote, once):
+    """By number of processes and rank, what each row found."""
+    rows = [f"{model}|{label}" for model, more in MORE.items() for label in ["context", "none", *more]]
+    return asked(zygote, once, "context-parallel", "4,2,1", [*rows, "resumed"])
+
+
+def check(answers, model, least):
+    found = {
+        (*where, label): rows[f"{model}|{label}"]
+        for where, rows in answers.items()
+        for label in LABELS
+        if label != "none" and f"{model}|{label}" in rows
+    }
+    assert len(found) >= least
+    assert all(isinstance(value, dict) for value in found.values()), found
+    assert len({value["digest"] for value in found.values()}) == 1, found
+    # Sums over positions are added in another order than without a plan.
+    plain, value = answers[1, 0].get(f"{model}|none"), next(iter(found.values()))
+    if plain is not None:
+        assert value["numbers"] == pytest.approx(plain["numbers"], rel=1e-3, abs=2e-4)
+        assert value["digest"] != plain["digest"]
+
+
+@SLOW
+@pytest.mark.parametrize("model", MORE)
+def test_the_bits_do_not_depend_on_ranks_products_or_jit(answers, model):
+    products = len([label for label in MORE[model] if "x" in label])
+    check(answers, model, 7 + 4 * products + 2 * ("jit" in MORE[model]))
+
+
+@SLOW
+def test_a_run_goes_on_with_another_number_of_processes(answers):
+    found = answers[1, 0]["resumed"]
+    assert found["digest"] == found["alone"], found
+
+
+@SLOW
+def test_the_llama_of_transformers_has_the_same_bits(zygote, once):
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    rows = ["transformers|context", "transformers|none"]
+    check(asked(zygote, once, "context-parallel-transformers", "2,1", rows), "transformers", 3)
+
+
+def test_two_processes_compute_the_parts_of_one(zygote, once):
+    check(asked(zygote, once, "context-parallel-quick", "2,1", ["tokens|context"]), "tokens", 3)
