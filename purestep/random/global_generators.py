@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from purestep.random import torch_generator
+
 State = tuple[Any, ...]
 _WORDS = 624  # of a Mersenne Twister
 _NO_GAUSS = bytes(16)  # no normal number is remembered
@@ -189,8 +191,8 @@ class preserved:  # one made by contextlib costs 1 us more, around every batch
     __slots__ = ("_host", "_torch")
 
     def __enter__(self) -> None:
-        self._host, self._torch = read(), torch.default_generator.get_state()
+        self._host, self._torch = read(), torch_generator.state()
 
     def __exit__(self, *error: object) -> None:
-        torch.default_generator.set_state(self._torch)
+        torch_generator.put_back(self._torch)
         write(self._host)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from purestep.errors import RandomnessError, explain
-from purestep.random import global_generators, torch_watch
+from purestep.random import global_generators, torch_generator
 from purestep.random.host_trap import Trap, calling_line
 from purestep.random.keys import host_words
 from purestep.random.torch_mode import KeyedRandom
@@ -100,7 +100,7 @@ class Guard:
             self._how = "off"
         elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
             self.keyed = self.torch_habits is None or not self.torch_habits.watched(self.mode)
-            self._how, self._torch = "watch", None if self.keyed else torch_watch.state()
+            self._how, self._torch = "watch", None if self.keyed else torch_generator.state()
             # They cost microseconds a thread. A repeatable call that drew is repeated with care, which takes them.
             self._others = None if self.repeatable else _other_threads()
             self._before = _read()
@@ -112,7 +112,7 @@ class Guard:
         """Begin a first call, one of a model that draws, one that shows who draws, or a recomputation."""
         habits = self.habits
         self._others = _other_threads()  # before the generators are read, so that a draw after that shows in the times
-        self._before, self._torch, self._threads = _read(), torch.default_generator.get_state(), _thread_count()
+        self._before, self._torch, self._threads = _read(), torch_generator.state(), _thread_count()
         recomputed, backward = self._start is not None and not self._caller, self.mode.refusal is not None
         self._how = "watch" if backward or (self.repeatable and not habits.suspect and not habits.draws) else "trap"
         if recomputed:
@@ -146,7 +146,7 @@ class Guard:
         if how == "watch":
             now = _read()
             still = now is self._before or now == self._before
-            if not self.keyed and torch_watch.moved(self._torch):
+            if not self.keyed and torch_generator.moved(self._torch):
                 return self._torch_moved(failed, still)
             if still and (not self.keyed or self._torch is None or self._torch_is_still()):
                 return False
@@ -168,7 +168,7 @@ class Guard:
     def mark(self) -> Callable[[], Any]:
         """Return a function that gives the generators as they are now, for a recomputation of what comes next."""
         if self._how == "seed" or (self._how == "trap" and self._trap.touched):
-            now = _read(), torch.default_generator.get_state()
+            now = _read(), torch_generator.state()
             return lambda: now
         return lambda: self._start  # a draw that comes later is the first one
 
@@ -184,7 +184,7 @@ class Guard:
         after._how, after.keyed = "watch", False
         # The times of other threads before the generators, so that what one of them drew in between is not the model's.
         after._others, after._threads = _other_threads(), _thread_count()
-        after._torch, after._before = torch_watch.state(), _read()
+        after._torch, after._before = torch_generator.state(), _read()
         return after
 
     # --- private ------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class Guard:
         if self.torch_habits is not None:
             self.torch_habits.draws = True
         if self._alone():
-            torch.default_generator.set_state(self._torch)
+            torch_generator.put_back(self._torch)
             if self.mode.refusal is not None and not failed:
                 raise self._refusal(None, None)
         else:
@@ -208,7 +208,7 @@ class Guard:
         habits.learn(self.mode)
         moved_from, self._torch_moved_from = self._torch_moved_from, None
         if moved_from is not None and self.mode.met and not failed:
-            torch.default_generator.set_state(moved_from)
+            torch_generator.put_back(moved_from)
             self._torch = None if self._torch is None else moved_from
 
     def _moved(self, failed: bool, caller: tuple[Any, Any]) -> bool:
@@ -259,7 +259,7 @@ class Guard:
 
     def _seed(self, words: tuple[int, int]) -> None:
         global_generators.seed_globals(*words)
-        self._start = _read(), torch.default_generator.get_state()
+        self._start = _read(), torch_generator.state()
 
     def _words(self) -> tuple[int, int] | None:
         mode = self.mode
@@ -274,7 +274,7 @@ class Guard:
         return self._threads == _thread_count() and _all_idle(self._others)
 
     def _torch_is_still(self) -> bool:
-        return self._torch is None or torch.equal(torch.default_generator.get_state(), self._torch)
+        return self._torch is None or not torch_generator.moved(self._torch)
 
     def _refusal(self, which: str | None, line: str | None) -> RandomnessError:
         drew = f"the model drew from {which or 'a global generator of the host'}"
@@ -311,7 +311,7 @@ class Guard:
 
 def _restore(host: global_generators.State, torch_state: torch.Tensor | None) -> None:
     if torch_state is not None:
-        torch.default_generator.set_state(torch_state)
+        torch_generator.put_back(torch_state)
     global_generators.write(host)
 
 

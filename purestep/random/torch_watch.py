@@ -2,7 +2,7 @@
 
 A function mode sees every operation of a call, which takes a tenth of a small eager step, and most models draw
 nothing. So what a call under the mode has shown is remembered, and from then on the state of the generator is compared
-around each call instead (2 us). One that moves it after all is done again under the mode, from its key. A draw from a
+around each call instead (`torch_generator`). One that moves it after all is done again under the mode, from its key. A draw from a
 generator of the model's own moves nothing there, so now and then a call is under the mode nevertheless.
 """
 
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from purestep import _torch, transforms
 from purestep.random.torch_mode import KeyedRandom, handlers
@@ -59,12 +57,3 @@ def _only_the_default_generator() -> bool:
 
 
 _METAL = sys.platform == "darwin"  # its device needs no initialization
-
-
-# Returns the state of torch's generator of the CPU, uint8[5056].
-state: Callable[[], Tensor] = torch.default_generator.get_state
-
-
-def moved(since: Tensor) -> bool:
-    """Tell whether the generator has another state now. Not for code that is traced."""
-    return state().numpy().tobytes() != since.numpy().tobytes()
