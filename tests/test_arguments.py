@@ -133,6 +133,9 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "average_workers.state": ps.local_sgd(step, workers=2, every=2).begin(state),
         # sharding
         "tensor_rules.family": "gpt",
+        # data
+        "per_rank.make": lambda share: [torch.ones(2)],
+        "shares": 2,
         # loggers
         "Image.pixels": torch.ones(2, 3),
         "Histogram.values": torch.ones(3),
@@ -284,11 +287,16 @@ LEFT_OUT: dict[str, str] = {
         "for the rooms of purestep",
     ),
     "data.concat": "sources by position, each of them what as_source takes",
-    **dict.fromkeys("data.Batches snapshot.Ranks snapshot.Scope display.ProgressSink metrics.Recorder".split(), MADE),
+    **dict.fromkeys(
+        "data.Batches data.SampleShard data.Share snapshot.Ranks snapshot.Scope display.ProgressSink "
+        "metrics.Recorder".split(),
+        MADE,
+    ),
     **dict.fromkeys(
         "callbacks.Callback callbacks.Evaluator callbacks.Instrument callbacks.Observer callbacks.Reducer "
-        "callbacks.SnapshotPolicy callbacks.Transformer callbacks.Watcher data.Source loggers.Logger loggers.Sink "
-        "metrics.Metric metrics.Growing optim.GradientTransformation optim.Rule optim.ScheduleBase precision.LossScale "
+        "callbacks.SnapshotPolicy callbacks.Transformer callbacks.Watcher data.Shardable data.Source "
+        "loggers.Logger loggers.Sink metrics.Metric metrics.Growing optim.GradientTransformation "
+        "optim.Rule optim.ScheduleBase precision.LossScale "
         "snapshot.Keep".split(),
         BASE,
     ),

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import purestep as ps
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -59,6 +61,17 @@ def test_tune_page(capsys):
     assert len(namespace["study"].rows) == 5
     assert [row.left_at for row in namespace["sweep"].rows].count("") == 1
     assert (namespace["sizes"].size, len(namespace["figure"].axes)) == (256, 1)
+
+
+def test_data_page_reads_per_rank(capsys):
+    """The blocks of the page that stand on their own."""
+    namespace = {"__name__": "page", "ps": ps}
+    for block in blocks("docs/data.md"):
+        if ("share" in block or "SampleShard" in block) and "mode=" not in block:
+            exec(compile(block, "docs/data.md", "exec"), namespace)
+    assert tuple(namespace["batch"].shape) == (32,)
+    assert next(namespace["train"].open(0, 0)).unique().numel() == 32
+    assert capsys.readouterr().out == "tensor([ 8,  9, 10, 11, 12, 13, 14, 15])\n"
 
 
 def test_transforms_page(capsys):

@@ -10,6 +10,10 @@ from purestep.data.mix import concat as concat
 from purestep.data.mix import stream as stream
 from purestep.data.mix import take as take
 from purestep.data.mix import zip as zip
+from purestep.data.per_rank import Share as Share
+from purestep.data.per_rank import per_rank as per_rank
+from purestep.data.sampler import SampleShard as SampleShard
+from purestep.data.source import Shardable as Shardable
 from purestep.data.source import Source as Source
 from purestep.data.source import as_source as as_source
 from purestep.data.to_device import prefetch as prefetch

@@ -170,6 +170,15 @@ class ThirdPartyLoader:
         stop = "past" if self._ended else ""
         return saved.replace(stop=stop, start=self._hidden_at_start, now=self._hidden.capture(), changed=changed)
 
+    @property
+    def seed(self) -> int:
+        """The seed of the global generators while the loader works."""
+        return self._seed
+
+    def reseeded(self, seed: int) -> ThirdPartyLoader:
+        """Return the same loader, not read yet, under another seed of the global generators."""
+        return ThirdPartyLoader(self._data, seed=seed)
+
     def components(self) -> list[object]:
         """Return the loader, its sampler, batch sampler, the sampler of that, and the data set: each once."""
         return components_of(self._data)

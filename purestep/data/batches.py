@@ -22,7 +22,7 @@ from purestep.data import seeding
 from purestep.data.columns import Columns, as_columns
 from purestep.data.loading import Epoch, Loaded, Loader, Transform
 from purestep.data.sampler import BatchOrder, SampleShard, Shard
-from purestep.data.source import refuse_path
+from purestep.data.source import Gather, refuse_path
 from purestep.errors import DataError, explain
 
 if TYPE_CHECKING:
@@ -184,6 +184,10 @@ class Batches:
         """End the worker processes that wait for the next epoch. Reading again starts new ones."""
         if "_pools" in self.__dict__:  # a cached property: absent until worker processes were asked for
             self._pools.close()
+
+    def sharded(self, shard: SampleShard, gather: Gather) -> Batches:
+        """Return the batches of one rank's samples. Every rank computes which these are, so nothing is exchanged."""
+        return self.replace(shard=shard)
 
     # --- other values ------------------------------------------------------------------------------------------------
 

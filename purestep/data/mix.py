@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 from purestep import tree
 from purestep.arguments import checked
 from purestep.data.batches import Batches, limit
+from purestep.data.per_rank import PerRank
 from purestep.data.source import Source, as_source, close
 from purestep.errors import DataError, explain
 
@@ -236,7 +237,8 @@ class Taken:
 
 @checked(DataError)
 def take(data: Any, n: int | float) -> Source:
-    """Limit each epoch to its first `n` batches, or to a fraction of them. For `Batches` it is their `take`.
+    """Limit each epoch to its first `n` batches, or to a fraction of them. For `Batches` and `per_rank` it is their
+    own `take`, under which each rank still reads its shard only.
 
     Args:
         data: a source, or anything `as_source` takes.
@@ -250,7 +252,7 @@ def take(data: Any, n: int | float) -> Source:
         [1, 2]
     """
     source = as_source(data)
-    if isinstance(source, Batches):
+    if isinstance(source, (Batches, PerRank)):
         return source.take(n)
     length = source.length()
     if isinstance(n, float):

@@ -134,6 +134,15 @@ class SampleShard:
         """Return the microbatches of the shard, as a plan does."""
         return self.indices
 
+    def rows(self, samples: int) -> np.ndarray:
+        """Return the rows of a global batch of so many samples that the shard has, in its order: int64[n].
+
+        Examples:
+            >>> SampleShard(total=4, indices=(1, 3)).rows(8).tolist()
+            [2, 3, 6, 7]
+        """
+        return rows(samples, self.total, self.indices)
+
     @property
     def partial(self) -> bool:
         """Whether other ranks read some of the microbatches."""
@@ -213,7 +222,7 @@ class BatchOrder:
             for number in chunk:
                 offset = number * size - first
                 full = indices[offset : offset + size]
-                local = full if shard is None else full[rows(len(full), shard.total, shard.indices)]
+                local = full if shard is None else full[shard.rows(len(full))]
                 yield Request(epoch, number, local, len(full))
 
     def _permutation(self, epoch: int) -> Permutation:

@@ -1,7 +1,7 @@
 """The shard of a source that one rank reads: samples of every batch for training, every n-th batch for evaluation.
 
-Owns the choice between reading the shard only (`Batches`) and reading global batches and dropping what other ranks
-compute (every other source, whose order is not known here). The loop calls it when a step has a plan.
+Owns the choice between reading the shard only (a `Shardable` source, a loader whose sampler shards by rank) and reading
+global batches and dropping what other ranks compute (every other source). The loop calls it when a step has a plan.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from purestep.data.batches import Batches
-from purestep.data.rank_samplers import refuse_rank_sampler
+from purestep.data.rank_samplers import rank_sampler, read_own_share, refuse_rank_sampler
 from purestep.data.sampler import BatchShard, SampleShard
-from purestep.data.source import Source, close
+from purestep.data.source import Gather, Shardable, Source, close
 from purestep.sharding.local_batches import LocalBatch, local_batch
 
 
@@ -56,16 +56,22 @@ class ShardedSource:
         return repr(self.source)
 
 
-def shard_samples(source: Source, shard: SampleShard) -> Source:
-    """Return a source of `LocalBatch`es: the samples of some microbatches of every batch.
+def alone(value: Any) -> list[Any]:
+    """Return the values of all ranks, where there is one."""
+    return [value]
+
+
+def shard_samples(source: Source, shard: SampleShard, gather: Gather = alone) -> Source:
+    """Return a source of `LocalBatch`es: the samples of some microbatches of every batch. Collective with `gather`.
 
     Args:
-        source: gives the same batches on every rank. `Batches` then reads no other samples; any other source reads the
-            global batch, which is sharded afterwards.
+        source: a `Shardable` one then reads no other samples; a loader whose sampler shards by rank reads what that
+            gives; any other one, which gives the same batches on every rank, reads global batches, sharded afterwards.
         shard: which microbatches.
+        gather: exchanges small values with the other ranks.
 
     Raises:
-        DataError: the sampler of a loader shards the data by rank.
+        DataError: the sampler of a loader shards the data for other ranks than there are.
 
     Examples:
         >>> import torch
@@ -74,8 +80,10 @@ def shard_samples(source: Source, shard: SampleShard) -> Source:
         >>> [b.data.tolist() for b in shard_samples(train, SampleShard(2, (1,))).open(0, 0, None)]
         [[2, 3], [6, 7]]
     """
-    refuse_rank_sampler(source)
-    return source.replace(shard=shard) if isinstance(source, Batches) else ShardedSource(source, shard)
+    if isinstance(source, Shardable):
+        return source.sharded(shard, gather)
+    found = rank_sampler(source)
+    return ShardedSource(source, shard) if found is None else read_own_share(found, shard, gather)
 
 
 def shard_batches(source: Source, shard: BatchShard) -> Source:

@@ -7,11 +7,14 @@ with it; a position that a source keeps itself never decides which batches it gi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from purestep.arguments import Seed, checked
 from purestep.errors import DataError, explain
+
+if TYPE_CHECKING:
+    from purestep.data.sampler import SampleShard
 
 
 @runtime_checkable
@@ -31,6 +34,27 @@ class Source(Protocol):
 
     def state(self) -> Any:
         """Return what `open` needs besides (epoch, batch), as of the last batch read: plain values, or None."""
+
+
+Gather = Callable[[Any], list[Any]]  # returns the values of all ranks, in their order; every rank calls it
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A source that can read the samples of one rank, and no others.
+
+    A run under a plan asks each rank's source for its shard: some of the microbatches that a global batch is cut into.
+    Any other source reads global batches, and each rank drops what the others compute.
+    """
+
+    def sharded(self, shard: SampleShard, gather: Gather) -> Source:
+        """Return a source of `ps.sharding.LocalBatch`es, each with the rows `shard.rows(n)` of the batch of n samples.
+
+        Args:
+            shard: of this rank. `LocalBatch(data, samples=n, microbatches=shard.total)` is its part of a batch.
+            gather: exchanges small values with the other ranks, for sources whose state depends on all of them. Calls
+                belong into `sharded` and `state`, which every rank calls at the same point.
+        """
 
 
 @runtime_checkable
@@ -117,7 +141,10 @@ def _refuse_samples(data: object) -> None:
 
     kind = f"data: {type(data).__module__}.{type(data).__qualname__}"
     if isinstance(data, IterableDataset):
-        instead = "torch.utils.data.DataLoader(dataset, batch_size=32)"
+        instead = (
+            "torch.utils.data.DataLoader(dataset, batch_size=32)\n"
+            "or DataLoader(dataset, batch_size=None)   # if what it gives are batches already"
+        )
     elif isinstance(data, (Dataset, Tensor, dict)) or type(data).__module__ == "numpy":
         instead = "ps.data.batches(dataset, batch_size=32)"
     elif not (isinstance(data, Iterable) or hasattr(data, "__getitem__") or callable(data)):

@@ -77,11 +77,11 @@ class Feed:
                 given += 1
         except DataError:
             # A signal to the whole process group ends the workers too. What was trained on so far is whole.
-            if not self.stopping():
+            if not self.stopping() or not (self.alone or isinstance(self.source, data.Batches)):
                 raise
-            if not self.alone:
+            if isinstance(self.source, data.Batches) and not self.alone:
                 # The other ranks do not know of the signal yet: this one keeps up with them without its workers.
-                self.source = _without_workers(self.source)
+                self.source = self.source.replace(num_workers=0)
                 self._loader, self._iterator = self.loader_state(), None
                 place = cursor.replace(batch=cursor.batch + given)
                 yield from self._take(place, n - given)
@@ -167,11 +167,6 @@ def _empty_epoch(source: data.Source, epoch: int) -> DataError:
             instead="lambda epoch: iter(batches)   # a function that returns a new iterator for each epoch",
         )
     )
-
-
-def _without_workers(source: data.Source) -> data.Source:
-    """The same batches, read in this process. Sources that have no workers of ours are as they were."""
-    return source.replace(num_workers=0) if isinstance(source, data.Batches) else source
 
 
 def device_of(train: object) -> torch.device:

@@ -79,7 +79,8 @@ class Ranks:
         """Return a source of the rows that this rank computes; the source itself where those are all."""
         if self.plan is None or self.plan.replicas == 1:
             return source
-        shared = shard_samples(source, SampleShard(self.microbatches, self.plan.microbatches(self.microbatches)))
+        shard = SampleShard(self.microbatches, self.plan.microbatches(self.microbatches))
+        shared = shard_samples(source, shard, functools.partial(control.gather, what="the shares of the data"))
         self._cut = shared if isinstance(shared, ShardedSource) else None
         return shared
 

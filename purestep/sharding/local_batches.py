@@ -153,7 +153,7 @@ def local_batch(batch: object, plan: Shares, microbatches: int) -> LocalBatch:
     indices = plan.microbatches(microbatches)
     if len(indices) == microbatches:
         return LocalBatch(batch, samples, microbatches)
-    return LocalBatch(_take(batch, rows(samples, microbatches, tuple(indices))), samples, microbatches)
+    return LocalBatch(take_rows(batch, rows(samples, microbatches, tuple(indices))), samples, microbatches)
 
 
 def check_samples(batch: object, parts: int) -> int:
@@ -201,8 +201,8 @@ def aligned(leaf: T) -> T:
     return leaf
 
 
-def _take(batch: T, numbers: np.ndarray) -> T:
-    """Rows of every leaf, in ascending runs; cut and joined, they keep the memory format that they have."""
+def take_rows(batch: T, numbers: np.ndarray) -> T:
+    """Return rows of every leaf that has dims, in ascending runs; cut and joined, they keep their memory format."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     runs = [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(numbers, breaks)]
 

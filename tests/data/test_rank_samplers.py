@@ -46,6 +46,7 @@ INSTEAD = ("batch_size=8, shuffle=True", "batch_size=8, shuffle=True", "batch_si
 @pytest.mark.parametrize(("name", "instead"), list(zip(LOADERS, INSTEAD, strict=True)))
 def test_a_sampler_that_cuts_by_rank_is_refused_with_the_loader_to_write(name, instead):
     source = as_source(LOADERS[name])
+    # Of these samplers, no other rank reads the rest; an evaluation deals whole batches.
     for share in (lambda: shard_samples(source, SampleShard(2, (0,))), lambda: shard_batches(source, BatchShard(0, 2))):
         with pytest.raises(DataError, match=name) as error:
             share()

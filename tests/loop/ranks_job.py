@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -207,6 +208,55 @@ def relay(directory):
     options = job(sharding.fsdp() if SIZE == 4 else ddp())
     options["callbacks"] = [*options["callbacks"], snapshots]
     return summary(ps.fit(**options, until=ps.steps(steps), run_dir=run_dir, strict=True))
+
+
+class Share:
+    """A loader of one share of the samples: its order goes on from epoch to epoch."""
+
+    def __init__(self, share):
+        self.data, self.draws, self.at = table(59, 0), random.Random(share.index), 0
+        self.rows = range(59)[share.slice][:12]
+        self.order = []
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        if self.at == 0:
+            self.order = self.draws.sample(self.rows, 12)
+        while self.at < 12:
+            self.at += 3
+            yield {name: column[self.order[self.at - 3 : self.at]] for name, column in self.data.items()}
+        self.at = 0
+
+    def state_dict(self):
+        version, words, gauss = self.draws.getstate()
+        return {"draws": [version, list(words), gauss], "at": self.at, "order": list(self.order)}
+
+    def load_state_dict(self, state):
+        version, words, gauss = state["draws"]
+        self.draws.setstate((version, tuple(words), gauss))
+        self.at, self.order = state["at"], list(state["order"])
+
+
+def shares(directory):
+    """Loaders per rank: four ranks begin, two go on in the middle of an epoch, one ends; and one that does it alone."""
+    opened = []
+
+    def make(share):
+        opened.append(share.index)
+        return Share(share)
+
+    options = job(train=ps.data.per_rank(make, V))
+    options["callbacks"] = [*options["callbacks"], ps.callbacks.snapshots(every=ps.every.steps(3))]
+    steps = {4: 5, 2: 9, 1: 14}[SIZE]
+    result = ps.fit(**options, until=ps.steps(steps), run_dir=directory.parent / "shares", strict=True)
+    alone = ps.fit(**job(train=ps.data.per_rank(Share, V)), until=ps.steps(14)) if SIZE == 1 else result
+    return (
+        summary(result)
+        | {"opened": sorted(opened), "alone": ps.digest(alone.state)}
+        | {"state": ps.digest(result.state)}
+    )
 
 
 def foreign(directory):

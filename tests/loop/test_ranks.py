@@ -14,7 +14,7 @@ from purestep.loop.clock import Together
 from purestep.loop.signals import Signals
 
 SCRIPT = Path(__file__).with_name("ranks_job.py")
-ALL = "straight own_loop level_two relay"
+ALL = "straight own_loop level_two relay shares"
 SLOW = "fsdp hsdp few foreign collated"
 MORE = "quiet with_signal signal_in_evaluation seconds exchanges refusals mismatches wrong memory wrapped opaque"
 
@@ -90,6 +90,13 @@ def test_a_run_has_the_same_bits_on_any_number_of_ranks(request, check):
         assert (run["batches"], run["reason"], run["metrics"]) == tuple(
             runs[0][name] for name in ("batches", "reason", "metrics")
         )
+
+
+def test_loaders_per_rank_go_on_with_other_ranks(answers):
+    assert [answers[4][rank]["shares"]["opened"] for rank in range(4)] == [[0], [1], [2], [3]]
+    assert [answers[2][rank]["shares"]["opened"] for rank in range(2)] == [[0, 1], [2, 3]]
+    ended = answers[1][0]["shares"]
+    assert (ended["batches"], ended["state"]) == (14, ended["alone"])
 
 
 def test_a_function_around_a_step_keeps_its_plan(answers):

@@ -36,7 +36,8 @@ BATCH = "RankError: the ranks differ in the batch\n  where:   the batch: rank 0:
 SIZE = "RankError: the ranks differ in the size of the batch\n  where:   the size of the batch: rank 0: 8 samples"
 UNPLACED = "ConfigError: the state is not placed by the plan of the step\n  where:   state.params['0.weight']: [8, 6], "
 NO_PLAN = "ConfigError: the state is placed by a plan, and the step has none\n  where:   state.params['0."
-SAMPLER = "DataError: the sampler of a loader shards the data by rank, and the plan of the step shards each batch again"
+SAMPLER = "DataError: the sampler of a loader shards the data for other ranks than those that share a batch"
+DEALT = "DataError: the sampler of a loader shards the data by rank, and an evaluation deals batches to ranks itself"
 LATER = {"size": (SIZE, "rank 1: 9 samples"), "shape": (SIZE, "rank 1: 8 samples"), "values": ("no error", "")}
 
 
@@ -63,7 +64,8 @@ LATER = {"size": (SIZE, "rank 1: 9 samples"), "shape": (SIZE, "rank 1: 8 samples
         ("fit|seeds", "RankError: the ranks differ in the state\n", "the same seed and code on every rank"),
         ("fit|half placed", "RankError: the ranks differ in the state\n", "rank 1: 'placed by a plan'"),
         ("fit|sampler", SAMPLER, "ps.data.batches(dataset, batch_size=8, shuffle=False, seed=0)"),
-        ("fit|evaluation", SAMPLER, "DataLoader(dataset, batch_size=8, shuffle=False)"),
+        ("fit|shares", "no error", ""),
+        ("fit|evaluation", DEALT, "DataLoader(dataset, batch_size=8, shuffle=False)"),
         ("fit|first", BATCH, "a loader that gives every rank the same batches in the same order"),
         ("fit|later", "RankError: the ranks differ in batch 4", "ps.data.batches does"),
     ],
