@@ -22,7 +22,7 @@ from purestep.devices import default_device
 from purestep.donation import apart, donation_of
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import Definition, Slots, slots
-from purestep.optim.base import GradientTransformation, check_transformation
+from purestep.optim.base import GradientTransformation, check_transformation, next_count
 from purestep.optim.kernels.sliced import advance
 from purestep.random import global_generators, remembered
 from purestep.tree import Filter, pytree, static
@@ -133,7 +133,7 @@ class TrainState(Printed):
                 applied = accept if applied is None else applied & accept
             buffers = self.buffers if buffers is None else dict(buffers)
             if applied is None:
-                step = self.step + 1
+                step = next_count(self.step)
                 remembered.follow(self.step, step, 1)
             else:
                 step = self.step + applied.to(self.step.dtype)

@@ -18,6 +18,7 @@ from purestep import tree
 from purestep.errors import ConfigError, OptimError, explain
 from purestep.optim.kernels import foreach as fx
 from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scoped, check_scope, inside
+from purestep.random.keys import is_host
 from purestep.tree import Structure
 from purestep.views import Block, Curves, Panel, Tree, View
 
@@ -294,6 +295,14 @@ def new_count(params: Any) -> Tensor:
     """Return a 0-d int64 zero on the device of the parameters."""
     device = next((p.device for p in tree.leaves(params) if isinstance(p, Tensor)), None)
     return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def next_count(count: Tensor) -> Tensor:
+    """Return a count and one more."""
+    return torch.add(count, _ONE) if is_host(count) else count + 1
+
+
+_ONE = torch.ones((), dtype=torch.int64)  # torch would make one of a number in each addition
 
 
 def wide(count: Any) -> Tensor:

@@ -6,13 +6,12 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     standard_gamma, sample_dirichlet
                             what `torch.distributions` draws gammas and Dirichlets with. Without them: find by the tag
                             `nondeterministic_seeded` what `Gamma.rsample` calls, and refuse that.
-    address_of_generator    where `torch_generator` looks whether a generator has moved. Without it: `get_state`, slower.
+    address_of_generator    where `torch_generator` looks whether a generator has moved. Without it: `get_state`.
 """
 
 from __future__ import annotations
 
 import torch
-
 
 standard_gamma = torch._standard_gamma
 sample_dirichlet = torch._sample_dirichlet

@@ -1,7 +1,7 @@
 """The state of torch's generator of the CPU, to compare and to put back, without a copy of it where it has not moved.
 
 `get_state` copies 5 KB, and a step would ask four times, a loader twice a batch. So the numbers that every draw moves
-are looked at where they lie in memory, and the copy of the last time is returned while they are the same. Where they lie
+are looked at where they lie in memory, and the copy of the last time is returned while they are the same. Where that is,
 is found out with a generator made for the purpose, whose state must not change while these bytes stay; if it does,
 `get_state` is called each time. `global_generators` does the same for the generators of Python and numpy.
 """

@@ -2,8 +2,8 @@
 
 A function mode sees every operation of a call, which takes a tenth of a small eager step, and most models draw
 nothing. So what a call under the mode has shown is remembered, and from then on the state of the generator is compared
-around each call instead (`torch_generator`). One that moves it after all is done again under the mode, from its key. A draw from a
-generator of the model's own moves nothing there, so now and then a call is under the mode nevertheless.
+around each call instead (`torch_generator`). One that moves it after all is done again under the mode, from its key. A
+draw from a generator of the model's own moves nothing there, so now and then a call is under the mode nevertheless.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,42 @@ def plain(*lists: Tensors) -> bool:
     return _mode(*lists) == _PLAIN
 
 
+# Numbers as 0-d tensors, which no other code sees: torch makes one of a number for each tensor of a list, which takes
+# several times as long as the arithmetic on a small one.
+_numbers: dict[float, Tensor] = {}
+_MOST_NUMBERS = 64
+_FEW = 3  # tensors, for which making one costs as much
+
+
+def operand(number: float, xs: Tensors) -> float | Tensor:
+    """Return what plain tensors are computed with for a number; the bits and the dtype of the result are the same.
+
+    Examples:
+        >>> third, xs = 1 / 3, [torch.ones(1, dtype=torch.bfloat16)] * 4
+        >>> torch.equal(mul(xs, third)[0], xs[0] * third), isinstance(operand(third, xs), Tensor)
+        (True, True)
+    """
+    return operands((number,), xs)[0]
+
+
+def operands(numbers: Sequence[float], xs: Tensors) -> list[Any]:
+    """Return what plain tensors are computed with for each of some numbers, see `operand`."""
+    if len(xs) <= _FEW or not xs[0].is_cpu or not all(map(Tensor.dim, xs)):
+        return list(numbers)  # a 0-d tensor would take the dtype of the operand
+    return [_operand(number) for number in numbers] if all(map(Tensor.is_floating_point, xs)) else list(numbers)
+
+
+def _operand(number: float) -> float | Tensor:
+    if type(number) is not float or not number:  # 0 and -0 would be one key
+        return number
+    found = _numbers.get(number)
+    if found is None:
+        if len(_numbers) >= _MOST_NUMBERS:
+            _numbers.clear()
+        found = _numbers[number] = torch.full((), number, dtype=torch.float64, device="cpu")
+    return found
+
+
 def _unary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     fresh, inplace = kernels.foreach(name)
 
@@ -72,6 +108,7 @@ reciprocal = _unary("reciprocal", torch.reciprocal)
 
 def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
     fresh, inplace = kernels.foreach(name)
+    takes_tensor = name in ("mul", "div")  # of the lists of torch; the others take numbers
 
     def apply(
         xs: Tensors, other: Tensors | float | Tensor, *, reuse: bool = False, between: str | None = None
@@ -85,10 +122,12 @@ def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Te
             if isinstance(other, (int, float)):
                 return [function(x, other) for x in xs]
             return [function(x, y) for x, y in zip(xs, other, strict=True)]
+        number = isinstance(other, (int, float))
+        if number and mode == _PLAIN and takes_tensor:
+            other = operand(other, xs)  # type: ignore[arg-type]
         if reuse and mode == _PLAIN:
             inplace(xs, other)
             return list(xs)
-        number = isinstance(other, (int, float))
         kept = workspace.into(between, function, xs, other) if between and number and mode == _PLAIN else None
         return list(fresh(xs, other)) if kept is None else kept
 
@@ -130,10 +169,11 @@ def add(
         mode = _mode(xs)
         if mode == _LEAFWISE:
             return [x + other for x in xs]
+        number = operand(other, xs) if mode == _PLAIN else other
         if reuse and mode == _PLAIN:
-            kernels.foreach_add_(xs, other)
+            kernels.foreach_add_(xs, number)
             return list(xs)
-        return list(kernels.foreach_add(xs, other))
+        return list(kernels.foreach_add(xs, number))
     if isinstance(other, Tensor):
         return cast([x + _fit(other, x) for x in xs], xs)
     if isinstance(alpha, Tensor):

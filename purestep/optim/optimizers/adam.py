@@ -24,6 +24,7 @@ from purestep.optim.base import (
     is_zero,
     need_params,
     new_count,
+    next_count,
     same_leaves,
     transformation,
     value_at,
@@ -32,6 +33,7 @@ from purestep.optim.base import (
 )
 from purestep.optim.kernels import foreach as fx
 from purestep.optim.kernels.fused import fitted, fused_adam
+from purestep.optim.kernels.straight import straight_adam
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
 from purestep.optim.weight_decay import add_decay, fixed_filter
@@ -100,7 +102,8 @@ class Adam(Kernel, GradientTransformation):
         self, updates: Any, state: Any, params: Any = None, *, step: StepNumber | None = None, **extra: Any
     ) -> tuple[Any, Any]:
         leaves = self._leaves(updates, state)
-        us, following = self._proposed(updates, leaves, params, step, reuse=False)
+        ps = None if params is None else same_leaves(params, leaves.structure, updates, "params")
+        us, following = self._proposed(updates, leaves, ps, step, reuse=False)
         return tree.unflatten(leaves.structure, us), following
 
     def advance(
@@ -120,7 +123,7 @@ class Adam(Kernel, GradientTransformation):
             done = self._in_one_pass(updates, leaves, ps, value_at(self.learning_rate, step), decay, reuse)
             if done is not None:
                 return done
-        us, following = self._proposed(updates, leaves, params, step, reuse=reuse)
+        us, following = self._proposed(updates, leaves, ps, step, reuse=reuse)
         reuse = reuse and all(u.dtype == p.dtype for u, p in zip(us, ps, strict=True))
         return tree.unflatten(leaves.structure, fx.cast(fx.add(ps, us, reuse=reuse), ps)), following
 
@@ -129,14 +132,14 @@ class Adam(Kernel, GradientTransformation):
         mu = same_leaves(state.mu, structure, updates, "first moments")
         nu = same_leaves(state.nu, structure, updates, "second moments")
         top = same_leaves(state.nu_max, structure, updates, "largest second moments") if self.amsgrad else None
-        return _Leaves(structure, fx.cast(gs, nu), mu, nu, top, state.count + 1)
+        return _Leaves(structure, fx.cast(gs, nu), mu, nu, top, next_count(state.count))
 
     def _following(self, leaves: _Leaves, mu: list[Tensor], nu: list[Tensor], top: list[Tensor] | None) -> Any:
         trees = [tree.unflatten(leaves.structure, xs) for xs in (mu, nu, top) if xs is not None]
         return (AmsgradState if self.amsgrad else AdamState)(leaves.count, *trees)
 
     def _proposed(
-        self, updates: Any, leaves: _Leaves, params: Any, step: StepNumber | None, *, reuse: bool
+        self, updates: Any, leaves: _Leaves, ps: list[Tensor] | None, step: StepNumber | None, *, reuse: bool
     ) -> tuple[list[Tensor], Any]:
         """Return the updates as a list, and the next state."""
         rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
@@ -148,8 +151,7 @@ class Adam(Kernel, GradientTransformation):
             us = [torch.zeros_like(g) for g in gs]
             mu, nu, top = self._fused(us, gs, leaves, rate, [0.0] * len(us), reuse)
         if not is_zero(self.weight_decay):
-            why = f"{self.name} with weight decay"
-            ps = same_leaves(need_params(params, why), leaves.structure, updates, "params")
+            ps = need_params(ps, f"{self.name} with weight decay")
             decay = value_at(self.weight_decay, step, "weight_decay")
             us = add_decay(us, ps, decay * (1.0 if rate is None else -rate), mask=self.mask, like=updates, reuse=True)
         return us, self._following(leaves, mu, nu, top)
@@ -173,7 +175,14 @@ class Adam(Kernel, GradientTransformation):
 
     def _foreach(self, leaves: _Leaves, rate: Scalar | None, reuse: bool) -> tuple[Any, ...]:
         """Compute moments and update, in the order of operations of torch's foreach implementation."""
-        gs, top = leaves.gs, leaves.top
+        gs, top, sign = leaves.gs, leaves.top, 1.0 if rate is None else -rate
+        numbers = self._corrections(leaves, sign)
+        if numbers is not None and self._straight(leaves):
+            (scale, factor), b1, b2, eps = numbers, float(self.b1), float(self.b2), float(self.eps)
+            found = straight_adam(
+                gs, leaves.mu, leaves.nu, b1=b1, b2=b2, eps=eps, scale=scale, factor=factor, reuse=reuse
+            )
+            return *found, None
         mu = fx.lerp(leaves.mu, fx.cast(gs, leaves.mu), 1 - self.b1, reuse=reuse)
         nu = fx.average_of_squares(leaves.nu, gs, self.b2, reuse=reuse)
         if top is not None:
@@ -181,8 +190,8 @@ class Adam(Kernel, GradientTransformation):
         largest = nu if top is None else top
         root, move = ("adam root", "adam move") if reuse else (None, None)
         denom = fx.sqrt(largest if is_zero(self.eps_root) else fx.add(largest, self.eps_root), between=root)
-        moment, sign = fx.cast(mu, nu), 1.0 if rate is None else -rate
-        if (numbers := self._corrections(leaves, sign)) is not None:
+        moment = fx.cast(mu, nu)
+        if numbers is not None:
             scale, factor = numbers
             us = fx.mul(moment, factor, between=move)
         else:
@@ -191,6 +200,11 @@ class Adam(Kernel, GradientTransformation):
             us = self._directions(moment, gs, t, sign, move)
         denom = fx.add(fx.div(denom, scale, reuse=True), self.eps, reuse=True)
         return fx.div(us, denom, reuse=True), mu, nu, top
+
+    def _straight(self, leaves: _Leaves) -> bool:
+        """Tell whether the operations need not look at each list: of float32, where `_corrections` are numbers."""
+        plain = fx.plain(leaves.gs, leaves.mu, leaves.nu)
+        return plain and leaves.top is None and type(self.eps) is float and is_zero(self.eps_root)
 
     def _directions(self, moment: list[Tensor], gs: list[Tensor], t: Tensor, sign: Scalar, move: str | None) -> Any:
         """Return the first moments without their bias, times the rate; Nesterov's form has the gradient in it."""
@@ -212,7 +226,8 @@ class Adam(Kernel, GradientTransformation):
             return None
         t = int(count)
         # torch divides a number by a tensor like this; and its root is not rounded as Python's is in the last place.
-        return torch.sqrt(torch.full((), 1 - b2**t, dtype=torch.float64)), 1 / (1 - b1**t) * sign
+        scale = torch.sqrt(torch.full((), 1 - b2**t, dtype=torch.float64)).to(torch.float32)
+        return scale, 1 / (1 - b1**t) * sign
 
     def _fused(
         self,
