@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from purestep import _torch, tree
-from purestep.distributed import collectives
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
 from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight, merge
 from purestep.parallel.assignment import Shares
 from purestep.parallel.compressed import sum_into
+from purestep.parallel.part_sums import PartSum, RowsOf
 from purestep.parallel.small_exchange import exchange_small
 from purestep.parallel.sync_batchnorm import synced
-from purestep.parallel.tree_reduce import Flat, Summing, add, flat_like, packed, whole_sum
+from purestep.parallel.tree_reduce import Flat, Summing, WholeSum, add, flat_like, packed
 from purestep.precision.cast_params import Uncast
+from purestep.sharding.spec import Spec
 from purestep.state import TrainState
 from purestep.treesum import TreeSum
 
 _LIMITS = 1 << 20, 25 << 20  # bytes of the first bucket, which is to leave early, and of the others
+
+
+class Sum(Protocol):
+    """The sum over ranks of a bucket, under way."""
+
+    def advance(self) -> None:
+        """Wait for what has arrived, and launch what follows from it; nothing where nothing does."""
+
+    def result(self) -> Tensor:
+        """Return the sum once it is here."""
 
 
 class Buckets:
@@ -36,17 +47,28 @@ class Buckets:
     Args:
         shares: who computes what.
         sums: what is added and divided.
+        specs: by name, where the parameters are updated of whose gradients each rank gets its part only: ZeRO 1.
     """
 
-    def __init__(self, shares: Shares, sums: Accumulation) -> None:
-        self.shares, self.sums = shares, sums
+    def __init__(self, shares: Shares, sums: Accumulation, specs: Mapping[str, Spec] | None = None) -> None:
+        self.shares, self.sums, self.specs = shares, sums, specs or {}
         self.fast, self.sent = shares.plan.reduction == "fast", shares.plan.sent_dtype
         self.small: TreeSum[Partial] = TreeSum(merge)
         self.trees: list[TreeSum[Tensor]] = []
-        self.leaving: list[collectives.Pending | Summing] = []
+        self.leaving: list[Sum] = []
+        self.arrived: list[Tensor] = []
         self.layout: Flat
         self.changes: Flat
         self.structure: Any = None
+
+    def expect(self, params: Any) -> list[Tensor]:
+        """Prepare for gradients like these tensors, and return them in the order in which they are made."""
+        leaves, self.structure = tree.flatten(params)
+        names = tree.leaves({name: name for name in params})[::-1] if self.specs else []  # in the order of the tree
+        apart = frozenset(i for i, name in enumerate(names) if name in self.specs)
+        self.layout = flat_like(leaves[::-1], _LIMITS, apart)
+        self.rows = RowsOf(self.shares.plan, names, self.layout, self.specs)
+        return leaves[::-1]
 
     def exchange(self, index: int, *, counts: bool, last: bool) -> BucketExchange:
         """Return the exchange of one microbatch."""
@@ -57,23 +79,38 @@ class Buckets:
         shares = self.shares
         self.waiting = exchange_small(self.small.nodes, shares.owners, shares.group, pattern, self.sums)
 
-    def begin(self, k: int, like: Tensor) -> collectives.Pending | Summing:
-        """Launch the reduction of a flat tensor over the ranks."""
-        shares, trees = self.shares, self.trees[k]
+    def begin(self, k: int, like: Tensor) -> None:
+        """Launch the reduction of a flat tensor over the ranks, and end the one before the last: two are under way."""
+        if len(self.leaving) > 1:
+            self.arrived.append(self.leaving.pop(0).result())
+        # Sums in a tree take two exchanges: the second one of the bucket before is launched before this one's first.
+        for before in self.leaving:
+            before.advance()
+        # The sums over this rank's microbatches are handed over, so that they are freed as soon as they are sent.
+        trees, self.trees[k] = self.trees[k], TreeSum(add)
+        self.leaving.append(self._sum(k - len(self.changes.groups), trees, like))
+
+    def _sum(self, bucket: int, trees: TreeSum[Tensor], like: Tensor) -> Sum:
+        shares = self.shares
+        rows = self.rows.of(bucket) if bucket >= 0 else None
+        if rows is not None:
+            return PartSum(trees, shares, rows, like, fast=self.fast, sent=self.sent)
         if self.fast:
             # What the forward pass adds to buffers, which comes first, is not compressed.
-            dtype = self.sent if k >= len(self.changes.groups) else None
-            return sum_into(trees.result() if trees.nodes else torch.zeros_like(like), shares.group, dtype)
-        return Summing(trees.nodes, shares.owners, shares.group, like)
+            flat = trees.result() if trees.nodes else torch.zeros_like(like)
+            return WholeSum(sum_into(flat, shares.group, self.sent if bucket >= 0 else None))
+        return WholeSum(Summing(trees.nodes, shares.owners, shares.group, like))
 
     def result(self) -> Gradients:
-        """Wait for the others, and return the mean over all microbatches."""
+        """Wait for the others, and return the mean over all microbatches: whole gradients, or this rank's parts."""
         total = self.waiting()
-        flats = self.sums.divided(
-            [whole_sum(x) if isinstance(x, Summing) else x.wait() for x in self.leaving], total.weight, owned=True
-        )
+        for before in self.leaving:
+            before.advance()
+        flats = self.arrived + [x.result() for x in self.leaving]
+        self.arrived, self.leaving = [], []
+        flats = self.sums.divided(flats, total.weight, owned=True)
         count = len(self.changes.groups)
-        grads = self.layout.unpack(flats[count:])[::-1]
+        grads = self.rows.unpack(flats[count:])[::-1]
         return self.sums.finish(tree.unflatten(self.structure, grads), self.changes.unpack(flats[:count]), total)
 
 
@@ -101,8 +138,7 @@ class BucketExchange:
         pass  # `total` chose buckets because no parameter is split
 
     def tracked(self, cast: Uncast, params: Tensors) -> Tensors:
-        leaves, self.buckets.structure = tree.flatten(params)
-        self._expect(leaves[::-1], cast.reduced)
+        self._expect(params, cast.reduced)
         return params
 
     def bound(
@@ -133,8 +169,7 @@ class BucketExchange:
         return view
 
     def taken(self, part: Gradients, view: TrainState) -> Gradients:
-        leaves, self.buckets.structure = tree.flatten(part.grads)
-        self._expect(leaves[::-1], lambda grads: grads)
+        self._expect(part.grads, lambda grads: grads)
         self._begin(part.weight, part.buffers, part.metrics)
         self._fill_missing(part.grads)
         return part
@@ -146,12 +181,11 @@ class BucketExchange:
             if self.grads[i] is None:
                 self._fill(i, grad)
 
-    def _expect(self, like: list[Tensor], reduced: Callable[[Any], Any]) -> None:
-        """Prepare for gradients like these tensors, the last parameters first."""
+    def _expect(self, params: Any, reduced: Callable[[Any], Any]) -> None:
+        """Prepare for gradients of these parameters, the last ones first."""
         self.reduced = reduced
-        self.buckets.layout = layout = flat_like(like, _LIMITS)
-        self.grads: list[Tensor | None] = [None] * len(like)
-        self.missing = [len(group) for group in layout.groups]
+        self.grads: list[Tensor | None] = [None] * len(self.buckets.expect(params))
+        self.missing = [len(group) for group in self.buckets.layout.groups]
 
     def _begin(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         buckets = self.buckets
@@ -166,12 +200,14 @@ class BucketExchange:
         if self.last:
             buckets.begin_small(rest)
         for k, flat in enumerate(flats):
-            self._add(k, flat)
+            self._leave(k, self._add(k, flat))
 
-    def _arrived(self, i: int, grad: Tensor) -> None:
+    def _arrived(self, i: int, grad: Tensor) -> Tensor:
         # What happens here is no operation of the model: no mode of it has to look.
         with _torch.no_torch_function(), torch.no_grad():
             self._fill(i, grad)
+            # The bucket has it, and autograd would hold it until the backward pass ends: it gets one without memory.
+            return grad.new_empty(()).expand(grad.shape)
 
     def _fill(self, i: int, grad: Tensor) -> None:
         self.grads[i] = grad
@@ -183,23 +219,25 @@ class BucketExchange:
         layout, first = self.buckets.layout, len(self.buckets.changes.groups)
         while self.next < len(layout.groups) and not self.missing[self.next]:
             group = layout.groups[self.next]
-            self._add(first + self.next, packed(self.reduced([self.grads[i] for i in group])))
+            flat = packed(self.reduced([self.grads[i] for i in group]))
             # The bucket holds a copy: without this their memory would stay until the backward pass ends.
             for i in group:
                 self.grads[i] = _GONE
+            like = self._add(first + self.next, flat)
+            del flat
+            self._leave(first + self.next, like)
             self.next += 1
 
-    def _add(self, k: int, flat: Tensor) -> None:
-        buckets = self.buckets
+    def _add(self, k: int, flat: Tensor) -> Tensor:
+        """Add a flat tensor to the sum of its bucket; return one like it without memory."""
         if self.counts:
-            (weighed,) = buckets.sums.weighed([flat], self.weight, self.index)
-            buckets.trees[k].add(weighed, self.index)
+            sums = self.buckets.sums
+            self.buckets.trees[k].add(sums.weighed([flat], self.weight, self.index)[0], self.index)
+        return flat.new_empty(()).expand(flat.shape)
+
+    def _leave(self, k: int, like: Tensor) -> None:
         if self.last:
-            # Sums in a tree take two exchanges: the second one of earlier buckets is launched before this one's first.
-            for before in buckets.leaving:
-                if isinstance(before, Summing):
-                    before.advance()
-            buckets.leaving.append(buckets.begin(k, flat))
+            self.buckets.begin(k, like)
 
 
 _GONE = torch.empty(0)

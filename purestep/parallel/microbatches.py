@@ -68,15 +68,15 @@ def total(
     pieces = {index: data for index, data, _ in local.pieces(who.mine)}
     spare = local.spare(who.mine) if len(pieces) < len(who.mine) else None
     split = split_leaves(at_rest)
-    specs = zero.parts_of(plan, view.params) if plan.zero == 2 else {}
-    if split or specs:
+    specs = zero.parts_of(plan, view.params)
+    if split or (specs and plan.zero == 2):
         sharded = Scattered(who, sums, view.params, specs, orders) if specs else Sharded(who, sums, split, orders)
         for number, index in enumerate(who.mine):
             compute(view, pieces.get(index, spare), index, sharded.exchange(number, index, last=index == who.mine[-1]))
         return _compared(sharded.result(), sums)
     if who.group is None:
         return _alone(sums, view, pieces, compute)
-    buckets = Buckets(who, sums)
+    buckets = Buckets(who, sums, specs)
     # A rank that has none runs one all the same, to know what the others send; batch norm over ranks needs all of them.
     computed = who.mine if plan.sync_batchnorm else list(pieces) or who.mine[:1]
     for index in computed:

@@ -25,6 +25,7 @@ class Flat:
     Args:
         like: tensors of those shapes and dtypes; others are not looked at.
         limits: bytes at which a flat tensor is full, of the first one and of the others; by default none ever is.
+        apart: numbers of tensors that share a flat one with one another only.
 
     Examples:
         >>> flat = Flat([torch.ones(2, 2), torch.tensor(3), torch.zeros(1)])
@@ -35,17 +36,20 @@ class Flat:
         [[0], [1, 2]]
     """
 
-    def __init__(self, like: Sequence[Tensor], limits: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, like: Sequence[Tensor], limits: tuple[int, int] | None = None, apart: frozenset[int] = frozenset()
+    ) -> None:
         self.shapes = [x.shape for x in like]
         self.groups: list[list[int]] = []
         self.dtypes: list[torch.dtype] = []  # of each group
-        filling: dict[torch.dtype, int] = {}
+        filling: dict[tuple[torch.dtype, bool], int] = {}
         sizes: list[int] = []
         for i, x in enumerate(like):
-            group = filling.get(x.dtype)
+            kind = x.dtype, i in apart
+            group = filling.get(kind)
             # The first one is smaller, where a caller says so: its sum begins while gradients are still being computed.
             if group is None or (limits is not None and sizes[group] >= limits[group > 0]):
-                group = filling[x.dtype] = len(self.groups)
+                group = filling[kind] = len(self.groups)
                 self.groups.append([])
                 self.dtypes.append(x.dtype)
                 sizes.append(0)
@@ -67,14 +71,18 @@ class Flat:
         return [views[i] for i in range(len(self.shapes))]
 
 
-def flat_like(values: Sequence[Tensor], limits: tuple[int, int] | None = None) -> Flat:
+def flat_like(
+    values: Sequence[Tensor], limits: tuple[int, int] | None = None, apart: frozenset[int] = frozenset()
+) -> Flat:
     """Return the `Flat` of some tensors, made once for each list of shapes and dtypes."""
-    return _flat(tuple((x.shape, x.dtype) for x in values), limits)
+    return _flat(tuple((x.shape, x.dtype) for x in values), limits, apart)
 
 
 @functools.lru_cache(maxsize=256)
-def _flat(kinds: tuple[tuple[torch.Size, torch.dtype], ...], limits: tuple[int, int] | None) -> Flat:
-    return Flat([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds], limits)
+def _flat(
+    kinds: tuple[tuple[torch.Size, torch.dtype], ...], limits: tuple[int, int] | None, apart: frozenset[int]
+) -> Flat:
+    return Flat([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds], limits, apart)
 
 
 def packed(values: Sequence[Tensor]) -> Tensor:
@@ -117,6 +125,7 @@ class Summing:
         # computes a part of the addition, and each addition happens once, so all have the same bits.
         held = [rows_of(x, count) for x in nodes.values()]
         rows = torch.stack(held, dim=1) if held else like.new_empty(count, 0, -(-self._n // count))
+        self._nodes = {}  # their slices are sent, and their sums come back
         self._step, self._width, self._pending = "cut", rows.shape[2], send(rows, owners, group)
 
     def advance(self) -> None:
@@ -139,6 +148,26 @@ class Summing:
             self._nodes = {node: pending.wait().view(-1)[: self._n] for node, pending in self._slices.items()}
         self._step = "done"
         return self._nodes
+
+
+class WholeSum:
+    """The sum of a flat tensor over all ranks, under way: in the fixed tree, or as the backend adds.
+
+    Args:
+        coming: what was launched.
+    """
+
+    def __init__(self, coming: Summing | collectives.Pending) -> None:
+        self._coming = coming
+
+    def advance(self) -> None:
+        """Launch the second exchange of a sum in the tree."""
+        if isinstance(self._coming, Summing):
+            self._coming.advance()
+
+    def result(self) -> Tensor:
+        """Return the sum once it is here."""
+        return whole_sum(self._coming) if isinstance(self._coming, Summing) else self._coming.wait()
 
 
 def whole_sum(summing: Summing) -> Tensor:

@@ -1,7 +1,8 @@
 """ZeRO 1 and 2: parameters are whole on every rank, and each rank updates a part of them.
 
-Owns the way from whole parameters to the parts that a rank updates, and back. Under ZeRO 1 gradients are summed whole,
-as by `ddp`; under ZeRO 2 `scattered` sums them into parts.
+Owns the way from whole parameters to the parts that a rank updates, and back. Under ZeRO 1 a rank adds up the gradients
+of its microbatches whole, and `part_sums` adds those of all ranks into parts; under ZeRO 2 `scattered` does so for each
+microbatch.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def updated(
 ) -> tuple[TrainState, M]:
     """Return the state at rest after an update of what this rank updates.
 
+    The caller should not hold the gradients: their memory is free once they are applied.
+
     Args:
         plan: of the step.
         state: the state at rest.
@@ -62,6 +65,7 @@ def updated(
         also_donated(split, view)
     with full_tensors.updating(full_tensors.Whole(plan, at_rest.params, at_rest.opt_state)):
         new, metrics = update(view, gradients)
+    del gradients
     if not specs:
         return new if view is state else placement.rewrap(new, state), metrics
     donation = donation_of(split)

@@ -185,8 +185,9 @@ def _gather_traffic(plan: Costed, rows: list[Row], turns: int, dtype: torch.dtyp
 
 def _reduce_traffic(plan: Costed, row: Row, turns: int, dtype: torch.dtype | None) -> int:
     """Return bytes sent for the gradient of a leaf: reduce-scatters over what splits it, then one all-reduce."""
-    if plan.zero == 2:
+    if plan.zero < 3 and _apart(plan, row) > 1:
         part, split = _shard(plan, row, dtype), _apart(plan, row)
+        turns = turns if plan.zero == 2 else 1  # ZeRO 1 adds up its microbatches first
     else:
         part, split = _bytes([row], dtype), _split(plan, row)
     rest = plan.replicas // split

@@ -51,8 +51,8 @@ def ddp(size: int = -1, *, offload: Offload | None = None, **settings: Any) -> P
 def zero1(size: int = -1, *, min_size: Whole = 0, offload: Offload | None = None, **settings: Any) -> Plan:
     """Data parallelism with the optimizer state split over all ranks (ZeRO-1): each updates a part of the parameters.
 
-    Parameters and gradients are whole on every rank. After an update the ranks send each other the parts they have
-    updated. The bits are those of `ddp()`.
+    Parameters are whole on every rank, and so are gradients until a rank has added up its microbatches: then each rank
+    is sent the parts that it updates. After an update the ranks send each other those. The bits are those of `ddp()`.
 
     Args:
         size: ranks; by default all of the job.

@@ -109,8 +109,7 @@ class Step(AnyStep):
             return self.update(state, self.gradients(state, batch))
         view = placement.local(state)
         also_donated(state, view)
-        gradients = self._planned(self.plan, state, view, batch)
-        return zero.updated(self.plan, state, view, gradients, self.update)
+        return zero.updated(self.plan, state, view, self._planned(self.plan, state, view, batch), self.update)
 
     def gradients(self, state: TrainState, batch: Any) -> Gradients:
         """Compute the mean gradients and the metrics of a batch, without an update; under a plan those of this rank's

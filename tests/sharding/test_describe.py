@@ -157,8 +157,8 @@ def test_dry_runs_of_the_stages_of_zero():
         assert found[stage].memory["params"] == (size if stage < 3 else size // 4)
         assert found[stage].memory["optimizer"] == (size * 2 if stage < 1 else size // 2) + 8  # and a count
         assert found[stage].memory["grads"] == (size if stage < 2 else size // 4)
-    # An all-reduce sends twice 3/4 of the gradients; parts that are gathered are 3/4 of the parameters.
+    # An all-reduce sends twice 3/4 of the gradients; what is sent in parts, or gathered, is 3/4 of it.
     part = 3 * size // 4
     sent = {stage: (run.sent["gather"], run.sent["reduce"]) for stage, run in found.items()}
-    assert sent == {0: (0, 2 * part), 1: (part, 2 * part), 2: (part, part), 3: (2 * part, part)}
+    assert sent == {0: (0, 2 * part), 1: (part, part), 2: (part, part), 3: (2 * part, part)}
     assert zero2(4).dry_run(state, microbatches=8).sent == {"gather": part, "reduce": 2 * part}
