@@ -128,7 +128,7 @@ class Accumulate(ElementWrapper):
             torch.where(due, torch.zeros_like(state.mini_step), state.mini_step + 1),
             tree.unflatten(treedef, fx.select(~due, total, None)),
             due,
-            tree.select(due, inner, state.inner),
+            fx.select_tree(due, inner, state.inner),
         )
         return tree.unflatten(out, fx.select(due, us, None)), following
 

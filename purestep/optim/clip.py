@@ -90,7 +90,7 @@ class ClipByBlockRms(GradientTransformation):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         xs, treedef = tree.flatten(updates)
         factors = [torch.clamp(_rms(x) / self.threshold, min=1.0) for x in xs]
-        return tree.unflatten(treedef, fx.cast([x / f for x, f in zip(xs, factors, strict=True)], xs)), state
+        return tree.unflatten(treedef, fx.cast(fx.each(torch.div, xs, factors), xs)), state
 
 
 @checked(OptimError)
@@ -117,13 +117,18 @@ class AdaptiveGradClip(GradientTransformation):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         gs, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
-        return tree.unflatten(treedef, [self._clip(g, p) for g, p in zip(gs, ps, strict=True)]), state
+        norms, sizes = list(map(unitwise_norm, gs)), list(map(unitwise_norm, ps))
+        if isinstance(self.clipping, Tensor):  # may be wider than the norms, and widens numbers only
+            limits = list(map(self._limit, sizes))
+        else:
+            limits = fx.elements(self._limit, sizes)
+        factors = fx.elements(lambda norm, limit: limit / torch.clamp(norm, min=1e-6), norms, limits)
+        inside = fx.elements(torch.lt, norms, limits)
+        clipped = [g * factor for g, factor in zip(gs, fx.cast(factors, gs), strict=True)]
+        return tree.unflatten(treedef, list(map(torch.where, inside, gs, clipped))), state
 
-    def _clip(self, grad: Tensor, param: Tensor) -> Tensor:
-        norm = unitwise_norm(grad)
-        limit = self.clipping * torch.clamp(unitwise_norm(param), min=self.eps)
-        clipped = grad * (limit / torch.clamp(norm, min=1e-6)).to(grad.dtype)
-        return torch.where(norm < limit, grad, clipped)
+    def _limit(self, size: Tensor) -> Tensor:
+        return self.clipping * torch.clamp(size, min=self.eps)
 
 
 @checked(OptimError)

@@ -62,7 +62,7 @@ class ConditionallyTransform(ElementWrapper):
         us, treedef = tree.flatten(updates)
         others = None if self.otherwise_zero else us
         chosen = fx.select(now, same_leaves(proposed, treedef, updates, "inner updates"), others)
-        return tree.unflatten(treedef, chosen), ConditionalState(now, tree.select(now, inner, state.inner))
+        return tree.unflatten(treedef, chosen), ConditionalState(now, fx.select_tree(now, inner, state.inner))
 
     def applied(self, state: Any) -> Tensor | None:
         inner = self.inner.applied(state.inner)
@@ -140,7 +140,7 @@ class Lookahead(ElementWrapper):
         reached = fx.add(ps, us)
         moved = fx.add(slow, fx.sub(reached, slow), alpha=self.slow_step_size)
         if self.reset_state:
-            inner = tree.select(due, self.inner.init(params), inner)
+            inner = fx.select_tree(due, self.inner.init(params), inner)
         following = LookaheadState(
             tree.unflatten(treedef, fx.select(due, moved, slow)),
             torch.where(due, torch.zeros_like(state.steps_since_sync), state.steps_since_sync + 1),

@@ -88,7 +88,7 @@ class Lift(GradientTransformation):
         if state.first_differs:
             fresh, first, first_groups = self._stepped(named, grads, state, step, anew=True)
             new = state.count == 0
-            moved, slots, groups = tree.select(new, (fresh, first, first_groups), (moved, slots, groups))
+            moved, slots, groups = fx.select_tree(new, (fresh, first, first_groups), (moved, slots, groups))
         us = fx.sub([moved[name] for name in named], list(named.values()))
         following = LiftedState(state.count + 1, slots, groups, state.numbers, state.first_differs)
         return tree.unflatten(treedef, us), following
@@ -114,16 +114,18 @@ class Lift(GradientTransformation):
         anew: bool = False,
     ) -> tuple[dict[str, Tensor], Slots, dict[str, dict[str, Tensor]]]:
         """Let the optimizer take one step over copies, from the state, or (`anew`) as a new optimizer."""
-        copies = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
+        copies = _copied({name: p.detach() for name, p in named.items()})
+        given = _copied({name: grads[name].detach().to(copy.dtype) for name, copy in copies.items()})
         for name, copy in copies.items():
-            copy.grad = grads[name].detach().to(copy.dtype).clone()
+            copy.requires_grad_().grad = given[name]
         optimizer = self._made(copies, step)
         if not anew:
             read = _on_host(({k: v for k, v in state.slots.items() if k in state.numbers}, state.groups))
+            own = _copied({k: v for k, v in state.slots.items() if k not in state.numbers})
             for key, values in state.slots.items():
-                for name, value in values.items():
+                for name in values:
                     number = key in state.numbers
-                    optimizer.state[copies[name]][key] = read[0][key][name].item() if number else value.clone()
+                    optimizer.state[copies[name]][key] = read[0][key][name].item() if number else own[key][name]
             for index, values in read[1].items():
                 optimizer.param_groups[int(index)].update({k: v.item() for k, v in values.items()})
         _step(optimizer)
@@ -139,6 +141,9 @@ class Lift(GradientTransformation):
         capturable = self._counts_on_card(copies)
         if capturable:
             arguments["capturable"] = True
+            # What torch chooses by itself for plain tensors on a card; the choice is then the same wherever they live.
+            if self._takes("foreach"):
+                arguments["foreach"] = True
         if self.learning_rate is not None:
             rate = value_at(self.learning_rate, step)
             arguments["lr"] = rate if capturable and isinstance(rate, Tensor) else float(rate)
@@ -155,11 +160,11 @@ class Lift(GradientTransformation):
         not to."""
         if not copies or any(copy.device.type not in _CARDS for copy in copies.values()):
             return False
-        told = {name for name, _ in self.arguments}
-        return "capturable" in python_inspect.signature(self.optimizer).parameters and not told & {
-            "capturable",
-            "fused",
-        }
+        return self._takes("capturable") and "fused" not in dict(self.arguments)
+
+    def _takes(self, option: str) -> bool:
+        """Tell whether the class takes an option that it was not given."""
+        return option in python_inspect.signature(self.optimizer).parameters and option not in dict(self.arguments)
 
     def _discover(self, named: dict[str, Tensor]) -> tuple[Slots, dict[str, dict[str, Tensor]], tuple[str, ...]]:
         """Find the initial state: the values that the optimizer first stores under each key, before later writes."""
@@ -293,6 +298,12 @@ class _FirstValues(dict[str, Any]):
         if key not in self.first and value is not None:
             self.first[key] = value.detach().clone() if isinstance(value, Tensor) else value
         super().__setitem__(key, value)
+
+
+def _copied(values: T) -> T:
+    """Return a tree of copies."""
+    leaves, structure = tree.flatten(values)
+    return tree.unflatten(structure, fx.copies(leaves))
 
 
 def _on_host(values: T) -> T:

@@ -66,7 +66,7 @@ class ApplyIfFinite(Guard):
             torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1),
             state.total_notfinite + (~finite).to(state.total_notfinite.dtype),
             finite,
-            tree.select(finite, inner, state.inner),
+            fx.select_tree(finite, inner, state.inner),
         )
         return tree.unflatten(tree.structure(proposed), accepted), following
 
@@ -136,7 +136,7 @@ class SkipLargeUpdates(Guard):
         us, treedef = tree.flatten(proposed)
         accepted = fx.select(small, us, None)
         following = SkipLargeUpdatesState(
-            state.skipped + (~small).to(state.skipped.dtype), small, norm, tree.select(small, inner, state.inner)
+            state.skipped + (~small).to(state.skipped.dtype), small, norm, fx.select_tree(small, inner, state.inner)
         )
         return tree.unflatten(treedef, accepted), following
 

@@ -21,6 +21,7 @@ from purestep.optim.base import (
     transformation,
     value_at,
 )
+from purestep.optim.kernels import foreach as fx
 from purestep.optim.masks import by_name
 from purestep.optim.weight_decay import fixed_filter
 
@@ -66,12 +67,15 @@ class Prune(Wrapper):
         amount = value_at(self.amount, step, "amount")
         due = state.count % self.every == 0
         due = due if applied is None else due & applied
-        old, changed, kept = by_name(before), by_name(proposed), {}
-        for name, mask in state.kept.items():
-            kept[name] = torch.where(due, _largest(after[name], amount), mask)
-            # Pruned elements become exactly zero; the others get the updates of the inner transformation, to the bit.
-            pruned = torch.where(kept[name], changed[name], -old[name].to(changed[name].dtype))
-            changed[name] = pruned if applied is None else torch.where(applied, pruned, changed[name])
+        old, changed, names = by_name(before), by_name(proposed), list(state.kept)
+        largest = [_largest(after[name], amount) for name in names]
+        masks = fx.select(due, largest, [state.kept[name] for name in names])
+        olds, news = [old[name] for name in names], [changed[name] for name in names]
+        # Pruned elements become exactly zero; the others get the updates of the inner transformation, to the bit.
+        pruned = fx.elements(lambda mask, new, old: torch.where(mask, new, -old.to(new.dtype)), masks, news, olds)
+        chosen = pruned if applied is None else fx.select(applied, pruned, news)
+        changed.update(zip(names, chosen, strict=True))
+        kept = dict(zip(names, masks, strict=True))
         count = state.count + (1 if applied is None else applied.to(state.count.dtype))
         return tree.unflatten(tree.structure(updates), list(changed.values())), PruneState(count, kept, inner)
 

@@ -35,7 +35,7 @@ PACKAGE = str(Path(ps.__file__).parent)
 _VIEWS = {
     *("view", "_unsafe_view", "reshape", "expand", "transpose", "t", "slice", "select", "unsqueeze", "squeeze"),
     *("permute", "alias", "detach", "as_strided", "split", "split_with_sizes", "unbind", "narrow", "unfold"),
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "view_as_real", "lift_fresh"),
+    *("set_", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "view_as_real", "lift_fresh"),
     *(
         "device",
         "diagonal",
@@ -87,10 +87,22 @@ class _Count(TorchDispatchMode):
         elif "copy" in name and {"cpu", "cuda"} <= given | made:
             if not kwargs.get("non_blocking") and not (name == "copy_" and len(args) > 2 and args[2]):
                 self.counts.blocking[f"{name} at {_line()}"] += 1
-            self.counts.launches[name] += 1
+            self.counts.launches[name] += _kernels(name, args)
         elif "cuda" in given | made and name not in _VIEWS:
-            self.counts.launches[name] += 1
+            self.counts.launches[name] += _kernels(name, args)
         return out
+
+
+def _kernels(name: str, args: Any) -> int:
+    """Return how many kernels an operator launches: one over lists runs tensor by tensor where they are not alike."""
+    lists = [x for x in args if isinstance(x, (list, tuple)) and x and isinstance(x[0], torch.Tensor)]
+    if not name.startswith("_foreach_") or not lists:
+        return 1
+    copies = "copy" in name  # may convert, from one dtype to one other
+    dtypes = [{x.dtype for x in xs} for xs in lists]
+    alike = all(len(own) == 1 for own in dtypes) and (copies or len(set.union(*dtypes)) == 1)
+    places = [{(x.shape, x.stride()) for x in xs} for xs in zip(*lists, strict=True)]
+    return 1 if alike and all(len(found) == 1 for found in places) else len(lists[0])
 
 
 def _line() -> str:

@@ -12,18 +12,21 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
-from purestep import _torch
+from purestep import _torch, tree
 from purestep.optim import _torch as kernels
 from purestep.optim.kernels import workspace
+from purestep.optim.kernels.flat import elementwise
 from purestep.sharding import full_tensors
 from purestep.tree import Structure
 
+T = TypeVar("T")
 Tensors = list[Tensor] | tuple[Tensor, ...]
+Numbers = list[float]
 _PLAIN, _TRACED, _LEAFWISE = 0, 1, 2
 _transform_level, _recording = _torch.transform_level, torch.is_grad_enabled
 _dtype_of = operator.attrgetter("dtype")
@@ -104,6 +107,7 @@ neg = _unary("neg", torch.neg)
 sqrt = _unary("sqrt", torch.sqrt)
 _sign = _unary("sign", torch.sign)
 reciprocal = _unary("reciprocal", torch.reciprocal)
+rsqrt = _unary("rsqrt", torch.rsqrt)
 
 
 def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
@@ -111,13 +115,13 @@ def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Te
     takes_tensor = name in ("mul", "div")  # of the lists of torch; the others take numbers
 
     def apply(
-        xs: Tensors, other: Tensors | float | Tensor, *, reuse: bool = False, between: str | None = None
+        xs: Tensors, other: Tensors | Numbers | float | Tensor, *, reuse: bool = False, between: str | None = None
     ) -> list[Tensor]:
         if not xs:
             return []
         if isinstance(other, Tensor):
             return _by_scalar_tensor(xs, other, reuse, between)
-        mode = _mode(xs) if isinstance(other, (int, float)) else _mode(xs, other)
+        mode = _mode(xs, other) if not isinstance(other, (int, float)) and _are_tensors(other) else _mode(xs)
         if mode == _LEAFWISE:
             if isinstance(other, (int, float)):
                 return [function(x, other) for x in xs]
@@ -143,8 +147,12 @@ def _binary(name: str, function: Callable[..., Tensor]) -> Callable[..., list[Te
         return cast(fresh(xs, fitted), xs) if kept is None else kept
 
     apply.__name__ = name
-    apply.__doc__ = f"Return `{name}(x, other)`; `other` is a list of tensors, a number or a 0-d tensor."
+    apply.__doc__ = f"Return `{name}(x, other)`; `other` is a list of tensors or numbers, a number or a 0-d tensor."
     return apply
+
+
+def _are_tensors(values: Tensors | Numbers) -> TypeGuard[Tensors]:
+    return isinstance(values[0], Tensor)
 
 
 mul = _binary("mul", torch.mul)
@@ -175,7 +183,9 @@ def add(
             return list(xs)
         return list(kernels.foreach_add(xs, number))
     if isinstance(other, Tensor):
-        return cast([x + _fit(other, x) for x in xs], xs)
+        scalar = other
+        by: Callable[..., Tensor] = lambda x: x + _fit(scalar, x)  # noqa: E731
+        return cast(elementwise(by, [xs]) if plain(xs, (scalar,)) else list(map(by, xs)), xs)
     if isinstance(alpha, Tensor):
         other, alpha = mul(other, alpha), 1
     mode = _mode(xs, other)
@@ -204,7 +214,8 @@ def lerp(xs: Tensors, ys: Tensors, weight: float | Tensor, *, reuse: bool = Fals
     mode = _mode(xs, ys)
     reuse = reuse and mode == _PLAIN
     if isinstance(weight, Tensor):
-        return [(x.lerp_ if reuse else x.lerp)(y, weight.to(x.dtype)) for x, y in zip(xs, ys, strict=True)]
+        by: Callable[..., Tensor] = lambda x, y: (x.lerp_ if reuse else x.lerp)(y, weight.to(x.dtype))  # noqa: E731
+        return elementwise(by, [xs, ys], reuse=reuse) if plain(xs, ys, (weight,)) else list(map(by, xs, ys))
     if mode == _LEAFWISE:
         return [torch.lerp(x, y, weight) for x, y in zip(xs, ys, strict=True)]
     if reuse:
@@ -293,29 +304,79 @@ def select(condition: Tensor, on_true: Tensors, on_false: Tensors | None) -> lis
     if on_false is None:
         kinds = dict.fromkeys((x.dtype, x.device) for x in on_true)  # in order: a trace repeats it
         zeros = {kind: torch.zeros((), dtype=kind[0], device=kind[1]) for kind in kinds}
-        on_false = [zeros[x.dtype, x.device] for x in on_true]
-    return [torch.where(condition, x, y) for x, y in zip(on_true, on_false, strict=True)]
+        return elements(lambda x: torch.where(condition, x, zeros[x.dtype, x.device]), on_true)
+    return elements(lambda x, y: torch.where(condition, x, y), on_true, on_false)
 
 
-def norms(xs: Tensors, order: float = 2.0) -> list[Tensor]:
-    """Return the norm of each tensor as a 0-d tensor of at least float32. Empty tensors have norm 0."""
+def select_tree(condition: Tensor, on_true: T, on_false: T) -> T:
+    """Return one of two trees of tensors, as `tree.select` does, with few kernels."""
+    xs, structure = tree.flatten(on_true)
+    ys, other = tree.flatten(on_false)
+    if structure != other or not all(isinstance(x, Tensor) for x in (*xs, *ys)):
+        return tree.select(condition, on_true, on_false)  # which says what differs
+    at = [i for i, (x, y) in enumerate(zip(xs, ys, strict=True)) if x is not y]
+    for i, x in zip(at, select(condition, [xs[i] for i in at], [ys[i] for i in at]), strict=True):
+        xs[i] = x
+    return tree.unflatten(structure, xs)
+
+
+def copies(xs: Tensors) -> list[Tensor]:
+    """Return copies of some tensors, on a device by few kernels."""
+    if not plain(xs) or all(x.is_cpu for x in xs):
+        return [x.clone() for x in xs]
+    made = [torch.empty_like(x) for x in xs]
+    for dtype in dtypes(xs):
+        kernels.foreach_copy_([x for x in made if x.dtype == dtype], [x for x in xs if x.dtype == dtype])
+    return made
+
+
+def elements(function: Callable[..., Tensor], *lists: Tensors) -> list[Tensor]:
+    """Return `function(x, y, ...)` of the tensors at each place, for a function of elements; see `flat.elementwise`."""
+    return elementwise(function, lists) if plain(*lists) else list(map(function, *lists))
+
+
+def each(function: Callable[..., Tensor], xs: Tensors, numbers: Tensors) -> list[Tensor]:
+    """Return `function(x, number)` of each tensor and a 0-d tensor of its own, for a function of elements."""
+    return elementwise(function, [xs], numbers) if plain(xs, numbers) else list(map(function, xs, numbers))
+
+
+def on_scalars(function: Callable[..., Tensor], *lists: Tensors) -> list[Tensor]:
+    """Return `function(x, y, ...)` of the 0-d tensors at each place, computed together.
+
+    Args:
+        function: of elements, by operations that round as IEEE 754 says, so that a vector has the bits of a number.
+        *lists: 0-d tensors.
+    """
+    rows = list(zip(*lists, strict=True))
+    kinds = {(x.dtype, x.device) for row in rows for x in row}
+    if len(kinds) > 1 or not plain(*lists):
+        return [function(*row) for row in rows]
+    return list(function(*[torch.stack(xs) for xs in lists]).unbind()) if rows else []
+
+
+def norms(xs: Tensors, order: float = 2.0, *, widened: bool = True) -> list[Tensor]:
+    """Return the norm of each tensor as a 0-d tensor, of at least float32 if `widened`, else of the tensor's dtype.
+
+    Empty tensors have norm 0.
+    """
     at = [i for i, x in enumerate(xs) if x.numel() > 0]
     filled = [xs[i] for i in at]
-    result = (
-        [torch.zeros((), dtype=accumulator(x.dtype), device=x.device) for x in xs] if len(at) < len(xs) else list(xs)
-    )
-    for i, norm in zip(at, _norms(filled, order), strict=True):
+    kinds = [accumulator(x.dtype) if widened else x.dtype for x in xs]
+    result = list(xs)
+    if len(at) < len(xs):
+        result = [torch.zeros((), dtype=kind, device=x.device) for x, kind in zip(xs, kinds, strict=True)]
+    for i, norm in zip(at, _norms(filled, order, [kinds[i] for i in at]), strict=True):
         result[i] = norm
     return result
 
 
-def _norms(xs: list[Tensor], order: float) -> list[Tensor]:
+def _norms(xs: list[Tensor], order: float, kinds: list[torch.dtype]) -> list[Tensor]:
     if _mode(xs) == _LEAFWISE:
-        return [torch.linalg.vector_norm(x, order, dtype=accumulator(x.dtype)) for x in xs]
+        return [torch.linalg.vector_norm(x, order, dtype=kind) for x, kind in zip(xs, kinds, strict=True)]
     found: list[Tensor] = list(xs)
-    for dtype in dict.fromkeys(x.dtype for x in xs):
+    for dtype, kind in dict.fromkeys((x.dtype, kind) for x, kind in zip(xs, kinds, strict=True)):
         at = [i for i, x in enumerate(xs) if x.dtype == dtype]
-        wider = None if accumulator(dtype) == dtype else accumulator(dtype)
+        wider = None if kind == dtype else kind
         for i, norm in zip(at, kernels.foreach_norm([xs[i] for i in at], order, dtype=wider), strict=True):
             found[i] = norm
     return found

@@ -102,14 +102,14 @@ def advance(
                 transfer.need(params)
             proposed, following = first.update(grads, before, params, **extra)
             if accept is not None:
-                following = tree.select(accept, following, before)
+                following = fx.select_tree(accept, following, before)
             params, held = advance(end, proposed, held, params, accept=accept, reuse=reuse, transfer=transfer, **extra)
             return params, tx.joined(following, held)
     if transfer is not None:
         transfer.need(params)
     new = tx.advance(grads, state, params, reuse=reuse and accept is None, **extra)
     if accept is not None:
-        new = tree.select(accept, new, (params, state))
+        new = fx.select_tree(accept, new, (params, state))
     if transfer is not None:
         for name, param in new[0].items():
             transfer.done(name, param)

@@ -71,32 +71,47 @@ class Adafactor(GradientTransformation):
         t = wide(count)
         rho = torch.minimum(scalar_like(rate, t), 1 / t**0.5)
         weight = t**self.beta2_decay
-        leaves = zip(fx.cast(gs, ps), ps, *memory, strict=True)
-        results = [self._leaf(g, p, row, column, full, rho, weight) for g, p, row, column, full in leaves]
-        us, rows, columns, fulls = (list(column) for column in zip(*results, strict=True)) if results else ([],) * 4
+        us, rows, columns, fulls = self._directions(fx.cast(gs, ps), ps, memory, rho, weight)
         if not is_zero(self.weight_decay):
             decay = value_at(self.weight_decay, step, "weight_decay")
             us = add_decay(us, ps, -rate * decay, mask=self.mask, like=updates)
         trees = [tree.unflatten(treedef, xs) for xs in (rows, columns, fulls)]
         return tree.unflatten(treedef, us), AdafactorState(count, *trees)
 
-    def _leaf(
-        self, g: Tensor, p: Tensor, row: Tensor, column: Tensor, full: Tensor, rho: Tensor, weight: Tensor
-    ) -> tuple[Tensor, ...]:
-        eps1 = torch.finfo(p.dtype).eps if self.eps[0] is None else self.eps[0]
-        share = weight.to(g.dtype)
-        if g.dim() > 1:
-            row = torch.lerp(row, torch.linalg.vector_norm(g, dim=-1, keepdim=True).square() / g.shape[-1], share)
-            column = torch.lerp(column, torch.linalg.vector_norm(g, dim=-2, keepdim=True).square() / g.shape[-2], share)
-            estimate = (row @ column) / row.mean(dim=-2, keepdim=True).clamp(min=eps1)
-        else:
-            full = torch.lerp(full, g * g, share)
-            estimate = full
-        step = estimate.clamp(min=eps1 * eps1).rsqrt() * g
-        rms = torch.linalg.vector_norm(step).to(rho.dtype) / (max(step.numel(), 1) ** 0.5 * self.d)
-        size = torch.linalg.vector_norm(p).to(rho.dtype) / max(p.numel(), 1) ** 0.5
-        alpha = size.clamp(min=self.eps[1]) * rho / rms.clamp(min=1.0)
-        return step * -alpha.to(step.dtype), row, column, full
+    def _directions(
+        self,
+        gs: list[Tensor],
+        ps: list[Tensor],
+        memory: list[list[Tensor]],
+        rho: Tensor,
+        weight: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        least = [torch.finfo(p.dtype).eps if self.eps[0] is None else self.eps[0] for p in ps]
+        rows, columns, fulls, estimates = *map(list, memory), list(gs)
+        at = [i for i, g in enumerate(gs) if g.dim() > 1]
+        matrices = [gs[i] for i in at]
+        rs = self._moved([rows[i] for i in at], matrices, -1, weight)
+        cs = self._moved([columns[i] for i in at], matrices, -2, weight)
+        totals = fx.maximum([r.mean(dim=-2, keepdim=True) for r in rs], [least[i] for i in at])
+        for i, r, c, total in zip(at, rs, cs, totals, strict=True):
+            rows[i], columns[i], estimates[i] = r, c, (r @ c) / total
+        at = [i for i, g in enumerate(gs) if g.dim() <= 1]
+        vectors = [gs[i] for i in at]
+        for i, full in zip(at, fx.lerp([fulls[i] for i in at], fx.mul(vectors, vectors), weight), strict=True):
+            fulls[i] = estimates[i] = full
+        steps = fx.mul(fx.rsqrt(fx.maximum(estimates, [eps * eps for eps in least])), gs)
+        kinds = [rho.dtype] * len(ps)
+        rms = fx.convert(fx.norms(steps, widened=False), kinds)
+        rms = fx.div(rms, [max(s.numel(), 1) ** 0.5 * self.d for s in steps])
+        sizes = fx.div(fx.convert(fx.norms(ps, widened=False), kinds), [max(p.numel(), 1) ** 0.5 for p in ps])
+        alphas = fx.div(fx.mul(fx.maximum(sizes, self.eps[1]), rho), fx.maximum(rms, 1.0))
+        factors = fx.neg(fx.convert(alphas, [s.dtype for s in steps]))
+        return fx.each(torch.mul, steps, factors), rows, columns, fulls
+
+    def _moved(self, old: list[Tensor], gs: list[Tensor], dim: int, weight: Tensor) -> list[Tensor]:
+        """Move averages of squares along a dim towards those of gradients."""
+        found = [torch.linalg.vector_norm(g, dim=dim, keepdim=True) for g in gs]
+        return fx.lerp(old, fx.div(fx.mul(found, found), [float(g.shape[dim]) for g in gs]), weight)
 
     def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"learning_rate": value_at(self.learning_rate, step)}

@@ -169,7 +169,7 @@ class Adam(Kernel, GradientTransformation):
         decays = [decay] * len(ps)
         if self.mask is not None:
             decays = [decay if tree.matches(self.mask, name) else 0.0 for name in tree.names(updates)]
-        ps = ps if reuse else [p.clone() for p in ps]
+        ps = ps if reuse else fx.copies(ps)
         found = self._fused(ps, gs, leaves, rate, decays, reuse)
         return tree.unflatten(leaves.structure, ps), self._following(leaves, *found)
 
@@ -241,8 +241,8 @@ class Adam(Kernel, GradientTransformation):
         """Run the kernel on `into`, and return the moments."""
         mu, nu, top = leaves.mu, leaves.nu, leaves.top
         if not reuse:
-            mu, nu = [m.clone() for m in mu], [n.clone() for n in nu]
-            top = None if top is None else [m.clone() for m in top]
+            mu, nu = fx.copies(mu), fx.copies(nu)
+            top = None if top is None else fx.copies(top)
         b1, b2, eps = (float(x) for x in (self.b1, self.b2, self.eps))
         fused_adam(into, gs, mu, nu, top, leaves.count, decays, rate=rate, b1=b1, b2=b2, eps=eps)
         return mu, nu, top

@@ -174,7 +174,7 @@ class ScaleByRadam(Rule):
         factor = fx.reciprocal(fx.div(root, adaptive, reuse=True), reuse=True)
         factor = fx.mul(factor, known.to(t.dtype), reuse=True)
         plain = torch.where(known, torch.zeros_like(t), 1 / correction1)
-        return fx.mul([f + plain.to(f.dtype) for f in factor], mu, reuse=True), {"mu": mu, "nu": nu}
+        return fx.mul(fx.add(factor, plain), mu, reuse=True), {"mu": mu, "nu": nu}
 
 
 @checked(OptimError)

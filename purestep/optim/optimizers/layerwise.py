@@ -38,8 +38,12 @@ class ScaleByTrustRatio(GradientTransformation):
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         us, treedef = tree.flatten(updates)
         ps = same_leaves(need_params(params, self.name), treedef, updates, "params")
-        ratios = [self._ratio(p, u) for p, u in zip(fx.norms(ps), fx.norms(us), strict=True)]
-        return tree.unflatten(treedef, fx.cast(fx.mul(us, ratios), us)), state
+        sizes = fx.norms(ps), fx.norms(us)
+        if isinstance(self.trust_coefficient, Tensor):  # may be wider than the norms, and widens numbers only
+            ratios = [self._ratio(p, u) for p, u in zip(*sizes, strict=True)]
+        else:
+            ratios = fx.on_scalars(self._ratio, *sizes)
+        return tree.unflatten(treedef, fx.cast(fx.each(torch.mul, us, ratios), us)), state
 
     def _ratio(self, param: Tensor, update: Tensor) -> Tensor:
         param, update = param.clamp(min=self.min_norm), update.clamp(min=self.min_norm)

@@ -49,7 +49,9 @@ class ScaleByMuon(Rule):
                 )
             )
         factor = _SHAPES[self.adjust](x.shape[0], x.shape[1])
-        return orthogonalize(x, self.ns_coefficients, self.ns_steps, eps=self.eps).to(x.dtype) * factor
+        found = orthogonalize(x, self.ns_coefficients, self.ns_steps, eps=self.eps)
+        # In the layout of the parameters, which one kernel for all of them takes.
+        return found.to(x.dtype, memory_format=torch.contiguous_format) * factor
 
 
 _SHAPES: dict[str, Any] = {

@@ -93,7 +93,7 @@ class Sgd(Kernel, GradientTransformation):
         ready = self._ready(gs if trace is None else fx.cast(gs, trace), trace, ps)
         if ready is None:
             return super().advance(updates, state, params, reuse=reuse, step=step, **extra)
-        ps = ps if reuse else [p.clone() for p in ps]
+        ps = ps if reuse else fx.copies(ps)
         trace = self._fused(ps, ready, trace, value_at(self.learning_rate, step), reuse=reuse)
         return tree.unflatten(treedef, ps), self._following(state, treedef, trace)
 
@@ -115,7 +115,7 @@ class Sgd(Kernel, GradientTransformation):
     def _fused(
         self, into: list[Tensor], gs: list[Tensor], trace: list[Tensor] | None, rate: Scalar, *, reuse: bool
     ) -> list[Tensor] | None:
-        trace = trace if trace is None or reuse else [t.clone() for t in trace]
+        trace = trace if trace is None or reuse else fx.copies(trace)
         momentum = 0.0 if trace is None else float(self.momentum)
         fused_sgd(into, gs, trace, rate=rate, momentum=momentum, nesterov=self.nesterov)
         return trace

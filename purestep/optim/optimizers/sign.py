@@ -134,14 +134,14 @@ class ScaleByRprop(Rule):
 
     def direction(self, gs: list[Tensor], memory: Memory, t: Tensor, ps: list[Tensor]) -> tuple[list[Tensor], Memory]:
         agreement = fx.mul(gs, memory["prev"])
-        sizes = [
-            torch.where(a > 0, s * self.eta_plus, torch.where(a < 0, s * self.eta_minus, s)).clamp(
-                self.min_step_size, self.max_step_size
-            )
-            for a, s in zip(agreement, memory["step_size"], strict=True)
-        ]
-        kept = [torch.where(a < 0, torch.zeros_like(g), g) for a, g in zip(agreement, gs, strict=True)]
+        sizes = fx.elements(self._size, agreement, memory["step_size"])
+        kept = fx.elements(lambda a, g: torch.where(a < 0, torch.zeros_like(g), g), agreement, gs)
         return fx.mul(fx.sign(kept), sizes, reuse=True), {"prev": kept, "step_size": sizes}
+
+    def _size(self, agreement: Tensor, size: Tensor) -> Tensor:
+        shrunk = torch.where(agreement < 0, size * self.eta_minus, size)
+        chosen = torch.where(agreement > 0, size * self.eta_plus, shrunk)
+        return chosen.clamp(self.min_step_size, self.max_step_size)
 
 
 @checked(OptimError)
