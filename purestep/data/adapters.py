@@ -32,6 +32,8 @@ from purestep.data.plain_state import pack, unpack
 from purestep.errors import DataError, explain
 
 T = TypeVar("T")
+_TRIED = 32  # batches that are read with seeds before they are left out
+_END = object()
 
 
 class ReplayWarning(UserWarning):
@@ -79,6 +81,7 @@ class ThirdPartyLoader:
     def __init__(self, data: Any, *, seed: int = 0) -> None:
         self._data = data
         self._seed = seed
+        self._quiet = 0  # batches that were read without a draw from a global generator; -1 from the first draw on
         self._iterator: Any = None
         self._position: Position | None = None
         self._ended = False  # whether the iterator has raised StopIteration
@@ -278,7 +281,10 @@ class ThirdPartyLoader:
     def _read(self, iterator: Any, epoch: int, batch: int) -> Iterator[Any]:
         for number in itertools.count(batch):
             try:
-                item = self._next(iterator, epoch, number)
+                if number and self._quiet >= _TRIED and iterator is self._iterator:
+                    iterator, item = self._unseeded(iterator, epoch, number)
+                else:
+                    item = self._next(iterator, epoch, number)
             except StopIteration:
                 if iterator is self._iterator:
                     self._ended = True
@@ -289,13 +295,58 @@ class ThirdPartyLoader:
             yield item
 
     def _next(self, iterator: Any, epoch: int, number: int) -> Any:
+        """Read a batch with the global generators seeded for it."""
+        # With the first batch, samplers draw the seed of their order.
+        call = self._looked_at if number and 0 <= self._quiet < _TRIED and self._reads_again else next
         try:
-            return self._seeded(lambda: next(iterator), epoch, number)
+            return self._seeded(lambda: call(iterator), epoch, number)
         except StopIteration:
             raise
         except Exception as error:
-            error.add_note(f"while batch {number} of epoch {epoch} was read; data: {self._named}")
+            self._note(error, epoch, number)
             raise
+
+    def _note(self, error: Exception, epoch: int, number: int) -> None:
+        error.add_note(f"while batch {number} of epoch {epoch} was read; data: {self._named}")
+
+    # --- loaders that draw nothing from the global generators: most of them -------------------------------------------
+
+    @property
+    def _reads_again(self) -> bool:
+        """Whether the batches of an epoch can be read from its start once more: none but the sampler says which."""
+        anew = not (self._is_iterator or self._is_function or is_stateful(self._data) or self._hidden_at_start)
+        return anew and self.length() is not None
+
+    def _looked_at(self, iterator: Any) -> Any:
+        """Read a batch, and look whether that drew from the global generators."""
+        with seeding.preserved() as seeded:
+            item = next(iterator)
+            self._quiet = -1 if seeded.moved() else self._quiet + 1
+        return item
+
+    def _unseeded(self, iterator: Any, epoch: int, number: int) -> tuple[Any, Any]:
+        """Read a batch of a loader that drew nothing in many, and so needs no seeds; return its iterator, and the
+        batch.
+
+        One that does draw after all is read again from the start of the epoch, and is seeded from then on: of the
+        batches before this one none has drawn, so they are the same.
+        """
+        with seeding.preserved() as outside:
+            try:
+                item = next(iterator, _END)
+            except Exception as error:
+                self._note(error, epoch, number)
+                raise
+            drew = outside.moved()
+        if not drew:
+            if item is _END:
+                raise StopIteration
+            return iterator, item
+        self._quiet = -1
+        self._start_epoch(epoch)
+        self._iterator = self._fresh(epoch)
+        self._drop(epoch, 0, number)
+        return self._iterator, self._next(self._iterator, epoch, number)
 
     def _seeded(self, call: Callable[[], T], epoch: int, batch: int) -> T:
         with seeding.preserved():

@@ -302,7 +302,7 @@ def next_count(count: Tensor) -> Tensor:
     return torch.add(count, _ONE) if is_host(count) else count + 1
 
 
-_ONE = torch.ones((), dtype=torch.int64)  # torch would make one of a number in each addition
+_ONE = torch.ones((), dtype=torch.int64, device="cpu")  # torch would make one of a number in each addition
 
 
 def wide(count: Any) -> Tensor:

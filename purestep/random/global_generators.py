@@ -118,6 +118,13 @@ class _Generators:
             self._last = b"".join((python[:_HEAD], numpy[:_HEAD], numpy[4 * _WORDS :], gauss)), state
         return state
 
+    def still(self, state: State) -> bool:
+        """Tell whether the generators are in a state that `read` returned; it copies nothing if that was the last."""
+        heads, last = self._last
+        if last is not state or state[2] is not self._bits or _bit_generator() is not self._bits:
+            return self.read() == state
+        return b"".join(self._heads) == heads and PYTHON.gauss_next is state[1]
+
     def write(self, state: State) -> None:
         """Put the generators of Python and numpy back to a state that `read` returned."""
         python, gauss_next, bits, numpy, gauss = state
@@ -190,9 +197,15 @@ class preserved:  # one made by contextlib costs 1 us more, around every batch
 
     __slots__ = ("_host", "_torch")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> preserved:
         self._host, self._torch = read(), torch_generator.state()
+        return self
+
+    def moved(self) -> bool:
+        """Tell whether one of them is in another state by now."""
+        return not _generators.still(self._host) or torch_generator.moved(self._torch)
 
     def __exit__(self, *error: object) -> None:
         torch_generator.put_back(self._torch)
-        write(self._host)
+        if not _generators.still(self._host):
+            write(self._host)

@@ -1,8 +1,8 @@
 """The state of torch's generator of the CPU, to compare and to put back, without a copy of it where it has not moved.
 
 `get_state` copies 5 KB, and a step would ask four times, a loader twice a batch. So the numbers that every draw moves
-are looked at where they lie in memory, and the copy of the last time is returned while they are the same. Where that is,
-is found out with a generator made for the purpose, whose state must not change while these bytes stay; if it does,
+are looked at where they lie in memory, and the copy of the last time is returned while they are the same. Where that
+is, is found out with a generator made for the purpose, whose state must not change while these bytes stay; if it does,
 `get_state` is called each time. `global_generators` does the same for the generators of Python and numpy.
 """
 
@@ -24,6 +24,7 @@ _BEFORE = 20  # bytes before the words: seed, numbers left, whether it is seeded
 _FIRST = 16  # bytes of the words: they change when the position comes round
 _AFTER = 28  # bytes after them: the second of two normal numbers, in float32 and in float64
 _SEEDED = 24  # bytes of `get_state` before the words, which are 8 bytes each there
+_POSITION = slice(16, 20)  # of the bytes before the words
 
 
 def _words_at(generator: Generator) -> int | None:
@@ -92,8 +93,28 @@ class _Watched:
             self.last = last, state
         return state
 
+    def still(self, then: Tensor) -> bool:
+        return self.heads is not None and self.last[1] is then and self.last[0] == b"".join(self.heads)
+
+    def put_back(self, then: Tensor) -> None:
+        if self.still(then):
+            return
+        torch.default_generator.set_state(then)
+        seen, state = self.last
+        if self.heads is not None and state is then:
+            now = b"".join(self.heads)  # other bytes that no draw moves may have changed
+            if now[_POSITION] == seen[_POSITION]:  # no other thread has drawn meanwhile
+                self.last = now, then
+
 
 _watched: _Watched | None = None
+
+
+def _watch() -> _Watched:
+    global _watched
+    if _watched is None:
+        _watched = _Watched()
+    return _watched
 
 
 def state() -> Tensor:
@@ -101,10 +122,7 @@ def state() -> Tensor:
 
     As long as nothing is drawn it is the very same tensor, as a rule.
     """
-    global _watched
-    if _watched is None:
-        _watched = _Watched()
-    return _watched.state()
+    return _watch().state()
 
 
 def moved(since: Tensor) -> bool:
@@ -115,11 +133,12 @@ def moved(since: Tensor) -> bool:
         >>> moved(before), torch.rand(1).shape, moved(before)
         (False, torch.Size([1]), True)
     """
+    if _watch().still(since):
+        return False
     now = state()
     return now is not since and now.numpy().tobytes() != since.numpy().tobytes()
 
 
 def put_back(then: Tensor) -> None:
     """Put the generator back to a state that `state` returned."""
-    if state() is not then:
-        torch.default_generator.set_state(then)
+    _watch().put_back(then)
