@@ -224,7 +224,10 @@ def main() -> int:
 def report(rows: list[Row], ranks: int) -> str:
     """Return the table in Markdown."""
     about = machine.describe()
-    head = "plan, launches, collectives, GB sent, predicted, GB at rest, GB at the peak before the update, predicted without activations"
+    head = (
+        "plan, launches, collectives, GB sent, predicted, GB at rest, GB at the peak before the update, "
+        "predicted without activations"
+    )
     cells = [
         [
             f"`{r.plan}`",
