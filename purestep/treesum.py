@@ -6,7 +6,9 @@ nothing of tensors: how two values merge is the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -75,3 +77,59 @@ def forest(indices: list[int]) -> list[Node]:
     for index in indices:
         total.add(None, index)
     return list(total.nodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """The additions of a tree over the rows of a tensor, as many at once as there are on a level.
+
+    Attributes:
+        additions: for each round, slices of the rows that are added to, and of those that are added to them.
+        nodes: by part of the tree, the row that its sum is in after all rounds.
+    """
+
+    additions: tuple[tuple[slice, slice], ...]
+    nodes: Mapping[Node, int]
+
+
+@functools.lru_cache(maxsize=256)
+def rounds(nodes: tuple[Node, ...]) -> Rounds:
+    """Return how the rows that hold these parts of the tree are added as far as they can be: as by `put`, one by one.
+
+    Examples:
+        >>> found = rounds(((0, 0), (0, 1), (0, 2), (0, 3), (0, 4)))
+        >>> found.additions
+        ((slice(0, 3, 2), slice(1, 4, 2)), (slice(0, 1, 2), slice(2, 3, 2)))
+        >>> found.nodes
+        {(0, 4): 4, (2, 0): 0}
+    """
+    levels: dict[int, dict[int, int]] = {}
+    for row, (level, place) in enumerate(nodes):
+        levels.setdefault(level, {})[place] = row
+    additions: list[tuple[slice, slice]] = []
+    left: dict[Node, int] = {}
+    while levels:
+        level = min(levels)
+        rows = levels.pop(level)
+        pairs = [(row, rows[place + 1]) for place, row in sorted(rows.items()) if not place % 2 and place + 1 in rows]
+        additions += _slices(pairs)
+        left |= {(level, place): row for place, row in rows.items() if place ^ 1 not in rows}
+        if pairs:
+            above = levels.setdefault(level + 1, {})
+            above |= {place // 2: row for place, row in rows.items() if not place % 2 and place + 1 in rows}
+    return Rounds(tuple(additions), left)
+
+
+def _slices(pairs: list[tuple[int, int]]) -> list[tuple[slice, slice]]:
+    """The pairs of rows, those at equal distances as one pair of slices."""
+    found = []
+    start = 0
+    while start < len(pairs):
+        (a, b), stop = pairs[start], start + 1
+        step = pairs[stop][0] - a if stop < len(pairs) else 2
+        while stop < len(pairs) and step > 0 and pairs[stop] == (a + step * (stop - start), b + step * (stop - start)):
+            stop += 1
+        span = step * (stop - start - 1) + 1
+        found.append((slice(a, a + span, max(step, 1)), slice(b, b + span, max(step, 1))))
+        start = stop
+    return found

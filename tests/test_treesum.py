@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purestep.treesum import TreeSum, forest
+from purestep.treesum import TreeSum, forest, rounds
 
 
 def join(a, b):
@@ -54,3 +56,27 @@ def test_whoever_adds_what_the_order_is_the_same(n, ranks, shuffle: random.Rando
     for node, value in partial:
         together.put(node, value)
     assert together.result() == total(map(str, range(n)))
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_a_level_at_once_adds_what_is_added_one_by_one(trial, seed):
+    """Of any parts of a tree in any order, as ranks with uneven numbers of microbatches hold them."""
+    generator = random.Random(seed * 100 + trial)
+    indices = sorted(generator.sample(range(40), generator.randint(1, 40)))
+    cuts = sorted(generator.sample(range(len(indices)), min(3, len(indices) - 1)))
+    owners = [forest(indices[a:b]) for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+    nodes = [node for own in owners for node in own]
+    generator.shuffle(nodes)
+    one_by_one = TreeSum(lambda a, b: f"({a}+{b})")
+    for row, node in enumerate(nodes):
+        one_by_one.put(node, str(row))
+    rows = np.array([str(row) for row in range(len(nodes))], dtype=object)
+    found = rounds(tuple(nodes))
+    for kept, added in found.additions:
+        rows[kept] = [f"({a}+{b})" for a, b in zip(rows[kept], rows[added], strict=True)]
+    assert {node: rows[row] for node, row in found.nodes.items()} == one_by_one.nodes
+
+
+def test_a_thousand_rows_are_ten_rounds():
+    assert len(rounds(tuple((3, place) for place in range(1024))).additions) == 10
+    assert len(rounds(tuple((0, place) for place in range(1000))).additions) == 9

@@ -181,7 +181,7 @@ class ShareReader:
 
     def open(self, epoch: int, batch: int, state: list[Any] | None = None) -> Iterator[Any]:
         """Return an iterator over batches, from number `batch` on."""
-        streams = {
+        streams: dict[int, Iterator[Any]] = {
             # Never asked for the batch after the last: the member decides at its next `open` how it leaves the epoch.
             index: itertools.islice(
                 member.open(epoch, batch, None if state is None else state[index]), self._length - batch

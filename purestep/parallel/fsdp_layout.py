@@ -17,7 +17,7 @@ from purestep import tree
 from purestep.distributed.mesh import this_rank
 from purestep.errors import ConfigError, explain
 from purestep.sharding import placement
-from purestep.sharding.messages import is_even, slice_of
+from purestep.sharding.messages import even_dim, slice_of
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Box, Spec, box
 
@@ -32,7 +32,7 @@ class Row:
         name: of the parameter.
         shape: whole, or the part of a tensor-parallel rank.
         boxes: `(offset, shape)` of the part of each member of the group.
-        even: whether the members hold equal runs of dim 0, in their order.
+        dim: of which the members hold equal runs, in their order; None where there is none.
         start: where it begins in gathered memory.
         at: where its part begins in a row.
     """
@@ -40,7 +40,7 @@ class Row:
     name: str
     shape: tuple[int, ...]
     boxes: list[Box]
-    even: bool
+    dim: int | None
     start: int = 0
     at: int = 0
 
@@ -65,7 +65,22 @@ class Row:
         shape = box(outer, sizes, whole, mesh.coordinate())[1]
         members = [mesh.coordinate(rank) for rank in mesh.ranks(*plan.shard_axes)]
         boxes = [box(inner, sizes, shape, coordinate) for coordinate in members]
-        return cls(name, shape, boxes, is_even(boxes))
+        return cls.of_boxes(name, shape, boxes)
+
+    @classmethod
+    def of_boxes(cls, name: str, shape: tuple[int, ...], boxes: list[Box]) -> Row:
+        """Describe a tensor of which the members of a group hold these parts."""
+        return cls(name, shape, boxes, even_dim(boxes))
+
+    @property
+    def even(self) -> bool:
+        """Whether the members hold equal runs of dim 0, in their order: below one another, they are the whole."""
+        return self.dim == 0
+
+    def runs(self, full: Tensor) -> Tensor:
+        """Return the parts of all members as a view of the whole tensor, `[R, *part]`; `dim` is not None."""
+        dim = self.dim or 0
+        return full.unflatten(dim, (len(self.boxes), -1)).movedim(dim, 0)
 
 
 def _check(plan: Plan, name: str, leaf: Tensor, spec: Spec) -> None:
@@ -129,6 +144,9 @@ class Rows:
                 full.view(self.count, -1).copy_(received[:, row.at : row.at + row.length])
                 continue
             shaped = full.view(row.shape)
+            if row.dim is not None:
+                row.runs(shaped).copy_(received[:, row.at : row.at + row.length].unflatten(1, row.boxes[0][1]))
+                continue
             for (offset, shape), member in zip(row.boxes, received, strict=True):
                 shard = member[row.at : row.at + math.prod(shape)].view(shape)
                 slice_of(shaped, (offset, shape)).copy_(shard)
@@ -146,6 +164,10 @@ class Rows:
         by_member = wholes[0].new_zeros(self.count, sum(row.length for row in rows))
         start = 0
         for row, full in zip(rows, wholes, strict=True):
+            if row.dim is not None:
+                by_member[:, start : start + row.length].unflatten(1, row.boxes[0][1]).copy_(row.runs(full))
+                start += row.length
+                continue
             for member, (offset, shape) in zip(by_member, row.boxes, strict=True):
                 member[start : start + math.prod(shape)].view(shape).copy_(slice_of(full, (offset, shape)))
             start += row.length

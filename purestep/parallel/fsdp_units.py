@@ -397,7 +397,7 @@ class Session:
 
     def _pack(self, saved: Tensor) -> Tensor | Saved:
         # A subclass may hold more than its storage says, so it is kept as it is.
-        if type(saved) is not Tensor:
+        if type(saved) is not Tensor and not _torch.is_fake(saved):
             return saved
         # Not only the unit that was entered last: a submodule is several units where its parameters have several
         # dtypes, and an outer unit may hand its parameters to an inner one. The root is never freed.

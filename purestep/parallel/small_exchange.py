@@ -17,7 +17,7 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.distributed import collectives
-from purestep.metrics import Growing
+from purestep.metrics import Growing, Last, Max, Mean, Min, Sum
 from purestep.microbatch import Accumulation, Partial, merge
 from purestep.parallel.tree_reduce import Flat
 from purestep.treesum import Node, TreeSum
@@ -63,6 +63,8 @@ def exchange_small(
             told = rows[:, :_HEAD].contiguous().view(torch.int64).tolist()
             sums.heard = dict(zip(dist.get_process_group_ranks(group), map(tuple, told), strict=True))
             rows = rows[:, _HEAD:]
+        if not growing and (order := _level_order(pattern, owners)) is not None:
+            return _weighing(_by_level(pattern, flat.unpack_rows(rows[order]), structure), sums.samples)
         found = {} if kept is None else kept()
         for own, packed in zip(owners, rows, strict=True):
             for node, values in zip(own, packed.split(flat.size), strict=False):
@@ -74,6 +76,35 @@ def exchange_small(
         return _weighing(whole.result(), sums.samples)
 
     return result
+
+
+def _level_order(pattern: Partial, owners: Sequence[Sequence[Node]]) -> list[int] | None:
+    """Return the ranks in the order of the tree, where their parts can be added a level at a time; None elsewhere.
+
+    That is so where each rank holds one part, all of one level, and metrics merge number by number: a thousand ranks
+    are then ten rounds of additions, in the order in which they would be added one by one.
+    """
+    nodes = [node for own in owners for node in own]
+    level = nodes[0][0] if nodes else 0
+    if len(nodes) != len(owners) or not all(type(metric) in _BY_NUMBER for metric in pattern.metrics.values()):
+        return None
+    order = sorted(range(len(nodes)), key=nodes.__getitem__)
+    return order if [nodes[rank] for rank in order] == [(level, place) for place in range(len(nodes))] else None
+
+
+_BY_NUMBER = {Mean, Sum, Min, Max, Last}
+
+
+def _by_level(pattern: Partial, leaves: Sequence[Tensor], structure: tree.Structure) -> Partial:
+    """Return the sum of parts whose small values are the rows of some tensors, a level of the tree at once."""
+    while len(leaves[0]) > 1 if leaves else False:
+        even, rest = len(leaves[0]) // 2 * 2, len(leaves[0]) % 2
+        first, second = (
+            _without_vector(pattern, [leaf[start:even:2] for leaf in leaves], structure) for start in (0, 1)
+        )
+        merged = _leaves(merge(first, second))[0]
+        leaves = [torch.cat([a, b[even:]]) for a, b in zip(merged, leaves, strict=True)] if rest else merged
+    return _without_vector(pattern, [leaf[0] for leaf in leaves], structure)
 
 
 def _leaves(
@@ -168,9 +199,18 @@ class _Bytes:
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         pieces = packed[: sum(self.lengths)].split(self.lengths)
-        found: list[Any] = [None] * len(self.order)
         flats = [piece.view(dtype) for piece, dtype in zip(pieces, self.flat.dtypes, strict=True)]
-        for i, value in zip(self.order, self.flat.unpack(flats), strict=True):
+        return self._ordered(self.flat.unpack(flats))
+
+    def unpack_rows(self, packed: Tensor) -> list[Tensor]:
+        """Return the values of many parts, `[m, size]` bytes, with the parts as first dim."""
+        pieces = packed[:, : sum(self.lengths)].split(self.lengths, dim=1)
+        flats = [piece.contiguous().view(dtype) for piece, dtype in zip(pieces, self.flat.dtypes, strict=True)]
+        return self._ordered(self.flat.unpack_rows(flats, len(packed)))
+
+    def _ordered(self, values: Sequence[Tensor]) -> list[Tensor]:
+        found: list[Any] = [None] * len(self.order)
+        for i, value in zip(self.order, values, strict=True):
             found[i] = value
         return found
 

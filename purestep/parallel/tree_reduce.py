@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from purestep.distributed import collectives
-from purestep.treesum import Node, TreeSum
+from purestep.treesum import Node, TreeSum, rounds
 
 Owners = Sequence[Sequence[Node]]
 
@@ -64,10 +64,17 @@ class Flat:
 
     def unpack(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors again, as views of the flat ones."""
+        return self._cut(flats, ())
+
+    def unpack_rows(self, flats: Sequence[Tensor], count: int) -> list[Tensor]:
+        """Return the tensors of `count` such packs, `[count, n]`, with the packs as first dim."""
+        return self._cut(flats, (count,))
+
+    def _cut(self, flats: Sequence[Tensor], rows: tuple[int, ...]) -> list[Tensor]:
         views: dict[int, Tensor] = {}
         for flat, members, lengths in zip(flats, self.groups, self.lengths, strict=True):
-            for i, piece in zip(members, flat.split(lengths), strict=True):
-                views[i] = piece.view(self.shapes[i])
+            for i, piece in zip(members, flat.split(lengths, dim=-1), strict=True):
+                views[i] = piece.reshape((*rows, *self.shapes[i]))
         return [views[i] for i in range(len(self.shapes))]
 
 
@@ -190,13 +197,14 @@ def send(rows: Tensor, owners: Owners, group: dist.ProcessGroup | None) -> colle
 
 def arrived(pending: collectives.Pending, n: int, owners: Owners) -> TreeSum:
     """Add the slices of n elements that came in, in the order of the tree."""
-    parts = pending.wait().view(-1, n).unbind()
+    parts = pending.wait().view(-1, n)
+    # A level of the tree at once: one by one, a thousand ranks would be a thousand launches for each bucket.
+    steps = rounds(tuple(node for own in owners for node in own))
+    for kept, added in steps.additions:
+        parts[kept].add_(parts[added])
     total = TreeSum(add)
-    for node, part in zip((node for own in owners for node in own), parts, strict=True):
-        total.put(node, part)
-    if len(parts) > len(total.nodes):
-        # A sum is a view of all that came in, the slices of every member; it has to outlive them by itself.
-        total.nodes = {node: part.clone() for node, part in total.nodes.items()}
+    # A sum is a view of all that came in, the slices of every member; it has to outlive them by itself.
+    total.nodes = {node: parts[row].clone() if steps.additions else parts[row] for node, row in steps.nodes.items()}
     return total
 
 

@@ -78,9 +78,18 @@ class Message:
         return full
 
 
-def is_even(boxes: Sequence[Box]) -> bool:
-    """Tell whether the members hold equal runs of dim 0, in their order."""
+def even_dim(boxes: Sequence[Box]) -> int | None:
+    """Return the dim of which the members hold equal runs, in their order; None if there is none."""
     first = boxes[0][1]
-    return bool(first) and all(
-        part == first and offset == (i * first[0], *(0,) * (len(first) - 1)) for i, (offset, part) in enumerate(boxes)
-    )
+    for dim, length in enumerate(first):
+        if all(
+            part == first and offset == tuple(i * length if d == dim else 0 for d in range(len(first)))
+            for i, (offset, part) in enumerate(boxes)
+        ):
+            return dim
+    return None
+
+
+def is_even(boxes: Sequence[Box]) -> bool:
+    """Tell whether the members hold equal runs of dim 0, in their order: below one another, they are the whole."""
+    return even_dim(boxes) == 0
