@@ -17,9 +17,10 @@ from purestep.distributed import collectives
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
 from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight, both
-from purestep.parallel import tensor_parallel
+from purestep.parallel import expert_parallel, tensor_parallel
 from purestep.parallel.assignment import Shares
 from purestep.parallel.compressed import scatter_sum, sum_into
+from purestep.parallel.expert_parallel import Taking
 from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.fsdp_units import Session, Unit, Units
 from purestep.parallel.small_exchange import exchange_small
@@ -45,9 +46,17 @@ class Sharded:
     """
 
     def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor], orders: Orders) -> None:
-        self.shares, self.sums, self.split, self.orders = shares, sums, split, orders
+        self.shares, self.sums, self.orders = shares, sums, orders
+        plan, module = shares.plan, definition(sums.state).module
+        self.experts = expert_parallel.dispatcher(plan, module) if plan.expert_axis else None
+        # Those of experts stay where they are: their gradients are of the tokens of all microbatches of a round.
+        resident = () if self.experts is None else self.experts.names
+        self.held = split
+        self.split = {name: leaf for name, leaf in split.items() if name not in resident}
+        self.resident = [name for name in sums.state.params if name in split and name in resident]
         self.fast, self.sent = shares.plan.reduction == "fast", shares.plan.sent_dtype
         self.whole = [name for name in sums.state.params if name not in split]
+        self.flat = flat_like([])
         self.small: dict[Node, Partial] = {}
         self.trees: list[TreeSum[Tensor]] = []
         self.waiting: Callable[[], Partial]
@@ -74,7 +83,9 @@ class Sharded:
         grads: dict[str, Tensor] = {}
         for unit, row in zip(units, flats, strict=False):
             grads.update(zip(unit.trained, unit.rows.parts(row, unit.chosen), strict=True))
-        slices = [collectives.gather(x, self.units.group) for x in flats[len(units) :]]
+        first = len(units) + len(self.flat.groups)
+        grads.update(zip(self.resident, self.flat.unpack(flats[len(units) : first]), strict=True))
+        slices = [collectives.gather(x, self.units.group) for x in flats[first:]]
         sizes = [sum(lengths) for lengths in self.rest.lengths]
         rest = self.rest.unpack([p.wait().view(-1)[:n] for p, n in zip(slices, sizes, strict=True)])
         grads.update(zip(self.whole, rest, strict=False))
@@ -85,7 +96,7 @@ class Sharded:
         """Return the sums over the ranks that hold the same parts."""
         shares = self.shares
         if self.fast:
-            units = sum(bool(unit.trained) for unit in self.units.units)
+            units = sum(bool(unit.trained) for unit in self.units.units) + len(self.flat.groups)
             dtypes = [self.sent if k < units else None for k in range(len(self.trees))]
             begun_fast = [sum_into(t.result(), shares.copies, d) for t, d in zip(self.trees, dtypes, strict=True)]
             return [pending.wait() for pending in begun_fast]
@@ -126,6 +137,7 @@ class ShardedExchange:
     """
 
     collects = True
+    dispatches = True
 
     @property
     def gathers(self) -> Collection[str]:
@@ -139,6 +151,7 @@ class ShardedExchange:
         self.weight: Weight = 0
         self._sent: dict[int, tuple[collectives.Pending, int] | dict[Node, Tensor]] = {}
         self._taken: dict[int, Tensor] = {}
+        self._of_source: dict[tuple[int, str], Tensor] = {}
         self.parts: Tensors = {}
         self.units: Travelling
 
@@ -165,11 +178,13 @@ class ShardedExchange:
         self.session = Session(units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
         inner = synced(self.shares, self.counts, self.factor, around)
+        if (experts := self.sharded.experts) is not None:
+            inner = experts.around(Taking(tracked[_ANCHOR], self.sharded.resident, self._take_expert), inner)
         return *_gathered(self.session, params, buffers), functools.partial(both, self.session.around, inner)
 
     def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state holds them: of frozen parameters the shards."""
-        return {n: old[n] if n in self.split else t for n, t in new.items()}
+        return {n: old[n] if n in self.sharded.held else t for n, t in new.items()}
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.session.end_forward()
@@ -243,6 +258,45 @@ class ShardedExchange:
             rows = self._rows(unit, [None] * len(unit.trained)) if rows is None else rows
             self._sent[unit.number] = self._send(rows, self.sharded.sent)
 
+    def _take_expert(self, source: int, name: str, grad: Tensor) -> None:
+        """Take the gradient of experts for the microbatch of one of the ranks of their axis."""
+        with _torch.no_torch_function(), torch.no_grad():
+            before = self._of_source.get((source, name))
+            self._of_source[source, name] = grad if before is None else before + grad
+
+    def _of_experts(self) -> list[dict[Node, Tensor]]:
+        """Return the gradients of experts as nodes of the tree, one for each microbatch of the round."""
+        sharded, sums = self.sharded, self.sums
+        if not sharded.resident:
+            return []
+        weights = self._weights()
+        sharded.flat = flat_like([])
+        found: list[dict[Node, Tensor]] = []
+        for source, (own, weight) in enumerate(zip(self.owners, weights, strict=True)):
+            grads = [self._of_source.get((source, n), None) for n in sharded.resident]
+            wholes = [
+                torch.zeros_like(self.params[n]) if g is None else g
+                for n, g in zip(sharded.resident, grads, strict=True)
+            ]
+            reduced = list(self.cast.reduced(wholes))
+            sharded.flat = flat_like(reduced)
+            found = found or [{} for _ in sharded.flat.groups]
+            for _, index in own:
+                for nodes, flat in zip(found, sums.weighed(sharded.flat.pack(reduced), weight, index), strict=True):
+                    nodes[0, index] = flat
+        if sharded.fast:
+            zeros = [torch.zeros_like(flat) for flat in sharded.flat.pack(reduced)]
+            return [{(0, 0): functools.reduce(torch.add, n.values(), z)} for n, z in zip(found, zeros, strict=True)]
+        return found
+
+    def _weights(self) -> list[Weight]:
+        """Return what the microbatch of each rank of the axis weighs."""
+        group = self.units.group
+        count = collectives.size_of(group)
+        if isinstance(self.weight, int):
+            return [self.weight] * count
+        return list(collectives.gather(self.weight.reshape(1), group).wait().view(-1).unbind())
+
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
         device = self.units.device
         wholes = [
@@ -271,6 +325,7 @@ class ShardedExchange:
             if unit.trained and unit.number not in self._sent:
                 self.reduce(unit)
         sent = [self._sent[n] for n in sorted(self._sent)]
+        sent += self._of_experts()
         sent += [self._send(rows_of(x, self.units.count)) for x in pieces]
         self.sharded.put([self._arrived(*x) if isinstance(x, tuple) else x for x in sent], self.number)
 
@@ -280,6 +335,9 @@ def evaluated(
 ) -> tuple[Tensors, Tensors, Context | None]:
     """Return what a model is bound to without gradients: params, buffers, and what makes the context it runs in."""
     split = split_leaves(at_rest)
+    if plan.expert_axis:
+        resident = expert_parallel.dispatcher(plan, cast.module).names
+        split = {n: x for n, x in split.items() if n not in resident}
     if not split:
         return params, buffers, cast.around
     parts = {n: (params if n in params else buffers)[n] for n in split}
