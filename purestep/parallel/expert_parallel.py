@@ -12,8 +12,8 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,19 +32,25 @@ from purestep.sharding.local_batches import aligned
 from purestep.sharding.plan import Plan
 
 
+class Taker(Protocol):
+    """What takes the gradients of experts, see `ExpertSums`."""
+
+    def called(self, module: str) -> None: ...
+
+    def take(self, module: str, by_rank: Sequence[dict[str, Tensor]]) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Taking:
     """Where the gradients of experts go on a rank that has some of them.
 
     Attributes:
         anchor: a tensor that is differentiated: gradients are taken on the way to it.
-        trained: names of the parameters that have gradients.
-        take: called with the number of the rank whose microbatch it is of, the name of a parameter, and a gradient.
+        taker: is told of each call of a module, and given its gradients for the microbatch of each rank.
     """
 
     anchor: Tensor
-    trained: Container[str]
-    take: Callable[[int, str, Tensor], None]
+    taker: Taker
 
 
 class Bank:
@@ -80,16 +86,17 @@ class Bank:
         """Return the parameters as they are bound now, by their names in the module."""
         return {key: group[0][0][group[0][1]] for key, group in self.places.items()}
 
-    def one(self, params: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        """Return what one expert makes of tokens, with its parameters `[1, ...]`."""
+    def some(self, params: Mapping[str, Tensor], tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return what some experts make of tokens, with their parameters `[experts, ...]`; `counts` says how many
+        tokens each of them has, in order."""
         saved = [(place, at, place[at]) for group in self.places.values() for place, at in group]
         drawn = _draws()
         try:
             for key, group in self.places.items():
                 for place, at in group:
                     place[at] = params[key]
-            self.module.__dict__["num_experts"] = 1
-            chosen = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+            self.module.__dict__["num_experts"] = len(counts)
+            chosen = torch.repeat_interleave(torch.tensor(counts)).to(tokens.device).unsqueeze(1)
             out = self.original(tokens, chosen, tokens.new_ones(len(tokens), 1))
         finally:
             self.module.__dict__["num_experts"] = self.count
@@ -125,6 +132,8 @@ class Dispatcher:
     def __init__(self, plan: Plan, module: nn.Module) -> None:
         self.group = plan.mesh.group(plan.expert_axis)
         self.size = collectives.size_of(self.group)
+        # One call for all experts of a rank may use grouped kernels, whose bits depend on how many there are.
+        self.together = plan.reduction == "fast"
         found = [(name, sub) for name, sub in module.named_modules() if tree.matches(plan.experts, name)]
         if not found:
             raise ConfigError(
@@ -189,29 +198,37 @@ class Dispatcher:
 
     def _computed(self, bank: Bank, taking: Taking | None, rows: Tensor, arriving: list[list[int]]) -> Tensor:
         """Return what the experts of this rank make of rows, which are in the order of ranks, and then of experts."""
+        lengths = [[sum(by_expert)] if self.together else by_expert for by_expert in arriving]
         experts = self._experts(bank, taking)
-        pieces = iter(rows.split([count for by_expert in arriving for count in by_expert]))
+        pieces = iter(rows.split([count for each in lengths for count in each]))
         found = []
-        for source, by_expert in enumerate(arriving):
-            for number, count in enumerate(by_expert):
+        for source, each in enumerate(lengths):
+            for number, count in enumerate(each):
                 piece = next(pieces)
-                if count:
-                    found.append(bank.one(experts[source][number], aligned(piece)))
+                if not count:
+                    continue
+                numbers = arriving[source] if self.together else [count]
+                found.append(bank.some(experts[source][number], aligned(piece), numbers))
         return torch.cat(found) if found else rows.clone()
 
     def _experts(self, bank: Bank, taking: Taking | None) -> list[list[dict[str, Tensor]]]:
-        """Return the parameters of each expert of this rank, for the microbatch of each rank."""
+        """Return the parameters of each expert of this rank, or of all at once, for the microbatch of each rank."""
         held = bank.held()
-        names = list(held)
+        names, groups = list(held), 1 if self.together else bank.own
         outputs: Sequence[Tensor]
         if taking is None:
-            outputs = _Apart.apply(bank.own, 1, None, None, *held.values()) * self.size
+            outputs = _Apart.apply(groups, 1, None, None, *held.values()) * self.size
         else:
-            take = functools.partial(_taken, taking, [f"{bank.name}.{name}" for name in names])
-            outputs = _Apart.apply(bank.own, self.size, take, taking.anchor, *held.values())
+            taking.taker.called(bank.name)
+            take = functools.partial(_taken, taking.taker, bank.name, names)
+            outputs = _Apart.apply(groups, self.size, take, taking.anchor, *held.values())
         width = len(names)
         each = [dict(zip(names, outputs[i : i + width], strict=True)) for i in range(0, len(outputs), width)]
-        return [each[i : i + bank.own] for i in range(0, len(each), bank.own)]
+        return [each[i : i + groups] for i in range(0, len(each), groups)]
+
+
+def _taken(taker: Taker, module: str, names: Sequence[str], by_rank: Sequence[Sequence[Tensor]]) -> None:
+    taker.take(module, [dict(zip((f"{module}.{n}" for n in names), grads, strict=True)) for grads in by_rank])
 
 
 def _put_back(own: dict[str, Any], before: Mapping[str, Any]) -> None:
@@ -220,12 +237,6 @@ def _put_back(own: dict[str, Any], before: Mapping[str, Any]) -> None:
             own[key] = before[key]
         else:
             own.pop(key, None)
-
-
-def _taken(taking: Taking, names: Sequence[str], source: int, grads: Iterable[Tensor]) -> None:
-    for name, grad in zip(names, grads, strict=True):
-        if name in taking.trained:
-            taking.take(source, name, grad)
 
 
 _dispatchers: weakref.WeakKeyDictionary[nn.Module, dict[Any, Dispatcher]] = weakref.WeakKeyDictionary()
@@ -256,7 +267,7 @@ def _candidates(module: nn.Module) -> list[str]:
     ]
 
 
-def _refuse_module(name: str, module: nn.Module, lengths: Mapping[str, int]) -> None:
+def _refuse_module(name: str, module: nn.Module, lengths: Mapping[str, int]) -> NoReturn:
     raise ConfigError(
         explain(
             "these are no experts that can be shared over ranks",
@@ -300,40 +311,40 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Apart(torch.autograd.Function):
-    """Parameters `[experts, ...]` as those of each expert `[1, ...]`, so many times over: once for each microbatch.
+    """Parameters `[experts, ...]` in equal groups of experts, so many times over: once for each microbatch.
 
-    The results are in the order of microbatches, experts, parameters. Where `take` is given it gets the gradients, and
+    The results are in the order of microbatches, groups, parameters. Where `take` is given it gets the gradients, and
     `anchor` none, which is an input only so that autograd calls `backward`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, own: int, times: int, take: Callable[..., None] | None, anchor: Tensor | None, *params: Tensor
+        ctx: Any, groups: int, times: int, take: Callable[..., None] | None, anchor: Tensor | None, *params: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.how = own, take, [(p.shape, p.dtype, p.device) for p in params]
-        each = [aligned(p[i : i + 1]) for i in range(own) for p in params]
+        ctx.how = groups, take, [(p.shape, p.dtype, p.device) for p in params]
+        each = [aligned(p.chunk(groups)[i]) for i in range(groups) for p in params]
         return tuple(p.view_as(p) for _ in range(times) for p in each)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        own, take, kinds = ctx.how
-        width = own * len(kinds)
+        groups, take, kinds = ctx.how
+        width = groups * len(kinds)
         by_source = [_joined(grads[i : i + width], kinds) for i in range(0, len(grads), width)]
         if take is None:
             return None, None, None, None, *by_source[0]
-        for source, joined in enumerate(by_source):
-            take(source, joined)
+        take(by_source)
         return None, None, None, None, *(None for _ in kinds)
 
 
 def _joined(grads: Sequence[Tensor | None], kinds: Sequence[tuple[torch.Size, Any, Any]]) -> list[Tensor]:
-    """Return the gradient of each parameter, from those of its experts; None is that of an expert without tokens."""
+    """Return the gradient of each parameter, from those of its groups of experts; None is one without tokens."""
     found = []
     for at, (shape, dtype, device) in enumerate(kinds):
         whole = torch.zeros(shape, dtype=dtype, device=device)
-        for expert, grad in enumerate(grads[at :: len(kinds)]):
+        groups = grads[at :: len(kinds)]
+        for part, grad in zip(whole.chunk(len(groups)), groups, strict=True):
             if grad is not None:
-                whole[expert] = grad[0]
+                part.copy_(grad)
         found.append(whole)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -21,6 +22,7 @@ from purestep.parallel import expert_parallel, tensor_parallel
 from purestep.parallel.assignment import Shares
 from purestep.parallel.compressed import scatter_sum, sum_into
 from purestep.parallel.expert_parallel import Taking
+from purestep.parallel.expert_sums import ExpertSums
 from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.fsdp_units import Session, Unit, Units
 from purestep.parallel.small_exchange import exchange_small
@@ -59,6 +61,7 @@ class Sharded:
         self.flat = flat_like([])
         self.small: dict[Node, Partial] = {}
         self.trees: list[TreeSum[Tensor]] = []
+        self.likes: list[Tensor] = []
         self.waiting: Callable[[], Partial]
         self.units: Travelling
         self.rest: Flat
@@ -67,12 +70,12 @@ class Sharded:
         """Return the exchange of the microbatch that this rank computes in a round."""
         return ShardedExchange(self, number, index, last)
 
-    def put(self, flats: list[dict[Node, Tensor]], number: int) -> None:
+    def put(self, sums: list[Leaving], number: int) -> None:
         """Add the sums of a round over the ranks that share parameters."""
         if not self.trees:
-            self.trees = [TreeSum(add) for _ in flats]
-        for total, nodes in zip(self.trees, flats, strict=True):
-            for node, flat in nodes.items():
+            self.trees, self.likes = [TreeSum(add) for _ in sums], [x.like for x in sums]
+        for total, one in zip(self.trees, sums, strict=True):
+            for node, flat in one.nodes.items():
                 total.put((0, number) if self.fast else node, flat)
 
     def result(self) -> Gradients:
@@ -100,10 +103,27 @@ class Sharded:
             dtypes = [self.sent if k < units else None for k in range(len(self.trees))]
             begun_fast = [sum_into(t.result(), shares.copies, d) for t, d in zip(self.trees, dtypes, strict=True)]
             return [pending.wait() for pending in begun_fast]
-        begun = [Summing(t.nodes, shares.groups, shares.copies, next(iter(t.nodes.values()))) for t in self.trees]
+        # Of a batch of few samples these ranks may have no microbatch at all.
+        both = zip(self.trees, self.likes, strict=True)
+        begun = [Summing(total.nodes, shares.groups, shares.copies, like) for total, like in both]
         for sum_ in begun:
             sum_.advance()
         return [whole_sum(sum_) for sum_ in begun]
+
+
+@dataclasses.dataclass
+class Leaving:
+    """A sum over the ranks that share parameters, on its way and then here.
+
+    Attributes:
+        like: a flat tensor of its length.
+        pending: what comes.
+        nodes: the parts of the tree that are here.
+    """
+
+    like: Tensor
+    pending: collectives.Pending | None = None
+    nodes: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Travelling(Protocol):
@@ -149,9 +169,9 @@ class ShardedExchange:
         self.owners = self.shares.rounds[number]
         self.counts = index < self.shares.filled
         self.weight: Weight = 0
-        self._sent: dict[int, tuple[collectives.Pending, int] | dict[Node, Tensor]] = {}
+        self._sent: dict[int, Leaving] = {}
         self._taken: dict[int, Tensor] = {}
-        self._of_source: dict[tuple[int, str], Tensor] = {}
+        self.of_experts: ExpertSums | None = None
         self.parts: Tensors = {}
         self.units: Travelling
 
@@ -179,7 +199,9 @@ class ShardedExchange:
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
         inner = synced(self.shares, self.counts, self.factor, around)
         if (experts := self.sharded.experts) is not None:
-            inner = experts.around(Taking(tracked[_ANCHOR], self.sharded.resident, self._take_expert), inner)
+            sharded, reduced = self.sharded, self.cast.reduced
+            self.of_experts = ExpertSums(sharded.resident, self.owners, sharded.fast, reduced, self._weighed_expert)
+            inner = experts.around(Taking(tracked[_ANCHOR], self.of_experts), inner)
         return *_gathered(self.session, params, buffers), functools.partial(both, self.session.around, inner)
 
     def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
@@ -237,6 +259,9 @@ class ShardedExchange:
 
     def _begin(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.weight, sharded, shares = weight, self.sharded, self.shares
+        if self.of_experts is not None:
+            self.of_experts.forward_done()
+            self.weights = self._weights(weight)
         rest, self.moved = self.sums.besides(weight, buffers, metrics)
         if self.counts:
             sharded.small[0, self.index] = rest
@@ -252,50 +277,21 @@ class ShardedExchange:
         """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
         with _torch.no_torch_function(), torch.no_grad():
             # One reduction is under way at a time: waiting for the one before bounds the memory of packed gradients.
-            for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
-                self._sent[before] = self._arrived(*self._sent[before])
+            for before in self._sent.values():
+                self._arrive(before)
             rows = self._taken.pop(unit.number, None)
             rows = self._rows(unit, [None] * len(unit.trained)) if rows is None else rows
             self._sent[unit.number] = self._send(rows, self.sharded.sent)
 
-    def _take_expert(self, source: int, name: str, grad: Tensor) -> None:
-        """Take the gradient of experts for the microbatch of one of the ranks of their axis."""
-        with _torch.no_torch_function(), torch.no_grad():
-            before = self._of_source.get((source, name))
-            self._of_source[source, name] = grad if before is None else before + grad
+    def _weighed_expert(self, grads: list[Tensor], rank: int, index: int) -> list[Tensor]:
+        return self.sums.weighed(grads, self.weights[rank], index)
 
-    def _of_experts(self) -> list[dict[Node, Tensor]]:
-        """Return the gradients of experts as nodes of the tree, one for each microbatch of the round."""
-        sharded, sums = self.sharded, self.sums
-        if not sharded.resident:
-            return []
-        weights = self._weights()
-        sharded.flat = flat_like([])
-        found: list[dict[Node, Tensor]] = []
-        for source, (own, weight) in enumerate(zip(self.owners, weights, strict=True)):
-            grads = [self._of_source.get((source, n), None) for n in sharded.resident]
-            wholes = [
-                torch.zeros_like(self.params[n]) if g is None else g
-                for n, g in zip(sharded.resident, grads, strict=True)
-            ]
-            reduced = list(self.cast.reduced(wholes))
-            sharded.flat = flat_like(reduced)
-            found = found or [{} for _ in sharded.flat.groups]
-            for _, index in own:
-                for nodes, flat in zip(found, sums.weighed(sharded.flat.pack(reduced), weight, index), strict=True):
-                    nodes[0, index] = flat
-        if sharded.fast:
-            zeros = [torch.zeros_like(flat) for flat in sharded.flat.pack(reduced)]
-            return [{(0, 0): functools.reduce(torch.add, n.values(), z)} for n, z in zip(found, zeros, strict=True)]
-        return found
-
-    def _weights(self) -> list[Weight]:
-        """Return what the microbatch of each rank of the axis weighs."""
+    def _weights(self, weight: Weight) -> list[Weight]:
+        """Return what the microbatch of each rank of the axis of experts weighs."""
         group = self.units.group
-        count = collectives.size_of(group)
-        if isinstance(self.weight, int):
-            return [self.weight] * count
-        return list(collectives.gather(self.weight.reshape(1), group).wait().view(-1).unbind())
+        if isinstance(weight, int):
+            return [weight] * collectives.size_of(group)
+        return list(collectives.gather(weight.reshape(1), group).wait().view(-1).unbind())
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
         device = self.units.device
@@ -306,15 +302,20 @@ class ShardedExchange:
         rows = unit.rows.cut(self.cast.reduced(wholes), unit.chosen)
         return self.sums.weighed([rows], self.weight, self.index if self.counts else 0)[0]
 
-    def _send(self, rows: Tensor, dtype: torch.dtype | None = None) -> tuple[collectives.Pending, int]:
-        group = self.units.group
+    def _send(self, rows: Tensor, dtype: torch.dtype | None = None) -> Leaving:
+        group, like = self.units.group, rows.new_empty(1).expand(rows.shape[1])
         if self.sharded.fast:
-            return scatter_sum(rows if self.counts else torch.zeros_like(rows), group, dtype), rows.shape[1]
+            return Leaving(like, scatter_sum(rows if self.counts else torch.zeros_like(rows), group, dtype))
         held = rows.unsqueeze(1) if self.counts else rows.unsqueeze(1)[:, :0]
-        return send(held, self.owners, group), rows.shape[1]
+        return Leaving(like, send(held, self.owners, group))
 
-    def _arrived(self, pending: collectives.Pending, n: int) -> dict[Node, Tensor]:
-        return {(0, 0): pending.wait()} if self.sharded.fast else arrived(pending, n, self.owners).nodes
+    def _arrive(self, sent: Leaving) -> None:
+        """Wait for a sum, once."""
+        if sent.pending is None:
+            return
+        fast = self.sharded.fast
+        sent.nodes = {(0, 0): sent.pending.wait()} if fast else arrived(sent.pending, len(sent.like), self.owners).nodes
+        sent.pending = None
 
     def _finish(self, whole: Mapping[str, Tensor]) -> None:
         """Exchange what is left, and hand over the sums: one flat tensor a unit, and those of the rest."""
@@ -325,9 +326,14 @@ class ShardedExchange:
             if unit.trained and unit.number not in self._sent:
                 self.reduce(unit)
         sent = [self._sent[n] for n in sorted(self._sent)]
-        sent += self._of_experts()
+        if self.of_experts is not None:
+            self.sharded.flat, found = self.of_experts.result(self.params)
+            likes = self.sharded.flat.likes(self.units.device)
+            sent += [Leaving(like, nodes=nodes) for like, nodes in zip(likes, found, strict=True)]
         sent += [self._send(rows_of(x, self.units.count)) for x in pieces]
-        self.sharded.put([self._arrived(*x) if isinstance(x, tuple) else x for x in sent], self.number)
+        for x in sent:
+            self._arrive(x)
+        self.sharded.put(sent, self.number)
 
 
 def evaluated(

@@ -129,9 +129,7 @@ def _at_rest(description: Description, kind: str, *, on_host: bool) -> int:
 
 
 def _gradient(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
-    """Return the bytes of a gradient as it is held for the update; of experts one for the microbatch of each rank."""
-    if row.resident:
-        return _bytes([row], dtype) * _over(plan, row)
+    """Return the bytes of a gradient as it is held for the update."""
     return _bytes([row], dtype) if plan.zero == 1 else _shard(plan, row, dtype)
 
 

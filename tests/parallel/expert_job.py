@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import purestep as ps
 from purestep import optim
-from purestep.sharding import ddp, expert_parallel
+from purestep.sharding import ddp, expert_parallel, hsdp
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from shared_ranks import answer
@@ -114,7 +114,7 @@ def made(model, plan, policy=None):
 
 def data(count=3):
     g = torch.Generator().manual_seed(2)
-    for samples in (8, 7, 3, 8, 5, 8)[:count]:  # uneven microbatches, and an empty one
+    for samples in (8, 7, 1, 8, 5, 8)[:count]:  # uneven microbatches, and half of the ranks without any
         x, y = torch.randint(0, WORDS, (2, samples, 6), generator=g)
         yield {"x": x, "y": y}
 
@@ -138,6 +138,7 @@ def plans(size):
         found |= {"none": None, "ddp": ddp()}
     if size == 4:
         found |= {"ddp x expert": ddp(2) * expert_parallel(2), "ddp x shard": ddp(2) * expert_parallel(2, shard=True)}
+        found |= {"hsdp": hsdp(fsdp=2)}
     return found
 
 

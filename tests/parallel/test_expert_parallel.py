@@ -22,7 +22,7 @@ def asked(zygote, once, name, sizes, rows):
 def answers(zygote, once):
     """By number of processes and rank, what each row found."""
     rows = [f"tokens|{label}" for label in [*EXACT, "none", "ddp", "fast"]]
-    rows += [f"mean|{label}" for label in ["expert", "ddp x shard", "none"]]
+    rows += [f"mean|{label}" for label in ["expert", "ddp x shard", "none", "ddp", "hsdp"]]
     return asked(zygote, once, "expert-parallel", "4,2,1", [*rows, "resumed"])
 
 
@@ -46,6 +46,11 @@ def check(answers, model, labels, least):
 def test_the_bits_do_not_depend_on_ranks_or_products(answers):
     check(answers, "tokens", EXACT, 7 + 7 + 8)
     check(answers, "mean", EXACT, 7 + 4)
+
+
+@SLOW
+def test_gathered_experts_have_the_bits_of_one_process_for_a_batch_of_one_sample_too(answers):
+    check(answers, "mean", ["ddp", "hsdp"], 1 + 4)
 
 
 @SLOW
