@@ -297,7 +297,7 @@ LEFT_OUT: dict[str, str] = {
         "callbacks.SnapshotPolicy callbacks.Transformer callbacks.Watcher data.Shardable data.Source "
         "loggers.Logger loggers.Sink metrics.Metric metrics.Growing optim.GradientTransformation "
         "optim.Rule optim.ScheduleBase precision.LossScale "
-        "snapshot.Keep".split(),
+        "snapshot.Keep sharding.Experts".split(),
         BASE,
     ),
     **dict.fromkeys(
@@ -370,6 +370,8 @@ NAMED_OTHERWISE = {
     ("zero2", "size"): "mesh",
     ("context_parallel", "axis"): "mesh",
     ("context_parallel", "size"): "mesh",
+    ("expert_parallel", "axis"): "mesh",
+    ("expert_parallel", "size"): "mesh",
     ("tensor_parallel", "axis"): "mesh",
     ("tensor_parallel", "size"): "mesh",
     ("restore", "run_dir"): "no snapshot",

@@ -83,6 +83,15 @@ class JitStep(AnyStep):
                     instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
                 )
             )
+        if plan.expert_axis:
+            raise ConfigError(
+                explain(
+                    "a step with expert parallelism cannot be compiled",
+                    where=f"experts={plan.experts!r} on {plan.mesh!r}",
+                    why="how many tokens a rank sends to another is known only once the router has run",
+                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
+                )
+            )
         # A graph takes no DTensors: if any leaf is split, the pieces compute with the local shards.
         view = placement.local(state) if any(map(placement.is_split, tree.leaves(state))) else state
         indices = self._indices(step.microbatch_count, state.rng.device)

@@ -84,6 +84,7 @@ _STEP = {
     "tensor_parallel": "tensor_parallel(rules, size, tensor_parts={})",
     "sequence_parallel": "tensor_parallel(rules, size, sequence_parallel={})",
     "context": "context_parallel(size, parts=...) as it was: {}",
+    "experts": "a plan with experts={!r}",
     "device": "the device it was saved on: {}",
 }
 
@@ -107,6 +108,7 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         "tensor_parallel": 1 if plan is None else plan.parts if plan.tensor_axis else 1,
         "sequence_parallel": plan is not None and plan.sequence_parallel,
         "context": plan is not None and plan.context,
+        "experts": [] if plan is None else list(plan.experts),
         "device": device,
     }
 

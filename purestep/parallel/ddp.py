@@ -133,6 +133,7 @@ class BucketExchange:
 
     collects = False
     gathers = ()
+    dispatches = False
 
     def check(self, state: TrainState) -> None:
         pass  # `total` chose buckets because no parameter is split

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -17,9 +18,11 @@ from purestep.distributed import collectives
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
 from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight, both
-from purestep.parallel import tensor_parallel
+from purestep.parallel import expert_parallel, tensor_parallel
 from purestep.parallel.assignment import Shares
 from purestep.parallel.compressed import scatter_sum, sum_into
+from purestep.parallel.expert_parallel import Taking
+from purestep.parallel.expert_sums import ExpertSums
 from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.fsdp_units import Session, Unit, Units
 from purestep.parallel.small_exchange import exchange_small
@@ -45,11 +48,20 @@ class Sharded:
     """
 
     def __init__(self, shares: Shares, sums: Accumulation, split: Mapping[str, Tensor], orders: Orders) -> None:
-        self.shares, self.sums, self.split, self.orders = shares, sums, split, orders
+        self.shares, self.sums, self.orders = shares, sums, orders
+        plan, module = shares.plan, definition(sums.state).module
+        self.experts = expert_parallel.dispatcher(plan, module) if plan.expert_axis else None
+        # Those of experts stay where they are: their gradients are of the tokens of all microbatches of a round.
+        resident = () if self.experts is None else self.experts.names
+        self.held = split
+        self.split = {name: leaf for name, leaf in split.items() if name not in resident}
+        self.resident = [name for name in sums.state.params if name in split and name in resident]
         self.fast, self.sent = shares.plan.reduction == "fast", shares.plan.sent_dtype
         self.whole = [name for name in sums.state.params if name not in split]
+        self.flat = flat_like([])
         self.small: dict[Node, Partial] = {}
         self.trees: list[TreeSum[Tensor]] = []
+        self.likes: list[Tensor] = []
         self.waiting: Callable[[], Partial]
         self.units: Travelling
         self.rest: Flat
@@ -58,12 +70,12 @@ class Sharded:
         """Return the exchange of the microbatch that this rank computes in a round."""
         return ShardedExchange(self, number, index, last)
 
-    def put(self, flats: list[dict[Node, Tensor]], number: int) -> None:
+    def put(self, sums: list[Leaving], number: int) -> None:
         """Add the sums of a round over the ranks that share parameters."""
         if not self.trees:
-            self.trees = [TreeSum(add) for _ in flats]
-        for total, nodes in zip(self.trees, flats, strict=True):
-            for node, flat in nodes.items():
+            self.trees, self.likes = [TreeSum(add) for _ in sums], [x.like for x in sums]
+        for total, one in zip(self.trees, sums, strict=True):
+            for node, flat in one.nodes.items():
                 total.put((0, number) if self.fast else node, flat)
 
     def result(self) -> Gradients:
@@ -74,7 +86,9 @@ class Sharded:
         grads: dict[str, Tensor] = {}
         for unit, row in zip(units, flats, strict=False):
             grads.update(zip(unit.trained, unit.rows.parts(row, unit.chosen), strict=True))
-        slices = [collectives.gather(x, self.units.group) for x in flats[len(units) :]]
+        first = len(units) + len(self.flat.groups)
+        grads.update(zip(self.resident, self.flat.unpack(flats[len(units) : first]), strict=True))
+        slices = [collectives.gather(x, self.units.group) for x in flats[first:]]
         sizes = [sum(lengths) for lengths in self.rest.lengths]
         rest = self.rest.unpack([p.wait().view(-1)[:n] for p, n in zip(slices, sizes, strict=True)])
         grads.update(zip(self.whole, rest, strict=False))
@@ -85,14 +99,31 @@ class Sharded:
         """Return the sums over the ranks that hold the same parts."""
         shares = self.shares
         if self.fast:
-            units = sum(bool(unit.trained) for unit in self.units.units)
+            units = sum(bool(unit.trained) for unit in self.units.units) + len(self.flat.groups)
             dtypes = [self.sent if k < units else None for k in range(len(self.trees))]
             begun_fast = [sum_into(t.result(), shares.copies, d) for t, d in zip(self.trees, dtypes, strict=True)]
             return [pending.wait() for pending in begun_fast]
-        begun = [Summing(t.nodes, shares.groups, shares.copies, next(iter(t.nodes.values()))) for t in self.trees]
+        # Of a batch of few samples these ranks may have no microbatch at all.
+        both = zip(self.trees, self.likes, strict=True)
+        begun = [Summing(total.nodes, shares.groups, shares.copies, like) for total, like in both]
         for sum_ in begun:
             sum_.advance()
         return [whole_sum(sum_) for sum_ in begun]
+
+
+@dataclasses.dataclass
+class Leaving:
+    """A sum over the ranks that share parameters, on its way and then here.
+
+    Attributes:
+        like: a flat tensor of its length.
+        pending: what comes.
+        nodes: the parts of the tree that are here.
+    """
+
+    like: Tensor
+    pending: collectives.Pending | None = None
+    nodes: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class Travelling(Protocol):
@@ -126,6 +157,7 @@ class ShardedExchange:
     """
 
     collects = True
+    dispatches = True
 
     @property
     def gathers(self) -> Collection[str]:
@@ -137,8 +169,9 @@ class ShardedExchange:
         self.owners = self.shares.rounds[number]
         self.counts = index < self.shares.filled
         self.weight: Weight = 0
-        self._sent: dict[int, tuple[collectives.Pending, int] | dict[Node, Tensor]] = {}
+        self._sent: dict[int, Leaving] = {}
         self._taken: dict[int, Tensor] = {}
+        self.of_experts: ExpertSums | None = None
         self.parts: Tensors = {}
         self.units: Travelling
 
@@ -165,11 +198,15 @@ class ShardedExchange:
         self.session = Session(units, parts, reductions=self, wrap=wrap, anchor=tracked[_ANCHOR], order=order)
         params = {n: tracked.get(n, t) for n, t in self.params.items()}
         inner = synced(self.shares, self.counts, self.factor, around)
+        if (experts := self.sharded.experts) is not None:
+            sharded, reduced = self.sharded, self.cast.reduced
+            self.of_experts = ExpertSums(sharded.resident, self.owners, sharded.fast, reduced, self._weighed_expert)
+            inner = experts.around(Taking(tracked[_ANCHOR], self.of_experts), inner)
         return *_gathered(self.session, params, buffers), functools.partial(both, self.session.around, inner)
 
     def plain(self, new: dict[str, Tensor], old: Tensors) -> dict[str, Tensor]:
         """Return the buffers after the forward pass as the state holds them: of frozen parameters the shards."""
-        return {n: old[n] if n in self.split else t for n, t in new.items()}
+        return {n: old[n] if n in self.sharded.held else t for n, t in new.items()}
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.session.end_forward()
@@ -222,6 +259,9 @@ class ShardedExchange:
 
     def _begin(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
         self.weight, sharded, shares = weight, self.sharded, self.shares
+        if self.of_experts is not None:
+            self.of_experts.forward_done()
+            self.weights = self._weights(weight)
         rest, self.moved = self.sums.besides(weight, buffers, metrics)
         if self.counts:
             sharded.small[0, self.index] = rest
@@ -237,11 +277,21 @@ class ShardedExchange:
         """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
         with _torch.no_torch_function(), torch.no_grad():
             # One reduction is under way at a time: waiting for the one before bounds the memory of packed gradients.
-            for before in [n for n, sent in self._sent.items() if isinstance(sent, tuple)]:
-                self._sent[before] = self._arrived(*self._sent[before])
+            for before in self._sent.values():
+                self._arrive(before)
             rows = self._taken.pop(unit.number, None)
             rows = self._rows(unit, [None] * len(unit.trained)) if rows is None else rows
             self._sent[unit.number] = self._send(rows, self.sharded.sent)
+
+    def _weighed_expert(self, grads: list[Tensor], rank: int, index: int) -> list[Tensor]:
+        return self.sums.weighed(grads, self.weights[rank], index)
+
+    def _weights(self, weight: Weight) -> list[Weight]:
+        """Return what the microbatch of each rank of the axis of experts weighs."""
+        group = self.units.group
+        if isinstance(weight, int):
+            return [weight] * collectives.size_of(group)
+        return list(collectives.gather(weight.reshape(1), group).wait().view(-1).unbind())
 
     def _rows(self, unit: Unit, grads: list[Tensor | None]) -> Tensor:
         device = self.units.device
@@ -252,15 +302,20 @@ class ShardedExchange:
         rows = unit.rows.cut(self.cast.reduced(wholes), unit.chosen)
         return self.sums.weighed([rows], self.weight, self.index if self.counts else 0)[0]
 
-    def _send(self, rows: Tensor, dtype: torch.dtype | None = None) -> tuple[collectives.Pending, int]:
-        group = self.units.group
+    def _send(self, rows: Tensor, dtype: torch.dtype | None = None) -> Leaving:
+        group, like = self.units.group, rows.new_empty(1).expand(rows.shape[1])
         if self.sharded.fast:
-            return scatter_sum(rows if self.counts else torch.zeros_like(rows), group, dtype), rows.shape[1]
+            return Leaving(like, scatter_sum(rows if self.counts else torch.zeros_like(rows), group, dtype))
         held = rows.unsqueeze(1) if self.counts else rows.unsqueeze(1)[:, :0]
-        return send(held, self.owners, group), rows.shape[1]
+        return Leaving(like, send(held, self.owners, group))
 
-    def _arrived(self, pending: collectives.Pending, n: int) -> dict[Node, Tensor]:
-        return {(0, 0): pending.wait()} if self.sharded.fast else arrived(pending, n, self.owners).nodes
+    def _arrive(self, sent: Leaving) -> None:
+        """Wait for a sum, once."""
+        if sent.pending is None:
+            return
+        fast = self.sharded.fast
+        sent.nodes = {(0, 0): sent.pending.wait()} if fast else arrived(sent.pending, len(sent.like), self.owners).nodes
+        sent.pending = None
 
     def _finish(self, whole: Mapping[str, Tensor]) -> None:
         """Exchange what is left, and hand over the sums: one flat tensor a unit, and those of the rest."""
@@ -271,8 +326,14 @@ class ShardedExchange:
             if unit.trained and unit.number not in self._sent:
                 self.reduce(unit)
         sent = [self._sent[n] for n in sorted(self._sent)]
+        if self.of_experts is not None:
+            self.sharded.flat, found = self.of_experts.result(self.params)
+            likes = self.sharded.flat.likes(self.units.device)
+            sent += [Leaving(like, nodes=nodes) for like, nodes in zip(likes, found, strict=True)]
         sent += [self._send(rows_of(x, self.units.count)) for x in pieces]
-        self.sharded.put([self._arrived(*x) if isinstance(x, tuple) else x for x in sent], self.number)
+        for x in sent:
+            self._arrive(x)
+        self.sharded.put(sent, self.number)
 
 
 def evaluated(
@@ -280,6 +341,9 @@ def evaluated(
 ) -> tuple[Tensors, Tensors, Context | None]:
     """Return what a model is bound to without gradients: params, buffers, and what makes the context it runs in."""
     split = split_leaves(at_rest)
+    if plan.expert_axis:
+        resident = expert_parallel.dispatcher(plan, cast.module).names
+        split = {n: x for n, x in split.items() if n not in resident}
     if not split:
         return params, buffers, cast.around
     parts = {n: (params if n in params else buffers)[n] for n in split}

@@ -62,6 +62,11 @@ class Flat:
         """Return a copy of the tensors, packed."""
         return [packed([values[i] for i in members]) for members in self.groups]
 
+    def likes(self, device: torch.device) -> list[Tensor]:
+        """Return flat tensors of these lengths and dtypes, with the memory of one element each."""
+        kinds = zip(self.lengths, self.dtypes, strict=True)
+        return [torch.empty(1, dtype=dtype, device=device).expand(sum(n)) for n, dtype in kinds]
+
     def unpack(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors again, as views of the flat ones."""
         return self._cut(flats, ())

@@ -123,7 +123,8 @@ def _gathered(facts: StepFacts, state: Any) -> tuple[int, int]:
     if facts.plan is None or not isinstance(facts.microbatches, int) or not isinstance(state, TrainState):
         return 0, 0
     compute = None if facts.policy is None else facts.policy.copied
-    split = [x for x in tree.leaves(state.params) if placement.is_split(x)]
+    held = {name: x for name, x in state.params.items() if not facts.plan.is_expert(name)}
+    split = [x for x in tree.leaves(held) if placement.is_split(x)]
     if not split:
         return 0, 0
     found = facts.plan.dry_run(state, microbatches=facts.microbatches, compute_dtype=compute).memory.get("gathered", 0)

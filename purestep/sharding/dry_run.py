@@ -62,8 +62,8 @@ class DryRun(Printed):
             as params are split), and `gathered`: whole parameters that are live at once, with the whole gradients of
             one unit, or the copies of parameters that are offloaded. Activations are not in it.
         sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients), and under
-            context parallelism `context` (gradients that are summed over positions). What tensor and context
-            parallelism send of activations is not in it.
+            context parallelism `context` (gradients that are summed over positions). What tensor, context
+            and expert parallelism send of activations is not in it.
         host: bytes of the CPU's memory, of what a plan with `offload=` keeps there while the state is on a card: what
             rests there, and what an update there copies, `grads` and `params`. They are not in `memory`.
     """
@@ -153,6 +153,11 @@ def _width(row: Row) -> int:
 
 def _split(plan: Costed, row: Row) -> int:
     """Return over how many ranks a leaf is gathered for a step."""
+    return 1 if row.resident else _over(plan, row)
+
+
+def _over(plan: Costed, row: Row) -> int:
+    """Return how many ranks of the batch share a leaf."""
     return plan.mesh.size(*(a for a in row.spec.axes if a in plan.batch))
 
 
@@ -190,5 +195,5 @@ def _reduce_traffic(plan: Costed, row: Row, turns: int, dtype: torch.dtype | Non
         turns = turns if plan.zero == 2 else 1  # ZeRO 1 adds up its microbatches first
     else:
         part, split = _bytes([row], dtype), _split(plan, row)
-    rest = plan.replicas // split
+    rest = plan.replicas // (_over(plan, row) if row.resident else split)
     return turns * (split - 1) * part + 2 * (rest - 1) * part // rest

@@ -63,6 +63,10 @@ class Plan(View):
             dim 1 of `[batch, position, width]`, where the parts divide it.
         context: the ranks of the tensor axis compute runs of positions of each sequence, with whole parameters;
             `context_parallel` makes such a plan.
+        experts: globs of the modules of experts whose parameters `expert_axis` splits along dim 0; `expert_parallel`
+            makes such a plan.
+        expert_axis: the batch axis over which tokens are sent to the ranks of their experts, in place of gathering
+            those; "" for none.
 
     Raises:
         ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
@@ -92,11 +96,14 @@ class Plan(View):
     tensor_parts: Count | None = None
     sequence_parallel: bool = False
     context: bool = False
+    experts: str | tuple[str, ...] = ()
+    expert_axis: str = ""
 
     def __post_init__(self) -> None:
         rules = tuple((_frozen(rule[0]), rule[1]) if plan_checks.is_rule(rule) else rule for rule in self.rules)
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "batch", _names(self.batch))
+        object.__setattr__(self, "experts", _names(self.experts))
         object.__setattr__(self, "units", None if self.units is None else _names(self.units))
         plan_checks.check(self)
 
@@ -267,6 +274,17 @@ class Plan(View):
             return next((p for p in prefixes if p.rsplit(".", 1)[-1].isdigit()), "")
         return next((p for p in prefixes if tree.matches(self.units, p)), "")
 
+    def is_expert(self, name: str) -> bool:
+        """Tell whether a parameter is of experts that are split: tokens come to it, and it is not gathered.
+
+        Examples:
+            >>> from purestep.sharding import expert_parallel
+            >>> plan = expert_parallel()
+            >>> plan.is_expert("layers.0.mlp.experts.down_proj"), plan.is_expert("layers.0.mlp.gate.weight")
+            (True, False)
+        """
+        return any(tree.matches(f"{glob}.*", name) for glob in self.experts)
+
     def on(self, mesh: Mesh | Mapping[str, int]) -> Plan:
         """Return this plan on another mesh, which may be one that is not here."""
         return dataclasses.replace(self, mesh=mesh if isinstance(mesh, Mesh) else mesh_of(mesh))
@@ -341,6 +359,7 @@ class Plan(View):
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
         names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload compress".split()
         names += ["tensor_parts", "sequence_parallel", "context"] if self.model_axes else []
+        names += ["experts", "expert_axis"] if self.expert_axis else []
         settings = [(name, str(getattr(self, name))) for name in names]
         return [
             Table(("axis", "ranks", "splits"), axes),

@@ -40,6 +40,23 @@ def check(plan: Any) -> None:
                 instead="fsdp() * tensor_parallel(rules, size=2)",
             )
         )
+    if plan.zero < 3 and plan.expert_axis:
+        raise ConfigError(
+            explain(
+                "ZeRO 1 and 2 keep parameters whole, and expert parallelism splits experts",
+                where=f"zero={plan.zero} on {plan.mesh!r}",
+                instead="ddp() * expert_parallel(size=2)\nor ddp() * expert_parallel(size=2, shard=True)",
+            )
+        )
+    if bool(plan.experts) != bool(plan.expert_axis) or (plan.expert_axis and plan.expert_axis not in plan.batch):
+        raise ConfigError(
+            explain(
+                "experts are split over one of the batch axes",
+                where=f"experts={plan.experts!r}, expert_axis={plan.expert_axis!r}, batch={plan.batch!r}",
+                instead='Plan(mesh, [("*.experts.*", Spec("expert"))], batch="expert", experts="*.experts", '
+                'expert_axis="expert")',
+            )
+        )
     if plan.compress is not None and plan.reduction == "tree":
         raise ConfigError(
             explain(

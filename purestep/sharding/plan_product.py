@@ -27,6 +27,9 @@ def product(left: Any, right: Any) -> dict[str, Any]:
         )
     if left.model_axes and right.model_axes and left.context != right.context:
         refuse_context(left, right)
+    for one, other in ((left, right), (right, left)):
+        if one.expert_axis and (other.model_axes or other.shard_axes):
+            refuse_experts(left, right)
     batch = tuple(dict.fromkeys([*left.batch, *right.batch]))
     sizes = dict(zip(left.mesh.axes + right.mesh.axes, left.mesh.sizes + right.mesh.sizes, strict=True))
     if list(sizes.values()).count(-1) > 1:
@@ -56,6 +59,19 @@ def refuse_context(left: Any, right: Any) -> NoReturn:
     )
 
 
+def refuse_experts(left: Any, right: Any) -> NoReturn:
+    """Refuse to split experts once more, and to send tokens that several ranks have parts of."""
+    raise ConfigError(
+        explain(
+            "expert parallelism goes with data parallelism only",
+            where=f"{left.mesh!r} * {right.mesh!r}",
+            why="a rank computes whole experts, with whole tokens that the ranks of the axis send it",
+            instead="ddp() * expert_parallel(4)\n"
+            "or ddp() * expert_parallel(4, shard=True), which splits all other parameters over the same ranks, as fsdp",
+        )
+    )
+
+
 # The defaults of a plan; in a product of two, the factor whose value is no default decides.
 _SETTINGS: dict[str, Any] = {
     "fallback": "replicate",
@@ -70,6 +86,8 @@ _SETTINGS: dict[str, Any] = {
     "tensor_parts": None,
     "sequence_parallel": False,
     "context": False,
+    "experts": (),
+    "expert_axis": "",
 }
 
 

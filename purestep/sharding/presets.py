@@ -1,5 +1,5 @@
 """The usual plans by name: `single`, `ddp`, `zero1`, `zero2`, `fsdp`, `hsdp`, `tensor_parallel`,
-`context_parallel`, and their products."""
+`context_parallel`, `expert_parallel`, and their products."""
 
 from __future__ import annotations
 
@@ -192,8 +192,46 @@ def context_parallel(size: int, *, parts: Count | None = None, axis: Name = "con
 
     Reference: Llama Team, "The Llama 3 Herd of Models", arXiv 2407.21783, section 3.3.2, which gathers keys and values.
     """
-    settings = {"fallback": "replicate", "context": True, "tensor_parts": parts} | settings
-    return Plan(mesh({axis: size}), (), **settings)
+    defaults: dict[str, Any] = {"fallback": "replicate", "context": True, "tensor_parts": parts}
+    return Plan(mesh({axis: size}), (), **(defaults | settings))
+
+
+@checked(ConfigError)
+def expert_parallel(
+    size: int = -1,
+    *,
+    experts: str | tuple[str, ...] = "*experts",
+    shard: bool = False,
+    axis: Name = "expert",
+    **settings: Any,
+) -> Plan:
+    """Expert parallelism: each rank holds some of the experts of MoE blocks, and tokens are sent to their experts.
+
+    The ranks of the axis compute different microbatches, as by `ddp`. What is no expert is whole on every rank.
+
+    Args:
+        size: ranks, which divide the number of experts; by default all of the job.
+        experts: globs of the modules that are `Experts`.
+        shard: split all other parameters over the same ranks, as `fsdp` does.
+        axis: name of the mesh axis.
+        **settings: of `Plan`: `reduction`, `units`, ...
+
+    Examples:
+        >>> plan = ddp(2) * expert_parallel(4)
+        >>> plan.spec("layers.0.mlp.experts.down_proj", (8, 16, 32)), plan.spec("layers.0.mlp.gate.weight", (8, 32))
+        (Spec('expert'), Spec())
+        >>> plan.replicas
+        8
+
+    Reference: Lepikhin et al., "GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding",
+    arXiv 2006.16668.
+    """
+    globs = (experts,) if isinstance(experts, str) else tuple(experts)
+    rules: list[tuple[Filter, Spec]] = [(tuple(f"{glob}.*" for glob in globs), Spec(axis))]
+    if shard:
+        rules.append(("*", Spec(auto=axis)))
+    defaults: dict[str, Any] = {"fallback": "replicate", "batch": ("data", axis), "experts": globs, "expert_axis": axis}
+    return Plan(mesh({axis: size}), rules, **(defaults | settings))
 
 
 _EVERYWHERE = (("*", Spec(auto="fsdp")),)

@@ -179,6 +179,9 @@ class Layout(Protocol):
     def unit(self, name: str) -> str:
         """Return the submodule with which a parameter is gathered; "" is the root."""
 
+    def is_expert(self, name: str) -> bool:
+        """Tell whether a parameter is of experts that are split: tokens come to it, and it is not gathered."""
+
 
 def resolve(
     spec: Spec,

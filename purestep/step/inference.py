@@ -22,7 +22,17 @@ from purestep.precision.cast_params import casting
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState, definition
-from purestep.step.loss import LossFn, Metrics, called, check_arity, on_plan, read_loss, samples_of, splitting
+from purestep.step.loss import (
+    LossFn,
+    Metrics,
+    called,
+    check_arity,
+    dispatching,
+    on_plan,
+    read_loss,
+    samples_of,
+    splitting,
+)
 from purestep.step_protocol import AnyStep, StepFacts, following, no_microbatches
 
 T = TypeVar("T")
@@ -73,6 +83,7 @@ class _Inference(AnyStep):
             together = splitting(self.plan, cast.module)
             if together is not None:
                 params, buffers, around = together.bound(params), together.bound(buffers), together.around(around)
+            around = dispatching(self.plan, cast.module, around)
             bound = Binding(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
             return call(bound, cast.batch(batch))
 

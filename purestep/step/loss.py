@@ -18,6 +18,7 @@ from purestep.functional import Binding
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
+from purestep.microbatch import Context
 from purestep.sharding.plan import Plan
 
 if TYPE_CHECKING:
@@ -98,6 +99,15 @@ def splitting(plan: Plan | None, module: nn.Module) -> Splitter | None:
     from purestep.parallel import tensor_parallel
 
     return tensor_parallel.splitter(plan, module)
+
+
+def dispatching(plan: Plan | None, module: nn.Module, around: Context | None) -> Context | None:
+    """Return what makes the context of a model in which tokens are sent to their experts, where a plan splits those."""
+    if plan is None or not plan.expert_axis:
+        return around
+    from purestep.parallel import expert_parallel
+
+    return expert_parallel.dispatcher(plan, module).around(None, around)
 
 
 def samples_of(batch: Any) -> int:

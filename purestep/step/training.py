@@ -41,7 +41,7 @@ from purestep.sharding import placement
 from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState, definition
-from purestep.step.loss import LossFn, Metrics, check_arity, on_plan, read_loss, samples_of, splitting
+from purestep.step.loss import LossFn, Metrics, check_arity, dispatching, on_plan, read_loss, samples_of, splitting
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, following
 from purestep.tree import Filter
 
@@ -150,6 +150,8 @@ class Step(AnyStep):
             buffers = given
             if together is not None:
                 tensors, buffers, around = together.bound(tensors), together.bound(given), together.around(around)
+            if not exchange.dispatches:
+                around = dispatching(self.plan, cast.module, around)
             bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
                 loss, weight, metrics = read_loss(

@@ -15,7 +15,19 @@ import purestep as ps
 from purestep import optim, tree
 from purestep.distributed.mesh import world_size
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, context_parallel, ddp, fsdp, hsdp, mesh, tensor_parallel, zero1, zero2
+from purestep.sharding import (
+    Plan,
+    Spec,
+    context_parallel,
+    ddp,
+    expert_parallel,
+    fsdp,
+    hsdp,
+    mesh,
+    tensor_parallel,
+    zero1,
+    zero2,
+)
 from purestep.sharding.messages import slice_of
 from purestep.sharding.placement import full, is_owner, is_split, local, rewrap, shard_of
 
@@ -33,6 +45,7 @@ PLANS = {
     "fsdp x tensor": fsdp() * tensor_parallel(TENSOR, 2),
     "fsdp x tensor, pad": fsdp(fallback="pad") * tensor_parallel(TENSOR, 2),
     "fsdp x context": fsdp() * context_parallel(2),
+    "expert": ddp() * expert_parallel(2, experts="3", shard=True),
     "by hand": Plan(
         mesh({"x": 2, "y": 2}), [("*.weight", Spec(("y", "x"))), ("*", Spec())], fallback="pad", batch=("x",)
     ),

@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 import purestep as ps
 from purestep import tree
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, context_parallel, ddp, fsdp, hsdp, mesh, single, tensor_parallel, zero1, zero2
+from purestep.sharding import (
+    Plan,
+    Spec,
+    context_parallel,
+    ddp,
+    expert_parallel,
+    fsdp,
+    hsdp,
+    mesh,
+    single,
+    tensor_parallel,
+    zero1,
+    zero2,
+)
 from purestep.treesum import TreeSum
 
 # name, plan on a mesh of its own, ranks, ranks that compute different microbatches
@@ -25,6 +38,7 @@ PLANS = [
     ("hsdp", hsdp(fsdp=2, data=3), 6, 6),
     ("tensor", tensor_parallel({"*": Spec("tensor")}, 2), 2, 1),
     ("context", ddp(3) * context_parallel(2), 6, 3),
+    ("expert", ddp(3) * expert_parallel(2), 6, 6),
     ("fsdp x tensor", fsdp(2) * tensor_parallel({"*.w": Spec("tensor")}, 3), 6, 2),
     ("hsdp x tensor", hsdp(fsdp=2, data=2) * tensor_parallel({"*.w": Spec("tensor")}, 2), 8, 4),
 ]

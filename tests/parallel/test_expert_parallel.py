@@ -1,0 +1,86 @@
+"""Models with experts under expert parallelism on 1, 2 and 4 processes: the bits of one process."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import shared_ranks
+
+JOB = Path(__file__).with_name("expert_job.py")
+EXACT = ["expert", "shard", "ddp x expert", "ddp x shard"]
+SLOW = pytest.mark.slow
+
+
+def asked(zygote, once, name, sizes, rows):
+    def ask(directory):
+        shared_ranks.ask(zygote, JOB, directory, sizes, rows, seconds=400, silent=False)
+
+    return shared_ranks.answers(once(name, ask), sizes)
+
+
+@pytest.fixture(scope="module")
+def answers(zygote, once):
+    """By number of processes and rank, what each row found."""
+    rows = [f"tokens|{label}" for label in [*EXACT, "none", "ddp", "fast"]]
+    rows += [f"mean|{label}" for label in ["expert", "ddp x shard", "none", "ddp", "hsdp"]]
+    return asked(zygote, once, "expert-parallel", "4,2,1", [*rows, "resumed"])
+
+
+def check(answers, model, labels, least):
+    found = {
+        (*where, label): rows[f"{model}|{label}"]
+        for where, rows in answers.items()
+        for label in labels
+        if f"{model}|{label}" in rows
+    }
+    assert len(found) >= least
+    assert all(isinstance(value, dict) for value in found.values()), found
+    assert len({value["digest"] for value in found.values()}) == 1, found
+    plain = answers[1, 0].get(f"{model}|none")
+    if plain is not None:
+        assert next(iter(found.values()))["numbers"] == pytest.approx(plain["numbers"], rel=1e-4, abs=1e-5)
+    return found
+
+
+@SLOW
+def test_the_bits_do_not_depend_on_ranks_or_products(answers):
+    check(answers, "tokens", EXACT, 7 + 7 + 8)
+    check(answers, "mean", EXACT, 7 + 4)
+
+
+@SLOW
+def test_gathered_experts_have_the_bits_of_one_process_for_a_batch_of_one_sample_too(answers):
+    check(answers, "mean", ["ddp", "hsdp"], 1 + 4)
+
+
+@SLOW
+def test_fast_sums_agree(answers):
+    plain = answers[1, 0]["tokens|none"]["numbers"]
+    for (size, rank), rows in answers.items():
+        assert rows["tokens|fast"]["numbers"] == pytest.approx(plain, rel=1e-4, abs=1e-5), (size, rank)
+
+
+@SLOW
+def test_a_rank_holds_its_experts_only(answers):
+    whole, experts = answers[1, 0]["tokens|expert"]["held"], 2 * 8 * (2 * 12 * 24 + 24)
+    for size in (2, 4):
+        assert answers[size, 1]["tokens|expert"]["held"] == whole - experts + experts // size
+
+
+@SLOW
+def test_a_run_goes_on_with_another_number_of_processes(answers):
+    found = answers[1, 0]["resumed"]
+    assert found["digest"] == found["alone"], found
+
+
+@SLOW
+@pytest.mark.parametrize("model", ["mixtral", "qwen"])
+def test_experts_of_transformers_have_the_same_bits(model, zygote, once):
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    rows = [f"{name}|{label}" for name in ("mixtral", "qwen") for label in ("expert", "none")]
+    check(asked(zygote, once, "expert-parallel-transformers", "2,1", rows), model, EXACT, 3)
+
+
+def test_two_processes_share_the_experts_of_one(zygote, once):
+    check(asked(zygote, once, "expert-parallel-quick", "2,1", ["tokens|expert"]), "tokens", EXACT, 3)
