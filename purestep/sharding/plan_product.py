@@ -54,6 +54,8 @@ _SETTINGS: dict[str, Any] = {
     "compress": None,
     "tensor_parts": None,
     "sequence_parallel": False,
+    "stages": (),
+    "schedule": "1f1b",
 }
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import purestep as ps
 from purestep import tree
 from purestep.errors import ConfigError
-from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, single, tensor_parallel, zero1, zero2
+from purestep.sharding import Plan, Spec, ddp, fsdp, hsdp, mesh, pipeline, single, tensor_parallel, zero1, zero2
 from purestep.treesum import TreeSum
 
 # name, plan on a mesh of its own, ranks, ranks that compute different microbatches
@@ -24,6 +24,8 @@ PLANS = [
     ("fsdp", fsdp(4), 4, 4),
     ("hsdp", hsdp(fsdp=2, data=3), 6, 6),
     ("tensor", tensor_parallel({"*": Spec("tensor")}, 2), 2, 1),
+    ("pipeline", pipeline([["0"], ["1"], ["2"]], 3), 3, 1),
+    ("ddp x pipeline", ddp(2) * pipeline([["0"], ["1"]], 2), 4, 2),
     ("fsdp x tensor", fsdp(2) * tensor_parallel({"*.w": Spec("tensor")}, 3), 6, 2),
     ("hsdp x tensor", hsdp(fsdp=2, data=2) * tensor_parallel({"*.w": Spec("tensor")}, 2), 8, 4),
 ]
