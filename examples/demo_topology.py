@@ -1,4 +1,4 @@
-"""Train the same small GPT on 1, 2 and 4 processes under six plans, and once across them; compare the bits.
+"""Train the same small GPT on 1, 2 and 4 processes under seven plans, and once across them; compare the bits.
 
 Prints one table of digests. Exits with 1 unless all are equal, those of the run that began on 4 processes under fsdp,
 went on with 2 under ddp and ended on 1 too. Tensor parallelism cuts matrices into four parts, whoever computes them: it
@@ -22,7 +22,7 @@ import torch
 import purestep as ps
 
 STEPS = 18
-PLANS = ("ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor")
+PLANS = ("ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor", "pipeline")
 SIZES = (4, 2, 1)
 RELAY = {4: "fsdp", 2: "ddp", 1: "ddp"}  # the run that is handed on: its plan on so many processes
 
@@ -73,15 +73,15 @@ def main() -> int:
     shutil.rmtree(args.run_dir, ignore_errors=True)
     args.run_dir.mkdir(parents=True)
     began = time.monotonic()
-    print(f"{args.steps} steps of a small GPT, 4 microbatches a step\n\nprocesses  plan    digest of the state")
+    print(f"{args.steps} steps of a small GPT, 4 microbatches a step\n\nprocesses  plan      digest of the state")
     digests: dict[bool, set[str]] = {True: set(), False: set()}  # whether matrices are cut
     for size in SIZES:
         found = launch(args.run_dir, args.steps, size)
         for plan in PLANS:
             digests[plan == "tensor"].add(found[plan])
-            print(f"{size:<9}  {plan:<6}  {found[plan]}", flush=True)
+            print(f"{size:<9}  {plan:<8}  {found[plan]}", flush=True)
     digests[False].add(found["relay"])
-    print(f"{'4 > 2 > 1':<9}  {'mixed':<6}  {found['relay']}   (fsdp, then ddp, then ddp)")
+    print(f"{'4 > 2 > 1':<9}  {'mixed':<8}  {found['relay']}   (fsdp, then ddp, then ddp)")
     same = all(len(each) == 1 for each in digests.values())
     print(f"\n{'the same bits' if same else 'DIFFERENT'} in {time.monotonic() - began:.0f} s")
     return 0 if same else 1

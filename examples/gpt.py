@@ -26,14 +26,13 @@ import purestep as ps
 from purestep import sharding
 
 CONTEXT = 64  # bytes that the model sees
-WIDTH = 96
-HEADS, BLOCKS = 4, 3
+WIDTH, HEADS, BLOCKS = 96, 4, 3
 DROPOUT = 0.1
 BATCH = 16
 LEARNING_RATE = 3e-3
 HELD_OUT = 0.05
 SEED = 0
-PLANS = ("none", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor")
+PLANS = ("none", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor", "pipeline")
 
 
 def read(megabytes: float) -> np.ndarray:
@@ -99,13 +98,15 @@ def loss_fn(net: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def make_plan(name: str) -> sharding.Plan | None:
-    if name == "none":
-        return None
+    size = min(2, sharding.size())
     if name == "hsdp":
-        return sharding.hsdp(fsdp=min(2, sharding.size()))
+        return sharding.hsdp(fsdp=size)
     if name == "tensor":
-        return sharding.ddp() * sharding.tensor_parallel("gpt", size=min(2, sharding.size()), tensor_parts=4)
-    return {"ddp": sharding.ddp, "zero1": sharding.zero1, "zero2": sharding.zero2, "fsdp": sharding.fsdp}[name]()
+        return sharding.ddp() * sharding.tensor_parallel("gpt", size, tensor_parts=4)
+    if name == "pipeline":
+        return sharding.ddp() * sharding.pipeline(sharding.even_stages(GPT, 2), size)
+    plans = {"ddp": sharding.ddp, "zero1": sharding.zero1, "zero2": sharding.zero2, "fsdp": sharding.fsdp}
+    return None if name == "none" else plans[name]()
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Settings:
         schedule_steps: of the learning rate's schedule; those of the run by default.
     """
 
-    plan: Literal["none", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor"] = "ddp"
+    plan: Literal["none", "ddp", "zero1", "zero2", "fsdp", "hsdp", "tensor", "pipeline"] = "ddp"
     steps: int = 200
     microbatches: int = 4
     precision: str = "32"
@@ -134,8 +135,7 @@ class Settings:
 @ps.experiment
 def experiment(settings: Settings) -> ps.Experiment:
     torch.set_num_threads(1)  # bits on a CPU depend on the number of threads
-    steps = settings.steps
-    text = read(settings.megabytes)
+    steps, text = settings.steps, read(settings.megabytes)
     cut = int(len(text) * (1 - HELD_OUT))
     data = ps.data.batches(windows(text[:cut]), BATCH, seed=SEED)
     held_out = ps.data.batches(windows(text[cut:]), 4 * BATCH, shuffle=False, drop_last=False).take(8)

@@ -158,7 +158,7 @@ def _autograd(
                 raise _independent(value)
         one = torch.ones_like(value)
         with scope.backward():
-            found = _backward(value, one, tracked)
+            found = pulled_back([value], [one], tracked)
     if not collected and all(g is None for g in found):
         raise _independent(value)
     grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
@@ -176,10 +176,10 @@ def _independent(value: Tensor) -> StepError:
     )
 
 
-def _backward(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
-    """Run the backward pass, and say what went wrong in checkpoints."""
+def pulled_back(values: Sequence[Tensor], given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Run the backward pass from values whose gradients are given, and say what went wrong in checkpoints."""
     try:
-        return _gradient(value, one, inputs)
+        return _gradient(values, given, inputs)
     except CheckpointError as error:
         raise StepError(
             explain(
@@ -201,13 +201,13 @@ def _backward(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Sequence[Tens
         ) from error
 
 
-def _gradient(value: Tensor, one: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
+def _gradient(values: Sequence[Tensor], given: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Run the backward pass, with the modes of the backward scope active inside."""
     if torch.compiler.is_compiling():  # Dynamo knows the function by its identity
-        return torch.autograd.grad(value, inputs, one, allow_unused=True)
+        return torch.autograd.grad(values, inputs, given, allow_unused=True)
     if _engine is None:
-        return _autograd_grad(value, inputs, one, allow_unused=True)
-    return _engine((value,), (one,), False, False, tuple(inputs), True, accumulate_grad=False)
+        return _autograd_grad(values, inputs, given, allow_unused=True)
+    return _engine(tuple(values), tuple(given), False, False, tuple(inputs), True, accumulate_grad=False)
 
 
 def _track(leaf: object, index: int, structure: tree.Structure) -> Tensor:

@@ -94,6 +94,21 @@ class Gradients:
     metrics: dict[str, Metric]
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One microbatch before anything of it is computed.
+
+    Attributes:
+        loss_of: returns the scaled loss of some tensors, and what is known beside it: weight, buffers, metrics.
+        tracked: the tensors that are differentiated.
+        cast: the cast of the policy.
+    """
+
+    loss_of: Callable[[Any], tuple[Tensor, Any]]
+    tracked: Any
+    cast: Uncast
+
+
 class MicrobatchExchange(Protocol):
     """What a step tells while it computes one microbatch, and asks for, in the order of the methods.
 

@@ -255,6 +255,9 @@ def right(tmp_path_factory) -> dict[str, Any]:
         "plan": ps.sharding.ddp(1),
         "microbatches": 1,
         "rules": {"*": ps.sharding.Spec(None)},
+        "pipeline.stages": [["weight", "bias"]],
+        "even_stages.model": torch.nn.Sequential(torch.nn.Linear(1, 1)),
+        "even_stages.count": 1,
         "project": "p",
         "state_or_module": state,
         # records
@@ -372,6 +375,7 @@ NAMED_OTHERWISE = {
     ("context_parallel", "size"): "mesh",
     ("expert_parallel", "axis"): "mesh",
     ("expert_parallel", "size"): "mesh",
+    ("pipeline", "size"): "mesh",
     ("tensor_parallel", "axis"): "mesh",
     ("tensor_parallel", "size"): "mesh",
     ("restore", "run_dir"): "no snapshot",
@@ -404,6 +408,7 @@ accept(
     "batches, or a function",
 )
 accept("Plan.zero", ["1"], "the first stage")
+accept("Plan.stages", ["[]", "()"], "no pipeline")
 accept("Histogram.values", [*NUMBERS - {"10**30"}, "[]", "()", "matrix", "array"], "whatever is made of real numbers")
 accept("unstack.stacked", ["matrix"], "a tree of one tensor")
 accept("Image.pixels", ["matrix"], "a tensor")

@@ -74,6 +74,15 @@ class JitStep(AnyStep):
 
         step = self.step
         microbatches_module.check(plan, step)
+        if plan.pipelined:
+            raise ConfigError(
+                explain(
+                    "a step of a pipeline cannot be compiled",
+                    where=repr(plan.mesh),
+                    why="each rank computes a part of a microbatch, and sends and receives in the middle of the model",
+                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
+                )
+            )
         if plan.sync_batchnorm:
             raise ConfigError(
                 explain(

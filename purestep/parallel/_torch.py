@@ -7,17 +7,26 @@ no_subclass             a context in which `__torch_function__` is not asked: pu
                         `torch.overrides` functions in part.
 all_gather, exchange    collectives that may stand in a traced graph. Without them: those of
                         `torch.distributed.nn.functional`, which copy.
+FakeTensorMode          tensors of shapes without memory, for what a rank of a pipeline does not compute. There is no
+                        public name; `torch.export` uses it. Without it: tensors on the meta device, which do not mix
+                        with those of a batch.
+_schema                 which arguments an operator writes into. Without it: the names that end in an underscore.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
 T = TypeVar("T", bound=Tensor)
+# What an operation raises whose result depends on the values of a fake tensor.
+ValueOfAnotherStage = DataDependentOutputException, DynamicOutputShapeException
 no_subclass = torch._C.DisableTorchFunctionSubclass
 nn_functions = torch._C._nn
 
@@ -41,3 +50,12 @@ def exchange(sent: Tensor, count: int, group_name: str) -> Tensor:
     sizes = [n] * count
     received: Tensor = functional.wait_tensor(functional.all_to_all_single(sent.reshape(-1), sizes, sizes, group_name))
     return received.view(count, n)
+
+
+def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors that an operator of aten writes into, of its positional arguments."""
+    if not func._schema.is_mutable:
+        return []
+    pairs = zip(args, func._schema.arguments, strict=False)
+    found = [x for x, argument in pairs if argument.alias_info is not None and argument.alias_info.is_write]
+    return [x for x in found if isinstance(x, Tensor)]

@@ -18,8 +18,10 @@ from purestep.sharding.presets import ddp as ddp
 from purestep.sharding.presets import expert_parallel as expert_parallel
 from purestep.sharding.presets import fsdp as fsdp
 from purestep.sharding.presets import hsdp as hsdp
+from purestep.sharding.presets import pipeline as pipeline
 from purestep.sharding.presets import single as single
 from purestep.sharding.presets import tensor_parallel as tensor_parallel
 from purestep.sharding.presets import zero1 as zero1
 from purestep.sharding.presets import zero2 as zero2
 from purestep.sharding.spec import Spec as Spec
+from purestep.sharding.stages import even_stages as even_stages

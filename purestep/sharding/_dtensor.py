@@ -26,6 +26,26 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 __all__ = ["StridedShard"]
 
 
+class Home(Placement):
+    """The whole tensor on one coordinate of a mesh axis, and nothing of it on the others."""
+
+    def __init__(self, coordinate: int) -> None:
+        super().__init__()
+        self.coordinate = coordinate
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Home) and other.coordinate == self.coordinate
+
+    def __hash__(self) -> int:
+        return hash((Home, self.coordinate))
+
+    def __reduce__(self) -> tuple[type[Home], tuple[int]]:
+        return Home, (self.coordinate,)
+
+    def __repr__(self) -> str:
+        return f"Home({self.coordinate})"
+
+
 def layout(
     mesh: DeviceMesh,
     placements: Sequence[Placement],

@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 
 from purestep.bits import human_bytes
+from purestep.sharding.pipeline_order import bubble
 from purestep.sharding.report import Description, Row, describe
 from purestep.sharding.spec import Layout
+from purestep.sharding.stages import AXIS, Schedule, Stages
 from purestep.views import Block, Note, Printed, Table
 
 
@@ -48,6 +50,18 @@ class Costed(Layout, Protocol):
     def sent_dtype(self) -> torch.dtype | None:
         """The dtype in which ranks exchange gradients."""
 
+    @property
+    def pipelined(self) -> bool:
+        """Whether ranks compute stages of a model."""
+
+    @property
+    def cut(self) -> Stages:
+        """The stages."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The order in which a pipeline computes."""
+
     def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
         """Return the numbers of the microbatches that a rank computes."""
 
@@ -66,12 +80,16 @@ class DryRun(Printed):
             and expert parallelism send of activations is not in it.
         host: bytes of the CPU's memory, of what a plan with `offload=` keeps there while the state is on a card: what
             rests there, and what an update there copies, `grads` and `params`. They are not in `memory`.
+        bubble: the part of a step in which a rank of a pipeline waits, if all stages take as long, a backward pass
+            twice as long as a forward pass, and sending no time; None where the number of microbatches is not given,
+            and without a pipeline. What stages send each other is not in `sent`, tied parameters not in `memory`.
     """
 
     description: Description
     memory: dict[str, int]
     sent: dict[str, int]
     host: dict[str, int] = dataclasses.field(default_factory=dict)
+    bubble: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +108,13 @@ class DryRun(Printed):
             table("memory of a rank", self.memory),
             *([table("memory of the host", self.host)] if self.host else []),
             table("sent in a step", self.sent),
+            *([Note(self._waits())] if AXIS in self.description.mesh.axes else []),
         ]
+
+    def _waits(self) -> str:
+        if self.bubble is None:
+            return "how long a rank waits for the others depends on microbatches="
+        return f"a rank waits {self.bubble:.1%} of a step, if all stages take as long"
 
 
 def dry_run(
@@ -102,7 +126,9 @@ def dry_run(
     reduce_dtype: torch.dtype | None = None,
 ) -> DryRun:
     """Return what a step of a state under a plan needs of a rank; see `Plan.dry_run`."""
-    description = describe(plan, value)
+    # Stages differ in size: what is told is what the rank with the most needs.
+    ranks = plan.mesh.ranks(AXIS, rank=0) if plan.pipelined else [0]
+    description = max((describe(plan, value, rank=rank) for rank in ranks), key=lambda each: each.nbytes)
     own = [row for row in description.rows if row.unit is not None]
     turns = len(plan.microbatches(microbatches or plan.replicas, rank=0))
     trained = [row for row in own if row.kind == "params"]
@@ -121,7 +147,12 @@ def dry_run(
     if plan.offload is not None:
         host["grads"] = sum(_shard(plan, row, None) for row in trained)
         host["params"] = host["params"] or sum(_shard(plan, row, None) for row in trained)
-    return DryRun(description, {k: n for k, n in memory.items() if n}, sent, {k: n for k, n in host.items() if n})
+    waits = None
+    if plan.pipelined and microbatches is not None:
+        waits = bubble(plan.schedule, plan.mesh.size(AXIS), len(plan.cut), turns)
+    return DryRun(
+        description, {k: n for k, n in memory.items() if n}, sent, {k: n for k, n in host.items() if n}, waits
+    )
 
 
 def _at_rest(description: Description, kind: str, *, on_host: bool) -> int:

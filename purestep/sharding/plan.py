@@ -21,6 +21,7 @@ from purestep.sharding import dry_run as dry_runs
 from purestep.sharding import placement as placing
 from purestep.sharding import plan_checks, plan_product
 from purestep.sharding import report as descriptions
+from purestep.sharding import stages as staging
 from purestep.sharding.families import OfFamily
 from purestep.sharding.leaf_roles import Kind, follow
 from purestep.sharding.spec import REPLICATED, Both, Fallback, Offload, Rules, Spec, blocks_of, resolve
@@ -67,6 +68,10 @@ class Plan(View):
             makes such a plan.
         expert_axis: the batch axis over which tokens are sent to the ranks of their experts, in place of gathering
             those; "" for none.
+        stages: of a pipeline over the axis `stage`: for each stage the paths of its submodules and parameters, with
+            globs and ranges (`"blocks.0-5"`).
+        schedule: the order in which a pipeline computes: "1f1b", "gpipe", or "interleaved", where each rank has
+            several stages that lie apart.
 
     Raises:
         ConfigError: a rule that is not a pair of a filter and a Spec, or a word that is not one of those above.
@@ -98,6 +103,8 @@ class Plan(View):
     context: bool = False
     experts: str | tuple[str, ...] = ()
     expert_axis: str = ""
+    stages: staging.Stages = ()
+    schedule: staging.Schedule = "1f1b"
 
     def __post_init__(self) -> None:
         rules = tuple((_frozen(rule[0]), rule[1]) if plan_checks.is_rule(rule) else rule for rule in self.rules)
@@ -105,6 +112,7 @@ class Plan(View):
         object.__setattr__(self, "batch", _names(self.batch))
         object.__setattr__(self, "experts", _names(self.experts))
         object.__setattr__(self, "units", None if self.units is None else _names(self.units))
+        object.__setattr__(self, "stages", tuple(map(staging.expanded, self.stages)))
         plan_checks.check(self)
 
     # --- who computes what ---
@@ -121,8 +129,42 @@ class Plan(View):
 
     @property
     def model_axes(self) -> tuple[str, ...]:
-        """Axes of the mesh over which the batch is the same: tensor parallelism."""
+        """Axes of the mesh over which the batch is the same: tensor parallelism, pipelines."""
         return tuple(a for a in self.mesh.axes if a not in self.batch)
+
+    @property
+    def tensor_axes(self) -> tuple[str, ...]:
+        """Axes of the mesh over which ranks compute each layer together."""
+        return tuple(a for a in self.model_axes if not (self.stages and a == staging.AXIS))
+
+    # --- stages ---
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether ranks compute one microbatch after each other, each its stages."""
+        return bool(self.stages) and self.mesh.size(staging.AXIS) > 1
+
+    @property
+    def cut(self) -> staging.Stages:
+        """The stages as the ranks of this mesh run them.
+
+        Examples:
+            >>> from purestep.sharding import pipeline
+            >>> stages = [["embed", "blocks.0-1"], ["blocks.2-3", "head"]]
+            >>> pipeline(stages).on({"stage": 2}).cut[1], len(pipeline(stages).on({"stage": 1}).cut)
+            (('blocks.2', 'blocks.3', 'head'), 1)
+        """
+        ranks = self.mesh.size(staging.AXIS)
+        plan_checks.check_stages(self, ranks)
+        return staging.cut(self.stages, ranks, self.schedule)
+
+    def stage_of(self, name: str) -> int | None:
+        """Return the number of the stage of `cut` that a submodule or a tensor belongs to; None for none."""
+        return staging.stage_of(self.cut, name)
+
+    def home(self, stage: int) -> int:
+        """Return the coordinate of the rank that computes a stage of `cut`."""
+        return stage % self.mesh.size(staging.AXIS)
 
     @property
     def tensor_axis(self) -> str:
@@ -131,9 +173,9 @@ class Plan(View):
         Raises:
             ConfigError: `tensor_parts` is no power of two times its ranks.
         """
-        axes = [a for a in self.model_axes if self.mesh.size(a) > 1]
+        axes = [a for a in self.tensor_axes if self.mesh.size(a) > 1]
         if not axes and (self.tensor_parts or 1) > 1:
-            axes = list(self.model_axes)
+            axes = list(self.tensor_axes)
         if len(axes) != 1:
             return ""
         plan_checks.check_parts(self, self.mesh.size(axes[0]))
@@ -145,13 +187,13 @@ class Plan(View):
         Raises:
             ConfigError: names the axes.
         """
-        if not self.tensor_axis and self.mesh.size(*self.model_axes) > 1:
+        if not self.tensor_axis and self.mesh.size(*self.tensor_axes) > 1:
             plan_checks.refuse_axes(self)
 
     @property
     def parts(self) -> int:
         """Into how many parts the dims over the tensor axis are cut."""
-        return self.tensor_parts or self.mesh.size(*self.model_axes)
+        return self.tensor_parts or self.mesh.size(*self.tensor_axes)
 
     def tensor_cut(self, name: str, shape: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
         """Return the dim of a parameter that the tensor axis splits, and the lengths of the matrices that lie side by
@@ -242,9 +284,11 @@ class Plan(View):
         Raises:
             ConfigError: no rule matches, or the spec does not fit, under `fallback="error"`; more entries than dims.
         """
+        if self.pipelined:
+            return self._staged(name, shape)
         found = self._first(name)
         if found is None:
-            if self.fallback == "error":
+            if self.fallback == "error" and not self.stages:
                 plan_checks.refuse_unmatched(self, name, shape)
             return REPLICATED
         if self.zero < 3 and kind != "optimizer":
@@ -254,6 +298,12 @@ class Plan(View):
             found = Spec(*[tuple(a for a in entry if a != axis) for entry in found.entries], auto=found.auto)
         sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
         return resolve(found, sizes, shape, fallback=self.fallback, min_size=self.min_size, where=name)
+
+    def _staged(self, name: str, shape: Sequence[int]) -> Spec:
+        stage = self.stage_of(name)
+        if stage is None or not shape:
+            plan_checks.refuse_unstaged(self, name, shape, stage)
+        return Spec(at={staging.AXIS: self.home(stage)})
 
     def specs(self, value: object) -> Any:
         """Return a tree like a state (or like a tree of parameters) with the Spec of each leaf."""
@@ -358,9 +408,12 @@ class Plan(View):
         if "*" not in [filter for filter, _ in self.rules]:
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
         names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload compress".split()
-        names += ["tensor_parts", "sequence_parallel", "context"] if self.model_axes else []
+        names += ["tensor_parts", "sequence_parallel", "context"] if self.tensor_axes else []
         names += ["experts", "expert_axis"] if self.expert_axis else []
+        names += ["schedule"] if self.stages else []
         settings = [(name, str(getattr(self, name))) for name in names]
+        if self.stages:
+            rules = [(" ".join(entries), f"stage {number}") for number, entries in enumerate(self.stages)]
         return [
             Table(("axis", "ranks", "splits"), axes),
             Table(("parameters", "where they live"), rules),
@@ -368,6 +421,8 @@ class Plan(View):
         ]
 
     def _splits(self, axis: str) -> str:
+        if self.stages and axis == staging.AXIS:
+            return "stages"
         over = ["microbatches"] if axis in self.batch else ["positions"] if self.context else []
         split = {1: "optimizer state", 2: "gradients", 3: "parameters"}[self.zero]
         return " and ".join([*over, *([split] if axis in self._named else [])]) or "nothing"
@@ -415,7 +470,12 @@ def check_plan(plan: object, where: str) -> None:
     if plan is None or isinstance(plan, Plan):
         return
     name = plan if isinstance(plan, str) else getattr(plan, "__name__", "")
-    calls = {"ddp": "ddp()", "hsdp": "hsdp(fsdp=8)", "tensor_parallel": "tensor_parallel(rules, size=2)"}
+    calls = {
+        "ddp": "ddp()",
+        "hsdp": "hsdp(fsdp=8)",
+        "pipeline": "pipeline(stages)",
+        "tensor_parallel": "tensor_parallel(rules, size=2)",
+    }
     raise ConfigError(
         explain(
             f"a plan is a Plan, not a {type(plan).__name__}",

@@ -29,10 +29,11 @@ def check(plan: Any) -> None:
         ("zero", plan.zero, (1, 2, 3)),
         ("offload", plan.offload, (None, "optimizer", "params")),
         ("compress", plan.compress, (None, "bf16", "fp16")),
+        ("schedule", plan.schedule, ("1f1b", "gpipe", "interleaved")),
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
-    if plan.zero < 3 and plan.model_axes and not plan.context:
+    if plan.zero < 3 and plan.tensor_axes and not plan.context:
         raise ConfigError(
             explain(
                 "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
@@ -57,6 +58,8 @@ def check(plan: Any) -> None:
                 'expert_axis="expert")',
             )
         )
+    if plan.stages:
+        _check_pipeline(plan)
     if plan.compress is not None and plan.reduction == "tree":
         raise ConfigError(
             explain(
@@ -78,6 +81,61 @@ def check(plan: Any) -> None:
                 "or leave it out: statistics of each microbatch, the same bits everywhere",
             )
         )
+
+
+def _check_pipeline(plan: Any) -> None:
+    """Refuse stages that are empty, and what a pipeline does not do beside."""
+    if not all(plan.stages):
+        raise ConfigError(explain("a stage has at least one entry", where=f"stages={plan.stages!r}"))
+    where = f"{len(plan.stages)} stages on {plan.mesh!r}"
+    if "stage" not in plan.mesh.axes or "stage" in plan.batch:
+        instead = "ps.sharding.pipeline(stages)"
+        raise ConfigError(
+            explain("stages need a mesh axis 'stage' over which the batch is the same", where=where, instead=instead)
+        )
+    if any(spec.axes for _, spec in plan.rules) or plan.tensor_axes or plan.offload is not None or plan.sync_batchnorm:
+        raise ConfigError(
+            explain(
+                "a pipeline goes with data parallelism only",
+                where=where,
+                why="each stage keeps its parameters whole on its rank; fsdp, ZeRO, tensor parallelism, offload and "
+                "sync_batchnorm are not built for that",
+                instead="ps.sharding.ddp() * ps.sharding.pipeline(stages, 2)",
+            )
+        )
+
+
+def check_stages(plan: Any, ranks: int) -> None:
+    """Refuse a number of stages that the ranks cannot share."""
+    count = len(plan.stages)
+    if count % ranks:
+        raise ConfigError(
+            explain(
+                f"{count} stages cannot be shared equally by {ranks} ranks",
+                where=repr(plan.mesh),
+                instead=f"ps.sharding.pipeline(ps.sharding.even_stages(model, {ranks}))",
+            )
+        )
+
+
+def refuse_unstaged(plan: Any, name: str, shape: Sequence[int], stage: int | None) -> NoReturn:
+    """Refuse a parameter that no stage has, or that a rank cannot have none of."""
+    if stage is None:
+        raise ConfigError(
+            explain(
+                "no stage of the pipeline has a parameter",
+                where=f"{name}: {list(shape)}; the stages are {', '.join(map(str, plan.stages))}",
+                instead="name it, or the path of a submodule above it, in the stage that computes with it",
+            )
+        )
+    raise ConfigError(
+        explain(
+            "a parameter without dims cannot be a part of a pipeline",
+            where=f"{name}: [] in stage {stage}",
+            why="ranks of other stages hold an empty tensor in its place, and one number is never empty",
+            instead="nn.Parameter(torch.ones(1))",
+        )
+    )
 
 
 def refuse_axes(plan: Any) -> NoReturn:

@@ -88,6 +88,8 @@ _SETTINGS: dict[str, Any] = {
     "context": False,
     "experts": (),
     "expert_axis": "",
+    "stages": (),
+    "schedule": "1f1b",
 }
 
 

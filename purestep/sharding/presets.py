@@ -1,17 +1,20 @@
-"""The usual plans by name: `single`, `ddp`, `zero1`, `zero2`, `fsdp`, `hsdp`, `tensor_parallel`,
-`context_parallel`, `expert_parallel`, and their products."""
+"""The usual plans by name, and their products.
+
+`single`, `ddp`, `zero1`, `zero2`, `fsdp`, `hsdp`, `tensor_parallel`, `context_parallel`, `expert_parallel`, `pipeline`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from purestep.arguments import Count, Name, Whole, checked
 from purestep.distributed.mesh import mesh
-from purestep.errors import ConfigError
+from purestep.errors import ConfigError, explain
 from purestep.sharding.families import tensor_rules
 from purestep.sharding.plan import Plan, Zero
 from purestep.sharding.spec import Offload, Rules, Spec
+from purestep.sharding.stages import AXIS, Schedule, expanded
 from purestep.tree import Filter
 
 
@@ -232,6 +235,39 @@ def expert_parallel(
         rules.append(("*", Spec(auto=axis)))
     defaults: dict[str, Any] = {"fallback": "replicate", "batch": ("data", axis), "experts": globs, "expert_axis": axis}
     return Plan(mesh({axis: size}), rules, **(defaults | settings))
+
+
+@checked(ConfigError)
+def pipeline(
+    stages: Sequence[str | Sequence[str]], size: int = -1, *, schedule: Schedule = "1f1b", **settings: Any
+) -> Plan:
+    """Pipeline parallelism: each rank holds and computes a run of the layers of a model, and passes on what comes out.
+
+    While one rank computes a microbatch, the next computes the one before, so a step wants several (`microbatches=` of
+    `make_step`). The bits are those of one process with as many microbatches.
+
+    Args:
+        stages: for each stage the paths of its submodules and parameters, in the order in which the model calls them;
+            globs and ranges as `"blocks.0-5"` are paths, too. `even_stages(model, count)` makes them. A stage begins
+            where its first submodule is called.
+        size: ranks; by default what the others leave of the job. It divides the number of stages.
+        schedule: "1f1b" and "gpipe" give each rank one run of stages; "interleaved" gives rank r the stages r,
+            r + size, r + 2 size, ..., so that ranks wait less and send more. "gpipe" computes all forward passes first,
+            and keeps the activations of all microbatches.
+        **settings: of `Plan`: `reduction`, ...
+
+    Examples:
+        >>> plan = pipeline([["embed", "blocks.0-1"], ["blocks.2-3", "head"]], 2)
+        >>> plan.spec("embed.weight", (10, 4)), plan.spec("blocks.3.weight", (4, 4))
+        (Spec(at={'stage': 0}), Spec(at={'stage': 1}))
+
+    Reference: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+    arXiv 2104.04473.
+    """
+    chosen = tuple(map(expanded, stages))
+    if not chosen:
+        raise ConfigError(explain("a pipeline has at least one stage", where=f"pipeline(stages={stages!r})"))
+    return Plan(mesh({AXIS: size}), (), stages=chosen, schedule=schedule, **({"fallback": "replicate"} | settings))
 
 
 _EVERYWHERE = (("*", Spec(auto="fsdp")),)

@@ -66,6 +66,7 @@ class Description(Printed):
         """
         return {
             row.path: {"leaf": row.leaf, "spec": [list(e) for e in row.spec.entries], "local": list(row.local)}
+            | ({"at": dict(row.spec.at)} if row.spec.at else {})
             for row in self.rows
         }
 

@@ -64,6 +64,7 @@ class Spec:
         fused: how many matrices lie side by side along the dim that a tensor axis splits, or their relative lengths:
             3 for query, key and value in one, `(8, 2, 2)` with fewer heads of key and value. Each rank then computes
             with its share of each of them.
+        at: by axis the one coordinate that has the tensor: the other ranks along that axis have nothing of it.
 
     Raises:
         ConfigError: an axis is used twice, or `fused` is no positive number or several.
@@ -80,14 +81,22 @@ class Spec:
     entries: tuple[tuple[str, ...], ...]
     auto: tuple[str, ...]
     fused: tuple[int, ...]
+    at: tuple[tuple[str, int], ...]
 
-    def __init__(self, *entries: Axes, auto: Axes = None, fused: int | Sequence[int] = 1) -> None:
+    def __init__(
+        self,
+        *entries: Axes,
+        auto: Axes = None,
+        fused: int | Sequence[int] = 1,
+        at: Mapping[str, int] | None = None,
+    ) -> None:
         dims = [_as_axes(e) for e in entries]
         while dims and not dims[-1]:
             dims.pop()
         object.__setattr__(self, "entries", tuple(dims))
         object.__setattr__(self, "auto", _as_axes(auto))
         object.__setattr__(self, "fused", (1,) * fused if isinstance(fused, int) else tuple(fused))
+        object.__setattr__(self, "at", tuple((at or {}).items()))
         if not self.fused or not all(isinstance(n, int) and n > 0 for n in self.fused):
             raise ConfigError(
                 explain(
@@ -110,12 +119,14 @@ class Spec:
     @property
     def axes(self) -> tuple[str, ...]:
         """All axes that are named, in order of dims."""
-        return tuple(a for entry in self.entries for a in entry) + self.auto
+        return tuple(a for entry in self.entries for a in entry) + self.auto + tuple(axis for axis, _ in self.at)
 
     def __repr__(self) -> str:
         shown = [repr(_shown(e)) for e in self.entries] + ([f"auto={_shown(self.auto)!r}"] if self.auto else [])
         if len(self.fused) > 1:
             shown.append(f"fused={len(self.fused) if set(self.fused) == {1} else self.fused}")
+        if self.at:
+            shown.append(f"at={dict(self.at)}")
         return f"Spec({', '.join(shown)})"
 
 
@@ -305,6 +316,8 @@ def box(spec: Spec, sizes: Mapping[str, int], shape: Sequence[int], coordinate: 
             start = min(coordinate.get(axis, 0) * part, extent[dim])
             offset[dim] += start
             extent[dim] = min(part, extent[dim] - start)
+    if any(coordinate.get(axis, 0) != home for axis, home in spec.at):
+        return tuple(offset), (0,) * len(extent)
     return tuple(offset), tuple(extent)
 
 
@@ -313,10 +326,10 @@ def box(spec: Spec, sizes: Mapping[str, int], shape: Sequence[int], coordinate: 
 
 def placements(spec: Spec, sizes: Mapping[str, int]) -> tuple[Placement, ...]:
     """Return torch's placement on each mesh axis, in the order of the mesh, of a resolved spec."""
-    from purestep.sharding._dtensor import Replicate, Shard, StridedShard
+    from purestep.sharding._dtensor import Home, Replicate, Shard, StridedShard
 
     order = list(sizes)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {axis: Home(home) for axis, home in spec.at}
     for dim, axes in enumerate(spec.entries):
         for i, axis in enumerate(axes):
             # torch splits in the order of the mesh; it calls an axis strided when later ones split before it.
@@ -331,9 +344,15 @@ def spec_of(placements: Sequence[Placement], sizes: Mapping[str, int]) -> Spec:
     Raises:
         ConfigError: a placement that no spec stands for, as `Partial`.
     """
+    from purestep.sharding._dtensor import Home
+
     dims: dict[int, list[str]] = {}
+    at: dict[str, int] = {}
     for axis, placement in reversed(list(zip(sizes, placements, strict=True))):
         if placement.is_replicate():
+            continue
+        if isinstance(placement, Home):
+            at[axis] = placement.coordinate
             continue
         if not hasattr(placement, "dim"):
             raise ConfigError(explain(f"a tensor of a state is whole or split, not {placement}", where=f"axis {axis}"))
@@ -343,4 +362,4 @@ def spec_of(placements: Sequence[Placement], sizes: Mapping[str, int]) -> Spec:
             factor //= sizes[later[position]]
             position += 1
         later.insert(position, axis)
-    return Spec(*[dims.get(d, ()) for d in range(max(dims, default=-1) + 1)])
+    return Spec(*[dims.get(d, ()) for d in range(max(dims, default=-1) + 1)], at=at)

@@ -13,7 +13,7 @@ from purestep import random, transforms, tree
 from purestep.arguments import checked
 from purestep.errors import StepError, explain
 from purestep.functional import Binding
-from purestep.microbatch import Context
+from purestep.microbatch import Context, MicrobatchExchange, Prepared
 from purestep.parallel import offload
 from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
@@ -66,6 +66,8 @@ class _Inference(AnyStep):
 
     def _call(self, state: TrainState, batch: Any, call: Callable[[Binding, Any], T]) -> T:
         """Return `call(bound, batch)` with the model bound to the state, and the batch as the policy has it."""
+        if self.plan is not None and self.plan.pipelined:
+            return self._staged(self.plan, state, batch, call)
         cast = casting(self.policy, definition(state).module)
         if self.plan is None:
             placement.check_plain(state)
@@ -86,6 +88,29 @@ class _Inference(AnyStep):
             around = dispatching(self.plan, cast.module, around)
             bound = Binding(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
             return call(bound, cast.batch(batch))
+
+    def _staged(self, plan: Plan, state: TrainState, batch: Any, call: Callable[[Binding, Any], T]) -> T:
+        """Do what `_call` does with a model whose stages are on several ranks."""
+        from purestep.parallel import pipeline
+
+        cast = casting(self.policy, definition(state).module)
+        rng = functools.partial(random.fold_in, state.rng, "eval")
+
+        def prepared(view: TrainState, given: Any, index: int, exchange: MicrobatchExchange) -> Prepared:
+            params, held = cast.params(view.params), cast.buffers(view.buffers)
+
+            def outcome(tracked: Any) -> tuple[Any, None]:
+                tensors, buffers, around = exchange.bound(tracked, held, cast.around)
+                handlers = cast.handlers
+                bound = Binding(cast.module, tensors, buffers, rng=rng, train=False, around=around, handlers=handlers)
+                with cast.scope(params):
+                    return call(bound, cast.batch(given)), None
+
+            return Prepared(outcome, exchange.tracked(cast, params), cast)
+
+        with transforms.unrecorded():
+            found: T = pipeline.evaluated(plan, state, placement.local(state), batch, prepared)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

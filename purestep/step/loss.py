@@ -85,6 +85,10 @@ def on_plan(plan: Plan | None, loss_fn: LossFn) -> LossFn:
     if plan is None:
         return loss_fn
     plan.check_computed()
+    if plan.pipelined:
+        from purestep.parallel.pipeline import partial_loss
+
+        return partial_loss(loss_fn)
     if not plan.tensor_axis:
         return loss_fn
     from purestep.parallel.tensor_parallel import plain_loss

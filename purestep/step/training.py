@@ -25,6 +25,7 @@ from purestep.microbatch import (
     Context,
     Gradients,
     MicrobatchExchange,
+    Prepared,
     accumulate,
     both,
     counted,
@@ -127,6 +128,10 @@ class Step(AnyStep):
         from purestep.parallel import microbatches as microbatches_module
 
         microbatches_module.check(plan, self)
+        if plan.pipelined:
+            from purestep.parallel import pipeline
+
+            return pipeline.total(plan, self.microbatch_count, state, view, batch, self._prepared)
         return microbatches_module.total(plan, self.microbatch_count, state, view, batch, self._grads, self.orders)
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
@@ -137,6 +142,14 @@ class Step(AnyStep):
         self, state: TrainState, microbatch: Any, index: int | Tensor, exchange: MicrobatchExchange
     ) -> Gradients:
         """Do what `grads` says, for a microbatch whose parameters and gradients an exchange may pass between ranks."""
+        ready = self._prepared(state, microbatch, index, exchange)
+        grads, (weight, new, metrics) = loss_gradients(ready.loss_of, ready.tracked, self.engine, exchange.collects)
+        return Gradients(exchange.backward_done(ready.cast, grads), weight, new, metrics)
+
+    def _prepared(
+        self, state: TrainState, microbatch: Any, index: int | Tensor, exchange: MicrobatchExchange
+    ) -> Prepared:
+        """Make ready one microbatch: what is differentiated, and the function that computes its loss."""
         exchange.check(state)
         samples, cast = samples_of(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(step_key, state.rng, state.step, index)
@@ -164,9 +177,7 @@ class Step(AnyStep):
             exchange.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
 
-        tracked = exchange.tracked(cast, params)
-        grads, (weight, new, metrics) = loss_gradients(loss_of, tracked, self.engine, exchange.collects)
-        return Gradients(exchange.backward_done(cast, grads), weight, new, metrics)
+        return Prepared(loss_of, exchange.tracked(cast, params), cast)
 
     def _around(self, cast: Uncast) -> Context | None:
         """Return what makes the context that the model runs in: hooks of the policy, checkpoints by rule."""

@@ -21,6 +21,7 @@ from purestep.sharding import (
     fsdp,
     hsdp,
     mesh,
+    pipeline,
     single,
     tensor_parallel,
     zero1,
@@ -39,6 +40,8 @@ PLANS = [
     ("tensor", tensor_parallel({"*": Spec("tensor")}, 2), 2, 1),
     ("context", ddp(3) * context_parallel(2), 6, 3),
     ("expert", ddp(3) * expert_parallel(2), 6, 6),
+    ("pipeline", pipeline([["0"], ["1"], ["2"]], 3), 3, 1),
+    ("ddp x pipeline", ddp(2) * pipeline([["0"], ["1"]], 2), 4, 2),
     ("fsdp x tensor", fsdp(2) * tensor_parallel({"*.w": Spec("tensor")}, 3), 6, 2),
     ("hsdp x tensor", hsdp(fsdp=2, data=2) * tensor_parallel({"*.w": Spec("tensor")}, 2), 8, 4),
 ]

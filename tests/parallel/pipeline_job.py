@@ -1,0 +1,277 @@
+"""One process of several: train models in stages, and write the digests down as JSON.
+
+Arguments: a directory, the sizes of the jobs to be part of one after the other, this process's number, and the rows to
+compute, separated by semicolons.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import purestep as ps
+from purestep import errors, optim
+from purestep.sharding import ddp, even_stages, pipeline, placement
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import gpt
+
+WIDTH, WORDS = 12, 20
+
+
+def mlp():
+    """The first layer of each stage writes into what it is given."""
+    middle = [x for _ in range(3) for x in (nn.ReLU(inplace=True), nn.Linear(16, 16), nn.Dropout(0.2))]
+    return nn.Sequential(nn.Linear(6, 16), *middle, nn.ReLU(inplace=True), nn.Linear(16, 3))
+
+
+def mlp_loss(net, batch):
+    logits = net(batch["x"])
+    return F.cross_entropy(logits, batch["y"]), {"right": (logits.argmax(-1) == batch["y"]).float().mean()}
+
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x_BWT, mask_BT, *, scale):
+        self.calls += 1
+        y = self.layer(self.norm(x_BWT).transpose(1, 2)).transpose(1, 2)
+        return x_BWT + F.dropout(y, 0.1, self.training) * mask_BT[:, None] * scale
+
+
+class Odd(nn.Module):
+    """Masks of the batch in every block, strides that are not those of a row, dropout and a draw between the blocks,
+    buffers that change, a checkpoint, a parameter of the model itself, a frozen one, and one that three stages share.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first = nn.Embedding(WORDS, WIDTH), nn.Parameter(torch.ones(WIDTH))
+        self.blocks = nn.ModuleList(Mixer() for _ in range(4))
+        self.gate = nn.ModuleList(nn.Embedding(WORDS, WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.gate[0].weight = self.gate[1].weight = self.embed.weight
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, ids):
+        self.seen += ids.float().mean()
+        mask = (ids != 0).float()
+        if self.training and torch.rand(()) < 0.5:
+            mask = mask * 0.9
+        x = (self.embed(ids) * self.first).transpose(1, 2)
+        for i, block in enumerate(self.blocks):
+            x = F.dropout(x, 0.1, self.training)
+            x = ps.checkpoint(block, x, mask, scale=1.5) if i % 2 else block(x, mask, scale=1.5)
+            if i in (1, 2):
+                x = x + self.gate[i - 1](ids).transpose(1, 2)
+        return self.head(x.transpose(1, 2))
+
+
+def odd_loss(net, batch):
+    logits = net(batch["x"])
+    kept = batch["x"] != 0
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten(), reduction="none")
+    loss = (loss * kept.flatten()).sum() / kept.sum().clamp(min=1)
+    return ps.weighted(loss, kept.sum()), {"right": (logits.argmax(-1) == batch["y"]).float().mean()}
+
+
+def gpt_loss(net, batch):
+    return gpt.loss_fn(net, batch), {}
+
+
+STAGES = {
+    "mlp": {2: [["0-4"], ["5-11"]], 4: [["0"], ["1-4"], ["5-8"], ["9-11"]]},
+    "odd": {
+        2: [["embed", "first", "blocks.0-1"], ["gate", "blocks.2-3", "head"]],
+        4: [["embed", "first", "blocks.0"], ["blocks.1", "gate.0"], ["blocks.2", "gate.1"], ["blocks.3", "head"]],
+    },
+    "gpt": {
+        2: [["token", "position", "blocks.0"], ["blocks.1-2", "norm", "head"]],
+        4: [["token", "position", "blocks.0"], ["blocks.1"], ["blocks.2"], ["norm", "head"]],
+    },
+}
+MODELS = {"mlp": (mlp, mlp_loss), "odd": (Odd, odd_loss), "gpt": (gpt.GPT, gpt_loss)}
+V = 8
+
+
+def plans(size, model):
+    """By name: the pipelines of so many ranks."""
+    two, four = STAGES[model][2], STAGES[model][4]
+    if size == 1:
+        return {"one": ddp(), "1f1b": pipeline(two)}
+    if size == 2:
+        return {
+            "1f1b": pipeline(two),
+            "gpipe": pipeline(two, schedule="gpipe"),
+            "interleaved": pipeline(four, schedule="interleaved"),
+            "runs": pipeline(four),
+        }
+    return {"1f1b": pipeline(four), "ddp": ddp() * pipeline(two, 2), "gpipe": pipeline(four, schedule="gpipe")}
+
+
+def data(model, count=3):
+    g = torch.Generator().manual_seed(2)
+    for n in range(count):
+        if model == "mlp":
+            # The last batch has microbatches of other sizes, and empty ones.
+            samples = 16 if n < 2 else 5
+            yield {"x": torch.randn(samples, 6, generator=g), "y": torch.randint(0, 3, (samples,), generator=g)}
+        else:
+            x, y = torch.randint(0, WORDS, (2, 16, 8), generator=g)
+            yield {"x": x, "y": y}
+
+
+def made(model, plan, policy=None, **settings):
+    factory, loss_fn = MODELS[model]
+    tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2))
+    chosen = ps.precision.policy(policy or "32")
+    state = chosen.apply(ps.init(factory, tx, seed=1, plan=plan))
+    state = state if policy is None else plan.place(state)
+    return state, ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy, **settings), loss_fn
+
+
+def train(model, plan, **settings):
+    state, step, loss_fn = made(model, plan, **settings)
+    held = sum(x.numel() for x in placement.local(state).params.values())
+    losses = []
+    for batch in data(model):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"].compute()))
+    evaluate = ps.make_eval(loss_fn, plan=plan, policy=settings.get("policy"))(state, batch)
+    whole = plan.gather(state)
+    return {
+        "digest": ps.digest([whole, metrics, evaluate]),
+        "losses": losses,
+        "held": held,
+        "parameters": sum(x.numel() for x in whole.params.values()),
+    }
+
+
+def resumed(directory, size):
+    """Continue a run that another number of processes began."""
+    plan = {1: ddp(), 2: pipeline(STAGES["odd"][2]), 4: pipeline(STAGES["odd"][4])}[size]
+    state, step, loss_fn = made("odd", plan)
+    until = {2: 2, 1: 4, 4: 6}[size]
+    source = list(data("odd", 6))
+    evaluate = ps.callbacks.evaluate(ps.make_eval(loss_fn, plan=plan), source[:3], every=ps.every.steps(2))
+    callbacks = [ps.callbacks.snapshots(every=ps.every.steps(2)), evaluate]
+    result = ps.fit(step, state, source, until=ps.steps(until), run_dir=directory / "run", callbacks=callbacks)
+    found = {"digest": ps.digest(result.state), "loss": result.metrics["val/loss"]}
+    if size == 1:
+        alone = ps.fit(step, state, source, until=ps.steps(6), run_dir=directory / "alone", callbacks=callbacks)
+        found |= {"alone": ps.digest(alone.state), "alone loss": alone.metrics["val/loss"]}
+    return found
+
+
+class Skip(nn.Module):
+    """Uses what its first block makes after the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y) + y
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class Swapped(Skip):
+    def forward(self, x):
+        return self.a(self.b(self.a(x)))
+
+
+class Reading(Skip):
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y if y.sum() > 0 else -y)
+
+
+class Writing(Skip):
+    def forward(self, x):
+        y = torch.zeros(len(x), 6)
+        y += self.a(x)
+        return self.b(y)
+
+
+class Short(Skip):
+    def forward(self, x):
+        return self.a(x)
+
+
+class Root(Skip):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.b(self.a(x) * self.scale)
+
+
+def refused():
+    """The words of what a pipeline refuses, and of what a rank says whose neighbour refused."""
+
+    def words(factory, stages, change=lambda step: step, loss=lambda net, batch: net(batch).square().mean()):
+        plan = pipeline(stages)
+        try:
+            tx = optim.sgd(0.1)
+            state = ps.init(factory, tx, plan=plan)
+            change(ps.make_step(loss, tx, microbatches=4, plan=plan))(state, torch.ones(8, 6))
+        except errors.PurestepError as error:
+            return str(error)
+        return "nothing"
+
+    def layers():
+        return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+
+    return {
+        "unstaged": words(layers, [["0"], ["1"]]),
+        "jit": words(layers, [["0"], ["1-2"]], ps.jit),
+        "few": words(layers, [["0"], ["1"], ["2"]]),
+        "scalar": words(lambda: nn.Sequential(nn.Linear(6, 6), nn.PReLU()).append(Scaled()), [["0"], ["1-2"]]),
+        "skip": words(Skip, [["a"], ["b"]]),
+        "order": words(Swapped, [["a"], ["b"]]),
+        "reading": words(Reading, [["a"], ["b"]]),
+        "writing": words(Writing, [["a"], ["b"]]),
+        "short": words(Short, [["a"], ["b"]]),
+        "parameter": words(Root, [["a"], ["b", "scale"]]),
+        "microbatches": words(layers, [["0"], ["1-2"]], lambda step: step.with_microbatches(1)),
+    }
+
+
+def checks(directory, size):
+    for model in MODELS:
+        for label, plan in plans(size, model).items():
+            yield f"{model}|{label}", lambda model=model, plan=plan: train(model, plan)
+        mixed = plans(size, model)[{1: "one", 2: "interleaved", 4: "ddp"}[size]]
+        yield f"{model}|bf16", lambda model=model, plan=mixed: train(model, plan, policy="bf16-mixed")
+    plan = plans(size, "odd")["1f1b"]
+    yield "odd|checkpoint", lambda: train("odd", plan, checkpoint="blocks.*")
+    yield "even|gpt", lambda: even_stages(gpt.GPT, 2)
+    yield "resumed", lambda: resumed(directory, size)
+    if size == 2:
+        yield "refused", refused
+
+
+def main(directory, sizes, number, rows):
+    answer(directory, sizes, number, lambda size: checks(Path(directory), size), rows.__contains__)
+
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "shared"))
+    from shared_ranks import answer
+
+    main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), sys.argv[4].split(";"))

@@ -1,0 +1,171 @@
+"""Models in stages on 1, 2 and 4 processes: the losses and bits of one process, and what cannot be cut."""
+
+from pathlib import Path
+
+import pytest
+import shared_ranks
+from torch import nn
+
+from purestep import errors
+from purestep.sharding import Plan, Spec, ddp, even_stages, fsdp, mesh, pipeline, zero1
+from purestep.sharding.pipeline_order import bubble, tables
+from purestep.sharding.placement import box_here
+
+JOB = Path(__file__).with_name("pipeline_job.py")
+QUICK = ["mlp|one", "mlp|1f1b", "mlp|interleaved", "refused"]
+MODELS = ("mlp", "odd", "gpt")
+LABELS = ("one", "1f1b", "gpipe", "interleaved", "runs", "ddp", "bf16")
+ROWS = [f"{model}|{label}" for model in MODELS for label in LABELS] + ["odd|checkpoint", "resumed"]
+
+
+@pytest.fixture(scope="module")
+def quick(zygote, once):
+    """By number of processes and rank, what each quick row found."""
+    return asked(zygote, once, "pipeline-quick", "2,1", QUICK)
+
+
+@pytest.fixture(scope="module")
+def answers(zygote, once):
+    """By number of processes and rank, what each row found."""
+    return asked(zygote, once, "pipeline", "4,2,1", ROWS)
+
+
+def asked(zygote, once, name, sizes, rows):
+    directory = once(name, lambda directory: shared_ranks.ask(zygote, JOB, directory, sizes, rows, silent=False))
+    return shared_ranks.answers(directory, sizes)
+
+
+def check(answers, rows, least):
+    found = [(key, row, value[row]) for key, value in answers.items() for row in rows if row in value]
+    assert all(isinstance(value, dict) for _, _, value in found), found
+    assert len(found) >= least, found
+    assert len({value["digest"] for _, _, value in found}) == 1, found
+    assert len({str(value["losses"]) for _, _, value in found}) == 1, found
+
+
+def test_two_ranks_have_the_bits_of_one_process(quick):
+    check(quick, ["mlp|one", "mlp|1f1b", "mlp|interleaved"], 6)
+
+
+def test_a_rank_holds_its_stages_only(quick):
+    held = [quick[2, rank]["mlp|1f1b"] for rank in range(2)]
+    assert sum(found["held"] for found in held) == held[0]["parameters"]
+    assert all(0 < found["held"] < found["parameters"] for found in held)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("unstaged", "no stage of the pipeline has a parameter\n  where:   2.bias: [6]"),
+        ("scalar", "a parameter without dims cannot be a part of a pipeline\n  where:   2.scale"),
+        ("few", "3 stages cannot be shared equally by 2 ranks"),
+        ("microbatches", "the schedule '1f1b' does not take 1 microbatches"),
+        ("jit", "a step of a pipeline cannot be compiled"),
+        ("skip", "stage 1 of the pipeline computes with a tensor of shape [2, 6] of another stage"),
+        ("parameter", "stage 0 of the pipeline computes with the parameter 'scale' of another stage"),
+        ("order", "'a' of stage 0 is called in the middle of stage 1"),
+        ("reading", "a model cannot be cut into stages: what it does depends on the values of a tensor"),
+        ("writing", "a tensor made of the batch is written with what another stage computes"),
+        ("short", "the loss function ended before stage 1 of the pipeline began"),
+    ],
+)
+def test_every_rank_refuses_what_cannot_be_cut(quick, case, words):
+    for rank in range(2):
+        assert quick[2, rank]["refused"][case].startswith(words), quick[2, rank]["refused"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_schedules_products_and_numbers_of_ranks_have_the_same_bits(answers, model):
+    rows = [f"{model}|{label}" for label in LABELS[:-1]] + [f"{model}|checkpoint"]
+    check(answers, rows, 22)
+    check(answers, [f"{model}|bf16"], 7)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_stages(answers):
+    whole = answers[1, 0]["resumed"]
+    ends = {(found["resumed"]["digest"], found["resumed"]["loss"]) for (n, _), found in answers.items() if n == 4}
+    assert ends == {(whole["alone"], whole["alone loss"])}
+
+
+# --- what needs no ranks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # imports torch's pipelining in this process
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved"])
+@pytest.mark.parametrize(("ranks", "count"), [(2, 2), (2, 5), (3, 9), (4, 8)])
+def test_a_table_has_every_pass_once_and_can_be_performed(schedule, ranks, count):
+    stages = ranks * 2 if schedule == "interleaved" else ranks
+    if schedule == "interleaved" and count == 5:
+        with pytest.raises(errors.ConfigError, match="does not take 5 microbatches"):
+            tables(schedule, ranks, stages, count)
+        return
+    order = tables(schedule, ranks, stages, count)
+    wanted = {(kind, s, m) for kind in ("forward", "backward") for s in range(stages) for m in range(count)}
+    assert sorted(a for own in order for a in own) == sorted(wanted)
+    assert all(stage % ranks == rank for rank, own in enumerate(order) for _, stage, _ in own)
+    # A table that waits for itself would leave the simulation with passes that were not done.
+    assert 0 < bubble(schedule, ranks, stages, count) < 1
+    alike = (ranks - 1) / (ranks - 1 + count)
+    assert schedule == "interleaved" or bubble(schedule, ranks, stages, count) == pytest.approx(alike)
+
+
+@pytest.mark.slow
+def test_1f1b_holds_fewer_microbatches_than_gpipe():
+    def most(schedule, rank):
+        held, top = 0, 0
+        for kind, _, _ in tables(schedule, 4, 4, 16)[rank]:
+            held += 1 if kind == "forward" else -1
+            top = max(top, held)
+        return top
+
+    assert [most("gpipe", rank) for rank in range(4)] == [16] * 4
+    assert [most("1f1b", rank) for rank in range(4)] == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda plan: plan * fsdp(2),
+        lambda plan: plan * zero1(2),
+        lambda plan: plan * Plan(mesh({"tensor": 2}), [("a", Spec("tensor"))], fallback="replicate"),
+        lambda plan: pipeline([["a"], ["b"]], 2, offload="optimizer"),
+    ],
+)
+def test_a_pipeline_goes_with_data_parallelism_only(other):
+    with pytest.raises(errors.ConfigError, match="a pipeline goes with data parallelism only"):
+        other(pipeline([["a"], ["b"]], 2))
+    assert (ddp() * pipeline([["a"], ["b"]], 2)).mesh == mesh({"data": -1, "stage": 2})
+
+
+def test_stages_of_a_plan_are_runs_or_take_turns():
+    stages = [["a"], ["b"], ["c"], ["d"]]
+    homes = [pipeline(stages, 2, schedule=s) for s in ("1f1b", "interleaved")]
+    assert [[plan.spec(n, (2, 2)).at[0][1] for n in "abcd"] for plan in homes] == [[0, 0, 1, 1], [0, 1, 0, 1]]
+    # On one process every tensor is whole, and a plan of several says where the parts of others are.
+    assert pipeline(stages).spec("a", (2, 2)) == Spec()
+    assert box_here(homes[0], (4, 3), homes[0].spec("a", (4, 3))) == ((0, 0), (4, 3))
+    assert box_here(homes[0], (4, 3), homes[0].spec("d", (4, 3))) == ((0, 0), (0, 0))
+
+
+def test_even_stages_balance_parameters_and_keep_the_rest_at_the_ends():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(nn.init.ones_(nn.Parameter(nn.Linear(1, 1).weight.new_empty(1))))
+            self.body = nn.Module()
+            self.body.embed = nn.Embedding(10, 4)
+            self.body.layers = nn.ModuleList(nn.Linear(4, n) for n in (64, 4, 4, 4, 4, 64))
+            self.body.norm = nn.LayerNorm(4)
+            self.head = nn.Linear(4, 10)
+
+    assert even_stages(Net, 3) == (
+        ("scale", "body.embed", "body.layers.0"),
+        ("body.layers.1", "body.layers.2", "body.layers.3", "body.layers.4"),
+        ("body.layers.5", "body.norm", "head"),
+    )
+    with pytest.raises(errors.ConfigError, match=r"'body\.layers' has 6 blocks"):
+        even_stages(Net, 7)
+    with pytest.raises(errors.ConfigError, match="it has no list of blocks"):
+        even_stages(lambda: nn.Linear(2, 2), 2)
