@@ -75,7 +75,7 @@ def one_torch_thread():
 class OurZygotes(Zygotes):
     """Zygotes with the list of modules that every job of several ranks preloads, so that one zygote serves them all."""
 
-    RANKS = "xxhash torch.distributed.tensor torch.distributed.pipelining orbax.checkpoint"
+    RANKS = "xxhash torch.distributed.tensor orbax.checkpoint"
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,10 @@ def answers(zygote, once):
 
 
 def asked(zygote, once, name, sizes, rows):
-    directory = once(name, lambda directory: shared_ranks.ask(zygote, JOB, directory, sizes, rows, silent=False))
+    def ask(directory):
+        shared_ranks.ask(zygote, JOB, directory, sizes, rows, preload="torch.distributed.pipelining", silent=False)
+
+    directory = once(name, ask)
     return shared_ranks.answers(directory, sizes)
 
 

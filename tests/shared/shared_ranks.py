@@ -53,6 +53,7 @@ def ask(
     sizes: str,
     checks: Iterable[str],
     *,
+    preload: str = "",
     seconds: float = 240,
     silent: bool = True,
 ) -> None:
@@ -62,13 +63,16 @@ def ask(
         zygote: the fixture.
         job: script that calls `answer` with its arguments.
         directory, sizes, checks: its arguments; sizes with commas between them.
+        preload: further modules of the zygote, which is then one for such jobs alone.
         seconds: to wait for a rank.
         silent: refuse a rank that writes to stderr, as libraries do when they are imported.
     """
     quiet = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     asked = ";".join(checks)
     children = [
-        zygote.popen(job, str(directory), sizes, str(rank), asked, env=quiet, preload=zygote.RANKS)
+        zygote.popen(
+            job, str(directory), sizes, str(rank), asked, env=quiet, preload=f"{zygote.RANKS} {preload}".strip()
+        )
         for rank in range(max(map(int, sizes.split(","))))
     ]
     for child in children:
