@@ -172,6 +172,7 @@ class Pass:
     """
 
     collects = False
+    dispatches = False
     gathers = ()
 
     def __init__(self, stages: Stages, stage: int, index: int, *, train: bool = True) -> None:

@@ -42,8 +42,7 @@ def test_parts_of_whole_tensors_make_the_whole_again(count, shapes, spec):
     rows = []
     for i, shape in enumerate(shapes):
         boxes = [box(spec, {"fsdp": count}, shape, {"fsdp": r}) for r in range(count)]
-        even = spec == Spec("fsdp") and shape[0] % count == 0
-        rows.append(Row(str(i), shape, boxes, even))
+        rows.append(Row.of_boxes(str(i), shape, boxes))
     unit = Rows(plan, rows)
     wholes = [torch.randn(shape) for shape in shapes]
     cut = unit.cut(wholes, rows)
