@@ -17,6 +17,7 @@ from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.convert_state import any_policy, under_policy
 from purestep.snapshot import Verify
+from purestep.snapshot.listing import Index
 from purestep.state import TrainState
 from purestep.step_protocol import StepFn, facts_of, resliced
 
@@ -123,12 +124,8 @@ def recorded_warmup(step: StepFn, store: snapshot.Store | None) -> int | None:
         return None
 
     def read() -> int | None:
-        for number in reversed(store.steps()):
-            with contextlib.suppress(SnapshotError):
-                found = warmup_of(store.read_manifest(number).info)
-                if found is not None:
-                    return found
-        return None
+        headers = [entry.header for entry in reversed(Index(store.root).entries()) if entry.header is not None]
+        return next((found for header in headers if (found := warmup_of(header.info)) is not None), None)
 
     told: int | None = store.ranks.from_first(read)
     return told

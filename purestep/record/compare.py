@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STEPS = 12  # rows of the log that are shown
-_RUNS = ("first", "second")  # in the names of the columns of the joined log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Comparison(Printed):
         settings: what differs of them, by name: the values of both, None where one has none.
         conditions: what differs of their identity and environment, by dotted name, in the same way.
         metrics: of the newest snapshots, in the same way, equal ones too.
-        log: the rows that both have logged: step, and the values of each metric of both.
+        log: the rows that both have logged: "step", and the values of each metric of both, "<metric>, <name of the run>".
         parted: where their logs part; None where one is the beginning of the other.
         digests: of the train states of the newest snapshots.
         last_equal: the last position at which both have a snapshot of the same train state, None without one.
@@ -94,7 +93,7 @@ class Comparison(Printed):
 
     def _log_table(self) -> Table:
         """The rows of the log around the place where they part, of the metrics that differ there; or the last ones."""
-        parted = None if self.parted is None else {f"{n}, {run}" for n in self.parted.values for run in _RUNS}
+        parted = None if self.parted is None else {f"{n}, {run}" for n in self.parted.values for run in self.names}
         log = {name: column for name, column in self.log.items() if parted is None or name in parted or name == "step"}
         rows = [list(row) for row in zip(*log.values(), strict=True)]
         at = next((n for n, row in enumerate(rows) if self.parted and row[0] >= self.parted.step), len(rows))
@@ -145,7 +144,7 @@ def compare(a: Which, b: Which) -> Comparison:
         settings={path[1:]: pair for path, pair in _differences("", first.settings, second.settings)},
         conditions=conditions,
         metrics=_pairs(first.summary.metrics, second.summary.metrics),
-        log=_beside(first.metrics, second.metrics),
+        log=_beside(names, first.metrics, second.metrics),
         parted=_parted(first.metrics, second.metrics),
         digests=(first.digest, second.digest),
         last_equal=last_equal(first, second),
@@ -200,12 +199,12 @@ def _parted(a: Columns, b: Columns) -> Parted | None:
     return None
 
 
-def _beside(a: Columns, b: Columns) -> dict[str, list[Any]]:
+def _beside(names: tuple[str, str], a: Columns, b: Columns) -> dict[str, list[Any]]:
     rows_a, rows_b = _rows_of(a), _rows_of(b)
     steps = sorted(rows_a.keys() & rows_b.keys())
     found: dict[str, list[Any]] = {"step": steps} if steps else {}
     for name in [name for name in curves.metrics_of(a) if name in b] if steps else []:
-        for run, rows in zip(_RUNS, (rows_a, rows_b), strict=True):
+        for run, rows in zip(names, (rows_a, rows_b), strict=True):
             found[f"{name}, {run}"] = [rows[step].get(name) for step in steps]
     return found
 
