@@ -6,7 +6,7 @@ nothing of tensors: how two values merge is the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -62,6 +62,26 @@ class TreeSum(Generic[T]):
         while parts:
             total = self._merge(parts.pop(), total)
         return total
+
+
+def merged(nodes: Mapping[Node, T], merge_all: Callable[[list[T], list[T]], Sequence[T]]) -> dict[Node, T]:
+    """Add the sums of aligned parts as far as they can be: what `TreeSum.put` does one by one, level by level.
+
+    Args:
+        nodes: the sums of parts of the tree.
+        merge_all: adds the values of two lists, place by place, those of the first list being the earlier ones.
+
+    Examples:
+        >>> merged({(0, i): x for i, x in enumerate("abcdef")}, lambda xs, ys: [f"({x}+{y})" for x, y in zip(xs, ys)])
+        {(1, 2): '(e+f)', (2, 0): '((a+b)+(c+d))'}
+    """
+    left = dict(nodes)
+    while pairs := [(level, place) for level, place in left if place % 2 == 0 and (level, place + 1) in left]:
+        earlier = [left.pop(node) for node in pairs]
+        later = [left.pop((level, place + 1)) for level, place in pairs]
+        sums = merge_all(earlier, later)
+        left |= {(level + 1, place // 2): value for (level, place), value in zip(pairs, sums, strict=True)}
+    return left
 
 
 def forest(indices: list[int]) -> list[Node]:

@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purestep.treesum import TreeSum, forest
+from purestep.treesum import TreeSum, forest, merged
 
 
 def join(a, b):
@@ -54,3 +54,20 @@ def test_whoever_adds_what_the_order_is_the_same(n, ranks, shuffle: random.Rando
     for node, value in partial:
         together.put(node, value)
     assert together.result() == total(map(str, range(n)))
+
+
+@given(st.lists(st.integers(0, 40), unique=True, min_size=1), st.randoms())
+def test_many_pairs_at_once_have_the_order_of_one_after_the_other(indices, shuffle: random.Random):
+    acc = TreeSum(join)
+    for i in indices:
+        acc.add(f"{i},", i)
+    given_nodes = [((0, i), f"{i},") for i in indices]
+    shuffle.shuffle(given_nodes)
+    calls = []
+
+    def join_all(xs, ys):
+        calls.append(len(xs))
+        return list(map(join, xs, ys))
+
+    assert merged(dict(given_nodes), join_all) == acc.nodes
+    assert len(calls) <= 6

@@ -8,6 +8,7 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             `torch.distributed.nn.functional.all_reduce`, which copies.
     foreach_norm            norms of many tensors at once. Without it: `torch.linalg.vector_norm` of each.
     foreach_copy_           copies of many tensors at once. Without it: `copy_` of each.
+    foreach_add_            sums of many pairs at once. Without it: `add_` of each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 foreach_norm = torch._foreach_norm
 foreach_copy_ = torch._foreach_copy_
+foreach_add_ = torch._foreach_add_
 
 
 def default_store() -> dist.Store:

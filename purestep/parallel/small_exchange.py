@@ -17,10 +17,10 @@ from torch import Tensor
 
 from purestep import tree
 from purestep.distributed import collectives
-from purestep.metrics import Growing
+from purestep.metrics import Growing, Last, Max, Mean, Min, Sum
 from purestep.microbatch import Accumulation, Partial, merge
 from purestep.parallel.tree_reduce import Flat
-from purestep.treesum import Node, TreeSum
+from purestep.treesum import Node, TreeSum, merged
 
 _HEAD = 16  # bytes of what a rank tells of its batch
 
@@ -64,23 +64,56 @@ def exchange_small(
             sums.heard = dict(zip(dist.get_process_group_ranks(group), map(tuple, told), strict=True))
             rows = rows[:, _HEAD:]
         found = {} if kept is None else kept()
+        parts: dict[Node, Partial] = {}
         for own, packed in zip(owners, rows, strict=True):
             for node, values in zip(own, packed.split(flat.size), strict=False):
                 part = _without_vector(pattern, flat.unpack(values), structure)
                 if growing and node in found:
                     both = {**part.metrics, **found[node]}
                     part.metrics = {name: both[name] for name in pattern.metrics}
-                whole.put(node, part)
+                parts[node] = part
+        whole.nodes = merged(parts, _merge_all)
         return _weighing(whole.result(), sums.samples)
 
     return result
+
+
+_ELEMENTWISE = (Mean, Sum, Min, Max, Last)  # what merges element by element, so that many merge as one
+_SEVERAL = 3  # pairs up to which stacking them takes as many launches as it saves
+
+
+def _merge_all(earlier: list[Partial], later: list[Partial]) -> list[Partial]:
+    """Merge the parts of two lists, place by place, by a few operations in all where their metrics are numbers."""
+    if len(earlier) <= _SEVERAL or not all(type(m) in _ELEMENTWISE for m in earlier[0].metrics.values()):
+        return list(map(merge, earlier, later))
+    total = merge(_stacked(earlier), _stacked(later))
+    leaves, structure = tree.flatten((_weight(total), total.metrics))
+    sums = zip(*(x.unbind() for x in leaves), strict=True) if leaves else [()] * len(earlier)
+    found = []
+    for part, values in zip(earlier, sums, strict=True):
+        weight, metrics = tree.unflatten(structure, values)
+        found.append(Partial([], part.weight if weight is None else weight, part.kept, metrics))
+    return found
+
+
+def _stacked(parts: list[Partial]) -> Partial:
+    """Return the weights and metrics of parts as those of one: each tensor is a stack of theirs."""
+    flat = [tree.flatten((_weight(part), part.metrics)) for part in parts]
+    leaves = [torch.stack(xs) for xs in zip(*(leaves for leaves, _ in flat), strict=True)]
+    weight, metrics = tree.unflatten(flat[0][1], leaves)
+    return Partial([], 0 if weight is None else weight, {}, metrics)
+
+
+def _weight(part: Partial) -> Tensor | None:
+    """Return a weight that is sent; a number of samples is known without."""
+    return part.weight if isinstance(part.weight, Tensor) else None
 
 
 def _leaves(
     part: Partial, left_out: frozenset[str] = frozenset(), device: torch.device | None = None
 ) -> tuple[list[Tensor], Any]:
     """Return the small values of a part as tensors, on a device, from which they are sent; and their structure."""
-    weight = part.weight if isinstance(part.weight, Tensor) else None
+    weight = _weight(part)
     metrics = {name: metric for name, metric in part.metrics.items() if name not in left_out}
     leaves, structure = tree.flatten((weight, part.kept, metrics))
     return [_tensor(x, device) for x in leaves], structure

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from purestep.distributed import collectives
-from purestep.treesum import Node, TreeSum
+from purestep.distributed._torch import foreach_add_
+from purestep.treesum import Node, TreeSum, merged
 
 Owners = Sequence[Sequence[Node]]
 
@@ -85,6 +86,12 @@ def packed(values: Sequence[Tensor]) -> Tensor:
 def add(a: Tensor, b: Tensor) -> Tensor:
     """Add two flat tensors, the earlier one first, which is overwritten."""
     return a.add_(b)
+
+
+def _add_all(earlier: list[Tensor], later: list[Tensor]) -> list[Tensor]:
+    """Add the flat tensors of two lists, those of the first list being overwritten: a launch for a hundred of them."""
+    foreach_add_(earlier, later)
+    return earlier
 
 
 class Summing:
@@ -163,8 +170,8 @@ def arrived(pending: collectives.Pending, n: int, owners: Owners) -> TreeSum:
     """Add the slices of n elements that came in, in the order of the tree."""
     parts = pending.wait().view(-1, n).unbind()
     total = TreeSum(add)
-    for node, part in zip((node for own in owners for node in own), parts, strict=True):
-        total.put(node, part)
+    nodes = (node for own in owners for node in own)
+    total.nodes = merged(dict(zip(nodes, parts, strict=True)), _add_all)
     if len(parts) > len(total.nodes):
         # A sum is a view of all that came in, the slices of every member; it has to outlive them by itself.
         total.nodes = {node: part.clone() for node, part in total.nodes.items()}

@@ -5,8 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from purestep import tree
 from purestep.distributed.collectives import Pending
 from purestep.errors import ConfigError
+from purestep.metrics import Last, Max, Mean, Min, Sum
+from purestep.microbatch import Partial, merge
+from purestep.parallel import small_exchange
 from purestep.parallel.absent import Absent
 from purestep.parallel.fsdp_layout import Row, Rows
 from purestep.parallel.tree_reduce import Flat, arrived, rows_of
@@ -76,3 +80,27 @@ def test_a_sum_does_not_hold_what_came_in(owners):
     assert all(torch.equal(found[node], wanted[node]) for node in found)
     if len(found) < len(nodes):
         assert [x.untyped_storage().nbytes() for x in found.values()] == [20] * len(found)
+
+
+@given(st.integers(1, 9), st.booleans(), st.integers(0, 9))
+def test_small_values_of_many_ranks_merge_as_those_of_two(count, weighted, seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def part():
+        a, b, c = torch.randn(3, generator=g)
+        metrics = {
+            "loss": Mean(a, b.double()),
+            "n": Sum(torch.tensor(3)),
+            "low": Min(c / (c > -1)),
+            "max": Max(a[None]),
+        }
+        return Partial([], b if weighted else 4, {"seen": torch.tensor(seed)}, metrics | {"lr": Last(b)})
+
+    earlier, later = [part() for _ in range(count)], [part() for _ in range(count)]
+    found = small_exchange._merge_all(earlier, later)
+    for one, a, b in zip(found, earlier, later, strict=True):
+        expected = merge(a, b)
+        assert isinstance(one.weight, int) is not weighted
+        assert not weighted or torch.equal(one.weight, expected.weight)
+        assert one.kept == expected.kept
+        assert tree.equal(one.metrics, expected.metrics)
