@@ -167,7 +167,10 @@ class Dispatcher:
 
     def _forward(self, bank: Bank, taking: Taking | None, *args: Any, **kwargs: Any) -> Tensor:
         """Do what a module of experts does, with the tokens of this rank."""
-        tokens, chosen, weights = bank.signature.bind(*args, **kwargs).args[:3]
+        given = bank.signature.bind(*args, **kwargs).args
+        if len(given) != 3:
+            _refuse_call(bank, given)
+        tokens, chosen, weights = given
         rows, ids = tokens.flatten(0, -2), chosen.flatten(0, -2)
         # One row for each token and expert, in the order of the experts, and so in that of the ranks.
         order = torch.argsort(ids.reshape(-1), stable=True)
@@ -265,6 +268,17 @@ def _candidates(module: nn.Module) -> list[str]:
     return [
         name for name, sub in module.named_modules() if isinstance(sub, Experts) and isinstance(sub.num_experts, int)
     ]
+
+
+def _refuse_call(bank: Bank, given: Sequence[Any]) -> NoReturn:
+    raise ConfigError(
+        explain(
+            "experts were not called with tokens, their experts and their weights",
+            where=f"{bank.name}: {type(bank.module).__name__}({', '.join(map(tree.describe, given))})",
+            why="what an expert is given has to be known before it is computed, to be sent to another rank",
+            instead="experts(tokens, chosen, weights): [n, width], int64[n, k], [n, k]",
+        )
+    )
 
 
 def _refuse_module(name: str, module: nn.Module, lengths: Mapping[str, int]) -> NoReturn:

@@ -45,7 +45,7 @@ def cutting(team: Team, module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def check_called(team: Team, module: nn.Module) -> None:
+def check_called(team: Team, model: str) -> None:
     """Refuse a loss function that has not called the model since the team was asked to `forget`.
 
     Raises:
@@ -55,7 +55,7 @@ def check_called(team: Team, module: nn.Module) -> None:
         raise ConfigError(
             explain(
                 "the loss function did not call the model, so no sequence was cut",
-                where=f"{type(module).__name__} under context parallelism",
+                where=f"{model} under context parallelism",
                 why="positions are cut in the arguments of the model; where the loss function calls a method of it, or "
                 "a submodule, every rank computes all positions",
                 instead="net(batch['x']) in the loss function, and the rest in the forward of the model",

@@ -39,7 +39,7 @@ class Splitter:
     """
 
     def __init__(self, plan: Plan, module: nn.Module) -> None:
-        axis, self.module = plan.tensor_axis, module
+        axis, self.model = plan.tensor_axis, type(module).__name__
         self.team = Team(
             plan.mesh.group(axis), plan.parts, plan.reduction == "fast", plan.sequence_parallel, plan.context
         )
@@ -59,11 +59,11 @@ class Splitter:
         at, blocks = self.cuts[name]
         return split(self.team.parameter(value, at, blocks), at, blocks, self.team)
 
-    def around(self, inner: Context | None) -> Context | None:
+    def around(self, module: nn.Module, inner: Context | None) -> Context | None:
         """Return what makes the context that the model runs in: under context parallelism its input is cut there."""
         if not self.team.context:
             return inner
-        return functools.partial(both, functools.partial(split_positions.cutting, self.team, self.module), inner)
+        return functools.partial(both, functools.partial(split_positions.cutting, self.team, module), inner)
 
     def bound(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters or buffers as the model computes with them."""
@@ -71,7 +71,7 @@ class Splitter:
 
     def kept(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the buffers after a call as plain tensors: frozen parameters are those that were given."""
-        split_positions.check_called(self.team, self.module)
+        split_positions.check_called(self.team, self.model)
         self.team.forget()
         return {name: old[name] if name in self.cuts else whole(value) for name, value in new.items()}
 

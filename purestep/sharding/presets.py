@@ -203,7 +203,7 @@ def context_parallel(size: int, *, parts: Count | None = None, axis: Name = "con
 def expert_parallel(
     size: int = -1,
     *,
-    experts: str | tuple[str, ...] = "*experts",
+    experts: str | tuple[str, ...] = ("experts", "*.experts"),
     shard: bool = False,
     axis: Name = "expert",
     **settings: Any,

@@ -84,7 +84,8 @@ class _Inference(AnyStep):
                 params, buffers, around = evaluated(self.plan, state, cast, params, buffers, self.orders)
             together = splitting(self.plan, cast.module)
             if together is not None:
-                params, buffers, around = together.bound(params), together.bound(buffers), together.around(around)
+                params, buffers = together.bound(params), together.bound(buffers)
+                around = together.around(cast.module, around)
             around = dispatching(self.plan, cast.module, around)
             bound = Binding(cast.module, params, buffers, rng=rng, train=False, around=around, handlers=cast.handlers)
             return call(bound, cast.batch(batch))

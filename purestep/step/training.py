@@ -162,7 +162,8 @@ class Step(AnyStep):
             tensors, given, around = exchange.bound(tracked, old, self._around(cast))
             buffers = given
             if together is not None:
-                tensors, buffers, around = together.bound(tensors), together.bound(given), together.around(around)
+                tensors, buffers = together.bound(tensors), together.bound(given)
+                around = together.around(cast.module, around)
             if not exchange.dispatches:
                 around = dispatching(self.plan, cast.module, around)
             bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)

@@ -65,11 +65,26 @@ def test_a_module_is_left_as_it_was():
     assert not isinstance(net, Experts)
 
 
+class Lone(Stacked):
+    def forward(self, tokens, chosen=None, weights=None):
+        return tokens
+
+
+class Other(Net):
+    def forward(self, x):
+        return self.experts(x + self.router(x).sum())
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()
         self.num_experts = COUNT
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(COUNT))
+
+
+def _called(net):
+    with Dispatcher(expert_parallel(), net).around(None, None)():
+        net(torch.ones(1, WIDTH))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +96,7 @@ class Listed(nn.Module):
         (lambda: stepped(Stacked, expert_parallel(experts="*.expert")), "a rule of the plan matches no parameter"),
         (lambda: Dispatcher(expert_parallel(experts="*.expert"), Net(Stacked())), "has no experts of this name"),
         (lambda: stepped(lambda: Stacked(rate=0.5), expert_parallel()), "experts drew random numbers"),
+        (lambda: _called(Other(Lone())), "were not called with tokens, their experts and their weights"),
         (lambda: stepped(Stacked, expert_parallel(), jit=True), "a step with expert parallelism cannot be compiled"),
         (lambda: fsdp(2) * expert_parallel(2), "expert parallelism goes with data parallelism only"),
         (lambda: expert_parallel(2) * tensor_parallel({"*": Spec("tensor")}, 2), "goes with data parallelism only"),

@@ -3,6 +3,9 @@
 The oracle is torch on the whole tensor.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -115,6 +118,18 @@ def test_the_first_tensor_with_positions_is_cut():
 
     stepped(loss_fn)
     assert seen == [(True, (B, T, V))]
+
+
+def test_a_model_is_let_go():
+    models = []
+
+    def loss_fn(net, ids):
+        models.append(weakref.ref(net))
+        return net(torch.tensor(2.0), ids=ids).square().mean()
+
+    stepped(loss_fn)
+    gc.collect()
+    assert [model() for model in models] == [None] * len(models) != []
 
 
 def test_what_cannot_be_cut_is_refused():
