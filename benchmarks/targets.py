@@ -155,7 +155,7 @@ TARGETS: tuple[Target, ...] = (
     Target("64 MLPs: stacked, jit / one after another, jit", 0.7, _ensemble("one after another, compiled")),
     Target("64 MLPs: stacked, jit / hand-written loops one after another", 0.1, _ensemble("hand-written loops")),
     Target("64 MLPs: compiling the stacked step / compiling one", 1.3, _ensemble_compile),
-    Target("import purestep / import torch", 1.2, _import),
+    Target("import purestep / import torch", 1.1, _import),
     Target("500 MB snapshot: blocking / torch.save + fsync", 0.3, _snapshot("block")),
     Target("500 MB snapshot: durable / torch.save + fsync", 1.2, _snapshot("total")),
     Target("500 MB snapshot: verified restore / torch.load", 2.5, _snapshot("restore")),

@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONDONTWRITEBYTECODE": "",  # modules are compiled once, as where they are installed
 }
 # Seconds to wait for anything; compiling a GPT on a busy machine takes minutes.
 PATIENCE = 900.0

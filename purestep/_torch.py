@@ -8,6 +8,7 @@ a later torch has it no more:
                             differentiated step would detach; look for a successor in `torch._functorch.pyfunctorch`.
     dispatch_modes          how many dispatch modes are active (a trace is one), those that only watch left out. Without
                             it: the length of `torch.utils._python_dispatch._get_current_dispatch_mode_stack()`, slower.
+    all_modes               the same with those that only watch.
     function_modes          how many function modes are active. Without it: every call is under `KeyedRandom`.
     innermost_mode          the function mode of a class that torch has on its stack, also in the threads in which the
                             autograd engine runs a backward pass. Without it: a dict of modes by module.
@@ -83,7 +84,7 @@ Hooks = OrderedDict[Any, Callable[..., Any]]
 # --- modes and transforms ---------------------------------------------------------------------------------------------
 
 transform_level: Callable[[], int | None] = torch._C._functorch.maybe_current_level
-_all_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+all_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 no_torch_function = torch._C.DisableTorchFunction
 no_torch_dispatch = torch._C._DisableTorchDispatch
@@ -96,7 +97,7 @@ class Watcher(DispatchMode):
 
 def dispatch_modes() -> int:
     """Return how many dispatch modes of this thread do more than watch."""
-    count = _all_modes()
+    count = all_modes()
     if count:
         count -= sum(isinstance(mode, Watcher) for mode in _mode_stack())
     return count

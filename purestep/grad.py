@@ -27,7 +27,7 @@ Argnums = int | tuple[int, ...]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 # What torch.autograd.grad comes to for one number: the rest of it takes as long as the backward pass of a small model.
-_TENSORS = {Tensor}
+_TENSORS, _NOTHING = {Tensor}, type(None)
 _engine = _torch.run_backward
 _autograd_grad = undispatched(torch.autograd.grad)
 
@@ -104,7 +104,7 @@ def loss_gradients(
 
 
 def _by_func(engine: Engine) -> bool:
-    return engine == "func" or (engine == "auto" and transforms.active())
+    return engine == "func" or (engine == "auto" and _torch.transform_level() is not None)
 
 
 def _func(
@@ -159,9 +159,11 @@ def _autograd(
         one = torch.ones_like(value)
         with scope.backward():
             found = pulled_back([value], [one], tracked)
-    if not collected and all(g is None for g in found):
-        raise _independent(value)
-    grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
+    grads: list[Any] = list(found)
+    if _NOTHING in map(type, grads) or not grads:
+        if not collected and set(map(type, grads)) <= {_NOTHING}:
+            raise _independent(value)
+        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
     return grads, value.detach(), aux
 
 

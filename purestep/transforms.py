@@ -33,12 +33,12 @@ def detached(value: Tensor) -> Tensor:
         >>> grad(lambda x: detached(3 * x))(torch.tensor(1.0)), grad(lambda x: (3 * x).detach())(torch.tensor(1.0))
         (tensor(3.), tensor(0.))
     """
-    return value if active() else value.detach()
+    return value.detach() if _torch.transform_level() is None else value
 
 
 def unrecorded() -> contextlib.AbstractContextManager[Any]:
     """Return `torch.no_grad()`, or a context that does nothing inside a transform, which `no_grad` would cut too."""
-    return _NOTHING if active() else _Recording(False)
+    return _NOTHING if _torch.transform_level() is not None else _Recording(False)
 
 
 def recorded() -> contextlib.AbstractContextManager[Any]:

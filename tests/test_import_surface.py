@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -59,7 +60,7 @@ def test_a_package_offers_functions_and_modules_of_others_lazily(tmp_path, monke
         + "    from lazy_top.inner import far as far\n"
         + "    from lazy_top.inner.far import value as renamed\n"
         + "__getattr__, __dir__ = attach(__name__)\n",
-        "lazy_top/own.py": "",
+        "lazy_top/own.py": "import gc\ncollected = gc.isenabled()",
         "lazy_top/inner/__init__.py": "",
         "lazy_top/inner/far.py": "value = 3",
     }.items():
@@ -69,6 +70,15 @@ def test_a_package_offers_functions_and_modules_of_others_lazily(tmp_path, monke
     top = importlib.import_module("lazy_top")
     assert "lazy_top.own" not in sys.modules
     assert "lazy_top.inner" not in sys.modules
+    assert gc.isenabled()
+    assert not top.own.collected  # while it was loaded: a collection would look at all that torch has made
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        assert top.far.__name__ == "lazy_top.inner.far"
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
     assert (top.own.__name__, top.far.__name__, top.renamed) == ("lazy_top.own", "lazy_top.inner.far", 3)
     assert {"own", "far", "renamed"} <= set(dir(top))
     with pytest.raises(AttributeError, match="module 'lazy_top' has no attribute 'other'"):

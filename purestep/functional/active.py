@@ -29,24 +29,31 @@ class Active(Protocol):
         """Return what makes the binding of a recomputation of what comes next."""
 
 
-class _Local(threading.local):
+class Here(threading.local):
+    """What is active in this thread.
+
+    Attributes:
+        active: the active bindings, the innermost last.
+        scope: collects the bindings of a forward pass that is differentiated; None outside of one.
+    """
+
     def __init__(self) -> None:
         self.active: list[Active] = []
         self.scope: list[Any] | None = None
 
 
-_local = _Local()
+here = Here()
 
 
 def push(bound: Active) -> None:
     """Note that a binding is active, the innermost one."""
-    _local.active.append(bound)
+    here.active.append(bound)
     _redirection.enter()
 
 
 def pop(bound: Active) -> None:
     """Note that a binding is active no more, if it is the innermost one."""
-    active = _local.active
+    active = here.active
     if active and active[-1] is bound:
         active.pop()
         _redirection.leave()
@@ -54,18 +61,7 @@ def pop(bound: Active) -> None:
 
 def stack() -> list[Active]:
     """Return the active bindings of this thread, the innermost last."""
-    return _local.active
-
-
-def scope() -> list[Any] | None:
-    """Return the list that collects the bindings of a forward pass that is differentiated; None outside of one."""
-    return _local.scope
-
-
-def set_scope(collected: list[Any] | None) -> list[Any] | None:
-    """Have bindings collected in a list, or in none, and return the one before."""
-    before, _local.scope = _local.scope, collected
-    return before
+    return here.active
 
 
 @checked(StepError, failed=True)
@@ -107,7 +103,7 @@ def checkpoint(function: Callable[..., Any], *args: object, **kwargs: Any) -> An
 
 def _recomputation() -> Contexts | None:
     """Return what makes the context in which what runs now can run again; None outside of pure calls."""
-    repeating = [bound.repeating() for bound in _local.active]
+    repeating = [bound.repeating() for bound in here.active]
     return (lambda: _Entered([again() for again in repeating])) if repeating else None
 
 

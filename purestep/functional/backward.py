@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from purestep.functional import active
+from purestep.functional.active import here
 from purestep.functional.binding import Binding
 from purestep.random.host_draws import Guard
 
@@ -18,11 +18,11 @@ class GradientScope:
 
     def __enter__(self) -> GradientScope:
         self.collected: list[Binding] = []
-        self.outer = active.set_scope(self.collected)
+        self.outer, here.scope = here.scope, self.collected
         return self
 
     def __exit__(self, *error: Any) -> None:
-        active.set_scope(self.outer)
+        here.scope = self.outer
         for bound in self.collected:
             bound.let_go()
 
@@ -38,7 +38,7 @@ class _Backward:
         self.guard: Guard | None = None
 
     def __enter__(self) -> None:
-        self.outer = active.set_scope(None)
+        self.outer, here.scope = here.scope, None
         try:
             if len(self.collected) == 1 and self.collected[0].held:
                 self.guard = self.collected[0].guard_of_backward()
@@ -60,4 +60,4 @@ class _Backward:
             while self.entered:
                 self.entered.pop().__exit__(*error)
         finally:
-            active.set_scope(self.outer)
+            here.scope = self.outer

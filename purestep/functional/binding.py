@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from purestep import _torch, transforms
 from purestep.errors import StepError, explain
 from purestep.functional import active
+from purestep.functional.active import here
 from purestep.module_tensors import Definition, module_of, slots
 from purestep.random.host_draws import Guard
 from purestep.random.torch_mode import Handler, Key
@@ -145,10 +146,10 @@ class Binding:
         return self.module
 
     def _put(self) -> None:
-        stack, found = active.stack(), self.slots
-        if stack and stack[-1].held and self.exclusive and active.scope() is not None:
+        stack, found = here.active, self.slots
+        if stack and stack[-1].held and self.exclusive and here.scope is not None:
             stack[-1].let_go()  # it waits for a backward pass, before which the forward pass goes on
-        given = self._given()
+        given = self._given() if self.buffer_names else self.given
         self._versions = {} if found.writes_nothing else self._counted()
         saved = self._saved
         for name, place, key in found.places:
@@ -167,8 +168,6 @@ class Binding:
 
     def _given(self) -> dict[str, Tensor]:
         """Return what is put: a buffer may be written by the module; a frozen parameter among them is never written."""
-        if not self.buffer_names:
-            return self.given
         return self.given | {n: self.given[n].clone() for n in self.buffer_names if n in self.slots.buffers}
 
     def _counted(self) -> dict[str, int | None]:
@@ -187,16 +186,18 @@ class Binding:
                     self.mode.__exit__(kind, error, trace)
             finally:
                 try:
-                    self._leave_context(kind, error, trace)
+                    if self._context is not None:
+                        self._leave_context(kind, error, trace)
                 finally:
-                    self._keep_buffers()
+                    if self.buffer_names:
+                        self._keep_buffers()
                     stays = kind is None and self._may_stay()
                     if not stays:
                         self._take_out()
                     if kind is None and not self.slots.writes_nothing:
                         self._check_written()
                     self.repeat = self.host.exit(error is not None)
-            scope = active.scope()
+            scope = here.scope
             if scope is not None and not self.repeat:
                 scope.append(self)
                 self.held = stays
@@ -253,14 +254,14 @@ class Binding:
     def _may_stay(self) -> bool:
         """Tell whether the tensors may stay in place until the backward pass is done: it is the only call of its
         forward pass so far, nothing else surrounded it, and no buffer was put that a recomputation would change."""
-        scope = active.scope()
+        scope = here.scope
         return (
             scope is not None
             and not scope
             and not self.host.keyed
             and self._context is None
             and not self.slots.buffers
-            and len(active.stack()) == 1
+            and len(here.active) == 1
         )
 
     def let_go(self) -> None:

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from purestep import _cells, data, devices, metrics, portable, snapshot
 from purestep.donation import copied
 from purestep.errors import ConfigError, explain
-from purestep.jit import donate as donate_
 from purestep.loop import origin
 from purestep.loop import resume as resume_
 from purestep.loop.checks import check_names, check_place, checked_remote
@@ -81,7 +80,7 @@ class Run:
     _speaks: ClassVar[bool] = True
 
     def __init__(self, arguments: RunArguments) -> None:
-        step = donate_(arguments.step) if arguments.donate else arguments.step
+        step = _donating(arguments.step) if arguments.donate else arguments.step
         self._guard = Guard(step)
         state = arguments.state
         if arguments.device is not None:
@@ -431,6 +430,12 @@ class _First:
 
     contract: Contract
     attributes: Remembered
+
+
+def _donating(step: StepFn) -> StepFn:
+    from purestep.jit import donate  # the compiler's room is large, and most eager runs donate nothing
+
+    return donate(step)
 
 
 def _no_performer(effect: str, name: str, role: str, callback: object) -> ConfigError:

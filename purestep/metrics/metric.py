@@ -219,6 +219,11 @@ def mean(value: Tensor | float, weight: Tensor | float | None = None) -> Mean:
         >>> float(mean(torch.tensor([1.0, 2.0, 6.0]), weight=torch.tensor([1, 1, 0])))
         1.5
     """
+    return made_mean(value, weight)
+
+
+def made_mean(value: Any, weight: Any) -> Mean:
+    """Do what `mean` does, for arguments that are known to be right."""
     value = transforms.detached(value) if isinstance(value, Tensor) else torch.tensor(float(value))
     if value.dtype not in _WIDE:
         value = value.to(torch.promote_types(value.dtype, torch.float32))

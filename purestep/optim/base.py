@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from purestep import tree
+from purestep._torch import all_modes, transform_level
 from purestep.errors import ConfigError, OptimError, explain
 from purestep.optim.kernels import foreach as fx
 from purestep.optim.scope import IN_FULL, Combinator, Kernel, Scoped, check_scope, inside
-from purestep.random.keys import is_host
 from purestep.tree import Structure
 from purestep.views import Block, Curves, Panel, Tree, View
 
@@ -299,7 +299,9 @@ def new_count(params: Any) -> Tensor:
 
 def next_count(count: Tensor) -> Tensor:
     """Return a count and one more."""
-    return torch.add(count, _ONE) if is_host(count) else count + 1
+    # Inside of a trace the number is a constant of the graph.
+    eager = type(count) is Tensor and count.is_cpu and not torch.compiler.is_compiling()
+    return torch.add(count, _ONE) if eager and not all_modes() and transform_level() is None else count + 1
 
 
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # torch would make one of a number in each addition

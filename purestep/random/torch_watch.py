@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from purestep import _torch, transforms
+from purestep import _torch
 from purestep.random.torch_mode import KeyedRandom, handlers
 
 _EVERY = 64  # calls, of which one is under the mode
@@ -48,8 +48,8 @@ def _only_the_default_generator() -> bool:
     """Tell whether what draws moves torch's generator of the CPU: no device, no trace, no transform and no mode."""
     return not (
         _torch.function_modes()
-        or _torch.dispatch_modes()
-        or transforms.active()
+        or _torch.all_modes()
+        or _torch.transform_level() is not None
         or torch.cuda.is_initialized()
         or torch.xpu.is_initialized()
         or _METAL

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from purestep import metrics as metrics_
 from purestep import transforms, tree
 from purestep.arguments import NonNegative, checked
 from purestep.errors import ConfigError, StepError, explain
@@ -18,6 +17,7 @@ from purestep.functional import Binding
 from purestep.metrics import Metric, as_metrics, sample_count
 from purestep.metrics.converted import refuse_captured
 from purestep.metrics.dicts import described
+from purestep.metrics.metric import made_mean
 from purestep.microbatch import Context
 from purestep.sharding.plan import Plan
 
@@ -153,7 +153,9 @@ def read_loss(
         raise StepError(_loss_message(loss_fn, out))
     if "loss" in extra:
         raise StepError(explain("the metric 'loss' is the loss itself", instead="give the other metric another name"))
-    metrics: Metrics = {"loss": metrics_.mean(loss, weight), **as_metrics(extra, samples)}
+    metrics: Metrics = {"loss": made_mean(loss, weight)}
+    if extra:
+        metrics |= as_metrics(extra, samples)
     return loss, weight, metrics
 
 

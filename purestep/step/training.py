@@ -80,10 +80,6 @@ class Step(AnyStep):
         """What the ranks of the plan know of the order in which this step gathers the units of a model."""
         return Orders()
 
-    @property
-    def _loss_fn(self) -> LossFn:
-        return on_plan(self.plan, self.loss_fn)
-
     def identity(self) -> dict[str, Any]:
         """Return what a snapshot of a run records of its step, beside microbatches and policy: not where it runs."""
         return {"loss_fn": self.loss_fn, "tx": self.tx, "engine": self.engine}
@@ -117,8 +113,9 @@ class Step(AnyStep):
         parts, and every rank calls it."""
         if self.plan is not None:
             return self._planned(self.plan, state, placement.local(state), batch)
-        if self.microbatch_count == 1:
-            return counted(self.grads(state, batch))
+        if self.microbatches == 1 or self.microbatch_count == 1:
+            part = self._grads(state, batch, 0, NO_EXCHANGE)
+            return part if isinstance(part.weight, int) else counted(part)
         total = accumulate(state, samples_of(batch), self.microbatch_count)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatch_count)):
             total.add(self.grads(state, microbatch, index), index)
@@ -154,9 +151,11 @@ class Step(AnyStep):
         samples, cast = samples_of(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(step_key, state.rng, state.step, index)
         cast.check(state)
-        old = offload.on_card(self.plan, state, cast.buffers(state.buffers), exchange.gathers)
-        params = offload.on_card(self.plan, state, cast.params(state.params), exchange.gathers)
-        together = splitting(self.plan, cast.module)
+        old, params, together = cast.buffers(state.buffers), cast.params(state.params), None
+        if self.plan is not None:
+            old = offload.on_card(self.plan, state, old, exchange.gathers)
+            params = offload.on_card(self.plan, state, params, exchange.gathers)
+            together = splitting(self.plan, cast.module)
 
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
             tensors, given, around = exchange.bound(tracked, old, self._around(cast))
@@ -168,12 +167,12 @@ class Step(AnyStep):
                 around = dispatching(self.plan, cast.module, around)
             bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
-                loss, weight, metrics = read_loss(
-                    self._loss_fn, bound, cast.batch(microbatch), samples, alone=self.plan is None
-                )
+                loss_fn, alone = on_plan(self.plan, self.loss_fn), self.plan is None
+                loss, weight, metrics = read_loss(loss_fn, bound, cast.batch(microbatch), samples, alone=alone)
             left = bound.new_buffers if together is None else together.kept(bound.new_buffers, given)
             new = cast.kept(state.buffers, old, exchange.plain(left, state.buffers))
-            new = offload.at_rest(self.plan, state, new)
+            if self.plan is not None:
+                new = offload.at_rest(self.plan, state, new)
             # What is known before the backward pass leaves before it: the exchange then goes on beside it.
             exchange.forward_done(weight, new, metrics)
             return cast.scaled(loss, state), (weight, new, metrics)
@@ -193,7 +192,9 @@ class Step(AnyStep):
         if donation is not None:
             # A metric may be a view of a parameter, whose memory the update is about to write over.
             metrics = apart(metrics, donation.memory)
-        grads, finite = casting(self.policy, definition(state).module).settled(state, gradients.grads)
+        grads, finite = gradients.grads, None
+        if self.policy is not None:
+            grads, finite = casting(self.policy, definition(state).module).settled(state, grads)
         value = metrics["loss"].compute()
         new = self._advanced(state, grads, gradients.buffers, finite, value)
         refused = self.tx.refused(new.opt_state)

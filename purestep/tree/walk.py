@@ -50,6 +50,13 @@ def unflatten(structure: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
     return optree.tree_unflatten(structure, leaves)
 
 
+def rebuild(structure: Any, lists: Any) -> list[Any]:
+    """Return the tree of each of several lists of leaves; `unflatten` for all of them at once."""
+    if (flat := flat_with(structure)) is not None:
+        return [flat.tree(leaves) for leaves in lists]
+    return [unflatten(structure, leaves) for leaves in lists]
+
+
 def leaves(tree: object) -> list[Any]:
     """Return the leaves of a tree, in order."""
     if type(tree) is dict and (flat := flat_of(tree)) is not None:

@@ -323,7 +323,7 @@ def select_tree(condition: Tensor, on_true: T, on_false: T) -> T:
 def copies(xs: Tensors) -> list[Tensor]:
     """Return copies of some tensors, on a device by few kernels."""
     if not plain(xs) or all(x.is_cpu for x in xs):
-        return [x.clone() for x in xs]
+        return list(map(Tensor.clone, xs))
     made = [torch.empty_like(x) for x in xs]
     for dtype in dtypes(xs):
         kernels.foreach_copy_([x for x in made if x.dtype == dtype], [x for x in xs if x.dtype == dtype])

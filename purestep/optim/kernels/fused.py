@@ -94,14 +94,14 @@ def fused_adam(
     eps: float,
 ) -> None:
     """Take the `count`-th step of Adam, each parameter with its decoupled decay; all but `grads` are overwritten."""
-    for at in _groups(grads, decays):
+    groups = _groups(grads, decays)
+    for at in groups:
         steps = count.to(grads[at[0]].device, torch.float32)
+        lists = params, grads, mu, nu, [] if nu_max is None else nu_max
+        if len(groups) > 1:
+            lists = tuple([xs[i] for i in at] if xs else [] for xs in lists)  # type: ignore[assignment]
         _torch.fused_adamw(
-            [params[i] for i in at],
-            [grads[i] for i in at],
-            [mu[i] for i in at],
-            [nu[i] for i in at],
-            [nu_max[i] for i in at] if nu_max is not None else [],
+            *lists,
             [steps] * len(at),
             lr=rate,
             beta1=b1,

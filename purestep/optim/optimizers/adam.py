@@ -40,6 +40,7 @@ from purestep.optim.weight_decay import add_decay, fixed_filter
 from purestep.random.keys import is_host
 from purestep.tree import Structure
 
+_Moments = tuple[list[Tensor], list[Tensor], list[Tensor] | None]  # mu, nu, and nu_max of amsgrad
 _FLOAT32 = {torch.float32}
 
 
@@ -103,8 +104,8 @@ class Adam(Kernel, GradientTransformation):
     ) -> tuple[Any, Any]:
         leaves = self._leaves(updates, state)
         ps = None if params is None else same_leaves(params, leaves.structure, updates, "params")
-        us, following = self._proposed(updates, leaves, ps, step, reuse=False)
-        return tree.unflatten(leaves.structure, us), following
+        us, moments = self._proposed(updates, leaves, ps, step, reuse=False)
+        return self._trees(leaves, us, moments)
 
     def advance(
         self,
@@ -123,9 +124,9 @@ class Adam(Kernel, GradientTransformation):
             done = self._in_one_pass(updates, leaves, ps, value_at(self.learning_rate, step), decay, reuse)
             if done is not None:
                 return done
-        us, following = self._proposed(updates, leaves, ps, step, reuse=reuse)
+        us, moments = self._proposed(updates, leaves, ps, step, reuse=reuse)
         reuse = reuse and all(u.dtype == p.dtype for u, p in zip(us, ps, strict=True))
-        return tree.unflatten(leaves.structure, fx.cast(fx.add(ps, us, reuse=reuse), ps)), following
+        return self._trees(leaves, fx.cast(fx.add(ps, us, reuse=reuse), ps), moments)
 
     def _leaves(self, updates: Any, state: Any) -> _Leaves:
         gs, structure = tree.flatten(updates)
@@ -134,14 +135,16 @@ class Adam(Kernel, GradientTransformation):
         top = same_leaves(state.nu_max, structure, updates, "largest second moments") if self.amsgrad else None
         return _Leaves(structure, fx.cast(gs, nu), mu, nu, top, next_count(state.count))
 
-    def _following(self, leaves: _Leaves, mu: list[Tensor], nu: list[Tensor], top: list[Tensor] | None) -> Any:
-        trees = [tree.unflatten(leaves.structure, xs) for xs in (mu, nu, top) if xs is not None]
-        return (AmsgradState if self.amsgrad else AdamState)(leaves.count, *trees)
+    def _trees(self, leaves: _Leaves, first: list[Tensor], moments: _Moments) -> tuple[Any, Any]:
+        """Return the tree of updates or parameters, and the next state."""
+        lists = [first, *[xs for xs in moments if xs is not None]]
+        result, *trees = tree.rebuild(leaves.structure, lists)
+        return result, (AmsgradState if self.amsgrad else AdamState)(leaves.count, *trees)
 
     def _proposed(
         self, updates: Any, leaves: _Leaves, ps: list[Tensor] | None, step: StepNumber | None, *, reuse: bool
-    ) -> tuple[list[Tensor], Any]:
-        """Return the updates as a list, and the next state."""
+    ) -> tuple[list[Tensor], _Moments]:
+        """Return the updates, and the next moments."""
         rate = None if self.learning_rate is None else value_at(self.learning_rate, step)
         moments = [leaves.mu, leaves.nu] + ([] if leaves.top is None else [leaves.top])
         gs = fitted(leaves.gs, *moments) if self.fused and fx.plain(leaves.gs, *moments) else None
@@ -154,7 +157,7 @@ class Adam(Kernel, GradientTransformation):
             ps = need_params(ps, f"{self.name} with weight decay")
             decay = value_at(self.weight_decay, step, "weight_decay")
             us = add_decay(us, ps, decay * (1.0 if rate is None else -rate), mask=self.mask, like=updates, reuse=True)
-        return us, self._following(leaves, mu, nu, top)
+        return us, (mu, nu, top)
 
     def _in_one_pass(
         self, updates: Any, leaves: _Leaves, ps: list[Tensor], rate: Scalar, decay: Scalar, reuse: bool
@@ -170,8 +173,7 @@ class Adam(Kernel, GradientTransformation):
         if self.mask is not None:
             decays = [decay if tree.matches(self.mask, name) else 0.0 for name in tree.names(updates)]
         ps = ps if reuse else fx.copies(ps)
-        found = self._fused(ps, gs, leaves, rate, decays, reuse)
-        return tree.unflatten(leaves.structure, ps), self._following(leaves, *found)
+        return self._trees(leaves, ps, self._fused(ps, gs, leaves, rate, decays, reuse))
 
     def _foreach(self, leaves: _Leaves, rate: Scalar | None, reuse: bool) -> tuple[Any, ...]:
         """Compute moments and update, in the order of operations of torch's foreach implementation."""
@@ -237,13 +239,13 @@ class Adam(Kernel, GradientTransformation):
         rate: Scalar,
         decays: list[float],
         reuse: bool,
-    ) -> tuple[Any, ...]:
+    ) -> _Moments:
         """Run the kernel on `into`, and return the moments."""
         mu, nu, top = leaves.mu, leaves.nu, leaves.top
         if not reuse:
             mu, nu = fx.copies(mu), fx.copies(nu)
             top = None if top is None else fx.copies(top)
-        b1, b2, eps = (float(x) for x in (self.b1, self.b2, self.eps))
+        b1, b2, eps = float(self.b1), float(self.b2), float(self.eps)
         fused_adam(into, gs, mu, nu, top, leaves.count, decays, rate=rate, b1=b1, b2=b2, eps=eps)
         return mu, nu, top
 
