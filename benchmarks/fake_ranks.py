@@ -28,6 +28,7 @@ from purestep.parallel import absent, fsdp_units, same_inputs
 from purestep.random import keys
 from purestep.random.host_draws import unguarded
 from purestep.sharding import placement
+from purestep.state import TrainState
 
 # Operators that compute nothing: they make another view, or memory that nothing is written into.
 _VIEWS = frozenset(
@@ -35,9 +36,6 @@ _VIEWS = frozenset(
     "split_with_sizes unbind narrow unfold empty empty_like empty_strided new_empty new_empty_strided diagonal chunk "
     "_reshape_alias unflatten flatten lift_fresh is_same_size".split()
 )
-
-
-_OF_UPDATES = ("_foreach_lerp", "_foreach_lerp_")  # the first that an update by Adam asks for
 
 
 @contextlib.contextmanager
@@ -120,6 +118,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.asked = asked
         self.known: set[int] = set()
+        self.updates = False  # whether the update has begun
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -143,7 +142,7 @@ class _Watch(TorchDispatchMode):
             return
         self.known.add(key)
         self.asked.live += size
-        if not any(name in self.asked.launches for name in _OF_UPDATES):
+        if not self.updates:
             self.asked.peak = max(self.asked.peak, self.asked.live)
         weakref.finalize(storage, self.free, key, size)
 
@@ -152,6 +151,15 @@ class _Watch(TorchDispatchMode):
         if key in self.known:
             self.known.remove(key)
             self.asked.live -= size
+
+    def updating(self, apply: Any) -> Any:
+        """Return what begins the update, and tells of it."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.updates = True
+            return apply(*args, **kwargs)
+
+        return called
 
     def releasing(self, release: Any) -> Any:
         """Return what frees a unit's parameters, and counts them as freed.
@@ -177,7 +185,11 @@ def watching(*held: Any) -> Iterator[Asked]:
         for leaf in ps.tree.leaves(placement.local(value)):
             if isinstance(leaf, Tensor):
                 watch.hold(leaf)
-    with watch, patch.object(fsdp_units.Live, "release", watch.releasing(fsdp_units.Live.release)):
+    with (
+        watch,
+        patch.object(fsdp_units.Live, "release", watch.releasing(fsdp_units.Live.release)),
+        patch.object(TrainState, "apply_gradients", watch.updating(TrainState.apply_gradients)),
+    ):
         yield asked
 
 

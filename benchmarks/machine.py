@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,19 @@ def describe() -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": 1,
     }
+
+
+def slug(cpu: str) -> str:
+    """Return a short name of a processor for the name of a file.
+
+    Example:
+        >>> slug("AMD EPYC (family 25, model 17; avx2)"), slug("Intel(R) Xeon(R) CPU @ 2.60GHz (family 6, model 85; )")
+        ('amd-epyc-25-17', 'intel-xeon-6-85')
+    """
+    words = re.findall(r"[a-z]{3,}", cpu.partition("(family")[0].partition("@")[0].lower())
+    named = [word for word in words if word not in ("cpu", "processor")][:2]
+    numbers = re.search(r"family (\d+), model (\d+)", cpu)
+    return "-".join([*named, *(numbers.groups() if numbers else ())])
 
 
 def _cpu() -> str:

@@ -14,8 +14,13 @@ Results = Mapping[str, Any]
 SNAPSHOT = {"block": "blocking", "total": "durable", "restore": "restore", "delete": "deleting"}
 
 
-def markdown(results: Results) -> str:
-    """Return the whole report."""
+def markdown(results: Results, others: Iterable[Results] = ()) -> str:
+    """Return the whole report.
+
+    Args:
+        results: of this run.
+        others: of all processors, this one among them; those of another one are set beside it.
+    """
     parts = [_heading(results), _verdicts(results)]
     sections: dict[str, Callable[[Any], str]] = {
         "training": _training,
@@ -35,7 +40,29 @@ def markdown(results: Results) -> str:
             parts.append(show(results[name]))
         elif name in results:
             parts.append(f"## {name}: failed\n\n    {results[name]['error'].strip().splitlines()[-1]}")
+    elsewhere = [other for other in others if other["machine"]["cpu"] != results["machine"]["cpu"]]
+    if elsewhere and "training" in results and "error" not in results["training"]:
+        parts.append(_processors([results, *elsewhere]))
     return "\n\n".join(parts) + "\n"
+
+
+def _processors(every: list[Results]) -> str:
+    """The time of a step over that of the hand-written loop, on each processor that was seen."""
+    rows = []
+    for workload, found in every[0]["training"].items():
+        for name in found["peers"]:
+            cells = [_over_loop(results.get("training", {}).get(workload), name) for results in every]
+            rows.append([found["title"], PEERS[name].title, *cells])
+    head = ["model", "trainer", *(results["machine"]["cpu"] for results in every)]
+    dates = ", ".join(results["date"] for results in every)
+    return f"## On each processor\n\nThe column `x` of each; measured on {dates}.\n\n" + table(head, rows)
+
+
+def _over_loop(found: Any, name: str) -> str:
+    if found is None or not {name, "loop"} <= found["peers"].keys():
+        return "-"
+    middle, low, high = ratio(found, name, "loop")
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _heading(results: Results) -> str:
@@ -81,10 +108,7 @@ def _training(results: Any) -> str:
     for found in results.values():
         rows = []
         for name, peer in found["peers"].items():
-            against = "-"  # the baseline was not run, or failed
-            if "loop" in found["peers"]:
-                middle, low, high = ratio(found, name, "loop")
-                against = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            against = _over_loop(found, name)  # "-" where the baseline was not run, or failed
             time = f"{_time(peer['us'])} [{_time(peer['us_min'])}, {_time(peer['us_max'])}]"
             rows.append(
                 [
@@ -93,12 +117,15 @@ def _training(results: Any) -> str:
                     time,
                     _time(peer["cpu_us"]),
                     f"{peer['cores']:.2f}",
+                    ", ".join(_time(us) for us in peer.get("us_processes", [])) or "-",
                 ]
             )
-        rows += [[PEERS[name].title, "-", _why(text), "-", "-"] for name, text in found["failed"].items()]
+        rows += [[PEERS[name].title, "-", _why(text), "-", "-", "-"] for name, text in found["failed"].items()]
         parts.append(
             f"**{found['title']}**\n\n"
-            + table(["trainer", "x", "a step, median [min, max]", "CPU time", "cores used"], rows)
+            + table(
+                ["trainer", "x", "a step, median [min, max]", "CPU time", "cores used", "median of each process"], rows
+            )
         )
     return "\n\n".join(parts)
 

@@ -1,7 +1,7 @@
 """Run the benchmark: `python -m benchmarks.run [--quick] [--only SECTION ...] [--resume] [--report FILE]`.
 
 Writes `results/<name>.json`, `.md` and `.png` after every section, so that what was measured before a failure or an
-interruption is kept, and `--resume` goes on from there.
+interruption is kept, and `--resume` goes on from there; and a copy `results/<name>-<processor>.json`.
 """
 
 from __future__ import annotations
@@ -124,8 +124,12 @@ def _section(pipe: Any, section: str, settings: Settings) -> None:
 def write(results: dict[str, Any], stem: Path) -> None:
     """Write the results, the report and the chart."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(report.markdown(results))
+    text = json.dumps(results, indent=1) + "\n"
+    stem.with_suffix(".json").write_text(text)
+    # Of each processor the newest results are kept in a file of its name, to be set side by side.
+    stem.with_name(f"{stem.name}-{machine.slug(results['machine']['cpu'])}.json").write_text(text)
+    others = [json.loads(file.read_text()) for file in sorted(stem.parent.glob(f"{stem.name}-*.json"))]
+    stem.with_suffix(".md").write_text(report.markdown(results, others))
     if "training" in results and "error" not in results["training"]:
         report.chart(results, stem.with_suffix(".png"))
 

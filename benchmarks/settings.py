@@ -9,14 +9,17 @@ from benchmarks.peers import POLICIES
 
 Names = tuple[str, ...]
 
-EAGER: Names = ("loop", "loop-fused", "lightning", "lightning-log", "fabric", "accelerate", "ps-eager", "ps-fused")
+EAGER: Names = (
+    *("loop", "loop-fused", "lightning", "lightning-log", "fabric", "accelerate", "ignite", "keras"),
+    *("ps-eager", "ps-fused"),
+)
 EVERYBODY: Names = (
     *EAGER[:2],
     "compile",
     "compile-all",
-    *EAGER[2:6],
+    *EAGER[2:8],
     "jax",
-    *EAGER[6:],
+    *EAGER[8:],
     "ps-jit",
     "ps-donate",
     "ps-fit",
@@ -63,7 +66,9 @@ class Settings:
         name: of the settings, and of the files with the results.
         sections: in order; each has a process of its own.
         training: trainers by workload.
-        rounds: rounds of the training section; each trainer takes `round_seconds` in each.
+        processes: of each trainer of the training section, one after the other: trainers that do the same differ from
+            process to process, by where their memory comes to lie.
+        rounds: rounds of the training section in each process; each trainer takes `round_seconds` in each.
         loop_rounds: turns of the loop section, of `loop_steps` steps each: as many as `fit` takes from row to row.
             The section `host_cost` takes a quarter of the turns.
         compile_rounds: by workload, how often everybody compiles with an empty cache.
@@ -80,6 +85,7 @@ class Settings:
     name: str
     sections: Names
     training: dict[str, Names]
+    processes: int
     rounds: int
     round_seconds: float
     loop_rounds: int
@@ -106,7 +112,8 @@ FULL = Settings(
     name="full",
     sections=SECTIONS,
     training={"mlp": EVERYBODY, "gpt": EVERYBODY, "cnn": ON_CNN, "wide": ON_WIDE},
-    rounds=9,
+    processes=3,
+    rounds=3,
     round_seconds=0.25,
     loop_rounds=400,
     loop_steps=50,
@@ -133,6 +140,7 @@ QUICK = Settings(
     name="quick",
     sections=("training", "loop_cost", "host_cost", "memory", "precision", "snapshots", "imports"),
     training={"mlp": QUICK_ONES, "gpt": ("loop-fused", "jax", "ps-fused", "ps-donate")},
+    processes=1,
     rounds=7,
     round_seconds=0.1,
     loop_rounds=100,

@@ -1,7 +1,8 @@
 """Time of a step: all peers on one workload, each in its process, in turns.
 
 First all peers take the same few steps from the same weights and their losses are compared; one that computes something
-else is not timed. Then every round asks each peer once, in another order each time, so that noise hits all alike.
+else is not timed. Then every round asks each peer once, in another order each time, so that noise hits all alike. It is
+done with several sets of processes, because two processes that do the same differ.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def measure(workers: Mapping[str, Any], workload: str, *, rounds: int, seconds: 
         say: told what is going on.
 
     Returns:
-        `{"peers": {name: {"us", "us_min", "us_max", "us_rounds", "cpu_us", "cores", "loss", "steps"}}, "failed": {name:
-        why}}`, times in microseconds a step.
+        `{"peers": {name: {"us", "us_min", "us_max", "us_rounds", "us_processes", "cpu_us", "cpu_us_rounds", "cores",
+        "loss", "steps"}}, "failed": {name: why}}`, times in microseconds a step.
     """
     failed: dict[str, str] = {}
     alive = dict(workers)
@@ -102,17 +103,37 @@ def _calibrated(worker: Any, seconds: float) -> int:
 
 
 def _summary(replies: list[dict[str, float]], steps: int, loss: float) -> dict[str, Any]:
-    each = [reply["wall"] / steps * 1e6 for reply in replies]
+    wall, cpu = ([reply[clock] / steps * 1e6 for reply in replies] for clock in ("wall", "cpu"))
+    return {**_spread(wall, cpu), "us_processes": [statistics.median(wall)], "loss": loss, "steps": steps}
+
+
+def _spread(wall: list[float], cpu: list[float]) -> dict[str, Any]:
     return {
-        "us": statistics.median(each),
-        "us_min": min(each),
-        "us_max": max(each),
-        "us_rounds": each,
-        "cpu_us": statistics.median(reply["cpu"] for reply in replies) / steps * 1e6,
-        "cores": statistics.median(reply["cpu"] / reply["wall"] for reply in replies),
-        "loss": loss,
-        "steps": steps,
+        "us": statistics.median(wall),
+        "us_min": min(wall),
+        "us_max": max(wall),
+        "us_rounds": wall,
+        "cpu_us": statistics.median(cpu),
+        "cpu_us_rounds": cpu,
+        "cores": statistics.median(c / w for c, w in zip(cpu, wall, strict=True)),
     }
+
+
+def together(sets: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of several sets of processes as one: all rounds, and the median of each process.
+
+    A peer that failed in one of them failed.
+    """
+    failed: dict[str, str] = {}
+    for found in sets:
+        failed |= found["failed"]
+    peers = {}
+    for name, first in sets[0]["peers"].items():
+        if name not in failed:
+            each = [found["peers"][name] for found in sets]
+            wall, cpu = ([x for peer in each for x in peer[clock]] for clock in ("us_rounds", "cpu_us_rounds"))
+            peers[name] = first | _spread(wall, cpu) | {"us_processes": [peer["us"] for peer in each]}
+    return {"title": sets[0]["title"], "peers": peers, "failed": failed}
 
 
 def ratio(results: Mapping[str, Any], a: str, b: str) -> tuple[float, float, float]:
@@ -159,7 +180,17 @@ def start(names: Iterable[str], say: Say, environment: dict[str, str] | None = N
 
 
 def run(settings: Any, say: Say) -> dict[str, Any]:
-    """Measure all workloads."""
+    """Measure all workloads, with several processes of each peer, one set of them after the other."""
+    sets: dict[str, list[dict[str, Any]]] = {workload: [] for workload in settings.training}
+    for number in range(settings.processes):
+        say(f"processes, set {number + 1} of {settings.processes}")
+        for workload, found in _one_set(settings, say).items():
+            sets[workload].append(found)
+    return {workload: together(found) for workload, found in sets.items()}
+
+
+def _one_set(settings: Any, say: Say) -> dict[str, dict[str, Any]]:
+    """Measure all workloads with one process of each peer."""
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(settings.cache)}
     everybody = dict.fromkeys(name for names in settings.training.values() for name in names)
     workers, failed = start(everybody, say, environment)

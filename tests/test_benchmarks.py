@@ -89,7 +89,20 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on():
     found = measured({"loop": Here("loop"), "ps-eager": Here("ps-eager", spoil)})
     assert list(found["peers"]) == ["loop"]
     text = report.markdown(results(training={"tiny": found}))
-    assert "| purestep, eager | - | left out: RuntimeError: out of luck | - | - |" in text
+    assert "| purestep, eager | - | left out: RuntimeError: out of luck | - | - | - |" in text
+
+
+def test_sets_of_processes_are_put_together():
+    first, second = (measured({"loop": Here("loop"), "ps-eager": Here("ps-eager")}, rounds=2) for _ in range(2))
+    second["failed"]["ps-eager"] = "out of luck"
+    found = training.together([first, first])
+    assert len(found["peers"]["loop"]["us_rounds"]) == 4
+    assert found["peers"]["loop"]["us_processes"] == [first["peers"]["loop"]["us"]] * 2
+    assert list(training.together([first, second])["peers"]) == ["loop"]
+    elsewhere = results(training={"tiny": found}) | {"machine": machine.describe() | {"cpu": "another one"}}
+    text = report.markdown(results(training={"tiny": found}), [elsewhere])
+    assert "| another one |" in text
+    assert "| purestep, eager |" in text.split("## On each processor")[1]
 
 
 def results(**sections):
@@ -193,7 +206,7 @@ def sections(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "FOLDER", tmp_path)
     monkeypatch.setattr(run, "in_process", found)
-    monkeypatch.setattr(run.report, "markdown", lambda results: "")
+    monkeypatch.setattr(run.report, "markdown", lambda results, others=(): "")
     monkeypatch.setattr(run.report, "chart", lambda results, path: None)
 
     def start(*arguments):

@@ -48,6 +48,8 @@ ALL: dict[str, Peer] = {
         Peer("lightning-log", "Lightning Trainer, one self.log", "lightning_:Trainer", {"log": True}),
         Peer("fabric", "Lightning Fabric", "lightning_:Fabric"),
         Peer("accelerate", "Accelerate", "accelerate_:Accelerate"),
+        Peer("ignite", "PyTorch Ignite, supervised trainer", "ignite_:Ignite"),
+        Peer("keras", "Keras 3 on torch, fit", "keras_:Keras"),
         Peer("jax", "JAX + flax + optax, jit, donated", "jax_:Jax"),
         Peer("ps-eager", "purestep, eager", "ours:Ours", ours=True),
         Peer("ps-fused", "purestep, eager, fused=True", "ours:Ours", {"fused": True}, ours=True),

@@ -48,9 +48,9 @@ class Trainer:
     def feed(self, steps: int) -> Iterator[Any]:
         """Give the next batches of the endless cycle."""
         batches, n = self.batches, len(self.batches)
-        for i in range(self.position, self.position + steps):
+        first, self.position = self.position, self.position + steps  # now: not every trainer asks for an end
+        for i in range(first, first + steps):
             yield batches[i % n]
-        self.position += steps
 
     def serve(self, rounds: Rounds) -> None:
         """Train as many steps as each request says, until there are no more."""
