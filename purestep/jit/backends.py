@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
 from purestep.jit import disk_cache, errors, instruction_sets, layouts
-from purestep.jit._torch import aot_backend, runnable
+from purestep.jit._torch import aot_backend, make_fx, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
 from purestep.jit.hoist import hoist_scalars
@@ -189,11 +189,9 @@ def _compiled(traced: Traced, mode: str | None) -> Callable[..., Any]:
 
 def _broken_up(traced: Traced, decompositions: Mapping[_torch.OpOverload, Callable[..., object]]) -> fx.GraphModule:
     """Return the graph decomposed into the operators that Inductor supports."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     traced.mode.shape_env = None
     with traced.mode, torch.no_grad(), expanding():
-        return make_fx(runnable(traced.graph), decomposition_table=dict(decompositions))(*traced.fakes)
+        return make_fx(runnable(traced.graph), decompositions)(*traced.fakes)
 
 
 @contextlib.contextmanager

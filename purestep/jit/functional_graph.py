@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from purestep import _torch
-from purestep.jit._torch import batch_norm_functional, batch_norm_legit, overload_of
+from purestep.jit._torch import batch_norm_functional, batch_norm_legit, make_fx, overload_of
 from purestep.jit.errors import is_writer, written
 
 if TYPE_CHECKING:
@@ -36,10 +36,8 @@ def functionalized(graph: fx.GraphModule, mode: FakeTensorMode, fakes: list[Tens
     """
     if _in_place(graph, mode):
         return graph
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     with mode:
-        return make_fx(torch.func.functionalize(graph), decomposition_table=table)(*fakes)
+        return make_fx(torch.func.functionalize(graph), table)(*fakes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from purestep.jit import errors, layouts
 from purestep.jit._torch import (
     batch_norm_legit,
     fake_tensor_mode,
+    make_fx,
     set_mkldnn_enabled,
     tracing_context,
     uncompiled_graphs,
@@ -133,8 +134,6 @@ class _Call:
     static: Sequence[Any]
 
     def traced(self, roots: Roots, *, library_branch: bool) -> Traced:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
         reads = Reads(roots)
         captured: dict[str, Any] = {}
 
@@ -161,7 +160,7 @@ class _Call:
         with _fixed_settings(), uncompiled_graphs(), _without_collections():
             try:
                 with host_draws.refused(errors.host_draw, again), mode:
-                    graph = make_fx(flat, decomposition_table={**_TABLE, **reads.table()})(*fakes)
+                    graph = make_fx(flat, {**_TABLE, **reads.table()})(*fakes)
             except PurestepError:
                 raise
             except Exception as error:
