@@ -12,6 +12,8 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             settings of Inductor, and where it keeps what it compiled, without the import of Inductor,
                             which a graph from the disk cache does not need. The environment variables TORCHINDUCTOR_*
                             are the documented half of them.
+    empty_on_cpu            allocates a tensor for a compiled graph. Without it: `torch.empty_strided`.
+    storage_references      how many tensors refer to a memory. Without it: no temporary buffer is used again.
     pointer_function        the address that a kernel's file asks for when Python loads it. Without it: nothing is
                             taken from the disk cache, and graphs are compiled anew.
     node_of, proxy_root     the node of a tensor in the graph that is being traced, and the module with the constants of
@@ -65,6 +67,15 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
 set_grad_enabled = torch._C._set_grad_enabled
+empty_on_cpu = torch._C._dynamo.guards._empty_strided_cpu
+
+
+def storage_references(tensor: Tensor) -> int:
+    """Return the number of references to the memory of a tensor: one more for each other tensor that shares it."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
+
+
 set_mkldnn_enabled = torch._C._set_mkldnn_enabled
 batch_norm_legit = torch.ops.aten._native_batch_norm_legit
 batch_norm_functional = torch.ops.aten._native_batch_norm_legit_functional.default

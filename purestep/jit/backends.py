@@ -143,6 +143,7 @@ def _all(
         runs[i], name = run, names[i]
         if name is not None and not getattr(compiled, "constants", None):
             disk_cache.put(name, run)
+            runs[i] = disk_cache.take(name) or run  # the stored form, whose temporary buffers are used again
     return [run for run in runs if run is not None]
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from purestep import _torch
 from purestep.jit._torch import inductor_cache_dir, inductor_config, pointer_function
 from purestep.jit.layouts import laid_out
+from purestep.jit.temporaries import temporaries
 from purestep.jit.trace import Traced
 from purestep.random.philox import philox
 
@@ -193,6 +194,7 @@ class Kept:
         names = _namespace(self.extern)
         names |= {name: getattr(modules[file], function) for name, (file, function) in self.kernels.items()}
         exec(compile(self.source, f"<{folder.name}>", "exec"), names)
+        names["empty_strided_cpu"] = temporaries
         return names["call"]
 
 

@@ -42,7 +42,7 @@ class Comparison(Printed):
         settings: what differs of them, by name: the values of both, None where one has none.
         conditions: what differs of their identity and environment, by dotted name, in the same way.
         metrics: of the newest snapshots, in the same way, equal ones too.
-        log: the rows that both have logged: "step", and the values of each metric, "<metric>, <name of the run>".
+        log: the rows that both have logged: "step", and each metric of both as "<metric>, <name of the run>".
         parted: where their logs part; None where one is the beginning of the other.
         digests: of the train states of the newest snapshots.
         last_equal: the last position at which both have a snapshot of the same train state, None without one.
