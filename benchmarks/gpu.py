@@ -2,7 +2,7 @@
 
 Each check prints one line of JSON, and an error of one is a line, too, never an end. No check begins once the budget of
 seconds is used up. At the end stands a table in Markdown, also in `results/gpu-<card>.md`. Correctness comes first,
-speed beside hand-written loops after it. It uses one card.
+speed beside hand-written loops after it. Where several cards are there, plans run on all of them (`gpu_ranks`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import purestep as ps
+from benchmarks import gpu_ranks
 
 RESULTS = Path(__file__).parent / "results"
 Check = Callable[["Card"], dict[str, Any]]
@@ -139,6 +140,7 @@ class Card:
     device: torch.device
     quick: bool
     root: Path
+    processes: int = 1
     draws: torch.Generator = dataclasses.field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     @property
@@ -416,6 +418,12 @@ def plans_alone(card: Card) -> dict[str, Any]:
     return {"ok": len(digests) == 1}
 
 
+def plans_on_processes(card: Card) -> dict[str, Any]:
+    if card.processes < 2:
+        return {"ok": None, "left out": "one card"}
+    return gpu_ranks.on_processes(card.device.type, card.processes, card.root, card.quick)
+
+
 # --- how fast? --------------------------------------------------------------------------------------------------------
 
 
@@ -535,6 +543,7 @@ def checks() -> dict[str, Check]:
     found |= {f"policy {name}": policy_of(name) for name in POLICIES}
     found |= {f"optimizer {name}": optimizer_of(name) for name in OPTIMIZERS}
     found |= {"purity": purity, "ensemble": ensemble, "plans in one process": plans_alone}
+    found["plans on processes"] = plans_on_processes
     found |= {"resume": resume(False), "speed of the MLP": speed_mlp, "speed of the GPT in bf16": speed_gpt}
     found |= {"cost of dropout": speed_dropout, "speed of the CNN": speed_cnn, "resume, jit": resume(True)}
     return found
@@ -575,13 +584,17 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the checks; return 0 unless one does not hold."""
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--processes", type=int, help="of the plans; by default one for each card")
     parser.add_argument("--quick", action="store_true", help="fewer rounds of timing")
     parser.add_argument("--only", default="", help="names of checks, or beginnings of them, with commas between")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds after which no check begins")
     parser.add_argument("--out", type=Path, help="where the table goes; by default results/gpu-<card>.md on a card")
     told = parser.parse_args(words)
     root = Path(tempfile.mkdtemp(prefix="purestep-gpu-"))
-    card, start, rows = Card(torch.device(told.device), told.quick, root), time.monotonic(), []
+    device = torch.device(told.device)
+    cards = torch.cuda.device_count() if device.type == "cuda" else 1
+    card = Card(device, told.quick, root, cards if told.processes is None else told.processes)
+    start, rows = time.monotonic(), []
     only = tuple(filter(None, told.only.split(",")))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "inductor")  # the one of the machine may hold half a kernel

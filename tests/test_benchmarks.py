@@ -12,6 +12,7 @@ import torch
 from benchmarks import (
     architectures,
     gpu,
+    gpu_ranks,
     host_cost,
     machine,
     peers,
@@ -282,6 +283,14 @@ def test_what_a_card_settles_is_a_line_each_and_an_error_ends_nothing(capsys, tm
     assert "| broken | **no** |" in (tmp_path / "table.md").read_text()
     assert gpu.main(["--device", "cpu", "--budget", "0"]) == 0
     assert '"left out": "no time"' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_plans_on_two_processes_beside_those_of_torch(tmp_path):
+    found = gpu_ranks.on_processes("cpu", 2, tmp_path, True)
+    assert (found["ok"], found["same bits"], found["processes"]) == (True, True, 2)
+    ours = {f"purestep {kind} {reduction}" for kind in ("ddp", "fsdp") for reduction in ("tree", "fast")}
+    assert found["ms"].keys() == ours | {"torch ddp", "torch fully_shard"}
 
 
 # --- the zoo ----------------------------------------------------------------------------------------------------------

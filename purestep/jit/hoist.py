@@ -3,6 +3,9 @@
 Inductor computes 0-d intermediates anew wherever they are used, and on CPU inside the loop over elements: Adam's two
 powers of the bias correction cost more there than everything else together. In a step of many models under `vmap` there
 is one such number for each model. The pass makes Inductor store such numbers.
+
+It runs for every device: the Triton code that Inductor writes for a card spreads a 0-d input over a block of elements
+as it loads it, so each element would compute the powers in float64 there, too. No card has measured it yet.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from purestep import tree
 from purestep.distributed.mesh import this_rank
 from purestep.errors import ConfigError, explain
 from purestep.sharding import placement
-from purestep.sharding.messages import even_dim, slice_of
+from purestep.sharding.messages import copy_all, even_dim, slice_of
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Box, Spec, box
 
@@ -117,7 +117,6 @@ class Rows:
             self.width += row.length
             self.total += math.prod(row.shape)
             self.total += -self.total % _ALIGN
-        self.even = all(row.even for row in self.rows)
         self.lengths = [row.length for row in self.rows]
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
@@ -132,24 +131,25 @@ class Rows:
     def unpack(self, received: Tensor) -> Tensor:
         """Return gathered memory with every parameter whole, from the rows of all members `[R, width]`."""
         flat = received.new_empty(self.total)
-        if self.even:
-            runs = [flat[r.start : r.start + math.prod(r.shape)].view(self.count, -1) for r in self.rows]
-            # One kernel in place of a copy for each parameter.
-            torch.split_with_sizes_copy(received, self.lengths, dim=1, out=runs)
-            return flat
+        runs, into, come = [], [], []
         for row in self.rows:
             full = flat[row.start : row.start + math.prod(row.shape)]
             # Shards of dim 0 follow one another in memory, so the rows of all members, one below the other, are it.
             if row.even:
-                full.view(self.count, -1).copy_(received[:, row.at : row.at + row.length])
+                runs.append(full.view(self.count, -1))
                 continue
+            runs.append(received.new_empty(self.count, row.length))
             shaped = full.view(row.shape)
             if row.dim is not None:
-                row.runs(shaped).copy_(received[:, row.at : row.at + row.length].unflatten(1, row.boxes[0][1]))
+                into.append(row.runs(shaped))
+                come.append(runs[-1].unflatten(1, row.boxes[0][1]))
                 continue
-            for (offset, shape), member in zip(row.boxes, received, strict=True):
-                shard = member[row.at : row.at + math.prod(shape)].view(shape)
-                slice_of(shaped, (offset, shape)).copy_(shard)
+            for (offset, shape), member in zip(row.boxes, runs[-1], strict=True):
+                into.append(slice_of(shaped, (offset, shape)))
+                come.append(member[: math.prod(shape)].view(shape))
+        # One kernel in place of a copy for each parameter, and few for those whose shards are uneven.
+        torch.split_with_sizes_copy(received, self.lengths, dim=1, out=runs)
+        copy_all(into, come)
         return flat
 
     def wholes(self, flat: Tensor) -> dict[str, Tensor]:
@@ -162,15 +162,18 @@ class Rows:
             return torch.cat([x.reshape(self.count, -1) for x in wholes], dim=1)
         # Zeros behind the shorter shards: they are summed with the others' and never read.
         by_member = wholes[0].new_zeros(self.count, sum(row.length for row in rows))
-        start = 0
+        into, come, start = [], [], 0
         for row, full in zip(rows, wholes, strict=True):
             if row.dim is not None:
-                by_member[:, start : start + row.length].unflatten(1, row.boxes[0][1]).copy_(row.runs(full))
+                into.append(by_member[:, start : start + row.length].unflatten(1, row.boxes[0][1]))
+                come.append(row.runs(full))
                 start += row.length
                 continue
             for member, (offset, shape) in zip(by_member, row.boxes, strict=True):
-                member[start : start + math.prod(shape)].view(shape).copy_(slice_of(full, (offset, shape)))
+                into.append(member[start : start + math.prod(shape)].view(shape))
+                come.append(slice_of(full, (offset, shape)))
             start += row.length
+        copy_all(into, come)
         return by_member
 
     def parts(self, row: Tensor, rows: Sequence[Row]) -> list[Tensor]:

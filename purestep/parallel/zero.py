@@ -21,6 +21,7 @@ from purestep.microbatch import Gradients
 from purestep.parallel.fsdp_layout import Row, Rows
 from purestep.parallel.tree_reduce import Flat
 from purestep.sharding import full_tensors, placement
+from purestep.sharding.messages import copy_all
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Spec
 from purestep.state import TrainState
@@ -76,20 +77,17 @@ def updated(
 
 def _split(plan: Plan, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
     """Return the parameters as they are updated: of those that are split, DTensors over copies of this rank's parts."""
-    return {
-        n: placement.wrap(plan, placement.cut(plan, x, specs[n]), specs[n], tuple(x.shape)) if n in specs else x
-        for n, x in params.items()
-    }
+    parts = dict(zip(specs, placement.cuts(plan, [params[n] for n in specs], list(specs.values())), strict=True))
+    return {n: placement.wrap(plan, parts[n], specs[n], tuple(x.shape)) if n in specs else x for n, x in params.items()}
 
 
 def _parted(plan: Plan, state: TrainState, grads: dict[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
     """Return this rank's parts of gradients that may be whole. Whole ones are taken out of the dict: nothing else needs
     them, and they would be held until the update ends."""
-    found = {}
-    for name in list(grads):
-        grad = grads.pop(name)
-        whole = name in specs and grad.shape == state.params[name].shape
-        found[name] = placement.cut(plan, grad, specs[name]) if whole else grad
+    found = dict(grads)
+    whole = [n for n, grad in grads.items() if n in specs and grad.shape == state.params[n].shape]
+    grads.clear()
+    found.update(zip(whole, placement.cuts(plan, [found[n] for n in whole], [specs[n] for n in whole]), strict=True))
     return found
 
 
@@ -107,10 +105,12 @@ def _gathered(
 
     def arrive() -> None:
         rows, pending = coming.pop(0)
-        for name, whole in rows.wholes(rows.unpack(pending.wait())).items():
+        wholes = rows.wholes(rows.unpack(pending.wait()))
+        for name in wholes:
             # A tensor of its own: one that is a window on others would be copied whenever the state is donated.
             reuse = lies_in(old[name], written) and old[name].is_contiguous()
-            found[name] = old[name].copy_(whole) if reuse else whole.clone()
+            found[name] = old[name] if reuse else torch.empty_like(wholes[name])
+        copy_all([found[name] for name in wholes], list(wholes.values()))
 
     for rows in grouped(plan, [(n, tuple(old[n].shape), parts[n].dtype, spec) for n, spec in specs.items()]):
         packed = rows.pack([parts[row.name].to(old[row.name].device, non_blocking=True) for row in rows.rows])

@@ -128,6 +128,14 @@ class Whole:
         with updating(_Alone(self)):
             return call(*full)
 
+    def spread(self, call: Callable[[Tensor], Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        """Return `call(x)`, of the shape and dtype of x, of each of some full tensors that all ranks have.
+
+        Where ranks hold one state together each computes some, and they exchange the results: the bits are those of one
+        rank that computes all, because each call is of one tensor.
+        """
+        return list(map(call, xs))
+
     def _like(self, name: str, value: object) -> Tensor | None:
         at_rest = self._rest.get(id(value))
         if at_rest is None and isinstance(value, Tensor):
@@ -145,9 +153,9 @@ class Whole:
         if structure != known:
             return values
         likes = [self._like(name, x) for name, x in zip(self.names(known), old, strict=True)]
-        return tree.unflatten(
-            structure, [x if y is None else placement.part_like(x, y) for x, y in zip(leaves, likes, strict=True)]
-        )
+        pairs = [(x, y) for x, y in zip(leaves, likes, strict=True) if y is not None]
+        parts = iter(placement.parts_like([x for x, _ in pairs], [y for _, y in pairs]))
+        return tree.unflatten(structure, [x if y is None else next(parts) for x, y in zip(leaves, likes, strict=True)])
 
 
 def current() -> Whole | None:
@@ -171,4 +179,31 @@ class _Alone(Whole):
 
     def __init__(self, outer: Whole) -> None:
         super().__init__(outer.plan, {})
-        self._names = outer._names
+        self._names, self._ranks = outer._names, outer.group
+
+    def spread(self, call: Callable[[Tensor], Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+        count, me = collectives.size_of(self._ranks), collectives.rank_in(self._ranks)
+        if count == 1 or len(xs) < 2 or len({x.dtype for x in xs}) > 1:
+            return list(map(call, xs))
+        shares = _shares([x.numel() for x in xs], count)
+        longest = max(sum(xs[i].numel() for i in share) for share in shares)
+        mine = [call(xs[i]).reshape(-1) for i in shares[me]]
+        filling = xs[0].new_empty(longest - sum(x.numel() for x in mine))
+        rows = collectives.gather(torch.cat([*mine, filling]), self._ranks).wait()
+        found = list(xs)
+        for share, row in zip(shares, rows, strict=True):
+            pieces = row[: sum(xs[i].numel() for i in share)].split([xs[i].numel() for i in share])
+            for i, piece in zip(share, pieces, strict=True):
+                found[i] = piece.view(xs[i].shape)
+        return found
+
+
+def _shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Deal positions out so that the sums of their sizes are nearly equal: the largest first, to the least loaded."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += sizes[i]
+    return shares

@@ -25,6 +25,24 @@ def slice_of(full: Tensor, part: Box) -> Tensor:
     return full
 
 
+def copies(views: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous copies of some tensors."""
+    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in views]
+    copy_all(made, views)
+    return made
+
+
+def copy_all(into: Sequence[Tensor], come: Sequence[Tensor]) -> None:
+    """Copy tensors into others of their shapes and dtypes; a card does all that lie alike in memory together."""
+    groups: dict[object, list[int]] = {}
+    for i, (target, x) in enumerate(zip(into, come, strict=True)):
+        # One pair of other strides would make torch copy a whole list one by one.
+        alike = target.stride() == x.stride() and target.device == x.device
+        groups.setdefault((x.dtype, x.device) if alike else i, []).append(i)
+    for at in groups.values():
+        foreach_copy_([into[i] for i in at], [come[i] for i in at])
+
+
 class Message:
     """The layout of the messages that the members of a group send each other.
 
@@ -74,7 +92,7 @@ class Message:
             for row, (offset, shape) in zip(rows.view(self.dtypes[i]), self.boxes[i], strict=True):
                 into.append(slice_of(full[i], (offset, shape)))
                 come.append(row[: math.prod(shape)].view(shape))
-        foreach_copy_(into, come)
+        copy_all(into, come)
         return full
 
 

@@ -20,7 +20,7 @@ from purestep.distributed import collectives
 from purestep.distributed.mesh import Mesh, check_world, this_rank
 from purestep.errors import ConfigError, explain
 from purestep.sharding.leaf_roles import follow
-from purestep.sharding.messages import Message, is_even, slice_of
+from purestep.sharding.messages import Message, copies, is_even, slice_of
 from purestep.sharding.spec import OFFLOADED, Box, Layout, Spec, box, placements, spec_of
 from purestep.sharding.unmatched_rules import check_matches
 
@@ -123,7 +123,13 @@ def _at(leaf: Any, device: torch.device | None) -> Any:
 
 def cut(plan: Layout, whole: Tensor, spec: Spec) -> Tensor:
     """Return a copy of the part of a whole tensor that this rank holds under a resolved spec, contiguous."""
-    return slice_of(whole, box_here(plan, whole.shape, spec)).detach().clone(memory_format=torch.contiguous_format)
+    return cuts(plan, [whole], [spec])[0]
+
+
+def cuts(plan: Layout, wholes: Sequence[Tensor], specs: Sequence[Spec]) -> list[Tensor]:
+    """Return copies of the parts of whole tensors that this rank holds under resolved specs, contiguous."""
+    parts = [slice_of(x, box_here(plan, x.shape, spec)) for x, spec in zip(wholes, specs, strict=True)]
+    return copies([part.detach() for part in parts])
 
 
 def box_here(plan: Layout, shape: Sequence[int], spec: Spec) -> Box:
@@ -373,6 +379,6 @@ def _grid(axes: tuple[str, ...], sizes: Mapping[str, int]) -> list[dict[str, int
     return grid
 
 
-def part_like(whole: Tensor, leaf: Tensor) -> Tensor:
-    """Return a copy of the part of a whole tensor that this rank holds of a split leaf."""
-    return slice_of(whole, shard_of(leaf)).clone(memory_format=torch.contiguous_format)
+def parts_like(wholes: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of the parts of whole tensors that this rank holds of split leaves."""
+    return copies([slice_of(whole, shard_of(leaf)) for whole, leaf in zip(wholes, leaves, strict=True)])

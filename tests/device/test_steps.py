@@ -12,7 +12,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from shared_fake_cuda import counted, elsewhere, needs_cuda_build
+from shared_fake_cuda import counted, elsewhere, fake_cuda, needs_cuda_build
 from shared_gpt import TOKENS, TinyGPT
 from torch import nn
 
@@ -127,3 +127,22 @@ def test_an_optimizer_on_a_card(name):
     assert counts.blocking == {}
     assert elsewhere(out) == {}
     assert counts.total <= budgets.OPTIMIZERS[name], counts.launches.most_common(8)
+
+
+# --- compiled steps ---------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_elements_of_a_card_share_are_computed_once():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from purestep.jit.hoist import hoist_scalars
+
+    def f(count, x):
+        return x * (1 / (1 - 0.9**count)).to(x.dtype)
+
+    with fake_cuda():
+        given = torch.empty((), dtype=torch.float64, device="cuda"), torch.empty(64, device="cuda")
+        graph = make_fx(f)(*given)
+    assert hoist_scalars(graph) == 1
+    (stored,) = [n for n in graph.graph.nodes if n.target is torch.ops.aten.as_strided.default]
+    assert stored.meta["val"].device.type == "cuda"

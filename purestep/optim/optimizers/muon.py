@@ -19,6 +19,7 @@ from purestep.optim.optimizers.adam import adamw, check_betas
 from purestep.optim.rule import Memory, Rule
 from purestep.optim.scale import scale_by_learning_rate
 from purestep.optim.weight_decay import add_decayed_weights, fixed_filter
+from purestep.sharding import full_tensors
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -37,7 +38,9 @@ class ScaleByMuon(Rule):
     def direction(self, gs: list[Tensor], memory: Memory, t: Tensor, ps: list[Tensor]) -> tuple[list[Tensor], Memory]:
         momentum = fx.lerp(memory["momentum"], gs, 1 - self.beta)
         ahead = fx.lerp(gs, momentum, self.beta) if self.nesterov else momentum
-        return [self._step(x) for x in ahead], {"momentum": momentum}
+        behind = full_tensors.current()
+        found = list(map(self._step, ahead)) if behind is None else behind.spread(self._step, ahead)
+        return found, {"momentum": momentum}
 
     def _step(self, x: Tensor) -> Tensor:
         if x.dim() != 2:
