@@ -256,7 +256,7 @@ class Run:
             # The same shapes as tensors of this stage: the others stay with the stage before.
             leaves = [self.cut.copy(x) if i in chosen else x for i, x in enumerate(leaves)]
             return cast(tuple[Any, Any], tree.unflatten(structure, leaves))
-        if not self.real:
+        if stage != self.stage:
             return args, kwargs
         if chosen != self.mask[stage]:
             raise StepError(explain("ranks disagree about what is sent to a stage", where=f"stage {stage}, at {path}"))

@@ -119,7 +119,7 @@ def even_stages(model: nn.Module | Callable[[], nn.Module], count: Count) -> Sta
 
 def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        made = make()
+        made: object = make()
     if not isinstance(made, nn.Module):
         where = f"model={getattr(make, '__name__', make)!r}, which made a {type(made).__name__}"
         raise ConfigError(explain("model= is a module, or a function that makes one", where=where))
