@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from purestep.errors import ConfigError, explain
 from purestep.microbatch import Accumulation, Gradients, Partial, accumulate
@@ -35,18 +35,27 @@ T = TypeVar("T")
 _LIMITS = 1 << 20, 25 << 20  # bytes of gradients that the ranks of the data axis add up at a time
 
 
-def total(plan: Plan, count: int, at_rest: TrainState, view: TrainState, batch: Any, prepare: Prepare) -> Gradients:
+def total(
+    plan: Plan,
+    count: int,
+    module: nn.Module,
+    at_rest: TrainState,
+    view: TrainState,
+    batch: Any,
+    prepare: Prepare,
+) -> Gradients:
     """Compute this rank's stages of the microbatches of its pipeline, and return the mean over those of all.
 
     Args:
         plan, count, at_rest, view, batch: as of `microbatches.total`.
+        module: the model, as the policy has it.
         prepare: makes ready one microbatch.
     """
     local = local_batch(batch, plan, count)
     placement.check_placed(plan, at_rest.params)
     compare_first(plan, count, at_rest, batch)
     _check_backend(plan, view)
-    stages = Stages(plan, at_rest, view, prepare)
+    stages = Stages(plan, module, at_rest, view, prepare)
     sums = {stage: accumulate(view, local.samples, count) for stage in stages.own}
     for each in sums.values():
         each.told = sizes_of(batch, local.samples)
@@ -59,10 +68,12 @@ def total(plan: Plan, count: int, at_rest: TrainState, view: TrainState, batch: 
     return step.result()
 
 
-def evaluated(plan: Plan, at_rest: TrainState, view: TrainState, batch: Any, prepare: Prepare) -> Any:
+def evaluated(
+    plan: Plan, module: nn.Module, at_rest: TrainState, view: TrainState, batch: Any, prepare: Prepare
+) -> Any:
     """Compute this rank's stages of a batch without gradients, and return on all of them what the last stage found."""
     _check_backend(plan, view)
-    stages, found = Stages(plan, at_rest, view, prepare), None
+    stages, found = Stages(plan, module, at_rest, view, prepare), None
     for stage in stages.own:
         one = Pass(stages, stage, 0, train=False)
         one.forward(batch)

@@ -90,6 +90,12 @@ class Cut:
         for name, places in known.params.items():
             found = {plan.stage_of(f"{owners[id(place)]}.{key}".lstrip(".")) for place, key in places}
             self.users[name] = sorted(stage for stage in found if stage is not None)
+        self.tied = [
+            (name, place, key, plan.stage_of(f"{owners[id(place)]}.{key}".lstrip(".")))
+            for name, users in self.users.items()
+            for place, key in known.params[name]
+            if len(users) > 1
+        ]
         self.buffers = {name: plan.stage_of(name) for name in known.buffers}
         self._fakes: dict[tuple[Any, ...], Tensor] = {}
         self._known: dict[Any, tuple[Any, int]] = {}
@@ -124,7 +130,11 @@ class Cut:
         changed: list[tuple[nn.Module, type[nn.Module]]] = []
         before = _running.get(self.module)
         _running[self.module] = run
+        # A tied parameter is bound in all of its places: ahead of the stage, the others must not compute with it.
+        places = [(n, place, key, place[key]) for n, place, key, stage in self.tied if stage != run.stage]
         try:
+            for name, place, key, bound in places:
+                place[key] = self.fake(name, bound.shape, bound)
             for child in self.stage_of:
                 own: Any = type(child)
                 if not issubclass(own, _Decided):  # a recomputation enters the context within that of the pass
@@ -135,6 +145,8 @@ class Cut:
         finally:
             for child, own in changed:
                 child.__class__ = own
+            for _, place, key, bound in places:
+                place[key] = bound
             if before is None:
                 del _running[self.module]
             else:
@@ -256,7 +268,7 @@ class Run:
             # The same shapes as tensors of this stage: the others stay with the stage before.
             leaves = [self.cut.copy(x) if i in chosen else x for i, x in enumerate(leaves)]
             return cast(tuple[Any, Any], tree.unflatten(structure, leaves))
-        if not self.real:
+        if stage != self.stage:
             return args, kwargs
         if chosen != self.mask[stage]:
             raise StepError(explain("ranks disagree about what is sent to a stage", where=f"stage {stage}, at {path}"))

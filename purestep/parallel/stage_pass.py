@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from purestep import transforms, tree
 from purestep.errors import ConfigError, StepError, explain
@@ -26,7 +26,7 @@ from purestep.precision.cast_params import Uncast
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan
 from purestep.sharding.stages import AXIS
-from purestep.state import TrainState, definition
+from purestep.state import TrainState
 
 Prepare = Callable[[TrainState, Any, int, MicrobatchExchange], Prepared]
 
@@ -36,6 +36,7 @@ class Stages:
 
     Args:
         plan: with stages.
+        module: the model, as the policy has it.
         at_rest: the state, with DTensors.
         view: the same with local parts.
         prepare: makes ready one microbatch.
@@ -46,10 +47,10 @@ class Stages:
         tied: the stages that share a parameter, by its name.
     """
 
-    def __init__(self, plan: Plan, at_rest: TrainState, view: TrainState, prepare: Prepare) -> None:
+    def __init__(self, plan: Plan, module: nn.Module, at_rest: TrainState, view: TrainState, prepare: Prepare) -> None:
         self.plan, self.at_rest, self.prepare = plan, at_rest, prepare
         self.wire = Wire(plan.mesh.group(AXIS))
-        self.cut = cut_of(plan, definition(view).module)
+        self.cut = cut_of(plan, module)
         self.shapes = {n: tuple(x.shape) for n, x in (at_rest.params | at_rest.buffers).items()}
         self.here = plan.mesh.coordinate()[AXIS]
         self.own = [s for s in range(self.cut.count) if plan.home(s) == self.here]

@@ -145,7 +145,7 @@ def wrap(plan: Layout, shard: Tensor, spec: Spec, shape: tuple[int, ...]) -> Ten
     sizes = dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True))
     mesh, placed = plan.mesh.device_mesh, placements(spec, sizes)
     layout = _dtensor.layout(mesh, placed, shape, _contiguous(shape), shard.dtype)
-    return _torch.from_part(_dtensor.DTensor, shard, layout)
+    return _torch.from_part(_dtensor.AtHome if spec.at else _dtensor.DTensor, shard, layout)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -90,12 +90,13 @@ def even_stages(model: nn.Module | Callable[[], nn.Module], count: Count) -> Sta
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 10)
-        ...         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+        ...         self.embed = nn.Embedding(10, 4)
+        ...         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        ...         self.head = nn.Linear(4, 10)
         >>> even_stages(Net, 2)
-        (('embed', 'head', 'blocks.0', 'blocks.1', 'blocks.2'), ('blocks.3', 'blocks.4', 'blocks.5'))
+        (('embed', 'blocks.0', 'blocks.1'), ('blocks.2', 'blocks.3', 'head'))
         >>> even_stages(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 2)
-        (('0',), ('1', '2'))
+        (('0', '1'), ('2',))
     """
     module = model if isinstance(model, nn.Module) else _on_meta(model)
     path, blocks = _blocks(module)
@@ -119,7 +120,7 @@ def even_stages(model: nn.Module | Callable[[], nn.Module], count: Count) -> Sta
 
 def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        made = make()
+        made: object = make()
     if not isinstance(made, nn.Module):
         where = f"model={getattr(make, '__name__', make)!r}, which made a {type(made).__name__}"
         raise ConfigError(explain("model= is a module, or a function that makes one", where=where))

@@ -110,7 +110,7 @@ class _Inference(AnyStep):
             return Prepared(outcome, exchange.tracked(cast, params), cast)
 
         with transforms.unrecorded():
-            found: T = pipeline.evaluated(plan, state, placement.local(state), batch, prepared)
+            found: T = pipeline.evaluated(plan, cast.module, state, placement.local(state), batch, prepared)
         return found
 
 

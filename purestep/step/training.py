@@ -128,7 +128,8 @@ class Step(AnyStep):
         if plan.pipelined:
             from purestep.parallel import pipeline
 
-            return pipeline.total(plan, self.microbatch_count, state, view, batch, self._prepared)
+            module = casting(self.policy, definition(state).module).module
+            return pipeline.total(plan, self.microbatch_count, module, state, view, batch, self._prepared)
         return microbatches_module.total(plan, self.microbatch_count, state, view, batch, self._grads, self.orders)
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
