@@ -12,6 +12,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import expert_job
 import numpy as np
 import torch
 from torch import nn
@@ -467,6 +468,8 @@ def checks(size, number):
     yield from tensor(size)
     yield from synced(size)
     yield from compressed(size)
+    for label, plan in expert_job.plans(size).items():
+        yield f"experts|{label}", lambda plan=plan: expert_job.train("tokens", plan, 1)["digest"]
     if size == 2:
         yield "live", live
         yield "refusals", refusals

@@ -105,11 +105,11 @@ MODELS = {
 }
 
 
-def made(model, plan, policy=None):
+def made(model, plan):
     factory, loss_fn = MODELS[model]
     tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2))
     state = ps.init(factory, tx, seed=1, plan=plan)
-    return state, ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy), loss_fn
+    return state, ps.make_step(loss_fn, tx, microbatches=V, plan=plan), loss_fn
 
 
 def data(count=3):
@@ -119,10 +119,10 @@ def data(count=3):
         yield {"x": x, "y": y}
 
 
-def train(model, plan, policy=None):
-    state, step, loss_fn = made(model, plan, policy)
+def train(model, plan, steps=3):
+    state, step, loss_fn = made(model, plan)
     held = sum(x.to_local().numel() if hasattr(x, "to_local") else x.numel() for x in state.params.values())
-    for batch in data():
+    for batch in data(steps):
         state, metrics = step(state, batch)
     evaluate = ps.make_eval(loss_fn, plan=plan)(state, batch)
     whole = state if plan is None else plan.gather(state)

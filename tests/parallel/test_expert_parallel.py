@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import shared_ranks
 
+pytestmark = [pytest.mark.slow]  # `test_same_bits` has a quick one
 JOB = Path(__file__).with_name("expert_job.py")
 EXACT = ["expert", "shard", "ddp x expert", "ddp x shard"]
-SLOW = pytest.mark.slow
 
 
 def asked(zygote, once, name, sizes, rows):
@@ -42,45 +42,35 @@ def check(answers, model, labels, least):
     return found
 
 
-@SLOW
 def test_the_bits_do_not_depend_on_ranks_or_products(answers):
     check(answers, "tokens", EXACT, 7 + 7 + 8)
     check(answers, "mean", EXACT, 7 + 4)
 
 
-@SLOW
 def test_gathered_experts_have_the_bits_of_one_process_for_a_batch_of_one_sample_too(answers):
     check(answers, "mean", ["ddp", "hsdp"], 1 + 4)
 
 
-@SLOW
 def test_fast_sums_agree(answers):
     plain = answers[1, 0]["tokens|none"]["numbers"]
     for (size, rank), rows in answers.items():
         assert rows["tokens|fast"]["numbers"] == pytest.approx(plain, rel=1e-4, abs=1e-5), (size, rank)
 
 
-@SLOW
 def test_a_rank_holds_its_experts_only(answers):
     whole, experts = answers[1, 0]["tokens|expert"]["held"], 2 * 8 * (2 * 12 * 24 + 24)
     for size in (2, 4):
         assert answers[size, 1]["tokens|expert"]["held"] == whole - experts + experts // size
 
 
-@SLOW
 def test_a_run_goes_on_with_another_number_of_processes(answers):
     found = answers[1, 0]["resumed"]
     assert found["digest"] == found["alone"], found
 
 
-@SLOW
 @pytest.mark.parametrize("model", ["mixtral", "qwen"])
 def test_experts_of_transformers_have_the_same_bits(model, zygote, once):
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     rows = [f"{name}|{label}" for name in ("mixtral", "qwen") for label in ("expert", "none")]
     check(asked(zygote, once, "expert-parallel-transformers", "2,1", rows), model, EXACT, 3)
-
-
-def test_two_processes_share_the_experts_of_one(zygote, once):
-    check(asked(zygote, once, "expert-parallel-quick", "2,1", ["tokens|expert"]), "tokens", EXACT, 3)

@@ -17,8 +17,9 @@ SENT = [f"compressed|ddp|{dtype}" for dtype in ("None", "bf16", "fp16")]
 @pytest.fixture(scope="session")
 def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
+    experts = ["experts|expert", "experts|ddp x shard"]
     tensor = ["tensor|none", "tensor|ddp", "tensor|fsdp"]
-    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "live", "refusals", *tensor])
+    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "live", "refusals", *tensor, *experts])
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,10 @@ def _asked(zygote, once, name, sizes, cases):
 @pytest.mark.parametrize("case", ["plain", "skipped"])
 def test_the_bits_do_not_depend_on_ranks_or_plan(answers, case):
     check_bits(answers, case, 12)
+
+
+def test_experts_that_are_split_have_the_bits_of_one_process(answers):
+    check_bits(answers, "experts", 7 + 4)
 
 
 @pytest.mark.slow
