@@ -104,6 +104,7 @@ class MicrobatchExchange(Protocol):
     Attributes:
         collects: whether gradients are taken as the backward pass makes them, so that none may be left at its end.
         gathers: names of parameters whose parts it copies to the card itself, where a plan offloads them.
+        repeatable: whether the forward pass may run a second time, because no other rank waits in it.
     """
 
     @property
@@ -111,6 +112,9 @@ class MicrobatchExchange(Protocol):
 
     @property
     def gathers(self) -> Collection[str]: ...
+
+    @property
+    def repeatable(self) -> bool: ...
 
     def check(self, state: TrainState) -> None:
         """Refuse a state that the microbatch cannot be computed from."""
@@ -151,6 +155,7 @@ class NoExchange:
 
     collects = False
     gathers = ()
+    repeatable = True
 
     def check(self, state: TrainState) -> None:
         placement.check_plain(state)

@@ -97,6 +97,11 @@ class BucketExchange:
     collects = False
     gathers = ()
 
+    @property
+    def repeatable(self) -> bool:
+        """Gradients leave in the backward pass; what waits in the forward pass is batch norm over ranks."""
+        return not self.shares.plan.sync_batchnorm
+
     def check(self, state: TrainState) -> None:
         pass  # `total` chose buckets because no parameter is split
 

@@ -126,6 +126,7 @@ class ShardedExchange:
     """
 
     collects = True
+    repeatable = False  # units gather their parameters in it
 
     @property
     def gathers(self) -> Collection[str]:

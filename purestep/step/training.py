@@ -152,7 +152,7 @@ class Step(AnyStep):
                 tensors, buffers = together.bound(tensors), together.bound(given)
             bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
-                loss_fn, alone = on_plan(self.plan, self.loss_fn), self.plan is None
+                loss_fn, alone = on_plan(self.plan, self.loss_fn), exchange.repeatable and together is None
                 loss, weight, metrics = read_loss(loss_fn, bound, cast.batch(microbatch), samples, alone=alone)
             left = bound.new_buffers if together is None else together.kept(bound.new_buffers, given)
             new = cast.kept(state.buffers, old, exchange.plain(left, state.buffers))
