@@ -139,11 +139,11 @@ class Step(AnyStep):
         samples, cast = samples_of(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(step_key, state.rng, state.step, index)
         cast.check(state)
-        old, params, together = cast.buffers(state.buffers), cast.params(state.params), None
+        old, params = cast.buffers(state.buffers), cast.params(state.params)
+        together = None if self.plan is None else splitting(self.plan, cast.module)
         if self.plan is not None:
             old = offload.on_card(self.plan, state, old, exchange.gathers)
             params = offload.on_card(self.plan, state, params, exchange.gathers)
-            together = splitting(self.plan, cast.module)
 
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
             tensors, given, around = exchange.bound(tracked, old, self._around(cast))
