@@ -120,6 +120,7 @@ class MicrobatchExchange(Protocol):
         collects: whether gradients are taken as the backward pass makes them, so that none may be left at its end.
         gathers: names of parameters whose parts it copies to the card itself, where a plan offloads them.
         dispatches: whether `bound` also sends tokens to their experts, where a plan splits those.
+        repeatable: whether the forward pass may run a second time, because no other rank waits in it.
     """
 
     @property
@@ -130,6 +131,7 @@ class MicrobatchExchange(Protocol):
 
     @property
     def dispatches(self) -> bool: ...
+    def repeatable(self) -> bool: ...
 
     def check(self, state: TrainState) -> None:
         """Refuse a state that the microbatch cannot be computed from."""
@@ -171,6 +173,7 @@ class NoExchange:
     collects = False
     gathers = ()
     dispatches = False
+    repeatable = True
 
     def check(self, state: TrainState) -> None:
         placement.check_plain(state)

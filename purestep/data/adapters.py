@@ -297,7 +297,9 @@ class ThirdPartyLoader:
     def _next(self, iterator: Any, epoch: int, number: int) -> Any:
         """Read a batch with the global generators seeded for it."""
         # With the first batch, samplers draw the seed of their order.
-        call = self._looked_at if number and 0 <= self._quiet < _TRIED and self._reads_again else next
+        call: Callable[[Any], Any] = (
+            self._looked_at if number and 0 <= self._quiet < _TRIED and self._reads_again else next
+        )
         try:
             return self._seeded(lambda: call(iterator), epoch, number)
         except StopIteration:

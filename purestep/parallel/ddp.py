@@ -135,6 +135,11 @@ class BucketExchange:
     gathers = ()
     dispatches = False
 
+    @property
+    def repeatable(self) -> bool:
+        """Gradients leave in the backward pass; what waits in the forward pass is batch norm, and experts, over ranks."""
+        return not (self.shares.plan.sync_batchnorm or self.shares.plan.expert_axis)
+
     def check(self, state: TrainState) -> None:
         pass  # `total` chose buckets because no parameter is split
 

@@ -158,6 +158,7 @@ class ShardedExchange:
 
     collects = True
     dispatches = True
+    repeatable = False  # units gather their parameters in it
 
     @property
     def gathers(self) -> Collection[str]:

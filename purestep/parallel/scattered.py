@@ -76,6 +76,7 @@ class ScatteredExchange(ShardedExchange):
 
     sharded: Scattered
     collects = False
+    repeatable = False
     gathers = ()
 
     # --- what a step calls, see `MicrobatchExchange` ---

@@ -174,6 +174,7 @@ class Pass:
 
     collects = False
     dispatches = False
+    repeatable = False  # another stage waits for what it sends
     gathers = ()
 
     def __init__(self, stages: Stages, stage: int, index: int, *, train: bool = True) -> None:

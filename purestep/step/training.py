@@ -152,11 +152,11 @@ class Step(AnyStep):
         samples, cast = samples_of(microbatch), casting(self.policy, definition(state).module)
         rng = functools.partial(step_key, state.rng, state.step, index)
         cast.check(state)
-        old, params, together = cast.buffers(state.buffers), cast.params(state.params), None
+        old, params = cast.buffers(state.buffers), cast.params(state.params)
+        together = None if self.plan is None else splitting(self.plan, cast.module)
         if self.plan is not None:
             old = offload.on_card(self.plan, state, old, exchange.gathers)
             params = offload.on_card(self.plan, state, params, exchange.gathers)
-            together = splitting(self.plan, cast.module)
 
         def loss_of(tracked: Any) -> tuple[Tensor, Any]:
             tensors, given, around = exchange.bound(tracked, old, self._around(cast))
@@ -168,7 +168,7 @@ class Step(AnyStep):
                 around = dispatching(self.plan, cast.module, around)
             bound = Binding(cast.module, tensors, buffers, rng=rng, around=around, handlers=cast.handlers)
             with cast.scope(params):
-                loss_fn, alone = on_plan(self.plan, self.loss_fn), self.plan is None
+                loss_fn, alone = on_plan(self.plan, self.loss_fn), exchange.repeatable and together is None
                 loss, weight, metrics = read_loss(loss_fn, bound, cast.batch(microbatch), samples, alone=alone)
             left = bound.new_buffers if together is None else together.kept(bound.new_buffers, given)
             new = cast.kept(state.buffers, old, exchange.plain(left, state.buffers))

@@ -53,7 +53,13 @@ def test_a_number_has_the_bits_of_its_tensor(dtype):
             assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(own, theirs, strict=True))
 
 
-@pytest.mark.parametrize("xs", [[torch.ones(())] * 5, [torch.ones(2)] * 2, [torch.ones(2, dtype=torch.int64)] * 5])
+class Own(torch.Tensor):
+    """A tensor that may refuse plain ones beside it, as a DTensor does."""
+
+
+@pytest.mark.parametrize(
+    "xs", [[Own(2)] * 5, [torch.ones(())] * 5, [torch.ones(2)] * 2, [torch.ones(2, dtype=torch.int64)] * 5]
+)
 def test_a_number_that_would_change_the_dtype_stays_one(xs):
     assert type(fx.operand(0.5, xs)) is float
 

@@ -24,6 +24,7 @@ from purestep.distributed import collectives
 from purestep.optim.kernels import sliced
 from purestep.parallel.fsdp_layout import Rows
 from purestep.parallel.fsdp_units import Session
+from purestep.random.torch_mode import KeyedRandom
 from purestep.sharding import Spec, ddp, fsdp, hsdp, placement, tensor_parallel, zero1, zero2
 
 
@@ -300,6 +301,38 @@ def live():
     return found
 
 
+class Noisy(nn.Module):
+    """Draws only where the first number of its batch is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return nn.functional.dropout(y, 0.5) if x[0, 0] > 0 else y
+
+
+def later():
+    """Train a model that begins to draw in its fifth step; count how often the mode that redirects draws was entered in
+    the steps before, but the first."""
+    entered, enter, tx, plan = [0] * 6, KeyedRandom.__enter__, optim.sgd(0.1), ddp()
+    state = plan.place(ps.init(Noisy, tx, seed=3))
+    step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=plan, microbatches=4)
+
+    def counted(self):
+        entered[number] += 1
+        return enter(self)
+
+    KeyedRandom.__enter__ = counted
+    try:
+        for number in range(6):
+            state, _ = step(state, torch.full((8, 4), number - 3.5))
+    finally:
+        KeyedRandom.__enter__ = enter
+    return {"quiet": sum(entered[1:4]), "drawing": entered[5] > 0, "digest": ps.digest(plan.gather(state).params)}
+
+
 class Touching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -470,6 +503,7 @@ def checks(size, number):
     yield from compressed(size)
     for label, plan in expert_job.plans(size).items():
         yield f"experts|{label}", lambda plan=plan: expert_job.train("tokens", plan, 1)["digest"]
+    yield "later", later
     if size == 2:
         yield "live", live
         yield "refusals", refusals

@@ -19,7 +19,9 @@ def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
     experts = ["experts|expert", "experts|ddp x shard"]
     tensor = ["tensor|none", "tensor|ddp", "tensor|fsdp"]
-    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "live", "refusals", *tensor, *experts])
+    return _asked(
+        zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "later", "live", "refusals", *tensor, *experts]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +105,13 @@ def test_blocks_are_whole_only_while_they_are_needed(answers):
         assert found["reshard"][1] == 2  # one that runs, and one that comes
         assert found["keep"][0] == 24
         assert found["reshard"][2] == found["keep"][2] == 0
+
+
+def test_ranks_that_draw_nothing_go_without_the_mode_and_keep_their_bits_when_they_begin_to_draw(answers):
+    found = [answers[size, rank]["later"] for size in (4, 2, 1) for rank in range(size)]
+    assert [row["quiet"] for row in found] == [0] * 7
+    assert all(row["drawing"] for row in found)
+    assert len({row["digest"] for row in found}) == 1
 
 
 def test_what_a_plan_cannot_do_is_refused(answers):

@@ -49,7 +49,7 @@ def plain(*lists: Tensors) -> bool:
 # Numbers as 0-d tensors, which no other code sees: torch makes one of a number for each tensor of a list, which takes
 # several times as long as the arithmetic on a small one.
 _numbers: dict[float, Tensor] = {}
-_MOST_NUMBERS = 64
+_MOST_NUMBERS, _TENSORS = 64, {Tensor}
 _FEW = 3  # tensors, for which making one costs as much
 
 
@@ -66,9 +66,11 @@ def operand(number: float, xs: Tensors) -> float | Tensor:
 
 def operands(numbers: Sequence[float], xs: Tensors) -> list[Any]:
     """Return what plain tensors are computed with for each of some numbers, see `operand`."""
-    if len(xs) <= _FEW or not xs[0].is_cpu or not all(map(Tensor.dim, xs)):
-        return list(numbers)  # a 0-d tensor would take the dtype of the operand
-    return [_operand(number) for number in numbers] if all(map(Tensor.is_floating_point, xs)) else list(numbers)
+    ordinary = len(xs) > _FEW and xs[0].is_cpu and set(map(type, xs)) == _TENSORS
+    # A 0-d tensor would take the dtype of the operand, and a DTensor takes no other kind of tensor.
+    if not ordinary or not all(map(Tensor.dim, xs)) or not all(map(Tensor.is_floating_point, xs)):
+        return list(numbers)
+    return [_operand(number) for number in numbers]
 
 
 def _operand(number: float) -> float | Tensor:
