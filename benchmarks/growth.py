@@ -26,8 +26,8 @@ NOTE = (
     "the same model took 44 ms with 1,000 tensors and 554 ms with 10,000, beside 46 and 676 ms of ours in turns in one "
     "process. Snapshots are measured in a directory in memory (`/dev/shm`), where there is one; a state of 1,000 MB or "
     "more on the disk, since state, copy and file together are three times its size. The state ends at {most:,} MB: "
-    "the machine's 24 GB are shared. Ranks are pretended (`fake_ranks.py`): what this process does for them is real, "
-    "and nothing is sent."
+    "other programs held the rest of the machine's memory. Ranks are pretended (`fake_ranks.py`): what this process "
+    "does for them is real, and nothing is sent."
 )
 WORST = 1.15  # exponent that still counts as linear
 SMALL = 2.0  # times the cost of the size before: at least so much, before an exponent says anything

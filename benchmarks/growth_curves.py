@@ -317,8 +317,8 @@ CURVES = (
     Curve("a dry run of a plan", "ranks", (1, 64, 4096), _dry_run),
     Curve("joining a rendezvous, one after the other", "clients", (1, 16, 64, 256), _joining),
     Curve("finding the latest snapshot, in a new store", "snapshots", (1, 10, 100, 1000), _snapshots),
-    Curve("what a save blocks, wall time", "MB of state", (1, 10, 100, 1000, 4000), _blocking),
-    Curve("memory while a save is written", "MB of state", (1, 10, 100, 1000, 4000), _copying, "bytes"),
+    Curve("what a save blocks, wall time", "MB of state", (1, 10, 100, 1000), _blocking),
+    Curve("memory while a save is written", "MB of state", (1, 10, 100, 1000), _copying, "bytes"),
 )
 
 if __name__ == "__main__":

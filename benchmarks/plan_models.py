@@ -1,7 +1,7 @@
 """Four small models for the table of plans: GPT, transformers' Llama, a ResNet, and a mixture of experts.
 
-Each has some hundred thousand parameters, and what makes many processes hard: dropout, statistics of batches, routing that
-depends on the data.
+Each has some hundred thousand parameters, and what makes many processes hard: dropout, statistics of batches, routing
+that depends on the data.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Plans and their products, models, and numbers of processes: `python -m benchmarks.plans_table [--plan P --model M]`.
 
 Writes `results/plans.md`. Each model trains {steps} steps of AdamW under each plan, on 1, 2 and 4 gloo processes; a run
-on 4 stops after the first of them, 2 processes go on with it and 1 ends it. Compared are the digests of the states; where bits
-differ, the largest difference of a parameter over the largest parameter. Memory is the peak of rank 0 in the last step
-(VmHWM, from the kernel) less what the process held before it made the state; beside it stands what `plan.dry_run`
-predicts, which knows no activations.
+on 4 stops after the first of them, 2 processes go on with it and 1 ends it. Compared are the digests of the states;
+where bits differ, the largest difference of a parameter over the largest parameter. Memory is the peak of rank 0 in
+the last step (VmHWM, from the kernel) less what the process held before it made the state; beside it stands what
+`plan.dry_run` predicts, which knows no activations.
 """
 
 from __future__ import annotations
