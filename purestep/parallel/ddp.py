@@ -137,7 +137,7 @@ class BucketExchange:
 
     @property
     def repeatable(self) -> bool:
-        """Gradients leave in the backward pass; what waits in the forward pass is batch norm, and experts, over ranks."""
+        """Gradients leave in the backward pass; batch norm and experts over ranks wait in the forward pass."""
         return not (self.shares.plan.sync_batchnorm or self.shares.plan.expert_axis)
 
     def check(self, state: TrainState) -> None:

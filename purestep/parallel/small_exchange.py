@@ -64,8 +64,9 @@ def exchange_small(
             sums.heard = dict(zip(dist.get_process_group_ranks(group), map(tuple, told), strict=True))
             rows = rows[:, _HEAD:]
         if not growing and (order := _level_order(pattern, owners)) is not None:
-            if order != sorted(order):
-                rows = torch.stack([rows[rank] for rank in order])  # an index from the host would be a blocking copy
+            if order != list(range(len(order))):
+                parts = rows.unbind()  # not `rows[order]`: a card would wait for the indices
+                rows = torch.stack([parts[rank] for rank in order])
             return _weighing(_by_level(pattern, flat.unpack_rows(rows), structure), sums.samples)
         found = {} if kept is None else kept()
         for own, packed in zip(owners, rows, strict=True):
