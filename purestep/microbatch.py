@@ -131,6 +131,8 @@ class MicrobatchExchange(Protocol):
 
     @property
     def dispatches(self) -> bool: ...
+
+    @property
     def repeatable(self) -> bool: ...
 
     def check(self, state: TrainState) -> None:
