@@ -58,6 +58,8 @@ def job(monkeypatch):
 PLANS = {
     "ddp": ps.sharding.ddp(),
     "ddp fast": ps.sharding.ddp(reduction="fast"),
+    "zero1": ps.sharding.zero1(),
+    "zero2": ps.sharding.zero2(),
     "fsdp": ps.sharding.fsdp(),
     "fsdp fast": ps.sharding.fsdp(reduction="fast"),
     "fsdp pad": ps.sharding.fsdp(fallback="pad"),
