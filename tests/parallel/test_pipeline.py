@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import shared_ranks
+import torch
 from torch import nn
 
 from purestep import errors
@@ -160,6 +161,19 @@ def test_stages_of_a_plan_are_runs_or_take_turns():
     assert pipeline(stages).spec("a", (2, 2)) == Spec()
     assert box_here(homes[0], (4, 3), homes[0].spec("a", (4, 3))) == ((0, 0), (4, 3))
     assert box_here(homes[0], (4, 3), homes[0].spec("d", (4, 3))) == ((0, 0), (0, 0))
+
+
+def test_a_dry_run_tells_the_largest_rank_and_that_waits_are_not_known():
+    run = pipeline([["a"], ["b"]], 2).dry_run({"a": torch.zeros(2), "b": torch.zeros(4, 4)})
+    assert (run.memory, run.bubble, run.description.rank) == ({"params": 64, "grads": 64}, None, 1)
+    assert "how long a rank waits for the others depends on microbatches=" in str(run)
+
+
+@pytest.mark.slow
+def test_a_dry_run_tells_how_long_ranks_wait():
+    run = pipeline([["a"], ["b"]], 2).dry_run({"a": torch.zeros(2), "b": torch.zeros(2)}, microbatches=3)
+    assert run.bubble == pytest.approx(1 / 4)
+    assert "a rank waits 25.0% of a step" in str(run)
 
 
 def test_even_stages_balance_parameters_and_keep_the_rest_at_the_ends():
