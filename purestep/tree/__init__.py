@@ -36,7 +36,6 @@ from purestep.tree.walk import names as names
 from purestep.tree.walk import nbytes as nbytes
 from purestep.tree.walk import parts as parts
 from purestep.tree.walk import paths as paths
-from purestep.tree.walk import rebuild as rebuild
 from purestep.tree.walk import select as select
 from purestep.tree.walk import structure as structure
 from purestep.tree.walk import unflatten as unflatten

@@ -39,6 +39,7 @@ from purestep.optim.scope import Kernel
 from purestep.optim.weight_decay import add_decay, fixed_filter
 from purestep.random.keys import is_host
 from purestep.tree import Structure
+from purestep.tree.walk import rebuild
 
 _Moments = tuple[list[Tensor], list[Tensor], list[Tensor] | None]  # mu, nu, and nu_max of amsgrad
 _FLOAT32 = {torch.float32}
@@ -138,7 +139,7 @@ class Adam(Kernel, GradientTransformation):
     def _trees(self, leaves: _Leaves, first: list[Tensor], moments: _Moments) -> tuple[Any, Any]:
         """Return the tree of updates or parameters, and the next state."""
         lists = [first, *[xs for xs in moments if xs is not None]]
-        result, *trees = tree.rebuild(leaves.structure, lists)
+        result, *trees = rebuild(leaves.structure, lists)
         return result, (AmsgradState if self.amsgrad else AdamState)(leaves.count, *trees)
 
     def _proposed(
