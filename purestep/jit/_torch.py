@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 
 set_grad_enabled = torch._C._set_grad_enabled
-empty_on_cpu = torch._C._dynamo.guards._empty_strided_cpu
+empty_on_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 
 def storage_references(tensor: Tensor) -> int:

@@ -151,9 +151,8 @@ class Together(Alone):
         found = control.gather((value, name, now, self._pace(now, deadline), ready), what=what)
         self._name = self._name or next((name for _, name, _, _, _ in found if name), "")
         _, _, self._elapsed, self._next, _ = found[0]
-        counters: list[int | None] = [ready for *_, ready in found]
-        known = [counter for counter in counters if counter is not None]
-        self._switch = max(known) if len(known) == len(found) else None
+        counters: list[int] = [ready for *_, ready in found if ready is not None]
+        self._switch = max(counters) if len(counters) == len(found) else None
         self._met, self._since = time.monotonic(), 0
         return [entry[0] for entry in found]
 
