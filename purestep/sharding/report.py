@@ -32,6 +32,7 @@ class Row:
         unit: with which submodule it is gathered; None for what is never gathered in a step.
         updated: where it is updated; elsewhere than where it lives for the parameters of ZeRO 1 and 2.
         on_host: whether it is offloaded to the CPU, where the state is on a card.
+        name: of the parameter that it is, or follows.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Row:
     unit: str | None
     updated: Spec = REPLICATED
     on_host: bool = False
+    name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -93,7 +95,8 @@ def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:
         if followed.kind == "params" and followed.name is not None:
             updated = plan.spec(followed.name, followed.shape, "optimizer")
         on_host = followed.kind in OFFLOADED[plan.offload]
-        rows.append(Row(path, followed.kind, tree.describe(leaf), spec, local, nbytes, unit, updated, on_host))
+        shown, name = tree.describe(leaf), followed.name
+        rows.append(Row(path, followed.kind, shown, spec, local, nbytes, unit, updated, on_host, name))
     return Description(plan.mesh, rank, tuple(rows))
 
 
