@@ -1,9 +1,9 @@
-"""Memory of a process under each plan, predicted by `dry_run` and seen: `python -m benchmarks.plan_memory`.
+"""Memory of a process under each plan, predicted by `ps.step_memory` and seen: `python -m benchmarks.plan_memory`.
 
 Writes `results/plan_memory.json`, and from it `plan_memory.md`; `--resume` measures the rows that are missing.
-Each row is a job of two gloo processes of its own, in which a residual multilayer perceptron takes donating AdamW
-steps. Seen is the peak of resident memory (VmHWM, from the kernel) of rank 0 in the steps after the first, less what
-the process held before it made the state. What is offloaded lies in the same memory where the device is the CPU, so of
+Each row is a job of gloo processes of its own, in which a residual multilayer perceptron takes donating AdamW steps.
+Seen is the peak of resident memory (VmHWM, from the kernel) of rank 0 in the steps after the first, less what the
+process held before it made the state. What is offloaded lies in the same memory where the device is the CPU, so of
 those rows there is a prediction only.
 """
 
@@ -17,27 +17,37 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import machine
 from benchmarks.report import table
 
+if TYPE_CHECKING:
+    import torch
+
 FOLDER = Path(__file__).parent / "results"
-RANKS, LAYERS, WIDTH, SAMPLES = 2, 6, 512, 256
+LAYERS, WIDTH = 6, 1024
+SAMPLES, MANY = 256, 1536  # of a process; many where activations are to be most of the memory
 PLANS = {
     "ddp()": ("ddp", {}),
     "zero1()": ("zero1", {}),
     "zero2()": ("zero2", {}),
     "fsdp(reshard_after_forward=False)": ("fsdp", {"reshard_after_forward": False}),
     "fsdp()": ("fsdp", {}),
+    "hsdp(fsdp=2)": ("hsdp", {"data": 2, "fsdp": 2}),
 }
 POLICIES = "32", "bf16-mixed"
+CHECKPOINTED = "ddp()", "fsdp()"
 OFFLOADS = None, "optimizer", "params"
 
 
-def state_under(plan_name: str, policy_name: str, offload: str | None = None, meta: bool = False) -> tuple[Any, ...]:
-    """Return the plan, the policy, the transformation and the state of a row."""
-    import torch
+def ranks_of(plan_name: str) -> int:
+    """Return the number of processes of a row."""
+    return 4 if plan_name.startswith("hsdp") else 2
+
+
+def made(plan_name: str, policy_name: str, checkpoint: str, offload: str | None = None) -> tuple[Any, ...]:
+    """Return the model, the policy, the transformation and the step of a row."""
     from torch import nn
 
     import purestep as ps
@@ -50,24 +60,34 @@ def state_under(plan_name: str, policy_name: str, offload: str | None = None, me
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.down(self.up(x).relu())
 
-    preset, settings = PLANS[plan_name]
-    plan = getattr(ps.sharding, preset)(RANKS if meta else -1, offload=offload, **settings)
-    policy, tx = ps.precision.policy(policy_name), ps.optim.adamw(1e-4)
-    if meta:
-        with torch.device("meta"):
-            return plan, policy, tx, policy.apply(ps.init(nn.Sequential(*[Block() for _ in range(LAYERS)]), tx))
-
     def make() -> nn.Module:
         return nn.Sequential(*[Block() for _ in range(LAYERS)])
 
-    return plan, policy, tx, policy.apply(ps.init(make, tx, plan=plan, deferred=True))
+    preset, settings = PLANS[plan_name]
+    plan = getattr(ps.sharding, preset)(offload=offload, **settings)
+    policy, tx = ps.precision.policy(policy_name), ps.optim.adamw(1e-4)
+    step = ps.make_step(
+        lambda net, b: net(b).square().mean(), tx, plan=plan, policy=policy, checkpoint=checkpoint or None
+    )
+    return make, policy, tx, ps.donate(step)
 
 
-def predicted(plan_name: str, policy_name: str, offload: str | None = None) -> tuple[int, int]:
-    """Return the bytes of the device and of the host that a process needs, without activations."""
-    plan, policy, _, state = state_under(plan_name, policy_name, offload, meta=True)
-    run = plan.dry_run(state, compute_dtype=policy.copied, reduce_dtype=policy.reduce)
-    return run.nbytes, sum(run.host.values())
+def predicted(
+    plan_name: str, policy_name: str, checkpoint: str, samples: int, offload: str | None = None
+) -> dict[str, Any]:
+    """Return the bytes by kind of the device that a process needs, and those of the host."""
+    import torch
+
+    import purestep as ps
+
+    make, policy, tx, step = made(plan_name, policy_name, checkpoint, offload)
+    ranks = ranks_of(plan_name)
+    with torch.device("meta"):
+        state = policy.apply(ps.init(make(), tx))
+        batch = torch.empty(ranks * samples, WIDTH)
+    sizes = {"data": 2, "fsdp": 2} if ranks == 4 else {step.facts.plan.mesh.axes[0]: ranks}
+    found = ps.step_memory(step, state, batch, sizes)
+    return {"kinds": found.memory, "predicted": found.nbytes, "host": sum(found.host.values())}
 
 
 def held(field: str) -> int:
@@ -76,7 +96,7 @@ def held(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def work(plan_name: str, policy_name: str) -> None:
+def work(plan_name: str, policy_name: str, checkpoint: str, samples: int) -> None:
     """Train one row in one process of its job, and print what was seen."""
     import torch
 
@@ -85,32 +105,32 @@ def work(plan_name: str, policy_name: str) -> None:
     torch.set_num_threads(1)
     # Freed tensors go back to the system at once, so that what is measured is what lives.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    ps.sharding.initialize(timeout=120)
-    x = torch.ones(RANKS * SAMPLES, WIDTH)
+    ps.sharding.initialize(timeout=300)
+    x = torch.ones(ranks_of(plan_name) * samples, WIDTH)
     small = ps.make_step(lambda net, b: net(b).square().mean(), ps.optim.sgd(0.1), plan=ps.sharding.fsdp())
     small(ps.init(lambda: torch.nn.Linear(8, 8), ps.optim.sgd(0.1), plan=ps.sharding.fsdp()), torch.ones(4, 8))
     before = held("VmRSS")
-    plan, policy, tx, state = state_under(plan_name, policy_name)
+    make, policy, tx, step = made(plan_name, policy_name, checkpoint)
+    plan = step.facts.plan
+    state = policy.apply(ps.init(make, tx, plan=plan, deferred=True))
     rest = ps.tree.nbytes(ps.sharding.placement.local(state))
-    step = ps.make_step(lambda net, b: net(b).square().mean(), tx, plan=plan, policy=policy)
-    step = ps.donate(step)
     state, _ = step(state, x)
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
         state, _ = step(state, x)
+    found = {"seen": held("VmHWM") - before, "rest": rest, "digest": ps.digest(plan.gather(state))}
     if ps.sharding.rank() == 0:
-        print(json.dumps({"seen": held("VmHWM") - before, "rest": rest, "digest": ps.digest(plan.gather(state))}))
-    else:
-        ps.digest(plan.gather(state))
+        print(json.dumps(found))
 
 
-def seen(plan_name: str, policy_name: str) -> dict[str, Any]:
+def seen(plan_name: str, policy_name: str, checkpoint: str, samples: int) -> dict[str, Any]:
     """Run the job of a row, and return what its rank 0 saw."""
+    ranks = ranks_of(plan_name)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
-    row = json.dumps([plan_name, policy_name])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    row = json.dumps([plan_name, policy_name, checkpoint, samples])
     jobs = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.plan_memory", "--row", row],
@@ -118,9 +138,9 @@ def seen(plan_name: str, policy_name: str) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
-    first, *_ = [job.communicate(timeout=600)[0] for job in jobs]
+    first, *_ = [job.communicate(timeout=1200)[0] for job in jobs]
     found: dict[str, Any] = json.loads(first.splitlines()[-1])
     return found
 
@@ -131,12 +151,13 @@ def main() -> int:
         work(*json.loads(sys.argv[sys.argv.index("--row") + 1]))
         return 0
     known = json.loads((FOLDER / "plan_memory.json").read_text())["rows"] if "--resume" in sys.argv else []
+    wanted = [(plan, policy, "", SAMPLES) for policy, plan in itertools.product(POLICIES, PLANS)]
+    wanted += [(plan, "32", rule, MANY) for plan in CHECKPOINTED for rule in ("", "*")]
     rows = []
-    for policy, plan in itertools.product(POLICIES, PLANS):
-        row = {"plan": plan, "policy": policy}
-        rows += [r for r in known if row.items() <= r.items()] or [
-            row | {"predicted": predicted(plan, policy)[0]} | seen(plan, policy)
-        ]
+    for case in wanted:
+        row = dict(zip(("plan", "policy", "checkpoint", "samples"), case, strict=True))
+        found = [r for r in known if row.items() <= r.items()] or [row | seen(*case)]
+        rows += [r | predicted(*case) for r in found]
         print(rows[-1], file=sys.stderr)
         write(rows)
     return 0
@@ -145,7 +166,7 @@ def main() -> int:
 def write(rows: list[dict[str, Any]]) -> None:
     """Write what has been seen so far, and the predictions."""
     offloaded = [
-        {"plan": plan, "policy": policy, "offload": offload, "bytes": predicted(plan, policy, offload)}
+        {"plan": plan, "policy": policy, "offload": offload} | predicted(plan, policy, "", SAMPLES, offload)
         for plan, policy, offload in itertools.product(PLANS, POLICIES, OFFLOADS)
     ]
     found = {"machine": machine.describe(), "rows": rows, "offloaded": offloaded}
@@ -160,37 +181,47 @@ def page(found: dict[str, Any]) -> str:
     def mb(count: int) -> str:
         return f"{count / 1e6:,.0f}"
 
-    head = ["plan", "policy", "state", "predicted", "seen", "seen / predicted"]
+    kinds = ("grads", "gathered", "sums", "update", "activations")
+    head = ["plan", "policy", "checkpoint", "samples", "state", *kinds, "predicted", "seen", "seen / predicted"]
     rows = [
         [
             f"`{r['plan']}`",
             r["policy"],
-            *map(mb, (r["rest"], r["predicted"], r["seen"])),
+            f"`{r['checkpoint']}`" if r["checkpoint"] else "",
+            str(r["samples"]),
+            mb(r["rest"]),
+            *(mb(r["kinds"].get(kind, 0)) for kind in kinds),
+            *map(mb, (r["predicted"], r["seen"])),
             f"{r['seen'] / r['predicted']:.2f}",
         ]
         for r in found["rows"]
     ]
-    digests = {(r["policy"], r["digest"]) for r in found["rows"]}
-    policies = {r["policy"] for r in found["rows"]}
-    away = [[f"`{r['plan']}`", r["policy"], str(r["offload"]), *map(mb, r["bytes"])] for r in found["offloaded"]]
+    # Four processes see another batch than two.
+    groups = {(ranks_of(r["plan"]), r["policy"], r["samples"]) for r in found["rows"]}
+    digests = {(ranks_of(r["plan"]), r["policy"], r["samples"], r["digest"]) for r in found["rows"]}
+    away = [
+        [f"`{r['plan']}`", r["policy"], str(r["offload"]), mb(r["predicted"]), mb(r["host"])]
+        for r in found["offloaded"]
+    ]
     params = LAYERS * 8 * WIDTH**2
     return "\n".join(
         [
             "# Memory of a process under each plan",
             "",
-            f"{params / 1e6:.0f} million parameters in {LAYERS} blocks, AdamW, {RANKS} processes, {SAMPLES} samples "
-            f"each; MB (10^6 bytes). {found['machine']['cpu']}, {found['machine']['cores']} cores, shared with "
-            "other work. `python -m benchmarks.plan_memory` writes this file.",
+            f"{params / 1e6:.0f} million parameters in {LAYERS} blocks, donating steps of AdamW, two "
+            "processes (`hsdp`: four), samples a process; MB (10^6 bytes). "
+            f"{found['machine']['cpu']}, {found['machine']['cores']} cores, shared with other work. "
+            "`python -m benchmarks.plan_memory` writes this file.",
             "",
             table(head, rows),
             "",
-            "All rows of a policy end with one digest of the state."
-            if len(digests) == len(policies)
-            else f"DIFFERENT digests: {len(digests)} for {len(policies)} policies",
+            "All rows of a policy, a number of processes and of samples end with one digest of the state."
+            if len(digests) == len(groups)
+            else f"DIFFERENT digests: {len(digests)} for {len(groups)} policies and numbers of processes and samples",
             "",
-            "`state` is what rests between steps. The prediction, `Plan.dry_run`, leaves out activations, the copy of "
-            "all parameters in the compute dtype where they are whole, and temporary buffers of the sums over ranks. "
-            "They are most of the difference here: the model is small, and two ranks exchange whole buckets.",
+            "`state` is what rests between steps; the kinds after it are those of the prediction, `ps.step_memory`, at "
+            "the moment of a step in which most is there. Seen is the peak of resident memory: it has the workspace of "
+            "kernels and what the C library keeps, too.",
             "",
             "## With offload, predicted",
             "",

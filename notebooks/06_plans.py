@@ -187,14 +187,14 @@ plans = {
     "hsdp of 16, tensor of 8": hsdp(fsdp=16, data=8) * tensor,
 }
 needs = {name: plan.dry_run(llama, compute_dtype=torch.bfloat16) for name, plan in plans.items()}
-kinds = ["params", "optimizer", "grads", "gathered"]
+kinds = ["params", "optimizer", "grads", "gathered", "sums"]
 print(f"{'GiB':<24}" + "".join(f"{kind:>11}" for kind in [*kinds, "all", "sent"]))
 for name, need in needs.items():
     values = [need.memory.get(kind, 0) for kind in kinds]
     print(f"{name:<24}" + "".join(f"{n / 2**30:11,.1f}" for n in [*values, need.nbytes, sum(need.sent.values())]))
 
 # %%
-colours = ["tab:blue", "tab:orange", "tab:green", "tab:red"]
+colours = ["tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=[1.2, 1])
 for y, need in enumerate(needs.values()):
     offset = 0
@@ -213,10 +213,8 @@ left.legend(loc="lower right", frameon=True, edgecolor="none", framealpha=1)
 sizes = [2**k for k in range(3, 12)]
 by_size = [fsdp().dry_run(llama, {"fsdp": n}, compute_dtype=torch.bfloat16) for n in sizes]
 for kind, colour in zip(kinds, colours, strict=True):
-    line = "--" if kind == "grads" else "-"  # as large as params
-    right.plot(
-        sizes, [run.memory[kind] / 2**30 for run in by_size], color=colour, ls=line, marker="o", ms=3, label=kind
-    )
+    found = [run.memory.get(kind, 0) / 2**30 for run in by_size]
+    right.plot(sizes, found, color=colour, marker="o", ms=3, label=kind)
 right.plot(sizes, [run.nbytes / 2**30 for run in by_size], color="black", lw=2, label="all")
 right.axhline(80, color="0.3", lw=1, ls="--")
 right.set(xscale="log", yscale="log", xlabel="ranks", ylabel="GiB on a rank", xticks=sizes[::2], xticklabels=sizes[::2])
@@ -227,9 +225,10 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Sharding divides params, gradients and optimizer state by the number of ranks. It does not divide what is
-# *gathered* while a layer computes; past a few hundred ranks that is what is left, and only tensor parallelism
-# makes it smaller.
+# The kinds are those of the moment in which most is there: a block has ended its backward pass, and its gradients
+# are packed while those of the block before are on their way (`sums`). Sharding divides params and optimizer state by
+# the number of ranks. It does not divide what is *gathered*, nor the whole gradients of a block and of the root;
+# past a few hundred ranks that is what is left.
 
 # %%
 print("digest", ps.digest({"trained": sorted(digests), "bytes": [need.memory for need in needs.values()]}))

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from purestep.lora import lora as lora
     from purestep.lora import merge_lora as merge_lora
     from purestep.lora import save_adapters as save_adapters
+    from purestep.preflight.step_memory import step_memory as step_memory
     from purestep.record.bisect import bisect as bisect
     from purestep.record.compare import compare as compare
     from purestep.record.compare_bits import compare_bits as compare_bits

@@ -25,10 +25,9 @@ from purestep.parallel.sync_batchnorm import synced
 from purestep.parallel.tree_reduce import Flat, Summing, WholeSum, add, flat_like, packed
 from purestep.precision.cast_params import Uncast
 from purestep.sharding.spec import Spec
+from purestep.sharding.step_account import BUCKETS
 from purestep.state import TrainState
 from purestep.treesum import TreeSum
-
-_LIMITS = 1 << 20, 25 << 20  # bytes of the first bucket, which is to leave early, and of the others
 
 
 class Sum(Protocol):
@@ -66,7 +65,7 @@ class Buckets:
         leaves, self.structure = tree.flatten(params)
         names = tree.leaves({name: name for name in params})[::-1] if self.specs else []  # in the order of the tree
         apart = frozenset(i for i, name in enumerate(names) if name in self.specs)
-        self.layout = flat_like(leaves[::-1], _LIMITS, apart)
+        self.layout = flat_like(leaves[::-1], BUCKETS, apart)
         self.rows = RowsOf(self.shares.plan, names, self.layout, self.specs)
         return leaves[::-1]
 

@@ -27,9 +27,8 @@ from purestep.parallel.sync_batchnorm import synced
 from purestep.parallel.zero import grouped
 from purestep.precision.cast_params import Uncast
 from purestep.sharding.spec import Spec
+from purestep.sharding.step_account import BUCKETS
 from purestep.state import TrainState, definition
-
-_LIMITS = 1 << 20, 25 << 20  # bytes of the first bucket, which is to leave early, and of the others
 
 
 class Scattered(Sharded):
@@ -55,7 +54,7 @@ class Scattered(Sharded):
     def buckets(self, like: Tensors) -> Buckets:
         """Return the buckets of gradients in the dtypes of some tensors, the last parameters first."""
         where = [(n, tuple(like[n].shape), like[n].dtype, spec) for n, spec in reversed(list(self.specs.items()))]
-        rows = grouped(self.shares.plan, where, _LIMITS)
+        rows = grouped(self.shares.plan, where, BUCKETS)
         units = [Unit(i, "", r, [row.name for row in r.rows]) for i, r in enumerate(rows)]
         mesh, axes = self.shares.plan.mesh, self.shares.plan.shard_axes
         return Buckets(units, mesh.group(*axes), mesh.size(*axes), self.sums.state.step.device)

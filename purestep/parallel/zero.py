@@ -24,11 +24,10 @@ from purestep.sharding import full_tensors, placement
 from purestep.sharding.messages import copy_all
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Spec
+from purestep.sharding.step_account import GATHERED
 from purestep.state import TrainState
 
 M = TypeVar("M")
-# Bytes of the parameters that are gathered at a time: two groups are under way, in three copies each.
-_LIMITS = 4 << 20, 4 << 20
 
 
 def parts_of(plan: Plan, params: Mapping[str, Tensor]) -> dict[str, Spec]:
@@ -126,7 +125,7 @@ def _gathered(
 Where = tuple[str, tuple[int, ...], torch.dtype, Spec]
 
 
-def grouped(plan: Plan, where: Sequence[Where], limits: tuple[int, int] = _LIMITS) -> list[Rows]:
+def grouped(plan: Plan, where: Sequence[Where], limits: tuple[int, int] = GATHERED) -> list[Rows]:
     """Return how parameters or their gradients travel: in rows of one dtype, some megabytes of whole tensors each.
 
     Args:

@@ -46,7 +46,7 @@ class Estimate:
         activations: kept for the backward pass of the largest microbatch.
         batch: the batch.
         donated: whether the new state takes the place of the old one.
-        gathered: parameters of other ranks that are here at one time.
+        gathered: parameters of other ranks that are here at one time, and buffers of the sums over ranks.
     """
 
     params: int
@@ -116,7 +116,7 @@ def estimate_alone(step: StepFn, state: object, batch: object, dry: Dry) -> Esti
 
 
 def _gathered(facts: StepFacts, state: Any) -> tuple[int, int]:
-    """Return the bytes of gathered parameters at one time, and those of all split ones as they are computed with.
+    """Return the bytes of gathered parameters and of buffers at one time, and those of all split ones as computed with.
 
     A dry run keeps the latter for its backward pass where they are cast; a real one gathers them again.
     """
@@ -127,7 +127,8 @@ def _gathered(facts: StepFacts, state: Any) -> tuple[int, int]:
     split = [x for x in tree.leaves(held) if placement.is_split(x)]
     if not split:
         return 0, 0
-    found = facts.plan.dry_run(state, microbatches=facts.microbatches, compute_dtype=compute).memory.get("gathered", 0)
+    said = facts.plan.dry_run(state, microbatches=facts.microbatches, compute_dtype=compute).memory
+    found = said.get("gathered", 0) + said.get("sums", 0)
     return found, sum(x.numel() * compute.itemsize for x in split if compute is not None and x.dtype != compute)
 
 

@@ -1,6 +1,7 @@
 """What a step would need on a machine that is not here: memory of a rank by kind, and bytes it sends in a step.
 
-Arithmetic over the rows of `describe`: no memory is allocated, and no rank is asked.
+Arithmetic over the rows of `describe`: no memory is allocated, and no rank is asked. `step_account` says what is there
+beside the state in the course of a step.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Protocol
 
 import torch
 
+from purestep import tree
 from purestep.bits import human_bytes
 from purestep.sharding.pipeline_order import bubble
 from purestep.sharding.report import Description, Row, describe
 from purestep.sharding.spec import Layout
 from purestep.sharding.stages import AXIS, Schedule, Stages
+from purestep.sharding.step_account import LONG_ON_CPU, LONG_ON_DEVICE, Course, Job, Leaf, peak
 from purestep.views import Block, Note, Printed, Table
 
 
@@ -65,6 +68,14 @@ class Costed(Layout, Protocol):
     def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
         """Return the numbers of the microbatches that a rank computes."""
 
+    @property
+    def reduction(self) -> str:
+        """In which order ranks add."""
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """Axes whose ranks hold the same parts."""
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DryRun(Printed):
@@ -72,9 +83,11 @@ class DryRun(Printed):
 
     Attributes:
         description: where each leaf lives.
-        memory: bytes a rank by kind: `params`, `frozen`, `buffers`, `optimizer` and `other` at rest, `grads` (one set,
-            as params are split), and `gathered`: whole parameters that are live at once, with the whole gradients of
-            one unit, or the copies of parameters that are offloaded. Activations are not in it.
+        memory: bytes a rank by kind, at the moment of a step in which most is there. At rest: `params`, `frozen`,
+            `buffers`, `optimizer` and `other`. In the step: `grads`, of parts or whole; `gathered`, whole parameters
+            that are live at once, or copies of parameters in the compute dtype or from the CPU; `sums`, buffers that
+            are sent and received; `update`, copies and the new state while it is made; `activations`, with what the
+            passes compute meanwhile, where the step and a batch are known.
         sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients), and under
             context parallelism `context` (gradients that are summed over positions). What tensor, context
             and expert parallelism send of activations is not in it.
@@ -93,7 +106,7 @@ class DryRun(Printed):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory a rank needs on its device, without activations."""
+        """Bytes of memory a rank needs on its device: the peak of a step."""
         return sum(self.memory.values())
 
     def view(self) -> list[Block]:
@@ -124,8 +137,17 @@ def dry_run(
     microbatches: int | None = None,
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    donate: bool = True,
+    by_element: bool = True,
+    course: Course | None = None,
 ) -> DryRun:
-    """Return what a step of a state under a plan needs of a rank; see `Plan.dry_run`."""
+    """Return what a step of a state under a plan needs of a rank; see `Plan.dry_run`.
+
+    Args:
+        plan, value, microbatches, compute_dtype, reduce_dtype, donate: as there.
+        by_element: whether the update of an element depends on it alone, so that long parameters go in slices.
+        course: what the passes of one microbatch keep; by default nothing is known of it.
+    """
     # Stages differ in size: what is told is what the rank with the most needs.
     ranks = plan.mesh.ranks(AXIS, rank=0) if plan.pipelined else [0]
     description = max((describe(plan, value, rank=rank) for rank in ranks), key=lambda each: each.nbytes)
@@ -134,15 +156,32 @@ def dry_run(
     trained = [row for row in own if row.kind == "params"]
     kinds = ("params", "frozen", "buffers", "optimizer", "other")
     memory = {kind: _at_rest(description, kind, on_host=False) for kind in kinds}
-    memory["grads"] = sum(_gradient(plan, row, reduce_dtype) for row in trained)
-    memory["gathered"] = _gathered(plan, own, compute_dtype)
+    away = plan.offload is not None
+    job = Job(
+        plan.zero,
+        plan.replicas,
+        plan.mesh.size(*plan.data_axes),
+        turns,
+        plan.reshard_after_forward,
+        plan.reduction == "fast",
+        donate,
+        memory["optimizer"],
+        away,
+        _long(value),
+        by_element,
+    )
+    known = course or Course()
+    leaves = [_leaf(plan, row, compute_dtype, reduce_dtype, known) for row in own]
+    memory |= peak(job, leaves, course)
     sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
     wire = plan.sent_dtype or reduce_dtype
     sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in trained)
     if plan.context:
         size = plan.mesh.size(*plan.model_axes)
         # In each microbatch an exchange of slices, and one of their sums.
-        sent["context"] = turns * 2 * (size - 1) * sum(_whole(plan, row, compute_dtype) for row in trained) // size
+        sent["context"] = (
+            turns * 2 * (size - 1) * sum(_split(plan, row) * _bytes([row], compute_dtype) for row in trained) // size
+        )
     host = {kind: _at_rest(description, kind, on_host=True) for kind in kinds}
     if plan.offload is not None:
         host["grads"] = sum(_shard(plan, row, None) for row in trained)
@@ -155,13 +194,27 @@ def dry_run(
     )
 
 
+def _long(value: object) -> int:
+    """Return from how many elements a parameter is updated in slices, on the device of a state."""
+    devices = {leaf.device.type for leaf in tree.leaves(value) if isinstance(leaf, torch.Tensor)}
+    return LONG_ON_CPU if devices <= {"cpu", "meta"} else LONG_ON_DEVICE
+
+
 def _at_rest(description: Description, kind: str, *, on_host: bool) -> int:
     return sum(row.nbytes for row in description.rows if row.kind == kind and row.on_host == on_host)
 
 
-def _gradient(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
-    """Return the bytes of a gradient as it is held for the update."""
-    return _bytes([row], dtype) if plan.zero == 1 else _shard(plan, row, dtype)
+def _leaf(plan: Costed, row: Row, compute: torch.dtype | None, reduce: torch.dtype | None, course: Course) -> Leaf:
+    """Return a parameter as a step sees it."""
+    width = _width(row)
+    computed = compute.itemsize if compute else width
+    known = course.widths.get(row.name or "", (computed, reduce.itemsize if reduce else width))
+    split = _split(plan, row)
+    whole = math.prod(row.local) * split
+    trained = row.kind == "params"
+    # What is offloaded is copied to the device for each microbatch.
+    at_rest = 0 if row.on_host and split == 1 else width
+    return Leaf(row.name or row.path, row.unit or "", trained, whole, split, _apart(plan, row), at_rest, *known)
 
 
 def _shard(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
@@ -190,26 +243,6 @@ def _split(plan: Costed, row: Row) -> int:
 def _over(plan: Costed, row: Row) -> int:
     """Return how many ranks of the batch share a leaf."""
     return plan.mesh.size(*(a for a in row.spec.axes if a in plan.batch))
-
-
-def _whole(plan: Costed, row: Row, dtype: torch.dtype | None) -> int:
-    """Return the bytes of a leaf gathered over the batch axes: its tensor-parallel part stays split."""
-    return _bytes([row], dtype) * _split(plan, row)
-
-
-def _gathered(plan: Costed, rows: list[Row], dtype: torch.dtype | None) -> int:
-    split = [r for r in rows if _split(plan, r) > 1]
-    units: dict[str, int] = {}
-    for row in split:
-        units[row.unit or ""] = units.get(row.unit or "", 0) + _whole(plan, row, dtype)
-    if not units:
-        # Whole parameters that are offloaded are copied to the device for each microbatch.
-        return _bytes([row for row in rows if row.on_host], dtype)
-    root = units.pop("", 0)
-    largest = max(units.values(), default=0)
-    # One unit computes while the next one is gathered, and has its whole gradients in the backward pass.
-    live = sum(units.values()) if not plan.reshard_after_forward else min(2 * largest, sum(units.values()))
-    return root + live + max(largest, root if not units else 0)
 
 
 def _gather_traffic(plan: Costed, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:

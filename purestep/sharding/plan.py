@@ -376,8 +376,11 @@ class Plan(View):
         microbatches: int | None = None,
         compute_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        donate: bool = True,
     ) -> dry_runs.DryRun:
         """Return what a step would need of a rank, on a machine that need not be here. Print it.
+
+        Activations are not in it: `ps.step_memory(step, state, batch)` knows them.
 
         Args:
             value: a state, on the meta device if it is large: `with torch.device("meta"): model = ...`.
@@ -385,17 +388,22 @@ class Plan(View):
             microbatches: V of the step; one per replica by default.
             compute_dtype: dtype in which parameters are gathered; their own by default.
             reduce_dtype: dtype in which gradients are summed; the parameters' by default.
+            donate: whether the step donates its state, so that the new one takes its memory.
 
         Examples:
             >>> import torch
             >>> from purestep.sharding import fsdp
             >>> run = fsdp().dry_run({"blocks.0.w": torch.zeros(1024, 8, device="meta")}, {"fsdp": 1024})
             >>> run.memory, run.sent
-            ({'params': 32, 'grads': 32, 'gathered': 65536}, {'gather': 65472, 'reduce': 32736})
+            ({'params': 32, 'grads': 32768, 'sums': 65536}, {'gather': 65472, 'reduce': 32736})
         """
         plan = self if sizes is None else self.on(sizes)
         return dry_runs.dry_run(
-            plan, value, microbatches=microbatches, compute_dtype=compute_dtype, reduce_dtype=reduce_dtype
+            *(plan, value),
+            microbatches=microbatches,
+            compute_dtype=compute_dtype,
+            reduce_dtype=reduce_dtype,
+            donate=donate,
         )
 
     def view(self) -> list[Block]:

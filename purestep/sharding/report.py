@@ -33,6 +33,7 @@ class Row:
         updated: where it is updated; elsewhere than where it lives for the parameters of ZeRO 1 and 2.
         on_host: whether it is offloaded to the CPU, where the state is on a card.
         resident: whether it is of experts that tokens are sent to, and so never gathered.
+        name: of the parameter that it is, or follows.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Row:
     updated: Spec = REPLICATED
     on_host: bool = False
     resident: bool = False
+    name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -97,7 +99,7 @@ def describe(plan: Layout, value: object, *, rank: int = 0) -> Description:
             updated = plan.spec(followed.name, followed.shape, "optimizer")
         on_host = followed.kind in OFFLOADED[plan.offload]
         resident = own and plan.is_expert(followed.name or "")
-        about = tree.describe(leaf), spec, local, nbytes, unit, updated, on_host, resident
+        about = tree.describe(leaf), spec, local, nbytes, unit, updated, on_host, resident, followed.name
         rows.append(Row(path, followed.kind, *about))
     return Description(plan.mesh, rank, tuple(rows))
 

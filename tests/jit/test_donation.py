@@ -251,7 +251,7 @@ def test_a_step_that_fails_halfway_leaves_no_state_behind(monkeypatch):
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_pending_snapshot_is_not_overwritten(compiled, cases, batches, tmp_path, monkeypatch):
-    monkeypatch.setattr(sliced, "_WORTH", 16)  # or nothing is written over eagerly
+    monkeypatch.setattr(sliced, "WORTH", 16)  # or nothing is written over eagerly
     case = cases["plain"]
     step, state = case.step(), case.state()
     step = jit(step, backend="eager", donate=True) if compiled else ps.donate(step)

@@ -22,7 +22,7 @@ LIMIT = 16
 def few_elements_are_many(monkeypatch):
     """The tensors of small models are large enough to be written over, and to be cut."""
     monkeypatch.setattr(sliced, "_ON_CPU", LIMIT)
-    monkeypatch.setattr(sliced, "_WORTH", LIMIT)
+    monkeypatch.setattr(sliced, "WORTH", LIMIT)
 
 
 def long_ones(state):

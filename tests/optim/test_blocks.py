@@ -18,7 +18,7 @@ SHAPES = {"body.weight": (13, 5), "body.bias": (13,), "head.weight": (3, 13, 2),
 @pytest.fixture(params=[4, 11, 64])
 def limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Above how many elements tensors are cut: few, so that everything is, in ways that do not divide."""
-    monkeypatch.setattr(sliced, "_ON_CPU", request.param)
+    monkeypatch.setattr(sliced, "LONG_ON_CPU", request.param)
     return request.param
 
 
@@ -318,7 +318,7 @@ def run_bare(grads: Any, tx: Any, state: Any, params: Any) -> Any:
 
 def test_scratch_memory_is_taken_again_by_name_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace._local, "kept", {}, raising=False)
-    monkeypatch.setattr(workspace, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(workspace, "LEAST", 0)
     xs = [torch.randn(3, 5), torch.randn(7)]
     first = workspace.into("a", torch.sqrt, [x.abs() for x in xs])
     again = workspace.into("a", torch.mul, xs, 2.0)
@@ -337,11 +337,11 @@ def test_scratch_memory_is_taken_again_by_name_and_layout(monkeypatch: pytest.Mo
 
 def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace._local, "kept", {}, raising=False)
-    monkeypatch.setattr(workspace, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(workspace, "LEAST", 0)
     for size in range(3 * workspace._MOST_LISTS):
         assert workspace.into("a", torch.neg, [torch.ones(size)]) is not None
     assert len(workspace._local.kept) == workspace._MOST_LISTS
-    monkeypatch.setattr(workspace, "_MOST_BYTES", 15)
+    monkeypatch.setattr(workspace, "KEPT", 15)
     assert workspace.into("a", torch.neg, [torch.ones(4)]) is None
     assert workspace.into("a", torch.neg, [torch.ones(4, device="meta")]) is None
 

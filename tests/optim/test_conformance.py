@@ -320,7 +320,7 @@ def test_slices_and_donated_memory_change_no_bit(row: Row, accept: bool | None, 
     told = None if accept is None else torch.tensor(accept)
     ends = []
     for limit, reuse in ((1 << 17, False), (6, False), (6, True)):
-        monkeypatch.setattr(sliced, "_ON_CPU", limit)
+        monkeypatch.setattr(sliced, "LONG_ON_CPU", limit)
         tx, params = row.make(), random_tree(7, shapes)
         state = tx.init(params)
         for step in range(4):

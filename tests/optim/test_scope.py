@@ -92,7 +92,7 @@ def test_what_is_not_declared_is_never_sliced(tx: Any, reuse: bool) -> None:
 
 
 def test_a_rule_that_is_declared_is_sliced_and_one_that_lies_is_wrong_by_its_own_word(monkeypatch: Any) -> None:
-    monkeypatch.setattr(sliced, "_ON_CPU", 8)
+    monkeypatch.setattr(sliced, "LONG_ON_CPU", 8)
     seen = []
 
     @optim.transformation
@@ -117,7 +117,7 @@ class Held:
 @pytest.mark.parametrize("keep", [list, tuple, lambda xs: {"of one": xs[0]}], ids=["list", "tuple", "other name"])
 def test_a_state_by_position_is_not_sliced(keep: Any, monkeypatch: Any) -> None:
     """It is of scope "element", but which of its tensors belongs to which parameter nobody can tell."""
-    monkeypatch.setattr(sliced, "_ON_CPU", 8)
+    monkeypatch.setattr(sliced, "LONG_ON_CPU", 8)
 
     @optim.transformation
     class ByPosition(optim.GradientTransformation):
@@ -330,7 +330,7 @@ PATHS = {
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("name", PATHS)
 def test_the_fast_paths_are_taken(name: str, reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sliced, "_ON_CPU", 32)
+    monkeypatch.setattr(sliced, "LONG_ON_CPU", 32)
     tx, slices, fused = PATHS[name]
     counts = fast_paths(tx, monkeypatch, reuse=reuse)
     assert counts["slices"] == (slices if reuse or not fused else 0)

@@ -168,8 +168,8 @@ def train(
     if backend:
         step = ps.jit(step, backend=backend, donate=True)
     if donate:
-        step, limits = ps.donate(step), (sliced._ON_CPU, sliced._WORTH)
-        sliced._ON_CPU = sliced._WORTH = 16  # so that parts of these small tensors are written over, slice by slice
+        step, limits = ps.donate(step), (sliced.LONG_ON_CPU, sliced.WORTH)
+        sliced.LONG_ON_CPU = sliced.WORTH = 16  # so that parts of these small tensors are written over, slice by slice
     seen, memory = [], []
     for batch in batches(model, samples, steps):
         watched = model is Net and not keep and not donate and steps <= 3
@@ -181,7 +181,7 @@ def train(
         seen.append(metrics)
         memory.append([x.data_ptr() for x in ps.tree.leaves(placement.local(state.params)) if x.numel() > 16])
     if donate:
-        sliced._ON_CPU, sliced._WORTH = limits
+        sliced.LONG_ON_CPU, sliced.WORTH = limits
         if memory[0] != memory[-1]:
             raise RuntimeError("the step did not write in place")
     if keep:
@@ -504,6 +504,9 @@ def checks(size, number):
     for label, plan in expert_job.plans(size).items():
         yield f"experts|{label}", lambda plan=plan: expert_job.train("tokens", plan, 1)["digest"]
     yield "later", later
+    from memory_cases import memory  # found once the script has said where
+
+    yield from memory(size)
     if size == 2:
         yield "live", live
         yield "refusals", refusals
@@ -517,7 +520,7 @@ def main(directory, sizes, number, cases):
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1] / "shared"))
+    sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
     from shared_ranks import answer
 
     main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), sys.argv[4].split(";"))

@@ -13,6 +13,8 @@ QUICK = """plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipp
 plain|fsdp, checkpoint""".replace("\n", "").split(";")
 SENT = [f"compressed|ddp|{dtype}" for dtype in ("None", "bf16", "fp16")]
 
+MEMORY = [f"memory|{name}" for name in ("ddp", "zero1", "zero2", "fsdp")]
+
 
 @pytest.fixture(scope="session")
 def answers(zygote, once):
@@ -20,14 +22,14 @@ def answers(zygote, once):
     experts = ["experts|expert", "experts|ddp x shard"]
     tensor = ["tensor|none", "tensor|ddp", "tensor|fsdp"]
     return _asked(
-        zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "later", "live", "refusals", *tensor, *experts]
+        zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "later", "live", "refusals", *tensor, *experts, *MEMORY]
     )
 
 
 @pytest.fixture(scope="session")
 def more_answers(zygote, once):
     """The same of all cases."""
-    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "compressed", "tensor"])
+    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "compressed", "tensor", "memory-more"])
 
 
 def _asked(zygote, once, name, sizes, cases):
@@ -60,6 +62,26 @@ def check_bits(answers, case, least):
     }
     assert len(found) >= least
     assert len(set(found.values())) == 1, "\n".join(f"{k}: {v[-800:]}" for k, v in found.items())
+
+
+def check_memory(answers, case):
+    found = {
+        (size, name): value
+        for (size, _), checks in answers.items()
+        for name, value in checks.items()
+        if name.partition("|")[0] == case
+    }
+    assert len(found) > 8
+    assert all(0.85 <= value[0] <= 1.15 for value in found.values()), found
+
+
+def test_the_memory_of_a_step_is_as_predicted(answers):
+    check_memory(answers, "memory")
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_step_of_every_plan_is_as_predicted(more_answers):
+    check_memory(more_answers, "memory-more")
 
 
 def test_sums_of_the_backend_have_other_bits(answers):

@@ -18,14 +18,8 @@ from purestep.optim.chain import Chain
 from purestep.optim.columns import Block, rows_of
 from purestep.optim.kernels import foreach as fx
 from purestep.optim.scope import scope_of
+from purestep.sharding.step_account import LONG_ON_CPU, LONG_ON_DEVICE, WORTH
 
-# Elements from which a tensor is long. A slice is a quarter of them (`columns.PART`): a few of those, of gradient,
-# parameter, moments and temporary buffers, fill a core's own cache.
-_ON_CPU = 1 << 19
-# On a device, launching a kernel costs more than a slice saves: slices only limit the memory there.
-_ON_DEVICE = 1 << 26
-# Elements of the largest parameter from which updates in place save time: fresh pages are mapped from 128 KiB on.
-_WORTH = 1 << 15
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _NOTHING: Any = object()
 
@@ -47,7 +41,7 @@ def is_long(x: Tensor) -> bool:
 
 def any_long(xs: Collection[Any]) -> bool:
     """Tell whether a tensor is among some that is updated slice by slice."""
-    return any(map(is_long, [x for x in xs if type(x) in _ORDINARY and x.numel() > _ON_CPU]))
+    return any(map(is_long, [x for x in xs if type(x) in _ORDINARY and x.numel() > LONG_ON_CPU]))
 
 
 def owned(leaves: Iterable[Any]) -> list[Tensor]:
@@ -57,11 +51,11 @@ def owned(leaves: Iterable[Any]) -> list[Tensor]:
 
 def worth_reusing(params: Iterable[Any]) -> bool:
     """Tell whether parameters are large enough to overwrite their memory and that of their state."""
-    return max(map(Tensor.numel, owned(params)), default=0) >= _WORTH
+    return max(map(Tensor.numel, owned(params)), default=0) >= WORTH
 
 
 def _limit(x: Tensor) -> int:
-    return _ON_CPU * torch.get_num_threads() if x.is_cpu else _ON_DEVICE
+    return LONG_ON_CPU * torch.get_num_threads() if x.is_cpu else LONG_ON_DEVICE
 
 
 def advance(

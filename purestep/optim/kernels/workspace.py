@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LEAST_BYTES = 1 << 16  # of a tensor, on average; to allocate a smaller one costs less than to look for it here
-_MOST_BYTES = 1 << 25  # bytes of one list; longer lists are left to the allocator
+from purestep.sharding.step_account import KEPT, LEAST
+
 _MOST_LISTS = 8  # lists kept in a thread; few suffice, because slices of a tensor have one shape, except for the last
 _bytes_of = operator.attrgetter("nbytes")
 _local = threading.local()
@@ -34,7 +34,7 @@ def into(name: str, function: Callable[..., Tensor], xs: Sequence[Tensor], *args
         (3.0, True)
     """
     size = sum(map(_bytes_of, xs))
-    if not _LEAST_BYTES * len(xs) <= size <= _MOST_BYTES or not all(x.is_cpu for x in xs):
+    if not LEAST * len(xs) <= size <= KEPT or not all(x.is_cpu for x in xs):
         return None
     kept: dict[Hashable, list[Tensor]] = _local.__dict__.setdefault("kept", {})
     key = name, tuple((x.shape, x.stride(), x.dtype) for x in xs)

@@ -1,0 +1,216 @@
+"""`step_memory`: the peak of a step on a rank, from a dry run of one microbatch.
+
+The forward and the backward pass of one microbatch run on fake tensors, and every storage is watched from its birth to
+its death; `sharding.step_account` adds what the plan holds beside it: parameters, gradients, buffers.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purestep import _torch, metrics, tree
+from purestep.arguments import checked
+from purestep.errors import StepError, explain
+from purestep.metrics import Metric
+from purestep.microbatch import Context, NoExchange, Tensors, Weight, split_batch
+from purestep.optim.scope import scope_of
+from purestep.precision.cast_params import Uncast, casting
+from purestep.preflight.dry_run import dry_run
+from purestep.preflight.single_process import lone
+from purestep.sharding.dry_run import DryRun
+from purestep.sharding.dry_run import dry_run as account
+from purestep.sharding.presets import single
+from purestep.sharding.step_account import Course
+from purestep.state import TrainState, definition
+from purestep.step import Step
+from purestep.step_protocol import StepFn, bare, facts_of
+
+
+@checked(StepError)
+def step_memory(
+    step: StepFn, state: TrainState, batch: object, sizes: Mapping[str, int] | None = None, *, count: int | None = None
+) -> DryRun:
+    """Return what a step needs of a rank at its peak, and what it sends, from a dry run. Print it.
+
+    Nothing is allocated and nothing is sent: state and batch may be on the meta device, and the machine need not be
+    here. What is counted is what tensors hold, on the device of the state. Kernels may have a workspace of their own,
+    and an allocator keeps what it does not return; of jitted steps the compiler may keep less.
+
+    Args:
+        step: of `make_step`, jitted or donating or neither; its plan says how ranks share the work.
+        state: the state, whole or placed.
+        batch: the global batch; shapes are looked at.
+        sizes: of the mesh axes; those of the plan's mesh by default.
+        count: of microbatches, where the step says "auto".
+
+    Returns:
+        A DryRun: bytes by kind at the moment in which most is there, and bytes sent.
+
+    Raises:
+        StepError: it is no step of `make_step`, or fails on fake tensors; the error of the step is its cause.
+
+    Examples:
+        >>> import purestep as ps
+        >>> tx = ps.optim.adam(1e-3)
+        >>> with torch.device("meta"):
+        ...     state = ps.init(torch.nn.Linear(1024, 1024, bias=False), tx)
+        >>> step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=ps.sharding.fsdp())
+        >>> found = step_memory(ps.donate(step), state, torch.ones(8, 1024), {"fsdp": 4})
+        >>> found.memory["optimizer"], found.memory["params"]
+        (2097160, 1048576)
+    """
+    facts = facts_of(step)
+    plan = single() if facts.plan is None else facts.plan
+    plan = plan if sizes is None else plan.on(sizes)
+    turns = count or (facts.microbatches if isinstance(facts.microbatches, int) else None)
+    turns = plan.replicas if turns is None or (facts.plan is not None and turns % plan.replicas) else turns
+    return account(
+        plan,
+        state,
+        microbatches=turns,
+        donate=facts.donate,
+        by_element=facts.tx is None or scope_of(facts.tx) == "element",
+        course=course_of(step, state, batch, turns),
+    )
+
+
+def course_of(step: StepFn, state: TrainState, batch: object, count: int) -> Course:
+    """Return what the passes of the largest microbatch keep, of a batch that is cut into so many."""
+    alone = lone(bare(step), state, batch)
+    single = None if alone is None else bare(step)
+    if alone is None or not isinstance(single, Step):
+        raise StepError(
+            explain(
+                "the memory of this step is not known",
+                where=repr(step),
+                why="only a step of ps.make_step says what happens in its passes",
+                instead="ps.step_memory(step, state, batch)   # of step = ps.make_step(...), jitted or donating",
+            )
+        )
+    count = min(count, metrics.sample_count(batch))
+    found: list[Course] = []
+
+    def watched(state: TrainState, batch: object) -> None:
+        (microbatch, _), *_ = split_batch(batch, count)
+        with _Storages(tree.leaves((state, microbatch))) as storages:
+            listening = _Listening(storages)
+            single._grads(state, microbatch, 0, listening)
+            found.append(listening.course(state, casting(single.policy, definition(state).module)))
+
+    dry = dry_run(watched, alone.state, alone.batch)
+    if not found:
+        raise StepError(
+            explain(
+                "the memory of this step is not known",
+                where=f"a dry run of {getattr(single.loss_fn, '__name__', 'the loss function')}",
+                why=f"{type(dry.error).__name__}: {dry.error}",
+                instead="step(state, batch)   # on real tensors",
+            )
+        ) from dry.error
+    return found[0]
+
+
+class _Storages(_torch.Watcher):
+    """Counts the bytes of the storages that are made while it is active, for as long as each is alive.
+
+    Args:
+        given: what is there already, and not counted.
+    """
+
+    def __init__(self, given: Sequence[object]) -> None:
+        super().__init__()
+        self._known: dict[int, Any] = {}
+        self.live = self.most = 0
+        for leaf in given:
+            if isinstance(leaf, Tensor):
+                self.forget(leaf)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as of `small_kernels`: torch would import Dynamo
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self._born(x.untyped_storage())
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        key, size = _torch.storage_id(storage), storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known[key] = weakref.ref(storage, functools.partial(self._died, key, size))
+        self.live += size
+        self.most = max(self.most, self.live)
+
+    def _died(self, key: int, size: int, _: object) -> None:
+        # What was forgotten is not counted any more.
+        if self._known.pop(key, None) is not None:
+            self.live -= size
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor no longer: the account of the plan does."""
+        storage = tensor.untyped_storage()
+        key = _torch.storage_id(storage)
+        if isinstance(self._known.get(key), weakref.ref):
+            self.live -= storage.nbytes()
+        self._known[key] = storage  # held, so that no other gets its number
+
+    def since(self) -> int:
+        """Return the most bytes since this was asked last."""
+        most, self.most = self.most, self.live
+        return most
+
+
+class _Listening(NoExchange):
+    """The exchange of a microbatch that tells when which gradient is there.
+
+    Args:
+        storages: what is counted.
+    """
+
+    def __init__(self, storages: _Storages) -> None:
+        self.storages = storages
+        self.moments: list[tuple[str, int]] = []
+        self.widths: dict[str, int] = {}
+        self.forward = 0
+
+    def tracked(self, cast: Uncast, params: Tensors) -> Tensors:
+        for tensor in params.values():
+            self.storages.forget(tensor)
+        self.storages.since()
+        self.computed = dict(params)
+        return params
+
+    def bound(
+        self, tracked: Tensors, buffers: Tensors, around: Context | None
+    ) -> tuple[Tensors, Tensors, Context | None]:
+        for tensor in (*tracked.values(), *buffers.values()):
+            self.storages.forget(tensor)
+        for name, leaf in tracked.items():
+            leaf.register_hook(functools.partial(self._made, name))
+        return tracked, buffers, around
+
+    def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
+        pass
+
+    def _made(self, name: str, grad: Tensor) -> Tensor:
+        with _torch.no_torch_function(), torch.no_grad():
+            most = self.storages.since()
+            self.forward = self.forward or most
+            self.moments.append((name, max(most - grad.untyped_storage().nbytes(), 0)))
+            self.storages.forget(grad)
+            return grad.new_empty(()).expand(grad.shape)
+
+    def course(self, state: TrainState, cast: Uncast) -> Course:
+        """Return what was seen."""
+        summed = cast.reduced({name: x.new_empty(()) for name, x in self.computed.items()})
+        widths = {name: (x.element_size(), summed[name].element_size()) for name, x in self.computed.items()}
+        return Course(self.forward, tuple(self.moments), widths)

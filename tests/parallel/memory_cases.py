@@ -1,0 +1,89 @@
+"""What `ps.step_memory` says of a step, beside what a step of this rank holds: ratios by plan."""
+
+from __future__ import annotations
+
+import torch
+from shared_storages import Storages
+from torch import nn
+
+import purestep as ps
+from purestep.optim.kernels import workspace
+from purestep.parallel import ddp, scattered
+from purestep.sharding import placement, step_account
+
+WIDTH, WORDS = 128, 700
+BUCKETS = 1 << 16, 1 << 18  # so that the gradients of this model are several buckets
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 512), nn.Linear(512, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, 24)
+        self.blocks = nn.Sequential(*[Block() for _ in range(5)])
+
+    def forward(self, x):
+        return self.head(self.blocks(self.embed(x)))
+
+
+def loss_fn(net, batch):
+    return net(batch).square().mean()
+
+
+S = ps.sharding
+QUICK = {
+    "ddp": (S.ddp, "32", {}),
+    "zero1": (S.zero1, "bf16-mixed", {}),
+    "zero2": (S.zero2, "32", {}),
+    "fsdp": (S.fsdp, "32", {"checkpoint": "blocks.*"}),
+}
+MORE = {
+    f"{name}, {policy}, {microbatches}, {donate}": (plan, policy, {"microbatches": microbatches, "donate": donate})
+    for name, plan in (
+        ("ddp", S.ddp),
+        ("zero1", S.zero1),
+        ("zero2", S.zero2),
+        ("fsdp", S.fsdp),
+        ("kept", lambda: S.fsdp(reshard_after_forward=False)),
+        ("fast", lambda: S.ddp(reduction="fast")),
+        ("hsdp", lambda: S.hsdp(fsdp=2)),
+        ("single", S.single),
+    )
+    for policy, microbatches, donate in (("32", 8, True), ("bf16-mixed", 4, False))
+}
+
+
+def ratio(plan, policy, *, samples=96, donate=True, **settings):
+    """Return what a rank holds at most in a step, as a part of what was said; and both."""
+    policy, tx = ps.precision.policy(policy), ps.optim.adamw(1e-3)
+    before = step_account.BUCKETS
+    step_account.BUCKETS = ddp.BUCKETS = scattered.BUCKETS = BUCKETS
+    try:
+        step = ps.make_step(loss_fn, tx, plan=plan, policy=policy, **settings)
+        step = ps.donate(step) if donate else step
+        state, batch = policy.apply(ps.init(Net, tx, plan=plan)), torch.arange(samples) % WORDS
+        said = ps.step_memory(step, state, batch).nbytes
+        state, _ = step(state, batch)
+        workspace._local.__dict__.clear()  # what an update keeps is seen when it is made
+        with Storages(placement.local(state)) as storages:
+            state, _ = step(state, batch)
+            storages.most = storages.now
+            state, _ = step(state, batch)
+    finally:
+        step_account.BUCKETS = ddp.BUCKETS = scattered.BUCKETS = before
+    return [storages.most / said, storages.most, said]
+
+
+def memory(size):
+    for label, cases in (("memory", QUICK), ("memory-more", MORE)):
+        for name, (make, policy, settings) in cases.items():
+            if not (name.startswith("hsdp") and size < 4) and not (name.startswith("single") and size > 1):
+                yield f"{label}|{name}", lambda row=(make, policy, settings): ratio(row[0](), row[1], **row[2])
