@@ -267,7 +267,7 @@ BASE = "a base class or a protocol, without arguments of its own"
 TREE = "takes any tree"
 # Callables that are not walked, and why.
 LEFT_OUT: dict[str, str] = {
-    "step_memory": "its arguments are those of a step, which a dry run refuses in the step's own words",
+    "step_memory": "not walked yet: a malformed state or batch ends in the error of a dry run, which may not name it",
     **dict.fromkeys(
         "LocalState "
         "Result TrainState metrics.Confusion metrics.Last metrics.Max metrics.Mean metrics.Min metrics.Series "
