@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from purestep import _torch, metrics, tree
-from purestep.arguments import checked
+from purestep.arguments import Count, checked
 from purestep.errors import StepError, explain
 from purestep.metrics import Metric
 from purestep.microbatch import Context, NoExchange, Tensors, Weight, split_batch
@@ -34,7 +34,12 @@ from purestep.step_protocol import StepFn, bare, facts_of
 
 @checked(StepError)
 def step_memory(
-    step: StepFn, state: TrainState, batch: object, sizes: Mapping[str, int] | None = None, *, count: int | None = None
+    step: StepFn,
+    state: TrainState,
+    batch: object,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    count: Count | None = None,
 ) -> DryRun:
     """Return what a step needs of a rank at its peak, and what it sends, from a dry run. Print it.
 
