@@ -179,9 +179,8 @@ def dry_run(
     if plan.context:
         size = plan.mesh.size(*plan.model_axes)
         # In each microbatch an exchange of slices, and one of their sums.
-        sent["context"] = (
-            turns * 2 * (size - 1) * sum(_split(plan, row) * _bytes([row], compute_dtype) for row in trained) // size
-        )
+        whole = sum(_split(plan, row) * _bytes([row], compute_dtype) for row in trained)
+        sent["context"] = turns * 2 * (size - 1) * whole // size
     host = {kind: _at_rest(description, kind, on_host=True) for kind in kinds}
     if plan.offload is not None:
         host["grads"] = sum(_shard(plan, row, None) for row in trained)

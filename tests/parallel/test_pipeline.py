@@ -165,7 +165,7 @@ def test_stages_of_a_plan_are_runs_or_take_turns():
 
 def test_a_dry_run_tells_the_largest_rank_and_that_waits_are_not_known():
     run = pipeline([["a"], ["b"]], 2).dry_run({"a": torch.zeros(2), "b": torch.zeros(4, 4)})
-    assert (run.memory, run.bubble, run.description.rank) == ({"params": 64, "grads": 64}, None, 1)
+    assert (run.memory, run.bubble, run.description.rank) == ({"params": 64, "grads": 64, "update": 128}, None, 1)
     assert "how long a rank waits for the others depends on microbatches=" in str(run)
 
 
