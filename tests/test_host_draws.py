@@ -434,13 +434,13 @@ def test_a_block_cannot_be_done_again():
     assert hosts() == before
 
 
-def test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused():
+def test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused_where_ranks_may_wait():
     draws, plan = {"now": True}, ps.sharding.ddp()
     step, state = training(lambda: np.random.rand() if draws["now"] else 0.0)
-    planned = ps.make_step(loss_fn, step.tx, plan=plan)
+    planned = ps.make_eval(loss_fn, plan=plan)
     placed = plan.place(ps.init(lambda: Drawing(state.model.module.draw), step.tx, seed=3))
-    expected = tree.digest(step(state, X)[0])
-    assert [tree.digest(planned(placed, X)[0]) for _ in range(3)] == [expected] * 3
+    expected = tree.digest(ps.make_eval(loss_fn)(state, X))
+    assert [tree.digest(planned(placed, X)) for _ in range(3)] == [expected] * 3
     draws["now"] = False
     placed = plan.place(ps.init(lambda: Drawing(state.model.module.draw), step.tx, seed=3))
     planned(placed, X)
@@ -450,7 +450,22 @@ def test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused():
     with pytest.raises(RandomnessError, match=r"cannot be done again(.|\n)*or let the model draw in its first call"):
         planned(placed, X)
     assert hosts() == before
-    assert tree.digest(planned(placed, X)[0]) == expected  # it is known now
+    assert tree.digest(planned(placed, X)) == expected  # it is known now
+
+
+def test_under_a_plan_without_exchanges_in_the_forward_pass_a_late_draw_is_keyed():
+    draws, plan = {"now": True}, ps.sharding.ddp()
+    step, state = training(lambda: np.random.rand() if draws["now"] else 0.0)
+    planned = ps.make_step(loss_fn, step.tx, plan=plan)
+    placed = plan.place(ps.init(lambda: Drawing(state.model.module.draw), step.tx, seed=3))
+    expected = tree.digest(step(state, X)[0])
+    draws["now"] = False
+    planned(placed, X)
+    draws["now"] = True
+    stir()
+    before = hosts()
+    assert tree.digest(planned(placed, X)[0]) == expected
+    assert hosts() == before
 
 
 # --- other threads, other profilers -----------------------------------------------------------------------------------
@@ -546,7 +561,7 @@ def test_an_idle_thread_is_not_taken_for_one_that_draws(leftover):
     """Draws that only a comparison of the generators shows are still refused, and the caller's stream is put back."""
     test_jit_refuses_a_draw_outside_of_any_model_and_one_that_no_trap_sees()
     test_without_a_key_a_draw_is_refused("from a C loop")
-    test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused()
+    test_under_a_plan_draws_are_keyed_and_one_that_comes_late_is_refused_where_ranks_may_wait()
     test_a_block_cannot_be_done_again()
     test_an_exception_leaves_the_callers_stream()
 

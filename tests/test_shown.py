@@ -184,7 +184,7 @@ def test_a_comparison_draws_both_and_where_they_part(results, root):
         f"{name}, {run}"
         for name in ps.open(root / "a").metrics
         if name not in ("step", "epoch")
-        for run in ("first", "second")
+        for run in ("a", "b")
     }
 
 

@@ -21,7 +21,7 @@ LIMIT = 16
 @pytest.fixture(autouse=True)
 def few_elements_are_many(monkeypatch):
     """The tensors of small models are large enough to be written over, and to be cut."""
-    monkeypatch.setattr(sliced, "_ON_CPU", LIMIT)
+    monkeypatch.setattr(sliced, "LONG_ON_CPU", LIMIT)
     monkeypatch.setattr(sliced, "WORTH", LIMIT)
 
 

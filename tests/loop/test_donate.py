@@ -15,7 +15,7 @@ from purestep.testing import assert_trees_equal, check_resume, comparable
 
 @pytest.fixture(autouse=True)
 def few_elements_are_many(monkeypatch):
-    monkeypatch.setattr(sliced, "_ON_CPU", 16)
+    monkeypatch.setattr(sliced, "LONG_ON_CPU", 16)
     monkeypatch.setattr(sliced, "WORTH", 16)
 
 

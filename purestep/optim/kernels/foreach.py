@@ -80,7 +80,8 @@ def _operand(number: float) -> float | Tensor:
     if found is None:
         if len(_numbers) >= _MOST_NUMBERS:
             _numbers.clear()
-        found = _numbers[number] = torch.full((), number, dtype=torch.float64, device="cpu")
+        with _torch.disable_current_modes():  # a trace of one step would have it, and that of the next would not
+            found = _numbers[number] = torch.full((), number, dtype=torch.float64, device="cpu")
     return found
 
 
