@@ -45,11 +45,6 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
                             batch norm whose schema marks the running statistics as written, and the functional one
                             that returns them.
     overload_of             the name of an overload of an operator.
-    STOOD_IN, LIGHT, DISABLED
-                            the modules for which `stand_ins` has others, with the attributes of theirs that a trace
-                            uses; their submodules that import nothing else; and the decorator of Dynamo that does
-                            nothing without it: its module, its name, and the attribute in which torch remembers a
-                            decorated function. Where torch differs, the real modules are imported, as without them.
 """
 
 from __future__ import annotations
@@ -89,37 +84,6 @@ UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 TO_COPY = torch.ops.aten._to_copy.default
 UNIQUE = torch.ops.aten._unique2.default
 Conversion = Callable[..., nn.Module]
-
-
-def _unmade(cls: type, *args: Any, **kwargs: Any) -> Any:
-    raise TypeError(f"{cls.__name__} stands in for a class of torch, and has no instances")
-
-
-def _without_instances() -> type:
-    return type("WithoutInstances", (), {"__new__": _unmade})
-
-
-STOOD_IN: dict[str, dict[str, Any]] = {
-    "torch._dynamo": {},
-    "torch._inductor": {},
-    "torch._higher_order_ops.triton_kernel_wrap": {
-        "TritonKernelWrapperFunctional": _without_instances(),
-        "TritonKernelWrapperMutation": _without_instances(),
-    },
-}
-LIGHT = frozenset(
-    {
-        "torch._dynamo.config",
-        "torch._inductor.config",
-        "torch._inductor.custom_graph_pass",
-        "torch._inductor.compiler_bisector",
-        "torch._inductor.runtime",
-        "torch._inductor.runtime.cache_dir_utils",
-        "torch._inductor.fx_passes",
-        "torch._inductor.fx_passes.dedupe_symint_uses",
-    }
-)
-DISABLED = ("torch._dynamo", "disable", "__dynamo_disable")
 
 
 def validates_distributions() -> bool:
@@ -250,7 +214,7 @@ def compiling() -> Iterator[None]:
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Let modules and functions that `torch.compile` wrapped run uncompiled in a `with` block."""
-    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing is wrapped
+    if "torch._dynamo" not in sys.modules:  # nothing is wrapped
         yield
         return
     from torch._dynamo import config

@@ -22,9 +22,8 @@ from purestep.jit._torch import aot_backend, make_fx, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
 from purestep.jit.hoist import hoist_scalars
-from purestep.jit.outline import Outlined, outlined
+from purestep.jit.outline import outlined
 from purestep.jit.random_nodes import expanding
-from purestep.jit.stand_ins import tried
 from purestep.jit.trace import Traced
 
 Backend = Literal["inductor", "eager", "aot_eager", "dynamo"]
@@ -115,27 +114,17 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
 
 def _inductor(traced: Traced, mode: str | None) -> Run:
     with _without_warnings():
-        pieces, graphs, names, found = tried(lambda: _found(traced, mode))
-        runs = _all(graphs, names, found, mode)
-    return runs[0] if pieces is None else pieces.run(runs[0], runs[1:])
+        pieces = None if mode else outlined(traced)
+        if pieces is None:
+            return _each([traced], mode)[0]
+        rest, *kinds = _each([pieces.rest, *pieces.kinds], mode)
+        return pieces.run(rest, kinds)
 
 
-_Found = tuple[Outlined | None, list[Traced], list[str | None], list[Run | None]]
-
-
-def _found(traced: Traced, mode: str | None) -> _Found:
-    """Return the pieces of a graph, the graphs to compile, their names in the disk cache, and what it has of them."""
-    pieces = None if mode else outlined(traced)
-    graphs = [traced] if pieces is None else [pieces.rest, *pieces.kinds]
+def _each(graphs: Sequence[Traced], mode: str | None) -> list[Run]:
+    """Take graphs from the disk cache, or compile them, their kernels together."""
     names = [disk_cache.key(graph, mode) for graph in graphs]
-    return pieces, graphs, names, [None if name is None else disk_cache.take(name) for name in names]
-
-
-def _all(
-    graphs: Sequence[Traced], names: Sequence[str | None], found: Sequence[Run | None], mode: str | None
-) -> list[Run]:
-    """Compile the graphs that were not found, their kernels together, and store them."""
-    runs = list(found)
+    runs = [None if name is None else disk_cache.take(name) for name in names]
     missing = [i for i, run in enumerate(runs) if run is None]
     for i, compiled in zip(missing, _together([graphs[i] for i in missing], mode), strict=True):
         # The inner method of the object's `__call__`, without its work for profilers and caches.

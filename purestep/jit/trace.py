@@ -30,7 +30,6 @@ from purestep.jit._torch import (
 from purestep.jit.errors import ValueReadError
 from purestep.jit.functional_graph import functionalized
 from purestep.jit.reads import Guard, Reads, Roots
-from purestep.jit.stand_ins import tried
 from purestep.jit.surroundings import traceable
 from purestep.random import host_draws
 
@@ -102,11 +101,11 @@ def trace(
     roots = _roots([leaves[i] for i in takes], takes, state_leaves)
     call = _Call(function, leaves, structure, takes, paths, static)
     try:
-        return tried(lambda: call.traced(roots, library_branch=False))
+        return call.traced(roots, library_branch=False)
     except ValueReadError as error:
         refused = error
     try:
-        return tried(lambda: call.traced(roots, library_branch=True))
+        return call.traced(roots, library_branch=True)
     except ValueReadError as error:
         raise TraceError(str(error)) from error.__cause__
     except TraceError:
