@@ -70,3 +70,28 @@ def test_modes_of_the_caller_do_not_draw_for_the_probe():
         state = torch_generator.state()
     assert state.device.type == "cpu"
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_inside_of_transforms_it_is_read_and_compared(monkeypatch, known):
+    """Where it is first looked at inside of them, it is copied, because `vmap` refuses the draws of the probe."""
+    monkeypatch.setattr(torch_generator, "_watched", None)
+    if known:
+        torch_generator.state()
+    seen = []
+
+    def loss(x):
+        before = torch_generator.state()
+        seen.append(torch_generator.moved(before))
+        torch.default_generator.manual_seed(11)
+        seen.append(torch_generator.moved(before))
+        torch_generator.put_back(before)
+        seen.append(torch.equal(torch.default_generator.get_state(), before))
+        return x.square().sum()
+
+    torch.manual_seed(3)
+    start = torch.get_rng_state()
+    torch.func.grad(lambda x: torch.func.vmap(torch.func.grad(loss))(x).sum())(torch.ones(2, 2))
+    assert seen == [False, True, True]
+    assert torch.equal(torch.get_rng_state(), start)
+    assert (torch_generator._watched is not None) is known

@@ -32,12 +32,17 @@ def _words_at(generator: Generator) -> int | None:
     start = address_of_generator(generator)
     if start is None:
         return None
-    words = generator.get_state().numpy()[_SEEDED:].tobytes()
+    words = _bytes_in(generator.get_state())[_SEEDED:]
     first = np.frombuffer(words, np.uint64, _WORDS).astype(np.uint32).tobytes()
     found = ctypes.string_at(start, _SEARCHED).find(first[:_FIRST])
     if found < _BEFORE or ctypes.string_at(start + found, 4 * _WORDS) != first:
         return None
     return start + found
+
+
+def _bytes_in(state: Tensor) -> bytes:
+    """Return the bytes of a state. Inside of a transform `numpy` would not do."""
+    return ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def _heads(words: int) -> tuple[memoryview, memoryview]:
@@ -74,11 +79,15 @@ def _show_every_draw() -> bool:
 
 
 class _Watched:
-    """Torch's generator of the CPU."""
+    """Torch's generator of the CPU.
 
-    def __init__(self) -> None:
+    Args:
+        probed: whether to find out where its state lies; otherwise it is copied each time.
+    """
+
+    def __init__(self, *, probed: bool = True) -> None:
         with _torch.no_torch_function(), _torch.no_torch_dispatch():  # modes of the caller would draw otherwise
-            words = _words_at(torch.default_generator) if _show_every_draw() else None
+            words = _words_at(torch.default_generator) if probed and _show_every_draw() else None
         self.heads = None if words is None else _heads(words)
         self.last: tuple[bytes, Tensor] = b"", torch.default_generator.get_state()
 
@@ -112,8 +121,11 @@ _watched: _Watched | None = None
 
 def _watch() -> _Watched:
     global _watched
-    if _watched is None:
-        _watched = _Watched()
+    if _watched is not None:
+        return _watched
+    if _torch.transform_level() is not None:
+        return _Watched(probed=False)  # `vmap` refuses the draws that show whether the bytes move
+    _watched = _Watched()
     return _watched
 
 
@@ -137,7 +149,7 @@ def moved(since: Tensor) -> bool:
         (False, torch.Size([1]), True)
     """
     now = state()
-    return now is not since and now.numpy().tobytes() != since.numpy().tobytes()
+    return now is not since and _bytes_in(now) != _bytes_in(since)
 
 
 def put_back(then: Tensor) -> None:
