@@ -181,10 +181,7 @@ def test_a_comparison_draws_both_and_where_they_part(results, root):
     assert lines["b val/loss"].points[-1] == (9, results["b"].metrics["val/loss"])
     assert "the logs part at step 3" in repr(found)
     assert {name for name in found.log if name != "step"} == {
-        f"{name}, {run}"
-        for name in ps.open(root / "a").metrics
-        if name not in ("step", "epoch")
-        for run in ("a", "b")
+        f"{name}, {run}" for name in ps.open(root / "a").metrics if name not in ("step", "epoch") for run in ("a", "b")
     }
 
 
