@@ -107,7 +107,7 @@ class TrainState(Printed):
             params, opt_state = advance(
                 *(tx, grads, self.opt_state, self.params), accept=accept, reuse=reuse, step=self.step, **extra
             )
-            return self._advanced(tx, params, opt_state, buffers, accept)
+        return self.advanced(tx, params, opt_state, buffers, accept)
 
     def advanced(
         self,
@@ -126,28 +126,18 @@ class TrainState(Printed):
             buffers, accept: as of `apply_gradients`.
         """
         with transforms.unrecorded():
-            return self._advanced(tx, params, opt_state, buffers, accept)
-
-    def _advanced(
-        self,
-        tx: GradientTransformation,
-        params: dict[str, Tensor],
-        opt_state: object,
-        buffers: Mapping[str, Tensor] | None,
-        accept: Tensor | None,
-    ) -> Self:
-        applied = tx.applied(opt_state)
-        if applied is not None:
-            applied = applied.to(self.step.device, non_blocking=True)
-        if accept is not None:
-            applied = accept if applied is None else applied & accept
-        buffers = self.buffers if buffers is None else dict(buffers)
-        if applied is None:
-            step = next_count(self.step)
-            remembered.follow(self.step, step, 1)
-        else:
-            step = self.step + applied.to(self.step.dtype)
-            buffers = tree.select(applied, buffers, self.buffers)
+            applied = tx.applied(opt_state)
+            if applied is not None:
+                applied = applied.to(self.step.device, non_blocking=True)
+            if accept is not None:
+                applied = accept if applied is None else applied & accept
+            buffers = self.buffers if buffers is None else dict(buffers)
+            if applied is None:
+                step = next_count(self.step)
+                remembered.follow(self.step, step, 1)
+            else:
+                step = self.step + applied.to(self.step.dtype)
+                buffers = tree.select(applied, buffers, self.buffers)
         return self.replace(step=step, params=params, buffers=buffers, opt_state=opt_state)
 
     def view(self) -> Iterable[Block]:

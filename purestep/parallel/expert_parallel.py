@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 
 from purestep import tree
 from purestep.distributed import collectives
-from purestep.distributed.mesh import world_size
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import active
 from purestep.functional.binding import Binding
 from purestep.microbatch import Context, both
 from purestep.module_tensors import slots
+from purestep.parallel.per_model import PerModel
 from purestep.sharding.experts import Experts
 from purestep.sharding.local_batches import aligned
 from purestep.sharding.plan import Plan
@@ -242,16 +241,12 @@ def _put_back(own: dict[str, Any], before: Mapping[str, Any]) -> None:
             own.pop(key, None)
 
 
-_dispatchers: weakref.WeakKeyDictionary[nn.Module, dict[Any, Dispatcher]] = weakref.WeakKeyDictionary()
+_dispatchers = PerModel(Dispatcher)
 
 
 def dispatcher(plan: Plan, module: nn.Module) -> Dispatcher:
     """Return what sends the tokens of a model to the ranks of their experts, under a plan with an axis of experts."""
-    world = dist.group.WORLD if world_size() > 1 else None  # joins the processes that torchrun started
-    known = _dispatchers.setdefault(module, {})
-    if (world, plan) not in known:
-        known[world, plan] = Dispatcher(plan, module)
-    return known[world, plan]
+    return _dispatchers(plan, module)
 
 
 def _draws() -> int:

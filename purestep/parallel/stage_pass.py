@@ -17,8 +17,7 @@ from purestep import transforms, tree
 from purestep.errors import ConfigError, StepError, explain
 from purestep.functional import GradientScope
 from purestep.grad import pulled_back, stop_gradient
-from purestep.metrics import Metric
-from purestep.microbatch import Context, Gradients, MicrobatchExchange, Prepared, Tensors, Weight, both
+from purestep.microbatch import Context, Gradients, MicrobatchExchange, NoExchange, Prepared, Tensors, Weight, both
 from purestep.parallel._torch import FakeTensor, ValueOfAnotherStage
 from purestep.parallel.stage_cut import Cut, Run, cut_of
 from purestep.parallel.wire import Key, Wire
@@ -162,7 +161,7 @@ def _check_tied(plan: Plan, name: str, users: Sequence[int]) -> None:
         )
 
 
-class Pass:
+class Pass(NoExchange):
     """One stage of one microbatch, forward and backward; the exchange of a step, see `MicrobatchExchange`.
 
     Args:
@@ -172,10 +171,7 @@ class Pass:
         train: whether the model is in training mode, and a backward pass follows.
     """
 
-    collects = False
-    dispatches = False
     repeatable = False  # another stage waits for what it sends
-    gathers = ()
 
     def __init__(self, stages: Stages, stage: int, index: int, *, train: bool = True) -> None:
         self.stages, self.stage, self.index, self.train = stages, stage, index, train
@@ -212,21 +208,6 @@ class Pass:
             if isinstance(x, FakeTensor) and self.stage < cut.count:
                 _refuse_buffer(name)
         return kept
-
-    def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
-        pass  # what a stage contributes is added when its gradients are there
-
-    def backward_done(self, cast: Uncast, grads: Any) -> Any:
-        return cast.reduced(grads)
-
-    def gathered(self, view: TrainState) -> TrainState:
-        return view
-
-    def taken(self, part: Gradients, view: TrainState) -> Gradients:
-        return part
-
-    def factor(self) -> float:
-        return 1.0
 
     # --- what the pipeline calls ---
 

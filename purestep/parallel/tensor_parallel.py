@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from purestep import tree
-from purestep.distributed.mesh import world_size
 from purestep.microbatch import Context, both
 from purestep.module_tensors import slots
 from purestep.parallel import split_layers, split_math, split_positions, split_views
 from purestep.parallel.absent import Absent
+from purestep.parallel.per_model import PerModel
 from purestep.parallel.split_tensor import is_split, split, whole
 from purestep.parallel.team import Blocks, Team
 from purestep.sharding.plan import Plan
@@ -76,16 +74,12 @@ class Splitter:
         return {name: old[name] if name in self.cuts else whole(value) for name, value in new.items()}
 
 
-_splitters: weakref.WeakKeyDictionary[nn.Module, dict[Any, Splitter]] = weakref.WeakKeyDictionary()
+_splitters = PerModel(Splitter)
 
 
 def splitter(plan: Plan, module: nn.Module) -> Splitter:
     """Return what binds a model to parts under a plan with a tensor axis."""
-    world = dist.group.WORLD if world_size() > 1 else None  # joins the processes that torchrun started
-    known = _splitters.setdefault(module, {})
-    if (world, plan) not in known:
-        known[world, plan] = Splitter(plan, module)
-    return known[world, plan]
+    return _splitters(plan, module)
 
 
 def plain_loss(loss_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -133,7 +133,7 @@ def _laid(x: Tensor) -> Tensor:
                 instead="begin the stage at another submodule",
             )
         )
-    # What lies between its elements would be sent along; a tensor with large gaps is sent without them.
+    # The memory between its elements is sent along, so a tensor with large gaps is copied without them.
     return x if _span(x) <= 2 * x.numel() + _LINE else x.contiguous()
 
 
