@@ -269,6 +269,30 @@ def segmentation(name: str) -> Row:
     return Row(model, scenes, lambda net, b: cross_entropy(net(b["x"])["out"], b["y"]))
 
 
+def detection(name: str, **settings: Any) -> Row:
+    """Return a detector, which makes its losses itself and chooses what they are of by values: boxes, proposals."""
+
+    def model() -> nn.Module:
+        import torchvision
+
+        made: nn.Module = torchvision.models.get_model(
+            name, weights=None, weights_backbone=None, num_classes=3, **settings
+        )
+        return made
+
+    def scenes(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        x = torch.rand(2, 3, 64, 64, generator=generator)
+        corner = torch.randint(4, 20, (2, 1, 2), generator=generator).float()
+        return {"x": x, "boxes": torch.cat([corner, corner + 30.0], -1), "labels": torch.tensor([[1], [2]])}
+
+    def loss(net: Any, b: Any) -> torch.Tensor:
+        targets = [{"boxes": boxes, "labels": labels} for boxes, labels in zip(b["boxes"], b["labels"], strict=True)]
+        losses = net(list(b["x"]), targets)
+        return torch.stack([*losses.values()]).mean() * 0.1  # a loss of 10 diverges at once, and its rounding with it
+
+    return Row(model, scenes, loss)
+
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
 IMAGES = {
     "efficientnet_b0 (timm)": timm("efficientnet_b0"),
@@ -292,5 +316,9 @@ IMAGES = {
     "deeplabv3_mobilenet, segmentation": segmentation("deeplabv3_mobilenet_v3_large"),
     "lraspp_mobilenet, segmentation": segmentation("lraspp_mobilenet_v3_large"),
     "gmlp_s16 (timm)": timm("gmlp_s16_224", 32, img_size=32),
+    "fasterrcnn_mobilenet, detection": detection("fasterrcnn_mobilenet_v3_large_320_fpn", min_size=64, max_size=64),
+    "retinanet_resnet50, detection": detection("retinanet_resnet50_fpn", min_size=64, max_size=64),
+    "fcos_resnet50, detection": detection("fcos_resnet50_fpn", min_size=64, max_size=64),
+    "ssdlite320_mobilenet, detection": detection("ssdlite320_mobilenet_v3_large"),
 }
 ROWS = TRANSFORMERS | IMAGES

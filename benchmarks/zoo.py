@@ -174,12 +174,18 @@ class Measurement:
 
         traces = attempted(compile)
         if traces != "yes":
-            return {"traces": traces}
+            return {"traces": traces, "bits": attempted(self.gradients_eager)}
         seconds = time.process_time() - began
         bits = attempted(
             lambda: "same" if ps.tree.equal(trained(compiled, self.state, self.batches[:2]), self.second) else "differ"
         )
         return {"traces": "yes", "bits": bits, "retraces": str(len(compiled.retraces)), "seconds": f"{seconds:.1f}"}
+
+    def gradients_eager(self) -> str:
+        """Compare the bits of a step of which only the update is compiled, as the refusal says to write."""
+        compiled = ps.jit(self.step, backend="eager", unjittable="eager")
+        same = ps.tree.equal(trained(compiled, self.state, self.batches[:2]), self.second)
+        return 'same, unjittable="eager"' if same else "differ"
 
     def inductor(self) -> str:
         return worded(difference(self.last.params, trained(ps.jit(self.step), self.state, self.batches).params))
@@ -237,7 +243,9 @@ def resumed(name: str, folder: Path) -> str:
 def faults(cells: Cells) -> list[str]:
     """Return the cells that are not what they should be. One that was not measured is none."""
     expected = {"pure": "yes", "traces": "yes", "bits": "same", "retraces": "0", "resume": "same"}
-    wrong = [f"{name}: {cells[name]}" for name, value in expected.items() if cells.get(name, value) != value]
+    wrong = [
+        f"{name}: {cells[name]}" for name, value in expected.items() if not cells.get(name, value).startswith(value)
+    ]
     for name in ("loop", "inductor"):
         cell = cells.get(name, "same bits")
         if cell != "same bits" and (cell.startswith("no") or not float(cell) <= TOLERANCE):

@@ -334,5 +334,7 @@ def test_a_model_that_does_not_trace_is_a_fault(monkeypatch, tmp_path):
         out = net(batch["x"])
         return out[out > 0].sum()
 
-    (fault,) = zoo.faults(row_of(monkeypatch, tmp_path, loss))
+    cells = row_of(monkeypatch, tmp_path, loss)
+    (fault,) = zoo.faults(cells)
     assert fault.startswith("traces: no: TraceError: ")
+    assert cells["bits"] == 'same, unjittable="eager"'

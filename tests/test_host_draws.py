@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import random as python_random
 import sys
 import threading
@@ -680,3 +681,10 @@ def test_the_draws_of_a_data_set_and_of_the_model_do_not_meet(name):
     for batch in data.epoch(0):
         by_hand, _ = step(by_hand, batch)
     assert tree.digest(by_hand) == tree.digest(result.state)
+
+
+def test_the_line_of_a_library_whose_name_begins_with_torchs():
+    file = f"{os.path.dirname(torch.__file__)}vision/boxes.py"
+    library: dict[str, object] = {"line": host_trap.calling_line}
+    exec(compile("def drawn():\n    return line()\n", file, "exec"), library)
+    assert library["drawn"]() == "boxes.py:2 in drawn"

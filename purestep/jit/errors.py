@@ -22,9 +22,10 @@ from purestep.closures import free_variables, named_globals
 from purestep.errors import CompileError, PurestepError, RandomnessError, TraceError, explain
 from purestep.functional import Definition
 
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-_OPTREE = os.path.join(os.path.dirname(_TORCH), "optree")
+# With the separator: `torchvision` beside `torch` is the user's code.
+_HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+_TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
+_OPTREE = os.path.join(os.path.dirname(os.path.dirname(_TORCH)), "optree", "")
 
 _VALUE_ERRORS = ("DataDependentOutputException", "GuardOnDataDependentSymNode")
 _SHAPE_ERRORS = ("DynamicOutputShapeException",)

@@ -17,9 +17,10 @@ import torch
 
 from purestep.random import global_generators
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-_NUMPY = os.path.dirname(os.path.abspath(np.__file__))
+# With the separator: `torchvision` beside `torch` is the user's code.
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+_TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
+_NUMPY = os.path.join(os.path.dirname(os.path.abspath(np.__file__)), "")
 _NOT_THE_USERS = (_PACKAGE, _TORCH, _NUMPY, python_random.__file__, contextlib.__file__, threading.__file__, "<frozen")
 _GAUSS = python_random.Random.gauss.__code__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -19,6 +20,14 @@ def refused(function, *args, error=TraceError, **options):
     with pytest.raises(error) as caught:
         jit(function, backend="eager", **options)(*args)
     return str(caught.value)
+
+
+def test_the_line_of_a_library_whose_name_begins_with_torchs():
+    file = f"{os.path.dirname(torch.__file__)}vision/boxes.py"
+    library: dict[str, object] = {}
+    exec(compile("def clipped(x):\n    return x if x.sum() > 0.5 else -x\n", file, "exec"), library)
+    text = refused(library["clipped"], torch.ones(3))
+    assert "boxes.py:2 in clipped" in text
 
 
 # --- captured tensors -------------------------------------------------------------------------------------------------
