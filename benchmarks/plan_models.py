@@ -26,12 +26,14 @@ class Model:
         loss_fn: `(net, batch) -> loss`.
         batch: returns the batch of a step, the same on every process.
         family: rules of tensor parallelism, None where it has none.
+        experts: whether it has experts that `expert_parallel` splits.
     """
 
     make: Callable[[], nn.Module]
     loss_fn: Callable[[Any, Any], Tensor]
     batch: Callable[[int], dict[str, Tensor]]
     family: str | None = None
+    experts: bool = False
 
 
 class Attention(nn.Module):
@@ -59,18 +61,35 @@ class Dense(nn.Module):
         return self.down(gelu(self.up(x)))
 
 
-class Experts(nn.Module):
+class Feeds(nn.Module):
+    """Experts as `ps.sharding.Experts` wants them: dim 0 of each parameter is that of experts."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.num_experts = count
+        self.up = nn.Parameter(torch.randn(count, 2 * WIDTH, WIDTH) / WIDTH**0.5)
+        self.down = nn.Parameter(torch.randn(count, WIDTH, 2 * WIDTH) / WIDTH**0.5)
+
+    def forward(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(tokens)
+        for expert in range(self.num_experts):
+            rows, place = (chosen == expert).nonzero().unbind(1)
+            made = gelu(tokens[rows] @ self.up[expert].T) @ self.down[expert].T
+            out = out.index_add(0, rows, made * weights[rows, place, None])
+        return out
+
+
+class Mixture(nn.Module):
     """Each token goes through the two of four experts that a router likes best."""
 
     def __init__(self, count: int = 4, chosen: int = 2) -> None:
         super().__init__()
-        self.router, self.chosen = nn.Linear(WIDTH, count, bias=False), chosen
-        self.experts = nn.ModuleList([Dense() for _ in range(count)])
+        self.router, self.experts, self.chosen = nn.Linear(WIDTH, count, bias=False), Feeds(count), chosen
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, picked = self.router(x).softmax(-1).topk(self.chosen, -1)
-        share = torch.zeros_like(self.router(x)).scatter(-1, picked, weights)
-        return torch.stack([expert(x) * share[..., i : i + 1] for i, expert in enumerate(self.experts)]).sum(0)
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(-1).topk(self.chosen)
+        return self.experts(tokens, chosen, weights).view_as(x)
 
 
 class Block(nn.Module):
@@ -104,7 +123,7 @@ class GPT(nn.Module):
 
 def experts() -> nn.Module:
     """Return a language model with experts in place of dense layers."""
-    return GPT(Experts)
+    return GPT(Mixture)
 
 
 def llama() -> nn.Module:
@@ -163,5 +182,5 @@ MODELS = {
     "GPT": Model(GPT, _of_words, _words, "gpt"),
     "Llama of transformers": Model(llama, _of_llama, _words, "llama"),
     "ResNet": Model(resnet, _of_images, _images),
-    "MoE": Model(experts, _of_words, _words),
+    "MoE": Model(experts, _of_words, _words, experts=True),
 }

@@ -2,18 +2,16 @@
 
 Writes `results/plans.md`. Each model trains {steps} steps of AdamW under each plan, on 1, 2 and 4 gloo processes; a run
 on 4 stops after the first of them, 2 processes go on with it and 1 ends it. Compared are the digests of the states;
-where bits differ, the largest difference of a parameter over the largest parameter. Memory is the peak of rank 0 in
-the last step (VmHWM, from the kernel) less what the process held before it made the state; beside it stands what
-`plan.dry_run` predicts, which knows no activations.
+where bits differ, the largest difference of a parameter over the largest parameter. Memory is what the tensors of
+rank 0 hold at most in a donating step; beside it stands what `ps.step_memory` predicts, with activations, or where it
+refuses the plan, what `plan.dry_run` does, without them, marked by a star.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import json
 import os
 import socket
@@ -25,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.plan_memory import held
 from benchmarks.plan_models import MODELS, Model
 from benchmarks.report import table
 
@@ -56,11 +53,17 @@ def rows() -> list[Row]:
     """Return the plans of the table, in order; another one is added here."""
     from purestep import sharding as s
 
+    def piped(ranks: int, model: Model) -> Any:
+        return s.ddp() * s.pipeline(s.even_stages(model.make, 2), size=min(ranks, 2))
+
     def tensor(ranks: int, model: Model, **settings: Any) -> Any:
         return s.tensor_parallel(model.family or "", size=ranks, tensor_parts=PARTS, **settings)
 
     def has_rules(model: Model) -> bool:
         return model.family is not None
+
+    def context(ranks: int) -> Any:
+        return s.context_parallel(ranks, parts=PARTS)
 
     return [
         Row("ddp()", lambda n, m: s.ddp()),
@@ -71,6 +74,13 @@ def rows() -> list[Row]:
         Row("tensor_parallel(rules, n)", tensor, has_rules),
         Row("ddp() * tensor_parallel(rules, 2)", lambda n, m: s.ddp() * tensor(min(n, 2), m), has_rules),
         Row("fsdp() * tensor_parallel(rules, 2)", lambda n, m: s.fsdp() * tensor(min(n, 2), m), has_rules),
+        Row("context_parallel(n)", lambda n, m: context(n), has_rules),
+        Row("ddp() * context_parallel(2)", lambda n, m: s.ddp() * context(min(n, 2)), has_rules),
+        Row("fsdp() * context_parallel(2)", lambda n, m: s.fsdp() * context(min(n, 2)), has_rules),
+        Row("expert_parallel(n)", lambda n, m: s.expert_parallel(n), lambda m: m.experts),
+        Row("expert_parallel(n, shard=True)", lambda n, m: s.expert_parallel(n, shard=True), lambda m: m.experts),
+        Row("ddp() * expert_parallel(2)", lambda n, m: s.ddp() * s.expert_parallel(min(n, 2)), lambda m: m.experts),
+        Row("ddp() * pipeline(stages, 2)", piped),
         Row('fsdp(reduction="fast")', lambda n, m: s.fsdp(reduction="fast"), promise="agreement"),
     ]
 
@@ -86,8 +96,6 @@ def work(folder: Path, plan: str, model: str) -> None:
     from purestep.distributed import control
 
     torch.set_num_threads(1)
-    # Freed tensors go back to the system at once, so that what is measured is what lives.
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)
     control.initialize(timeout=120)
     for row in rows():
         for name, kind in MODELS.items():
@@ -103,21 +111,19 @@ def _trained(row: Row, name: str, model: Model, folder: Path) -> dict[str, Any]:
 
     import purestep as ps
     from purestep.distributed import control
+    from purestep.sharding import placement
+    from purestep.testing.storages import Storages
 
     size = control.size()
     about = {"plan": row.name, "model": name}
     plan, tx = row.make(size, model), ps.optim.adamw(1e-3)
     step = ps.make_step(model.loss_fn, tx, plan=plan, microbatches=max(SIZES))
-    gc.collect()
-    before = held("VmRSS")
-    state = ps.init(model.make, tx, seed=0, plan=plan)
-    predicted = plan.dry_run(state, microbatches=max(SIZES)).nbytes
-    donating = ps.donate(step)
-    for number in range(STEPS):
-        if number == STEPS - 1:
-            Path("/proc/self/clear_refs").write_text("5")
-        state, _ = donating(state, model.batch(number))
-    seen = held("VmHWM") - before
+    state, donating = ps.init(model.make, tx, seed=0, plan=plan), ps.donate(step)
+    predicted, whole_account = _predicted(donating, state, model.batch(0), plan)
+    with Storages(placement.local(state)) as storages:
+        for number in range(STEPS):
+            storages.most = storages.now
+            state, _ = donating(state, model.batch(number))
     whole = plan.gather(state)
     if control.rank() == 0:
         torch.save(dict(whole.params), folder / f"{_slug(row.name, name)}-{size}.pt")
@@ -134,7 +140,18 @@ def _trained(row: Row, name: str, model: Model, folder: Path) -> dict[str, Any]:
         loggers=(),
     )
     resumed = ps.digest(plan.gather(result.state))
-    return about | {"digest": digest, "resumed": resumed, "predicted": predicted, "seen": seen}
+    memory = {"predicted": predicted, "activations": whole_account, "seen": storages.most}
+    return about | {"digest": digest, "resumed": resumed} | memory
+
+
+def _predicted(step: Any, state: Any, batch: Any, plan: Any) -> tuple[int, bool]:
+    """Return the bytes that a rank is said to need, and whether its activations are among them."""
+    import purestep as ps
+
+    try:
+        return ps.step_memory(step, state, batch).nbytes, True
+    except ps.errors.StepError:
+        return plan.dry_run(state, microbatches=max(SIZES)).nbytes, False
 
 
 def _slug(plan: str, model: str) -> str:
@@ -221,8 +238,10 @@ def report(found: list[dict[str, Any]]) -> str:
     ]
     cells = []
     for row in found:
+        sizes = [row[str(size)] for size in sorted(SIZES)]
         memory = (
-            ", ".join(f"{row[str(size)][kind] / 1e6:.0f}" for size in sorted(SIZES)) for kind in ("predicted", "seen")
+            ", ".join(f"{one['predicted'] / 1e6:.1f}{'' if one['activations'] else '*'}" for one in sizes),
+            ", ".join(f"{one['seen'] / 1e6:.1f}" for one in sizes),
         )
         cells.append([f"`{row['plan']}`", row["model"], *verdicts(row), *memory])
     load = f"load {os.getloadavg()[0]:.0f}"

@@ -58,7 +58,8 @@ def step_memory(
         A DryRun: bytes by kind at the moment in which most is there, and bytes sent.
 
     Raises:
-        StepError: it is no step of `make_step`, or fails on fake tensors; the error of the step is its cause.
+        StepError: it is no step of `make_step`, or fails on fake tensors, with the error of the step as its cause; or
+            its plan has stages on several ranks.
 
     Examples:
         >>> import purestep as ps
@@ -73,6 +74,16 @@ def step_memory(
     facts = facts_of(step)
     plan = single() if facts.plan is None else facts.plan
     plan = plan if sizes is None else plan.on(sizes)
+    if plan.pipelined:
+        raise StepError(
+            explain(
+                "the memory of a step of a pipeline is not known",
+                where=repr(plan),
+                why="a rank keeps the activations of its stages for as many microbatches as the schedule has begun, "
+                "which is not counted yet",
+                instead="plan.dry_run(state)   # without activations",
+            )
+        )
     turns = count or (facts.microbatches if isinstance(facts.microbatches, int) else None)
     turns = plan.replicas if turns is None or (facts.plan is not None and turns % plan.replicas) else turns
     return account(

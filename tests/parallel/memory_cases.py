@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from shared_storages import Storages
 from torch import nn
 
 import purestep as ps
 from purestep.optim.kernels import workspace
 from purestep.parallel import ddp, scattered
 from purestep.sharding import placement, step_account
+from purestep.testing.storages import Storages
 
 WIDTH, WORDS = 128, 700
 BUCKETS = 1 << 16, 1 << 18  # so that the gradients of this model are several buckets

@@ -7,6 +7,7 @@ import shared_ranks
 import torch
 from torch import nn
 
+import purestep as ps
 from purestep import errors
 from purestep.sharding import Plan, Spec, ddp, even_stages, fsdp, mesh, pipeline, zero1
 from purestep.sharding.pipeline_order import bubble, tables
@@ -170,6 +171,17 @@ def test_a_dry_run_tells_the_largest_rank_and_that_waits_are_not_known():
 
 
 @pytest.mark.slow
+def test_the_memory_of_a_step_in_stages_is_refused_rather_than_guessed():
+    def make():
+        return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    tx = ps.optim.sgd(0.1)
+    step = ps.make_step(lambda net, x: net(x).sum(), tx, plan=pipeline([["0"], ["1"]], 2), microbatches=2)
+    with pytest.raises(errors.StepError, match="dry_run"):
+        ps.step_memory(step, ps.init(make, tx), torch.ones(4, 2), {"stage": 2})
+    assert ps.step_memory(step, ps.init(make, tx), torch.ones(4, 2), {"stage": 1}).nbytes > 0
+
+
 def test_a_dry_run_tells_how_long_ranks_wait():
     run = pipeline([["a"], ["b"]], 2).dry_run({"a": torch.zeros(2), "b": torch.zeros(2)}, microbatches=3)
     assert run.bubble == pytest.approx(1 / 4)
