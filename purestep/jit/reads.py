@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from purestep import _torch
 from purestep.jit._torch import READ_VALUE, UNIQUE, node_of, proxy_root
+from purestep.jit.bounds import COMPARED, known
 from purestep.jit.errors import is_writer, written
 from purestep.random.host_trap import calling_line
 
@@ -90,6 +91,10 @@ class Reads:
 
     def read(self, op: Callable[..., Any], *args: Any) -> Any:
         """Return the result of an operator on the real values, or NotImplemented where they may not be read."""
+        settled = _settled(args[0]) if op is READ_VALUE else None
+        if settled is not None:
+            self.log.append(settled)
+            return settled
         program = self._program(op, args)
         if program is None or len(self.guards) >= _MOST:
             return NotImplemented
@@ -193,6 +198,15 @@ _SHAPED = (
     aten.unique_consecutive.default,
     aten.bincount.default,
 )
+
+
+def _settled(truth: Tensor) -> bool | None:
+    """Return a truth value that is the same for every draw, see `bounds`; None where there is none."""
+    node = node_of(truth)
+    if node is None or node.target not in COMPARED:
+        return None
+    steps = _steps([node])
+    return None if steps is None or any(is_writer(step) for step in steps) else known(node)
 
 
 def _evaluate(compute: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:

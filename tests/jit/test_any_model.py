@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import purestep as ps
 from purestep.errors import ConfigError, TraceError
-from purestep.jit import backends, jit, repeats
+from purestep.jit import backends, jit, reads, repeats
+from purestep.jit.reads import Guard
 from purestep.random.philox import philox
 from purestep.testing import assert_trees_equal
 
@@ -200,6 +201,50 @@ def test_another_value_is_traced_once_more_and_both_are_kept(donate):
     assert len(compiled.retraces) == 1
     assert compiled.retraces[0].startswith("another value than True was read in test_any_model.py:")
     assert "if not mask.all():" in compiled.retraces[0]
+
+
+class Drawn(nn.Module):
+    """Asks for a truth value of a draw."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.layer, self.ask = nn.Linear(4, 4), ask
+
+    def forward(self, x):
+        return self.layer(x) if self.ask() else self.layer(x) * 2
+
+
+def grown():
+    draw = torch.rand([])
+    draw.add_(1)
+    return draw > 1.5
+
+
+SETTLED = {
+    "never": lambda: torch.rand([]) < 0.0,
+    "always": lambda: torch.rand([]) >= 0,
+    "below one": lambda: torch.rand(3)[1] < 1.0,
+    "scaled": lambda: torch.rand([]) * 3 + 2 > 5.5,
+}
+OPEN = {
+    "rate": lambda: torch.rand([]) < 0.4,
+    "within a rounding of one": lambda: torch.rand([]) < 1 - 2.0**-24,
+    "written": grown,
+}
+
+
+@pytest.mark.parametrize("kind", slow_but(SETTLED, "never", "always"))
+def test_a_comparison_that_no_draw_changes_is_no_guard(kind, monkeypatch):
+    monkeypatch.setattr(reads, "Guard", None)
+    both(lambda: Drawn(SETTLED[kind]), square, [batch()])
+
+
+@pytest.mark.parametrize("kind", slow_but(OPEN, "rate"))
+def test_a_comparison_that_a_draw_changes_is_a_guard(kind, monkeypatch):
+    found = []
+    monkeypatch.setattr(reads, "Guard", lambda *about: found.append(about) or Guard(*about))
+    both(lambda: Drawn(OPEN[kind]), square, [batch()] * 6)
+    assert found
 
 
 def test_a_check_still_checks():
