@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
-from purestep.jit import disk_cache, errors, host_side, instruction_sets, layouts
+from purestep.jit import constants, disk_cache, errors, host_side, instruction_sets, layouts
 from purestep.jit._torch import aot_backend, make_fx, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
@@ -73,6 +73,7 @@ def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> 
         mode: name of a mode, or None.
         donated: how many leaves of the arguments, the first ones, the graph overwrites.
     """
+    constants.place(traced)
     host = host_side.of(traced)
     if host is not None:
         return host.run(_built(host.traced, backend, mode, donated=donated))

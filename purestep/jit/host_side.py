@@ -183,7 +183,8 @@ def _philox(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, ...]:
 
 def _with_inputs(traced: Traced, keys: Sequence[fx.Node]) -> Traced:
     """Return a copy of a graph in which some nodes are inputs on the CPU, after the others."""
-    graph, made = fx.Graph(), {}
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
     inputs, _, _ = traced.nodes()
     fakes = [fake_like(traced.mode, key.meta["val"], "cpu") for key in keys]
     for node in inputs:

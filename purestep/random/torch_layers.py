@@ -94,12 +94,12 @@ def _attention(
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     rate(dropout_p, "scaled_dot_product_attention")
     drop_key = mode.next_key("scaled_dot_product_attention")
-    given, named = (query, key, value, attn_mask, dropout_p, is_causal), {"scale": scale, "enable_gqa": enable_gqa}
+    given = query, key, value, attn_mask, dropout_p, is_causal
     if card_dropout.takes(query):
         with card_dropout.seeded(drop_key, query.device), _torch.no_torch_function():
-            return F.scaled_dot_product_attention(*given, **named)
+            return F.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
     if card_dropout.traces(query):
-        fused = card_attention.attention(drop_key, *given, **named)
+        fused = card_attention.attention(drop_key, *given, scale=scale, enable_gqa=enable_gqa)
         if fused is not None:
             return fused
     if enable_gqa:
