@@ -245,7 +245,7 @@ def fake_tensor_mode(*, allow_non_fake_inputs: bool) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
-def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """Return a fake tensor laid out like another, with memory of its own."""
+def fake_like(mode: FakeTensorMode, tensor: Tensor, device: str | None = None) -> Tensor:
+    """Return a fake tensor laid out like another, with memory of its own, on its device or on another one."""
     with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from purestep import _torch, portable
 from purestep.errors import ConfigError, explain
-from purestep.jit import disk_cache, errors, instruction_sets, layouts
+from purestep.jit import constants, disk_cache, errors, host_side, instruction_sets, layouts
 from purestep.jit._torch import aot_backend, make_fx, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
@@ -73,9 +73,18 @@ def compile(traced: Traced, backend: str, mode: str | None, *, donated: int) -> 
         mode: name of a mode, or None.
         donated: how many leaves of the arguments, the first ones, the graph overwrites.
     """
+    constants.place(traced)
+    host = host_side.of(traced)
+    if host is not None:
+        return host.run(_built(host.traced, backend, mode, donated=donated))
+    return _built(traced, backend, mode, donated=donated)
+
+
+def _built(traced: Traced, backend: str, mode: str | None, *, donated: int) -> Run:
     with _without_warnings():
         run = _BACKENDS[backend](traced, mode)
-    if backend == "inductor" and donated and mode in _RECORDED and any(x.is_cuda for x in traced.fakes):
+    recorded = backend == "inductor" and mode in _RECORDED and any(x.is_cuda for x in traced.fakes)
+    if recorded and donated and host_side.has_keys(traced):
         return Replay(run, [slot for slot, leaf in enumerate(traced.takes) if leaf < donated])
     return run
 

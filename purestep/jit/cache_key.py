@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from purestep import _torch, tree
 from purestep.errors import ConfigError, TraceError, explain
 from purestep.functional import Definition
+from purestep.random import card_dropout
 from purestep.sharding.placement import is_split, needs_plan
 
 _COMMON = {Tensor, nn.Parameter, int, float, bool, type(None)}
@@ -78,12 +79,12 @@ def _hashable(value: object) -> bool:
 
 
 def ambient() -> Hashable:
-    """Return the settings of the process that change what is traced."""
+    """Return the settings of the process and of this thread that change what is traced."""
     mixed = None
     if _torch.autocast_enabled():
         devices = ("cpu", "cuda")
         mixed = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
-    return torch.get_default_dtype(), mixed
+    return torch.get_default_dtype(), mixed, card_dropout.asked()
 
 
 # --- static values ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from purestep import _torch, random
-from purestep.random import card_dropout
+from purestep.random import card_attention, card_dropout
 from purestep.random.torch_mode import Function, KeyedRandom, rate, undispatched
 
 
@@ -93,12 +93,15 @@ def _attention(
     if dropout_p == 0.0:
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     rate(dropout_p, "scaled_dot_product_attention")
+    drop_key = mode.next_key("scaled_dot_product_attention")
+    given = query, key, value, attn_mask, dropout_p, is_causal
     if card_dropout.takes(query):
-        seeded = card_dropout.seeded(mode.next_key("scaled_dot_product_attention"), query.device)
-        with seeded, _torch.no_torch_function():
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+        with card_dropout.seeded(drop_key, query.device), _torch.no_torch_function():
+            return F.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
+    if card_dropout.traces(query):
+        fused = card_attention.attention(drop_key, *given, scale=scale, enable_gqa=enable_gqa)
+        if fused is not None:
+            return fused
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -110,7 +113,6 @@ def _attention(
         boolean = attn_mask.dtype == torch.bool
         weight = weight.masked_fill(~attn_mask, -math.inf) if boolean else weight + attn_mask
     weight = torch.softmax(weight, dim=-1)
-    drop_key = mode.next_key("scaled_dot_product_attention")
     return random.dropout(drop_key, weight, float(dropout_p)) @ value
 
 

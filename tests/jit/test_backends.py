@@ -13,7 +13,9 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import ConfigError
-from purestep.jit import disk_cache, jit
+from purestep.jit import constants, disk_cache, jit
+from purestep.jit._torch import fake_tensor_mode
+from purestep.jit.trace import trace
 from purestep.testing import assert_trees_close, assert_trees_equal, check_pure
 
 
@@ -296,3 +298,18 @@ def test_the_gradient_of_max_pooling_is_torchs_and_fits_what_is_around_it(shape,
 
     for scale in (torch.tensor(1.5), torch.tensor(-0.5)):
         close(jit(gradient)(x, scale), gradient(x, scale))
+
+
+def test_a_constant_is_put_on_the_card_when_the_graph_is_compiled(monkeypatch):
+    def scaled(x):
+        return x * torch.tensor([0.5, 2.0], device=x.device, dtype=x.dtype)
+
+    with fake_tensor_mode(allow_non_fake_inputs=True):
+        leaves, structure = ps.tree.flatten(((torch.empty(3, 2, device="cuda"),), {}))
+    traced = trace(scaled, leaves, structure, paths=lambda: ["x"])
+    monkeypatch.setattr(constants, "_moved", lambda constant, like: constant)  # no card is here
+    assert "aten._to_copy" in traced.graph.code
+    constants.place(traced)
+    assert "aten._to_copy" not in traced.graph.code
+    x = torch.randn(3, 2)
+    assert torch.equal(traced.graph(x)[0], scaled(x))

@@ -316,7 +316,7 @@ def test_a_recording_copies_the_batch_in_and_the_metrics_out():
         runs.append(1)
         return [state.sum()]
 
-    def record(work):
+    def record(work, generators):
         # As in a real recording nothing happens yet, and every replay writes its output to one place.
         place = torch.zeros(())
         return (lambda: place.copy_(work()[0])), [place]

@@ -484,6 +484,29 @@ def test_the_scope_of_each_row() -> None:
     ]
 
 
+EMPTY = {"none": (0,), "rows": (0, 3), "columns": (3, 0), "inner": (2, 0, 3), "outer": (0, 2, 3)}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_tensors_without_elements_change_nothing_for_others(name: str) -> None:
+    """torch's own optimizers divide by zero where there are some, so they are given the others alone."""
+    row = next(row for row in ROWS if row.name == name)
+    start, tx = random_tree(3, {"w": (5, 3), "v": (4, 4)}), row.make()
+    params = {**{name: torch.zeros(shape) for name, shape in EMPTY.items()}, **start}
+    state = tx.init(params)
+    theirs = {name: torch.nn.Parameter(p.clone()) for name, p in start.items()}
+    torchs = row.torch(list(theirs.values()))
+    for step in range(3):
+        grads = random_tree(step, {name: tuple(p.shape) for name, p in params.items()})
+        params, state = tx.advance(grads, state, params, step=torch.tensor(step))
+        for key, p in theirs.items():
+            p.grad = grads[key]
+        torchs.step()
+    for key, p in theirs.items():
+        torch.testing.assert_close(params[key], p.detach(), rtol=row.rtol, atol=1e-5)
+    assert {key: tuple(params[key].shape) for key in EMPTY} == EMPTY
+
+
 SMOOTH = [row for row in ROWS if row.smooth]
 
 

@@ -31,7 +31,8 @@ from purestep.optim.weight_decay import add_decay, fixed_filter
 
 @tree.pytree
 class AdafactorState:
-    """`row`, `column`: averages of squared gradients over the last and the last but one dim; `full`: for vectors.
+    """`row`, `column`: averages of squared gradients over the last and the last but one dim; `full`: for vectors and
+    tensors without elements.
 
     Each is a tree like the parameters; a tensor that does not need one has an empty tensor there.
     """
@@ -56,9 +57,9 @@ class Adafactor(GradientTransformation):
         empty = lambda p: p.new_zeros(0)  # noqa: E731
         return AdafactorState(
             new_count(params),
-            tree.map(lambda p: torch.zeros_like(p[..., :1]) if p.dim() > 1 else empty(p), params),
-            tree.map(lambda p: torch.zeros_like(p[..., :1, :]) if p.dim() > 1 else empty(p), params),
-            tree.map(lambda p: empty(p) if p.dim() > 1 else torch.zeros_like(p), params),
+            tree.map(lambda p: torch.zeros_like(p[..., :1]) if _is_factored(p) else empty(p), params),
+            tree.map(lambda p: torch.zeros_like(p[..., :1, :]) if _is_factored(p) else empty(p), params),
+            tree.map(lambda p: empty(p) if _is_factored(p) else torch.zeros_like(p), params),
         )
 
     def update(
@@ -88,14 +89,14 @@ class Adafactor(GradientTransformation):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         least = [torch.finfo(p.dtype).eps if self.eps[0] is None else self.eps[0] for p in ps]
         rows, columns, fulls, estimates = *map(list, memory), list(gs)
-        at = [i for i, g in enumerate(gs) if g.dim() > 1]
+        at = [i for i, g in enumerate(gs) if _is_factored(g)]
         matrices = [gs[i] for i in at]
         rs = self._moved([rows[i] for i in at], matrices, -1, weight)
         cs = self._moved([columns[i] for i in at], matrices, -2, weight)
         totals = fx.maximum([r.mean(dim=-2, keepdim=True) for r in rs], [least[i] for i in at])
         for i, r, c, total in zip(at, rs, cs, totals, strict=True):
             rows[i], columns[i], estimates[i] = r, c, (r @ c) / total
-        at = [i for i, g in enumerate(gs) if g.dim() <= 1]
+        at = [i for i, g in enumerate(gs) if not _is_factored(g)]
         vectors = [gs[i] for i in at]
         for i, full in zip(at, fx.lerp([fulls[i] for i in at], fx.mul(vectors, vectors), weight), strict=True):
             fulls[i] = estimates[i] = full
@@ -115,6 +116,11 @@ class Adafactor(GradientTransformation):
 
     def hyperparams(self, state: Any, step: StepNumber | None = None) -> dict[str, Scalar]:
         return {"learning_rate": value_at(self.learning_rate, step)}
+
+
+def _is_factored(p: Tensor) -> bool:
+    """Tell whether a tensor has rows and columns, which one without elements has not."""
+    return p.dim() > 1 and p.numel() > 0
 
 
 @checked(OptimError)

@@ -58,7 +58,7 @@ class ScaleByMuon(Rule):
 
 
 _SHAPES: dict[str, Any] = {
-    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / max(columns, 1))),
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "none": lambda rows, columns: 1.0,
 }
