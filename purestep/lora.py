@@ -25,6 +25,7 @@ from purestep.module_tensors import Adapted, Definition, slots
 from purestep.sharding import Plan, Spec, placement
 from purestep.snapshot import export
 from purestep.state import TrainState, definition
+from purestep.trainable import frozen_names
 from purestep.tree import Filter
 from purestep.weights.files import stored_weights
 from purestep.weights.matching import matched
@@ -343,5 +344,4 @@ def load_adapters(state: TrainState, path: Location) -> TrainState:
 
 
 def _base_digest(state: TrainState) -> str:
-    known = slots(definition(state).module).params
-    return tree.digest({name: value for name, value in state.buffers.items() if name in known})
+    return tree.digest({name: state.buffers[name] for name in frozen_names(state)})
