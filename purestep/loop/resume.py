@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from purestep import snapshot, tree
 from purestep.arguments import Location, checked
 from purestep.bits import tensor_bytes
@@ -107,8 +109,11 @@ def _changed_base(given: TrainState, stored: TrainState) -> list[str]:
     """Return the frozen parameters of a state with adapters that are not the stored ones, in this rank's part."""
     if given.model is None or not any(isinstance(m, Adapted) for m in given.model.module.modules()):
         return []
-    parts = ((n, *(part_of(state.buffers[n]) for state in (given, stored))) for n in frozen_names(given))
-    return [name for name, a, b in parts if not (tensor_bytes(a) == tensor_bytes(b)).all()]
+
+    def content(state: TrainState, name: str) -> np.ndarray:
+        return tensor_bytes(part_of(state.buffers[name]))
+
+    return [name for name in frozen_names(given) if not np.array_equal(content(given, name), content(stored, name))]
 
 
 def _other_run(error: TemplateMismatch, store: snapshot.Store, at: int, identity: Identity) -> str:

@@ -7,6 +7,7 @@ from the disk, one leaf at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,9 @@ class ShardedLeaves:
         rows: dict[int, Row] = {}
         for group in [short, *groups] if short else groups:
             rows |= self._rows_of_group(group, temporary, read_arrays)
-        return rows | {i: known.get(self.leaves[i], of, lambda i=i: rows[i]) for i, of in sums.items()}
+        return rows | {
+            i: known.get(self.leaves[i], of, functools.partial(rows.__getitem__, i)) for i, of in sums.items()
+        }
 
     def _rows_of_group(self, group: list[int], temporary: Path, read_arrays: ReadArrays) -> dict[int, Row]:
         contents = {index: np.empty(size(self.leaves[index]), np.uint8) for index in group}

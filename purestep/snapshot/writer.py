@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -148,7 +149,7 @@ def _rows_of_base(
     for shard, content, piece in zip(shards, contents, pieces, strict=True):
         if shard.is_full:
             sums = [(piece.box, piece.checksum)]
-            rows[shard.index] = known.get(shard.leaf, sums, lambda s=shard, c=content: digest.row_of(s.leaf, c))
+            rows[shard.index] = known.get(shard.leaf, sums, functools.partial(digest.row_of, shard.leaf, content))
     return rows
 
 
