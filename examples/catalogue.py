@@ -137,6 +137,15 @@ EXAMPLES = (
         smoke="--epochs 1 --few-epochs 2 --width 8",
         smoke_expects="> 0.1",
     ),
+    Example(
+        "lora.py",
+        "low-rank adapters beside frozen layers, merged at the end; a snapshot has what trains",
+        "held-out loss [nats a byte]",
+        line("held-out loss, adapted"),
+        "< 2.9",
+        smoke="--steps 4 --pretraining 4 --rank 2",
+        smoke_expects="< 6",
+    ),
     # --- several trainings in one step ---
     Example(
         "kfold.py",

@@ -1,4 +1,4 @@
-"""`lora`: low-rank adapters beside frozen linear layers, by a rule of names, merged back, and in files of their own.
+"""`lora`: low-rank adapters beside frozen layers, by a rule of names, merged back, and in files of their own.
 
 The adapters are ordinary parameters of the model that `init` is given, so steps, plans, jit and snapshots treat them as
 any other; the layers that they adapt keep the names of their weights, so files of weights and rules of plans fit.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from purestep import tree
 from purestep.arguments import Count, Decay, Finite, Location, checked
 from purestep.distributed.mesh import this_rank
 from purestep.errors import ConfigError, StepError, TemplateMismatch, explain
-from purestep.module_tensors import Adapted, Definition, slots
+from purestep.lora_layers import LoraLayer, adapted, linear_kinds, refusal
+from purestep.module_tensors import Definition, slots
 from purestep.sharding import Plan, Spec, placement
 from purestep.snapshot import export
 from purestep.state import TrainState, definition
+from purestep.trainable import frozen_names
 from purestep.tree import Filter
 from purestep.weights.files import stored_weights
 from purestep.weights.matching import matched
@@ -35,52 +35,13 @@ _BASE = "base_digest"  # in the header of a file of adapters
 _ADAPTERS = ("*.lora_A", "*.lora_B", "lora_A", "lora_B")
 
 
-class LoraLinear(nn.Linear, Adapted):
-    """A linear layer with a low-rank update: `x W^T + b + alpha / rank * dropout(x) A^T B^T`.
-
-    Attributes:
-        weight, bias: of the layer that it adapts.
-        lora_A: [rank, in_features], drawn as PEFT draws it: uniformly, with the variance of `nn.Linear`'s weights.
-        lora_B: [out_features, rank], zeros, so that the model begins as it is without adapters.
-    """
-
-    adapters = ("lora_A", "lora_B")
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-        self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
-        device = linear.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.train(linear.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        frozen = F.linear(input.to(self.weight.dtype), self.weight, self.bias)
-        kept = F.dropout(input, self.dropout, self.training) if self.dropout else input
-        update = F.linear(F.linear(kept.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return frozen + (update * self.scale).to(frozen.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}, dropout={self.dropout}"
-
-    def without(self) -> nn.Linear:
-        """Return the layer without its adapters; it has the same weight and bias."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight, plain.bias = self.weight, self.bias
-        return plain.train(self.training)
-
-
 @checked(ConfigError)
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """A rule of which linear layers get adapters; `lora` makes it, and calling it adapts a model.
+    """A rule of which layers get adapters; `lora` makes it, and calling it adapts a model.
 
     Attributes:
-        names, rank, alpha, dropout, train, base: see `ps.lora`.
+        names, rank, alpha, dropout, train, base, embeddings: see `ps.lora`.
     """
 
     names: Filter
@@ -89,12 +50,13 @@ class Lora:
     dropout: Decay[float] = 0.0
     train: Filter | None = None
     base: torch.dtype | None = None
+    embeddings: Filter | None = None
 
     def __call__(self, model: T) -> T:
         """Return the adapted model: of a module a copy, of a function that makes one a function.
 
         Raises:
-            ConfigError: the rule matches no linear layer, or one that cannot be adapted.
+            ConfigError: the rule matches no layer, or one that cannot be adapted.
         """
         if isinstance(model, nn.Module):
             return self._adapted(copy.deepcopy(model))
@@ -112,14 +74,14 @@ class Lora:
         return dataclasses.replace(plan, rules=((_ADAPTERS, Spec()), *plan.rules))
 
     def _adapted(self, model: nn.Module) -> nn.Module:
-        for name, linear in self._targets(model).items():
+        for name, layer in self._targets(model).items():
             owner, _, key = name.rpartition(".")
-            setattr(model.get_submodule(owner), key, LoraLinear(linear, self.rank, self._alpha, self.dropout))
+            setattr(model.get_submodule(owner), key, adapted(layer, self.rank, self._alpha, self.dropout))
         trained = [n for n, _ in model.named_parameters() if self.train is not None and tree.matches(self.train, n)]
         if self.train is not None and not trained:
             raise ConfigError(explain("the filter train= matches no parameter", where=repr(self.train)))
         for name, parameter in model.named_parameters():
-            if name in trained or name.rpartition(".")[2] in LoraLinear.adapters:
+            if name in trained or name.rpartition(".")[2] in LoraLayer.adapters:
                 continue
             parameter.requires_grad_(False)
             if self.base is not None and parameter.is_floating_point():
@@ -130,38 +92,44 @@ class Lora:
     def _alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
 
-    def _targets(self, model: nn.Module) -> dict[str, nn.Linear]:
-        linear = {name: m for name, m in model.named_modules() if name and isinstance(m, nn.Linear)}
-        chosen = [name for name in linear if tree.matches(self.names, name)]
-        if not chosen:
-            shown = ", ".join(map(repr, [*linear][:8])) or "none"
-            raise ConfigError(
-                explain(
-                    "lora: the rule matches no linear layer",
-                    where=f"{self.names!r}; linear layers of {type(model).__qualname__}: {shown}",
-                    instead="ps.lora('*.q_proj', rank=8), ps.lora('*')   # every linear layer",
-                )
-            )
+    def _targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        chosen = _chosen(model, self.names, linear_kinds(), "linear layer") if self.names != () else {}
+        if self.embeddings is not None:
+            chosen |= _chosen(model, self.embeddings, (nn.Embedding,), "embedding")
         shared = {name for name, places in slots(model).params.items() if len(places) > 1}
-        for name in chosen:
+        for name, layer in chosen.items():
             owner = model.get_submodule(name.rpartition(".")[0])
-            if type(linear[name]) is not nn.Linear:
-                why = f"it is a {type(linear[name]).__qualname__}, whose forward pass is its own"
-            elif isinstance(owner, nn.MultiheadAttention):
+            why = refusal(layer)
+            if why is None and isinstance(owner, nn.MultiheadAttention):
                 why = "nn.MultiheadAttention multiplies by its weight without calling the layer"
-            elif f"{name}.weight" in shared or f"{name}.weight" not in slots(model).params:
+            elif why is None and (f"{name}.weight" in shared or f"{name}.weight" not in slots(model).params):
                 why = "its weight is shared with another layer, which an update would change, too"
-            else:
-                continue
-            raise ConfigError(
-                explain(
-                    "lora: a layer that the rule matches cannot be adapted",
-                    where=f"{name!r}, matched by {self.names!r}",
-                    why=why,
-                    instead="a rule that leaves it out: ps.lora(['*.q_proj', '*.v_proj']), or a function of the name",
+            if why is not None:
+                rule = self.embeddings if isinstance(layer, nn.Embedding) else self.names
+                raise ConfigError(
+                    explain(
+                        "lora: a layer that the rule matches cannot be adapted",
+                        where=f"{name!r}, matched by {rule!r}",
+                        why=why,
+                        instead="a rule that leaves it out: ps.lora(['*.q_proj', '*.v_proj']), or a function of names",
+                    )
                 )
+        return chosen
+
+
+def _chosen(model: nn.Module, names: Filter, kinds: tuple[type[nn.Module], ...], kind: str) -> dict[str, nn.Module]:
+    found = {name: m for name, m in model.named_modules() if name and isinstance(m, kinds)}
+    chosen = {name: m for name, m in found.items() if tree.matches(names, name)}
+    if not chosen:
+        shown = ", ".join(map(repr, [*found][:8])) or "none"
+        raise ConfigError(
+            explain(
+                f"lora: the rule matches no {kind}",
+                where=f"{names!r}; {kind}s of {type(model).__qualname__}: {shown}",
+                instead="ps.lora('*.q_proj', rank=8), ps.lora('*')   # every linear layer",
             )
-        return {name: linear[name] for name in chosen}
+        )
+    return chosen
 
 
 @checked(ConfigError)
@@ -173,27 +141,32 @@ def lora(
     dropout: Decay[float] = 0.0,
     train: Filter | None = None,
     base: torch.dtype | None = None,
+    embeddings: Filter | None = None,
 ) -> Lora:
-    """Return a rule that puts low-rank adapters beside linear layers and freezes all else.
+    """Return a rule that puts low-rank adapters beside linear layers, and embeddings, and freezes all else.
 
     An adapted layer computes `x W^T + b + alpha / rank * dropout(x) A^T B^T` with `A: [rank, in]` and `B: [out, rank]`.
-    B begins at zero, so the model begins as it is without adapters.
+    B begins at zero, so the model begins as it is without adapters. Row i of an adapted embedding is
+    `W[i] + alpha / rank * B A[:, i]`, without dropout; there A begins at zero.
 
     Args:
-        names: a filter of dotted names of linear layers: a glob, several, or a function of the name.
+        names: a filter of dotted names of linear layers (`nn.Linear`, and `Conv1D` of transformers, of which GPT-2 is
+            made): a glob, several, or a function of the name; `()` for none.
         rank: of the update.
         alpha: scale of the update times the rank; by default the rank, so that the scale is 1.
         dropout: probability with which elements of an adapter's input are dropped in training.
         train: a filter of other parameters that stay trained, such as a new head.
         base: dtype of the frozen floating-point parameters, such as `torch.bfloat16`; by default they keep theirs. The
             adapters and what `train` matches keep float32.
+        embeddings: a filter of names of `nn.Embedding`; none by default.
 
     Returns:
         The rule. `rule(model)` is the adapted module, or a function that makes it if `model` is one.
 
     Raises:
         ConfigError: on being called, that the rule matches no linear layer, or one that cannot be adapted: a subclass
-            of `nn.Linear`, a layer whose weight is tied, the projection inside `nn.MultiheadAttention`.
+            of `nn.Linear`, a layer whose weight is tied, the projection inside `nn.MultiheadAttention`, an embedding
+            with `max_norm`.
 
     Examples:
         >>> import purestep as ps
@@ -207,7 +180,7 @@ def lora(
 
     Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
     """
-    return Lora(names, rank, alpha, dropout, train, base)
+    return Lora(names, rank, alpha, dropout, train, base, embeddings)
 
 
 @checked(ConfigError, failed=True)
@@ -229,13 +202,14 @@ def merge_lora(state: TrainState) -> TrainState:
     """
     module: nn.Module = copy.deepcopy(definition(state).module)
     own = {**state.params, **state.buffers}
-    adapted = {name: m for name, m in module.named_modules() if isinstance(m, LoraLinear)}
-    if not adapted:
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, LoraLayer)}
+    if not layers:
         raise StepError(explain("the model of the state has no adapters", instead="ps.lora('*.q_proj')(model)"))
-    for name, layer in adapted.items():
+    for name, layer in layers.items():
         dots = f"{name}."
-        a, b = (placement.gather(own.pop(f"{dots}{key}")) for key in LoraLinear.adapters)
-        own[f"{dots}weight"] = _merged(own[f"{dots}weight"], a, b, layer.scale)
+        a, b = (placement.gather(own.pop(f"{dots}{key}")) for key in LoraLayer.adapters)
+        factors = (a.T, b.T) if layer.transposed else (b, a)
+        own[f"{dots}weight"] = _merged(own[f"{dots}weight"], *factors, layer.scale)
         owner, _, key = name.rpartition(".")
         setattr(module.get_submodule(owner), key, layer.without())
     known = slots(module, fresh=True).params
@@ -248,10 +222,10 @@ def merge_lora(state: TrainState) -> TrainState:
     )
 
 
-def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Add the update to a weight, or to this rank's part of it."""
+def _merged(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Add the update `left right` to a weight, or to this rank's part of it."""
     (row, column), (rows, columns) = placement.shard_of(weight)
-    update = b[row : row + rows].float() @ a[:, column : column + columns].float()
+    update = left[row : row + rows].float() @ right[:, column : column + columns].float()
     part = placement.part_of(weight)
     merged = (part.float() + scale * update).to(part.dtype)
     return placement.rewrap(merged, weight) if placement.is_split(weight) else merged
@@ -343,5 +317,4 @@ def load_adapters(state: TrainState, path: Location) -> TrainState:
 
 
 def _base_digest(state: TrainState) -> str:
-    known = slots(definition(state).module).params
-    return tree.digest({name: value for name, value in state.buffers.items() if name in known})
+    return tree.digest({name: state.buffers[name] for name in frozen_names(state)})

@@ -56,7 +56,7 @@ def thaw(state: TrainState, names: Filter, tx: GradientTransformation) -> TrainS
         (['1.weight', '1.bias'], ['0.weight', '0.bias', '1.weight', '1.bias'])
     """
     known = slots(definition(state).module).params
-    moved = _matching([n for n in state.buffers if n in known], names, "frozen", state)
+    moved = _matching(frozen_names(state), names, "frozen", state)
     own = {**state.params, **state.buffers}
     params = {name: own[name] for name in known if name in state.params or name in moved}
     buffers = {name: value for name, value in state.buffers.items() if name not in moved}
@@ -91,6 +91,12 @@ def freeze(state: TrainState, names: Filter, tx: GradientTransformation) -> Trai
         raise StepError(explain("the filter names= freezes all parameters", where=f"{names!r}"))
     buffers = {**state.buffers, **{name: state.params[name] for name in moved}}
     return _with(state, params, buffers, tx, ())
+
+
+def frozen_names(state: TrainState) -> list[str]:
+    """Return the names of the parameters of a state's model that are not trained; they are in its buffers."""
+    known = slots(definition(state).module).params
+    return [name for name in state.buffers if name in known]
 
 
 def _matching(candidates: list[str], names: Filter, kind: str, state: TrainState) -> list[str]:

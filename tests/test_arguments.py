@@ -292,7 +292,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     "data.concat": "sources by position, each of them what as_source takes",
     **dict.fromkeys(
-        "data.Batches data.SampleShard data.Share snapshot.Ranks snapshot.Scope display.ProgressSink "
+        "data.Batches data.SampleShard data.Share snapshot.Base snapshot.Ranks snapshot.Scope display.ProgressSink "
         "metrics.Recorder".split(),
         MADE,
     ),

@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).parents[1] / "purestep"
 ROOMS = (
     "_torch _cpus _lazy _cells closures errors views arguments _torch_cpu portable_kernels portable bits "
     "transforms tree devices treesum recompute distributed random donation module_tensors metrics loggers display "
-    "sharding functional activations optim precision data snapshot remote weights state trainable lora batchnorm grad "
-    "microbatch step_protocol parallel step ensembles workers jit preflight loop callbacks inference interop trainer "
-    "record launch tune testing cli __main__"
+    "sharding functional activations optim precision data snapshot remote weights state trainable lora_layers lora "
+    "batchnorm grad microbatch step_protocol parallel step ensembles workers jit preflight loop callbacks inference "
+    "interop trainer record launch tune testing cli __main__"
 ).split()
 
 # Libraries with one importer. Keys are top-level modules, values the only file or room that may name them.

@@ -105,6 +105,62 @@ def test_a_model_that_exists_is_not_changed():
     assert torch.equal(state.buffers["blocks.0.q_proj.weight"], before["blocks.0.q_proj.weight"])
 
 
+class Words(nn.Module):
+    """An embedding, and the linear layers of GPT-2, whose weights are [in, out]."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.embed, self.attention = nn.Embedding(11, 6, padding_idx=2), linear(8, 6)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        return self.head(self.attention(self.embed(tokens)).tanh()).mean(1)
+
+
+def test_embeddings_and_conv1d_are_adapted_as_by_hand_and_merge(tmp_path, seed):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    make = lambda: Words(conv1d)  # noqa: E731
+    rule = ps.lora("attention", rank=3, alpha=6, embeddings="embed")
+    state = ps.init(rule(make), TX, seed=seed)
+    assert {name: tuple(t.shape) for name, t in state.params.items()} == {
+        "embed.lora_A": (3, 11),
+        "embed.lora_B": (6, 3),
+        "attention.lora_A": (3, 6),
+        "attention.lora_B": (8, 3),
+    }
+    tokens = torch.randint(0, 11, (5, 7))
+    plain = make()
+    plain.load_state_dict({n: t for n, t in {**state.params, **state.buffers}.items() if "lora" not in n})
+    assert torch.equal(ps.to_module(state)(tokens), plain(tokens))  # it begins as the model
+
+    def loss_of(net, batch):
+        return F.cross_entropy(net(batch["x"]), batch["y"])
+
+    batch = {"x": tokens, "y": torch.arange(5) % 3}
+    own = {name: t.clone().requires_grad_() for name, t in state.params.items()}
+    optimizer = torch.optim.Adam(own.values(), lr=0.05)
+    step = ps.make_step(loss_of, TX)
+    for _ in range(4):
+        given = {n: t for n, t in state.buffers.items() if "lora" not in n}
+        for name in ("embed", "attention"):  # W + alpha / rank * (B A)^T, as in the paper and in PEFT
+            given[f"{name}.weight"] = given[f"{name}.weight"] + 2 * (own[f"{name}.lora_B"] @ own[f"{name}.lora_A"]).T
+        optimizer.zero_grad()
+        F.cross_entropy(torch.func.functional_call(plain, given, (tokens,)), batch["y"]).backward()
+        optimizer.step()
+        state, _ = step(state, batch)
+    for name, value in state.params.items():
+        torch.testing.assert_close(value, own[name].detach(), rtol=1e-3, atol=1e-5)
+    assert state.params["embed.lora_A"][:, 2].count_nonzero() == 0  # padding is not trained
+
+    merged = ps.merge_lora(state)
+    module = ps.to_module(merged)
+    assert {type(m) for m in module.modules()} == {type(m) for m in plain.modules()}
+    assert list(merged.params) == [name for name, _ in plain.named_parameters()]
+    torch.testing.assert_close(module(tokens), ps.to_module(state)(tokens), rtol=1e-4, atol=1e-5)
+    path = ps.save_adapters(state, tmp_path / "a.safetensors")
+    ps.testing.assert_trees_equal(ps.load_adapters(state, path).params, state.params)
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_pretrained_base_in_bf16(deferred, tmp_path, seed):
     torch.manual_seed(seed)
@@ -184,6 +240,14 @@ class Tied(nn.Module):
     ],
 )
 def test_what_cannot_be_adapted_is_refused(names, text):
+    with pytest.raises(ConfigError, match=r"'embed', matched by 'embed'(.|\n)*shared with another layer"):
+        ps.lora((), embeddings="embed")(Tied())
+    with pytest.raises(ConfigError, match=r"'0', matched by '0'(.|\n)*max_norm= writes the weight"):
+        ps.lora((), embeddings="0")(nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)))
+    with pytest.raises(
+        ConfigError, match=r"the rule matches no embedding\n  where:   'head'; embeddings of Tied: 'embed'"
+    ):
+        ps.lora((), embeddings="head")(Tied())
     with pytest.raises(ConfigError) as caught:
         ps.lora(names)(Tied())
     assert text in str(caught.value)

@@ -7,19 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from purestep import snapshot, tree
 from purestep.arguments import Location, checked
+from purestep.bits import tensor_bytes
 from purestep.errors import ConfigError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import LoopState
 from purestep.loop.identity import Identity, check_resumed, differences, warmup_of
 from purestep.loop.machine import Machine
+from purestep.module_tensors import Adapted
 from purestep.precision import Policy
 from purestep.precision import policy as policy_of
 from purestep.precision.convert_state import any_policy, under_policy
+from purestep.sharding.placement import part_of
 from purestep.snapshot import Verify
 from purestep.snapshot.listing import Index
 from purestep.state import TrainState
 from purestep.step_protocol import StepFn, facts_of, resliced
+from purestep.trainable import frozen_names
 
 Resume = Literal["auto", "never", "must"] | int
 
@@ -72,11 +78,42 @@ def begin(
         restored = store.restore(like=around(train), step=wanted, fallback=wanted is None)
     except TemplateMismatch as error:
         raise TemplateMismatch(_other_run(error, store, steps[-1] if wanted is None else wanted, identity)) from error
+    store.ranks.raise_everywhere(_other_base(train, restored.value.train, str(store.root)))
     adopted, saved = adopt(fresh, restored.value, machine), store.read_manifest(restored.step)
     check_resumed(saved, identity, adopted.cursor, machine.length, strict=strict, silent=silent)
     if wanted is not None:
         store.delete_after(wanted)
     return adopted, restored.step
+
+
+def _other_base(given: object, stored: object, where: str) -> TemplateMismatch | None:
+    """Return the error of a state whose adapters were trained beside other frozen parameters than it has.
+
+    Other frozen parameters are not compared: a step may write them, a teacher that follows its student for example.
+    """
+    pairs = zip(tree.find(given, TrainState, "state"), tree.find(stored, TrainState), strict=True)
+    odd = [f"{path}.buffers[{name!r}]" for (path, own), (_, old) in pairs for name in _changed_base(own, old)]
+    if not odd:
+        return None
+    return TemplateMismatch(
+        explain(
+            "the adapters of the run directory were trained beside another base",
+            where=f"{where}: {', '.join(odd[:3])}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}",
+            why="a low-rank update means something only beside the very weights it was trained with",
+            instead="ps.init(rule(model), tx, weights=the_base_of_that_run), or another run_dir=",
+        )
+    )
+
+
+def _changed_base(given: TrainState, stored: TrainState) -> list[str]:
+    """Return the frozen parameters of a state with adapters that are not the stored ones, in this rank's part."""
+    if given.model is None or not any(isinstance(m, Adapted) for m in given.model.module.modules()):
+        return []
+
+    def content(state: TrainState, name: str) -> np.ndarray:
+        return tensor_bytes(part_of(state.buffers[name]))
+
+    return [name for name in frozen_names(given) if not np.array_equal(content(given, name), content(stored, name))]
 
 
 def _other_run(error: TemplateMismatch, store: snapshot.Store, at: int, identity: Identity) -> str:

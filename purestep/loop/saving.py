@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from purestep import snapshot
+from purestep import snapshot, tree
 from purestep.errors import SaveFailed, SnapshotError, explain
 from purestep.loop import resume
 from purestep.loop.copying import Copying
@@ -24,6 +24,8 @@ from purestep.loop.ranks import Ranks
 from purestep.loop.roles import SnapshotPolicy
 from purestep.loop.signals import Signals
 from purestep.remote import Remote
+from purestep.state import TrainState
+from purestep.trainable import frozen_names
 
 # A snapshot that is due waits so long at most for the one before it; on a slower disk it is left out.
 SLOW_DISK_SECONDS = 30.0
@@ -33,7 +35,15 @@ DIGESTS = {
     "state": snapshot.Scope(under=".train"),
     "run": snapshot.Scope(without=(".elapsed", ".status.boundary")),
 }
+
 OnSaveError = Literal["continue", "stop"]
+
+
+def base_of(loop: LoopState) -> snapshot.Base:
+    """Return the frozen parameters of a run: they live in the buffers of train states, and snapshots share them."""
+    states = [(path, state) for path, state in tree.find(loop.train, TrainState, ".train") if state.model is not None]
+    paths = [f"{path}.buffers[{name!r}]" for path, state in states for name in frozen_names(state)]
+    return snapshot.Base(frozenset(paths), f"{states[0][0]}.buffers" if len(states) == 1 else ".train")
 
 
 class Saving:
@@ -73,6 +83,7 @@ class Saving:
         self._lock: Lock | None = None
         self._saved: tuple[object, ...] | None = None
         self._identity: Mapping[str, Any] = {}  # rank 0 writes it
+        self._base = snapshot.Base()
         self._device = "cpu"
         self._skipped = 0
         self._abandoned = self.unsaved = False
@@ -118,7 +129,8 @@ class Saving:
     def begin(self, loop: LoopState, at: int | None, identity: Identity) -> None:
         """Check that snapshots of a run can be written here; it begins at the snapshot `at`, or at none."""
         if self.store is not None:
-            self.store.check(loop)
+            self._base = base_of(loop)
+            self.store.check(loop, base=self._base)
             self._identity = identity.plain if self._ranks.first else {}
             self._copying.begin()
         self._device = identity.device
@@ -158,7 +170,9 @@ class Saving:
         try:
             # There may be one of this position, with an evaluation that was cut off: it gives way to this one. So do
             # those of a future that the run has gone back from, or that could not be read.
-            self.store.save(number, loop, metrics=loop.status.metrics, info=info, digests=DIGESTS, replace=True)
+            self.store.save(
+                *(number, loop), metrics=loop.status.metrics, info=info, digests=DIGESTS, base=self._base, replace=True
+            )
             self._saved = position
         except SaveFailed as error:
             yield self._lost(error)

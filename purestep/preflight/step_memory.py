@@ -22,6 +22,7 @@ from purestep.microbatch import Context, NoExchange, Tensors, Weight, split_batc
 from purestep.optim.scope import scope_of
 from purestep.precision.cast_params import Uncast, casting
 from purestep.preflight.dry_run import dry_run
+from purestep.preflight.flops import flops_of
 from purestep.preflight.single_process import lone
 from purestep.sharding.dry_run import DryRun
 from purestep.sharding.dry_run import dry_run as account
@@ -133,7 +134,7 @@ def course_of(step: StepFn, state: TrainState, batch: object, count: int) -> Cou
 
 
 class _Storages(_torch.Watcher):
-    """Counts the bytes of the storages that are made while it is active, for as long as each is alive.
+    """Counts the bytes of the storages that are made while it is active, for as long as each is alive, and operations.
 
     Args:
         given: what is there already, and not counted.
@@ -142,7 +143,7 @@ class _Storages(_torch.Watcher):
     def __init__(self, given: Sequence[object]) -> None:
         super().__init__()
         self._known: dict[int, Any] = {}
-        self.live = self.most = 0
+        self.live = self.most = self.flops = 0
         for leaf in given:
             if isinstance(leaf, Tensor):
                 self.forget(leaf)
@@ -153,6 +154,7 @@ class _Storages(_torch.Watcher):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.flops += flops_of(func, args, kwargs or {}, out)
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor):
                 self._born(x.untyped_storage())
@@ -229,4 +231,4 @@ class _Listening(NoExchange):
         """Return what was seen."""
         summed = cast.reduced({name: x.new_empty(()) for name, x in self.computed.items()})
         widths = {name: (x.element_size(), summed[name].element_size()) for name, x in self.computed.items()}
-        return Course(self.forward, tuple(self.moments), widths)
+        return Course(self.forward, tuple(self.moments), widths, self.storages.flops)

@@ -14,7 +14,7 @@ from purestep.loggers import csv
 from purestep.loop import origin
 from purestep.loop.events import LoopState
 from purestep.loop.resume import applied_steps
-from purestep.loop.saving import DIGESTS
+from purestep.loop.saving import DIGESTS, base_of
 from purestep.record.experiment import Makes
 from purestep.record.replay import Experiments, Which, begun, nearest, opened, positions, stored
 from purestep.record.run_record import RunRecord
@@ -125,4 +125,4 @@ def _write(directory: Path, record: RunRecord, loop: LoopState) -> None:
     if record.warmup is not None:  # where a step of warmup="eager" switches, or has switched
         info["step"] = {"warmup": record.warmup}
     with Store(directory / DIRECTORY) as store:
-        store.save(at, loop, metrics=loop.status.metrics, info=info, digests=DIGESTS)
+        store.save(at, loop, metrics=loop.status.metrics, info=info, digests=DIGESTS, base=base_of(loop))

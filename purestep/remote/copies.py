@@ -2,6 +2,7 @@
 
     snapshots/<name>/...          a snapshot's files, as on the disk
     snapshots/<name>/copy.json    their names, sizes and checksums, written last: without it there is no copy
+    base/<part>/...               frozen leaves that snapshots share, with a list of the same kind
     record/<checksum>-<size>      the content of a file: metrics.csv, run.json, ...
     record/<number>.json          which file had which content; the highest intact number counts
 
@@ -19,32 +20,17 @@ from pathlib import Path
 
 import xxhash
 
-from purestep.errors import CorruptSnapshot, SnapshotError, explain
+from purestep.errors import SnapshotError
+from purestep.remote import bases
+from purestep.remote.contents import COPY, Content, below, get, get_file, parsed, put, sealed
 from purestep.remote.files import Files
 from purestep.snapshot import durable_directories, free_space, listing, stored_digest
-from purestep.snapshot.header import DATA, Header, parse_header, seal, unseal
-from purestep.snapshot.json_fields import Field
+from purestep.snapshot.header import DATA, Header, parse_header
 from purestep.snapshot.retention import Record
 
 SNAPSHOTS, RECORD = "snapshots", "record"
-COPY = "copy.json"
-_FORMAT = 1
 _NAME = re.compile(r"(0|[1-9][0-9]{0,18})(?:[.]([1-9][0-9]{0,18}))?", re.ASCII)
 _NUMBERED = re.compile(r"([0-9]{1,18})[.]json", re.ASCII)
-_CHECKSUM = re.compile(r"[0-9a-f]{16}")
-_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Content:
-    """The size in bytes of a file, and its xxh3."""
-
-    size: int
-    checksum: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.checksum}-{self.size}"
 
 
 @dataclass(frozen=True)
@@ -61,16 +47,6 @@ class Copy:
         return sum(content.size for content in self.files.values())
 
 
-def content_of(path: Path) -> Content:
-    """Return size and checksum of a file."""
-    digest, size = xxhash.xxh3_64(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return Content(size, digest.hexdigest())
-
-
 # --- snapshots --------------------------------------------------------------------------------------------------------
 
 
@@ -79,6 +55,8 @@ def listed(files: Files) -> list[Copy]:
     found = files.sizes(SNAPSHOTS)
     names = [name for path in found if (name := path.removesuffix(f"/{COPY}")) != path]
     copies = [copy for name in names if (copy := _read(files, name)) is not None]
+    complete = bases.complete(files) if any(copy.header.base.parts for copy in copies) else set()
+    copies = [copy for copy in copies if complete.issuperset(copy.header.base.parts)]
     return sorted(copies, key=lambda copy: (copy.header.step, copy.revision))
 
 
@@ -100,7 +78,7 @@ def _read(files: Files, name: str) -> Copy | None:
     if match is None or told is None or head is None:
         return None
     with contextlib.suppress(SnapshotError):  # cut off, of a later format, or of another program
-        contents = _contents(told, name)
+        contents = parsed(told, name)
         known = contents.get(DATA)
         header = parse_header(head, f"{files.url}/{SNAPSHOTS}/{name}/{DATA}")
         if known == Content(len(head), xxhash.xxh3_64_hexdigest(head)) and header.step == int(match[1]):
@@ -125,22 +103,14 @@ def upload(files: Files, source: Path, taken: Iterable[str]) -> Copy:
     name = listing.directory_name(int(step), max(revisions, default=-1) + 1)
     top = f"{SNAPSHOTS}/{name}"
     files.remove_all(top)  # what an upload that was interrupted has left
-    contents = {str(path.relative_to(source)): content_of(path) for path in _below(source)}
-    files.each(lambda path: files.put(f"{top}/{path}", source / path), contents)
-    _check_sizes(files, top, contents)
     head = (source / DATA).read_bytes()
-    files.write(f"{top}/{COPY}", _sealed(contents))
+    header = parse_header(head, str(source / DATA))
+    for part in header.base.parts:  # before the snapshot, which is nothing without them
+        bases.upload(files, source.parent, part)
+    contents = put(files, top, source)
+    files.write(f"{top}/{COPY}", sealed(contents))
     match = _NAME.fullmatch(name)
-    return Copy(name, int(match[2] or 0) if match else 0, contents, parse_header(head, str(source / DATA)))
-
-
-def _check_sizes(files: Files, top: str, contents: Mapping[str, Content]) -> None:
-    """Refuse a copy that was cut off without an error, as some file systems do."""
-    sizes = files.sizes(top)
-    for name, content in contents.items():
-        if sizes.get(name) != content.size:
-            why = f"{content.size} bytes were sent, {sizes.get(name, 'none')} are there"
-            raise SnapshotError(explain("a file arrived incomplete", where=f"{files.url}/{top}/{name}", why=why))
+    return Copy(name, int(match[2] or 0) if match else 0, contents, header)
 
 
 def download(files: Files, copy: Copy, root: Path) -> Path:
@@ -161,13 +131,10 @@ def download(files: Files, copy: Copy, root: Path) -> Path:
     final = root / listing.directory_name(step, listing.next_revision(root, step))
     temporary = durable_directories.begin(root, final.name)
 
-    def fetch(name: str) -> None:
-        target = temporary / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _get(files, f"{SNAPSHOTS}/{copy.name}/{name}", target, copy.files[name])
-
     try:
-        files.each(fetch, copy.files)
+        for part in copy.header.base.parts:
+            bases.download(files, part, root)
+        get(files, f"{SNAPSHOTS}/{copy.name}", temporary, copy.files)
         stored_digest.check(temporary)
         durable_directories.commit(temporary, final)
     except BaseException:
@@ -187,6 +154,12 @@ def remove_incomplete(files: Files, copies: Iterable[Copy]) -> None:
     complete = {copy.name for copy in copies}
     for name in {path.partition("/")[0] for path in files.sizes(SNAPSHOTS)} - complete:
         remove(files, name)
+    remove_unused_bases(files, copies)
+
+
+def remove_unused_bases(files: Files, copies: Iterable[Copy]) -> None:
+    """Remove what no copy refers to. Only the one writer may."""
+    bases.remove_unused(files, {part for copy in copies for part in copy.header.base.parts})
 
 
 # --- the record: every other file -------------------------------------------------------------------------------------
@@ -207,7 +180,7 @@ def record(files: Files) -> RunFiles:
         told = files.read(f"{RECORD}/{number}.json")
         with contextlib.suppress(SnapshotError):
             if told is not None:
-                return RunFiles(number, _contents(told, f"{number}.json"))
+                return RunFiles(number, parsed(told, f"{number}.json"))
     return RunFiles(max(numbers, default=-1), None)
 
 
@@ -222,7 +195,7 @@ def upload_record(files: Files, run_dir: Path, before: RunFiles, excluded: Itera
     """
     stored = set((before.files or {}).values())
     contents: dict[str, Content] = {}
-    for path in _below(run_dir, frozenset(excluded)):
+    for path in below(run_dir, frozenset(excluded)):
         # It may grow, or be replaced, while it is read: what was read is what is written, under the checksum of it.
         with contextlib.suppress(FileNotFoundError):
             content = path.read_bytes()
@@ -234,7 +207,7 @@ def upload_record(files: Files, run_dir: Path, before: RunFiles, excluded: Itera
     if contents == before.files:
         return before
     now = RunFiles(before.number + 1, contents)
-    files.write(f"{RECORD}/{now.number}.json", _sealed(contents))
+    files.write(f"{RECORD}/{now.number}.json", sealed(contents))
     # The list before stays until the next one, for whoever is reading it.
     kept = {content.name for told in (before.files or {}, contents) for content in told.values()}
     kept |= {f"{number}.json" for number in (before.number, now.number)}
@@ -255,53 +228,9 @@ def download_record(files: Files, told: RunFiles, run_dir: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         try:
-            _get(files, f"{RECORD}/{content.name}", partial, content)
+            get_file(files, f"{RECORD}/{content.name}", partial, content)
             durable_directories.fsync(partial)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
     durable_directories.fsync(run_dir)
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
-
-
-def _get(files: Files, name: str, target: Path, content: Content) -> None:
-    """Copy a file to the disk and compare it with its checksum."""
-    try:
-        files.get(name, target)
-        found = content_of(target)
-    except FileNotFoundError as error:
-        raise CorruptSnapshot(explain("a file of the remote copy is missing", where=f"{files.url}/{name}")) from error
-    if found != content:
-        why = f"{content.size} bytes with xxh3 {content.checksum} were copied; {found.size} with {found.checksum} came"
-        raise CorruptSnapshot(explain("a file of the remote copy is corrupt", where=f"{files.url}/{name}", why=why))
-
-
-def _below(directory: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
-    """Return the regular files below a directory, in order; links are not followed."""
-    found = []
-    for parent, directories, names in os.walk(directory):
-        top = Path(parent) == directory
-        directories[:] = sorted(name for name in directories if not (top and name in excluded))
-        kept = (name for name in names if not (top and name in excluded) and not name.endswith(".partial"))
-        found += [path for name in sorted(kept) if not (path := Path(parent, name)).is_symlink() and path.is_file()]
-    return found
-
-
-def _sealed(contents: Mapping[str, Content]) -> bytes:
-    return seal({"format": _FORMAT, "files": {name: [c.size, c.checksum] for name, c in contents.items()}})
-
-
-def _contents(told: bytes, name: str) -> dict[str, Content]:
-    body = Field(unseal(told, name), name)
-    if body["format"].natural() != _FORMAT:
-        raise SnapshotError(explain("the remote copy is of a later version of purestep", where=name))
-    contents = {}
-    for path, field in body["files"].entries().items():
-        size, checksum = field.items()[:2]
-        # It becomes a path on this machine: one that leads out of the directory is not ours.
-        if os.path.isabs(path) or ".." in Path(path).parts:
-            raise field.wrong("a file inside of the directory")
-        contents[path] = Content(size.natural(), checksum.text(_CHECKSUM))
-    return contents

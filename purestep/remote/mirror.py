@@ -212,12 +212,14 @@ class Mirror(Follower):
         here, selected = self._selected()
         if not here or not self._is_there(here[max(here)]):
             return
-        valid = copies_.current(self._copies or [])
+        valid, before = copies_.current(self._copies or []), len(self._copies or [])
         for copy in list(self._copies or []):
             # Copies of later steps are of a history that the run has gone back from.
             if copy.header.step not in selected or valid[copy.header.step] is not copy:
                 copies_.remove(self.files, copy.name)
                 (self._copies or []).remove(copy)
+        if len(self._copies or []) < before:
+            copies_.remove_unused_bases(self.files, self._copies or [])
 
 
 def _same(copy: Copy, digest: str, created: float) -> bool:

@@ -14,11 +14,13 @@ import torch
 
 from purestep import tree
 from purestep.bits import human_bytes
+from purestep.errors import ConfigError, explain
 from purestep.sharding.pipeline_order import bubble
 from purestep.sharding.report import Description, Row, describe
 from purestep.sharding.spec import Layout
 from purestep.sharding.stages import AXIS, Schedule, Stages
 from purestep.sharding.step_account import LONG_ON_CPU, LONG_ON_DEVICE, Course, Job, Leaf, peak
+from purestep.sharding.step_time import StepTime
 from purestep.views import Block, Note, Printed, Table
 
 
@@ -96,6 +98,10 @@ class DryRun(Printed):
         bubble: the part of a step in which a rank of a pipeline waits, if all stages take as long, a backward pass
             twice as long as a forward pass, and sending no time; None where the number of microbatches is not given,
             and without a pipeline. What stages send each other is not in `sent`, tied parameters not in `memory`.
+        flops: floating-point operations of a rank in a step, a multiplication and an addition as two: those of matrix
+            products, convolutions and attention, in the forward and the backward pass of each of its microbatches,
+            what checkpoints compute again included. None where step and batch are not known, and where several ranks
+            compute one layer together.
     """
 
     description: Description
@@ -103,6 +109,49 @@ class DryRun(Printed):
     sent: dict[str, int]
     host: dict[str, int] = dataclasses.field(default_factory=dict)
     bubble: float | None = None
+    flops: int | None = None
+
+    def seconds(self, *, flops: float, bandwidth: float) -> StepTime:
+        """Return how long a step takes of ranks that compute and send so fast.
+
+        Not in it: the loading of data, what is no matrix product (norms, the update), and what a rank waits for the
+        network to answer, which for many small messages is longer than what they take to send.
+
+        Args:
+            flops: operations a second that a rank reaches in the dtype of the step. What is reached of the number on a
+                card's data sheet, 30 to 60 % for large models, is the utilization that you expect or have measured.
+            bandwidth: bytes a second that a rank sends, in the slowest of the links that it uses.
+
+        Raises:
+            ConfigError: the number of operations is not known; a rate that is no positive number.
+
+        Examples:
+            >>> import torch
+            >>> import purestep as ps
+            >>> tx = ps.optim.sgd(0.1)
+            >>> step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=ps.sharding.ddp())
+            >>> with torch.device("meta"):
+            ...     state = ps.init(torch.nn.Linear(1000, 1000, bias=False), tx)
+            >>> found = ps.step_memory(step, state, torch.ones(64, 1000), {"data": 4})
+            >>> found.flops, found.sent["reduce"]  # 16 samples, forward and the gradient of the weight; 2 * 3/4 of it
+            (64000000, 6000000)
+            >>> time = found.seconds(flops=1e9, bandwidth=1e9)
+            >>> time.compute, time.send, time.hidden, round(time.apart, 3)
+            (0.064, 0.006, 0.064, 0.07)
+        """
+        for name, rate in (("flops", flops), ("bandwidth", bandwidth)):
+            if not 0 < rate < math.inf:
+                raise ConfigError(explain(f"{name} is a rate above 0", where=f"{name}={rate}", instead=f"{name}=1e12"))
+        if self.flops is None:
+            raise ConfigError(
+                explain(
+                    "how much a rank computes is not known",
+                    where=repr(self.description.mesh),
+                    why="it follows from a step and a batch, and not where ranks compute a layer together",
+                    instead="ps.step_memory(step, state, batch, sizes).seconds(flops=..., bandwidth=...)",
+                )
+            )
+        return StepTime(self.flops / flops, sum(self.sent.values()) / bandwidth, self.bubble or 0.0)
 
     @property
     def nbytes(self) -> int:
@@ -188,8 +237,10 @@ def dry_run(
     waits = None
     if plan.pipelined and microbatches is not None:
         waits = bubble(plan.schedule, plan.mesh.size(AXIS), len(plan.cut), turns)
+    shared = plan.pipelined or plan.mesh.size(*plan.model_axes) > 1
+    flops = None if course is None or shared else course.flops * turns
     return DryRun(
-        description, {k: n for k, n in memory.items() if n}, sent, {k: n for k, n in host.items() if n}, waits
+        description, {k: n for k, n in memory.items() if n}, sent, {k: n for k, n in host.items() if n}, waits, flops
     )
 
 

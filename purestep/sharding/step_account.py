@@ -37,11 +37,13 @@ class Course:
         moments: of each gradient, in the order in which they are made, the name of its parameter and the most bytes at
             one time since the one before.
         widths: by parameter, bytes an element as it is computed with, and of its gradient in sums.
+        flops: floating-point operations of both passes, see `DryRun.flops`.
     """
 
     forward: int = 0
     moments: tuple[tuple[str, int], ...] = ()
     widths: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    flops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from purestep._lazy import attach
 
 if TYPE_CHECKING:
     from purestep.snapshot.digest import Scope as Scope
+    from purestep.snapshot.header import Base as Base
     from purestep.snapshot.listing import DIRECTORY as DIRECTORY
     from purestep.snapshot.listing import root_of as root_of
     from purestep.snapshot.manifest import Manifest as Manifest

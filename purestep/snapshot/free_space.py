@@ -68,7 +68,7 @@ def check_fits(root: Path, nbytes: int) -> None:
         ) from error
 
 
-def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
+def shortage(root: Path, nbytes: int, policy: Keep, present: int, *, once: int = 0) -> str | None:
     """Return the text of a warning if the snapshots that a policy will keep do not all fit, None if they do.
 
     A new snapshot is written before an old one is deleted, so one more than the policy keeps must fit.
@@ -78,14 +78,15 @@ def shortage(root: Path, nbytes: int, policy: Keep, present: int) -> str | None:
         nbytes: of one snapshot.
         policy: how many are kept; of a policy without a bound only the next one must fit.
         present: how many are on disk already.
+        once: bytes that are written beside them, once.
     """
     most = policy.most()
     coming = 1 if most is None else max(most + 1 - present, 1)
-    free, needed = _free(root), coming * (nbytes + _SLACK)
+    free, needed = _free(root), coming * (nbytes + _SLACK) + once
     if free >= needed:
         return None
     return explain(
-        f"only {free // (nbytes + _SLACK)} of the next {coming} snapshots fit on the disk",
+        f"only {max(free - once, 0) // (nbytes + _SLACK)} of the next {coming} snapshots fit on the disk",
         where=f"{root}: {human_bytes(free)} free, {human_bytes(needed)} needed",
         why=f"{policy} keeps up to {'all' if most is None else most}, of {human_bytes(nbytes)} each and "
         f"{human_bytes(_SLACK)} around it, and a new one is written before an old one is deleted",

@@ -17,9 +17,10 @@ from purestep.errors import CorruptSnapshot, SnapshotError, explain
 from purestep.snapshot import json_fields
 from purestep.snapshot.json_fields import JSON
 
-FORMAT = 2
+FORMAT = 3  # 2 is written where there is no base, so that older versions read those snapshots
 DATA, TREE, PIECES = "meta/data.json", "meta/tree.json", "meta/pieces.json"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"[0-9a-f]{32}")
 _OPEN, _MIDDLE, _CLOSE = b'{"checksum": "', b'", "body": ', b"}\n"
 
 
@@ -50,6 +51,42 @@ def _inside(path: str, under: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Base:
+    """Which leaves of a tree stay as they are, so that their bytes are written once, beside the snapshots.
+
+    Attributes:
+        paths: of the leaves, as `purestep.tree.paths` prints them.
+        under: the paths in the digest of the base count from there.
+
+    Examples:
+        >>> base = Base(frozenset({".buffers['w']"}), ".buffers")
+        >>> base.path(".buffers['w']"), base.path(".buffers['mean']")
+        ("['w']", None)
+    """
+
+    paths: frozenset[str] = frozenset()
+    under: str = ""
+
+    def path(self, path: str) -> str | None:
+        """Return the path of a leaf in the digest of the base, None when it is not of the base."""
+        return path.removeprefix(self.under) if path in self.paths else None
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """What a snapshot says of its base.
+
+    Attributes:
+        digest: of these leaves; "" without a base. Of a run with one train state it is the digest of its frozen
+            parameters by name, as in a file of `ps.save_adapters`.
+        parts: names of the directories under `base`, beside the snapshots, that hold the bytes.
+    """
+
+    digest: str = ""
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Header:
     """The small part of a manifest: all that listing and preservation policies need.
 
@@ -61,6 +98,7 @@ class Header:
         digests: of subtrees, by name. A run has "state", the digest of its train state, and "run", that of the loop
             without its times; both are equal for equal runs. Snapshots of older versions have none.
         scopes: which leaves each of `digests` covers.
+        base: the leaves whose bytes are written once, beside the snapshots.
         created: seconds since the epoch.
         environment: versions, thread count, CPU capability, deterministic flags, world size: they influence the bits.
         keep: repr of the preservation policy of the writer.
@@ -79,6 +117,7 @@ class Header:
     format: int = FORMAT
     digests: Mapping[str, str] = field(default_factory=dict)
     scopes: Mapping[str, Scope] = field(default_factory=dict)
+    base: StoredBase = field(default_factory=StoredBase)
 
 
 def checksum(data: Any) -> str:
@@ -128,8 +167,8 @@ def parse_header(content: bytes, file: str) -> Header:
     """Return the header that is the content of `meta/data.json`; errors, those of `read_header`, name `file`."""
     head = json_fields.Field(unseal(content, file), file)
     format_ = head["format"].natural()
-    if format_ not in (1, FORMAT):
-        what = f"the snapshot is of format {format_}, this version of purestep reads formats 1 and {FORMAT}"
+    if not 1 <= format_ <= FORMAT:
+        what = f"the snapshot is of format {format_}, this version of purestep reads formats 1 to {FORMAT}"
         where = file.removesuffix(f"/{DATA}")
         raise SnapshotError(explain(what, where=where, instead="read it with the version that wrote it"))
     scopes = head.get("scopes")
@@ -145,11 +184,16 @@ def parse_header(content: bytes, file: str) -> Header:
         format=format_,
         digests=json_fields.texts(head.get("digests"), _DIGEST),
         scopes={} if scopes is None else {name: _scope(field) for name, field in scopes.entries().items()},
+        base=StoredBase() if (base := head.get("base")) is None else _base(base),
     )
 
 
 def _scope(field: json_fields.Field) -> Scope:
     return Scope(field["under"].text(), tuple(path.text() for path in field["without"].items()))
+
+
+def _base(field: json_fields.Field) -> StoredBase:
+    return StoredBase(field["digest"].text(_DIGEST), tuple(name.text(_PART) for name in field["parts"].items()))
 
 
 def read_file(directory: Path, name: str) -> bytes:

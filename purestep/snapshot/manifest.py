@@ -82,7 +82,7 @@ def dump(manifest: Manifest) -> dict[str, bytes]:
         PIECES: seal({"pieces": [list(piece) for piece in manifest.pieces]}),
     }
     head = {
-        "format": FORMAT,
+        "format": FORMAT if manifest.base.parts else 2,
         "step": manifest.step,
         "created": manifest.created,
         "digest": manifest.digest,
@@ -92,6 +92,7 @@ def dump(manifest: Manifest) -> dict[str, bytes]:
         "info": dict(manifest.info),
         "environment": dict(manifest.environment),
         "keep": manifest.keep,
+        **({"base": dataclasses.asdict(manifest.base)} if manifest.base.parts else {}),
         "seals": {name: checksum(content) for name, content in files.items()},
     }
     return {**files, DATA: seal(head)}

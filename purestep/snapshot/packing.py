@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -23,7 +24,8 @@ from purestep.snapshot.shards import Box, OwnedShard, count, width
 
 SMALL = 1 << 20  # bytes; a smaller leaf goes into an arena
 ARENA = 32 << 20  # bytes; an arena takes no more leaves once it is as large
-ARRAY_NAME = re.compile(r"arena-\d+|\d+-[\w%-]*", re.ASCII)
+STATE, BASE, ARRAYS = "parts/{}/state", "base", "state"  # of a snapshot's rank; beside it; in a part of the base
+ARRAY_NAME = re.compile(r"([0-9a-f]{32}/)?(arena-\d+|\d+-[\w%-]*)", re.ASCII)
 NUMPY_DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
 _STANDARD = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
 _MINI_FLOAT = re.compile(r"bfloat16|float8_\w+")
@@ -38,7 +40,8 @@ class Piece(NamedTuple):
         leaf: index of the leaf.
         start, shape: box of the shard in the full leaf.
         rank: that wrote it.
-        array: name of the array of that rank, "" for a shard without bytes.
+        array: name of the array of that rank, "" for a shard without bytes. One of the base has the name of its part
+            before it.
         offset, nbytes: range of bytes in the array.
         checksum: xxh3 of the bytes.
     """
@@ -55,6 +58,11 @@ class Piece(NamedTuple):
     @property
     def box(self) -> Box:
         return self.start, self.shape
+
+    def location(self, directory: Path) -> tuple[Path, str]:
+        """Return in which directory the array is, and its name there, of a snapshot in a directory."""
+        part, _, name = self.array.rpartition("/")
+        return (directory.parent / BASE / part / ARRAYS if part else directory / STATE.format(self.rank)), name
 
     @staticmethod
     def from_json(row: Sequence[Any]) -> Piece:

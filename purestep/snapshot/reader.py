@@ -19,7 +19,7 @@ from purestep.errors import ConfigError, CorruptSnapshot, SnapshotError, Templat
 from purestep.sharding import placement
 from purestep.snapshot import template, zarr_files
 from purestep.snapshot.codec import JSON, Leaf, from_text, show
-from purestep.snapshot.digest import STATE, ReadArrays, Scope, of_value
+from purestep.snapshot.digest import ReadArrays, Scope, located, of_value, read_located
 from purestep.snapshot.listing import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, read_manifest
 from purestep.snapshot.packing import Piece, materialize, unpack
@@ -211,12 +211,11 @@ def check(directory: Path, read_arrays: ReadArrays) -> None:
         if number:
             leaf = manifest.leaves[index]
             raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
-    by_array: dict[tuple[int, str], list[Piece]] = {}
+    by_array: dict[tuple[Path, str], list[Piece]] = {}
     for piece in manifest.pieces:
-        by_array.setdefault((piece.rank, piece.array), []).append(piece)
-    for (rank, _), pieces in by_array.items():
-        arrays = _read_pieces(directory / STATE.format(rank), manifest, pieces, read_arrays)
-        unpack(manifest.leaves, pieces, arrays, verify=True)
+        by_array.setdefault(piece.location(directory), []).append(piece)
+    for (state, _), pieces in by_array.items():
+        _contents(state, manifest, pieces, read_arrays, verify=True)
 
 
 class _LeafValues:
@@ -278,9 +277,8 @@ def load(
     contents: dict[tuple[int, Box], np.ndarray] = {}
     keys = [(index, box) for index, boxes in requested.items() for box in boxes]
     # One writing rank after the other, so that the arrays of one rank at a time are in memory besides the result.
-    for rank, pieces in _needed(manifest, requested).items():
-        arrays = _read_pieces(directory / STATE.format(rank), manifest, pieces, read_arrays)
-        for piece, content in zip(pieces, unpack(manifest.leaves, pieces, arrays, verify=verify), strict=True):
+    for state, pieces in located(_needed(manifest, requested), directory).items():
+        for piece, content in zip(pieces, _contents(state, manifest, pieces, read_arrays, verify=verify), strict=True):
             leaf = manifest.leaves[piece.leaf]
             for key in [(piece.leaf, box) for box in requested[piece.leaf]]:
                 if key[1] == piece.box:  # stored with the same shards: the bytes are taken as they are
@@ -301,7 +299,7 @@ def _check_stored(directory: Path, manifest: Manifest, requested: Requested) -> 
     A forged or damaged manifest may claim a leaf of any size. So the pieces must cover each requested box exactly, must
     be adjacent ranges of their array, and the array must be as large on the disk as they say.
     """
-    needed = [piece for pieces in _needed(manifest, requested).values() for piece in pieces]
+    needed = _needed(manifest, requested)
     covered = {(index, box): 0 for index, boxes in requested.items() for box in boxes}
     for piece in needed:
         for box in requested[piece.leaf]:
@@ -310,12 +308,12 @@ def _check_stored(directory: Path, manifest: Manifest, requested: Requested) -> 
         if number != count(box):
             leaf = manifest.leaves[index]
             raise CorruptSnapshot(explain("the bytes of a leaf are missing", where=f"{show(leaf.path)}: {leaf}"))
-    arrays = {(piece.rank, piece.array) for piece in needed if piece.nbytes}
-    by_array: dict[tuple[int, str], list[Piece]] = {key: [] for key in sorted(arrays)}
+    arrays = {piece.location(directory) for piece in needed if piece.nbytes}
+    by_array: dict[tuple[Path, str], list[Piece]] = {key: [] for key in sorted(arrays)}
     for piece in manifest.pieces:
-        if piece.nbytes and (piece.rank, piece.array) in by_array:
-            by_array[piece.rank, piece.array].append(piece)
-    for (rank, name), pieces in by_array.items():
+        if piece.nbytes and (place := piece.location(directory)) in by_array:
+            by_array[place].append(piece)
+    for (state, name), pieces in by_array.items():
         pieces.sort(key=lambda piece: piece.offset)
         end = 0
         for piece in pieces:
@@ -324,41 +322,60 @@ def _check_stored(directory: Path, manifest: Manifest, requested: Requested) -> 
                 where = f"{show(leaf.path)}: {leaf}, {piece.nbytes} bytes from {piece.offset} in {name}"
                 raise CorruptSnapshot(explain("the bytes of leaves overlap or leave a gap", where=where))
             end += piece.nbytes
-        array = directory / STATE.format(rank) / name
-        if (why := zarr_files.implausible(array, end)) is not None:
+        if (why := zarr_files.implausible(state / name, end)) is not None:
             leaf = manifest.leaves[pieces[0].leaf]
             where = f"{show(leaf.path)}: {leaf}" + (f" and {len(pieces) - 1} more" if len(pieces) > 1 else "")
             raise CorruptSnapshot(explain("a stored array is not as large as its leaves", where=where, why=why))
 
 
-def _needed(manifest: Manifest, requested: Requested) -> dict[int, list[Piece]]:
-    """The pieces that overlap a requested box, by the rank that wrote them."""
-    needed: dict[int, list[Piece]] = {}
-    for piece in manifest.pieces:
+def _needed(manifest: Manifest, requested: Requested) -> list[Piece]:
+    """The pieces that overlap a requested box."""
+
+    def is_needed(piece: Piece) -> bool:
         boxes = requested.get(piece.leaf, ())
-        if any(box == piece.box or count(overlap(box, piece.box)) for box in boxes):
-            needed.setdefault(piece.rank, []).append(piece)
-    return needed
+        return any(box == piece.box or count(overlap(box, piece.box)) for box in boxes)
+
+    return [piece for piece in manifest.pieces if is_needed(piece)]
+
+
+def _contents(
+    state: Path, manifest: Manifest, pieces: Sequence[Piece], read_arrays: ReadArrays, *, verify: bool
+) -> list[np.ndarray]:
+    """Return uint8[nbytes] of each piece; their arrays are in one directory."""
+    of_base = any("/" in piece.array for piece in pieces)
+    if of_base and not state.is_dir():
+        raise CorruptSnapshot(_other_base("the base of the snapshot is not there", state, manifest))
+    try:
+        return unpack(manifest.leaves, pieces, _read_pieces(state, manifest, pieces, read_arrays), verify=verify)
+    except CorruptSnapshot as error:
+        if not of_base:
+            raise
+        raise CorruptSnapshot(f"{_other_base('the base has another digest', state, manifest)}\n{error}") from error
+
+
+def _other_base(what: str, state: Path, manifest: Manifest) -> str:
+    return explain(
+        what,
+        where=f"{state.parent}; the snapshot of step {manifest.step} was taken beside base {manifest.base.digest[:16]}",
+        why="the bytes of frozen parameters are written once, there, and every snapshot of the run refers to them",
+        instead=f"bring back the directory {state.parent.name}, from a copy of the run directory",
+    )
 
 
 def _read_pieces(
     state: Path, manifest: Manifest, pieces: Sequence[Piece], read_arrays: ReadArrays
 ) -> Mapping[str, np.ndarray]:
-    names = list(dict.fromkeys(piece.array for piece in pieces if piece.nbytes))
-    if not names:
-        return {}
     try:
-        return read_arrays(state, names)
+        return read_located(state, pieces, read_arrays)
     except Exception as error:
-        where = "\n".join(_unreadable(state, manifest, pieces, names, read_arrays)) or str(state)
+        where = "\n".join(_unreadable(state, manifest, pieces, read_arrays)) or str(state)
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         raise CorruptSnapshot(explain("stored arrays cannot be read", where=where, why=why)) from error
 
 
-def _unreadable(
-    state: Path, manifest: Manifest, pieces: Sequence[Piece], names: list[str], read_arrays: ReadArrays
-) -> list[str]:
+def _unreadable(state: Path, manifest: Manifest, pieces: Sequence[Piece], read_arrays: ReadArrays) -> list[str]:
     """One line for each array that cannot be read, with its first leaf: the error of Orbax names no leaf."""
+    names = list(dict.fromkeys(piece.array.rpartition("/")[2] for piece in pieces if piece.nbytes))
     broken = []
     for name in names:
         try:
@@ -367,7 +384,7 @@ def _unreadable(
             broken.append(name)
     lines = []
     for name in broken[:10]:
-        leaves = [manifest.leaves[piece.leaf] for piece in pieces if piece.array == name]
+        leaves = [manifest.leaves[piece.leaf] for piece in pieces if piece.array.rpartition("/")[2] == name]
         others = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
         lines.append(f"{show(leaves[0].path)}: {leaves[0]}{others}, in {state / name}")
     return [f"{len(broken)} of {len(names)} arrays under {state}", *lines] if broken else []

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 from purestep.arguments import Location, checked
 from purestep.errors import SaveFailed, SnapshotError, TreeError, explain
+from purestep.snapshot import base as base_
 from purestep.snapshot import durable_directories, free_space, orbax_io, reader, retention, writer
 from purestep.snapshot.arguments import checked_metrics, checked_step, frozen_json
 from purestep.snapshot.background_thread import Background
 from purestep.snapshot.codec import JSON, Encoded, encode
-from purestep.snapshot.digest import Scope, size
+from purestep.snapshot.digest import KnownRows, Scope, size
+from purestep.snapshot.header import Base
 from purestep.snapshot.listing import Entry, Index, listed
 from purestep.snapshot.manifest import Manifest, environment, read_manifest
 from purestep.snapshot.processes import Ranks
@@ -32,6 +34,7 @@ from purestep.snapshot.staging import Staging
 _ONE_PROCESS = Ranks()
 _LATEST = retention.latest(1)
 _EMPTY: Mapping[str, Any] = {}
+_NO_BASE = Base()
 
 
 class _Message(NamedTuple):
@@ -98,6 +101,7 @@ class Store:
         self._follower = follower
         self._index = Index(self.root)
         self._staging = Staging()
+        self._known = KnownRows()
         self._background = Background()
         self._hurry = threading.Event()  # set when this process ends on an error: a save then waits less for ranks
         self._saving: int | None = None  # the step of a save whose result the ranks have not exchanged yet
@@ -122,6 +126,7 @@ class Store:
         metrics: Mapping[str, float] = _EMPTY,
         info: Mapping[str, JSON] = _EMPTY,
         digests: Mapping[str, Scope] = _EMPTY,
+        base: Base = _NO_BASE,
         replace: bool = False,
     ) -> None:
         """Copy a tree to the host and start to write it in the background.
@@ -134,6 +139,8 @@ class Store:
             metrics: numbers by which `best` ranks the snapshots.
             info: any JSON value, which `restore` returns.
             digests: subtrees, by name, for which the manifest records a digest of their own.
+            base: leaves that stay as they are, such as frozen weights. Their bytes are written once, under `base`
+                beside the snapshots, and again where they have changed all the same; every snapshot has their digest.
             replace: whether this snapshot replaces those of the same step and of later ones. They are deleted once it
                 is durable, and kept if it fails.
 
@@ -146,7 +153,7 @@ class Store:
         self._background.join()  # the host buffers of the save before are free again
         request, refusal = None, None
         try:
-            request = self._request(checked_step(step), value, metrics, info, digests)
+            request = self._request(checked_step(step), value, metrics, info, digests, base)
         except (SnapshotError, TreeError) as error:
             refusal = error  # raised below, on every rank: the others are about to exchange messages with this one
         latest = self._index.steps()[-1:] if self.ranks.rank == 0 else None
@@ -177,6 +184,7 @@ class Store:
         metrics: Mapping[str, float],
         info: Mapping[str, JSON],
         digests: Mapping[str, Scope],
+        base: Base,
     ) -> writer.Request:
         if self._closed:
             raise SnapshotError(explain("the store is closed", where=str(self.root), instead="make a new Store"))
@@ -193,6 +201,8 @@ class Store:
             ranks=self.ranks,
             hurry=self._hurry,
             digests=dict(digests),
+            base=base,
+            known=self._known,
             parents=not self._checked,
         )
 
@@ -205,7 +215,7 @@ class Store:
         return None
 
     def _start(self, request: writer.Request, token: str) -> None:
-        self._warn_of_shortage(request.encoded)
+        self._warn_of_shortage(request.encoded, request.base)
         copies = self._staging.copy([shard.value for shard in request.shards])
         clean, self._saving = not self._cleaned, request.step
 
@@ -354,7 +364,7 @@ class Store:
 
     # --- before the first save ----------------------------------------------------------------------------------------
 
-    def check(self, value: Any) -> None:
+    def check(self, value: Any, *, base: Base = _NO_BASE) -> None:
         """Check that snapshots of a tree can be stored here: every leaf, the directory, and the free space on its disk.
 
         It makes the directory, writes a small file and removes it. If the next snapshot fits but not as many as the
@@ -362,6 +372,7 @@ class Store:
 
         Args:
             value: the pytree that will be saved.
+            base: as for `save`.
 
         Raises:
             TreeError: a leaf cannot be stored.
@@ -373,16 +384,23 @@ class Store:
             owned(encoded, self.ranks)
             free_space.check_writable(self.root)
             if self.ranks.rank == 0:
-                free_space.check_fits(self.root, _nbytes(encoded))
+                free_space.check_fits(self.root, sum(self._nbytes(encoded, base)))
             return encoded
 
-        self._warn_of_shortage(self.ranks.together(check))
+        self._warn_of_shortage(self.ranks.together(check), base)
         self._checked = True
 
-    def _warn_of_shortage(self, encoded: Encoded) -> None:
+    def _nbytes(self, encoded: Encoded, base: Base) -> tuple[int, int]:
+        """Return the bytes of one snapshot, and those of its base if it is still to be written."""
+        sizes = [(size(leaf), leaf.path in base.paths) for leaf in encoded.leaves if leaf.has_bytes]
+        own, once = (sum(nbytes for nbytes, of_base in sizes if of_base == which) for which in (False, True))
+        return own, 0 if base_.is_any_stored(self.root) else once
+
+    def _warn_of_shortage(self, encoded: Encoded, base: Base) -> None:
         if self.ranks.rank:
             return
-        text = free_space.shortage(self.root, _nbytes(encoded), self.keep, len(self._index.steps()))
+        own, once = self._nbytes(encoded, base)
+        text = free_space.shortage(self.root, own, self.keep, len(self._index.steps()), once=once)
         if text is not None and not self._warned:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
         self._warned = text is not None
@@ -477,7 +495,3 @@ class Store:
             verify=self.verify if verify is None else verify,
             ranks=self.ranks,
         )
-
-
-def _nbytes(encoded: Encoded) -> int:
-    return sum(size(leaf) for leaf in encoded.leaves if leaf.has_bytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from purestep.snapshot import base as base_
 from purestep.snapshot import digest, durable_directories, free_space, orbax_io
 from purestep.snapshot.codec import JSON, Encoded
-from purestep.snapshot.digest import STATE
+from purestep.snapshot.header import Base, StoredBase
 from purestep.snapshot.listing import Index, directory_name, next_revision
 from purestep.snapshot.manifest import Manifest, dump, now
-from purestep.snapshot.packing import Piece, checksums, pack, with_checksums
+from purestep.snapshot.packing import STATE, Piece, checksums, pack, with_checksums
 from purestep.snapshot.processes import Ranks
 from purestep.snapshot.rank_messages import Abandoned, Messages, make_temporary
 from purestep.snapshot.retention import Keep
@@ -45,6 +47,8 @@ class Request:
     ranks: Ranks = field(default_factory=Ranks)
     hurry: threading.Event = field(default_factory=threading.Event)
     digests: Mapping[str, digest.Scope] = field(default_factory=dict)
+    base: Base = field(default_factory=Base)  # which leaves are written once
+    known: digest.KnownRows = field(default_factory=digest.KnownRows)  # of the base, from the save before
     parents: bool = True  # whether missing parent directories of the root may be made
 
 
@@ -84,12 +88,13 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
         if clean and request.ranks.rank == 0:
             durable_directories.clean(root)
         messages.open()
-        free_space.check_room(root, sum(content.nbytes for content in contents))
-        pieces, rows = _write_shards(temporary, request, contents)
+        pieces, rows = _write_shards(root, temporary, request, contents)
         pieces, rows = _exchange(messages, request, pieces, rows)
+        request.known.end()
         if request.ranks.rank:
             return None
         messages.close()
+        base_.close(temporary)
         # The manifest is written last, when the bytes of all ranks are on the disk; the rename in `commit` is the
         # instant at which the snapshot exists. Before it, whatever happens leaves a temporary directory only.
         durable_directories.write(temporary, dump(_manifest(request, pieces, rows)))
@@ -107,26 +112,58 @@ def write(root: Path, request: Request, token: str, copies: Copies, *, clean: bo
 
 
 def _write_shards(
-    temporary: Path, request: Request, contents: list[np.ndarray]
+    root: Path, temporary: Path, request: Request, contents: list[np.ndarray]
 ) -> tuple[list[Piece], dict[int, digest.Row]]:
-    rank = request.ranks.rank
-
-    def hash_all() -> tuple[list[str], dict[int, digest.Row]]:
-        return checksums(contents), digest.rows_of(request.shards, contents)
-
+    pairs = list(zip(request.shards, contents, strict=True))
+    base = [(shard, content) for shard, content in pairs if shard.leaf.path in request.base.paths]
+    trained = [(shard, content) for shard, content in pairs if shard.leaf.path not in request.base.paths]
     with ThreadPoolExecutor(1, thread_name_prefix="purestep-hash") as pool:
-        hashing = pool.submit(hash_all)  # runs while this thread waits for the disk
-        packed = pack(request.shards, contents, rank=rank)
-        if packed.arrays:
-            state = temporary / STATE.format(rank)
-            state.parent.mkdir()
-            orbax_io.write_arrays(state, packed.arrays)
-            # Orbax does not sync all that it writes: the files first, then the directories that name them.
-            durable_directories.fsync_tree(state)
-            durable_directories.fsync(state.parent)
-            durable_directories.fsync(state.parent.parent)
+        hashing = pool.submit(_hashed, *_apart(trained))  # runs while this thread waits for the disk
+        part = _part_of_base(*_apart(base))
+        stored = part.is_stored(root)
+        free_space.check_room(root, sum(content.nbytes for _, content in trained) + (0 if stored else part.nbytes))
+        digesting = pool.submit(_rows_of_base, request.known, *_apart(base), part.pieces)
+        pieces = _write_trained(temporary, request.ranks.rank, *_apart(trained))
+        if not stored:
+            part.write(root, temporary)
         sums, rows = hashing.result()
-        return with_checksums(packed.pieces, sums), rows
+        return sorted([*with_checksums(pieces, sums), *part.pieces]), rows | digesting.result()
+
+
+def _apart(pairs: list[tuple[OwnedShard, np.ndarray]]) -> tuple[list[OwnedShard], list[np.ndarray]]:
+    return [shard for shard, _ in pairs], [content for _, content in pairs]
+
+
+def _hashed(shards: list[OwnedShard], contents: list[np.ndarray]) -> tuple[list[str], dict[int, digest.Row]]:
+    return checksums(contents), digest.rows_of(shards, contents)
+
+
+def _part_of_base(shards: list[OwnedShard], contents: list[np.ndarray]) -> base_.Part:
+    return base_.part_of(shards, contents, checksums(contents))
+
+
+def _rows_of_base(
+    known: digest.KnownRows, shards: list[OwnedShard], contents: list[np.ndarray], pieces: list[Piece]
+) -> dict[int, digest.Row]:
+    rows = {}
+    for shard, content, piece in zip(shards, contents, pieces, strict=True):
+        if shard.is_full:
+            sums = [(piece.box, piece.checksum)]
+            rows[shard.index] = known.get(shard.leaf, sums, functools.partial(digest.row_of, shard.leaf, content))
+    return rows
+
+
+def _write_trained(temporary: Path, rank: int, shards: list[OwnedShard], contents: list[np.ndarray]) -> list[Piece]:
+    packed = pack(shards, contents, rank=rank)
+    if packed.arrays:
+        state = temporary / STATE.format(rank)
+        state.parent.mkdir()
+        orbax_io.write_arrays(state, packed.arrays)
+        # Orbax does not sync all that it writes: the files first, then the directories that name them.
+        durable_directories.fsync_tree(state)
+        durable_directories.fsync(state.parent)
+        durable_directories.fsync(state.parent.parent)
+    return packed.pieces
 
 
 def _exchange(
@@ -145,7 +182,9 @@ def _exchange(
         pieces = pieces + [Piece.from_json(row) for row in body["pieces"]]
         rows = digest.from_json(body["rows"]) | rows
     pieces = sorted(pieces)
-    digested = digest.ShardedLeaves(leaves, pieces, ranks.rank).rows(messages.temporary, orbax_io.read_arrays)
+    base = {index for index, leaf in enumerate(leaves) if leaf.path in request.base.paths}
+    sharded = digest.ShardedLeaves(leaves, pieces, ranks.rank)
+    digested = sharded.rows(messages.temporary, orbax_io.read_arrays, request.known, base)
     if ranks.rank:
         messages.send(_DIGESTED, digest.to_json(digested))
         return pieces, rows | digested
@@ -157,6 +196,7 @@ def _exchange(
 
 
 def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.Row]) -> Manifest:
+    parts = base_.parts_of(pieces)
     return Manifest(
         step=request.step,
         metrics=request.metrics,
@@ -164,6 +204,7 @@ def _manifest(request: Request, pieces: list[Piece], rows: Mapping[int, digest.R
         digest=digest.total(request.encoded, rows),
         digests={name: digest.total(request.encoded, rows, scope) for name, scope in request.digests.items()},
         scopes=request.digests,
+        base=StoredBase(digest.total(request.encoded, rows, request.base), parts) if parts else StoredBase(),
         created=now(),
         environment=request.environment,
         keep=repr(request.keep),
@@ -193,6 +234,7 @@ def preserve(index: Index, policy: Keep, newest: int, holds: Callable[[Path], bo
         # A damaged snapshot stays: it costs space, but its arrays may be all that is left of its step.
         if entry.header is not None and entry.step not in selected and not holds(entry.path):
             _delete(entry.path)
+    base_.remove_unused(index.root, [entry.header for entry in index.revisions()])
 
 
 def _delete(path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_file_of_another_snapshot_is_found(written, tmp_path):
 
 def test_other_formats_are_named(tmp_path):
     durable_directories.write(tmp_path, {DATA: seal({"format": 99})})
-    with pytest.raises(SnapshotError, match=r"format 99, this version of purestep reads formats 1 and 2"):
+    with pytest.raises(SnapshotError, match=r"format 99, this version of purestep reads formats 1 to 3"):
         read_header(tmp_path)
 
 
