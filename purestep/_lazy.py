@@ -33,7 +33,7 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
         if name.startswith("__") or name not in names():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home, original = names()[name]
-        with _Uncollected():
+        with Uncollected():
             # The package itself would ask this function again for a module that is not loaded yet.
             value = None if home == package else getattr(importlib.import_module(home), original, None)
             if value is None:
@@ -48,9 +48,9 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]
     return get, directory
 
 
-class _Uncollected:
-    """No garbage is collected while modules are loaded: what they make stays, and a collection looks at all that torch
-    has made, which takes 0.1 s."""
+class Uncollected:
+    """No garbage is collected while modules are loaded or a step is compiled: what they make stays for long, and a
+    collection looks at all that torch has made, which takes 0.1 s."""
 
     def __enter__(self) -> None:
         self._on = gc.isenabled()

@@ -244,9 +244,10 @@ def written(call: Any) -> tuple[Kept, dict[str, str]] | None:
     kernels, files = _kernels(module)
     extern = _attributes(body, "extern_kernels")
     known = _namespace([]).keys() | kernels.keys() | _defined(body) | set(dir(builtins))
-    if not _asked(source) <= known or not all(_is_torch(module, name) for name in extern):
+    asked = _asked(source)
+    if not asked <= known or not all(_is_torch(module, name) for name in extern):
         return None
-    used = {name: at for name, at in kernels.items() if name in _asked(source)}
+    used = {name: at for name, at in kernels.items() if name in asked}
     wanted = {file: path for file, path in files.items() if any(at[0] == file for at in used.values())}
     return Kept(source, used, sorted(extern)), wanted
 

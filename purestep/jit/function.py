@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from purestep import _torch, transforms, tree
+from purestep._lazy import Uncollected
 from purestep.donation import consume, leaves_apart, memory_of, unaliased
 from purestep.errors import RandomnessError, TraceError, explain
 from purestep.jit import backends, cache_key, donation_graph, errors
@@ -294,7 +295,7 @@ class Jit(AnyStep):
                 entry, broken = self._fitting(key, leaves)
                 if entry is None:
                     # A mode of the caller must not see the operations of a trace.
-                    with _torch.disable_current_modes():
+                    with _torch.disable_current_modes(), Uncollected():
                         entry = self._build(args, kwargs, leaves, structure, extra, objects, broken)
                     self._entries.setdefault(key, []).append(entry)
         return entry

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +155,7 @@ class _Call:
         mode = fake_tensor_mode(allow_non_fake_inputs=True)
         with mode:
             fakes = [_fake(self.leaves[i]) for i in self.takes]
-        with _fixed_settings(), uncompiled_graphs(), _without_collections():
+        with _fixed_settings(), uncompiled_graphs():
             try:
                 with host_draws.refused(errors.host_draw, again), mode:
                     graph = make_fx(flat, {**_TABLE, **reads.table()})(*fakes)
@@ -211,19 +210,6 @@ _TABLE: dict[Any, Any] = {torch.ops.aten.native_batch_norm.default: _batch_norm}
 def _fake(leaf: Tensor) -> Tensor:
     """Return a fake tensor with its own memory, so that inputs which share memory are not traced as views."""
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Stop Python's collector of reference cycles during a trace, which makes objects by the million and few cycles."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @contextlib.contextmanager
