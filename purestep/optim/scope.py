@@ -7,6 +7,7 @@ full tensors while a step holds shards. `kernels.sliced` checks the scope before
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -109,6 +110,18 @@ def fused_on_shards(tx: Scoped) -> bool:
     """Tell whether a fused kernel gets shards, whose last bits may differ from those of full tensors."""
     own = isinstance(tx, Kernel) and tx.fused
     return takes_shards(tx) and (own or any(map(fused_on_shards, inside(tx))))
+
+
+def needs_value(tx: Scoped) -> bool:
+    """Tell whether an update may read `value=`, the loss: for a transformation from elsewhere, yes.
+
+    Those of this package that read it have it as an argument by name, and pass everything else on to their parts.
+    """
+    if not type(tx).__module__.startswith("purestep."):
+        return True
+    own = (getattr(type(tx), name, None) for name in ("update", "advance"))
+    named = any("value" in inspect.signature(method).parameters for method in own if method is not None)
+    return named or any(map(needs_value, inside(tx)))
 
 
 # --- full tensors where a step holds shards ---------------------------------------------------------------------------

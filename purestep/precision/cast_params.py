@@ -34,6 +34,15 @@ T = TypeVar("T")
 _NOTHING = contextlib.nullcontext()
 
 
+def check_uncast(state: StateFields) -> None:
+    """Refuse a state that is under a policy, where a step has none."""
+    field = "a loss scale" if getattr(state, "loss_scale", None) is not None else None
+    field = "master weights" if isinstance(getattr(state, "opt_state", None), MasterWeightsState) else field
+    if field:
+        instead = "ps.make_step(loss_fn, tx, policy=policy)\nstate = ps.precision.policy('32').apply(state)"
+        raise PrecisionError(explain(f"the state has {field}, and the step has no policy", instead=instead))
+
+
 class Uncast:
     """The casts of a step without a policy: none. `Casting` has the same methods."""
 
@@ -45,11 +54,7 @@ class Uncast:
 
     def check(self, state: StateFields) -> None:
         """Refuse a state that is under a policy: the step would ignore its loss scale and master weights."""
-        field = "a loss scale" if getattr(state, "loss_scale", None) is not None else None
-        field = "master weights" if isinstance(getattr(state, "opt_state", None), MasterWeightsState) else field
-        if field:
-            instead = "ps.make_step(loss_fn, tx, policy=policy)\nstate = ps.precision.policy('32').apply(state)"
-            raise PrecisionError(explain(f"the state has {field}, and the step has no policy", instead=instead))
+        check_uncast(state)
 
     def params(self, params: Tensors) -> Tensors:
         """Return the parameters that the model computes with; gradients are taken with respect to them."""

@@ -118,6 +118,14 @@ class _Generators:
             self._last = b"".join((python[:_HEAD], numpy[:_HEAD], numpy[4 * _WORDS :], gauss)), state
         return state
 
+    def lying_at(self) -> tuple[tuple[memoryview, ...], bytes, State] | None:
+        """Return the bytes that a draw moves, what they were when the state was copied, and the copy; see `read`.
+
+        None where it is not known where they lie.
+        """
+        state = self.read()
+        return (self._heads, self._last[0], state) if self._last[1] is state else None
+
     def still(self, state: State) -> bool:
         """Tell whether the generators are in a state that `read` returned; it copies nothing if that was the last."""
         heads, last = self._last
@@ -172,6 +180,7 @@ class _Generators:
 
 _generators = _Generators()
 bit_generator, read, write, swap = _bit_generator, _generators.read, _generators.write, _generators.swap
+lying_at = _generators.lying_at
 
 
 def seed_globals(first: int, second: int) -> None:

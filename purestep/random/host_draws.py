@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from purestep.errors import RandomnessError, explain
-from purestep.random import global_generators, torch_generator
+from purestep.random import global_generators, torch_generator, watch_all
 from purestep.random.host_trap import Trap, calling_line
 from purestep.random.keys import host_words
 from purestep.random.torch_mode import KeyedRandom
@@ -68,11 +68,13 @@ class Guard:
     """
 
     __slots__ = (
-        *("_before", "_caller", "_how", "_others", "_start", "_threads", "_torch", "_torch_moved_from", "_trap"),
+        *("_before", "_caller", "_how", "_others", "_start", "_states", "_threads", "_torch", "_torch_moved_from"),
+        "_trap",
         *("habits", "keyed", "mode", "repeatable", "torch_habits"),
     )
     _before: Any  # the generators of Python and numpy when the call began, and torch's where it was looked at
     _torch: Any
+    _states: Any  # both, where they were looked at together
     _threads: int
     _others: dict[int, int] | None  # CPU time of other threads when the call began; None where it was not measured
     _trap: Trap
@@ -100,10 +102,13 @@ class Guard:
             self._how = "off"
         elif habits.tried and not habits.draws and not habits.suspect and self._start is None:
             self.keyed = self.torch_habits is None or not self.torch_habits.watched(self.mode)
-            self._how, self._torch = "watch", None if self.keyed else torch_generator.state()
+            self._how = "watch"
             # They cost microseconds a thread. A repeatable call that drew is repeated with care, which takes them.
             self._others = None if self.repeatable else _other_threads()
-            self._before = _read()
+            if self.keyed:
+                self._torch, self._before = None, _read()
+            else:
+                self._look()
             self._threads = _thread_count()
         else:
             self._enter_with_care()
@@ -139,7 +144,7 @@ class Guard:
             RandomnessError: it has, and cannot be done again.
         """
         how = self._how
-        if how == "off":
+        if how == "off" or (not self.keyed and watch_all.states() is self._states):
             return False
         if self.keyed and self.torch_habits is not None:
             self._learn_of_torch(self.torch_habits, failed)
@@ -184,10 +189,15 @@ class Guard:
         after._how, after.keyed = "watch", False
         # The times of other threads before the generators, so that what one of them drew in between is not the model's.
         after._others, after._threads = _other_threads(), _thread_count()
-        after._torch, after._before = torch_generator.state(), _read()
+        after._look()
         return after
 
     # --- private ------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Begin to watch all of the generators."""
+        self._states = watch_all.states()
+        self._torch, self._before = self._states
 
     def _torch_moved(self, failed: bool, host_is_still: bool) -> bool:
         """Torch's generator moved while it was watched: from now on the mode sees whether the model draws."""

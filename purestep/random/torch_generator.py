@@ -140,6 +140,16 @@ def state() -> Tensor:
     return _watch().read()
 
 
+def lying_at() -> tuple[tuple[memoryview, ...], bytes, Tensor] | None:
+    """Return the bytes that every draw moves, what they were when the state was copied, and the copy.
+
+    None where it is not known where they lie.
+    """
+    watched = _watch()
+    watched.read()
+    return None if watched.heads is None else (watched.heads, *watched.last)
+
+
 def moved(since: Tensor) -> bool:
     """Tell whether the generator has another state than it had. Not for code that is traced.
 

@@ -32,6 +32,7 @@ from purestep.microbatch import (
     split_batch,
 )
 from purestep.optim.base import GradientTransformation, check_transformation
+from purestep.optim.scope import needs_value
 from purestep.parallel import offload, zero
 from purestep.parallel.fsdp_order import Orders
 from purestep.precision import Policy
@@ -42,6 +43,7 @@ from purestep.sharding import placement
 from purestep.sharding.local_batches import MOST_MICROBATCHES
 from purestep.sharding.plan import Plan, check_plan
 from purestep.state import TrainState, definition
+from purestep.step.direct import direct_gradients
 from purestep.step.loss import LossFn, Metrics, check_arity, dispatching, on_plan, read_loss, samples_of, splitting
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, following
 from purestep.tree import Filter
@@ -80,6 +82,16 @@ class Step(AnyStep):
         """What the ranks of the plan know of the order in which this step gathers the units of a model."""
         return Orders()
 
+    @functools.cached_property
+    def _direct(self) -> bool:
+        """Whether nothing is cast, exchanged with other ranks, or computed again in the backward pass."""
+        return self.plan is None and self.policy is None and self.checkpoint is None
+
+    @functools.cached_property
+    def _needs_value(self) -> bool:
+        """Whether the transformation may read the loss."""
+        return needs_value(self.tx)
+
     def identity(self) -> dict[str, Any]:
         """Return what a snapshot of a run records of its step, beside microbatches and policy: not where it runs."""
         return {"loss_fn": self.loss_fn, "tx": self.tx, "engine": self.engine}
@@ -114,7 +126,7 @@ class Step(AnyStep):
         if self.plan is not None:
             return self._planned(self.plan, state, placement.local(state), batch)
         if self.microbatches == 1 or self.microbatch_count == 1:
-            part = self._grads(state, batch, 0, NO_EXCHANGE)
+            part = self.grads(state, batch)
             return part if isinstance(part.weight, int) else counted(part)
         total = accumulate(state, samples_of(batch), self.microbatch_count)
         for index, (microbatch, _) in enumerate(split_batch(batch, self.microbatch_count)):
@@ -134,6 +146,8 @@ class Step(AnyStep):
 
     def grads(self, state: TrainState, microbatch: Any, index: int | Tensor = 0) -> Gradients:
         """Compute the gradients and metrics of one microbatch, randomness from (state.rng, state.step, index)."""
+        if self._direct:
+            return direct_gradients(self.loss_fn, self.engine, state, microbatch, index)
         return self._grads(state, microbatch, index, NO_EXCHANGE)
 
     def _grads(
@@ -196,7 +210,7 @@ class Step(AnyStep):
         grads, finite = gradients.grads, None
         if self.policy is not None:
             grads, finite = casting(self.policy, definition(state).module).settled(state, grads)
-        value = metrics["loss"].compute()
+        value = metrics["loss"].compute() if self._needs_value else None
         new = self._advanced(state, grads, gradients.buffers, finite, value)
         refused = self.tx.refused(new.opt_state)
         if refused is not None:
@@ -210,7 +224,7 @@ class Step(AnyStep):
         return new, metrics
 
     def _advanced(
-        self, state: TrainState, grads: Any, buffers: dict[str, Tensor], accept: Tensor | None, value: Tensor
+        self, state: TrainState, grads: Any, buffers: dict[str, Tensor], accept: Tensor | None, value: Any
     ) -> TrainState:
         """Return the state with the gradients applied, on the CPU where the plan keeps the optimizer state there."""
         if self.plan is not None and offload.is_away(self.plan, state):

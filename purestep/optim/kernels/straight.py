@@ -6,11 +6,14 @@ arithmetic. Here nothing is looked at: no transform, trace or autograd may be ac
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor
 
 from purestep.optim import _torch as kernels
 from purestep.optim.kernels import foreach as fx
 
+_dtype_of = operator.attrgetter("dtype")
 _mul, _mul_ = kernels.foreach("mul")
 _div, _div_ = kernels.foreach("div")
 
@@ -49,3 +52,20 @@ def straight_adam(
     kernels.foreach_add_(denom, epsilon)
     _div_(us, denom)
     return us, mu, nu
+
+
+def added(ps: list[Tensor], us: list[Tensor], *, reuse: bool) -> list[Tensor]:
+    """Return parameters after updates, which nothing else reads, in the dtypes of the parameters.
+
+    The sum takes the memory of the updates where it can, because that is in the cache: two numbers have one sum,
+    whichever comes first.
+
+    Args:
+        ps, us: parameters and updates.
+        reuse: whether the parameters are written over.
+    """
+    if list(map(_dtype_of, us)) != list(map(_dtype_of, ps)):
+        return fx.cast(fx.add(ps, us), ps)
+    if not reuse and fx.plain(us, ps) and all(map(Tensor.is_contiguous, (*us, *ps))):
+        return fx.add(us, ps, reuse=True)
+    return fx.add(ps, us, reuse=reuse)

@@ -33,7 +33,7 @@ from purestep.optim.base import (
 )
 from purestep.optim.kernels import foreach as fx
 from purestep.optim.kernels.fused import fitted, fused_adam
-from purestep.optim.kernels.straight import straight_adam
+from purestep.optim.kernels.straight import added, straight_adam
 from purestep.optim.scale import checked_rate
 from purestep.optim.scope import Kernel
 from purestep.optim.weight_decay import add_decay, fixed_filter
@@ -126,8 +126,7 @@ class Adam(Kernel, GradientTransformation):
             if done is not None:
                 return done
         us, moments = self._proposed(updates, leaves, ps, step, reuse=reuse)
-        reuse = reuse and all(u.dtype == p.dtype for u, p in zip(us, ps, strict=True))
-        return self._trees(leaves, fx.cast(fx.add(ps, us, reuse=reuse), ps), moments)
+        return self._trees(leaves, added(ps, us, reuse=reuse), moments)
 
     def _leaves(self, updates: Any, state: Any) -> _Leaves:
         gs, structure = tree.flatten(updates)
