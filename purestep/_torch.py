@@ -15,7 +15,10 @@ a later torch has it no more:
     set_grad_enabled        sets whether autograd records. Public: `torch.set_grad_enabled`, an object for each call.
     no_torch_function       a context in which no function mode and no `__torch_function__` looks. The documented
                             `DisableTorchFunctionSubclass` leaves modes on.
-    no_torch_dispatch       the same for dispatch modes. Without it: leave the modes of the tape and enter them again.
+    no_function_modes       takes the function modes out, where others are to be entered in their place. Without it: as
+                            `torch.overrides` does for one mode.
+    no_torch_dispatch       the like of `no_torch_function` for dispatch modes. Without it: leave the modes of the tape
+                            and enter them again.
     DispatchMode            torch documents it under this path, in "Extending PyTorch". Follow it where it goes.
     disable_current_modes   leaves all modes, for code of others that makes modules. Without it: make them before.
     autocast_enabled        on any device. Without it: ask `torch.is_autocast_enabled` for each device.
@@ -58,10 +61,11 @@ a later torch has it no more:
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -120,6 +124,17 @@ def innermost_mode(kind: type[T]) -> T | None:
         if isinstance(mode, kind):
             return mode
     return None
+
+
+@contextlib.contextmanager
+def no_function_modes() -> Iterator[None]:
+    """Take the function modes of this thread out in a `with` block, in which others may be entered."""
+    modes = [torch._C._pop_torch_function_stack() for _ in range(function_modes())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

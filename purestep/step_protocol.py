@@ -56,6 +56,7 @@ class StepFacts:
         plan: the plan of the ranks that call it together.
         donate: whether it consumes the state that it is called with.
         backend: what compiled it, None where nothing did.
+        by_unit: whether the units of the model were compiled each by itself.
         seat: where it is computed together with the steps of other runs, its place among them.
         warmup: steps of a state that it runs uncompiled, before the first compiled one; "eager": a run decides.
         ready: of a step whose run is to decide: returns the counter of the state from which on it may run compiled,
@@ -71,6 +72,7 @@ class StepFacts:
     plan: Plan | None = None
     donate: bool = False
     backend: str | None = None
+    by_unit: bool = False
     seat: Seat | None = None
     warmup: int | Literal["eager"] = 0
     ready: Callable[[], int | None] | None = None

@@ -27,6 +27,7 @@ def jit(
     mode: Mode | None = None,
     unjittable: Unjittable = "error",
     warmup: Whole | Literal["eager"] = 0,
+    by_unit: bool = False,
 ) -> Any:
     """Compile a pure function of pytrees: forward, backward and optimizer become one graph.
 
@@ -67,7 +68,8 @@ def jit(
 
     Raises:
         ConfigError: an unknown backend, mode or argument name; a function around a step that is compiled in pieces; a
-            step that moves activations to the CPU.
+            step that moves activations to the CPU; `by_unit` of something else than a step of `make_step`, or under a
+            plan whose ranks compute one microbatch together.
         TraceError: when called: a captured tensor, a Python branch on the value of a tensor, an argument that is
             changed in place.
         StepError: when called: a donating function that returns no such state.
@@ -105,7 +107,9 @@ def jit(
                 instead=f"ps.make_step(..., checkpoint=ps.Checkpoint({function.checkpoint.modules!r}))   # recomputed",
             )
         )
-    pieces = unjittable == "eager" or (isinstance(function, Step) and function.microbatches not in (None, 1))
+    if by_unit:
+        _check_units(function)
+    pieces = unjittable == "eager" or by_unit or (isinstance(function, Step) and function.microbatches not in (None, 1))
     if warmup and (static or not isinstance(function, AnyStep) or facts_of(function).evaluates):
         raise ConfigError(
             explain(
@@ -117,7 +121,7 @@ def jit(
             )
         )
     if isinstance(function, Step) and (pieces or function.plan is not None):
-        made = JitStep(function, bool(donate), backend, mode, unjittable=unjittable)
+        made = JitStep(function, bool(donate), backend, mode, unjittable=unjittable, by_unit=by_unit)
         return WarmedUp(made, warmup) if warmup else made
     if unjittable == "eager" and donate:
         raise ConfigError(
@@ -141,6 +145,30 @@ def jit(
         _check_one_graph(function)
     compiled = Jit(function, bool(donate), backend, names, mode, unjittable=unjittable)
     return WarmedUp(compiled, warmup) if warmup else compiled
+
+
+def _check_units(function: Callable[..., Any]) -> None:
+    """Refuse what has no units that could be compiled each by itself."""
+    plan = function.plan if isinstance(function, Step) else None
+    if not isinstance(function, Step):
+        raise ConfigError(
+            explain(
+                "only a step of make_step is compiled unit by unit",
+                where=f"by_unit=True, {function!r:.80}",
+                why="what is around the units of a model runs as the step runs it without jit",
+                instead="ps.jit(ps.make_step(loss_fn, tx), by_unit=True)\n"
+                "ps.wrap_step(ps.jit(step, by_unit=True), function)   # a function around it",
+            )
+        )
+    if plan is not None and (plan.tensor_axis or plan.context):
+        raise ConfigError(
+            explain(
+                "ranks that compute a microbatch together have no units that could be compiled each by itself",
+                where=f"by_unit=True, {plan!r}",
+                why="they exchange activations in the middle of a unit, outside of any graph",
+                instead="ps.jit(step)   # without by_unit",
+            )
+        )
 
 
 def _check_one_graph(function: WrappedStep) -> None:

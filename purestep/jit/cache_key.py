@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,16 +137,22 @@ def fingerprint(value: object) -> Hashable:
     if known is None or known[0]() is not value:
         number = id(value)
         reference = weakref.ref(value, lambda _: _fingerprints.pop(number, None))
-        _fingerprints[number] = known = (reference, _module_fingerprint(value.module))
+        _fingerprints[number] = known = (reference, module_fingerprint(value.module))
     return known[1]
 
 
-def _module_fingerprint(module: nn.Module) -> Hashable:
+def module_fingerprint(module: nn.Module, ignored: Collection[str] = ()) -> Hashable:
+    """Return a key that is equal for modules which run the same code.
+
+    Args:
+        module: any module.
+        ignored: names of its own attributes that are no part of the key; those of its submodules are.
+    """
     parts: list[Hashable] = []
     for name, child in module.named_modules(remove_duplicate=False):
         settings = []
         for key, value in child.__dict__.items():
-            if key not in ("_parameters", "_buffers", "_modules"):
+            if key not in ("_parameters", "_buffers", "_modules") and (name or key not in ignored):
                 settings.append((key, _setting(value)))
         shapes = [
             (key, None if t is None else (t.dtype, tuple(t.shape), t.requires_grad))

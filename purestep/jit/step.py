@@ -18,12 +18,14 @@ from purestep import _torch, transforms, tree
 from purestep.donation import consume
 from purestep.errors import ConfigError, explain
 from purestep.jit.function import Jit, Unjittable
+from purestep.jit.unit_pieces import CutStep, UnitPieces, units_of
 from purestep.microbatch import Gradients, MicrobatchExchange, accumulate, split_batch
 from purestep.optim.scope import only_shards
 from purestep.parallel import offload, zero
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan
-from purestep.state import TrainState
+from purestep.sharding.presets import single
+from purestep.state import TrainState, definition
 from purestep.step import Metrics, Step
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, following, name_of
 
@@ -39,9 +41,16 @@ class JitStep(AnyStep):
     """
 
     def __init__(
-        self, step: Step, donate: bool, backend: str, mode: str | None, *, unjittable: Unjittable = "error"
+        self,
+        step: Step,
+        donate: bool,
+        backend: str,
+        mode: str | None,
+        *,
+        unjittable: Unjittable = "error",
+        by_unit: bool = False,
     ) -> None:
-        self.step = step
+        self.step, self.by_unit = step, by_unit
         self.unjittable = unjittable
         self.__name__ = name_of(step)
         self.donate, self.backend, self.mode = donate, backend, mode
@@ -55,6 +64,8 @@ class JitStep(AnyStep):
         self.grads = Jit(grads, False, backend, (), mode, unjittable=unjittable)
         # Values may be read from the batch only, and the arguments of the update are gradients.
         self.update = Jit(update, donate, backend, (), mode, reads=False)
+        self.units = UnitPieces(step.plan or single(), backend, mode, self.__name__) if by_unit else None
+        self._cut = None if self.units is None else CutStep.of(step, self.units)
         self._index: list[Tensor] = []
         self._compute: Callable[..., Gradients] = self.grads
         self._apply: Callable[..., tuple[TrainState, Metrics]] = self.update
@@ -106,6 +117,8 @@ class JitStep(AnyStep):
         indices = self._indices(step.microbatch_count, state.rng.device)
 
         def compute(view: TrainState, microbatch: Any, index: int, exchange: MicrobatchExchange) -> Gradients:
+            if (cut := self._in_units(view)) is not None:
+                return cut._grads(view, microbatch, index, exchange)
             full = exchange.gathered(view)
             full = full.replace(
                 params=offload.on_card(plan, view, full.params), buffers=offload.on_card(plan, view, full.buffers)
@@ -136,11 +149,23 @@ class JitStep(AnyStep):
         for index, (microbatch, size) in enumerate(microbatches):
             part = known.get(size)
             if part is None:
-                part = _whole(state, self._compute(state, microbatch, indices[index]))
+                cut = self._in_units(state)
+                found = (
+                    self._compute(state, microbatch, indices[index])
+                    if cut is None
+                    else cut.grads(state, microbatch, index)
+                )
+                part = _whole(state, found)
                 if same:
                     known[size] = part
             total.add(part, index)
         return total.result()
+
+    def _in_units(self, state: TrainState) -> CutStep | None:
+        """Return the step whose units are compiled each by itself; None where a microbatch is compiled as a whole."""
+        if self._cut is None or self.units is None:
+            return None
+        return self._cut if units_of(self.units.plan, definition(state).module) else None
 
     def _indices(self, count: int, device: torch.device) -> list[Tensor]:
         """Return the indices of the microbatches as tensors, so that one graph serves all of them."""
@@ -153,16 +178,16 @@ class JitStep(AnyStep):
     @property
     def facts(self) -> StepFacts:
         """Facts of the step, with the backend and the donation of this one."""
-        return dataclasses.replace(self.step.facts, donate=self.donate, backend=self.backend)
+        return dataclasses.replace(self.step.facts, donate=self.donate, backend=self.backend, by_unit=self.by_unit)
 
     def bare(self, microbatches: int | None = None) -> StepFn:
         return self.step.bare(microbatches)
 
     def with_microbatches(self, count: int) -> AnyStep:
         settled = self.step.with_microbatches(count)
-        if count == 1 and self.step.plan is None and self.unjittable == "error":
+        if count == 1 and self.step.plan is None and self.unjittable == "error" and not self.by_unit:
             return Jit(settled, self.donate, self.backend, (), self.mode)
-        return JitStep(settled, self.donate, self.backend, self.mode, unjittable=self.unjittable)
+        return JitStep(settled, self.donate, self.backend, self.mode, unjittable=self.unjittable, by_unit=self.by_unit)
 
     def under(self, plan: Plan) -> StepFn:
         return self
@@ -180,13 +205,15 @@ class JitStep(AnyStep):
 
     @property
     def refusals(self) -> tuple[str, ...]:
-        """Why gradients are computed uncompiled, with `unjittable="eager"`."""
-        return self.grads.refusals
+        """Why gradients are computed uncompiled: with `unjittable="eager"` all, with `by_unit` those of some units."""
+        return self.grads.refusals + (() if self.units is None else self.units.refusals)
 
     def clear(self) -> None:
         """Forget everything that was compiled."""
         self.grads.clear()
         self.update.clear()
+        if self.units is not None:
+            self.units.clear()
 
     def compile(self, state: TrainState, batch: Any) -> JitStep:
         """Compile for the signature of these arguments; the state is not consumed. A step with a plan is compiled by
@@ -225,7 +252,8 @@ class JitStep(AnyStep):
         return first, self.update.graph(state, _changed(state, self._total(state, batch, same=True)))
 
     def __repr__(self) -> str:
-        return f"jit({self.step!r}, donate={self.donate!r}, backend={self.backend!r})"
+        by_unit = ", by_unit=True" if self.by_unit else ""
+        return f"jit({self.step!r}, donate={self.donate!r}, backend={self.backend!r}{by_unit})"
 
 
 def _whole(state: TrainState, part: Gradients) -> Gradients:

@@ -19,7 +19,7 @@ from purestep.errors import DataError, SnapshotError, TemplateMismatch, explain
 from purestep.loop.events import Callback, Cursor
 from purestep.loop.stable_json import stable
 from purestep.snapshot.codec import JSON
-from purestep.step_protocol import Seat, StepFn, facts_of
+from purestep.step_protocol import Seat, StepFacts, StepFn, facts_of
 
 
 class RunChangedWarning(UserWarning):
@@ -101,7 +101,7 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         **seat,
         **warmup,
         "microbatches": None if facts.microbatches == "auto" else facts.microbatches,
-        "compiled": _compiled(facts.backend, facts.warmup),
+        "compiled": _compiled(facts, facts.warmup),
         "policy": None if policy is None else str(policy),
         "reduction": None if plan is None else plan.reduction,
         "compress": None if plan is None else plan.compress,
@@ -113,7 +113,8 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def _compiled(backend: str | None, warmup: int | Literal["eager"]) -> str | None:
+def _compiled(facts: StepFacts, warmup: int | Literal["eager"]) -> str | None:
+    backend = f"{facts.backend} unit by unit" if facts.by_unit else facts.backend
     if not warmup:
         return backend
     return f"{backend} once it is compiled" if warmup == "eager" else f"{backend} from step {warmup}"
@@ -154,7 +155,7 @@ def _changed_conditions(manifest: snapshot.Manifest, identity: Identity) -> list
     if isinstance(was, Mapping):
         facts = facts_of(identity.step)
         if was.get("warmup") == "eager" and facts.warmup:  # where it switches was decided after this snapshot
-            is_["compiled"] = _compiled(facts.backend, "eager")
+            is_["compiled"] = _compiled(facts, "eager")
         _check_policy(was, is_)
         # Without a number yet ("auto") the run goes on with those it has.
         names = [name for name in _STEP if name in was and not (name == "microbatches" and is_[name] is None)]

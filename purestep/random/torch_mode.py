@@ -52,6 +52,7 @@ class KeyedRandom(TorchFunctionMode):
         calls: how many random operations came before; recomputation restarts from the number it was at.
         refusal: text of the error that any random operation raises, in place of a draw.
         handlers: a table of more functions than those that draw; those alone by default.
+        first: int64 [], a number that is added to those of the calls: in a trace, where it differs from call to call.
 
     Attributes:
         met: whether it has met a function of its table.
@@ -71,10 +72,12 @@ class KeyedRandom(TorchFunctionMode):
         *,
         refusal: str | None = None,
         handlers: Mapping[Any, Handler] | None = None,
+        first: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.key = key
         self.calls = calls
+        self.first = first
         self.refusal = refusal
         self.handlers = _handlers if handlers is None else handlers
         self.covered = 0
@@ -126,6 +129,11 @@ class KeyedRandom(TorchFunctionMode):
 
     def next_key(self, name: str) -> Tensor:
         """Return the key of the next random operation, for a draw on any device; `name` is for the error."""
+        key, number = self.taken(1, name)
+        return random.fold_in(key, number if self.first is None else self.first + number)
+
+    def taken(self, count: int, name: str) -> tuple[Tensor, int]:
+        """Return the key, and the number of the first of the next random operations, which then have come before."""
         if self.refusal is not None:
             raise RandomnessError(self.refusal)
         if self.key is None:
@@ -139,8 +147,8 @@ class KeyedRandom(TorchFunctionMode):
             )
         if not isinstance(self.key, Tensor):
             self.key = self.key()
-        self.calls += 1
-        return random.fold_in(self.key, self.calls - 1)
+        self.calls += count
+        return self.key, self.calls - count
 
     def scaled_mask(self, name: str, shape: Sequence[int], p: float, like: Tensor) -> Tensor:
         """Return a tensor of 0 (with probability p) and 1 / (1 - p), of the dtype and device of `like`."""
@@ -153,6 +161,12 @@ def _entered() -> list[tuple[KeyedRandom, KeyedRandom | None]]:
     if not hasattr(_local, "entered"):
         _local.entered = []
     return _local.entered
+
+
+def innermost() -> KeyedRandom | None:
+    """Return the mode that redirects random operations in this thread, if any does."""
+    entered = _entered()
+    return entered[-1][0] if entered else innermost_mode(KeyedRandom)
 
 
 def undispatched(func: Callable[..., Any], **names: object) -> Callable[..., Any]:

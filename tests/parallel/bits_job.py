@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 import purestep as ps
 from purestep import optim
 from purestep.distributed import collectives
+from purestep.jit import backends
 from purestep.optim.kernels import sliced
 from purestep.parallel.fsdp_layout import Rows
 from purestep.parallel.fsdp_units import Session
@@ -158,6 +159,7 @@ def train(
     donate=False,
     keep=False,
     checkpoint=None,
+    by_unit=False,
 ):
     tx = tx()
     state = ps.init(model, tx, seed=1, frozen=frozen)
@@ -166,7 +168,7 @@ def train(
     state = plan.place(state)
     step = ps.make_step(loss, tx, microbatches=v, policy=policy, plan=plan, checkpoint=checkpoint)
     if backend:
-        step = ps.jit(step, backend=backend, donate=True)
+        step = ps.jit(step, backend=backend, donate=True, by_unit=by_unit)
     if donate:
         step, limits = ps.donate(step), (sliced.LONG_ON_CPU, sliced.WORTH)
         sliced.LONG_ON_CPU = sliced.WORTH = 16  # so that parts of these small tensors are written over, slice by slice
@@ -242,6 +244,30 @@ def bits(size):
                 yield f"{name}|{label}, donated", lambda plan=plan, options=options: train(plan, **options)
 
 
+def rounded(plan, **options):
+    """Train with a compiler whose results are a bit larger, so that bits show what was compiled together."""
+    own = backends._BACKENDS["eager"]
+
+    def larger(traced, mode):
+        run = own(traced, mode)
+        return lambda tensors: [x * (1 + 2**-20) if x.is_floating_point() else x for x in run(tensors)]
+
+    backends._BACKENDS["eager"] = larger
+    try:
+        return train(plan, **options, backend="eager", by_unit=True)
+    finally:
+        backends._BACKENDS["eager"] = own
+
+
+def by_unit(size):
+    """Every plan runs the same compiled pieces, of each unit a forward and a backward one."""
+    for name, model in (("by unit", Tied), ("by unit, batch norm", Net)):
+        for label, plan in plans(size).items():
+            chosen = ("fsdp", "hsdp") if size == 4 else ("ddp", "fsdp", "keep", "zero1", "zero2")
+            if label in chosen:
+                yield f"{name}|{label}", lambda plan=plan, model=model: rounded(plan, model=model, samples=10, steps=4)
+
+
 def six(size):
     for label, plan in (("ddp", ddp()), ("fsdp", fsdp())):
         if size == 4:
@@ -287,10 +313,15 @@ def live():
     Rows.unpack, Session.ahead = counted, watched
     found = {}
     try:
-        for label, plan in (("reshard", fsdp()), ("keep", fsdp(reshard_after_forward=False))):
+        for label, plan, compiled in (
+            ("reshard", fsdp(), False),
+            ("keep", fsdp(reshard_after_forward=False), False),
+            ("by unit", fsdp(), True),
+        ):
             tx = optim.sgd(0.1)
             state = plan.place(ps.init(Equal, tx, seed=0))
             step = ps.make_step(lambda net, x: net(x).square().mean(), tx, plan=plan)
+            step = ps.jit(step, backend="eager", by_unit=True) if compiled else step
             most[0] = coming[0] = 0
             for _ in range(3):  # what comes next is known from the second microbatch on
                 state, _ = step(state, torch.ones(4, 32))
@@ -497,6 +528,7 @@ def checks(size, number):
     if size == 3:
         return
     yield from bits(size)
+    yield from by_unit(size)
     yield from evaluated(size)
     yield from tensor(size)
     yield from synced(size)

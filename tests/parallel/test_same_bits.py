@@ -29,7 +29,13 @@ def answers(zygote, once):
 @pytest.fixture(scope="session")
 def more_answers(zygote, once):
     """The same of all cases."""
-    return _asked(zygote, once, "more-bits", "4,3,2,1", [*CASES, "synced", "compressed", "tensor", "memory-more"])
+    return _asked(
+        zygote,
+        once,
+        "more-bits",
+        "4,3,2,1",
+        [*CASES, "by unit", "by unit, batch norm", "synced", "compressed", "tensor", "memory-more"],
+    )
 
 
 def _asked(zygote, once, name, sizes, cases):
@@ -45,6 +51,12 @@ def test_the_bits_do_not_depend_on_ranks_or_plan(answers, case):
 
 def test_experts_that_are_split_have_the_bits_of_one_process(answers):
     check_bits(answers, "experts", 7 + 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["by unit", "by unit, batch norm"])
+def test_units_that_are_compiled_have_the_same_bits_under_every_plan(more_answers, case):
+    check_bits(more_answers, case, 4 * 2 + 2 * 5 + 5)
 
 
 @pytest.mark.slow
@@ -126,6 +138,7 @@ def test_blocks_are_whole_only_while_they_are_needed(answers):
         assert found["reshard"][0] <= 3
         assert found["reshard"][1] == 2  # one that runs, and one that comes
         assert found["keep"][0] == 24
+        assert found["by unit"] == found["reshard"]  # compiled or not
         assert found["reshard"][2] == found["keep"][2] == 0
 
 
