@@ -290,6 +290,37 @@ def attention_dropout(card: Card) -> dict[str, Any]:
     return found
 
 
+class Attending(nn.Module):
+    """One layer of attention with dropout over eight positions that are made of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(32, 2 * 8 * 16), nn.Linear(2 * 8 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x).unflatten(1, (2, 8, 16))
+        return self.head(F.scaled_dot_product_attention(h, h, h, dropout_p=0.2, is_causal=True).flatten(1))
+
+
+def attention_in_graphs(card: Card) -> dict[str, Any]:
+    """Compiled and recorded steps draw the masks of the eager one, by the card's own kernels, without a wait."""
+    policy = ps.precision.policy("bf16-mixed", dropout="device")
+    found: dict[str, Any] = {"ok": True}
+    tx, batches = adamw(), [card.put(card.rows()) for _ in range(6)]
+    step = ps.make_step(classify, tx, policy=policy)
+    expected = train(step, policy.apply(card.start(Attending, tx)), batches)[1]
+    for name in ("jit", "jit donated", "reduce-overhead donated"):
+        compiled = WAYS[name](step)
+        state, losses = train(compiled, policy.apply(card.start(Attending, tx)), batches)
+        with card.waits() as waits:
+            for _ in range(3):
+                state, _ = compiled(state, batches[0])
+        found["ok"] &= near(losses, expected, 2e-2) and not waits
+        found[name] = {"losses differ by": max(abs(a - b) for a, b in zip(losses, expected, strict=True))}
+        found[name] |= {"waits in 3 steps": waits}
+    return found
+
+
 def repeatable(card: Card) -> dict[str, Any]:
     tx = adamw()
     step, batches = ps.make_step(classify, tx, microbatches=4), [card.put(card.rows()) for _ in range(5)]
@@ -540,6 +571,7 @@ def checks() -> dict[str, Check]:
         found[f"mlp, {name}"] = way(name, lambda: Net(p=0.1), False)
     for name in ("eager", "jit donated", "reduce-overhead donated"):
         found[f"cnn, {name}"] = way(name, cnn, True)
+    found["fused attention in graphs"] = attention_in_graphs
     found |= {f"policy {name}": policy_of(name) for name in POLICIES}
     found |= {f"optimizer {name}": optimizer_of(name) for name in OPTIMIZERS}
     found |= {"purity": purity, "ensemble": ensemble, "plans in one process": plans_alone}

@@ -7,6 +7,7 @@ copies only; nothing is sent from here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -161,18 +162,25 @@ class Rows:
         if all(row.even for row in rows):
             return torch.cat([x.reshape(self.count, -1) for x in wholes], dim=1)
         # Zeros behind the shorter shards: they are summed with the others' and never read.
-        by_member = wholes[0].new_zeros(self.count, sum(row.length for row in rows))
+        make = wholes[0].new_zeros if any(row.dim is None for row in rows) else wholes[0].new_empty
+        by_member = make(self.count, sum(row.length for row in rows))
         into, come, start = [], [], 0
-        for row, full in zip(rows, wholes, strict=True):
-            if row.dim is not None:
-                into.append(by_member[:, start : start + row.length].unflatten(1, row.boxes[0][1]))
-                come.append(row.runs(full))
-                start += row.length
+        for even, run in itertools.groupby(zip(rows, wholes, strict=True), lambda pair: pair[0].even):
+            if even:  # one kernel for all of them
+                flat = [full.reshape(self.count, -1) for _, full in run]
+                width = sum(x.shape[1] for x in flat)
+                torch.cat(flat, dim=1, out=by_member[:, start : start + width])
+                start += width
                 continue
-            for member, (offset, shape) in zip(by_member, row.boxes, strict=True):
-                into.append(member[start : start + math.prod(shape)].view(shape))
-                come.append(slice_of(full, (offset, shape)))
-            start += row.length
+            for row, full in run:
+                if row.dim is not None:
+                    into.append(by_member[:, start : start + row.length].unflatten(1, row.boxes[0][1]))
+                    come.append(row.runs(full))
+                else:
+                    for member, (offset, shape) in zip(by_member, row.boxes, strict=True):
+                        into.append(member[start : start + math.prod(shape)].view(shape))
+                        come.append(slice_of(full, (offset, shape)))
+                start += row.length
         copy_all(into, come)
         return by_member
 
