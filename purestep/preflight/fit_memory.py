@@ -67,24 +67,28 @@ def choose_microbatches(step: StepFn, state: object, batch: object, *, free: int
 
 
 def needed(step: StepFn, state: object, batch: object, count: int | None = None) -> memory.Estimate:
-    """Return what a step needs at least with a number of microbatches, by a dry run.
+    """Return what a step needs with a number of microbatches: by `step_memory`, else what it needs at least.
 
     Args:
         step: of one process.
         state, batch: what it will be given.
         count: of microbatches; None for as many as it has.
     """
-    sliced = bare(step, count)
+    sliced, donated = bare(step, count), facts_of(step).donate
+    if (account := memory.accounted(sliced, state, batch, donate=donated)) is not None:
+        return account
     found = memory.estimate_alone(sliced, state, batch, dry_run(sliced, state, batch))
-    return dataclasses.replace(found, donated=facts_of(step).donate)
+    return dataclasses.replace(found, donated=donated)
 
 
 def _smallest(step: StepFn, state: object, batch: object, room: int, samples: int) -> int:
-    if needed(step, state, batch, 1).beyond <= room:
-        return 1
-    low, high = 1, samples  # low does not fit
-    if samples == 1 or needed(step, state, batch, samples).beyond > room:
-        raise _nothing_fits(samples, needed(step, state, batch, samples))
+    # More microbatches have smaller activations, and one more sum at a time from each power of two on: between two of
+    # them the last needs least, so those are asked first. One sample each may need more than something before.
+    low, high = 0, 1  # low does not fit
+    while (estimate := needed(step, state, batch, high)).beyond > room:
+        if high >= samples:
+            raise _nothing_fits(samples, estimate)
+        low, high = high, min(2 * high + 1, samples)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if needed(step, state, batch, middle).beyond <= room else (middle, high)

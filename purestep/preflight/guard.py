@@ -64,6 +64,7 @@ class Guard:
             self._free = memory.own_share(memory.free_memory(device), device)
             needed = memory.estimate(self.step, state, batch, dry)
             if needed is not None:
+                needed = memory.careful(self.step, state, batch, needed, self._free)
                 short = memory.shortage(self.step, needed, batch, device, self._free)
         return short
 

@@ -1,7 +1,8 @@
 """Device memory: an estimate before the first step, and the words for too little of it.
 
 The estimate comes from a dry run: state, gradients, and what autograd keeps of the forward pass. It is what has to
-fit at least, on one rank where there are several; the kernels' own workspace and fragmentation come on top.
+fit at least, on one rank where there are several. Where that comes near to what is free, and to settle a number of
+microbatches, it is the account of `step_memory`. Workspaces of kernels and fragmentation come on top of either.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from purestep.step_protocol import StepFacts, StepFn, facts_of
 
 _SMALLER = "a smaller batch or model, ps.checkpoint around its blocks, or a device with more memory"
 USABLE = 0.9  # of the free memory: the rest is for workspaces and fragmentation
+_NEAR = 0.2  # of the free memory, from which what is needed is counted with care; that is a second dry run
 
 
 class MemoryEstimateWarning(UserWarning):
@@ -47,6 +49,8 @@ class Estimate:
         batch: the batch.
         donated: whether the new state takes the place of the old one.
         gathered: parameters of other ranks that are here at one time, and buffers of the sums over ranks.
+        update: copies, and the new state, at the peak of the step, where all but the state is counted at that moment;
+            None where only what is needed at least is known.
     """
 
     params: int
@@ -57,10 +61,13 @@ class Estimate:
     batch: int
     donated: bool = False
     gathered: int = 0
+    update: int | None = None
 
     @property
     def beyond(self) -> int:
         """What is needed besides the state and the batch, which are there already."""
+        if self.update is not None:
+            return self.gradients + self.gathered + self.activations + self.update
         # Activations are freed by the backward pass before the update makes the new state: the larger one counts.
         new = 0 if self.donated else self.state
         return self.gradients + max(self.gathered + self.activations, new)
@@ -77,6 +84,7 @@ class Estimate:
             ("gradients", self.gradients),
             *([("gathered", self.gathered)] if self.gathered else []),
             ("activations", self.activations),
+            *([("update", self.update)] if self.update else []),
         )
         return f"{human_bytes(self.total)} in all: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in parts)
 
@@ -113,6 +121,38 @@ def estimate_alone(step: StepFn, state: object, batch: object, dry: Dry) -> Esti
         facts.donate,
         gathered,
     )
+
+
+def accounted(step: StepFn, state: object, batch: object, *, donate: bool | None = None) -> Estimate | None:
+    """Return what a step needs at its peak, by the account of `step_memory`; None where it is not known.
+
+    Args:
+        step, state, batch, donate: as for `of_first_batch`.
+    """
+    from purestep.preflight.step_memory import of_first_batch
+
+    found = of_first_batch(step, state, batch, donate=donate)
+    if found is None:
+        return None
+    kinds = found.memory
+    return Estimate(
+        kinds.get("params", 0),
+        kinds.get("optimizer", 0),
+        sum(kinds.get(kind, 0) for kind in ("params", "frozen", "buffers", "optimizer", "other")),
+        kinds.get("grads", 0),
+        kinds.get("activations", 0),
+        tree.nbytes(batch.data if isinstance(batch, LocalBatch) else batch),
+        facts_of(step).donate if donate is None else donate,
+        kinds.get("gathered", 0) + kinds.get("sums", 0),
+        kinds.get("update", 0),
+    )
+
+
+def careful(step: StepFn, state: object, batch: object, least: Estimate, free: int | None) -> Estimate:
+    """Return the account of a step, if what it needs at least comes near to what is free; else that."""
+    if free is None or least.beyond <= _NEAR * free:
+        return least
+    return accounted(step, state, batch) or least
 
 
 def _gathered(facts: StepFacts, state: Any) -> tuple[int, int]:
@@ -189,7 +229,7 @@ def _advice(step: StepFn, needed: Estimate, batch: object, free: int | None) -> 
         gradients = 2 * needed.params
         for parts in (2**i for i in range(1, max(samples // own, 1).bit_length())):
             activations = -(-needed.activations // parts)
-            smaller = dataclasses.replace(needed, gradients=gradients, activations=activations)
+            smaller = dataclasses.replace(needed, gradients=gradients, activations=activations, update=None)
             if free is None or smaller.beyond <= USABLE * free:
                 auto = "; or microbatches='auto'" if plan is None else ""
                 lines.append(f"microbatches={count * parts}   # about {human_bytes(smaller.total)}{auto}")

@@ -24,6 +24,7 @@ from purestep.precision.cast_params import Uncast, casting
 from purestep.preflight.dry_run import dry_run
 from purestep.preflight.flops import flops_of
 from purestep.preflight.single_process import lone
+from purestep.sharding import Plan
 from purestep.sharding.dry_run import DryRun
 from purestep.sharding.dry_run import dry_run as account
 from purestep.sharding.presets import single
@@ -87,17 +88,38 @@ def step_memory(
         )
     turns = count or (facts.microbatches if isinstance(facts.microbatches, int) else None)
     turns = plan.replicas if turns is None or (facts.plan is not None and turns % plan.replicas) else turns
-    return account(
-        plan,
-        state,
-        microbatches=turns,
-        donate=facts.donate,
-        by_element=facts.tx is None or scope_of(facts.tx) == "element",
-        course=course_of(step, state, batch, turns),
-    )
+    return _account(step, state, plan, turns, facts.donate, course_of(step, state, batch, turns))
 
 
-def course_of(step: StepFn, state: TrainState, batch: object, count: int) -> Course:
+def of_first_batch(step: StepFn, state: object, batch: object, *, donate: bool | None = None) -> DryRun | None:
+    """Return what `step_memory` does of a step that is about to be called here; None where it is not known.
+
+    Args:
+        step: with a number of microbatches.
+        state: whole or placed by the plan of the step.
+        batch: a batch, or the `LocalBatch` of this rank.
+        donate: whether the new state takes the memory of the old one; as the step says by default.
+    """
+    facts, alone = facts_of(step), lone(step, state, batch)
+    if alone is None or not isinstance(alone.state, TrainState):
+        return None
+    plan = single() if facts.plan is None else facts.plan
+    own = facts_of(alone.step).microbatches
+    turns = facts.microbatches if isinstance(facts.microbatches, int) else plan.replicas
+    try:
+        course = course_of(step, alone.state, alone.batch, own if isinstance(own, int) else 1)
+    except StepError:
+        return None
+    return _account(step, state, plan, turns, facts.donate if donate is None else donate, course)
+
+
+def _account(step: StepFn, state: object, plan: Plan, turns: int, donate: bool, course: Course) -> DryRun:
+    tx = facts_of(step).tx
+    by_element = tx is None or scope_of(tx) == "element"
+    return account(plan, state, microbatches=turns, donate=donate, by_element=by_element, course=course)
+
+
+def course_of(step: StepFn, state: object, batch: object, count: int) -> Course:
     """Return what the passes of the largest microbatch keep, of a batch that is cut into so many."""
     alone = lone(bare(step), state, batch)
     single = None if alone is None else bare(step)

@@ -275,7 +275,8 @@ def _fewest(fits: Callable[[int], bool], most: int, mode: Mode) -> int | None:
     while not fits(count):
         if count == most:
             return None
-        below, count = count, min(2 * count, most)
+        # From each power of two on there is one more sum at a time: before it the need is least, see `fit_memory`.
+        below, count = count, min(2 * count + (mode == "binary"), most)
     while mode == "binary" and count - below > 1:
         middle = (below + count) // 2
         below, count = (below, middle) if fits(middle) else (middle, count)

@@ -36,7 +36,7 @@ from torch import nn
 
 import purestep as ps
 from purestep.errors import SaveFailed, SnapshotError
-from purestep.snapshot import Ranks, Store, all_, best, durable_directories, latest, orbax_io, reader
+from purestep.snapshot import Base, Ranks, Store, all_, best, durable_directories, latest, orbax_io, reader
 from purestep.snapshot.listing import Entry, Index
 
 Promise = Callable[[int], None]  # called with each step that is durable from now on
@@ -167,6 +167,14 @@ def replaces(store: Store, promise: Promise) -> None:
     _save(store, promise, 1)
     for revision in range(3):
         _save(store, promise, 2, revision, replace=True)
+
+
+def shares_a_base(store: Store, promise: Promise) -> None:
+    """A tensor is written once for two snapshots, and anew for others, whose base replaces the first."""
+    base = Base(frozenset({"['big']"}))
+    _save(store, promise, 1, base=base)
+    for revision in range(2):
+        _save(store, promise, 2, revision, replace=True, base=base)
 
 
 def goes_back(store: Store, promise: Promise) -> None:
@@ -357,6 +365,7 @@ SCENARIOS = {
     "replaces": Scenario(_with_store(replaces)),
     "keeps the best": Scenario(_with_store(saves, best("loss", 1, "max") | latest(1))),
     "goes back": Scenario(_with_store(goes_back, all_())),
+    "shares a base": Scenario(_with_store(shares_a_base)),
     "replaces damage": Scenario(_with_store(replaces_damage)),
     "two ranks, the first": Scenario(_two_ranks(0)),
     "two ranks, the second": Scenario(_two_ranks(1)),

@@ -73,7 +73,7 @@ def test_the_margin_is_taken_off_and_the_state_stays():
 
 def test_an_estimate_that_is_too_large_is_not_tried():
     def beyond(size):
-        return fit_memory.needed(STEP, STATE, next(iter(make_data(size).open(0, 0, None)))).beyond
+        return fit_memory.needed(wrapped, STATE, next(iter(make_data(size).open(0, 0, None)))).beyond
 
     step = Refusing(10_000)
     wrapped = ps.wrap_step(STEP, lambda inner, state, batch: step(state, batch))
