@@ -21,7 +21,7 @@ import purestep as ps
 from purestep import tree
 from purestep.errors import RandomnessError, TraceError
 from purestep.functional import apply, bind
-from purestep.random import global_generators, host_draws, host_trap
+from purestep.random import global_generators, host_draws, host_trap, watch_all
 
 DRAWS = {
     "np.random.rand": lambda: np.random.rand(),
@@ -54,6 +54,21 @@ def _shuffled(shuffle):
     values = list(range(1000))
     shuffle(values)
     return values[0]
+
+
+@pytest.mark.parametrize("name", [*DRAWS, "torch.rand", "torch.randn, odd"])
+def test_all_generators_are_looked_at_together(name):
+    draw = DRAWS.get(name) or {"torch.rand": lambda: torch.rand(1), "torch.randn, odd": lambda: torch.randn(3)}[name]
+    before = watch_all.states()
+    assert watch_all.states() is before
+    assert not watch_all.moved(before)
+    first = draw()
+    assert watch_all.states() is not before
+    assert watch_all.moved(before)
+    watch_all.put_back(before)
+    assert not watch_all.moved(before)
+    assert torch.equal(torch.as_tensor(draw()), torch.as_tensor(first))
+    watch_all.put_back(before)
 
 
 class Notes:

@@ -30,6 +30,7 @@ from purestep.data.loader_protocols import (
 from purestep.data.loader_state import Position, Saved, fits
 from purestep.data.plain_state import pack, unpack
 from purestep.errors import DataError, explain
+from purestep.random import watch_all
 
 T = TypeVar("T")
 _TRIED = 32  # batches that are read with seeds before they are left out
@@ -333,17 +334,19 @@ class ThirdPartyLoader:
         One that does draw after all is read again from the start of the epoch, and is seeded from then on: of the
         batches before this one none has drawn, so they are the same.
         """
-        with seeding.preserved() as outside:
-            try:
-                item = next(iterator, _END)
-            except Exception as error:
+        outside = watch_all.states()
+        try:
+            item = next(iterator, _END)
+        except BaseException as error:
+            watch_all.put_back(outside)
+            if isinstance(error, Exception):
                 self._note(error, epoch, number)
-                raise
-            drew = outside.moved()
-        if not drew:
+            raise
+        if not watch_all.moved(outside):
             if item is _END:
                 raise StopIteration
             return iterator, item
+        watch_all.put_back(outside)
         self._quiet = -1
         self._start_epoch(epoch)
         self._iterator = self._fresh(epoch)

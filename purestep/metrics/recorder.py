@@ -7,6 +7,8 @@ on how the steps are divided into chunks.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -234,8 +236,6 @@ def _merged(sums: Mapping[str, Metric], steps: Sequence[Mapping[str, Metric]]) -
 def _totals(metric: Metric, columns: Columns, start: int) -> dict[str, Any]:
     totals = {}
     for field, values in columns.items():
-        total = metric.__dict__[field]
-        for value in values[start:] if start else values:
-            total = total + value  # not in place: a tensor belongs to the step, or to the sums of a state before
-        totals[field] = total
+        # Not in place: a tensor belongs to the step, or to the sums of a state before. `sum` may round otherwise.
+        totals[field] = functools.reduce(operator.add, values[start:] if start else values, metric.__dict__[field])
     return totals

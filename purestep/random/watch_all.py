@@ -57,3 +57,22 @@ def states() -> States:
     if b"".join(watch.heads) == watch.seen and _python.gauss_next is watch.gauss and _bit_generator() is watch.bits:
         return watch.states  # type: ignore[return-value]  # set with `seen`
     return watch.look_again()
+
+
+def moved(since: States) -> bool:
+    """Tell whether a generator has another state than `states` returned.
+
+    Examples:
+        >>> before = states()
+        >>> moved(before)
+        False
+    """
+    now = states()
+    return now is not since and (now[1] != since[1] or torch_generator.moved(since[0]))
+
+
+def put_back(then: States) -> None:
+    """Put all generators back to states that `states` returned; it costs next to nothing where they are in them."""
+    if states() is not then:
+        torch_generator.put_back(then[0])
+        global_generators.write(then[1])

@@ -37,7 +37,9 @@ _HERE = os.path.dirname(__file__) + os.sep
 # What they call is a forward pass, if not backward.
 _FORWARD = frozenset([_OURS + os.path.join("functional", "binding.py"), _OURS + "grad.py"])
 # They ask whether a generator moved, and compute nothing.
-_OBSERVING = frozenset(_OURS + os.path.join("random", name) for name in ("host_draws.py", "torch_generator.py"))
+_OBSERVING = frozenset(
+    _OURS + os.path.join("random", name) for name in ("host_draws.py", "torch_generator.py", "watch_all.py")
+)
 _IMPORT = "<frozen importlib"  # a module that is imported by the first call may make tensors
 _GRAPH = "<eval_with_key>"  # the name that torch.fx gives the code of a graph
 _LONGEST = 160  # characters of arguments and lines that are kept

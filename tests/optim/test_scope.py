@@ -36,6 +36,47 @@ class UnitRule(optim.Rule):
         return [g / g.norm() for g in gs], {}
 
 
+@optim.transformation
+class ByLoss(optim.GradientTransformation):
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return tree.map(lambda g: g * extra["value"], updates), state
+
+
+# --- who reads the loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tx", "needs"),
+    [
+        (optim.adamw(1e-3), False),
+        (optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1)), False),
+        (optim.chain(optim.sgd(0.1), optim.reduce_on_plateau()), True),
+        (optim.apply_if_finite(optim.chain(optim.sgd(0.1), optim.reduce_on_plateau())), True),
+        (optim.lbfgs(), True),
+        (ByLoss(), True),
+        (optim.chain(ByLoss(), optim.sgd(0.1)), True),
+    ],
+    ids=repr,
+)
+def test_the_loss_is_computed_for_who_may_read_it(tx, needs):
+    assert scope.needs_value(tx) is needs
+
+
+def test_a_step_passes_the_loss_to_a_transformation_of_a_user():
+    def loss_fn(net: Any, batch: Any) -> Any:
+        return (net(batch) ** 2).mean()
+
+    tx = optim.chain(ByLoss(), optim.sgd(0.1))
+    state = ps.init(lambda: torch.nn.Linear(2, 1), tx, seed=0)
+    new, metrics = ps.make_step(loss_fn, tx)(state, torch.ones(4, 2))
+    grads = ps.grad_and_value(lambda p: loss_fn(lambda x: x @ p["weight"].T + p["bias"], torch.ones(4, 2)))(
+        state.params
+    )
+    moved = float(grads[0]["bias"] * 0.1 * metrics["loss"].compute())
+    assert moved
+    assert float(state.params["bias"] - new.params["bias"]) == pytest.approx(moved, rel=1e-3)
+
+
 # --- a user's own under a plan ----------------------------------------------------------------------------------------
 
 
