@@ -45,7 +45,8 @@ def step_memory(
 
     Nothing is allocated and nothing is sent: state and batch may be on the meta device, and the machine need not be
     here. What is counted is what tensors hold, on the device of the state. Kernels may have a workspace of their own,
-    and an allocator keeps what it does not return; of jitted steps the compiler may keep less.
+    and an allocator keeps what it does not return; of jitted steps the compiler may keep less. A step that was jitted
+    without `by_unit=True` has all parameters and gradients whole at once where a plan splits them.
 
     Args:
         step: of `make_step`, jitted or donating or neither; its plan says how ranks share the work.
@@ -81,6 +82,7 @@ def step_memory(
         microbatches=turns,
         donate=facts.donate,
         by_element=facts.tx is None or scope_of(facts.tx) == "element",
+        one_graph=facts.backend is not None and not facts.by_unit,
         course=course_of(step, state, batch, turns),
     )
 
