@@ -65,7 +65,7 @@ class JitStep(AnyStep):
         # Values may be read from the batch only, and the arguments of the update are gradients.
         self.update = Jit(update, donate, backend, (), mode, reads=False)
         self.units = UnitPieces(step.plan or single(), backend, mode, self.__name__) if by_unit else None
-        self._cut = None if self.units is None else CutStep.of(step, self.units)
+        self._cut: Step | None = None if self.units is None else CutStep.of(step, self.units)
         self._index: list[Tensor] = []
         self._compute: Callable[..., Gradients] = self.grads
         self._apply: Callable[..., tuple[TrainState, Metrics]] = self.update
@@ -161,7 +161,7 @@ class JitStep(AnyStep):
             total.add(part, index)
         return total.result()
 
-    def _in_units(self, state: TrainState) -> CutStep | None:
+    def _in_units(self, state: TrainState) -> Step | None:
         """Return the step whose units are compiled each by itself; None where a microbatch is compiled as a whole."""
         if self._cut is None or self.units is None:
             return None
@@ -230,7 +230,9 @@ class JitStep(AnyStep):
         Args:
             told: called with each piece and its arguments, before it computes.
         """
-        plain = JitStep(self.step, False, self.backend, self.mode, unjittable=self.unjittable)
+        plain = JitStep(self.step, False, self.backend, self.mode, unjittable=self.unjittable, by_unit=self.by_unit)
+        # Units are compiled where they are called, so nothing is told of them.
+        plain._cut = self.step if self.by_unit else None
 
         def telling(piece: Jit) -> Callable[..., Any]:
             def compute(*args: Any) -> Any:

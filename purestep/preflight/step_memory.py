@@ -47,7 +47,8 @@ def step_memory(
 
     Nothing is allocated and nothing is sent: state and batch may be on the meta device, and the machine need not be
     here. What is counted is what tensors hold, on the device of the state. Kernels may have a workspace of their own,
-    and an allocator keeps what it does not return; of jitted steps the compiler may keep less.
+    and an allocator keeps what it does not return; of jitted steps the compiler may keep less. A step that was jitted
+    without `by_unit=True` has all parameters and gradients whole at once where a plan splits them.
 
     Args:
         step: of `make_step`, jitted or donating or neither; its plan says how ranks share the work.
@@ -104,6 +105,8 @@ def of_first_batch(step: StepFn, state: object, batch: object, *, donate: bool |
     if alone is None or not isinstance(alone.state, TrainState):
         return None
     plan = single() if facts.plan is None else facts.plan
+    if plan.pipelined:
+        return None
     own = facts_of(alone.step).microbatches
     turns = facts.microbatches if isinstance(facts.microbatches, int) else plan.replicas
     try:
@@ -114,9 +117,16 @@ def of_first_batch(step: StepFn, state: object, batch: object, *, donate: bool |
 
 
 def _account(step: StepFn, state: object, plan: Plan, turns: int, donate: bool, course: Course) -> DryRun:
-    tx = facts_of(step).tx
-    by_element = tx is None or scope_of(tx) == "element"
-    return account(plan, state, microbatches=turns, donate=donate, by_element=by_element, course=course)
+    facts = facts_of(step)
+    return account(
+        plan,
+        state,
+        microbatches=turns,
+        donate=donate,
+        by_element=facts.tx is None or scope_of(facts.tx) == "element",
+        one_graph=facts.backend is not None and not facts.by_unit,
+        course=course,
+    )
 
 
 def course_of(step: StepFn, state: object, batch: object, count: int) -> Course:

@@ -188,6 +188,7 @@ def dry_run(
     reduce_dtype: torch.dtype | None = None,
     donate: bool = True,
     by_element: bool = True,
+    one_graph: bool = False,
     course: Course | None = None,
 ) -> DryRun:
     """Return what a step of a state under a plan needs of a rank; see `Plan.dry_run`.
@@ -195,6 +196,7 @@ def dry_run(
     Args:
         plan, value, microbatches, compute_dtype, reduce_dtype, donate: as there.
         by_element: whether the update of an element depends on it alone, so that long parameters go in slices.
+        one_graph: whether a microbatch is compiled as a whole, so that all parameters are gathered at once.
         course: what the passes of one microbatch keep; by default nothing is known of it.
     """
     # Stages differ in size: what is told is what the rank with the most needs.
@@ -218,11 +220,13 @@ def dry_run(
         away,
         _long(value),
         by_element,
+        one_graph,
     )
     known = course or Course()
     leaves = [_leaf(plan, row, compute_dtype, reduce_dtype, known) for row in own]
     memory |= peak(job, leaves, course)
-    sent = {"gather": _gather_traffic(plan, own, turns, compute_dtype)}
+    times = 2 if plan.reshard_after_forward and not one_graph else 1
+    sent = {"gather": _gather_traffic(plan, own, turns * times, compute_dtype)}
     wire = plan.sent_dtype or reduce_dtype
     sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in trained)
     if plan.context:
@@ -295,9 +299,8 @@ def _over(plan: Costed, row: Row) -> int:
     return plan.mesh.size(*(a for a in row.spec.axes if a in plan.batch))
 
 
-def _gather_traffic(plan: Costed, rows: list[Row], turns: int, dtype: torch.dtype | None) -> int:
-    times = 2 if plan.reshard_after_forward else 1
-    inside = sum(turns * times * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
+def _gather_traffic(plan: Costed, rows: list[Row], gathers: int, dtype: torch.dtype | None) -> int:
+    inside = sum(gathers * (_split(plan, r) - 1) * _bytes([r], dtype) for r in rows)
     # Under ZeRO 1 and 2 ranks send each other what they have updated, once a step, in the dtype of the state.
     return inside + sum((_apart(plan, r) - 1) * _shard(plan, r, None) for r in rows if r.kind == "params")
 

@@ -99,6 +99,7 @@ class Job:
         away: whether updates run elsewhere than on the device.
         long: elements from which a parameter is updated in slices; where none is so long, all are updated at once.
         by_element: whether the update of an element depends on it alone, so that it can be sliced.
+        one_graph: whether a microbatch was compiled as a whole, for which all parameters are gathered at once.
     """
 
     zero: int
@@ -112,6 +113,7 @@ class Job:
     away: bool
     long: int = LONG_ON_CPU
     by_element: bool = True
+    one_graph: bool = False
 
 
 def peak(job: Job, leaves: Sequence[Leaf], course: Course | None = None) -> Kinds:
@@ -169,7 +171,7 @@ class _Account:
         """Yield what is there at one moment after the other, by kind."""
         passes = self._in_buckets
         if any(leaf.ranks > 1 for leaf in self.leaves):
-            passes = self._in_units
+            passes = self._at_once if self.job.one_graph else self._in_units
         elif self.job.zero == 2 and any(leaf.apart > 1 for leaf in self.trained):
             passes = self._scattered
         workspace, kept = self._workspace()
@@ -297,6 +299,24 @@ class _Account:
         rest = sum(leaf.gradient for leaf in self.trained if leaf.ranks == 1 or not leaf.unit)
         yield _kinds(parts + arriving + sum(held.values()), 0, flying + rest)
         yield _kinds(parts + arriving + sum(held.values()), 0, 2 * rest)
+
+    # --- parameters are gathered for a graph of the whole microbatch: `jit.step` --------------------------------------
+
+    def _at_once(self, before: int, after: int, last: bool) -> Iterator[Kinds]:
+        split, rows = [leaf for leaf in self.leaves if leaf.ranks > 1], _by_unit(self.trained, gradients=True)
+        size: dict[str, int] = {}
+        for leaf in split:  # the graph takes parameters as the state has them, and casts them itself
+            size[leaf.unit] = size.get(leaf.unit, 0) + leaf.whole * leaf.at_rest
+        whole, parts, held = sum(size.values()), before * sum(rows.values()) // split[0].ranks, 0
+        casts = sum(leaf.whole * leaf.computed for leaf in self.leaves if leaf.computed != leaf.at_rest)
+        # Each unit is taken apart while all others are here or on their way.
+        yield _kinds(parts, whole + whole // split[0].ranks + max(size.values()))
+        yield _kinds(parts, whole + casts, live=self.forward)
+        for leaf, live in self.made:
+            held += leaf.gradient
+            yield _kinds(parts + held, whole + casts, live=live)
+        rest = sum(leaf.gradient for leaf in self.trained if leaf.ranks == 1)
+        yield _kinds(parts + held, whole, 2 * (sum(rows.values()) + rest))
 
     # --- after the passes ---------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from shared_marks import slow_but
@@ -264,6 +266,36 @@ def test_the_model_is_left_as_it_was():
     step(state, next(batches()))
     assert step.units.compiled == 2
     assert [set(vars(m)) for m in inner.modules()] == [set(b) for b in before]
+
+
+def test_a_warm_up_ends_with_units_that_are_compiled(rounding):
+    """Before it units run as they are, and then they round as they do without a warm-up."""
+    step, plain = (ps.make_step(loss_fn, TX, microbatches=2) for _ in range(2))
+    model = functools.partial(Stack, Normed, 1)
+    warmed = ps.jit(step, backend="eager", by_unit=True, warmup=1)
+    states = [ps.init(model, TX, seed=1) for _ in range(2)]
+    for i, batch in enumerate(batches(2)):
+        states = [one(state, batch)[0] for one, state in zip((warmed, plain), states, strict=True)]
+        assert (ps.digest(states[0]) == ps.digest(states[1])) == (i == 0)
+    assert warmed.compiled.units.compiled == 4
+    assert "by_unit=True, warmup=1" in repr(warmed)
+
+
+def test_the_memory_of_a_step_is_that_of_units_or_of_the_whole_model():
+    """A microbatch that is one graph has all parameters and gradients whole at once."""
+    with torch.device("meta"):
+        state = ps.init(lambda: Stack(functools.partial(Block, width=8), 8), TX)
+    step = ps.make_step(loss_fn, TX, plan=fsdp())
+    batch = {"x": torch.ones(8, 5), "y": torch.ones(8, 1)}
+    plain, units, whole = (
+        ps.step_memory(made, state, batch, {"fsdp": 4})
+        for made in (ps.donate(step), ps.jit(step, donate=True, by_unit=True), ps.jit(step, donate=True))
+    )
+    assert units.memory == plain.memory
+    size = 4 * sum(p.numel() for p in state.params.values())
+    assert plain.memory.get("gathered", 0) < 0.5 * size
+    assert whole.memory["gathered"] == size - 4  # the bias of the head, one number, is not split
+    assert whole.sent["gather"] * 2 == units.sent["gather"] == plain.sent["gather"]
 
 
 def test_only_a_step_of_make_step_that_one_rank_computes_has_units():

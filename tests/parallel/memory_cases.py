@@ -58,16 +58,17 @@ MORE = {
         ("single", S.single),
     )
     for policy, microbatches, donate in (("32", 8, True), ("bf16-mixed", 4, False))
-}
+} | {f"fsdp, jit, {policy}": (S.fsdp, policy, {"microbatches": 4, "compiled": True}) for policy in ("32", "bf16-mixed")}
 
 
-def ratio(plan, policy, *, samples=96, donate=True, **settings):
+def ratio(plan, policy, *, samples=96, donate=True, compiled=False, **settings):
     """Return what a rank holds at most in a step, as a part of what was said; and both."""
     policy, tx = ps.precision.policy(policy), ps.optim.adamw(1e-3)
     before = step_account.BUCKETS
     step_account.BUCKETS = ddp.BUCKETS = scattered.BUCKETS = BUCKETS
     try:
         step = ps.make_step(loss_fn, tx, plan=plan, policy=policy, **settings)
+        step = ps.jit(step, backend="eager", donate=donate) if compiled else step
         step = ps.donate(step) if donate else step
         state, batch = policy.apply(ps.init(Net, tx, plan=plan)), torch.arange(samples) % WORDS
         said = ps.step_memory(step, state, batch).nbytes
@@ -85,5 +86,6 @@ def ratio(plan, policy, *, samples=96, donate=True, **settings):
 def memory(size):
     for label, cases in (("memory", QUICK), ("memory-more", MORE)):
         for name, (make, policy, settings) in cases.items():
-            if not (name.startswith("hsdp") and size < 4) and not (name.startswith("single") and size > 1):
+            fits = size == 4 if name.startswith("hsdp") else size == 1 if name.startswith("single") else True
+            if fits and not ("jit" in name and size != 2):
                 yield f"{label}|{name}", lambda row=(make, policy, settings): ratio(row[0](), row[1], **row[2])
