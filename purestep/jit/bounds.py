@@ -49,7 +49,7 @@ def known(node: fx.Node) -> bool | None:
         found = bounds(drawn)
         if found is None:
             return None
-        low, high = (bool(node.target(x, number)) for x in found)
+        low, high = (bool(compare(x, number)) for x in found)
     return low if low == high else None
 
 
@@ -64,7 +64,7 @@ def bounds(node: fx.Node) -> Bounds | None:
             return None
         pairs = [x for x in found if x is not None]
         return min(low for low, _ in pairs), max(high for _, high in pairs)
-    numbers = [x for x in node.args if not isinstance(x, fx.Node)]
+    numbers: list[Any] = [x for x in node.args if not isinstance(x, fx.Node)]
     if len(inputs) != 1 or node.args[:1] != tuple(inputs) or not all(isinstance(x, (int, float)) for x in numbers):
         return None
     if target in _GROWING or (target in _PRODUCTS and all(x > 0 for x in numbers)):
