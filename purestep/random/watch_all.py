@@ -23,7 +23,9 @@ class _Watch:
     def __init__(self) -> None:
         self.heads: tuple[memoryview, ...] = ()
         self.seen = b"nothing yet"  # no heads give this
-        self.gauss = self.bits = self.states = None
+        self.gauss: float | None = None
+        self.bits: object = None
+        self.states: States | None = None
 
     def look_again(self) -> States:
         """Read the states; remember where they lie, if that is known of all of them."""
@@ -34,8 +36,9 @@ class _Watch:
         # The bytes are those that lay there when the states were copied: another thread may have drawn since.
         (first, torch_seen, torch_state), (second, seen, state) = torchs, others
         self.heads, self.seen = (*first, *second), torch_seen + seen
-        self.gauss, self.bits, self.states = state[1], state[2], (torch_state, state)
-        return self.states
+        found = torch_state, state
+        self.gauss, self.bits, self.states = state[1], state[2], found
+        return found
 
 
 _watch = _Watch()
