@@ -212,7 +212,8 @@ def _updates(nodes: Sequence[fx.Node]) -> Iterator[_Update]:
 def _is_elementwise(node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and _of_lists(node.args[0])
+        source = node.args[0]
+        return isinstance(source, fx.Node) and _of_lists(source) and _is_elementwise(source)
     if not isinstance(target, _torch.OpOverload):
         return False
     if target not in _ELEMENTWISE and torch.Tag.pointwise not in target.tags and not _of_lists(node):
