@@ -22,6 +22,7 @@ from purestep.jit._torch import aot_backend, make_fx, runnable
 from purestep.jit.compile_units import together
 from purestep.jit.cuda_graph import Replay
 from purestep.jit.hoist import hoist_scalars
+from purestep.jit.layers import layered
 from purestep.jit.outline import outlined
 from purestep.jit.random_nodes import expanding
 from purestep.jit.trace import Traced
@@ -123,11 +124,14 @@ def _through_torch_compile(name: str | None) -> Callable[[Traced, str | None], R
 
 def _inductor(traced: Traced, mode: str | None) -> Run:
     with _without_warnings():
-        pieces = None if mode else outlined(traced)
-        if pieces is None:
-            return _each([traced], mode)[0]
-        rest, *kinds = _each([pieces.rest, *pieces.kinds], mode)
-        return pieces.run(rest, kinds)
+        updates = None if mode else outlined(traced)
+        rest = traced if updates is None else updates.rest
+        layers = None if mode else layered(rest)
+        graphs = [rest] if layers is None else [*layers.kinds]
+        runs = _each([*graphs, *(() if updates is None else updates.kinds)], mode)
+        first, others = runs[: len(graphs)], runs[len(graphs) :]
+        run = first[0] if layers is None else layers.run(first)
+        return run if updates is None else updates.run(run, others)
 
 
 def _each(graphs: Sequence[Traced], mode: str | None) -> list[Run]:

@@ -26,13 +26,13 @@ Run = Callable[[list[Tensor]], Sequence[Any]]
 _FEW = 4  # each call of a kind costs microseconds, so what is repeated less stays in the graph
 # Elements of a leaf. The gradients of all outlined leaves are in memory at once, before the first of them is used.
 _SMALL = 2**18
-_copy = torch.ops.aten.copy_.default
+COPY = torch.ops.aten.copy_.default
 # Elementwise operators on lists of tensors; others reduce each tensor, or write into it.
 _FOREACH = frozenset(
     "abs add addcdiv addcmul ceil clamp_max clamp_min cos div erf exp expm1 floor lerp log log1p log2 maximum minimum "
     "mul neg pow reciprocal round rsqrt sigmoid sign sin sqrt sub tanh trunc".split()
 )
-_ELEMENTWISE = {_copy, torch.ops.aten.clone.default, TO_COPY}
+_ELEMENTWISE = {COPY, torch.ops.aten.clone.default, TO_COPY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,21 @@ class Outlined:
         def run(tensors: list[Tensor]) -> Sequence[Any]:
             values: list[Any] = [*tensors, *rest(list(tensors))]
             tensors.clear()
-            for kind, takes, last in calls:
-                given = [values[i] for i in takes]
-                for i in last:
-                    values[i] = None
-                values.extend(kind(given))
-            return [values[i] for i in self.returns]
+            return called(calls, values, self.returns)
 
         return run
+
+
+def called(
+    calls: Sequence[tuple[Run, tuple[int, ...], tuple[int, ...]]], values: list[Any], returns: Sequence[int]
+) -> list[Any]:
+    """Run compiled pieces `(piece, takes, last)` in order, add what they return to the values, and return some."""
+    for piece, takes, last in calls:
+        given = [values[i] for i in takes]
+        for i in last:
+            values[i] = None
+        values.extend(piece(given))
+    return [values[i] for i in returns]
 
 
 def outlined(traced: Traced) -> Outlined | None:
@@ -147,16 +154,20 @@ class _Update:
 
     @property
     def signature(self) -> Hashable:
-        """What is the same for two updates that are the same computation."""
-        position = {node: i for i, node in enumerate((*self.inputs, *self.nodes))}
+        return signature_of(self.inputs, self.nodes, self.outputs)
 
-        at: Callable[[fx.Node], Any] = lambda node: _Position(position[node])  # noqa: E731
 
-        def named(argument: Any) -> str:
-            return repr(fx.map_arg(argument, at))
+def signature_of(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Hashable:
+    """Return what is the same for two parts of a graph that are the same computation."""
+    position = {node: i for i, node in enumerate((*inputs, *nodes))}
 
-        lines = [(str(n.target), named(n.args), named(n.kwargs), _kind(n)) for n in self.nodes]
-        return (*map(_kind, self.inputs), *lines, *(position[node] for node in self.outputs))
+    at: Callable[[fx.Node], Any] = lambda node: _Position(position[node])  # noqa: E731
+
+    def named(argument: Any) -> str:
+        return repr(fx.map_arg(argument, at))
+
+    lines = [(str(n.target), named(n.args), named(n.kwargs), kind_of(n)) for n in nodes]
+    return (*map(kind_of, inputs), *lines, *(position[node] for node in outputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +189,7 @@ def _updates(nodes: Sequence[fx.Node]) -> Iterator[_Update]:
             node = above
         return node
 
-    writers = {node.args[0]: node for node in nodes if node.target is _copy}
+    writers = {node.args[0]: node for node in nodes if node.target is COPY}
     for node in nodes:
         for source in node.all_input_nodes if node in tail else ():
             # What reads an old leaf belongs to what writes it: then the order of the uses does not matter.
@@ -188,12 +199,12 @@ def _updates(nodes: Sequence[fx.Node]) -> Iterator[_Update]:
     for node in nodes:
         if node in tail:
             groups[root(node)].append(node)
-    leaves = {_memory(node): node for node in nodes if node.op == "placeholder"}
+    leaves = {memory_of(node): node for node in nodes if node.op == "placeholder"}
     for group in groups.values():
         update, own = _Update(group), set(group)
         # What runs after the rest of the graph must not read what that has written, by itself or through a view.
         written = (writers[x] for x in update.inputs if x in writers)
-        views = (x for x in update.inputs if x.op != "placeholder" and _memory(x) in leaves)
+        views = (x for x in update.inputs if x.op != "placeholder" and memory_of(x) in leaves)
         if all(writer in own for writer in written) and not any(views):
             yield update
 
@@ -201,7 +212,8 @@ def _updates(nodes: Sequence[fx.Node]) -> Iterator[_Update]:
 def _is_elementwise(node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and _of_lists(node.args[0])
+        source = node.args[0]
+        return isinstance(source, fx.Node) and _of_lists(source) and _is_elementwise(source)
     if not isinstance(target, _torch.OpOverload):
         return False
     if target not in _ELEMENTWISE and torch.Tag.pointwise not in target.tags and not _of_lists(node):
@@ -221,12 +233,12 @@ def _size(node: fx.Node) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def _memory(node: fx.Node) -> int:
+def memory_of(node: fx.Node) -> int:
     value = _value(node)
     return _torch.storage_id(value.untyped_storage()) if isinstance(value, Tensor) else 0
 
 
-def _kind(node: fx.Node) -> Hashable:
+def kind_of(node: fx.Node) -> Hashable:
     value = _value(node)
     return (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else None
 
@@ -249,16 +261,23 @@ def _cut(traced: Traced, nodes: Sequence[fx.Node], kinds: Sequence[Sequence[_Upd
             for node in update.outputs:
                 position[node] = len(position)
     returns = tuple(position[node] for node in returned)
+    made = [part_of(traced, group[0].inputs, group[0].nodes, group[0].outputs) for group in kinds]
+    return Outlined(dataclasses.replace(traced, graph=rest), tuple(made), with_last_uses(calls, returns), returns)
+
+
+def with_last_uses(calls: Sequence[tuple[int, tuple[int, ...]]], returns: Sequence[int]) -> tuple[Use, ...]:
+    """Return the uses for `(kind, takes)` in order."""
     later, uses = set(returns), []
     for kind, takes in reversed(calls):
         uses.append(Use(kind, takes, tuple(i for i in dict.fromkeys(takes) if i not in later)))
         later.update(takes)
-    graphs = [_graph(group[0].inputs, group[0].nodes, group[0].outputs) for group in kinds]
-    made = [
-        dataclasses.replace(traced, graph=graph, fakes=[fake_like(traced.mode, x.meta["val"]) for x in group[0].inputs])
-        for graph, group in zip(graphs, kinds, strict=True)
-    ]
-    return Outlined(dataclasses.replace(traced, graph=rest), tuple(made), tuple(reversed(uses)), returns)
+    return tuple(reversed(uses))
+
+
+def part_of(traced: Traced, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Traced:
+    """Return a part of a graph as a graph of its own."""
+    fakes = [fake_like(traced.mode, x.meta["val"]) for x in inputs]
+    return dataclasses.replace(traced, graph=_graph(inputs, nodes, outputs), fakes=fakes)
 
 
 def _graph(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:

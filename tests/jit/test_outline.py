@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import purestep as ps
-from purestep.jit import backends
+from purestep.jit import backends, outline
 from purestep.jit._torch import runnable
 from purestep.jit.outline import outlined
 
@@ -123,6 +123,14 @@ def test_a_counter_that_the_rest_overwrites_keeps_its_readers_there(cut):
     found = ps.jit(scaled_by_counter, donate=True, backend="eager")(ps.tree.map(torch.clone, state), torch.tensor(3.0))
     assert ps.digest(found) == ps.digest(expected)
     assert cut == [None]
+
+
+def test_large_leaves_stay_in_the_graph(cut, monkeypatch):
+    monkeypatch.setattr(outline, "_SMALL", 10)
+    tx = ps.optim.sgd(0.1)
+    step = ps.make_step(loss_fn, tx)
+    assert trained(ps.jit(step, backend="eager"), tx) == trained(step, tx)
+    assert all(fake.numel() <= 10 for kind in cut[0].kinds for fake in kind.fakes)
 
 
 def test_what_is_not_repeated_stays_whole(cut):
