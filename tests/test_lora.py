@@ -161,6 +161,30 @@ def test_embeddings_and_conv1d_are_adapted_as_by_hand_and_merge(tmp_path, seed):
     ps.testing.assert_trees_equal(ps.load_adapters(state, path).params, state.params)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_gpt2_of_transformers_is_adapted_and_merged(seed):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 60, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 3}
+    quiet = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **quiet)).eval()
+    state = ps.init(ps.lora(["*.c_attn", "*.c_proj"], rank=3, embeddings="*.wpe")(gpt), TX, seed=seed)
+    assert len(state.params) == 2 * (2 * 3 + 1)
+    tokens = torch.randint(0, 60, (4, 10))
+    before = gpt(input_ids=tokens).logits
+    assert torch.equal(ps.to_module(state)(input_ids=tokens).logits, before)
+    step = ps.make_step(lambda net, batch: net(input_ids=batch, labels=batch).loss, TX)
+    for _ in range(3):
+        state, _ = step(state, tokens)
+    merged = ps.to_module(ps.merge_lora(state))
+    assert {name: type(m) for name, m in merged.named_modules()} == {name: type(m) for name, m in gpt.named_modules()}
+    after = merged(input_ids=tokens).logits
+    torch.testing.assert_close(after, ps.to_module(state)(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-2)
+    with pytest.raises(ConfigError, match=r"'transformer\.wte', matched by '\*\.wte'(.|\n)*shared with another layer"):
+        ps.lora((), embeddings="*.wte")(gpt)
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_pretrained_base_in_bf16(deferred, tmp_path, seed):
     torch.manual_seed(seed)

@@ -96,7 +96,7 @@ def check_distributed_checkpoints(root: Path) -> None:
 
 
 def check_adapters(root: Path) -> None:
-    rule = ps.lora("1", rank=2)
+    rule = ps.lora("1", rank=2, embeddings="0")
     plan, batch = rule.plan(PLANS["fsdp"]), (torch.arange(8), torch.ones(8, 5))
     loss_fn = lambda net, batch: (net(batch[0]) - batch[1]).square().mean()  # noqa: E731
     ends = []
