@@ -64,12 +64,8 @@ class UnitCall:
 
         Args:
             any_mode: the signature of calls under any mode or none.
-
-        Raises:
-            TypeError: an argument has no hash.
         """
-        leaves = tuple([cache_key.leaf_signature(x) for x in (*self.params, *self.buffers, *self._leaves)])
-        hash(leaves)
+        leaves = tuple([_signature(x) for x in (*self.params, *self.buffers, *self._leaves)])
         mode = "any" if any_mode else None if self.mode is None else id(self.mode.handlers)
         return leaves, self._structure, tuple(self.wanted), mode
 
@@ -87,6 +83,18 @@ class UnitCall:
         """
         names = [f"{path}.{name}" for name in (*self._slots.params, *self._slots.buffers)]
         given = [f"argument {i} of {path}" for i in range(len(self._leaves))]
+        for name, leaf in zip(given, self._leaves, strict=True):
+            # A graph would miss what is written into it, and the trace would leave tensors without memory there.
+            if not isinstance(leaf, Tensor) and not cache_key.is_plain(leaf):
+                raise TraceError(
+                    explain(
+                        "a unit takes an object that it may write into",
+                        where=f"{name}: {type(leaf).__module__}.{type(leaf).__qualname__}",
+                        why="a compiled piece takes tensors and plain values, and hands out what it returns",
+                        instead="model.config.use_cache = False   # of a model of transformers, whose cache it is\n"
+                        "tensors in tuples, lists and dicts, or nodes made with @ps.pytree",
+                    )
+                )
         cache_key.check_leaves([*self.params, *self.buffers, *self._leaves], lambda: [*names, *given])
 
     # --- the function of tensors --------------------------------------------------------------------------------------
@@ -107,6 +115,9 @@ class UnitCall:
                 after = [place[key].detach() for place, key in places[counts[0] :]]
             finally:
                 self._left = _restored(before)
+        now, structure = tree.flatten((args, kwargs))
+        if structure != self._structure or any(a is not b for a, b in zip(now, leaves, strict=True)):
+            self._left = "a list or dict among its arguments"
         self.draws, self.met = mode.calls, mode.met
         found, self.structure = tree.flatten(out)
         self.constants = tuple([TENSOR if isinstance(x, Tensor) else x for x in found])
@@ -132,7 +143,7 @@ class UnitCall:
         if self._left is not None:
             raise TraceError(
                 explain(
-                    "a unit leaves something in an attribute",
+                    "a unit leaves something behind",
                     where=f"{path}: {self._left}",
                     why="a compiled piece hands out what it returns, and nothing else",
                     instead="return it from the forward of the unit",
@@ -159,6 +170,13 @@ class UnitCall:
             return self.inputs
         key, number = self.mode.taken(draws, type(self.module).__name__)
         return [*self.inputs[:-2], key, torch.full((), number, dtype=torch.int64, device=key.device)]
+
+
+def _signature(leaf: object) -> Hashable:
+    if isinstance(leaf, Tensor) or cache_key.is_plain(leaf):
+        return cache_key.leaf_signature(leaf)
+    kind: Hashable = type(leaf).__qualname__
+    return "an object", kind  # refused, whichever it is
 
 
 _nothing: list[Tensor] = []

@@ -117,10 +117,7 @@ class UnitPieces:
     def _key(self, call: UnitCall, any_mode: bool = False) -> Hashable:
         if call.module not in self._known:
             self._known[call.module] = cache_key.module_fingerprint(call.module, ignored=_AROUND)
-        try:
-            return self._known[call.module], cache_key.ambient(), torch.is_grad_enabled(), call.signature(any_mode)
-        except TypeError:  # an argument without a hash, which no graph takes
-            return id(call.module), "no hash"
+        return self._known[call.module], cache_key.ambient(), torch.is_grad_enabled(), call.signature(any_mode)
 
     def _built(self, path: str, call: UnitCall) -> Piece | None:
         # The modes and hooks of the step must not see the operations of a trace, nor what it saves.
@@ -139,8 +136,10 @@ class UnitPieces:
                 )
                 call.check_traced(path)
             except (TraceError, RandomnessError) as error:
-                self.refusals = (*self.refusals, f"{path}: {error}")
-                log.warning("the unit %s of %s runs uncompiled: %s", path, self.name, error)
+                said = f"{path}: {error}"
+                if said not in self.refusals:
+                    self.refusals = (*self.refusals, said)
+                    log.warning("the unit %s of %s runs uncompiled: %s", path, self.name, error)
                 return None
             forward = self._compiled(halves.forward)
             backward = None if halves.backward is None else self._compiled(halves.backward)
