@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from purestep import _torch
+from purestep.jit._torch import CPU_ATTENTION
 from purestep.jit.outline import COPY, Use, called, kind_of, memory_of, part_of, signature_of, with_last_uses
 from purestep.jit.trace import Traced
 
@@ -42,8 +43,7 @@ _LIBRARY = (
     _aten.baddbmm,
     _aten.convolution,
     _aten.convolution_backward,
-    _aten._scaled_dot_product_flash_attention_for_cpu,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    *CPU_ATTENTION,
 )
 
 
