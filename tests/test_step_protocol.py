@@ -198,10 +198,10 @@ def test_the_estimate_is_that_of_the_wrapped_step():
 
     step = ps.make_step(wide_loss, tx, microbatches="auto")
     first = ps.init(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), tx)
-    images = {"x": torch.ones(64, 2, 3)}
+    images = {"x": torch.ones(512, 2, 3)}
 
     def chosen(step, batch):
-        return [choose_microbatches(step, first, batch, free=free) for free in range(1000, 8000, 1000)]
+        return [choose_microbatches(step, first, batch, free=free) for free in range(6000, 60000, 4000)]
 
     expected = chosen(step, {"x": images["x"].flatten(1)})
     assert len(set(expected)) > 2

@@ -333,6 +333,11 @@ class CutStep(Step):
         """Return a step with compiled units."""
         return cls(**{field.name: getattr(step, field.name) for field in dataclasses.fields(step)}, pieces=pieces)
 
+    @property
+    def _direct(self) -> bool:
+        """No: the units of the model are compiled where it is bound."""
+        return False
+
     def _around(self, cast: Uncast) -> Context | None:
         outer = super()._around(cast)
         if self.pieces is None:

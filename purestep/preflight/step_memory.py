@@ -31,7 +31,7 @@ from purestep.sharding.presets import single
 from purestep.sharding.step_account import Course
 from purestep.state import TrainState, definition
 from purestep.step import Step
-from purestep.step_protocol import StepFn, bare, facts_of
+from purestep.step_protocol import StepFn, WrappedStep, bare, facts_of
 
 
 @checked(StepError)
@@ -131,8 +131,8 @@ def _account(step: StepFn, state: object, plan: Plan, turns: int, donate: bool, 
 
 def course_of(step: StepFn, state: object, batch: object, count: int) -> Course:
     """Return what the passes of the largest microbatch keep, of a batch that is cut into so many."""
-    alone = lone(bare(step), state, batch)
-    single = None if alone is None else bare(step)
+    around = bare(step)
+    alone, single = lone(around, state, batch), _innermost(around)
     if alone is None or not isinstance(single, Step):
         raise StepError(
             explain(
@@ -142,17 +142,18 @@ def course_of(step: StepFn, state: object, batch: object, count: int) -> Course:
                 instead="ps.step_memory(step, state, batch)   # of step = ps.make_step(...), jitted or donating",
             )
         )
-    count = min(count, metrics.sample_count(batch))
     found: list[Course] = []
 
-    def watched(state: TrainState, batch: object) -> None:
-        (microbatch, _), *_ = split_batch(batch, count)
+    def watched(state: TrainState, batch: object) -> object:
+        (microbatch, _), *_ = split_batch(batch, min(count, metrics.sample_count(batch)))
         with _Storages(tree.leaves((state, microbatch))) as storages:
             listening = _Listening(storages)
             single._grads(state, microbatch, 0, listening)
             found.append(listening.course(state, casting(single.policy, definition(state).module)))
+        # A function around a step may look at what the step returns; the caller of a plain one does not.
+        return None if around is single else single(state, batch)
 
-    dry = dry_run(watched, alone.state, alone.batch)
+    dry = dry_run(_with_inside(around, watched), alone.state, alone.batch)
     if not found:
         raise StepError(
             explain(
@@ -163,6 +164,16 @@ def course_of(step: StepFn, state: object, batch: object, count: int) -> Course:
             )
         ) from dry.error
     return found[0]
+
+
+def _innermost(step: StepFn) -> StepFn:
+    """Return the step that functions were put around."""
+    return _innermost(step.step) if isinstance(step, WrappedStep) else step
+
+
+def _with_inside(step: StepFn, inside: StepFn) -> StepFn:
+    """Return a step with another one in the place of the innermost."""
+    return WrappedStep(_with_inside(step.step, inside), step.function) if isinstance(step, WrappedStep) else inside
 
 
 class _Storages(_torch.Watcher):

@@ -94,7 +94,7 @@ def trace_bits(
         >>> [str(op) for op in trace.operations if op.name == "aten.tanh_backward"]
         ['aten.tanh_backward in 1']
         >>> print(ps.compare_bits(trace, trace_bits(step, state, torch.ones(3, 4))))
-        equal: 22 operations
+        equal: 21 operations
     """
     _check(step, state, batch, values)
     given = {path: bits_of(leaf) for path, leaf in _named({"state": state, "batch": batch})}
