@@ -137,6 +137,7 @@ def test_inductor_leaves_the_kernels_to_torch(cpu_as_card):
     torch.testing.assert_close(found.params, expected.params)
 
 
+@pytest.mark.slow
 def test_attention_that_torch_writes_out_has_the_portable_mask(cpu_as_card):
     step, state, x = made(masked=True)
     found, _ = ran(ps.jit(step, backend="eager"), state, x)

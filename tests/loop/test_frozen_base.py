@@ -33,6 +33,7 @@ def used(path):
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_resumes_and_is_the_undisturbed_one(tmp_path):
     whole = experiment(6).fit(run_dir=tmp_path / "whole")
     run_dir = tmp_path / "parts"

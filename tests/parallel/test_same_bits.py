@@ -19,7 +19,7 @@ MEMORY = [f"memory|{name}" for name in ("ddp", "zero1", "zero2", "fsdp")]
 @pytest.fixture(scope="session")
 def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
-    experts = ["experts|expert", "experts|ddp x shard"]
+    experts = ["experts|expert"]
     tensor = ["tensor|none", "tensor|ddp", "tensor|fsdp"]
     return _asked(
         zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "later", "live", "refusals", *tensor, *experts, *MEMORY]
@@ -34,7 +34,7 @@ def more_answers(zygote, once):
         once,
         "more-bits",
         "4,3,2,1",
-        [*CASES, "by unit", "by unit, batch norm", "synced", "compressed", "tensor", "memory-more"],
+        [*CASES, "by unit", "by unit, batch norm", "synced", "compressed", "tensor", "experts", "memory-more"],
     )
 
 
@@ -50,7 +50,12 @@ def test_the_bits_do_not_depend_on_ranks_or_plan(answers, case):
 
 
 def test_experts_that_are_split_have_the_bits_of_one_process(answers):
-    check_bits(answers, "experts", 7 + 4)
+    check_bits(answers, "experts", 4 + 2 + 1)
+
+
+@pytest.mark.slow
+def test_experts_that_are_split_have_the_bits_of_one_process_under_every_plan(more_answers):
+    check_bits(more_answers, "experts", 7 + 4)
 
 
 @pytest.mark.slow
