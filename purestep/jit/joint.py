@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from purestep import _torch, tree
-from purestep.jit._torch import fake_like
+from purestep.jit.outline import part_of
 from purestep.jit.trace import Traced, trace
 
 Forward = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -261,13 +261,4 @@ def _forward(traced: Traced, inputs: Sequence[fx.Node], outputs: Sequence[fx.Nod
 
 
 def _half(traced: Traced, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Traced:
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output([copies[node] for node in outputs])
-    fakes = [fake_like(traced.mode, node.meta["val"]) for node in inputs]
-    made = fx.GraphModule(traced.graph, graph)
-    return dataclasses.replace(traced, graph=made, fakes=fakes, takes=list(range(len(inputs))))
+    return dataclasses.replace(part_of(traced, inputs, nodes, outputs), takes=list(range(len(inputs))))

@@ -277,10 +277,13 @@ def with_last_uses(calls: Sequence[tuple[int, tuple[int, ...]]], returns: Sequen
 def part_of(traced: Traced, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Traced:
     """Return a part of a graph as a graph of its own."""
     fakes = [fake_like(traced.mode, x.meta["val"]) for x in inputs]
-    return dataclasses.replace(traced, graph=_graph(inputs, nodes, outputs), fakes=fakes)
+    graph = _graph(inputs, nodes, outputs, traced.graph)
+    return dataclasses.replace(traced, graph=graph, fakes=fakes)
 
 
-def _graph(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
+def _graph(
+    inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], root: Any = None
+) -> fx.GraphModule:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
@@ -288,4 +291,4 @@ def _graph(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequenc
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[node] for node in outputs])
-    return fx.GraphModule({}, graph)
+    return fx.GraphModule({} if root is None else root, graph)
