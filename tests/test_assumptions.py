@@ -743,9 +743,10 @@ def test_memory_that_is_near_to_what_is_free_is_counted_as_by_step_memory(donate
     assert found.state == ps.tree.nbytes(state)
     assert fit_memory.needed(step, state, batch(57), 3) == found
     assert found.beyond > least.beyond
+    around = ps.wrap_step(step, lambda inner, state, batch: inner(state, batch))
+    assert fit_memory.needed(around, state, batch(57), 3) == found
     # Of a function that is no step of make_step only what is needed at least is known.
-    other = ps.wrap_step(step, lambda inner, state, batch: inner(state, batch))
-    assert fit_memory.needed(other, state, batch(57), 3).update is None
+    assert fit_memory.needed(lambda state, batch: step(state, batch), state, batch(57)).update is None
 
 
 def test_running_out_of_memory_says_what_would_fit():
