@@ -27,6 +27,7 @@ class Model:
         batch: returns the batch of a step, the same on every process.
         family: rules of tensor parallelism, None where it has none.
         experts: whether it has experts that `expert_parallel` splits.
+        stages: of a pipeline, where the model calls its parts in another order than it defines them.
     """
 
     make: Callable[[], nn.Module]
@@ -34,6 +35,7 @@ class Model:
     batch: Callable[[int], dict[str, Tensor]]
     family: str | None = None
     experts: bool = False
+    stages: tuple[tuple[str, ...], ...] = ()
 
 
 class Attention(nn.Module):
@@ -178,9 +180,13 @@ def _images(step: int) -> dict[str, Tensor]:
     return {"x": x, "y": torch.randint(10, (SAMPLES,), generator=generator)}
 
 
+LLAMA_STAGES = (
+    ("model.embed_tokens", "model.rotary_emb", "model.layers.0"),
+    ("model.layers.1", "model.norm", "lm_head"),
+)
 MODELS = {
     "GPT": Model(GPT, _of_words, _words, "gpt"),
-    "Llama of transformers": Model(llama, _of_llama, _words, "llama"),
+    "Llama of transformers": Model(llama, _of_llama, _words, "llama", stages=LLAMA_STAGES),
     "ResNet": Model(resnet, _of_images, _images),
     "MoE": Model(experts, _of_words, _words, experts=True),
 }

@@ -54,7 +54,7 @@ def rows() -> list[Row]:
     from purestep import sharding as s
 
     def piped(ranks: int, model: Model) -> Any:
-        return s.ddp() * s.pipeline(s.even_stages(model.make, 2), size=min(ranks, 2))
+        return s.ddp() * s.pipeline(model.stages or s.even_stages(model.make, 2), size=min(ranks, 2))
 
     def tensor(ranks: int, model: Model, **settings: Any) -> Any:
         return s.tensor_parallel(model.family or "", size=ranks, tensor_parts=PARTS, **settings)
