@@ -54,7 +54,7 @@ a later torch has it no more:
                             products of the integers, which are exact and slow.
     cpu_attention, cpu_attention_backward
                             the operators of attention on a CPU, which torch's counter of operations does not know.
-                            Without them: attention is not counted in a dry run on the CPU.
+                            Without them: attention is not counted in a dry run on the CPU, nor are graphs cut at it.
     mark_constant           sets what `torch.compiler.assume_constant_result` sets, without importing Dynamo. Without
                             it: call that, and pay a second of import.
 """
@@ -96,8 +96,6 @@ set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 no_torch_function = torch._C.DisableTorchFunction
 no_torch_dispatch = torch._C._DisableTorchDispatch
 autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
-
-
 cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

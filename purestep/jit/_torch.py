@@ -36,7 +36,6 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
     READ_VALUE, UNIQUE, UNSAFE_VIEW, TO_COPY
                             operators: the first reads a value, the second has an output shape that depends on values,
                             the third views a fresh tensor, the fourth converts. They have no public names.
-    CPU_ATTENTION           attention of CPUs and its gradient. Without them: graphs are not cut beside them.
     DEVICE, fake_device     the operator that `x.device` is in a trace, and the device of a fake tensor. Without them:
                             the same answer, in a longer way.
     uncompiled_graphs       graphs that generate their Python code when they first run. Without it: it is generated
@@ -84,10 +83,6 @@ fake_device: Callable[[Tensor], torch.device] = operator.attrgetter("fake_device
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 TO_COPY = torch.ops.aten._to_copy.default
 UNIQUE = torch.ops.aten._unique2.default
-CPU_ATTENTION = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
-)
 Conversion = Callable[..., nn.Module]
 
 

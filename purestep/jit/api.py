@@ -149,7 +149,6 @@ def jit(
 
 def _check_units(function: Callable[..., Any]) -> None:
     """Refuse what has no units that could be compiled each by itself."""
-    plan = function.plan if isinstance(function, Step) else None
     if not isinstance(function, Step):
         raise ConfigError(
             explain(
@@ -160,6 +159,7 @@ def _check_units(function: Callable[..., Any]) -> None:
                 "ps.wrap_step(ps.jit(step, by_unit=True), function)   # a function around it",
             )
         )
+    plan = function.plan
     if plan is not None and (plan.tensor_axis or plan.context):
         raise ConfigError(
             explain(

@@ -100,8 +100,9 @@ def of(traced: Traced) -> HostSide | None:
     attentions = [node for node in traced.graph.graph.nodes if is_operator(node.target)]
     keys = list(dict.fromkeys(node.args[0] for node in attentions))
     part = _part(traced, keys) if keys else None
-    over = {n.args[0]: n.args[1] for n in traced.graph.graph.nodes if n.target is _copy and n.args[0] in inputs}
-    written = {inputs.index(into): _part(traced, [value]) for into, value in over.items() if _is_number(into)}
+    slot_of = {node: slot for slot, node in enumerate(inputs) if _is_number(node)}
+    over = {n.args[0]: n.args[1] for n in traced.graph.graph.nodes if n.target is _copy and n.args[0] in slot_of}
+    written = {slot_of[into]: _part(traced, [value]) for into, value in over.items()}
     numbers = [i for i, node in enumerate(returned) if _is_number(node) and node.op != "placeholder"]
     followed = {i: found for i in numbers if (found := _part(traced, [returned[i]])) is not None}
     if not keys and not written and not followed:

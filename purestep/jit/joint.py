@@ -90,7 +90,8 @@ def joint(
     if not differentiable:
         return _without_backward(alone, returned)
     fakes = tree.leaves(alone.result)
-    tangents = [fakes[returned[k]].detach() for k in differentiable]
+    with alone.mode:  # dense, where a result is expanded: its gradient differs from place to place
+        tangents = [torch.empty_like(fakes[returned[k]]) for k in differentiable]
     with_gradient: list[int] = []
 
     def both(given: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -224,7 +225,7 @@ def _own_memory(
     """Copy results that lie in the memory of an input, of a saved tensor or of another result, and return the positions
     of the others that are views.
 
-    The caller may write into a result, and would then write into those, which nobody would notice.
+    The caller may write into a result. It would then write into those, and autograd would not see that.
     """
     end = next(iter(reversed(graph.nodes)))
     memory: dict[int, int] = {}

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, fx
 
 from purestep import _torch
-from purestep.jit._torch import CPU_ATTENTION
 from purestep.jit.outline import COPY, Use, called, kind_of, memory_of, part_of, signature_of, with_last_uses
 from purestep.jit.trace import Traced
 
@@ -43,7 +42,8 @@ _LIBRARY = (
     _aten.baddbmm,
     _aten.convolution,
     _aten.convolution_backward,
-    *CPU_ATTENTION,
+    _torch.cpu_attention,
+    _torch.cpu_attention_backward,
 )
 
 
@@ -237,7 +237,7 @@ class _Sequence:
                 yield source
 
     def cut(self, traced: Traced, layers: Mapping[tuple[int, int], Hashable]) -> Layered:
-        """Return the graph in pieces: the layers, by the signatures of their spans, and what is between them."""
+        """Return the graph in pieces: the layers, by the signatures of their spans, and the operations around them."""
         edges = sorted({0, len(self.nodes), *itertools.chain(*layers)})
         position = {node: i for i, node in enumerate(self.inputs)}
         numbers: dict[Hashable, int] = {}

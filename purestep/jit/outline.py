@@ -252,7 +252,7 @@ def _cut(traced: Traced, nodes: Sequence[fx.Node], kinds: Sequence[Sequence[_Upd
     returned = list(nodes[-1].args[0])  # type: ignore[arg-type]
     asked = [x for group in kinds for update in group for x in update.inputs if x.op != "placeholder"]
     kept = list(dict.fromkeys([node for node in returned if node not in gone] + asked))
-    rest = _graph(placeholders, [n for n in nodes if n not in gone and n.op == "call_function"], kept)
+    rest = _graph(traced, placeholders, [n for n in nodes if n not in gone and n.op == "call_function"], kept)
     position = {node: i for i, node in enumerate((*placeholders, *kept))}
     calls = []
     for kind, group in enumerate(kinds):
@@ -277,12 +277,11 @@ def with_last_uses(calls: Sequence[tuple[int, tuple[int, ...]]], returns: Sequen
 def part_of(traced: Traced, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Traced:
     """Return a part of a graph as a graph of its own."""
     fakes = [fake_like(traced.mode, x.meta["val"]) for x in inputs]
-    graph = _graph(inputs, nodes, outputs, traced.graph)
-    return dataclasses.replace(traced, graph=graph, fakes=fakes)
+    return dataclasses.replace(traced, graph=_graph(traced, inputs, nodes, outputs), fakes=fakes)
 
 
 def _graph(
-    inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], root: Any = None
+    traced: Traced, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in inputs:
@@ -291,4 +290,4 @@ def _graph(
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[node] for node in outputs])
-    return fx.GraphModule({} if root is None else root, graph)
+    return fx.GraphModule(traced.graph, graph)

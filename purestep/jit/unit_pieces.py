@@ -1,7 +1,7 @@
 """The units of a model as compiled pieces: the forward and the backward pass of each, called in the middle of a step.
 
-`UnitPieces` puts a compiled forward in the place of that of each unit while a model is bound. What is between units
-stays Python, so a plan gathers and frees the parameters of one unit after the other as it does for a step that is not
+`UnitPieces` puts a compiled forward in the place of that of each unit while a model is bound. All other modules
+run as Python, so a plan gathers and frees the parameters of one unit after the other as it does for a step that is not
 compiled. Units with the same graph share one compiled piece.
 """
 
@@ -14,16 +14,17 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from purestep import _torch, transforms, tree
 from purestep.errors import PurestepError, RandomnessError, TraceError
 from purestep.jit import backends, cache_key, errors
 from purestep.jit.joint import Halves, joint
+from purestep.jit.outline import signature_of
 from purestep.jit.progress import progress
 from purestep.jit.trace import Traced
 from purestep.jit.unit_call import TENSOR, UnitCall
@@ -77,7 +78,7 @@ class UnitPieces:
     def clear(self) -> None:
         """Forget everything that was compiled."""
         self._pieces: dict[Hashable, Piece | None] = {}
-        self._runs: dict[str, backends.Run] = {}
+        self._runs: dict[Hashable, backends.Run] = {}
         self._known: weakref.WeakKeyDictionary[nn.Module, Hashable] = weakref.WeakKeyDictionary()
         self.refusals: tuple[str, ...] = ()
         self.graphs: list[str] = []
@@ -162,7 +163,7 @@ class UnitPieces:
                 warnings.warn(errors.no_compiler_message(self.name, error), stacklevel=2)
                 self.backend, self.mode = "eager", None
                 run = backends.compile(traced, "eager", None, donated=0)
-        self._runs[name or f"#{len(self._runs)}"] = run
+        self._runs[len(self._runs) if name is None else name] = run
         self.graphs.append(traced.graph.print_readable(print_output=False))
         return run
 
@@ -245,30 +246,16 @@ class _Run(torch.autograd.Function):
             return tuple(found)
 
 
-def graph_digest(traced: Traced) -> str | None:
+def graph_digest(traced: Traced) -> Hashable:
     """Return what two graphs have in common that compute the same; None for one that holds a constant tensor.
 
     Within a process only: functions are told apart by their addresses.
     """
-    lines, number = [], dict[fx.Node, str]()
-    for at, node in enumerate(traced.graph.graph.nodes):
-        number[node] = f"%{at}"
-        if node.op == "get_attr":
-            return None
-        value = node.meta.get("val")
-        kinds = [
-            (tuple(x.shape), x.stride(), x.dtype, x.device, x.storage_offset())
-            for x in (value if isinstance(value, (tuple, list)) else (value,))
-            if isinstance(x, Tensor)
-        ]
-        target = "" if node.op == "placeholder" else node.target
-        lines.append(f"{node.op} {target} {_numbered(node.args, number)} {_numbered(node.kwargs, number)} {kinds}")
-    return "\n".join(lines)
-
-
-def _numbered(argument: Any, number: Mapping[fx.Node, str]) -> str:
-    """Return an argument as text, in which nodes have numbers in place of their names."""
-    return repr(fx.map_arg(argument, number.__getitem__))
+    inputs, end, returned = traced.nodes()
+    calls = [node for node in traced.graph.graph.nodes if node.op != "placeholder" and node is not end]
+    if any(node.op == "get_attr" for node in calls):
+        return None
+    return signature_of(inputs, calls, returned), tuple([fake.device for fake in traced.fakes])
 
 
 def _laid(grad: Tensor, strides: tuple[int, ...]) -> Tensor:

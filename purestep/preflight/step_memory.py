@@ -77,16 +77,6 @@ def step_memory(
     facts = facts_of(step)
     plan = single() if facts.plan is None else facts.plan
     plan = plan if sizes is None else plan.on(sizes)
-    if plan.pipelined:
-        raise StepError(
-            explain(
-                "the memory of a step of a pipeline is not known",
-                where=repr(plan),
-                why="a rank keeps the activations of its stages for as many microbatches as the schedule has begun, "
-                "which is not counted yet",
-                instead="plan.dry_run(state)   # without activations",
-            )
-        )
     turns = count or (facts.microbatches if isinstance(facts.microbatches, int) else None)
     turns = plan.replicas if turns is None or (facts.plan is not None and turns % plan.replicas) else turns
     return _account(step, state, plan, turns, facts.donate, course_of(step, state, batch, turns))
@@ -105,18 +95,26 @@ def of_first_batch(step: StepFn, state: object, batch: object, *, donate: bool |
     if alone is None or not isinstance(alone.state, TrainState):
         return None
     plan = single() if facts.plan is None else facts.plan
-    if plan.pipelined:
-        return None
     own = facts_of(alone.step).microbatches
     turns = facts.microbatches if isinstance(facts.microbatches, int) else plan.replicas
     try:
         course = course_of(step, alone.state, alone.batch, own if isinstance(own, int) else 1)
+        return _account(step, state, plan, turns, facts.donate if donate is None else donate, course)
     except StepError:
         return None
-    return _account(step, state, plan, turns, facts.donate if donate is None else donate, course)
 
 
 def _account(step: StepFn, state: object, plan: Plan, turns: int, donate: bool, course: Course) -> DryRun:
+    if plan.pipelined:
+        raise StepError(
+            explain(
+                "the memory of a step of a pipeline is not known",
+                where=repr(plan),
+                why="a rank keeps the activations of its stages for as many microbatches as the schedule has begun, "
+                "which is not counted yet",
+                instead="plan.dry_run(state)   # without activations",
+            )
+        )
     facts = facts_of(step)
     return account(
         plan,

@@ -55,6 +55,17 @@ class Handing(nn.Module):
         return {"y": y.view(-1, 2, 4), "largest": y.argmax(-1), "same": x, "count": 3}
 
 
+class Spread(nn.Module):
+    """Returns a result whose rows are one piece of memory, while its gradient has rows of its own."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x).tanh().sum(0, keepdim=True).expand(x.shape)
+
+
 class Stack(nn.Module):
     def __init__(self, unit, count=3):
         super().__init__()
@@ -119,17 +130,18 @@ MODELS = {
     "blocks": lambda: Stack(Block),
     "batch norm": lambda: Stack(Normed),
     "views": lambda: Stack(Handing),
+    "expanded": lambda: Stack(Spread),
     "checkpoints": lambda: Checkpointed(Block),
 }
 
 
-@pytest.mark.parametrize("name", slow_but(MODELS, "batch norm"))
+@pytest.mark.parametrize("name", slow_but(MODELS, "batch norm", "expanded"))
 def test_the_bits_are_those_of_the_step_itself(name):
     _, expected = trained(MODELS[name])
     step, found = trained(MODELS[name], backend="eager", by_unit=True)
     assert found == expected
     assert step.refusals == ()
-    assert step.units.compiled == {"blocks": 4, "batch norm": 4, "views": 6, "checkpoints": 4}[name]
+    assert step.units.compiled == {"blocks": 4, "batch norm": 4, "views": 6, "expanded": 8, "checkpoints": 4}[name]
 
 
 @pytest.mark.slow
