@@ -14,7 +14,18 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+def folder_of(file: str) -> str:
+    """Return the folder of a file with a separator behind it: paths in `torchvision` do not begin with that of torch.
+
+    Examples:
+        >>> "/lib/torchvision/ops.py".startswith(folder_of("/lib/torch/__init__.py"))
+        False
+    """
+    return os.path.join(os.path.dirname(os.path.abspath(file)), "")
+
+
+PACKAGE = folder_of(__file__)
 _LONGEST = 1 << 20  # most characters of a session's source, the last ones
 _ENTRIES = ("fit",)  # public functions that errors name instead of the step that they call
 
@@ -80,7 +91,7 @@ def caller() -> FrameType | None:
     Code compiled by a cell magic (`%%time`) has no source file, so the frame of the cell is returned.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     if frame is not None and shell() is not None and not source(frame):
         return _running(frame) or frame
@@ -91,7 +102,7 @@ def place() -> Place | None:
     """Return the line that called purestep; None in a thread that purestep started."""
     frame: FrameType | None = sys._getframe(1)
     entry = ""
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
         if frame.f_code.co_name in _ENTRIES:
             entry = frame.f_code.co_name
         frame = frame.f_back

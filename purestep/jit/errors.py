@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from purestep import _torch, tree
+from purestep._cells import PACKAGE, folder_of
 from purestep.closures import free_variables, named_globals
 from purestep.errors import CompileError, PurestepError, RandomnessError, TraceError, explain
 from purestep.functional import Definition
 
-# With the separator: `torchvision` beside `torch` is the user's code.
-_HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
-_TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
+_TORCH = folder_of(torch.__file__)
 _OPTREE = os.path.join(os.path.dirname(os.path.dirname(_TORCH)), "optree", "")
 
 _VALUE_ERRORS = ("DataDependentOutputException", "GuardOnDataDependentSymNode")
@@ -47,7 +46,7 @@ def user_line(error: BaseException) -> str | None:
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if not code.co_filename.startswith((_HERE, _TORCH, _OPTREE, "<frozen")):
+        if not code.co_filename.startswith((PACKAGE, _TORCH, _OPTREE, "<frozen")):
             text = linecache.getline(code.co_filename, trace.tb_lineno).strip()
             found = f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} in {code.co_name}" + (
                 f": {text}" if text else ""

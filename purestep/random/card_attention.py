@@ -9,7 +9,7 @@ own backward kernel takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,65 +55,27 @@ class _Seeded(_torch.DispatchMode):
     def __torch_dispatch__(
         self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        form = _FORMS.get(func)
-        if form is not None:
-            return form(self.rng, *args, **(kwargs or {}))
+        if func in _KINDS:
+            return _in_place(self.rng, func, args, kwargs or {})
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _NotFused
         return func(*args, **(kwargs or {}))
 
 
-# --- torch's kernels, with the operator in their place ----------------------------------------------------------------
+# --- the operator in place of torch's kernels -------------------------------------------------------------------------
 
 
-def _flash(
-    rng: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    found = _operator()(rng, "flash", query, key, value, None, True, dropout_p, is_causal, scale)
-    return _with_lengths(query, key, found)
-
-
-def _cudnn(
-    rng: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_bias: Tensor | None,
-    compute_log_sumexp: bool,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    found = _operator()(rng, "cudnn", query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, scale)
-    return _with_lengths(query, key, found)
-
-
-def _efficient(
-    rng: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_bias: Tensor | None,
-    compute_log_sumexp: bool,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
+def _in_place(rng: Tensor, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Call the operator with the arguments of a kernel, and return what the kernel returns."""
+    schema = _torch.schema_of(kernel).arguments
+    given: dict[str, Any] = {x.name: x.default_value for x in schema if x.has_default_value()}
+    given |= dict(zip([x.name for x in schema], args, strict=False)) | kwargs
+    query, key = given["query"], given["key"]
     found: tuple[Any, ...] = _operator()(
-        rng, "efficient", query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, scale
+        *(rng, _KINDS[kernel], query, key, given["value"], given.get("attn_bias")),
+        *(given.get("compute_log_sumexp", True), given["dropout_p"], given["is_causal"], given["scale"]),
     )
-    return found
+    return found if kernel is EFFICIENT_ATTENTION else _with_lengths(query, key, found)
 
 
 def _with_lengths(query: Tensor, key: Tensor, found: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -122,11 +84,7 @@ def _with_lengths(query: Tensor, key: Tensor, found: tuple[Tensor, ...]) -> tupl
     return out, logsumexp, None, None, query.shape[2], key.shape[2], seed, offset, query.new_empty(0)
 
 
-_FORMS: dict[Any, Callable[..., tuple[Any, ...]]] = {
-    FLASH_ATTENTION: _flash,
-    EFFICIENT_ATTENTION: _efficient,
-    CUDNN_ATTENTION: _cudnn,
-}
+_KINDS = {FLASH_ATTENTION: "flash", EFFICIENT_ATTENTION: "efficient", CUDNN_ATTENTION: "cudnn"}
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,13 @@ from torch import Tensor
 from purestep import _torch
 from purestep.random import card, remembered
 
-_local = threading.local()
+
+class _Local(threading.local):
+    asked = False  # whether dropout may be the device's
+    recording: Recording | None = None  # of a CUDA graph that this thread records
+
+
+_local = _Local()
 _lock = threading.RLock()  # a thread of the autograd engine may recompute while another one draws
 
 
@@ -47,7 +53,7 @@ def device_dropout() -> Iterator[None]:
 
 def asked() -> bool:
     """Tell whether this thread is in such a block."""
-    return getattr(_local, "asked", False)
+    return _local.asked
 
 
 def takes(x: Tensor) -> bool:
@@ -63,7 +69,7 @@ def traces(x: Tensor) -> bool:
 @contextlib.contextmanager
 def seeded(key: Tensor, device: torch.device) -> Iterator[None]:
     """Seed the generator of a card from a key in a `with` block, and leave it as it was."""
-    recording: Recording | None = getattr(_local, "recording", None)
+    recording = _local.recording
     if recording is not None and recording.ready:
         with recording.next(key, device):
             yield

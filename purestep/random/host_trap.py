@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from purestep._cells import PACKAGE, folder_of
 from purestep.random import global_generators
 
-# With the separator: `torchvision` beside `torch` is the user's code.
-_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
-_TORCH = os.path.join(os.path.dirname(os.path.abspath(torch.__file__)), "")
-_NUMPY = os.path.join(os.path.dirname(os.path.abspath(np.__file__)), "")
-_NOT_THE_USERS = (_PACKAGE, _TORCH, _NUMPY, python_random.__file__, contextlib.__file__, threading.__file__, "<frozen")
+_LIBRARIES = PACKAGE, folder_of(torch.__file__), folder_of(np.__file__)
+_NOT_THE_USERS = (*_LIBRARIES, python_random.__file__, contextlib.__file__, threading.__file__, "<frozen")
 _GAUSS = python_random.Random.gauss.__code__
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from purestep import _torch, _torch_cpu, bits, portable, tree
+from purestep._cells import PACKAGE, folder_of
 from purestep.arguments import Location, checked
 from purestep.errors import ConfigError, explain
 from purestep.jit.function import Jit
@@ -31,14 +32,12 @@ from purestep.preflight.dry_run import models_of
 from purestep.record.bits_trace import Bits, BitsTrace, Operation
 from purestep.step_protocol import facts_of, name_of
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
+_TORCH, _HERE = folder_of(torch.__file__), folder_of(__file__)
 # What they call is a forward pass, if not backward.
-_FORWARD = frozenset([_OURS + os.path.join("functional", "binding.py"), _OURS + "grad.py"])
+_FORWARD = frozenset([PACKAGE + os.path.join("functional", "binding.py"), PACKAGE + "grad.py"])
 # They ask whether a generator moved, and compute nothing.
 _OBSERVING = frozenset(
-    _OURS + os.path.join("random", name) for name in ("host_draws.py", "torch_generator.py", "watch_all.py")
+    PACKAGE + os.path.join("random", name) for name in ("host_draws.py", "torch_generator.py", "watch_all.py")
 )
 _IMPORT = "<frozen importlib"  # a module that is imported by the first call may make tensors
 _GRAPH = "<eval_with_key>"  # the name that torch.fx gives the code of a graph
@@ -241,8 +240,8 @@ def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 @functools.cache
 def _shown(file: str) -> str:
     """Return the path of a file as it reads on any machine: below the working directory, or its last two parts."""
-    if file.startswith(_OURS):
-        return "purestep/" + file.removeprefix(_OURS).replace(os.sep, "/")
+    if file.startswith(PACKAGE):
+        return "purestep/" + file.removeprefix(PACKAGE).replace(os.sep, "/")
     path, here = Path(file), Path.cwd()
     return (path.relative_to(here) if path.is_relative_to(here) else Path(*path.parts[-2:])).as_posix()
 
@@ -391,7 +390,7 @@ class _Watch(_torch.Watcher):
                 return frame, "graph"
             if file.startswith(_IMPORT) or (file in _OBSERVING and ours is users is None):
                 return frame, "aside"
-            if file.startswith(_OURS):
+            if file.startswith(PACKAGE):
                 if ours is None and not file.startswith(_HERE):
                     ours = frame
                 if file in _FORWARD:

@@ -12,11 +12,6 @@ from purestep.snapshot import durable_directories, free_space
 from purestep.snapshot.packing import BASE
 
 
-def complete(files: Files) -> set[str]:
-    """Return the names of the parts that are there in full."""
-    return {name for path in files.sizes(BASE) if (name := path.removesuffix(f"/{COPY}")) != path}
-
-
 def upload(files: Files, root: Path, part: str) -> None:
     """Copy a part from a directory of snapshots, unless it is there.
 

@@ -76,6 +76,11 @@ def _check_sizes(files: Files, top: str, contents: Mapping[str, Content]) -> Non
             raise SnapshotError(explain("a file arrived incomplete", where=f"{files.url}/{top}/{name}", why=why))
 
 
+def complete_in(files: Files, folder: str) -> list[str]:
+    """Return the names of the directories in a folder that are there in full: their list is."""
+    return [name for path in files.sizes(folder) if (name := path.removesuffix(f"/{COPY}")) != path]
+
+
 def get_file(files: Files, name: str, target: Path, content: Content) -> None:
     """Copy a file to the disk and compare it with its checksum."""
     try:

@@ -22,10 +22,11 @@ import xxhash
 
 from purestep.errors import SnapshotError
 from purestep.remote import bases
-from purestep.remote.contents import COPY, Content, below, get, get_file, parsed, put, sealed
+from purestep.remote.contents import COPY, Content, below, complete_in, get, get_file, parsed, put, sealed
 from purestep.remote.files import Files
 from purestep.snapshot import durable_directories, free_space, listing, stored_digest
 from purestep.snapshot.header import DATA, Header, parse_header
+from purestep.snapshot.packing import BASE
 from purestep.snapshot.retention import Record
 
 SNAPSHOTS, RECORD = "snapshots", "record"
@@ -52,11 +53,9 @@ class Copy:
 
 def listed(files: Files) -> list[Copy]:
     """Return the complete copies of snapshots, in order of step and revision."""
-    found = files.sizes(SNAPSHOTS)
-    names = [name for path in found if (name := path.removesuffix(f"/{COPY}")) != path]
-    copies = [copy for name in names if (copy := _read(files, name)) is not None]
-    complete = bases.complete(files) if any(copy.header.base.parts for copy in copies) else set()
-    copies = [copy for copy in copies if complete.issuperset(copy.header.base.parts)]
+    copies = [copy for name in complete_in(files, SNAPSHOTS) if (copy := _read(files, name)) is not None]
+    parts = set(complete_in(files, BASE)) if any(copy.header.base.parts for copy in copies) else set()
+    copies = [copy for copy in copies if parts.issuperset(copy.header.base.parts)]
     return sorted(copies, key=lambda copy: (copy.header.step, copy.revision))
 
 

@@ -52,14 +52,12 @@ class Part:
         return all(_is_whole(state / name, array.nbytes) for name, array in self.arrays.items())
 
     def write(self, root: Path, temporary: Path) -> None:
-        """Write it durably, unless it is there.
+        """Write it durably; see `is_stored`.
 
         Args:
             root: the directory of snapshots.
             temporary: that of the save, which is removed if this process dies meanwhile.
         """
-        if self.is_stored(root):
-            return
         final, made = root / BASE / self.name, temporary / BASE / self.name
         durable_directories.remove(final)  # where it is damaged: the bytes at hand are the right ones
         made.mkdir(parents=True)

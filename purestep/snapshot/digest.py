@@ -66,17 +66,21 @@ class KnownRows:
 
     def get(self, leaf: Leaf, sums: Sums, compute: Callable[[], Row]) -> Row:
         """Return the row of a leaf, given the checksums of its shards; it is computed if it is not known."""
-        key = (leaf.kind, leaf.dtype, leaf.shape, *sums)
+        key = _key(leaf, sums)
         row = self._now[key] = self._before.get(key) or compute()
         return row
 
     def has(self, leaf: Leaf, sums: Sums) -> bool:
         """Tell whether the row of a leaf is known."""
-        return (leaf.kind, leaf.dtype, leaf.shape, *sums) in self._before
+        return _key(leaf, sums) in self._before
 
     def end(self) -> None:
         """Forget what this save did not use."""
         self._before, self._now = self._now, {}
+
+
+def _key(leaf: Leaf, sums: Sums) -> tuple[Any, ...]:
+    return leaf.kind, leaf.dtype, leaf.shape, *sums
 
 
 def to_json(rows: Mapping[int, Row]) -> JSON:

@@ -1,7 +1,7 @@
 """The bytes that tensors of this thread hold: `Storages` sees every storage from its birth to its death.
 
 Tests and benchmarks compare it with what `ps.step_memory` predicts. Workspace of kernels and what an allocator keeps
-are not in it.
+are not in it. `step_memory` has a counter of its own, which this one checks.
 """
 
 from __future__ import annotations
