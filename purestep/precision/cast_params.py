@@ -36,8 +36,9 @@ _NOTHING = contextlib.nullcontext()
 
 def check_uncast(state: StateFields) -> None:
     """Refuse a state that is under a policy, where a step has none."""
-    field = None if state.loss_scale is None else "a loss scale"
-    field = "master weights" if isinstance(state.opt_state, MasterWeightsState) else field
+    # Anything can be handed to a step; what is no train state is refused in other words, where its model is asked for.
+    field = "a loss scale" if getattr(state, "loss_scale", None) is not None else None
+    field = "master weights" if isinstance(getattr(state, "opt_state", None), MasterWeightsState) else field
     if field:
         instead = "ps.make_step(loss_fn, tx, policy=policy)\nstate = ps.precision.policy('32').apply(state)"
         raise PrecisionError(explain(f"the state has {field}, and the step has no policy", instead=instead))
