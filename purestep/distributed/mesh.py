@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from purestep import devices
 from purestep.arguments import checked
-from purestep.distributed import control
+from purestep.distributed import control, machines
 from purestep.errors import ConfigError, explain
 
 if TYPE_CHECKING:
@@ -212,9 +212,16 @@ def _make_device_mesh(mesh: Mesh) -> DeviceMesh:
 
 
 def _make_group(mesh: Mesh, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
+    alike: dict[tuple[int, ...], list[int]] = {}  # by what these axes do not change
+    for rank in range(mesh.world):
+        alike.setdefault(tuple(n for a, n in mesh.coordinate(rank).items() if a not in axes), []).append(rank)
+    members = list(alike.values())
     if mesh.size(*axes) == mesh.world:
-        return dist.group.WORLD
-    if len(axes) == 1:
-        return mesh.device_mesh.get_group(axes[0])
-    members = sorted({tuple(mesh.ranks(*axes, rank=r)) for r in range(mesh.world)})
-    return dist.new_subgroups_by_enumeration([list(m) for m in members])[0]
+        group = dist.group.WORLD
+    elif len(axes) == 1:
+        group = mesh.device_mesh.get_group(axes[0])
+    else:
+        group = dist.new_subgroups_by_enumeration(members)[0]
+    if group is not None:
+        machines.prepare(group, members)
+    return group
