@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from purestep.errors import ConfigError, explain
+from purestep import tree
 from purestep.microbatch import Accumulation, Gradients, Partial, accumulate
 from purestep.parallel.assignment import Shares, shares
 from purestep.parallel.same_inputs import compare_first, compare_sizes, sizes_of
@@ -54,7 +53,6 @@ def total(
     local = local_batch(batch, plan, count)
     placement.check_placed(plan, at_rest.params)
     compare_first(plan, count, at_rest, batch)
-    _check_backend(plan, view)
     stages = Stages(plan, module, at_rest, view, prepare)
     sums = {stage: accumulate(view, local.samples, count) for stage in stages.own}
     for each in sums.values():
@@ -72,7 +70,6 @@ def evaluated(
     plan: Plan, module: nn.Module, at_rest: TrainState, view: TrainState, batch: Any, prepare: Prepare
 ) -> Any:
     """Compute this rank's stages of a batch without gradients, and return on all of them what the last stage found."""
-    _check_backend(plan, view)
     stages, found = Stages(plan, module, at_rest, view, prepare), None
     for stage in stages.own:
         one = Pass(stages, stage, 0, train=False)
@@ -83,30 +80,22 @@ def evaluated(
     return found
 
 
-def _check_backend(plan: Plan, view: TrainState) -> None:
-    backend = str(dist.get_backend(plan.mesh.group(AXIS)))
-    if "gloo" not in backend or view.step.device.type != "cpu":
-        raise ConfigError(
-            explain(
-                "a pipeline runs on CPUs, over gloo",
-                where=f"{view.step.device}, {backend}",
-                why="tensors go from stage to stage by tags, which NCCL does not have",
-                instead="ps.sharding.fsdp()",
-            )
-        )
-
-
 def _told(stages: Stages, found: T) -> T:
     """Return what the rank of the last stage found, on every rank of a pipeline."""
-    last = stages.cut.count - 1
+    last, device = stages.cut.count - 1, stages.wire.device
     home, key = stages.plan.home(last), Key("metrics", last)
     if stages.here == home:
-        data = torch.frombuffer(bytearray(pickle.dumps(found)), dtype=torch.uint8)
+        # A card has another number on another rank.
+        data = torch.frombuffer(bytearray(pickle.dumps(_moved(found, torch.device("cpu")))), dtype=torch.uint8)
         for other in stages.others(home):
-            stages.wire.send(other, key, [data])
+            stages.wire.send(other, key, [data.to(device)])
         return found
-    (received,) = stages.wire.receive(home, key, 1)
-    return cast(T, pickle.loads(cast(Tensor, received).numpy().tobytes()))
+    (received,) = stages.wire.receive(home, key)
+    return _moved(cast(T, pickle.loads(cast(Tensor, received).cpu().numpy().tobytes())), device)
+
+
+def _moved(found: T, device: torch.device) -> T:
+    return tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, found)
 
 
 class _Step:

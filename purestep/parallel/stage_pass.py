@@ -20,7 +20,7 @@ from purestep.grad import pulled_back, stop_gradient
 from purestep.microbatch import Context, Gradients, MicrobatchExchange, NoExchange, Prepared, Tensors, Weight, both
 from purestep.parallel._torch import FakeTensor, ValueOfAnotherStage
 from purestep.parallel.stage_cut import Cut, Run, cut_of
-from purestep.parallel.wire import Key, Wire
+from purestep.parallel.wire import Key, Lines, Wire
 from purestep.precision.cast_params import Uncast
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan
@@ -48,7 +48,8 @@ class Stages:
 
     def __init__(self, plan: Plan, module: nn.Module, at_rest: TrainState, view: TrainState, prepare: Prepare) -> None:
         self.plan, self.at_rest, self.prepare = plan, at_rest, prepare
-        self.wire = Wire(plan.mesh.group(AXIS))
+        lines = Lines(plan.mesh.group(AXIS), plan.mesh.twin(AXIS))
+        self.wire = Wire(lines, view.step.device)
         self.cut = cut_of(plan, module)
         self.shapes = {n: tuple(x.shape) for n, x in (at_rest.params | at_rest.buffers).items()}
         self.here = plan.mesh.coordinate()[AXIS]
@@ -69,7 +70,7 @@ class Stages:
                 for other in sorted({self.plan.home(u) for u in users} - {home}):
                     self.wire.send(other, key, [held[name].detach()])
             elif self.here in {self.plan.home(u) for u in users}:
-                (got[name],) = self.wire.receive(home, key, 1)
+                (got[name],) = self.wire.receive(home, key)
         return view.replace(
             params={n: got.get(n, x) for n, x in view.params.items()},
             buffers={n: got.get(n, x) for n, x in view.buffers.items()},
@@ -117,7 +118,7 @@ class Stages:
                 for other in self.others(home):
                     self.wire.send(other, key, [new[n] if new[n] is not old[n] else None for n in names])
             else:
-                received = self.wire.receive(home, key, len(names))
+                received = self.wire.receive(home, key)
                 new |= {n: x for n, x in zip(names, received, strict=True) if x is not None}
         return new
 
@@ -232,7 +233,7 @@ class Pass(NoExchange):
 
     def _receive(self, count: int) -> Sequence[Tensor | None]:
         stages = self.stages
-        return stages.wire.receive(stages.plan.home(self.stage - 1), Key("forward", self.stage, self.index), count)
+        return stages.wire.receive(stages.plan.home(self.stage - 1), Key("forward", self.stage, self.index))
 
     def backward(self) -> Gradients:
         """Compute the gradients of the stage, and send those of what it was given to the stage before."""
@@ -261,13 +262,13 @@ class Pass(NoExchange):
         """Return what the stage sent and their gradients, and the weight of the loss."""
         stages, outgoing = self.stages, self.run.outgoing or []
         key = Key("backward", self.stage, self.index)
-        *grads, weighted = stages.wire.receive(stages.plan.home(self.stage + 1), key, len(outgoing) + 1)
+        *grads, weighted = stages.wire.receive(stages.plan.home(self.stage + 1), key)
         pairs = [(x, g) for x, g in zip(outgoing, grads, strict=True) if g is not None and x.requires_grad]
         for item, (name, users) in enumerate(stages.tied.items()):
             if name in self.aliases:
                 later = next(u for u in users if u > self.stage)
                 key = Key("tied gradients", self.stage, self.index, item)
-                (grad,) = stages.wire.receive(stages.plan.home(later), key, 1)
+                (grad,) = stages.wire.receive(stages.plan.home(later), key)
                 pairs += [] if grad is None else [(self.aliases[name], grad)]
         return [x for x, _ in pairs], [g for _, g in pairs], weight if weighted is None else weighted
 

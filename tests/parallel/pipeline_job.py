@@ -4,15 +4,20 @@ Arguments: a directory, the sizes of the jobs to be part of one after the other,
 compute, separated by semicolons.
 """
 
+import contextlib
 import sys
+import types
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 import purestep as ps
 from purestep import errors, optim
+from purestep.parallel import wire
 from purestep.sharding import ddp, pipeline, placement
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -135,7 +140,32 @@ def made(model, plan, policy=None, **settings):
     return state, ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy, **settings), loss_fn
 
 
+@contextlib.contextmanager
+def noted():
+    """Note what a pipeline sends and receives, in order: group, other rank, elements, further arguments."""
+    found = []
+
+    def noting(name):
+        call = getattr(dist, name)
+
+        def called(tensor, other, group, **further):
+            found.append([name, group.group_name, other, tensor.numel(), *further])
+            return call(tensor, other, group, **further)
+
+        return called
+
+    names = ("get_rank", "get_process_group_ranks")
+    seen = {name: noting(name) for name in ("isend", "recv")} | {name: getattr(dist, name) for name in names}
+    with patch.object(wire, "dist", types.SimpleNamespace(**seen)):
+        yield found
+
+
 def train(model, plan, **settings):
+    with noted() as sent:
+        return {**trained(model, plan, **settings), "sent": sent}
+
+
+def trained(model, plan, **settings):
     state, step, loss_fn = made(model, plan, **settings)
     held = sum(x.numel() for x in placement.local(state).params.values())
     losses = []

@@ -60,6 +60,36 @@ def test_a_rank_holds_its_stages_only(quick):
     assert all(0 < found["held"] < found["parameters"] for found in held)
 
 
+def check_order(answers, size, row):
+    """What NCCL asks for: between two ranks one side sends over a group and the other receives, in the same order."""
+    logs = [answers[size, rank][row]["sent"] for rank in range(size)]
+    lines = {(group, *sorted((rank, other))) for rank, log in enumerate(logs) for _, group, other, *_ in log}
+    assert len(lines) > size - 1  # both directions
+    for group, *pair in lines:
+        sides = [
+            [(name, *rest) for name, line, other, *rest in logs[a] if (line, other) == (group, b)]
+            for a, b in (pair, pair[::-1])
+        ]
+        names = sorted(sorted({name for name, *_ in side}) for side in sides)
+        assert names == [["isend"], ["recv"]], (row, group, pair)
+        assert [rest for _, *rest in sides[0]] == [rest for _, *rest in sides[1]], (row, group, pair)
+        assert all(len(rest) == 1 for _, *rest in sides[0])  # no tag, nothing but the number of elements
+
+
+@pytest.mark.parametrize("row", ["mlp|1f1b", "mlp|interleaved"])
+def test_messages_find_their_place_without_tags(quick, row):
+    check_order(quick, 2, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "row"),
+    [(4, "mlp|gpipe"), (4, "mlp|ddp"), (4, "odd|1f1b"), (4, "odd|ddp"), (2, "odd|interleaved"), (4, "gpt|1f1b")],
+)
+def test_messages_of_many_stages_and_tied_parameters_find_their_place_without_tags(answers, size, row):
+    check_order(answers, size, row)
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
