@@ -157,6 +157,12 @@ PLANS = {
     ("hsdp", "lamb"): 175,
     ("hsdp", "apply_if_finite"): 230,
     ("hsdp", "skip_large_updates"): 252,
-    ("ddp", "1024 ranks"): 169,
-    ("fsdp fast", "1024 ranks"): 119,
+}
+MANY = {
+    "ddp": 169,
+    "fsdp fast": 119,
+    "ddp, machines of 8": 169,
+    "zero1, machines of 8": 169,
+    "zero2, machines of 8": 169,
+    "fsdp, machines of 8": 169,
 }
