@@ -95,7 +95,7 @@ def _told(stages: Stages, found: T) -> T:
 
 
 def _moved(found: T, device: torch.device) -> T:
-    return tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, found)
+    return cast(T, tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, found))
 
 
 class _Step:

@@ -159,10 +159,7 @@ PLANS = {
     ("hsdp", "skip_large_updates"): 252,
 }
 MANY = {
-    "ddp": 169,
-    "fsdp fast": 119,
-    "ddp, machines of 8": 169,
-    "zero1, machines of 8": 169,
-    "zero2, machines of 8": 169,
-    "fsdp, machines of 8": 169,
+    "ddp": 168,
+    "fsdp fast": 118,
+    "ddp, machines of 8": 170,
 }
