@@ -86,7 +86,7 @@ def test_two_processes_compute_the_parts_of_one(zygote, once):
     check(found, "tokens", 3)
     check(found, "tokens", 3, ["ring"])
     for rank in range(2):
-        # Of each layer gathering keeps the keys and values of both ranks: three tensors of four where a ring has two.
+        # Of each layer gathering keeps the keys and values of both ranks, which a ring has at a time of one layer only.
         (held, most), (gathered, peak) = found[2, rank]["kept"]["ring"], found[2, rank]["kept"]["gather"]
-        assert held < 0.75 * gathered, found[2, rank]
+        assert held < 0.5 * gathered, found[2, rank]
         assert most < 0.9 * peak, found[2, rank]
