@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from purestep import _torch, random
 from purestep.errors import ConfigError, explain
@@ -156,7 +155,9 @@ class _Ring(torch.autograd.Function):
                 fold(turn, _unpacked(sent, kinds))
                 sent = kept if coming is None else arrived(coming).view(kept.shape)
                 if team.size > 1:  # the sums go along with what they are gradients of, and come home
-                    flow = _unpacked(arrived(_begun(team, _packed(flow))).view(team.own, -1), kinds)
+                    leaving, flow = _packed(flow), []
+                    flow = _unpacked(arrived(_begun(team, leaving)).view(team.own, -1), kinds)
+                    del leaving
             fold(team.size, _unpacked(kept, kinds))
         to_rows = [x.to(kept.dtype) for which in (0, 1) for x in [pair[which] for pair in flow]]
         return None, None, None, *(None,) * team.own, *(x.to(kept.dtype) for x in to_queries), *to_rows
@@ -193,7 +194,8 @@ def _finite(sums: Tensor) -> Tensor:
 
 def _packed(rows: Rows) -> Tensor:
     """Return `[parts, n]`: the keys and the values of each part of a run."""
-    return torch.stack([torch.cat([F.pad(x.reshape(-1), (0, -x.numel() % _LINE)) for x in row]) for row in rows])
+    pieces = [y for row in rows for x in row for y in (x.reshape(-1), x.new_zeros(-x.numel() % _LINE))]
+    return torch.cat(pieces).view(len(rows), -1)
 
 
 def _unpacked(sent: Tensor, kinds: Sequence[torch.Size]) -> list[Sequence[Tensor]]:
