@@ -135,11 +135,9 @@ class _Ring(torch.autograd.Function):
         drawn, kept, *saved = ctx.saved_tensors
         masks, queries, outs, sums = (saved[i * team.own : (i + 1) * team.own] for i in range(4))
         grads, sums = tuple(x.contiguous() for x in grads), [_finite(x) for x in sums]
-        wide, to_queries = (
-            sums[0].dtype,
-            [torch.zeros_like(q, dtype=x.dtype) for q, x in zip(queries, sums, strict=True)],
-        )
-        flow = [[kept.new_zeros(shape, dtype=wide) for shape in kinds] for _ in range(team.own)]
+        wide = sums[0].dtype
+        to_queries = [torch.zeros_like(q, dtype=wide) for q in queries]
+        flow: list[Sequence[Tensor]] = [[kept.new_zeros(shape, dtype=wide) for shape in kinds] for _ in range(team.own)]
 
         def fold(turn: int, run: Rows) -> None:
             for i, j, n, m in _pairs(team, turn, how.causal):
