@@ -30,6 +30,7 @@ def check(plan: Any) -> None:
         ("offload", plan.offload, (None, "optimizer", "params")),
         ("compress", plan.compress, (None, "bf16", "fp16")),
         ("schedule", plan.schedule, ("1f1b", "gpipe", "interleaved")),
+        ("attention", plan.attention, ("gather", "ring")),
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
@@ -39,6 +40,14 @@ def check(plan: Any) -> None:
                 "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
                 where=f"zero={plan.zero} on {plan.mesh!r}",
                 instead="fsdp() * tensor_parallel(rules, size=2)",
+            )
+        )
+    if plan.attention == "ring" and not plan.context:
+        raise ConfigError(
+            explain(
+                "ring attention passes on runs of positions, which context parallelism cuts",
+                where=f"attention='ring' on {plan.mesh!r}",
+                instead='ps.sharding.context_parallel(2, attention="ring")',
             )
         )
     if plan.zero < 3 and plan.expert_axis:

@@ -86,6 +86,7 @@ _SETTINGS: dict[str, Any] = {
     "tensor_parts": None,
     "sequence_parallel": False,
     "context": False,
+    "attention": "gather",
     "experts": (),
     "expert_axis": "",
     "stages": (),
