@@ -43,7 +43,9 @@ def refusal(plan: Plan, reason: str, *, units: bool) -> ConfigError:
         units: whether units were looked for, and not found.
     """
     lacking = ", and the model has no units that could be compiled each by itself" if units else ""
-    named = 'plan = ps.sharding.pipeline(stages, units=["encoder", "decoder"])   # modules to compile, each in one stage'
+    named = (
+        'plan = ps.sharding.pipeline(stages, units=["encoder", "decoder"])   # modules to compile, each in one stage'
+    )
     return ConfigError(
         explain(
             "no gradients of this step can be compiled, only its update",

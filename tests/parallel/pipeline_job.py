@@ -17,7 +17,8 @@ import purestep as ps
 from purestep import errors, optim
 from purestep.sharding import ddp, pipeline, placement
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parents[1] / "shared")]
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 import gpt
 import shared_rounding
 from shared_ranks import answer
