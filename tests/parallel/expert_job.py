@@ -201,8 +201,7 @@ def checks(directory, size):
         for label, plan in plans(size).items():
             yield f"{model}|{label}", lambda model=model, plan=plan: train(model, plan)
             yield f"{model}|{label}, rounded", lambda model=model, plan=plan: rounded(model, plan)
-            ways = {"jit": {}, "unjittable": {"unjittable": "eager"}, "inductor": {"backend": "inductor"}}
-            for way, jit in ways.items():
+            for way, jit in {"jit": {}, "unjittable": {"unjittable": "eager"}}.items():
                 jit = {"backend": "eager", "donate": "ddp" in label} | jit
                 yield f"{model}|{label}, {way}", lambda m=model, plan=plan, jit=jit: train(m, plan, **jit)
     yield "resumed", lambda: resumed(directory, size)

@@ -26,7 +26,6 @@ def answers(zygote, once):
     rows += ["tokens|ddp x shard, unjittable", "tokens|expert, unjittable"]
     rows += ["attending|expert", "attending|expert, jit", "attending|ddp x shard, jit"]
     rows += [f"attending|{label}, rounded" for label in EXACT]
-    rows += ["attending|expert, inductor", "attending|ddp x shard, inductor"]
     return asked(zygote, once, "expert-parallel", "4,2,1", [*rows, "resumed", "refused"])
 
 
@@ -70,10 +69,7 @@ def test_what_is_around_experts_is_compiled_with_the_bits_of_the_step_itself(ans
 
 def test_the_same_is_compiled_on_every_number_of_ranks_and_under_every_product(answers):
     found = check(answers, "attending", [f"{label}, rounded" for label in EXACT], 7 + 7 + 8)
-    own = answers[1, 0]["attending|expert"]
-    assert own["digest"] not in {value["digest"] for value in found.values()}
-    found = check(answers, "attending", ["expert, inductor", "ddp x shard, inductor"], 7 + 4)
-    assert next(iter(found.values()))["numbers"] == pytest.approx(own["numbers"], rel=1e-4, abs=1e-5)
+    assert answers[1, 0]["attending|expert"]["digest"] not in {value["digest"] for value in found.values()}
 
 
 def test_a_block_of_layers_and_experts_holds_nothing_to_compile(answers):
