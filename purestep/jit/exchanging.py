@@ -43,16 +43,14 @@ def refusal(plan: Plan, reason: str, *, units: bool) -> ConfigError:
         units: whether units were looked for, and not found.
     """
     lacking = ", and the model has no units that could be compiled each by itself" if units else ""
-    named = (
-        'plan = ps.sharding.pipeline(stages, units=["encoder", "decoder"])   # modules to compile, each in one stage'
-    )
+    named = "\nor pipeline(stages, units=[...])   # modules that are compiled, each in one stage"
     return ConfigError(
         explain(
             "no gradients of this step can be compiled, only its update",
             where=repr(plan.mesh),
             why=f"{reason}{lacking}",
             instead='ps.jit(step, unjittable="eager")   # the update is compiled, gradients are computed as without jit'
-            + (f"\n{named}" if units and plan.stages else ""),
+            + (named if units and plan.stages else ""),
         )
     )
 
