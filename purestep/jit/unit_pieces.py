@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from purestep import _torch, transforms, tree
 from purestep.errors import PurestepError, RandomnessError, TraceError
 from purestep.jit import backends, cache_key, errors, exchanging
+from purestep.jit._torch import load_tracer
 from purestep.jit.joint import Halves, joint
 from purestep.jit.outline import signature_of
 from purestep.jit.progress import progress
@@ -146,6 +147,7 @@ class UnitPieces:
         # The modes and hooks of the step must not see the operations of a trace, nor what it saves.
         hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
         with _torch.disable_current_modes(), _torch.no_function_modes(), hooks:
+            load_tracer()
             try:
                 call.check(path)
                 halves = joint(
