@@ -5,6 +5,8 @@ compute, separated by semicolons.
 """
 
 import contextlib
+import dataclasses
+import logging
 import sys
 import types
 from pathlib import Path
@@ -21,7 +23,10 @@ from purestep.parallel import wire
 from purestep.sharding import ddp, pipeline, placement
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 import gpt
+import shared_rounding
+from shared_ranks import answer
 
 WIDTH, WORDS = 12, 20
 
@@ -131,13 +136,14 @@ def data(model, count=2):
             yield {"x": x, "y": y}
 
 
-def made(model, plan, policy=None, **settings):
+def made(model, plan, policy=None, jit=None, **settings):
     factory, loss_fn = MODELS[model]
     tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2))
     chosen = ps.precision.policy(policy or "32")
     state = chosen.apply(ps.init(factory, tx, seed=1, plan=plan))
     state = state if policy is None else plan.place(state)
-    return state, ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy, **settings), loss_fn
+    step = ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy, **settings)
+    return state, step if jit is None else ps.jit(step, **jit), loss_fn
 
 
 @contextlib.contextmanager
@@ -179,7 +185,25 @@ def trained(model, plan, **settings):
         "losses": losses,
         "held": held,
         "parameters": sum(x.numel() for x in whole.params.values()),
+        "compiled": step.units.compiled if "jit" in settings and step.units is not None else 0,
+        "refusals": step.refusals if "jit" in settings else (),
     }
+
+
+def compiled(size, model):
+    """By name, how a model is trained with the backend "eager": the bits are those of the step itself."""
+    for label, plan in plans(size, model).items():
+        if label in ("1f1b", "ddp", "interleaved"):
+            jit = {"backend": "eager", "donate": label != "1f1b"}
+            yield f"{label}, jit", lambda plan=plan, jit=jit: train(model, plan, jit=jit)
+            jit = jit | {"unjittable": "eager"}
+            yield f"{label}, unjittable", lambda plan=plan, jit=jit: train(model, plan, jit=jit)
+
+
+def rounded(model, plan):
+    """Train with a compiler that rounds: bits then show what is compiled, and what is compiled together."""
+    with shared_rounding.compiler():
+        return train(model, plan, jit={"backend": "eager", "by_unit": not plan.stages})
 
 
 def resumed(directory, size):
@@ -267,9 +291,13 @@ def refused():
     def layers():
         return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
 
+    def outermost(step):
+        return ps.jit(dataclasses.replace(step, plan=dataclasses.replace(step.plan, units=("0",))), backend="eager")
+
     return {
         "unstaged": words(layers, [["0"], ["1"]]),
-        "jit": words(layers, [["0"], ["1-2"]], ps.jit),
+        "no units": words(Skip, [["a"], ["b"]], ps.jit),
+        "in a unit": words(lambda: nn.Sequential(layers(), nn.Linear(6, 6)), [["0.0-1"], ["0.2", "1"]], outermost),
         "few": words(layers, [["0"], ["1"], ["2"]]),
         "scalar": words(lambda: nn.Sequential(nn.Linear(6, 6), nn.PReLU()).append(Scaled()), [["0"], ["1-2"]]),
         "skip": words(Skip, [["a"], ["b"]]),
@@ -286,6 +314,11 @@ def checks(directory, size):
     for model in MODELS:
         for label, plan in plans(size, model).items():
             yield f"{model}|{label}", lambda model=model, plan=plan: train(model, plan)
+            yield f"{model}|{label}, rounded", lambda model=model, plan=plan: rounded(model, plan)
+            jit = {"donate": True, "by_unit": not plan.stages}
+            yield f"{model}|{label}, inductor", lambda model=model, plan=plan, jit=jit: train(model, plan, jit=jit)
+        for label, check in compiled(size, model):
+            yield f"{model}|{label}", check
     label = {1: "one", 2: "interleaved", 4: "ddp"}[size]
     yield "gpt|bf16-mixed", lambda: train("gpt", plans(size, "gpt")[label], policy="bf16-mixed")
     yield "resumed", lambda: resumed(directory, size)
@@ -300,11 +333,9 @@ def checks(directory, size):
 
 
 def main(directory, sizes, number, rows):
+    logging.getLogger("purestep.jit").setLevel(logging.ERROR)  # of what runs uncompiled; the answers have it
     answer(directory, sizes, number, lambda size: checks(Path(directory), size), rows.__contains__)
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1] / "shared"))
-    from shared_ranks import answer
-
     main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), sys.argv[4].split(";"))

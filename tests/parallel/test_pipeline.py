@@ -1,5 +1,6 @@
 """Models in stages on 1, 2 and 4 processes: the losses and bits of one process, and what cannot be cut."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from purestep.sharding.pipeline_order import bubble, tables
 from purestep.sharding.placement import box_here
 
 JOB = Path(__file__).with_name("pipeline_job.py")
-QUICK = ["mlp|one", "mlp|1f1b", "mlp|interleaved", "refused"]
+QUICK = ["mlp|one", "mlp|1f1b", "mlp|interleaved", "mlp|interleaved, jit", "mlp|interleaved, unjittable", "refused"]
 ROWS = (
     "mlp|one;mlp|gpipe;mlp|ddp;mlp|runs;mlp|bf16-master;odd|one;odd|1f1b;odd|ddp;odd|interleaved;odd|rule;odd|16-mixed;"
-    "gpt|one;gpt|1f1b;gpt|ddp;gpt|bf16-mixed;resumed"
+    "gpt|one;gpt|1f1b;gpt|ddp;gpt|bf16-mixed;resumed;"
+    "odd|1f1b, jit;odd|ddp, jit;odd|interleaved, jit;odd|one, rounded;odd|1f1b, rounded;odd|ddp, rounded;"
+    "odd|interleaved, rounded;odd|one, inductor;odd|1f1b, inductor;odd|ddp, inductor"
 ).split(";")
 
 
@@ -52,6 +55,14 @@ def check(answers, rows, least):
 
 def test_two_ranks_have_the_bits_of_one_process(quick):
     check(quick, ["mlp|one", "mlp|1f1b", "mlp|interleaved"], 6)
+
+
+def test_a_compiled_step_has_the_bits_of_the_step_itself(quick):
+    check(quick, ["mlp|one", "mlp|interleaved, jit", "mlp|interleaved, unjittable"], 5)
+    for rank in range(2):
+        whole, update = (quick[2, rank][f"mlp|interleaved, {way}"] for way in ("jit", "unjittable"))
+        assert (whole["refusals"], len(update["refusals"])) == ([], 1)
+        assert whole["compiled"] > update["compiled"] == 0
 
 
 def test_a_rank_holds_its_stages_only(quick):
@@ -97,7 +108,8 @@ def test_messages_of_many_stages_and_tied_parameters_find_their_place_without_ta
         ("scalar", "a parameter without dims cannot be a part of a pipeline\n  where:   2.scale"),
         ("few", "3 stages cannot be shared equally by 2 ranks"),
         ("microbatches", "the schedule '1f1b' does not take 1 microbatches"),
-        ("jit", "a step of a pipeline cannot be compiled"),
+        ("no units", "no gradients of this step can be compiled, only its update"),
+        ("in a unit", "a stage begins in the middle of what is compiled\n  where:   the unit '0'"),
         ("skip", "stage 1 of the pipeline computes with a tensor of shape [2, 6] of another stage"),
         ("parameter", "stage 0 of the pipeline computes with the parameter 'scale' of another stage"),
         ("order", "'a' of stage 0 is called in the middle of stage 1"),
@@ -118,13 +130,26 @@ def test_every_rank_refuses_what_cannot_be_cut(quick, case, words):
         ("mlp|one mlp|gpipe mlp|ddp mlp|runs", 13),
         ("odd|one odd|1f1b odd|ddp odd|interleaved odd|rule", 17),
         ("gpt|one gpt|1f1b gpt|ddp", 12),
+        ("odd|one odd|1f1b, jit odd|ddp, jit odd|interleaved, jit", 14),
+        ("odd|one, rounded odd|1f1b, rounded odd|ddp, rounded odd|interleaved, rounded", 14),
+        ("odd|one, inductor odd|1f1b, inductor odd|ddp, inductor", 12),
         ("gpt|bf16-mixed", 7),
         ("odd|16-mixed", 3),
         ("mlp|bf16-master", 3),
     ],
 )
 def test_schedules_products_and_numbers_of_ranks_have_the_same_bits(answers, rows, least):
-    check(answers, rows.split(), least)
+    check(answers, re.findall(r"\S+(?:, \w+)?", rows), least)
+
+
+@pytest.mark.slow
+def test_compiled_stages_agree_with_the_step_itself(answers):
+    plain, rounded, compiled = (answers[1, 0][f"odd|one{way}"] for way in ("", ", rounded", ", inductor"))
+    assert plain["digest"] != rounded["digest"]
+    assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    for (size, rank), rows in answers.items():
+        # Of four equal blocks one forward and one backward graph, with a rank for itself or not.
+        assert rows["odd|1f1b, inductor"]["compiled"] == compiled["compiled"] == 2, (size, rank)
 
 
 @pytest.mark.slow
