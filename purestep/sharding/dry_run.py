@@ -7,7 +7,9 @@ beside the state in the course of a step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,11 +17,12 @@ import torch
 from purestep import tree
 from purestep.bits import human_bytes
 from purestep.errors import ConfigError, explain
-from purestep.sharding.pipeline_order import bubble
+from purestep.sharding.pipeline_order import Action, bubble, tables
 from purestep.sharding.report import Description, Row, describe
 from purestep.sharding.spec import Layout
+from purestep.sharding.stage_account import StageAccount
 from purestep.sharding.stages import AXIS, Schedule, Stages
-from purestep.sharding.step_account import LONG_ON_CPU, LONG_ON_DEVICE, Course, Job, Leaf, peak
+from purestep.sharding.step_account import LONG_ON_CPU, LONG_ON_DEVICE, Account, Course, Job, Leaf, peak
 from purestep.sharding.step_time import StepTime
 from purestep.views import Block, Note, Printed, Table
 
@@ -66,6 +69,12 @@ class Costed(Layout, Protocol):
     @property
     def schedule(self) -> Schedule:
         """The order in which a pipeline computes."""
+
+    def stage_of(self, name: str) -> int | None:
+        """Return the stage of a parameter."""
+
+    def home(self, stage: int) -> int:
+        """Return the coordinate of the rank that computes a stage."""
 
     def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
         """Return the numbers of the microbatches that a rank computes."""
@@ -199,9 +208,37 @@ def dry_run(
         one_graph: whether a microbatch is compiled as a whole, so that all parameters are gathered at once.
         course: what the passes of one microbatch keep; by default nothing is known of it.
     """
+    of_rank = functools.partial(
+        _of_rank,
+        plan,
+        value,
+        microbatches=microbatches,
+        compute_dtype=compute_dtype,
+        reduce_dtype=reduce_dtype,
+        donate=donate,
+        by_element=by_element,
+        one_graph=one_graph,
+        course=course,
+    )
     # Stages differ in size: what is told is what the rank with the most needs.
     ranks = plan.mesh.ranks(AXIS, rank=0) if plan.pipelined else [0]
-    description = max((describe(plan, value, rank=rank) for rank in ranks), key=lambda each: each.nbytes)
+    return max(map(of_rank, ranks), key=lambda each: each.nbytes)
+
+
+def _of_rank(
+    plan: Costed,
+    value: object,
+    rank: int,
+    *,
+    microbatches: int | None,
+    compute_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    donate: bool,
+    by_element: bool,
+    one_graph: bool,
+    course: Course | None,
+) -> DryRun:
+    description = describe(plan, value, rank=rank)
     own = [row for row in description.rows if row.unit is not None]
     turns = len(plan.microbatches(microbatches or plan.replicas, rank=0))
     trained = [row for row in own if row.kind == "params"]
@@ -224,9 +261,18 @@ def dry_run(
     )
     known = course or Course()
     leaves = [_leaf(plan, row, compute_dtype, reduce_dtype, known) for row in own]
-    memory |= peak(job, leaves, course)
-    times = 2 if plan.reshard_after_forward and not one_graph else 1
-    sent = {"gather": _gather_traffic(plan, own, turns * times, compute_dtype)}
+    if plan.pipelined:
+        actions = _actions(plan, rank, turns if microbatches else None)
+        stage_of = {leaf.name: plan.stage_of(leaf.name) or 0 for leaf in leaves}
+        memory |= peak(StageAccount(job, leaves, course, actions, stage_of))
+        # Parameters are gathered once a step, as the state has them.
+        sent = {"gather": _gather_traffic(plan, own, 1, None)}
+        if known.stages:
+            sent["stages"] = sum(_passed_on(known, action) for action in actions)
+    else:
+        memory |= peak(Account(job, leaves, course))
+        times = 2 if plan.reshard_after_forward and not one_graph else 1
+        sent = {"gather": _gather_traffic(plan, own, turns * times, compute_dtype)}
     wire = plan.sent_dtype or reduce_dtype
     sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in trained)
     if plan.context:
@@ -246,6 +292,22 @@ def dry_run(
     return DryRun(
         description, {k: n for k, n in memory.items() if n}, sent, {k: n for k, n in host.items() if n}, waits, flops
     )
+
+
+def _actions(plan: Costed, rank: int, turns: int | None) -> Sequence[Action]:
+    """Return what a rank of a pipeline does; one pass through each of its stages, if the microbatches are not known."""
+    here, ranks, count = plan.mesh.coordinate(rank)[AXIS], plan.mesh.size(AXIS), len(plan.cut)
+    if turns is not None:
+        return tables(plan.schedule, ranks, count, turns)[here]
+    own = [stage for stage in range(count) if plan.home(stage) == here]
+    return [*(("forward", s, 0) for s in own), *(("backward", s, 0) for s in reversed(own))]
+
+
+def _passed_on(course: Course, action: Action) -> int:
+    """Return the bytes that a rank sends to another stage when it has done what its schedule says."""
+    kind, stage, _ = action
+    to = stage + 1 if kind == "forward" else stage
+    return course.stages[to].given if to < len(course.stages) else 0
 
 
 def _long(value: object) -> int:
