@@ -160,8 +160,10 @@ class _Step:
                 passes[stage, index] = Pass(stages, stage, index)
                 passes[stage, index].forward(computed[index])
             else:
-                part = passes.pop((stage, index)).backward()
-                self._exchange(stage, number, last=index == last).taken(part, stages.view)
+                # Without a name: the gradients of one microbatch would be there until those of the next are.
+                exchange = self._exchange(stage, number, last=index == last)
+                exchange.taken(passes.pop((stage, index)).backward(), stages.view)
+                del exchange
 
     def _exchange(self, stage: int, number: int, *, last: bool) -> MicrobatchExchange:
         """Return what takes the gradients of a microbatch, which leave in the order in which stages end."""

@@ -238,6 +238,9 @@ class Pass(NoExchange):
         with GradientScope() as self.scope, transforms.recorded() if self.train else transforms.unrecorded():
             self.value, aux = prepared.loss_of(self.leaves)
             self.aux = stop_gradient(aux)
+        # The run would hold this pass, which holds it: only Python's collector, which seldom looks, would free them. Of
+        # parameters in the compute dtype the backward pass needs those of this stage, which `leaves` has.
+        self.run.receive, self.params = _nothing, {}
         if self.last:
             return
         outgoing = self.run.outgoing

@@ -297,5 +297,7 @@ class _Listening(NoExchange):
             before.append(left)
         moments = self.moments
         if self.plan is not None:
-            moments = [(n, max(live - before[self.plan.stage_of(n) or 0], 0)) for n, live in moments]
+            moments = [
+                (n, max(live - before[min(self.plan.stage_of(n) or 0, len(before) - 1)], 0)) for n, live in moments
+            ]
         return Course(self.forward, tuple(moments), widths, self.storages.flops, tuple(stages))

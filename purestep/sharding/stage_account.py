@@ -51,6 +51,10 @@ class StageAccount(Account):
         # Parameters that are split are whole for the length of a step, and each pass casts them for itself.
         self.whole = sum(leaf.whole * leaf.at_rest for leaf in self.leaves if leaf.ranks > 1)
         self.casts = sum(leaf.whole * leaf.computed for leaf in self.leaves if leaf.computed != leaf.at_rest)
+        self.casts_of = {
+            s: sum(leaf.gathered for leaf in self.leaves if stage_of[leaf.name] == s and leaf.computed != leaf.at_rest)
+            for s in self.own
+        }
 
     def _passes(self) -> Iterator[Kinds]:
         begun: dict[tuple[int, int], int] = {}
@@ -61,12 +65,17 @@ class StageAccount(Account):
         for kind, stage, number in self.actions:
             course, key = self.courses[stage], (stage, number)
             added = sum(self._sums(s, n) for s, n in done.items())
-            gathered = self.whole + self.casts * (len(begun) + (kind == "forward"))
+            gathered = self.whole + sum(self.casts_of[s] for s, _ in begun)
             if kind == "forward":
-                yield kinds(added, gathered, sum(sent.values()), sum(begun.values()) + course.given + course.forward)
+                yield kinds(
+                    added,
+                    gathered + self.casts,
+                    sum(sent.values()),
+                    sum(begun.values()) + course.given + course.forward,
+                )
                 begun[key] = course.given + course.kept
                 sent["forward"] = self.courses[stage + 1].given
-                yield kinds(added, gathered, sum(sent.values()), sum(begun.values()))
+                yield kinds(added, gathered + self.casts_of[stage], sum(sent.values()), sum(begun.values()))
                 continue
             del begun[key]
             rest, received = sum(begun.values()), self.courses[stage + 1].given
@@ -80,7 +89,7 @@ class StageAccount(Account):
             last = done[stage] + 1 == self.turns[stage]
             for moment in self._taken(stage, done[stage], last=last):
                 moment["grads"] += added - self._sums(stage, done[stage])
-                moment["gathered"] += self.whole + self.casts * len(begun)
+                moment["gathered"] += gathered - self.casts_of[stage]
                 moment["sums"] += sum(sent.values())
                 moment["activations"] += rest
                 yield moment
