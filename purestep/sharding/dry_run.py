@@ -100,13 +100,14 @@ class DryRun(Printed):
             are sent and received; `update`, copies and the new state while it is made; `activations`, with what the
             passes compute meanwhile, where the step and a batch are known.
         sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients), and under
-            context parallelism `context` (gradients that are summed over positions). What tensor, context
-            and expert parallelism send of activations is not in it.
+            context parallelism `context` (gradients that are summed over positions), in a pipeline `stages` (what goes
+            from one to the next, and its gradients), where the step and a batch are known. What tensor, context and
+            expert parallelism send of activations is not in it.
         host: bytes of the CPU's memory, of what a plan with `offload=` keeps there while the state is on a card: what
             rests there, and what an update there copies, `grads` and `params`. They are not in `memory`.
         bubble: the part of a step in which a rank of a pipeline waits, if all stages take as long, a backward pass
             twice as long as a forward pass, and sending no time; None where the number of microbatches is not given,
-            and without a pipeline. What stages send each other is not in `sent`, tied parameters not in `memory`.
+            and without a pipeline. Tied parameters of other stages are not in `memory`.
         flops: floating-point operations of a rank in a step, a multiplication and an addition as two: those of matrix
             products, convolutions and attention, in the forward and the backward pass of each of its microbatches,
             what checkpoints compute again included. None where step and batch are not known, and where several ranks

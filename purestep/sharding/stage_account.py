@@ -59,7 +59,7 @@ class StageAccount(Account):
     def _passes(self) -> Iterator[Kinds]:
         begun: dict[tuple[int, int], int] = {}
         done = dict.fromkeys(self.own, 0)
-        sent = {"forward": 0, "backward": 0}  # copies of what was sent last: they go when the next leaves
+        sent = 0  # gloo says of no message that it has arrived, so copies of all of them stay until the end of the step
         if self.whole:
             yield kinds(0, self.whole + 2 * min(self.whole, GATHERED[0]))
         for kind, stage, number in self.actions:
@@ -70,27 +70,27 @@ class StageAccount(Account):
                 yield kinds(
                     added,
                     gathered + self.casts,
-                    sum(sent.values()),
+                    sent,
                     sum(begun.values()) + course.given + course.forward,
                 )
                 begun[key] = course.given + course.kept
-                sent["forward"] = self.courses[stage + 1].given
-                yield kinds(added, gathered + self.casts_of[stage], sum(sent.values()), sum(begun.values()))
+                sent += self.courses[stage + 1].given
+                yield kinds(added, gathered + self.casts_of[stage], sent, sum(begun.values()))
                 continue
             del begun[key]
             rest, received = sum(begun.values()), self.courses[stage + 1].given
             grads = 0
             for leaf, live in self.of[stage]:
                 grads += leaf.gathered
-                yield kinds(added + grads, gathered, sum(sent.values()) + received, rest + course.given + live)
-            sent["backward"] = course.given
+                yield kinds(added + grads, gathered, sent + received, rest + course.given + live)
+            sent += course.given
             leaves = [leaf for leaf, _ in self.of[stage]]
-            yield kinds(added + grads + recast(leaves), gathered, sum(sent.values()), rest + course.given)
+            yield kinds(added + grads + recast(leaves), gathered, sent, rest + course.given)
             last = done[stage] + 1 == self.turns[stage]
             for moment in self._taken(stage, done[stage], last=last):
                 moment["grads"] += added - self._sums(stage, done[stage])
                 moment["gathered"] += gathered - self.casts_of[stage]
-                moment["sums"] += sum(sent.values())
+                moment["sums"] += sent
                 moment["activations"] += rest
                 yield moment
             done[stage] += 1
