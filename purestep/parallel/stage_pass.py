@@ -21,6 +21,7 @@ from purestep.microbatch import Context, Gradients, MicrobatchExchange, NoExchan
 from purestep.parallel._torch import FakeTensor, ValueOfAnotherStage
 from purestep.parallel.stage_cut import Cut, Run, cut_of
 from purestep.parallel.wire import Key, Lines, Wire
+from purestep.parallel.zero import gathered, of_this_rank, split_over_batch
 from purestep.precision.cast_params import Uncast
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan
@@ -41,7 +42,7 @@ class Stages:
         prepare: makes ready one microbatch.
 
     Attributes:
-        view: with the values of tied parameters that live on other ranks.
+        view: with whole parameters of its stages, and the values of tied ones that live on other ranks.
         own: the stages of this rank, in order.
         tied: the stages that share a parameter, by its name.
     """
@@ -50,16 +51,33 @@ class Stages:
         self.plan, self.at_rest, self.prepare = plan, at_rest, prepare
         lines = Lines(plan.mesh.group(AXIS), plan.mesh.twin(AXIS))
         self.wire = Wire(lines, view.step.device)
+        # All ranks make a group at once, and some may have nothing to send in it.
+        for axes in (plan.data_axes, plan.shard_axes, (*plan.data_axes, *plan.shard_axes)):
+            plan.mesh.group(*axes)
         self.cut = cut_of(plan, module)
         self.shapes = {n: tuple(x.shape) for n, x in (at_rest.params | at_rest.buffers).items()}
         self.here = plan.mesh.coordinate()[AXIS]
         self.own = [s for s in range(self.cut.count) if plan.home(s) == self.here]
         self.tied = {n: users for n, users in self.cut.users.items() if len(users) > 1}
-        self.view = self._with_tied(view)
+        self.view = self._with_tied(self._gathered(view))
 
     def others(self, home: int) -> list[int]:
         """Return the ranks of the pipeline but one."""
         return [r for r in range(len(self.wire.ranks)) if r != home]
+
+    def _gathered(self, view: TrainState) -> TrainState:
+        """Return a view with whole parameters of the stages of this rank: they stay for the length of the step.
+
+        A schedule comes back to a stage for each microbatch, several of which are under way at a time.
+        """
+        plan, held = self.plan, self.at_rest.params | self.at_rest.buffers
+        split = {n: x for n, x in held.items() if placement.is_split(x)}
+        mine = of_this_rank(plan, split_over_batch(plan, split, "params"))
+        found = gathered(plan, view.params | view.buffers, held, mine)
+        return view.replace(
+            params={n: found.get(n, x) for n, x in view.params.items()},
+            buffers={n: found.get(n, x) for n, x in view.buffers.items()},
+        )
 
     def _with_tied(self, view: TrainState) -> TrainState:
         held, got = view.params | view.buffers, {}
@@ -221,6 +239,9 @@ class Pass(NoExchange):
         with GradientScope() as self.scope, transforms.recorded() if self.train else transforms.unrecorded():
             self.value, aux = prepared.loss_of(self.leaves)
             self.aux = stop_gradient(aux)
+        # The run would hold this pass, which holds it: only Python's collector, which seldom looks, would free them. Of
+        # parameters in the compute dtype the backward pass needs those of this stage, which `leaves` has.
+        self.run.receive, self.params = _nothing, {}
         if self.last:
             return
         outgoing = self.run.outgoing

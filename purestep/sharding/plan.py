@@ -288,8 +288,14 @@ class Plan(View):
         Raises:
             ConfigError: no rule matches, or the spec does not fit, under `fallback="error"`; more entries than dims.
         """
-        if self.pipelined:
-            return self._staged(name, shape)
+        if not self.pipelined:
+            return self._by_rules(name, shape, kind)
+        stage = self.stage_of(name)
+        if stage is None or not shape:
+            plan_checks.refuse_unstaged(self, name, shape, stage)
+        return Spec(*self._by_rules(name, shape, kind).entries, at={staging.AXIS: self.home(stage)})
+
+    def _by_rules(self, name: str, shape: Sequence[int], kind: Kind) -> Spec:
         found = self._first(name)
         if found is None:
             if self.fallback == "error" and not self.stages:
@@ -302,12 +308,6 @@ class Plan(View):
             found = Spec(*[tuple(a for a in entry if a != axis) for entry in found.entries], auto=found.auto)
         sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
         return resolve(found, sizes, shape, fallback=self.fallback, min_size=self.min_size, where=name)
-
-    def _staged(self, name: str, shape: Sequence[int]) -> Spec:
-        stage = self.stage_of(name)
-        if stage is None or not shape:
-            plan_checks.refuse_unstaged(self, name, shape, stage)
-        return Spec(at={staging.AXIS: self.home(stage)})
 
     def specs(self, value: object) -> Any:
         """Return a tree like a state (or like a tree of parameters) with the Spec of each leaf."""

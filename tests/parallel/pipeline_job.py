@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import purestep as ps
 from purestep import errors, optim
 from purestep.parallel import wire
-from purestep.sharding import ddp, pipeline, placement
+from purestep.sharding import ddp, fsdp, pipeline, placement, zero1, zero2
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
@@ -66,6 +66,7 @@ class Odd(nn.Module):
         self.gate = nn.ModuleList(nn.Embedding(WORDS, WIDTH) for _ in range(2))
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
         self.head.weight = self.gate[0].weight = self.gate[1].weight = self.embed.weight
+        self.blocks[2].layer.weight.requires_grad_(False)
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, ids):
@@ -107,6 +108,13 @@ STAGES = {
 }
 MODELS = {"mlp": (mlp, mlp_loss), "odd": (Odd, odd_loss), "gpt": (gpt.GPT, gpt_loss)}
 V = 4
+TWO, FOUR = STAGES["odd"][2], STAGES["odd"][4]
+# By name, the plans of a run by number of processes.
+RUNS = {
+    "stages": lambda: {4: pipeline(FOUR), 2: pipeline(TWO), 1: ddp()},
+    "zero1": lambda: {4: zero1() * pipeline(TWO, 2), 2: zero2(), 1: ddp()},
+    "fsdp": lambda: {4: fsdp() * pipeline(TWO, 2), 2: fsdp(2) * pipeline(TWO, 1), 1: ddp()},
+}
 
 
 def plans(size, model):
@@ -121,7 +129,19 @@ def plans(size, model):
             "interleaved": pipeline(four, schedule="interleaved"),
             "runs": pipeline(four),
         }
-    return {"1f1b": pipeline(four), "ddp": ddp() * pipeline(two, 2), "gpipe": pipeline(four, schedule="gpipe")}
+    turns = pipeline(four, 2, schedule="interleaved")
+    return {
+        "1f1b": pipeline(four),
+        "gpipe": pipeline(four, schedule="gpipe"),
+        "ddp": ddp() * pipeline(two, 2),
+        "zero1": zero1() * pipeline(two, 2),
+        "zero2": zero2() * pipeline(two, 2),
+        "fsdp": fsdp() * pipeline(two, 2),
+        "ddp, turns": ddp() * turns,
+        "zero1, turns": zero1(min_size=100) * turns,
+        "zero2, turns": turns * zero2(),
+        "fsdp, turns": fsdp(fallback="pad") * turns,
+    }
 
 
 def data(model, count=2):
@@ -173,7 +193,9 @@ def train(model, plan, **settings):
 
 def trained(model, plan, **settings):
     state, step, loss_fn = made(model, plan, **settings)
-    held = sum(x.numel() for x in placement.local(state).params.values())
+    here = placement.local(state)
+    held = sum(x.numel() for x in here.params.values())
+    moments = sum(x.numel() for x in ps.tree.leaves(here.opt_state) if x.dim())
     losses = []
     for batch in data(model):
         state, metrics = step(state, batch)
@@ -184,6 +206,7 @@ def trained(model, plan, **settings):
         "digest": ps.digest([whole, metrics, evaluate]),
         "losses": losses,
         "held": held,
+        "moments": moments,
         "parameters": sum(x.numel() for x in whole.params.values()),
         "compiled": step.units.compiled if "jit" in settings and step.units is not None else 0,
         "refusals": step.refusals if "jit" in settings else (),
@@ -206,20 +229,33 @@ def rounded(model, plan):
         return train(model, plan, jit={"backend": "eager", "by_unit": not plan.stages})
 
 
-def resumed(directory, size):
-    """Continue a run that another number of processes began."""
-    plan = {1: ddp(), 2: pipeline(STAGES["odd"][2]), 4: pipeline(STAGES["odd"][4])}[size]
-    state, step, loss_fn = made("odd", plan)
-    until = {2: 2, 1: 4, 4: 6}[size]
+def resumed(directory, size, name, plans):
+    """Begin a run on four processes, go on with it on two, and end it on one; there also in one go.
+
+    Args:
+        directory: of the job.
+        size: number of processes.
+        name: of the run.
+        plans: by number of processes.
+    """
+    state, step, loss_fn = made("odd", plans[size])
     source = list(data("odd", 6))
-    evaluate = ps.callbacks.evaluate(ps.make_eval(loss_fn, plan=plan), source[:3], every=ps.every.steps(2))
+    evaluate = ps.callbacks.evaluate(ps.make_eval(loss_fn, plan=plans[size]), source[:3], every=ps.every.steps(2))
     callbacks = [ps.callbacks.snapshots(every=ps.every.steps(2)), evaluate]
-    result = ps.fit(step, state, source, until=ps.steps(until), run_dir=directory / "run", callbacks=callbacks)
-    found = {"digest": ps.digest(result.state), "loss": result.metrics["val/loss"]}
-    if size == 1:
-        alone = ps.fit(step, state, source, until=ps.steps(6), run_dir=directory / "alone", callbacks=callbacks)
-        found |= {"alone": ps.digest(alone.state), "alone loss": alone.metrics["val/loss"]}
-    return found
+
+    def run(where, until):
+        calls = []
+
+        def counted(step, state, batch):
+            calls.append(state.step.is_meta or type(state.step) is not torch.Tensor)  # the check before the first batch
+            return step(state, batch)
+
+        whole = ps.wrap_step(step, counted)
+        result = ps.fit(whole, state, source, until=ps.steps(until), run_dir=directory / where, callbacks=callbacks)
+        return {"digest": ps.digest(result.state), "loss": result.metrics["val/loss"], "steps": calls.count(False)}
+
+    found = run(name, {4: 2, 2: 4, 1: 6}[size])
+    return found if size > 1 else found | {"alone": run(f"{name} alone", 6)}
 
 
 class Skip(nn.Module):
@@ -321,7 +357,11 @@ def checks(directory, size):
             yield f"{model}|{label}", check
     label = {1: "one", 2: "interleaved", 4: "ddp"}[size]
     yield "gpt|bf16-mixed", lambda: train("gpt", plans(size, "gpt")[label], policy="bf16-mixed")
-    yield "resumed", lambda: resumed(directory, size)
+    for name, plans_of_run in RUNS.items():
+        yield f"resumed|{name}", lambda name=name, chosen=plans_of_run: resumed(directory, size, name, chosen())
+    from memory_cases import of_pipelines  # found once the script has said where
+
+    yield from of_pipelines(size)
     if size == 4:
         return
     yield "odd|rule", lambda: train("odd", plans(size, "odd")["1f1b"], checkpoint="blocks.*")
@@ -333,8 +373,11 @@ def checks(directory, size):
 
 
 def main(directory, sizes, number, rows):
+    def asked(name):
+        return name in rows or name.partition("|")[0] in rows
+
     logging.getLogger("purestep.jit").setLevel(logging.ERROR)  # of what runs uncompiled; the answers have it
-    answer(directory, sizes, number, lambda size: checks(Path(directory), size), rows.__contains__)
+    answer(directory, sizes, number, lambda size: checks(Path(directory), size), asked)
 
 
 if __name__ == "__main__":
