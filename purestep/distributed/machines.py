@@ -59,8 +59,8 @@ def prepare(group: dist.ProcessGroup, groups: Sequence[Sequence[int]]) -> None:
     machines, places = len(parted[0]), len(parted[0][0])
     inside = [list(members) for each in parted for members in each]
     across = [list(members) for each in parted for members in zip(*each, strict=True)]
-    made = [dist.new_subgroups_by_enumeration(found)[0] for found in (inside, across)]
-    _known[group] = Grid(*made, machines, places)
+    near, far = (dist.new_subgroups_by_enumeration(found)[0] for found in (inside, across))
+    _known[group] = Grid(near, far, machines, places)
 
 
 def _told() -> int:

@@ -106,7 +106,7 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, team: Team, how: _How, drawn: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
         masks, queries, keys, values = (given[i * team.own : (i + 1) * team.own] for i in range(4))
         # Alike on every number of ranks: queries in memory of their own, keys and values as they lie in a message.
-        queries, rows = [x.contiguous() for x in queries], list(zip(keys, values, strict=True))
+        queries, rows = tuple(x.contiguous() for x in queries), list(zip(keys, values, strict=True))
         kinds = [x.shape for x in rows[0]]
         ctx.how, ctx.kinds, kept = (team, how), kinds, _packed(rows)
         found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -142,7 +142,8 @@ class _Ring(torch.autograd.Function):
         def fold(turn: int, run: Rows) -> None:
             for i, j, n, m in _pairs(team, turn, how.causal):
                 block = _Block(how, i, j, masks[n], drawn)
-                new = block.gradients(grads[n], queries[n], *run[m], outs[n], sums[n])
+                key, value = run[m]
+                new = block.gradients(grads[n], queries[n], key, value, outs[n], sums[n])
                 to_queries[n] = to_queries[n] + new[0]
                 flow[m] = [x + y for x, y in zip(flow[m], new[1:], strict=True)]
 
