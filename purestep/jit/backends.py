@@ -230,9 +230,9 @@ _CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 def _config(device: torch.device | None) -> dict[str, Any]:
     """Return the settings of Inductor for graphs of a device.
 
-    On CPUs Inductor would give every image and weight of a convolution the layout channels-last, as it should where a
-    model is only asked. In training the gradients then lie otherwise than the weights: an update walks through memory
-    in steps, and oneDNN has to move weights for each product.
+    On CPUs Inductor would give every image and every weight of a convolution the layout channels-last. Weights at rest,
+    their moments and what a step returns are contiguous, so a compiled step would move each weight and its gradient
+    from one layout to the other: ResNet-18 took 331 ms for 142 without (`docs/decisions.md`, 79).
     """
     on_cpu = device is not None and device.type == "cpu"
     return {**_CONFIG, "layout_optimization": False} if on_cpu else _CONFIG
