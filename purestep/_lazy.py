@@ -61,6 +61,21 @@ class Uncollected:
             gc.enable()
 
 
+class Lasting(Uncollected):
+    """And what is made within goes to the oldest objects, which the next collection does not look at."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        if self._on:
+            gc.collect(1)  # garbage from before, which may hold tensors, is not to become old with it
+
+    def __exit__(self, *error: object) -> None:
+        if self._on and not gc.get_freeze_count():  # what a program has frozen stays so
+            gc.freeze()
+            gc.unfreeze()
+        super().__exit__(*error)
+
+
 class _Package(ModuleType):
     """A package in which a listed name stays what is listed when a submodule of the same name is imported.
 

@@ -6,8 +6,11 @@ import gc
 import importlib
 import json
 import sys
+import weakref
 
 import pytest
+
+from purestep._lazy import Lasting
 
 # Modules that nothing may load before it is used. A dotted name forbids only that part of its package.
 FORBIDDEN = (
@@ -83,3 +86,41 @@ def test_a_package_offers_functions_and_modules_of_others_lazily(tmp_path, monke
     assert {"own", "far", "renamed"} <= set(dir(top))
     with pytest.raises(AttributeError, match="module 'lazy_top' has no attribute 'other'"):
         _ = top.other
+
+
+class Node:
+    """An object that a collection takes if it refers to itself."""
+
+    def __init__(self):
+        self.me = self
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_what_lasts_is_old_and_what_was_garbage_before_is_collected(collecting):
+    gc.collect()
+    garbage = weakref.ref(Node())
+    if not collecting:
+        gc.disable()
+    try:
+        with Lasting():
+            kept = Node()
+            assert not gc.isenabled()
+        assert gc.isenabled() == collecting
+        assert (garbage() is None) == collecting
+        # Nothing is moved in a program that collects when it chooses to.
+        assert any(x is kept for x in gc.get_objects(generation=2)) == collecting
+    finally:
+        gc.enable()
+
+
+def test_what_a_program_has_frozen_stays_so():
+    gc.collect()
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with Lasting():
+            kept = Node()
+        assert gc.get_freeze_count() == before > 0
+        assert not any(x is kept for x in gc.get_objects(generation=2))
+    finally:
+        gc.unfreeze()

@@ -30,6 +30,7 @@ from purestep.metrics import (
     sample_count,
     to_host,
 )
+from purestep.metrics.recorder import BLOCK
 
 INTS = st.integers(-1000, 1000)
 KINDS = {
@@ -362,7 +363,7 @@ def test_what_lies_on_a_device_is_read_only_when_it_is_asked_for():
         recorder.series()
 
 
-@pytest.mark.parametrize("number", [1, 2, 7, 8, 9, 20])
+@pytest.mark.parametrize("number", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 200])
 def test_a_recorder_refuses_what_does_not_go_on(number):
     recorder = metrics.Recorder()
     for _ in range(number):

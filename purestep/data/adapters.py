@@ -272,7 +272,10 @@ class ThirdPartyLoader:
         """Ask for the batch after the last, at which loaders reset themselves; tell whether there was one."""
         epoch, batch = self._position or (0, 0)
         try:
-            self._next(self._iterator, epoch, batch)
+            if batch and self._quiet >= _TRIED:
+                self._unseeded(self._iterator, epoch, batch)
+            else:
+                self._next(self._iterator, epoch, batch)
         except StopIteration:
             return False
         return True
@@ -342,7 +345,7 @@ class ThirdPartyLoader:
             if isinstance(error, Exception):
                 self._note(error, epoch, number)
             raise
-        if not watch_all.moved(outside):
+        if watch_all.states() is outside or not watch_all.moved(outside):
             if item is _END:
                 raise StopIteration
             return iterator, item

@@ -21,7 +21,12 @@ Words = tuple[int, int]
 @functools.lru_cache(maxsize=256)
 def epoch_words(seed: int, purpose: str, epoch: int) -> Words:
     """Return the two 32-bit words of `fold_in(key(seed), purpose, epoch)`."""
-    first, second = random.fold_in(random.key(seed), purpose, epoch).tolist()
+    return fold_words(_purpose_words(seed, purpose), epoch)
+
+
+@functools.lru_cache(maxsize=256)
+def _purpose_words(seed: int, purpose: str) -> Words:
+    first, second = random.fold_in(random.key(seed), purpose).tolist()
     return first, second
 
 

@@ -24,6 +24,7 @@ BAR_WIDTH = 24  # characters
 
 
 Where = Literal["auto", "terminal", "notebook", "none"]
+_PLACES = get_args(Where)
 VARIABLE = "PURESTEP_DISPLAY"  # of the environment: where to show what is to choose for itself
 
 
@@ -187,7 +188,7 @@ def shown_in(where: Where = "auto") -> Where:
         ('notebook', 'none')
     """
     asked = where if where != "auto" else os.environ.get(VARIABLE, "auto")
-    for known in get_args(Where):
+    for known in _PLACES:
         if asked == known != "auto":
             return known
     if _cells.in_kernel():

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from purestep import devices
 from purestep.arguments import checked
-from purestep.distributed import control
+from purestep.distributed import control, machines
 from purestep.errors import ConfigError, explain
 
 if TYPE_CHECKING:
@@ -134,6 +134,14 @@ class Mesh:
         check_world(self)
         return _cached(self, wanted, lambda: _make_group(self, wanted))
 
+    def twin(self, *axes: str) -> dist.ProcessGroup | None:
+        """Return a second group of the processes of `group`: what is sent over one does not wait for the other."""
+        wanted = tuple(a for a in self.axes if a in axes and self.size(a) > 1)
+        if not wanted:
+            return None
+        check_world(self)
+        return _cached(self, ("twin", wanted), lambda: dist.new_subgroups_by_enumeration(_alike(self, wanted))[0])
+
     def __repr__(self) -> str:
         return f"mesh({dict(zip(self.axes, self.sizes, strict=True))})"
 
@@ -212,9 +220,21 @@ def _make_device_mesh(mesh: Mesh) -> DeviceMesh:
 
 
 def _make_group(mesh: Mesh, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
+    members = _alike(mesh, axes)
     if mesh.size(*axes) == mesh.world:
-        return dist.group.WORLD
-    if len(axes) == 1:
-        return mesh.device_mesh.get_group(axes[0])
-    members = sorted({tuple(mesh.ranks(*axes, rank=r)) for r in range(mesh.world)})
-    return dist.new_subgroups_by_enumeration([list(m) for m in members])[0]
+        group = dist.group.WORLD
+    elif len(axes) == 1:
+        group = mesh.device_mesh.get_group(axes[0])
+    else:
+        group = dist.new_subgroups_by_enumeration(members)[0]
+    if group is not None:
+        machines.prepare(group, members)
+    return group
+
+
+def _alike(mesh: Mesh, axes: tuple[str, ...]) -> list[list[int]]:
+    """Return the ranks of each group along some axes, ascending."""
+    found: dict[tuple[int, ...], list[int]] = {}  # by what these axes do not change
+    for rank in range(mesh.world):
+        found.setdefault(tuple(n for a, n in mesh.coordinate(rank).items() if a not in axes), []).append(rank)
+    return list(found.values())

@@ -50,6 +50,8 @@ Seen to work on torch 2.11.0, 2.13.0 and 2.14.1.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +59,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from purestep._lazy import Lasting
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
@@ -243,6 +247,17 @@ def fake_tensor_mode(*, allow_non_fake_inputs: bool) -> FakeTensorMode:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
+
+
+@functools.cache
+def load_tracer() -> None:
+    """Import what a trace needs: hundreds of modules, whose objects are none that a collection after it has to look at.
+
+    The imports are those that torch makes when it traces for the first time.
+    """
+    with Lasting():
+        fake_tensor_mode(allow_non_fake_inputs=True)
+        importlib.import_module("torch.fx.experimental.proxy_tensor")
 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor, device: str | None = None) -> Tensor:

@@ -54,12 +54,16 @@ def jit(
         unjittable: what to do with a function that cannot be traced. "error" refuses it. With "eager" every step is
             compiled in two pieces, gradients and update; gradients that cannot be traced run uncompiled, with the bits
             of the step itself. An evaluation, or another function that donates nothing, runs uncompiled as a whole.
-            `refusals` says why.
+            `refusals` says why. So do all gradients under a plan whose ranks exchange in the middle of a microbatch:
+            pipelines, expert parallelism, batch norm over ranks.
         warmup: train uncompiled until the state's counter `step` has this value, while another process compiles, and
             then switch, after waiting for it if it is not done. The switch depends on the counter alone, so a resumed
             or replayed run has the same bits, and snapshots record it. Only a step, of a train state, may have one.
             "eager": a run switches at the first batch at which the other process is done, and records the counter, so
             that from then on it is a run with that number. Called outside of a run, it stays uncompiled.
+        by_unit: compile the forward and the backward pass of each unit of the model by itself, and the update; the rest
+            of a microbatch runs uncompiled. Under `pipeline` and `expert_parallel` a step is always compiled so, unless
+            `unjittable="eager"`.
 
     Returns:
         An object that is called like the function. It has `donate`, `backend`, `retraces` (why it was traced again),
@@ -69,7 +73,8 @@ def jit(
     Raises:
         ConfigError: an unknown backend, mode or argument name; a function around a step that is compiled in pieces; a
             step that moves activations to the CPU; `by_unit` of something else than a step of `make_step`, or under a
-            plan whose ranks compute one microbatch together.
+            plan whose ranks compute one microbatch together; when called: a plan whose ranks exchange in the middle of
+            a microbatch, of which nothing can be compiled.
         TraceError: when called: a captured tensor, a Python branch on the value of a tensor, an argument that is
             changed in place.
         StepError: when called: a donating function that returns no such state.

@@ -179,7 +179,7 @@ def _compiled(traced: Traced, mode: str | None) -> Callable[..., Any]:
         # Traces have no ShapeEnv, so that shapes which depend on values are errors; Inductor's disk cache needs one.
         fake_mode.shape_env = ShapeEnv()
         with (
-            inductor.config.patch({**options, **_CONFIG}),
+            inductor.config.patch({**options, **_config(device)}),
             torch.no_grad(),
             inductor.compiling(fake_mode),
         ):
@@ -225,6 +225,17 @@ def _decompositions(device: torch.device | None) -> Iterator[dict[_torch.OpOverl
 _POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward.default
 # The signature of the call has checked the inputs, so kernels need not check them again.
 _CONFIG: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+
+
+def _config(device: torch.device | None) -> dict[str, Any]:
+    """Return the settings of Inductor for graphs of a device.
+
+    On CPUs Inductor would give every image and every weight of a convolution the layout channels-last. Weights at rest,
+    their moments and what a step returns are contiguous, so a compiled step would move each weight and its gradient
+    from one layout to the other: ResNet-18 took 331 ms for 142 without (`docs/decisions.md`, 79).
+    """
+    on_cpu = device is not None and device.type == "cpu"
+    return {**_CONFIG, "layout_optimization": False} if on_cpu else _CONFIG
 
 
 @contextlib.contextmanager

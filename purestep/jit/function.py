@@ -24,7 +24,7 @@ from purestep._lazy import Uncollected
 from purestep.donation import consume, leaves_apart, memory_of, unaliased
 from purestep.errors import RandomnessError, TraceError, explain
 from purestep.jit import backends, cache_key, donation_graph, errors
-from purestep.jit._torch import set_grad_enabled
+from purestep.jit._torch import load_tracer, set_grad_enabled
 from purestep.jit.donation_graph import Layout
 from purestep.jit.progress import progress
 from purestep.jit.reads import Guard
@@ -295,8 +295,10 @@ class Jit(AnyStep):
                 entry, broken = self._fitting(key, leaves)
                 if entry is None:
                     # A mode of the caller must not see the operations of a trace.
-                    with _torch.disable_current_modes(), Uncollected():
-                        entry = self._build(args, kwargs, leaves, structure, extra, objects, broken)
+                    with _torch.disable_current_modes():
+                        load_tracer()
+                        with Uncollected():
+                            entry = self._build(args, kwargs, leaves, structure, extra, objects, broken)
                     self._entries.setdefault(key, []).append(entry)
         return entry
 

@@ -8,6 +8,7 @@ computes a microbatch by the same piece, so with the same bits.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from purestep import _torch, transforms, tree
 from purestep.donation import consume
-from purestep.errors import ConfigError, explain
+from purestep.jit import exchanging
 from purestep.jit.function import Jit, Unjittable
 from purestep.jit.unit_pieces import CutStep, UnitPieces, units_of
 from purestep.microbatch import Gradients, MicrobatchExchange, accumulate, split_batch
@@ -28,6 +29,8 @@ from purestep.sharding.presets import single
 from purestep.state import TrainState, definition
 from purestep.step import Metrics, Step
 from purestep.step_protocol import AnyStep, StepFacts, StepFn, following, name_of
+
+log = logging.getLogger("purestep.jit")
 
 
 class JitStep(AnyStep):
@@ -50,7 +53,9 @@ class JitStep(AnyStep):
         unjittable: Unjittable = "error",
         by_unit: bool = False,
     ) -> None:
-        self.step, self.by_unit = step, by_unit
+        # Gradients that are no graph are compiled by units, unless they are to have the bits of the step itself.
+        self.step, self.by_unit = step, by_unit or (unjittable == "error" and exchanging.by_unit(step.plan))
+        by_unit = self.by_unit
         self.unjittable = unjittable
         self.__name__ = name_of(step)
         self.donate, self.backend, self.mode = donate, backend, mode
@@ -67,6 +72,7 @@ class JitStep(AnyStep):
         self.units = UnitPieces(step.plan or single(), backend, mode, self.__name__) if by_unit else None
         self._cut: Step | None = None if self.units is None else CutStep.of(step, self.units)
         self._index: list[Tensor] = []
+        self._refused: tuple[str, ...] = ()
         self._compute: Callable[..., Gradients] = self.grads
         self._apply: Callable[..., tuple[TrainState, Metrics]] = self.update
 
@@ -85,35 +91,29 @@ class JitStep(AnyStep):
 
         step = self.step
         microbatches_module.check(plan, step)
-        if plan.pipelined:
-            raise ConfigError(
-                explain(
-                    "a step of a pipeline cannot be compiled",
-                    where=repr(plan.mesh),
-                    why="each rank computes a part of a microbatch, and sends and receives in the middle of the model",
-                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
-                )
-            )
-        if plan.sync_batchnorm:
-            raise ConfigError(
-                explain(
-                    "a step with batch norm over ranks cannot be compiled",
-                    where=f"sync_batchnorm=True on {plan.mesh!r}",
-                    why="ranks exchange statistics in the middle of the model, outside of any graph",
-                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
-                )
-            )
-        if plan.expert_axis:
-            raise ConfigError(
-                explain(
-                    "a step with expert parallelism cannot be compiled",
-                    where=f"experts={plan.experts!r} on {plan.mesh!r}",
-                    why="how many tokens a rank sends to another is known only once the router has run",
-                    instead="step = ps.make_step(loss_fn, tx, plan=plan)   # without ps.jit",
-                )
-            )
         # A graph takes no DTensors: if any leaf is split, the pieces compute with the local shards.
         view = placement.local(state) if any(map(placement.is_split, tree.leaves(state))) else state
+        gradients = self._gradients(plan, state, view, batch)
+        # A transformation that needs full tensors gathers them, one on the CPU copies: a graph has neither.
+        compiled = (view is state or only_shards(step.tx)) and not offload.is_away(plan, state)
+
+        def update(parts: TrainState, total: Gradients) -> tuple[TrainState, Metrics]:
+            return self._apply(parts, _changed(parts, total)) if compiled else step.update(parts, total)
+
+        new, metrics = zero.updated(plan, state, view, gradients, update)
+        # The compiled update marked the view as consumed; the state, with the same memory, is still to be marked.
+        if self.donate and compiled and view is not state:
+            consume(state, self.__name__)
+        return new, metrics
+
+    def _gradients(self, plan: Plan, state: TrainState, view: TrainState, batch: Any) -> Gradients:
+        """Return the mean gradients over all microbatches of this rank's parts."""
+        from purestep.parallel import microbatches as microbatches_module
+
+        step = self.step
+        if (reason := exchanging.why(plan)) is not None:
+            # The step as it is without jit, which exchanges in the middle of a microbatch, with its units compiled.
+            return self._cut_step(plan, state, reason)._planned(plan, state, view, batch)
         indices = self._indices(step.microbatch_count, state.rng.device)
 
         def compute(view: TrainState, microbatch: Any, index: int, exchange: MicrobatchExchange) -> Gradients:
@@ -127,18 +127,21 @@ class JitStep(AnyStep):
             part = dataclasses.replace(part, buffers=offload.at_rest(plan, view, part.buffers))
             return exchange.taken(part, view)
 
-        gradients = microbatches_module.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
-        # A transformation that needs full tensors gathers them, one on the CPU copies: a graph has neither.
-        compiled = (view is state or only_shards(step.tx)) and not offload.is_away(plan, state)
+        return microbatches_module.total(plan, step.microbatch_count, state, view, batch, compute, step.orders)
 
-        def update(parts: TrainState, total: Gradients) -> tuple[TrainState, Metrics]:
-            return self._apply(parts, _changed(parts, total)) if compiled else step.update(parts, total)
-
-        new, metrics = zero.updated(plan, state, view, gradients, update)
-        # The compiled update marked the view as consumed; the state, with the same memory, is still to be marked.
-        if self.donate and compiled and view is not state:
-            consume(state, self.__name__)
-        return new, metrics
+    def _cut_step(self, plan: Plan, state: TrainState, reason: str) -> Step:
+        """Return the step whose units are compiled; the step itself where its gradients may run uncompiled."""
+        cut = self._cut if exchanging.by_unit(plan) else None
+        found = () if cut is None else units_of(plan, definition(state).module)
+        if cut is not None and found:
+            return cut
+        error = exchanging.refusal(plan, reason, units=cut is not None)
+        if self.unjittable == "error":
+            raise error
+        if str(error) not in self._refused:
+            self._refused = (*self._refused, str(error))
+            log.warning("gradients of %s run uncompiled: %s", self.__name__, error)
+        return self.step
 
     def _total(self, state: TrainState, batch: Any, same: bool = False) -> Gradients:
         """Add up the gradients of all microbatches. `same`: compute them once for each microbatch size (`compile`)."""
@@ -206,12 +209,13 @@ class JitStep(AnyStep):
     @property
     def refusals(self) -> tuple[str, ...]:
         """Why gradients are computed uncompiled: with `unjittable="eager"` all, with `by_unit` those of some units."""
-        return self.grads.refusals + (() if self.units is None else self.units.refusals)
+        return self._refused + self.grads.refusals + (() if self.units is None else self.units.refusals)
 
     def clear(self) -> None:
         """Forget everything that was compiled."""
         self.grads.clear()
         self.update.clear()
+        self._refused = ()
         if self.units is not None:
             self.units.clear()
 

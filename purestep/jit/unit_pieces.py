@@ -14,7 +14,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from purestep import _torch, transforms, tree
 from purestep.errors import PurestepError, RandomnessError, TraceError
-from purestep.jit import backends, cache_key, errors
+from purestep.jit import backends, cache_key, errors, exchanging
+from purestep.jit._torch import load_tracer
 from purestep.jit.joint import Halves, joint
 from purestep.jit.outline import signature_of
 from purestep.jit.progress import progress
@@ -49,7 +50,23 @@ def _units_of(plan: Plan, module: nn.Module) -> tuple[str, ...]:
     paths = dict.fromkeys(plan.unit(name) for name in slots(module).params)
     found = [path for path in paths if path and path in modules]
     # The forward of an outer unit holds the call of an inner one, before which parameters are gathered.
-    return tuple(p for p in found if not any(other.startswith(f"{p}.") for other in found))
+    inner = [p for p in found if not any(other.startswith(f"{p}.") for other in found)]
+    for path in inner:
+        exchanging.check_whole(plan, path)
+    experts = [path for path in modules if tree.matches(plan.experts, path)] if plan.experts else []
+    return tuple(q for p in inner for q in _beside(modules[p], p, experts))
+
+
+def _beside(module: nn.Module, path: str, experts: Sequence[str]) -> Iterator[str]:
+    """Yield a unit, or what of it can be compiled: experts run as they are, and what is around them does."""
+    if not any(other == path or other.startswith(f"{path}.") for other in experts):
+        yield path
+        return
+    for name, child in () if path in experts else module.named_children():
+        # A layer of torch's is one kernel already.
+        layer = type(child).__module__.startswith("torch.nn.") and not any(child.children())
+        if not layer and any(True for _ in child.parameters()):
+            yield from _beside(child, f"{path}.{name}", experts)
 
 
 # The submodules that are compiled each by itself: the innermost ones that a plan gathers as a whole.
@@ -98,6 +115,16 @@ class UnitPieces:
         # What happens here is no operation of the model: no mode of it has to look.
         with _torch.no_torch_function():
             call = UnitCall(module, own, args, kwargs, innermost())
+            elsewhere = any(map(_torch.is_fake, call.inputs))  # another rank of a pipeline computes it
+        piece = None if elsewhere else self._piece(path, call)
+        if piece is None:
+            return own(*args, **kwargs)
+        with _torch.no_torch_function():
+            return piece(call)
+
+    def _piece(self, path: str, call: UnitCall) -> Piece | None:
+        """Return what was compiled for a call, or compile it now; None for a unit that runs as it is."""
+        with _torch.no_torch_function():
             key = self._key(call)
             known = key in self._pieces
             if not known and (plain := self._key(call, any_mode=True)) in self._pieces:
@@ -109,11 +136,7 @@ class UnitPieces:
                     if piece is not None and not piece.met:
                         # Whether a mode is active makes no difference to what it does not look at.
                         self._pieces.setdefault(self._key(call, any_mode=True), piece)
-        piece = self._pieces[key]
-        if piece is None:
-            return own(*args, **kwargs)
-        with _torch.no_torch_function():
-            return piece(call)
+        return self._pieces[key]
 
     def _key(self, call: UnitCall, any_mode: bool = False) -> Hashable:
         if call.module not in self._known:
@@ -124,6 +147,7 @@ class UnitPieces:
         # The modes and hooks of the step must not see the operations of a trace, nor what it saves.
         hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
         with _torch.disable_current_modes(), _torch.no_function_modes(), hooks:
+            load_tracer()
             try:
                 call.check(path)
                 halves = joint(

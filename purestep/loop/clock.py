@@ -7,6 +7,7 @@ rank 0, and a signal to any rank is one to all.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class Alone:
     @property
     def unread(self) -> bool:
         """Whether a signal came that was not read yet."""
-        return self._signals.unread
+        return self._signals.count() > 0
 
     def read(self) -> str:
         """Return the name of the signal and count it as read."""
@@ -64,6 +65,12 @@ class Alone:
         if self._signals.unread or (self._ready is not None and self._ready() is not None):
             return True
         return deadline is not None and time.monotonic() - self._start >= deadline
+
+    def stopping(self, deadline: float | None) -> Callable[[], object]:
+        """Return what tells that after each batch of a chunk, as long as nothing else is watched meanwhile."""
+        if self._ready is None and deadline is None:
+            return self._signals.count  # no function of Python is called for every batch
+        return functools.partial(self.stop, deadline)
 
     def meet(self, what: str, value: object = None) -> list[Any]:
         """Exchange a value with the other ranks, and with it signals and time."""
@@ -122,6 +129,9 @@ class Together(Alone):
         if self._name:
             return None
         return Train(*bounds) if isinstance(effect, Train) else effect
+
+    def stopping(self, deadline: float | None) -> Callable[[], object]:
+        return functools.partial(self.stop, deadline)
 
     def stop(self, deadline: float | None) -> bool:
         self._since += 1

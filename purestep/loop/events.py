@@ -31,9 +31,7 @@ class Cursor:
     batch: int = 0
     batches: int = 0
     loader: Any = None
-
-    def replace(self, **changes: Any) -> Cursor:
-        return replaced(self, **changes)
+    replace = replaced
 
 
 @pytree
@@ -55,9 +53,7 @@ class Status:
     save: bool = False
     stop: str | None = None
     boundary: float = 0.0
-
-    def replace(self, **changes: Any) -> Status:
-        return replaced(self, **changes)
+    replace = replaced
 
 
 @pytree
@@ -77,9 +73,7 @@ class LoopState:
     callbacks: dict[str, Any] = dataclasses.field(default_factory=dict)
     status: Status = dataclasses.field(default_factory=Status)
     elapsed: float = 0.0
-
-    def replace(self, **changes: Any) -> LoopState:
-        return replaced(self, **changes)
+    replace = replaced
 
 
 # --- events: what happened ----------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ _STEP = {
     "tensor_parallel": "tensor_parallel(rules, size, tensor_parts={})",
     "sequence_parallel": "tensor_parallel(rules, size, sequence_parallel={})",
     "context": "context_parallel(size, parts=...) as it was: {}",
+    "attention": "context_parallel(size, attention={!r})",
     "experts": "a plan with experts={!r}",
     "device": "the device it was saved on: {}",
 }
@@ -108,6 +109,7 @@ def conditions(step: StepFn, device: str = "cpu") -> dict[str, Any]:
         "tensor_parallel": 1 if plan is None else plan.parts if plan.tensor_axis else 1,
         "sequence_parallel": plan is not None and plan.sequence_parallel,
         "context": plan is not None and plan.context,
+        "attention": "gather" if plan is None else plan.attention,
         "experts": [] if plan is None else list(plan.experts),
         "device": device,
     }

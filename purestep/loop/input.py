@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ class Feed:
 
     Attributes:
         left_out: samples that the last batch has lost to `on_bad_sample="skip"`; None where none can be.
+        waited: seconds that were spent in waiting for batches, since somebody set it to 0.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Feed:
         self.stopping = stopping
         self.length = source.length()
         self.left_out: int | None = 0 if getattr(source, "on_bad_sample", "") == "skip" else None
+        self.waited = 0.0
         self._iterator: Iterator[Any] | None = None
         self._skipped: list[int] = []
         self._ahead: Any = _END
@@ -69,13 +72,18 @@ class Feed:
 
     def take(self, cursor: Cursor, n: int) -> Iterator[Any]:
         """Yield up to n batches from the cursor on; fewer at the end of the epoch."""
-        given = 0
+        given, clock = 0, time.perf_counter
+        began = clock()
         try:
             for batch in self._take(cursor, n):
+                self.waited += clock() - began
                 self._given = True
                 yield batch
                 given += 1
+                began = clock()
+            self.waited += clock() - began
         except DataError:
+            self.waited += clock() - began
             # A signal to the whole process group ends the workers too. What was trained on so far is whole.
             if not self.stopping() or not (self.alone or isinstance(self.source, data.Batches)):
                 raise

@@ -7,6 +7,7 @@ replays from its events. It knows neither torch nor files; the interpreter in `r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 from purestep import metrics as metrics_
@@ -22,7 +23,6 @@ from purestep.loop.events import (
     Evaluated,
     Event,
     Failed,
-    Horizon,
     Interrupted,
     Log,
     LoopState,
@@ -77,6 +77,10 @@ class Machine:
                     )
                 )
 
+    @functools.cached_property
+    def _by_name(self) -> tuple[Callback, ...]:
+        return tuple(sorted(self.callbacks, key=lambda callback: callback.name))
+
     def init(self, train: object) -> LoopState:
         """Return the loop at the start of a run."""
         return LoopState(train, callbacks={c.name: c.init() for c in self.callbacks})
@@ -130,7 +134,7 @@ class Machine:
     def _ask(self, loop: LoopState, event: Event) -> tuple[LoopState, list[Effect]]:
         view, owns = View(loop, self.length), dict(loop.callbacks)
         asked: list[Effect] = []
-        for callback in sorted(self.callbacks, key=lambda c: c.name):
+        for callback in self._by_name:
             owns[callback.name], effects = callback.react(owns[callback.name], event, view)
             asked.extend(effects)
         return loop.replace(callbacks=owns), asked
@@ -140,16 +144,21 @@ class Machine:
     def _decide(self, loop: LoopState, event: Event, effects: Sequence[Effect]) -> tuple[LoopState, tuple[Effect, ...]]:
         status = loop.status
         out: list[Effect] = []
+        new: list[Evaluate | Transform] = []
+        latest, due, save, stop = status.metrics, status.due, status.save, status.stop
         for effect in effects:
             if isinstance(effect, Log):
-                status = status.replace(metrics=status.metrics | dict(effect.row))
+                latest = latest | dict(effect.row)
                 out.append(effect)
-        new = [e for e in effects if isinstance(e, (Evaluate, Transform)) and e.name not in status.due]
-        stops = [e.reason for e in effects if isinstance(e, Stop)]
-        save = status.save or any(isinstance(e, Save) for e in effects)
-        stop = status.stop or (stops[0] if stops else None)
-        due = status.due + tuple(e.name for e in new)
-        status = status.replace(due=due, save=save, stop=stop)
+            elif isinstance(effect, (Evaluate, Transform)):
+                if effect.name not in status.due:
+                    new.append(effect)
+                    due = (*due, effect.name)
+            elif isinstance(effect, Stop):
+                stop = stop or effect.reason
+            elif isinstance(effect, Save):
+                save = True
+        status = status.replace(metrics=latest, due=due, save=save, stop=stop)
         if isinstance(event, StepsDone) and event.epoch_end:
             return loop.replace(status=status), tuple(out)  # EpochDone follows; everything waits for it
         if isinstance(event, Interrupted):
@@ -172,12 +181,12 @@ class Machine:
 
     def _train(self, loop: LoopState) -> Train:
         view = View(loop, self.length)
-        horizon = Horizon(LONGEST_CHUNK) & self.until.horizon(view)
+        horizons = [self.until.horizon(view), *[callback.horizon(view) for callback in self.callbacks]]
+        batches = [h.batches for h in horizons if h.batches is not None]
         if self.length is not None:
-            horizon &= Horizon(self.length - loop.cursor.batch)
-        for callback in self.callbacks:
-            horizon &= callback.horizon(view)
-        return Train(max(horizon.batches or 1, 1), horizon.elapsed)
+            batches.append(self.length - loop.cursor.batch)
+        seconds = [h.elapsed for h in horizons if h.elapsed is not None]
+        return Train(max(min([LONGEST_CHUNK, *batches]), 1), min(seconds, default=None))
 
 
 def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ from purestep.loop.saving import Saving
 from purestep.loop.signals import Signals
 from purestep.loop.skipped_updates import Skipped
 from purestep.loop.stopwatch import Stopwatch
+from purestep.metrics.recorder import BLOCK
 from purestep.preflight import hidden_attributes, memory
 from purestep.preflight.check import check_precision, check_threads
 from purestep.preflight.contract import Contract
@@ -301,9 +302,12 @@ class Run:
     def _train(self, effect: Train) -> Iterator[Event]:
         cursor = self.loop.cursor
         with self._watch.part("step"):
-            taken = self._watch.over("data", self._feed.take(cursor, effect.n))
-            with self._instruments.around(self.loop, taken) as batches:
-                state, record, cut, last = self._chunk(self.loop.train, batches, effect.elapsed)
+            self._feed.waited, taken = 0.0, self._feed.take(cursor, effect.n)
+            try:
+                with self._instruments.around(self.loop, taken) as batches:
+                    state, record, cut, last = self._chunk(self.loop.train, batches, effect.elapsed)
+            finally:
+                self._watch.move("data", self._feed.waited)
             del batches, taken
             steps = record.series()
         self._skipped.look(self._step, state, last, steps)
@@ -325,15 +329,17 @@ class Run:
     ) -> tuple[Any, metrics.Recorder, bool, Any]:
         """Train on a chunk of batches; return whether it was cut short, and the last batch. No device is read here."""
         record, index, batch = metrics.Recorder(), self.loop.cursor.batches, None
-        step, stop, same, add = self._step, self._outside.stop, self._guard.same, record.add
+        step, stop, same = self._step, self._outside.stopping(elapsed), self._guard.same
         plain, counted, first = None, self._feed.left_out is not None, None
+        keep, block = record.waiting.append, index + BLOCK
         for batch in batches:
             if self._checked:
                 same(batch, index)
             else:
                 with self._watch.part("check"):
                     first = self._check_first(state, batch)
-                step = self._step  # the check has settled the number of its microbatches
+                # The check has settled the number of its microbatches, and whether a compilation is waited for.
+                step, stop = self._step, self._outside.stopping(elapsed)
             try:
                 returned = step(state, batch)
             except Exception as error:
@@ -347,9 +353,12 @@ class Run:
                 plain = metrics.are_plain(values)
             if plain:
                 values = metrics.as_metrics(values, self._ranks.samples(batch))
-            add(self._counted(values) if counted else values)
+            keep(self._counted(values) if counted else values)
             index += 1
-            if stop(elapsed):
+            if index == block:
+                record.read()
+                block += BLOCK
+            if stop():
                 return state, record, True, batch
         return state, record, False, batch
 

@@ -17,12 +17,14 @@ class Signals:
     none.
 
     Attributes:
-        unread: whether a signal came that was not read yet.
+        count: a function that returns how many signals came that were not read yet.
         since: when the first one came, on the monotonic clock; None before.
     """
 
     def __init__(self) -> None:
-        self.unread = self._left = False
+        self._unread: list[str] = []
+        self.count = self._unread.__len__
+        self._left = False
         self.since: float | None = None
         self._name = ""
         self._seen = 0
@@ -54,14 +56,21 @@ class Signals:
         if number == signal.SIGINT and self._seen and self._name == "SIGINT":
             raise KeyboardInterrupt
         self.since = time.monotonic() if self.since is None else self.since
-        self._name, self._seen, self.unread = signal.Signals(number).name, self._seen + 1, True
+        self._name, self._seen = signal.Signals(number).name, self._seen + 1
+        self._unread.append(self._name)
 
     def note(self, name: str) -> None:
         """Note a signal that reached the process in another way; as often as it comes."""
         self.since = time.monotonic() if self.since is None else self.since
-        self._name, self.unread = name, True
+        self._name = name
+        self._unread.append(name)
+
+    @property
+    def unread(self) -> bool:
+        """Whether a signal came that was not read yet."""
+        return bool(self._unread)
 
     def read(self) -> str:
         """Return the name of the signal and count it as read."""
-        self.unread = False
+        self._unread.clear()
         return self._name

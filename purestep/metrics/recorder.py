@@ -22,7 +22,7 @@ from purestep.metrics.metric import Growing, Mean, Metric, Sum
 
 Columns = dict[str, Sequence[Any]]  # by field, the values of all steps
 _NUMBERS = frozenset((float, int, bool))
-_READ_EVERY = 8  # steps; their numbers are then still in the cache of the processor
+BLOCK = 64  # steps: enough that the code which reads is fetched once for many, and few that wait
 
 
 class Series(Sequence[Mapping[str, Metric]]):
@@ -61,9 +61,13 @@ class Series(Sequence[Mapping[str, Metric]]):
 class Recorder:
     """Collects the metrics of steps one by one, and returns them as a `Series`.
 
-    Numbers in host memory are read after a few steps, while they are in the cache of the processor, which is several
-    times cheaper than later. Tensors on a device are kept, and read by `series` in one transfer for each dtype, so that
-    no step synchronizes with the device.
+    Numbers in host memory are read for many steps at once, because after each step the code that reads them has left
+    the cache of the processor, which costs more than the numbers themselves. Tensors on a device are kept, and read by
+    `series` in one transfer for each dtype, so that no step synchronizes with the device.
+
+    Attributes:
+        waiting: metrics of the last steps, not read yet. A loop may append to it what it would give to `add`, and call
+            `read` every `BLOCK` steps: then no function of Python is called for a step.
 
     Examples:
         >>> recorder = Recorder()
@@ -78,27 +82,28 @@ class Recorder:
         self._columns: dict[str, Columns] = {}
         # By metric: name, class, and for each field its name, `append` of its column, and whether it is on the host.
         self._layout: list[tuple[str, type, list[tuple[str, Callable[[Any], None], bool]]]] = []
-        self._waiting: list[Mapping[str, Metric]] = []
+        self.waiting: list[Mapping[str, Metric]] = []
         self._length = 0
         self._all_read = True
 
     def __len__(self) -> int:
-        return self._length + len(self._waiting)
+        return self._length + len(self.waiting)
 
     def add(self, step: Mapping[str, Metric]) -> None:
         """Add the metrics of one step.
 
         Raises:
-            MetricError: this step or one of the few before it has other names or classes than the first one.
+            MetricError: this step or one of the 63 before it has other names or classes than the first one.
         """
-        self._waiting.append(step)
-        if len(self._waiting) >= _READ_EVERY:
-            self._read_waiting()
+        self.waiting.append(step)
+        if len(self.waiting) >= BLOCK:
+            self.read()
 
-    def _read_waiting(self) -> None:
-        if not self._length and self._waiting:
-            self._set_layout(self._waiting[0])
-        for step in self._waiting:
+    def read(self) -> None:
+        """Read the numbers of the steps that wait, as far as they are in host memory; raises what `add` raises."""
+        if not self._length and self.waiting:
+            self._set_layout(self.waiting[0])
+        for step in self.waiting:
             if len(step) != len(self._layout):
                 raise _changed(self._first, step)
             for name, kind, fields in self._layout:
@@ -114,7 +119,7 @@ class Recorder:
                         self._all_read, number = False, value
                     append(number)
             self._length += 1
-        self._waiting.clear()
+        self.waiting.clear()
 
     def _set_layout(self, step: Mapping[str, Metric]) -> None:
         self._first = step
@@ -126,7 +131,7 @@ class Recorder:
 
     def series(self) -> Series:
         """Return all steps that were added, on the host: 0-d leaves as Python numbers, others as CPU tensors."""
-        self._read_waiting()
+        self.read()
         if not self._all_read:
             _read_tensors(self._columns)
             self._all_read = True

@@ -5,7 +5,8 @@ wrapper                 a tensor with a shape and no memory, of a class with `__
                         expanded scalar.
 no_subclass             a context in which `__torch_function__` is not asked: published as
                         `torch.overrides` functions in part.
-all_gather, exchange    collectives that may stand in a traced graph. Without them: those of
+all_gather, exchange, pass_on, arrived
+                        collectives that may stand in a traced graph. Without them: those of
                         `torch.distributed.nn.functional`, which copy.
 FakeTensorMode          tensors of shapes without memory, for what a rank of a pipeline does not compute. There is no
                         public name; `torch.export` uses it. Without it: tensors on the meta device, which do not mix
@@ -50,6 +51,20 @@ def exchange(sent: Tensor, count: int, group_name: str) -> Tensor:
     sizes = [n] * count
     received: Tensor = functional.wait_tensor(functional.all_to_all_single(sent.reshape(-1), sizes, sizes, group_name))
     return received.view(count, n)
+
+
+def pass_on(sent: Tensor, count: int, rank: int, group_name: str) -> Tensor:
+    """Begin to send a flat tensor to the next member of a group; `arrived` waits for that of the one before."""
+    to, source = [0] * count, [0] * count
+    to[(rank + 1) % count] = source[(rank - 1) % count] = sent.numel()
+    begun: Tensor = torch.ops._c10d_functional.all_to_all_single(sent, source, to, group_name)
+    return begun
+
+
+def arrived(begun: Tensor) -> Tensor:
+    """Return what a collective that was begun receives, once it is here."""
+    received: Tensor = torch.ops._c10d_functional.wait_tensor(begun)
+    return received
 
 
 def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:

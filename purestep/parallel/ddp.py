@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from purestep import _torch, tree
+from purestep.distributed import machines
 from purestep.grad import stop_gradient
 from purestep.metrics import Metric
 from purestep.microbatch import Accumulation, Context, Gradients, Partial, Tensors, Weight, merge
@@ -52,6 +53,7 @@ class Buckets:
     def __init__(self, shares: Shares, sums: Accumulation, specs: Mapping[str, Spec] | None = None) -> None:
         self.shares, self.sums, self.specs = shares, sums, specs or {}
         self.fast, self.sent = shares.plan.reduction == "fast", shares.plan.sent_dtype
+        self.exchanges = 2 if machines.grid(shares.group) is None else 3  # of a sum in the tree: machines add one
         self.small: TreeSum[Partial] = TreeSum(merge)
         self.trees: list[TreeSum[Tensor]] = []
         self.leaving: list[Sum] = []
@@ -79,10 +81,10 @@ class Buckets:
         self.waiting = exchange_small(self.small.nodes, shares.owners, shares.group, pattern, self.sums)
 
     def begin(self, k: int, like: Tensor) -> None:
-        """Launch the reduction of a flat tensor over the ranks, and end the one before the last: two are under way."""
-        if len(self.leaving) > 1:
+        """Launch the reduction of a flat tensor over the ranks, and end an earlier one: few are under way."""
+        if len(self.leaving) >= self.exchanges:
             self.arrived.append(self.leaving.pop(0).result())
-        # Sums in a tree take two exchanges: the second one of the bucket before is launched before this one's first.
+        # Sums in a tree take several exchanges: the next ones of buckets before are launched before this one's first.
         for before in self.leaving:
             before.advance()
         # The sums over this rank's microbatches are handed over, so that they are freed as soon as they are sent.
@@ -103,8 +105,9 @@ class Buckets:
     def result(self) -> Gradients:
         """Wait for the others, and return the mean over all microbatches: whole gradients, or this rank's parts."""
         total = self.waiting()
-        for before in self.leaving:
-            before.advance()
+        for _ in range(1, self.exchanges):
+            for before in self.leaving:
+                before.advance()
         flats = self.arrived + [x.result() for x in self.leaving]
         self.arrived, self.leaving = [], []
         flats = self.sums.divided(flats, total.weight, owned=True)

@@ -27,7 +27,7 @@ from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.fsdp_units import Session, Unit, Units
 from purestep.parallel.small_exchange import exchange_small
 from purestep.parallel.sync_batchnorm import synced
-from purestep.parallel.tree_reduce import Flat, Summing, add, arrived, flat_like, rows_of, send, whole_sum
+from purestep.parallel.tree_reduce import Flat, Slices, Summing, add, flat_like, rows_of, whole_sum
 from purestep.precision.cast_params import Uncast
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan
@@ -117,13 +117,26 @@ class Leaving:
 
     Attributes:
         like: a flat tensor of its length.
-        pending: what comes.
+        coming: what comes: slices that are added in the tree, or a sum of the backend.
         nodes: the parts of the tree that are here.
     """
 
     like: Tensor
-    pending: collectives.Pending | None = None
+    coming: Slices | collectives.Pending | None = None
     nodes: dict[Node, Tensor] = dataclasses.field(default_factory=dict)
+
+    def further(self) -> None:
+        """Wait for what is on its way, and launch the exchange between machines, where that follows."""
+        if not isinstance(self.coming, Slices) or self.coming.further():
+            self.arrive()
+
+    def arrive(self) -> None:
+        """Wait for the sum, once."""
+        if isinstance(self.coming, Slices):
+            self.nodes = self.coming.result().nodes
+        elif self.coming is not None:
+            self.nodes = {(0, 0): self.coming.wait()}
+        self.coming = None
 
 
 class Travelling(Protocol):
@@ -278,8 +291,9 @@ class ShardedExchange:
         """Send the other ranks their parts of the gradients of a unit; zeros, if none were taken."""
         with _torch.no_torch_function(), torch.no_grad():
             # One reduction is under way at a time: waiting for the one before bounds the memory of packed gradients.
+            # Of one that is sent on between machines little is left, so that it has the time of one more.
             for before in self._sent.values():
-                self._arrive(before)
+                before.further()
             rows = self._taken.pop(unit.number, None)
             rows = self._rows(unit, [None] * len(unit.trained)) if rows is None else rows
             self._sent[unit.number] = self._send(rows, self.sharded.sent)
@@ -308,15 +322,7 @@ class ShardedExchange:
         if self.sharded.fast:
             return Leaving(like, scatter_sum(rows if self.counts else torch.zeros_like(rows), group, dtype))
         held = rows.unsqueeze(1) if self.counts else rows.unsqueeze(1)[:, :0]
-        return Leaving(like, send(held, self.owners, group))
-
-    def _arrive(self, sent: Leaving) -> None:
-        """Wait for a sum, once."""
-        if sent.pending is None:
-            return
-        fast = self.sharded.fast
-        sent.nodes = {(0, 0): sent.pending.wait()} if fast else arrived(sent.pending, len(sent.like), self.owners).nodes
-        sent.pending = None
+        return Leaving(like, Slices(held, self.owners, group))
 
     def _finish(self, whole: Mapping[str, Tensor]) -> None:
         """Exchange what is left, and hand over the sums: one flat tensor a unit, and those of the rest."""
@@ -333,7 +339,9 @@ class ShardedExchange:
             sent += [Leaving(like, nodes=nodes) for like, nodes in zip(likes, found, strict=True)]
         sent += [self._send(rows_of(x, self.units.count)) for x in pieces]
         for x in sent:
-            self._arrive(x)
+            x.further()
+        for x in sent:
+            x.arrive()
         self.sharded.put(sent, self.number)
 
 

@@ -17,7 +17,7 @@ from purestep.distributed import collectives
 from purestep.parallel.assignment import Shares
 from purestep.parallel.compressed import scatter_sum, sum_into
 from purestep.parallel.fsdp_layout import Row, Rows
-from purestep.parallel.tree_reduce import Flat, Summing, arrived, send, whole_sum
+from purestep.parallel.tree_reduce import Flat, Slices, Summing, whole_sum
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Spec
 from purestep.treesum import TreeSum, forest
@@ -90,33 +90,35 @@ class PartSum:
         fast: bool,
         sent: torch.dtype | None,
     ) -> None:
-        self._shares, self._fast, self._sent = shares, fast, sent
+        self._shares, self._sent = shares, sent
         self._width = sum(rows.lengths)
         self._like = like.new_empty(()).expand(self._width)  # of its length and dtype, without memory
         plan = shares.plan
         group = plan.mesh.group(*plan.shard_axes)
-        self._owners = [forest(shares.held(rank)) for rank in plan.mesh.ranks(*plan.shard_axes)]
+        self._coming: Slices | collectives.Pending
         if fast:
             flat = trees.result() if trees.nodes else torch.zeros_like(like)
-            self._pending: collectives.Pending = scatter_sum(_cut(rows, flat), group, sent)
+            self._coming = scatter_sum(_cut(rows, flat), group, sent)
             return
         # One copy after the other: where the nodes are several, no more than one is there twice.
         held = [_cut(rows, trees.nodes.pop(node)) for node in list(trees.nodes)]
         cut = torch.stack(held, dim=1) if len(held) > 1 else held[0].unsqueeze(1) if held else None
         if cut is None:
             cut = like.new_empty(rows.count, 0, self._width)
-        self._pending = send(cut, self._owners, group)
+        owners = [forest(shares.held(rank)) for rank in plan.mesh.ranks(*plan.shard_axes)]
+        self._coming = Slices(cut, owners, group)
 
     def advance(self) -> None:
-        """Do nothing: one exchange is all there is, but among ranks that hold the same parts."""
+        """Launch the exchange between machines, where there are several."""
+        if isinstance(self._coming, Slices):
+            self._coming.further()
 
     def result(self) -> Tensor:
         """Return the flat tensor of this rank's parts, one after the other."""
         copies = self._shares.copies
-        if self._fast:
-            return sum_into(self._pending.wait(), copies, self._sent).wait()
-        nodes = arrived(self._pending, self._width, self._owners).nodes
-        return whole_sum(Summing(nodes, self._shares.groups, copies, self._like))
+        if isinstance(self._coming, Slices):
+            return whole_sum(Summing(self._coming.result().nodes, self._shares.groups, copies, self._like))
+        return sum_into(self._coming.wait(), copies, self._sent).wait()
 
 
 def _cut(rows: Rows, flat: Tensor) -> Tensor:

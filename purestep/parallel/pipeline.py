@@ -1,8 +1,8 @@
 """A step of a pipeline: each rank computes its stages of every microbatch, in the order of a schedule.
 
 `pipeline_order` has the schedule, `stage_pass` computes one stage of one microbatch, `wire` sends what goes from one to
-the next. Here a rank performs its actions, adds up the gradients of its own stages in the tree of microbatches, and the
-ranks of the data axis add up theirs.
+the next. Here a rank performs its actions, and hands the gradients of each of its stages to the sums of the plan over
+the batch axes: those of `ddp`, which ZeRO 1 shares, or of `scattered`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from purestep.errors import ConfigError, explain
-from purestep.microbatch import Accumulation, Gradients, Partial, accumulate
+from purestep import tree
+from purestep.microbatch import Gradients, MicrobatchExchange, accumulate
 from purestep.parallel.assignment import Shares, shares
+from purestep.parallel.ddp import Buckets
+from purestep.parallel.fsdp_order import Orders
 from purestep.parallel.same_inputs import compare_first, compare_sizes, sizes_of
-from purestep.parallel.small_exchange import exchange_small
+from purestep.parallel.scattered import Scattered
 from purestep.parallel.stage_cut import Left, run_of
 from purestep.parallel.stage_pass import Pass, Prepare, Stages
-from purestep.parallel.tree_reduce import Summing, flat_like, whole_sum
 from purestep.parallel.wire import Key
+from purestep.parallel.zero import parts_of, split_over_batch
 from purestep.sharding import placement
-from purestep.sharding.local_batches import local_batch
+from purestep.sharding.local_batches import local_batch, microbatch_sizes
 from purestep.sharding.pipeline_order import tables
 from purestep.sharding.plan import Plan
 from purestep.sharding.stages import AXIS
 from purestep.state import TrainState
 
 T = TypeVar("T")
-_LIMITS = 1 << 20, 25 << 20  # bytes of gradients that the ranks of the data axis add up at a time
 
 
 def total(
@@ -54,25 +54,41 @@ def total(
     local = local_batch(batch, plan, count)
     placement.check_placed(plan, at_rest.params)
     compare_first(plan, count, at_rest, batch)
-    _check_backend(plan, view)
     stages = Stages(plan, module, at_rest, view, prepare)
-    sums = {stage: accumulate(view, local.samples, count) for stage in stages.own}
-    for each in sums.values():
-        each.told = sizes_of(batch, local.samples)
-    who = shares(plan, count, len(sums[stages.own[0]].sizes))
+    who = shares(plan, count, sum(map(bool, microbatch_sizes(local.samples, count))))
+    sums = {stage: _sums(stages, stage, who, local.samples, sizes_of(batch, local.samples)) for stage in stages.own}
     pieces: dict[int, Any] = {index: data for index, data, _ in local.pieces(who.mine)}
-    # One that has no microbatch computes one all the same, to know what the others send.
-    computed = pieces or {who.mine[0]: local.spare(who.mine)}
-    step = _Step(stages, who, sums, counts=bool(pieces))
-    step.perform(computed)
+    # One that has no microbatch computes one all the same, to know what the others send; where ranks exchange the
+    # gradients of each microbatch they compute the same number of them.
+    computed = who.mine if _each(plan) else list(pieces) or who.mine[:1]
+    spare = local.spare(who.mine) if len(pieces) < len(computed) else None
+    step = _Step(stages, who, sums, frozenset(pieces))
+    step.perform({index: pieces.get(index, spare) for index in computed})
     return step.result()
+
+
+def _each(plan: Plan) -> bool:
+    """Whether the ranks of the batch axes add up gradients in each microbatch, of which each keeps its parts."""
+    return plan.zero > 1 and plan.mesh.size(*plan.shard_axes) > 1
+
+
+def _sums(stages: Stages, stage: int, who: Shares, samples: int, told: tuple[int, int]) -> Buckets | Scattered:
+    """Return the sums of a stage over the microbatches and the ranks of the batch axes."""
+    plan, at_rest = stages.plan, stages.at_rest
+    own = [n for n in at_rest.params if plan.stage_of(n) == stage]
+    sums = accumulate(stages.view.replace(params={n: stages.view.params[n] for n in own}), samples, who.count)
+    sums.told = told
+    params = {n: at_rest.params[n] for n in own}
+    if not _each(plan):
+        return Buckets(who, sums, parts_of(plan, params))
+    specs = split_over_batch(plan, params, "optimizer")
+    return Scattered(who, sums, sums.state.params, specs, Orders())
 
 
 def evaluated(
     plan: Plan, module: nn.Module, at_rest: TrainState, view: TrainState, batch: Any, prepare: Prepare
 ) -> Any:
     """Compute this rank's stages of a batch without gradients, and return on all of them what the last stage found."""
-    _check_backend(plan, view)
     stages, found = Stages(plan, module, at_rest, view, prepare), None
     for stage in stages.own:
         one = Pass(stages, stage, 0, train=False)
@@ -83,30 +99,22 @@ def evaluated(
     return found
 
 
-def _check_backend(plan: Plan, view: TrainState) -> None:
-    backend = str(dist.get_backend(plan.mesh.group(AXIS)))
-    if "gloo" not in backend or view.step.device.type != "cpu":
-        raise ConfigError(
-            explain(
-                "a pipeline runs on CPUs, over gloo",
-                where=f"{view.step.device}, {backend}",
-                why="tensors go from stage to stage by tags, which NCCL does not have",
-                instead="ps.sharding.fsdp()",
-            )
-        )
-
-
 def _told(stages: Stages, found: T) -> T:
     """Return what the rank of the last stage found, on every rank of a pipeline."""
-    last = stages.cut.count - 1
+    last, device = stages.cut.count - 1, stages.wire.device
     home, key = stages.plan.home(last), Key("metrics", last)
     if stages.here == home:
-        data = torch.frombuffer(bytearray(pickle.dumps(found)), dtype=torch.uint8)
+        # A card has another number on another rank.
+        data = torch.frombuffer(bytearray(pickle.dumps(_moved(found, torch.device("cpu")))), dtype=torch.uint8)
         for other in stages.others(home):
-            stages.wire.send(other, key, [data])
+            stages.wire.send(other, key, [data.to(device)])
         return found
-    (received,) = stages.wire.receive(home, key, 1)
-    return cast(T, pickle.loads(cast(Tensor, received).numpy().tobytes()))
+    (received,) = stages.wire.receive(home, key)
+    return _moved(cast(T, pickle.loads(cast(Tensor, received).cpu().numpy().tobytes())), device)
+
+
+def _moved(found: T, device: torch.device) -> T:
+    return cast(T, tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, found))
 
 
 class _Step:
@@ -115,13 +123,14 @@ class _Step:
     Args:
         stages: of this rank.
         who: who computes which microbatches.
-        sums: what is added and divided, by stage.
-        counts: whether what is computed counts; it does not on a rank without microbatches.
+        sums: of the batch, by stage.
+        counted: the microbatches that are of the batch; what is computed of others does not count.
     """
 
-    def __init__(self, stages: Stages, who: Shares, sums: dict[int, Accumulation], *, counts: bool) -> None:
-        self.stages, self.who, self.sums, self.counts = stages, who, sums, counts
-        self.patterns: dict[int, Partial] = {}
+    def __init__(
+        self, stages: Stages, who: Shares, sums: Mapping[int, Buckets | Scattered], counted: frozenset[int]
+    ) -> None:
+        self.stages, self.who, self.sums, self.counted = stages, who, sums, counted
 
     def perform(self, computed: Mapping[int, Any]) -> None:
         """Perform the actions of this rank on the microbatches of its pipeline.
@@ -130,7 +139,7 @@ class _Step:
             computed: by number; those that are missing are empty, on every rank of this pipeline.
         """
         stages, mine = self.stages, self.who.mine
-        plan, passes = stages.plan, {}
+        plan, passes, last = stages.plan, {}, max(computed)
         order = tables(plan.schedule, plan.mesh.size(AXIS), stages.cut.count, len(mine))[stages.here]
         for kind, stage, number in order:
             index = mine[number]
@@ -140,43 +149,32 @@ class _Step:
                 passes[stage, index] = Pass(stages, stage, index)
                 passes[stage, index].forward(computed[index])
             else:
-                self._add(stage, passes.pop((stage, index)).backward(), index)
+                # Without a name: the gradients of one microbatch would be there until those of the next are.
+                exchange = self._exchange(stage, number, last=index == last)
+                exchange.taken(passes.pop((stage, index)).backward(), stages.view)
+                del exchange
 
-    def _add(self, stage: int, part: Gradients, index: int) -> None:
-        lifted = self.sums[stage].lift(part, index)
-        self.patterns.setdefault(stage, lifted)
-        if self.counts:
-            self.sums[stage].sum.add(lifted, index)
+    def _exchange(self, stage: int, number: int, *, last: bool) -> MicrobatchExchange:
+        """Return what takes the gradients of a microbatch, which leave in the order in which stages end."""
+        sums, index = self.sums[stage], self.who.mine[number]
+        if isinstance(sums, Buckets):
+            return sums.exchange(index, counts=index in self.counted, last=last)
+        return sums.exchange(number, index, last=last)
 
     def result(self) -> Gradients:
-        """Add up over the data axis, and tell every rank of the pipeline the metrics and the new buffers."""
+        """Add up over the batch axes, and tell every rank of the pipeline the metrics and the new buffers."""
         stages = self.stages
-        view, parts = stages.view, [self._over_data(stage) for stage in stages.own]
+        parts = [self.sums[stage].result() for stage in stages.own]
         grads = {n: x for part in parts for n, x in part.grads.items()}
         # Of the parameters of other stages this rank holds nothing: an empty tensor, and so is its gradient.
         dtypes = [x.dtype for x in grads.values()]
-        empty = {n: x.new_empty((0,) * x.dim(), dtype=dtypes[0] if dtypes else x.dtype) for n, x in view.params.items()}
+        params = stages.view.params
+        empty = {n: x.new_empty((0,) * x.dim(), dtype=dtypes[0] if dtypes else x.dtype) for n, x in params.items()}
         metrics = _told(stages, parts[-1].metrics)
         buffers = stages.told_buffers([part.buffers for part in parts])
         stages.wire.close()
-        compare_sizes(self.sums[stages.own[0]].heard)
-        return Gradients({n: grads.get(n, empty[n]) for n in view.params}, parts[-1].weight, buffers, metrics)
-
-    def _over_data(self, stage: int) -> Gradients:
-        """Return the mean over all microbatches of what a stage contributes."""
-        sums, who, pattern = self.sums[stage], self.who, self.patterns[stage]
-        nodes = sums.sum.nodes
-        small = exchange_small(nodes, who.owners, who.group, pattern, sums)()
-        if who.group is None:
-            return sums.mean(small.replaced(sums.sum.result().vector))
-        layout = flat_like(pattern.vector, _LIMITS)
-        flats = {node: layout.pack(part.vector) for node, part in nodes.items()}
-        likes = layout.pack(pattern.vector)
-        begun = [
-            Summing({node: flat[k] for node, flat in flats.items()}, who.owners, who.group, like)
-            for k, like in enumerate(likes)
-        ]
-        return sums.mean(small.replaced(layout.unpack([whole_sum(each) for each in begun])))
+        compare_sizes(self.sums[stages.own[0]].sums.heard)
+        return Gradients({n: grads.get(n, empty[n]) for n in params}, parts[-1].weight, buffers, metrics)
 
 
 def partial_loss(loss_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from purestep import tree
 from purestep.errors import ConfigError, explain
-from purestep.parallel.split_tensor import Split, aligned, each, split, whole
+from purestep.parallel import ring_attention
+from purestep.parallel.split_tensor import Split, aligned, each, rule, split, whole
 from purestep.parallel.team import Team
 
 # --- the model's input ------------------------------------------------------------------------------------------------
@@ -111,13 +112,16 @@ def attention(
 ) -> Any:
     """Attend with the queries of each part to all keys: `[..., positions, width]`.
 
-    Keys and values are gathered; of causal attention a part computes with those up to its last position.
+    Keys and values are gathered, or go round as `ring_attention` has it; of causal attention a part computes with those
+    up to its last position.
     """
     team = query.team
     if len(query.blocks) > 1 or query.cut[0] != -2 or not all(_follows(x, query) for x in (key, value)):
         return NotImplemented
     if causal and (mask is not None or key.shape[-2] != query.shape[-2]):
         return NotImplemented
+    if _goes_round(query, key, value, gqa):
+        return ring_attention.attention(query, key, value, mask, causal, scale, gqa)
     length = query.shape[-2] // team.parts
     keys, values = entered(key, team), entered(value, team)
     masks = aligned(mask, query)
@@ -137,6 +141,32 @@ def _causal(query: Tensor, stop: int) -> Tensor:
     """Return which of the first `stop` keys the last positions see: bool[length, stop]."""
     length = query.shape[-2]
     return torch.ones(length, stop, dtype=torch.bool, device=query.device).tril(stop - length)
+
+
+@rule(Split.keyed_attention)
+def keyed_attention(
+    query: Split,
+    key: Any,
+    value: Any,
+    mask: Any,
+    rate: float,
+    drawn: Tensor,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+) -> Split | None:
+    """Attend with dropout of the weights where keys and values go round; elsewhere by the formula: None."""
+    if (causal and mask is not None) or not _goes_round(query, key, value, gqa):
+        return None
+    return ring_attention.attention(query, key, value, mask, causal, scale, gqa, rate, drawn)
+
+
+def _goes_round(query: Split, key: Any, value: Any, gqa: bool) -> bool:
+    """Tell whether keys and values are cut as the queries are, and are passed on part by part."""
+    cut = all(isinstance(x, Split) and x.cut[0] == -2 and len(x.blocks) == 1 for x in (query, key, value))
+    outer = slice(-3) if gqa else slice(-2)
+    alike = query.shape[outer] == key.shape[outer] and key.shape[:-1] == value.shape[:-1]
+    return query.team.ring and cut and alike and query.dtype == key.dtype == value.dtype
 
 
 def _follows(x: Any, query: Split) -> bool:

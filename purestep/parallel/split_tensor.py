@@ -65,6 +65,11 @@ class Split(InParts):
     team: Team
     known: tuple[object, Tensor] | None  # the whole, and what it was made of
 
+    def keyed_attention(self, *args: Any) -> Tensor | None:
+        """Attend with dropout, see `random.torch_layers.Attending`."""
+        out: Tensor | None = _RULES[Split.keyed_attention](self, *args)
+        return out
+
     @property
     def cut(self) -> tuple[int, Blocks]:
         """The dim that is cut, counted from the last, and its blocks."""

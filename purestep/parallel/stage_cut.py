@@ -25,6 +25,7 @@ from purestep.functional.binding import Binding
 from purestep.module_tensors import slots
 from purestep.parallel._torch import FakeTensor, FakeTensorMode, written_by
 from purestep.sharding.plan import Plan
+from purestep.sharding.stages import submodules
 
 Tensors = Mapping[str, Tensor]
 Call = Callable[..., Any]
@@ -81,10 +82,8 @@ class Cut:
         self.mode = Elsewhere()
         self.stage_of: dict[nn.Module, int] = {}
         self.paths: dict[nn.Module, str] = {}
-        for path, child in module.named_modules():
-            stage = plan.stage_of(path) if path else None
-            if stage is not None and not any(path.startswith(f"{above}.") for above in self.paths.values()):
-                self.stage_of[child], self.paths[child] = stage, path
+        for child, (stage, path) in submodules(module, plan.stage_of).items():
+            self.stage_of[child], self.paths[child] = stage, path
         known, owners = slots(module), _owners(module)
         self.users: dict[str, list[int]] = {}
         for name, places in known.params.items():

@@ -20,7 +20,8 @@ from purestep.grad import pulled_back, stop_gradient
 from purestep.microbatch import Context, Gradients, MicrobatchExchange, NoExchange, Prepared, Tensors, Weight, both
 from purestep.parallel._torch import FakeTensor, ValueOfAnotherStage
 from purestep.parallel.stage_cut import Cut, Run, cut_of
-from purestep.parallel.wire import Key, Wire
+from purestep.parallel.wire import Key, Lines, Wire
+from purestep.parallel.zero import gathered, of_this_rank, split_over_batch
 from purestep.precision.cast_params import Uncast
 from purestep.sharding import placement
 from purestep.sharding.plan import Plan
@@ -41,24 +42,42 @@ class Stages:
         prepare: makes ready one microbatch.
 
     Attributes:
-        view: with the values of tied parameters that live on other ranks.
+        view: with whole parameters of its stages, and the values of tied ones that live on other ranks.
         own: the stages of this rank, in order.
         tied: the stages that share a parameter, by its name.
     """
 
     def __init__(self, plan: Plan, module: nn.Module, at_rest: TrainState, view: TrainState, prepare: Prepare) -> None:
         self.plan, self.at_rest, self.prepare = plan, at_rest, prepare
-        self.wire = Wire(plan.mesh.group(AXIS))
+        lines = Lines(plan.mesh.group(AXIS), plan.mesh.twin(AXIS))
+        self.wire = Wire(lines, view.step.device)
+        # All ranks make a group at once, and some may have nothing to send in it.
+        for axes in (plan.data_axes, plan.shard_axes, (*plan.data_axes, *plan.shard_axes)):
+            plan.mesh.group(*axes)
         self.cut = cut_of(plan, module)
         self.shapes = {n: tuple(x.shape) for n, x in (at_rest.params | at_rest.buffers).items()}
         self.here = plan.mesh.coordinate()[AXIS]
         self.own = [s for s in range(self.cut.count) if plan.home(s) == self.here]
         self.tied = {n: users for n, users in self.cut.users.items() if len(users) > 1}
-        self.view = self._with_tied(view)
+        self.view = self._with_tied(self._gathered(view))
 
     def others(self, home: int) -> list[int]:
         """Return the ranks of the pipeline but one."""
         return [r for r in range(len(self.wire.ranks)) if r != home]
+
+    def _gathered(self, view: TrainState) -> TrainState:
+        """Return a view with whole parameters of the stages of this rank: they stay for the length of the step.
+
+        A schedule comes back to a stage for each microbatch, several of which are under way at a time.
+        """
+        plan, held = self.plan, self.at_rest.params | self.at_rest.buffers
+        split = {n: x for n, x in held.items() if placement.is_split(x)}
+        mine = of_this_rank(plan, split_over_batch(plan, split, "params"))
+        found = gathered(plan, view.params | view.buffers, held, mine)
+        return view.replace(
+            params={n: found.get(n, x) for n, x in view.params.items()},
+            buffers={n: found.get(n, x) for n, x in view.buffers.items()},
+        )
 
     def _with_tied(self, view: TrainState) -> TrainState:
         held, got = view.params | view.buffers, {}
@@ -69,7 +88,7 @@ class Stages:
                 for other in sorted({self.plan.home(u) for u in users} - {home}):
                     self.wire.send(other, key, [held[name].detach()])
             elif self.here in {self.plan.home(u) for u in users}:
-                (got[name],) = self.wire.receive(home, key, 1)
+                (got[name],) = self.wire.receive(home, key)
         return view.replace(
             params={n: got.get(n, x) for n, x in view.params.items()},
             buffers={n: got.get(n, x) for n, x in view.buffers.items()},
@@ -117,7 +136,7 @@ class Stages:
                 for other in self.others(home):
                     self.wire.send(other, key, [new[n] if new[n] is not old[n] else None for n in names])
             else:
-                received = self.wire.receive(home, key, len(names))
+                received = self.wire.receive(home, key)
                 new |= {n: x for n, x in zip(names, received, strict=True) if x is not None}
         return new
 
@@ -220,6 +239,9 @@ class Pass(NoExchange):
         with GradientScope() as self.scope, transforms.recorded() if self.train else transforms.unrecorded():
             self.value, aux = prepared.loss_of(self.leaves)
             self.aux = stop_gradient(aux)
+        # The run would hold this pass, which holds it: only Python's collector, which seldom looks, would free them. Of
+        # parameters in the compute dtype the backward pass needs those of this stage, which `leaves` has.
+        self.run.receive, self.params = _nothing, {}
         if self.last:
             return
         outgoing = self.run.outgoing
@@ -232,7 +254,7 @@ class Pass(NoExchange):
 
     def _receive(self, count: int) -> Sequence[Tensor | None]:
         stages = self.stages
-        return stages.wire.receive(stages.plan.home(self.stage - 1), Key("forward", self.stage, self.index), count)
+        return stages.wire.receive(stages.plan.home(self.stage - 1), Key("forward", self.stage, self.index))
 
     def backward(self) -> Gradients:
         """Compute the gradients of the stage, and send those of what it was given to the stage before."""
@@ -261,13 +283,13 @@ class Pass(NoExchange):
         """Return what the stage sent and their gradients, and the weight of the loss."""
         stages, outgoing = self.stages, self.run.outgoing or []
         key = Key("backward", self.stage, self.index)
-        *grads, weighted = stages.wire.receive(stages.plan.home(self.stage + 1), key, len(outgoing) + 1)
+        *grads, weighted = stages.wire.receive(stages.plan.home(self.stage + 1), key)
         pairs = [(x, g) for x, g in zip(outgoing, grads, strict=True) if g is not None and x.requires_grad]
         for item, (name, users) in enumerate(stages.tied.items()):
             if name in self.aliases:
                 later = next(u for u in users if u > self.stage)
                 key = Key("tied gradients", self.stage, self.index, item)
-                (grad,) = stages.wire.receive(stages.plan.home(later), key, 1)
+                (grad,) = stages.wire.receive(stages.plan.home(later), key)
                 pairs += [] if grad is None else [(self.aliases[name], grad)]
         return [x for x, _ in pairs], [g for _, g in pairs], weight if weighted is None else weighted
 

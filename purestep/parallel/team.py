@@ -37,6 +37,7 @@ class Team:
         fast: sums go by the collectives of the backend, in an order of theirs.
         sequence: sums stay split over the positions of a sequence where nothing needs them whole.
         context: parts are runs of positions: the model is given a part of each sequence, and no parameter is cut.
+        ring: attention passes keys and values on from rank to rank, and gathers none.
     """
 
     group: dist.ProcessGroup | None
@@ -44,6 +45,7 @@ class Team:
     fast: bool = False
     sequence: bool = False
     context: bool = False
+    ring: bool = False
 
     def __post_init__(self) -> None:
         self.size, self.rank = collectives.size_of(self.group), collectives.rank_in(self.group)
@@ -53,7 +55,8 @@ class Team:
         self.met = False  # whether the model was called since, see `split_positions`
 
     @functools.cached_property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """The name of the group."""
         return "" if self.group is None else str(self.group.group_name)
 
     # --- forward, with what follows backward ---
@@ -119,7 +122,7 @@ class Team:
         length = -(-flat.numel() // self.size)
         rows = torch.nn.functional.pad(flat, (0, length * self.size - flat.numel())).view(self.size, length)
         # Each rank adds one slice of all addends: twice the bytes of one tensor, for any number of ranks.
-        added = _tree(_torch.exchange(rows, self.size, self._name).unbind())
+        added = _tree(_torch.exchange(rows, self.size, self.name).unbind())
         return self.everyone(added).reshape(-1)[: flat.numel()].view(mine.shape)
 
     def total_cut(self, addends: Sequence[Tensor], dim: int) -> Parts:
@@ -129,7 +132,7 @@ class Team:
         if self.group is None:
             return self.pieces(mine, dim, blocks)
         rows = torch.stack([x.contiguous() for x in mine.chunk(self.size, dim)])
-        received = _torch.exchange(rows, self.size, self._name).view(rows.shape)
+        received = _torch.exchange(rows, self.size, self.name).view(rows.shape)
         run = _tree(received.unbind())
         return tuple(x.contiguous() for x in run.chunk(self.own, dim))
 
@@ -140,7 +143,7 @@ class Team:
         sent = mine.contiguous().reshape(-1)
         # Bytes can be sent of any dtype; a tensor of less than two bytes an element goes as it is.
         raw = sent if sent.dtype in (torch.float32, torch.float64, torch.int64) else sent.view(torch.uint8)
-        received = _torch.all_gather(raw, self.size, self._name)
+        received = _torch.all_gather(raw, self.size, self.name)
         return received.view(sent.dtype).view(self.size, *mine.shape)
 
     def maximum(self, values: Sequence[Tensor]) -> Tensor:

@@ -39,7 +39,12 @@ class Splitter:
     def __init__(self, plan: Plan, module: nn.Module) -> None:
         axis, self.model = plan.tensor_axis, type(module).__name__
         self.team = Team(
-            plan.mesh.group(axis), plan.parts, plan.reduction == "fast", plan.sequence_parallel, plan.context
+            plan.mesh.group(axis),
+            plan.parts,
+            fast=plan.reduction == "fast",
+            sequence=plan.sequence_parallel,
+            context=plan.context,
+            ring=plan.attention == "ring",
         )
         self.cuts: dict[str, tuple[int, Blocks]] = {}
         known = slots(module)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from purestep.distributed import collectives
+from purestep.distributed import collectives, machines
 from purestep.treesum import Node, TreeSum, rounds
 
 Owners = Sequence[Sequence[Node]]
@@ -138,18 +138,20 @@ class Summing:
         held = [rows_of(x, count) for x in nodes.values()]
         rows = torch.stack(held, dim=1) if held else like.new_empty(count, 0, -(-self._n // count))
         self._nodes = {}  # their slices are sent, and their sums come back
-        self._step, self._width, self._pending = "cut", rows.shape[2], send(rows, owners, group)
+        self._step, self._cut = "cut", Slices(rows, owners, group)
 
     def advance(self) -> None:
-        """Wait for the slices of this member, and begin to hand their sums around; nothing where there are none."""
-        if self._step == "cut":
-            slices = arrived(self._pending, self._width, self._owners).nodes
+        """Wait for what is on its way, and begin what follows: to hand sums around, once they are added."""
+        if self._step == "cut" and self._cut.further():
+            slices = self._cut.result().nodes
+            del self._cut
             self._step = "added"
             self._slices = {node: collectives.gather(x, self._group) for node, x in slices.items()}
 
     def result(self) -> dict[Node, Tensor]:
         """Return the sums, once they are here."""
-        self.advance()
+        while self._step == "cut":
+            self.advance()
         if self._step == "swapped":
             theirs, total = self._pending.wait(), TreeSum(add)
             me = collectives.rank_in(self._group)
@@ -191,22 +193,74 @@ def whole_sum(summing: Summing) -> Tensor:
     return whole
 
 
-def send(rows: Tensor, owners: Owners, group: dist.ProcessGroup | None) -> collectives.Pending:
-    """Begin to send row r of `[R, k, n]` to member r of a group: for each a slice of the k parts that this one holds.
+class Slices:
+    """Slices of partial sums on their way: row r of each member's goes to member r, which adds those it gets.
 
-    `arrived` ends it.
+    Where the members are on several machines, those of a machine add theirs first, as far as the tree does, and one of
+    them sends the sums to the other machines. Each addition is one of the tree's: the bits are those of one exchange.
+
+    Args:
+        rows: `[R, k, n]`, the slices of the k parts that this member holds, for each member.
+        owners: the parts of each member, in the order of their ranks.
+        group: the group.
     """
-    n = rows.shape[2]
-    return collectives.exchange(rows.reshape(-1), group, [len(own) * n for own in owners], rows.shape[1] * n)
+
+    def __init__(self, rows: Tensor, owners: Owners, group: dist.ProcessGroup | None) -> None:
+        held, self._n = rows.shape[1:]
+        grid = machines.grid(group)
+        self._rest: Owners | None = None  # the parts of each machine, while they are not sent
+        if grid is not None:
+            sums = _sums_by(tuple(map(tuple, owners)), grid.places)
+            # Where a machine adds nothing up by itself, as much would be sent twice.
+            if sum(map(len, sums)) < sum(map(len, owners)):
+                first = grid.places * (collectives.rank_in(group) // grid.places)
+                self._rest, self._across = sums, grid.across
+                owners, group = owners[first : first + grid.places], grid.inside
+                # For the member of one's own machine that has the place of r, so for all machines at once.
+                rows = rows.view(grid.machines, grid.places, held, self._n).permute(1, 2, 0, 3)
+                rows = rows.reshape(grid.places, held, grid.machines * self._n)
+        self._begin(rows, owners, group)
+
+    def further(self) -> bool:
+        """Wait for the sums of this machine and begin to send them to the others; tell whether that was done before."""
+        if self._rest is None:
+            return True
+        sums, rest = self._added().nodes, self._rest
+        rows = [x.view(len(rest), 1, self._n) for x in sums.values()] or [self._empty(len(rest))]
+        self._rest = None
+        self._begin(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1), rest, self._across)
+        return False
+
+    def result(self) -> TreeSum[Tensor]:
+        """Return the sums of this member's slices, once they are here."""
+        self.further()
+        return self._added()
+
+    def _empty(self, count: int) -> Tensor:
+        return self._pending.result.new_empty(count, 0, self._n)
+
+    def _begin(self, rows: Tensor, owners: Owners, group: dist.ProcessGroup | None) -> None:
+        self._owners, self._width = owners, rows.shape[2]
+        lengths = [len(own) * self._width for own in owners]
+        self._pending = collectives.exchange(rows.reshape(-1), group, lengths, rows.shape[1] * self._width)
+
+    def _added(self) -> TreeSum[Tensor]:
+        return added(self._pending.wait().view(-1, self._width), self._owners)
 
 
-def arrived(pending: collectives.Pending, n: int, owners: Owners) -> TreeSum:
-    """Add the slices of n elements that came in, in the order of the tree."""
-    parts = pending.wait().view(-1, n)
+@functools.lru_cache(maxsize=256)
+def _sums_by(owners: tuple[tuple[Node, ...], ...], places: int) -> Owners:
+    """Return the parts that remain of each so many members when they have added theirs, in the order of `added`."""
+    each = [owners[first : first + places] for first in range(0, len(owners), places)]
+    return [list(rounds(tuple(node for own in members for node in own)).nodes) for members in each]
+
+
+def added(parts: Tensor, owners: Owners) -> TreeSum[Tensor]:
+    """Add slices that came in, `[m, n]`, in the order of the tree as far as it goes; they may be overwritten."""
     # A level of the tree at once: one by one, a thousand ranks would be a thousand launches for each bucket.
     steps = rounds(tuple(node for own in owners for node in own))
-    for kept, added in steps.additions:
-        parts[kept].add_(parts[added])
+    for kept, moved in steps.additions:
+        parts[kept].add_(parts[moved])
     total = TreeSum(add)
     # A sum is a view of all that came in, the slices of every member; it has to outlive them by itself.
     total.nodes = {node: parts[row].clone() if steps.additions else parts[row] for node, row in steps.nodes.items()}

@@ -1,7 +1,9 @@
 """Tensors on their way from one stage of a pipeline to another.
 
-A message is a head of fixed length for each tensor, and then the bytes of all of them: shapes, strides and the place in
-a line of the cache are those of the sender, because the bits of what is computed from a tensor may depend on them.
+A message says what it is, and then come a row of fixed length for each tensor and the bytes of all of them: shapes,
+strides and the place in a line of the cache are those of the sender, because the bits of what is computed from a tensor
+may depend on them. Messages between two ranks arrive in the order in which they were sent, without tags, which NCCL
+does not have; one that comes before it is wanted waits here.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from purestep.errors import StepError, explain
 
 _DIMS = 8
 _HEAD = 5 + 2 * _DIMS  # what is there, dtype, dims, elements of memory, bytes before it; sizes; strides
+_ABOUT = 6  # numbers of a message: its key, tensors, bytes
 _LINE = 64
 _DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
@@ -30,7 +33,7 @@ _ABSENT, _PRESENT, _TRAINED = range(3)
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a message is: every rank that sends or receives it makes the same number of it.
+    """What a message is: the rank that sends it and the one that receives it know it by the same key.
 
     Args:
         kind: what is sent.
@@ -44,31 +47,57 @@ class Key:
     index: int = 0
     item: int = 0
 
-    def tag(self, part: int) -> int:
-        """Return the tag of the head (0) or of the bytes (1)."""
-        number = ((_KINDS.index(self.kind) * 64 + self.stage) * 64 + self.item) * 2 + part
-        return self.index << 16 | number & 0xFFFF
+    def numbers(self) -> list[int]:
+        """Return what the head of a message says of it."""
+        return [_KINDS.index(self.kind), self.stage, self.index, self.item]
+
+    @staticmethod
+    def of(numbers: Sequence[int]) -> Key:
+        """Return the key that a head has."""
+        return Key(_KINDS[numbers[0]], *numbers[1:4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """The groups over which the ranks of a pipeline send: one for each direction.
+
+    A rank would send and receive over one group in turn: two that send to each other at once would wait for each other
+    where what is sent waits in line until it is taken, as on NCCL's stream.
+
+    Attributes:
+        up: to ranks with a higher number.
+        down: to ranks with a lower one.
+    """
+
+    up: dist.ProcessGroup | None
+    down: dist.ProcessGroup | None
+
+    def between(self, source: int, to: int) -> dist.ProcessGroup | None:
+        """Return the group over which one coordinate sends to another."""
+        return self.up if to > source else self.down
 
 
 class Wire:
     """Sends and receives tensors along an axis of a mesh, for the length of a step.
 
     Args:
-        group: the ranks along the axis.
+        lines: the ranks along the axis.
+        device: where tensors are sent from and received.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.ranks = [0] if group is None else dist.get_process_group_ranks(group)
-        self.here = dist.get_rank(group)
+    def __init__(self, lines: Lines, device: torch.device) -> None:
+        self.lines, self.device = lines, device
+        self.ranks = [0] if lines.up is None else dist.get_process_group_ranks(lines.up)
+        self.here = dist.get_rank(lines.up)
         self.leaving: list[tuple[Any, Tensor]] = []
+        self.early: dict[tuple[int, Key], list[Tensor | None]] = {}
 
     def send(self, to: int, key: Key, tensors: Sequence[Tensor | None]) -> None:
         """Begin to send tensors to a coordinate; whether each requires gradients is told, too."""
         laid = [None if x is None else _laid(x) for x in tensors]
-        head = torch.zeros(len(tensors), _HEAD, dtype=torch.int64)
-        pieces, at = [], 0
-        for row, x, trained in zip(head, laid, tensors, strict=True):
+        rows = torch.zeros(len(tensors), _HEAD, dtype=torch.int64)
+        pieces, at = [], rows.nbytes
+        for row, x, trained in zip(rows, laid, tensors, strict=True):
             if x is None or trained is None:
                 continue
             span, before = _span(x), x.data_ptr() % _LINE if x.numel() else 0
@@ -76,34 +105,42 @@ class Wire:
             row[:5] = torch.tensor(numbers)
             row[5 : 5 + x.dim()] = torch.tensor(x.shape)
             row[5 + _DIMS : 5 + _DIMS + x.dim()] = torch.tensor(x.stride())
-            pieces.append(torch.zeros(-at % _LINE + before, dtype=torch.uint8))
+            pieces.append(torch.zeros(-at % _LINE + before, dtype=torch.uint8, device=self.device))
             pieces.append(x.as_strided((span,), (1,)).view(torch.uint8))
             at += sum(len(piece) for piece in pieces[-2:])
-        self._begin(head, to, key.tag(0))
-        if pieces:
-            self._begin(torch.cat(pieces), to, key.tag(1))
+        self._begin(torch.tensor([*key.numbers(), len(tensors), at]).to(self.device), to)
+        if at:
+            self._begin(torch.cat([rows.view(-1).view(torch.uint8).to(self.device), *pieces]), to)
 
-    def _begin(self, sent: Tensor, to: int, tag: int) -> None:
+    def _begin(self, sent: Tensor, to: int) -> None:
         # Without this what has arrived would be held until the step ends.
         self.leaving = [(work, held) for work, held in self.leaving if not work.is_completed()]
-        self.leaving.append((dist.isend(sent, self.ranks[to], self.group, tag), sent))
+        group = self.lines.between(self.here, to)
+        self.leaving.append((dist.isend(sent, self.ranks[to], group), sent))
 
-    def receive(self, source: int, key: Key, count: int) -> list[Tensor | None]:
-        """Return so many tensors that a coordinate has sent, once they are here; trained ones require gradients."""
-        head = torch.empty(count, _HEAD, dtype=torch.int64)
-        if count:
-            dist.recv(head, self.ranks[source], self.group, key.tag(0))
-        rows, places, at = head.tolist(), [], 0
-        for row in rows:
+    def receive(self, source: int, key: Key) -> list[Tensor | None]:
+        """Return the tensors that a coordinate has sent, once they are here; trained ones require gradients."""
+        while (source, key) not in self.early:
+            self._take(source)
+        return self.early.pop((source, key))
+
+    def _take(self, source: int) -> None:
+        """Receive the next message of a coordinate, whatever it is."""
+        about = torch.empty(_ABOUT, dtype=torch.int64, device=self.device)
+        group = self.lines.between(source, self.here)
+        dist.recv(about, self.ranks[source], group)
+        *numbers, count, length = about.tolist()
+        data = torch.empty(length, dtype=torch.uint8, device=self.device)
+        if length:
+            dist.recv(data, self.ranks[source], group)
+        at = count * _HEAD * torch.int64.itemsize
+        found: list[Tensor | None] = []
+        for row in data[:at].view(torch.int64).view(count, _HEAD).tolist():
             start = at + -at % _LINE + row[4]
-            places.append(start)
             if row[0] != _ABSENT:
                 at = start + row[3] * _DTYPES[row[1]].itemsize
-        if at == 0 and not any(row[0] for row in rows):
-            return [None] * count
-        data = torch.empty(at, dtype=torch.uint8)
-        dist.recv(data, self.ranks[source], self.group, key.tag(1))
-        return [_unpacked(data, row, start) for row, start in zip(rows, places, strict=True)]
+            found.append(_unpacked(data, row, start))
+        self.early[source, Key.of(numbers)] = found
 
     def close(self) -> None:
         """Wait until all that was sent has arrived."""

@@ -2,7 +2,7 @@
 
 Owns the way from whole parameters to the parts that a rank updates, and back. Under ZeRO 1 a rank adds up the gradients
 of its microbatches whole, and `part_sums` adds those of all ranks into parts; under ZeRO 2 `scattered` does so for each
-microbatch.
+microbatch. A rank of a pipeline does all of that with the parameters of its stages.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from purestep.microbatch import Gradients
 from purestep.parallel.fsdp_layout import Row, Rows
 from purestep.parallel.tree_reduce import Flat
 from purestep.sharding import full_tensors, placement
+from purestep.sharding.leaf_roles import Kind
 from purestep.sharding.messages import copy_all
 from purestep.sharding.plan import Plan
 from purestep.sharding.spec import Spec
@@ -31,11 +32,28 @@ M = TypeVar("M")
 
 
 def parts_of(plan: Plan, params: Mapping[str, Tensor]) -> dict[str, Spec]:
-    """Return where the parameters are updated of which this rank updates a part; none but under ZeRO 1 and 2."""
-    if plan.zero == 3 or plan.mesh.size(*plan.shard_axes) == 1:
+    """Return where the parameters are updated of which a rank updates a part; none but under ZeRO 1 and 2."""
+    return {} if plan.zero == 3 else split_over_batch(plan, params, "optimizer")
+
+
+def split_over_batch(plan: Plan, tensors: Mapping[str, Tensor], kind: Kind) -> dict[str, Spec]:
+    """Return where those tensors live, by name, that are split over the batch axes.
+
+    Args:
+        plan: of the step.
+        tensors: parameters, of their whole shapes.
+        kind: as of `Plan.spec`.
+    """
+    if plan.mesh.size(*plan.shard_axes) == 1:
         return {}
-    found = {name: plan.spec(name, tuple(x.shape), "optimizer") for name, x in params.items()}
-    return {name: spec for name, spec in found.items() if spec.axes}
+    found = {name: plan.spec(name, tuple(x.shape), kind) for name, x in tensors.items()}
+    return {name: spec for name, spec in found.items() if any(spec.entries)}
+
+
+def of_this_rank(plan: Plan, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Return the specs of the tensors of which this rank has a part: not those of other stages of a pipeline."""
+    here = plan.mesh.coordinate()
+    return {n: spec for n, spec in specs.items() if all(here[axis] == home for axis, home in spec.at)}
 
 
 def updated(
@@ -59,8 +77,10 @@ def updated(
     specs = parts_of(plan, state.params)
     at_rest = state
     if specs:
-        at_rest = state.replace(params=_split(plan, state.params, specs))
-        gradients = dataclasses.replace(gradients, grads=_parted(plan, state, gradients.grads, specs))
+        at_rest = state.replace(params=_split(plan, state.params, view.params, specs))
+        gradients = dataclasses.replace(
+            gradients, grads=_parted(plan, state, gradients.grads, of_this_rank(plan, specs))
+        )
         split, view = view, placement.local(at_rest)
         also_donated(split, view)
     with full_tensors.updating(full_tensors.Whole(plan, at_rest.params, at_rest.opt_state)):
@@ -70,13 +90,22 @@ def updated(
         return new if view is state else placement.rewrap(new, state), metrics
     donation = donation_of(split)
     written = donation.memory if donation is not None and donation.written else frozenset()
-    whole = _gathered(plan, new.params, state.params, specs, written)
+    whole = new.params | gathered(plan, new.params, split.params, of_this_rank(plan, specs), written)
     return placement.rewrap(new.replace(params=whole), state), metrics
 
 
-def _split(plan: Plan, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> dict[str, Tensor]:
-    """Return the parameters as they are updated: of those that are split, DTensors over copies of this rank's parts."""
-    parts = dict(zip(specs, placement.cuts(plan, [params[n] for n in specs], list(specs.values())), strict=True))
+def _split(
+    plan: Plan, params: Mapping[str, Tensor], here: Mapping[str, Tensor], specs: Mapping[str, Spec]
+) -> dict[str, Tensor]:
+    """Return the parameters as they are updated: of those that are split, DTensors over copies of this rank's parts.
+
+    Args:
+        plan, specs: as of `updated`.
+        params: at rest.
+        here: the same on this rank: whole, or nothing of them where they are of another stage.
+    """
+    mine, parts = of_this_rank(plan, specs), dict(here)
+    parts.update(zip(mine, placement.cuts(plan, [here[n] for n in mine], list(mine.values())), strict=True))
     return {n: placement.wrap(plan, parts[n], specs[n], tuple(x.shape)) if n in specs else x for n, x in params.items()}
 
 
@@ -90,29 +119,37 @@ def _parted(plan: Plan, state: TrainState, grads: dict[str, Tensor], specs: Mapp
     return found
 
 
-def _gathered(
+def gathered(
     plan: Plan,
     parts: Mapping[str, Tensor],
-    old: Mapping[str, Tensor],
+    like: Mapping[str, Tensor],
     specs: Mapping[str, Spec],
-    written: frozenset[int],
+    written: frozenset[int] = frozenset(),
 ) -> dict[str, Tensor]:
-    """Return whole parameters from the parts that each rank has updated, in the memory of donated ones if there are."""
+    """Return whole tensors from the parts of each rank, by name.
+
+    Args:
+        plan: of the step.
+        parts: this rank's, and perhaps others.
+        like: tensors of the whole shapes, on the devices where they are wanted.
+        specs: where the parts lie, by the names of those that are gathered.
+        written: memory of donated tensors: those of `like` that lie there are written over.
+    """
     group = plan.mesh.group(*plan.shard_axes)
     coming: list[tuple[Rows, collectives.Pending]] = []
-    found = dict(parts)
+    found: dict[str, Tensor] = {}
 
     def arrive() -> None:
         rows, pending = coming.pop(0)
         wholes = rows.wholes(rows.unpack(pending.wait()))
         for name in wholes:
             # A tensor of its own: one that is a window on others would be copied whenever the state is donated.
-            reuse = lies_in(old[name], written) and old[name].is_contiguous()
-            found[name] = old[name] if reuse else torch.empty_like(wholes[name])
+            reuse = bool(written) and lies_in(like[name], written) and like[name].is_contiguous()
+            found[name] = like[name] if reuse else torch.empty_like(wholes[name])
         copy_all([found[name] for name in wholes], list(wholes.values()))
 
-    for rows in grouped(plan, [(n, tuple(old[n].shape), parts[n].dtype, spec) for n, spec in specs.items()]):
-        packed = rows.pack([parts[row.name].to(old[row.name].device, non_blocking=True) for row in rows.rows])
+    for rows in grouped(plan, [(n, tuple(like[n].shape), parts[n].dtype, spec) for n, spec in specs.items()]):
+        packed = rows.pack([parts[row.name].to(like[row.name].device, non_blocking=True) for row in rows.rows])
         coming.append((rows, collectives.gather(packed, group)))
         # One more is under way while this one is taken apart.
         if len(coming) > 1:

@@ -6,19 +6,20 @@ its death; `sharding.step_account` adds what the plan holds beside it: parameter
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from purestep import _torch, metrics, tree
 from purestep.arguments import Count, checked
 from purestep.errors import StepError, explain
 from purestep.metrics import Metric
-from purestep.microbatch import Context, NoExchange, Tensors, Weight, split_batch
+from purestep.microbatch import Context, NoExchange, Tensors, Weight, both, split_batch
 from purestep.optim.scope import scope_of
 from purestep.precision.cast_params import Uncast, casting
 from purestep.preflight.dry_run import dry_run
@@ -28,7 +29,8 @@ from purestep.sharding import Plan
 from purestep.sharding.dry_run import DryRun
 from purestep.sharding.dry_run import dry_run as account
 from purestep.sharding.presets import single
-from purestep.sharding.step_account import Course
+from purestep.sharding.stages import submodules
+from purestep.sharding.step_account import Course, StageCourse
 from purestep.state import TrainState, definition
 from purestep.step import Step
 from purestep.step_protocol import StepFn, WrappedStep, bare, facts_of
@@ -61,8 +63,7 @@ def step_memory(
         A DryRun: bytes by kind at the moment in which most is there, and bytes sent.
 
     Raises:
-        StepError: it is no step of `make_step`, or fails on fake tensors, with the error of the step as its cause; or
-            its plan has stages on several ranks.
+        StepError: it is no step of `make_step`, or fails on fake tensors, with the error of the step as its cause.
 
     Examples:
         >>> import purestep as ps
@@ -79,7 +80,7 @@ def step_memory(
     plan = plan if sizes is None else plan.on(sizes)
     turns = count or (facts.microbatches if isinstance(facts.microbatches, int) else None)
     turns = plan.replicas if turns is None or (facts.plan is not None and turns % plan.replicas) else turns
-    return _account(step, state, plan, turns, facts.donate, course_of(step, state, batch, turns))
+    return _account(step, state, plan, turns, facts.donate, course_of(step, state, batch, turns, plan))
 
 
 def of_first_batch(step: StepFn, state: object, batch: object, *, donate: bool | None = None) -> DryRun | None:
@@ -98,23 +99,13 @@ def of_first_batch(step: StepFn, state: object, batch: object, *, donate: bool |
     own = facts_of(alone.step).microbatches
     turns = facts.microbatches if isinstance(facts.microbatches, int) else plan.replicas
     try:
-        course = course_of(step, alone.state, alone.batch, own if isinstance(own, int) else 1)
+        course = course_of(step, alone.state, alone.batch, own if isinstance(own, int) else 1, plan)
         return _account(step, state, plan, turns, facts.donate if donate is None else donate, course)
     except StepError:
         return None
 
 
 def _account(step: StepFn, state: object, plan: Plan, turns: int, donate: bool, course: Course) -> DryRun:
-    if plan.pipelined:
-        raise StepError(
-            explain(
-                "the memory of a step of a pipeline is not known",
-                where=repr(plan),
-                why="a rank keeps the activations of its stages for as many microbatches as the schedule has begun, "
-                "which is not counted yet",
-                instead="plan.dry_run(state)   # without activations",
-            )
-        )
     facts = facts_of(step)
     return account(
         plan,
@@ -127,8 +118,9 @@ def _account(step: StepFn, state: object, plan: Plan, turns: int, donate: bool, 
     )
 
 
-def course_of(step: StepFn, state: object, batch: object, count: int) -> Course:
-    """Return what the passes of the largest microbatch keep, of a batch that is cut into so many."""
+def course_of(step: StepFn, state: object, batch: object, count: int, plan: Plan | None = None) -> Course:
+    """Return what the passes of the largest microbatch keep, of a batch that is cut into so many, in the stages of a
+    plan."""
     around = bare(step)
     alone, single = lone(around, state, batch), _innermost(around)
     if alone is None or not isinstance(single, Step):
@@ -145,7 +137,7 @@ def course_of(step: StepFn, state: object, batch: object, count: int) -> Course:
     def watched(state: TrainState, batch: object) -> object:
         (microbatch, _), *_ = split_batch(batch, min(count, metrics.sample_count(batch)))
         with _Storages(tree.leaves((state, microbatch))) as storages:
-            listening = _Listening(storages)
+            listening = _Listening(storages, plan if plan is not None and plan.pipelined else None)
             single._grads(state, microbatch, 0, listening)
             found.append(listening.course(state, casting(single.policy, definition(state).module)))
         # A function around a step may look at what the step returns; the caller of a plain one does not.
@@ -233,19 +225,23 @@ class _Listening(NoExchange):
 
     Args:
         storages: what is counted.
+        plan: with stages, if what each of them keeps is to be told.
     """
 
-    def __init__(self, storages: _Storages) -> None:
-        self.storages = storages
+    def __init__(self, storages: _Storages, plan: Plan | None = None) -> None:
+        self.storages, self.plan = storages, plan
         self.moments: list[tuple[str, int]] = []
         self.widths: dict[str, int] = {}
         self.forward = 0
+        # What there was at the ends of stages: bytes that were given, the most since the end before, and what is left.
+        self.ends: list[tuple[int, int, int]] = []
+        self.given = 0
 
     def tracked(self, cast: Uncast, params: Tensors) -> Tensors:
         for tensor in params.values():
             self.storages.forget(tensor)
         self.storages.since()
-        self.computed = dict(params)
+        self.computed, self.module = dict(params), cast.module
         return params
 
     def bound(
@@ -255,10 +251,33 @@ class _Listening(NoExchange):
             self.storages.forget(tensor)
         for name, leaf in tracked.items():
             leaf.register_hook(functools.partial(self._made, name))
-        return tracked, buffers, around
+        if self.plan is None:
+            return tracked, buffers, around
+        return tracked, buffers, self._stages if around is None else functools.partial(both, around, self._stages)
+
+    @contextlib.contextmanager
+    def _stages(self) -> Iterator[None]:
+        """Have the submodules at which stages begin tell so."""
+        handles = []
+        for module, (stage, _) in submodules(self.module, cast(Plan, self.plan).stage_of).items():
+            handles.append(module.register_forward_pre_hook(functools.partial(self._called, stage), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _called(self, stage: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if stage == len(self.ends) + 1:
+            self._ended()
+            self.given = sum(x.nbytes for x in tree.leaves((args, kwargs)) if getattr(x, "requires_grad", False))
+
+    def _ended(self) -> None:
+        self.ends.append((self.given, self.storages.since(), self.storages.live))
 
     def forward_done(self, weight: Weight, buffers: Tensors, metrics: Mapping[str, Metric]) -> None:
-        pass
+        if self.plan is not None:
+            self._ended()
 
     def _made(self, name: str, grad: Tensor) -> Tensor:
         with _torch.no_torch_function(), torch.no_grad():
@@ -272,4 +291,13 @@ class _Listening(NoExchange):
         """Return what was seen."""
         summed = cast.reduced({name: x.new_empty(()) for name, x in self.computed.items()})
         widths = {name: (x.element_size(), summed[name].element_size()) for name, x in self.computed.items()}
-        return Course(self.forward, tuple(self.moments), widths, self.storages.flops)
+        before, stages = [0], []
+        for given, most, left in self.ends:
+            stages.append(StageCourse(given, most - before[-1], left - before[-1]))
+            before.append(left)
+        moments = self.moments
+        if self.plan is not None:
+            moments = [
+                (n, max(live - before[min(self.plan.stage_of(n) or 0, len(before) - 1)], 0)) for n, live in moments
+            ]
+        return Course(self.forward, tuple(moments), widths, self.storages.flops, tuple(stages))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,24 @@ def _alpha_dropout(per_channel: bool) -> Callable[..., Tensor]:
     return handler
 
 
+@runtime_checkable
+class Attending(Protocol):
+    """A tensor that draws the dropout of its attention weights in a way of its own, as one that is cut into parts."""
+
+    def keyed_attention(
+        self,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        rate: float,
+        drawn: Tensor,
+        causal: bool,
+        scale: float | None,
+        gqa: bool,
+    ) -> Tensor | None:
+        """Return `F.scaled_dot_product_attention` with a mask drawn from the key `drawn`; None by the formula."""
+
+
 def _attention(
     mode: KeyedRandom,
     func: Function,
@@ -94,6 +112,10 @@ def _attention(
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     rate(dropout_p, "scaled_dot_product_attention")
     drop_key = mode.next_key("scaled_dot_product_attention")
+    if isinstance(query, Attending):
+        own = query.keyed_attention(key, value, attn_mask, dropout_p, drop_key, is_causal, scale, enable_gqa)
+        if own is not None:
+            return own
     given = query, key, value, attn_mask, dropout_p, is_causal
     if card_dropout.takes(query):
         with card_dropout.seeded(drop_key, query.device), _torch.no_torch_function():

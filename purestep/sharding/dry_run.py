@@ -7,7 +7,9 @@ beside the state in the course of a step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,11 +17,12 @@ import torch
 from purestep import tree
 from purestep.bits import human_bytes
 from purestep.errors import ConfigError, explain
-from purestep.sharding.pipeline_order import bubble
+from purestep.sharding.pipeline_order import Action, bubble, tables
 from purestep.sharding.report import Description, Row, describe
 from purestep.sharding.spec import Layout
+from purestep.sharding.stage_account import StageAccount
 from purestep.sharding.stages import AXIS, Schedule, Stages
-from purestep.sharding.step_account import LONG_ON_CPU, LONG_ON_DEVICE, Course, Job, Leaf, peak
+from purestep.sharding.step_account import LONG_ON_CPU, LONG_ON_DEVICE, Account, Course, Job, Leaf, peak
 from purestep.sharding.step_time import StepTime
 from purestep.views import Block, Note, Printed, Table
 
@@ -67,6 +70,12 @@ class Costed(Layout, Protocol):
     def schedule(self) -> Schedule:
         """The order in which a pipeline computes."""
 
+    def stage_of(self, name: str) -> int | None:
+        """Return the stage of a parameter."""
+
+    def home(self, stage: int) -> int:
+        """Return the coordinate of the rank that computes a stage."""
+
     def microbatches(self, count: int, *, rank: int | None = None) -> tuple[int, ...]:
         """Return the numbers of the microbatches that a rank computes."""
 
@@ -91,13 +100,14 @@ class DryRun(Printed):
             are sent and received; `update`, copies and the new state while it is made; `activations`, with what the
             passes compute meanwhile, where the step and a batch are known.
         sent: bytes that a rank sends in a step by reason: `gather` (parameters), `reduce` (gradients), and under
-            context parallelism `context` (gradients that are summed over positions). What tensor, context
-            and expert parallelism send of activations is not in it.
+            context parallelism `context` (gradients that are summed over positions), in a pipeline `stages` (what goes
+            from one to the next, and its gradients), where the step and a batch are known. What tensor, context and
+            expert parallelism send of activations is not in it.
         host: bytes of the CPU's memory, of what a plan with `offload=` keeps there while the state is on a card: what
             rests there, and what an update there copies, `grads` and `params`. They are not in `memory`.
         bubble: the part of a step in which a rank of a pipeline waits, if all stages take as long, a backward pass
             twice as long as a forward pass, and sending no time; None where the number of microbatches is not given,
-            and without a pipeline. What stages send each other is not in `sent`, tied parameters not in `memory`.
+            and without a pipeline. Tied parameters of other stages are not in `memory`.
         flops: floating-point operations of a rank in a step, a multiplication and an addition as two: those of matrix
             products, convolutions and attention, in the forward and the backward pass of each of its microbatches,
             what checkpoints compute again included. None where step and batch are not known, and where several ranks
@@ -199,9 +209,37 @@ def dry_run(
         one_graph: whether a microbatch is compiled as a whole, so that all parameters are gathered at once.
         course: what the passes of one microbatch keep; by default nothing is known of it.
     """
+    of_rank = functools.partial(
+        _of_rank,
+        plan,
+        value,
+        microbatches=microbatches,
+        compute_dtype=compute_dtype,
+        reduce_dtype=reduce_dtype,
+        donate=donate,
+        by_element=by_element,
+        one_graph=one_graph,
+        course=course,
+    )
     # Stages differ in size: what is told is what the rank with the most needs.
     ranks = plan.mesh.ranks(AXIS, rank=0) if plan.pipelined else [0]
-    description = max((describe(plan, value, rank=rank) for rank in ranks), key=lambda each: each.nbytes)
+    return max(map(of_rank, ranks), key=lambda each: each.nbytes)
+
+
+def _of_rank(
+    plan: Costed,
+    value: object,
+    rank: int,
+    *,
+    microbatches: int | None,
+    compute_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    donate: bool,
+    by_element: bool,
+    one_graph: bool,
+    course: Course | None,
+) -> DryRun:
+    description = describe(plan, value, rank=rank)
     own = [row for row in description.rows if row.unit is not None]
     turns = len(plan.microbatches(microbatches or plan.replicas, rank=0))
     trained = [row for row in own if row.kind == "params"]
@@ -224,9 +262,18 @@ def dry_run(
     )
     known = course or Course()
     leaves = [_leaf(plan, row, compute_dtype, reduce_dtype, known) for row in own]
-    memory |= peak(job, leaves, course)
-    times = 2 if plan.reshard_after_forward and not one_graph else 1
-    sent = {"gather": _gather_traffic(plan, own, turns * times, compute_dtype)}
+    if plan.pipelined:
+        actions = _actions(plan, rank, turns if microbatches else None)
+        stage_of = {leaf.name: plan.stage_of(leaf.name) or 0 for leaf in leaves}
+        memory |= peak(StageAccount(job, leaves, course, actions, stage_of))
+        # Parameters are gathered once a step, as the state has them.
+        sent = {"gather": _gather_traffic(plan, own, 1, None)}
+        if known.stages:
+            sent["stages"] = sum(_passed_on(known, action) for action in actions)
+    else:
+        memory |= peak(Account(job, leaves, course))
+        times = 2 if plan.reshard_after_forward and not one_graph else 1
+        sent = {"gather": _gather_traffic(plan, own, turns * times, compute_dtype)}
     wire = plan.sent_dtype or reduce_dtype
     sent["reduce"] = sum(_reduce_traffic(plan, row, turns, wire) for row in trained)
     if plan.context:
@@ -246,6 +293,22 @@ def dry_run(
     return DryRun(
         description, {k: n for k, n in memory.items() if n}, sent, {k: n for k, n in host.items() if n}, waits, flops
     )
+
+
+def _actions(plan: Costed, rank: int, turns: int | None) -> Sequence[Action]:
+    """Return what a rank of a pipeline does; one pass through each of its stages, if the microbatches are not known."""
+    here, ranks, count = plan.mesh.coordinate(rank)[AXIS], plan.mesh.size(AXIS), len(plan.cut)
+    if turns is not None:
+        return tables(plan.schedule, ranks, count, turns)[here]
+    own = [stage for stage in range(count) if plan.home(stage) == here]
+    return [*(("forward", s, 0) for s in own), *(("backward", s, 0) for s in reversed(own))]
+
+
+def _passed_on(course: Course, action: Action) -> int:
+    """Return the bytes that a rank sends to another stage when it has done what its schedule says."""
+    kind, stage, _ = action
+    to = stage + 1 if kind == "forward" else stage
+    return course.stages[to].given if to < len(course.stages) else 0
 
 
 def _long(value: object) -> int:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 Reduction = Literal["tree", "fast"]
 Zero = Literal[1, 2, 3]
 Compress = Literal["bf16", "fp16"]
+Attention = Literal["gather", "ring"]
 
 
 @checked(ConfigError)
@@ -64,6 +65,8 @@ class Plan(View):
             dim 1 of `[batch, position, width]`, where the parts divide it.
         context: the ranks of the tensor axis compute runs of positions of each sequence, with whole parameters;
             `context_parallel` makes such a plan.
+        attention: with `context`, how queries meet the keys and values of other ranks: "gather" brings all of them to
+            every rank, "ring" passes them on from rank to rank.
         experts: globs of the modules of experts whose parameters `expert_axis` splits along dim 0; `expert_parallel`
             makes such a plan.
         expert_axis: the batch axis over which tokens are sent to the ranks of their experts, in place of gathering
@@ -101,6 +104,7 @@ class Plan(View):
     tensor_parts: Count | None = None
     sequence_parallel: bool = False
     context: bool = False
+    attention: Attention = "gather"
     experts: str | tuple[str, ...] = ()
     expert_axis: str = ""
     stages: staging.Stages = ()
@@ -284,8 +288,14 @@ class Plan(View):
         Raises:
             ConfigError: no rule matches, or the spec does not fit, under `fallback="error"`; more entries than dims.
         """
-        if self.pipelined:
-            return self._staged(name, shape)
+        if not self.pipelined:
+            return self._by_rules(name, shape, kind)
+        stage = self.stage_of(name)
+        if stage is None or not shape:
+            plan_checks.refuse_unstaged(self, name, shape, stage)
+        return Spec(*self._by_rules(name, shape, kind).entries, at={staging.AXIS: self.home(stage)})
+
+    def _by_rules(self, name: str, shape: Sequence[int], kind: Kind) -> Spec:
         found = self._first(name)
         if found is None:
             if self.fallback == "error" and not self.stages:
@@ -298,12 +308,6 @@ class Plan(View):
             found = Spec(*[tuple(a for a in entry if a != axis) for entry in found.entries], auto=found.auto)
         sizes = dict(zip(self.mesh.axes, self.mesh.shape, strict=True))
         return resolve(found, sizes, shape, fallback=self.fallback, min_size=self.min_size, where=name)
-
-    def _staged(self, name: str, shape: Sequence[int]) -> Spec:
-        stage = self.stage_of(name)
-        if stage is None or not shape:
-            plan_checks.refuse_unstaged(self, name, shape, stage)
-        return Spec(at={staging.AXIS: self.home(stage)})
 
     def specs(self, value: object) -> Any:
         """Return a tree like a state (or like a tree of parameters) with the Spec of each leaf."""
@@ -417,6 +421,7 @@ class Plan(View):
             rules += [("anything else", "refused" if self.fallback == "error" else "whole on every rank")]
         names = "fallback min_size units reshard_after_forward reduction sync_batchnorm zero offload compress".split()
         names += ["tensor_parts", "sequence_parallel", "context"] if self.tensor_axes else []
+        names += ["attention"] if self.context else []
         names += ["experts", "expert_axis"] if self.expert_axis else []
         names += ["schedule"] if self.stages else []
         settings = [(name, str(getattr(self, name))) for name in names]

@@ -30,6 +30,7 @@ def check(plan: Any) -> None:
         ("offload", plan.offload, (None, "optimizer", "params")),
         ("compress", plan.compress, (None, "bf16", "fp16")),
         ("schedule", plan.schedule, ("1f1b", "gpipe", "interleaved")),
+        ("attention", plan.attention, ("gather", "ring")),
     ):
         if value not in known:
             raise ConfigError(explain(f"{word} is one of {', '.join(map(repr, known))}", where=f"{word}={value!r}"))
@@ -39,6 +40,14 @@ def check(plan: Any) -> None:
                 "ZeRO 1 and 2 keep parameters whole, and tensor parallelism splits them",
                 where=f"zero={plan.zero} on {plan.mesh!r}",
                 instead="fsdp() * tensor_parallel(rules, size=2)",
+            )
+        )
+    if plan.attention == "ring" and not plan.context:
+        raise ConfigError(
+            explain(
+                "ring attention passes on runs of positions, which context parallelism cuts",
+                where=f"attention='ring' on {plan.mesh!r}",
+                instead='ps.sharding.context_parallel(2, attention="ring")',
             )
         )
     if plan.zero < 3 and plan.expert_axis:
@@ -93,14 +102,22 @@ def _check_pipeline(plan: Any) -> None:
         raise ConfigError(
             explain("stages need a mesh axis 'stage' over which the batch is the same", where=where, instead=instead)
         )
-    if any(spec.axes for _, spec in plan.rules) or plan.tensor_axes or plan.offload is not None or plan.sync_batchnorm:
+    beside = {
+        "tensor and context parallelism": bool(plan.tensor_axes),
+        "expert parallelism": bool(plan.expert_axis),
+        "rules over the axis 'stage'": any("stage" in spec.axes for _, spec in plan.rules),
+        "offload": plan.offload is not None,
+        "sync_batchnorm": plan.sync_batchnorm,
+    }
+    refused = [name for name, there in beside.items() if there]
+    if refused:
         raise ConfigError(
             explain(
-                "a pipeline goes with data parallelism only",
+                f"a pipeline does not go with {' and '.join(refused)}",
                 where=where,
-                why="each stage keeps its parameters whole on its rank; fsdp, ZeRO, tensor parallelism, offload and "
-                "sync_batchnorm are not built for that",
-                instead="ps.sharding.ddp() * ps.sharding.pipeline(stages, 2)",
+                why="a rank computes all of a layer of its stages, with parameters that are whole for the length of a "
+                "step; over the batch axes they may be split, as by ddp, zero1, zero2, fsdp and hsdp",
+                instead="ps.sharding.fsdp() * ps.sharding.pipeline(stages, 2)",
             )
         )
 

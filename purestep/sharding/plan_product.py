@@ -25,7 +25,7 @@ def product(left: Any, right: Any) -> dict[str, Any]:
                 instead="fsdp() * tensor_parallel(rules, size=4), or one Plan with the rules of both",
             )
         )
-    if left.model_axes and right.model_axes and left.context != right.context:
+    if left.tensor_axes and right.tensor_axes and left.context != right.context:
         refuse_context(left, right)
     for one, other in ((left, right), (right, left)):
         if one.expert_axis and (other.model_axes or other.shard_axes):
@@ -86,6 +86,7 @@ _SETTINGS: dict[str, Any] = {
     "tensor_parts": None,
     "sequence_parallel": False,
     "context": False,
+    "attention": "gather",
     "experts": (),
     "expert_axis": "",
     "stages": (),

@@ -12,7 +12,7 @@ from purestep.arguments import Count, Name, Whole, checked
 from purestep.distributed.mesh import mesh
 from purestep.errors import ConfigError, explain
 from purestep.sharding.families import tensor_rules
-from purestep.sharding.plan import Plan, Zero
+from purestep.sharding.plan import Attention, Plan, Zero
 from purestep.sharding.spec import Offload, Rules, Spec
 from purestep.sharding.stages import AXIS, Schedule, expanded
 from purestep.tree import Filter
@@ -175,16 +175,22 @@ def tensor_parallel(
 
 
 @checked(ConfigError)
-def context_parallel(size: int, *, parts: Count | None = None, axis: Name = "context", **settings: Any) -> Plan:
+def context_parallel(
+    size: int, *, parts: Count | None = None, attention: Attention = "gather", axis: Name = "context", **settings: Any
+) -> Plan:
     """Context parallelism: each sequence is split over `size` ranks, which compute runs of its positions.
 
-    Parameters are whole on every rank of the axis. Attention gathers the keys and values of all positions, layer by
+    Parameters are whole on every rank of the axis. Attention needs the keys and values of all positions, layer by
     layer; every other layer computes with the positions of a rank.
 
     Args:
         size: ranks.
         parts: into how many runs a sequence is cut, a power of two times `size`; `size` by default. The bits depend on
             it, and not on the number of ranks.
+        attention: "gather" brings the keys and values of all positions to every rank, which keeps them until the
+            backward pass. "ring" passes them on from rank to rank, and each rank folds them into its output part by
+            part: in either pass it has those of its own positions, of those at hand, and of those on their way. The
+            bits are those of "ring" with as many parts, and agree with "gather" to rounding.
         axis: name of the mesh axis.
         **settings: of `Plan`: `reduction`, ...
 
@@ -193,9 +199,10 @@ def context_parallel(size: int, *, parts: Count | None = None, axis: Name = "con
         >>> plan.mesh, plan.parts
         (mesh({'data': -1, 'context': 2}), 4)
 
-    Reference: Llama Team, "The Llama 3 Herd of Models", arXiv 2407.21783, section 3.3.2, which gathers keys and values.
+    References: Llama Team, "The Llama 3 Herd of Models", arXiv 2407.21783, section 3.3.2, which gathers keys and
+    values; Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context", arXiv 2310.01889.
     """
-    defaults: dict[str, Any] = {"fallback": "replicate", "context": True, "tensor_parts": parts}
+    defaults: dict[str, Any] = {"fallback": "replicate", "context": True, "tensor_parts": parts, "attention": attention}
     return Plan(mesh({axis: size}), (), **(defaults | settings))
 
 

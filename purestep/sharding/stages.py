@@ -57,6 +57,21 @@ def stage_of(stages: Stages, name: str) -> int | None:
     return next((s for s, own in enumerate(stages) if any(tree.matches(own, p) for p in prefixes)), None)
 
 
+def submodules(module: nn.Module, stage_of: Callable[[str], int | None]) -> dict[nn.Module, tuple[int, str]]:
+    """Return the stage and the path of each outermost submodule of a stage.
+
+    Args:
+        module: the model.
+        stage_of: returns the stage of a path, None for none.
+    """
+    found: dict[nn.Module, tuple[int, str]] = {}
+    for path, child in module.named_modules():
+        stage = stage_of(path) if path else None
+        if stage is not None and not any(path.startswith(f"{above}.") for _, above in found.values()):
+            found[child] = stage, path
+    return found
+
+
 @functools.lru_cache(maxsize=64)
 def cut(stages: Stages, ranks: int, schedule: Schedule) -> Stages:
     """Return the stages as so many ranks run them: neighbours on one rank are one, but where ranks take turns.

@@ -29,6 +29,21 @@ Kinds = dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
+class StageCourse:
+    """What the passes of one stage of one microbatch keep, beside what the stages before keep.
+
+    Attributes:
+        given: bytes that come from the stage before.
+        forward: most bytes at one time in the forward pass.
+        kept: bytes that stay until the backward pass.
+    """
+
+    given: int = 0
+    forward: int = 0
+    kept: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Course:
     """What the forward and the backward pass of one microbatch keep, beside parameters and gradients.
 
@@ -38,12 +53,14 @@ class Course:
             one time since the one before.
         widths: by parameter, bytes an element as it is computed with, and of its gradient in sums.
         flops: floating-point operations of both passes, see `DryRun.flops`.
+        stages: of a pipeline. Bytes of `moments` are then without what the stages before keep.
     """
 
     forward: int = 0
     moments: tuple[tuple[str, int], ...] = ()
     widths: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     flops: int = 0
+    stages: tuple[StageCourse, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +133,8 @@ class Job:
     one_graph: bool = False
 
 
-def peak(job: Job, leaves: Sequence[Leaf], course: Course | None = None) -> Kinds:
-    """Return the bytes by kind at the moment of a step in which most is there, without the state.
-
-    Args:
-        job: the ranks, and what the step does.
-        leaves: of the parameters, trained and frozen, in the order of the state.
-        course: what the passes of one microbatch keep; by default nothing, gradients in the reverse order of `leaves`.
-    """
-    account = _Account(job, leaves, course)
+def peak(account: Account) -> Kinds:
+    """Return the bytes by kind at the moment of a step in which most is there, without the state."""
     most = max(account.moments(), key=lambda moment: sum(moment.values()))
     return {kind: count for kind, count in most.items() if count}
 
@@ -146,8 +156,14 @@ class _Sum:
     stays: int
 
 
-class _Account:
-    """The moments of one step."""
+class Account:
+    """The moments of one step.
+
+    Args:
+        job: the ranks, and what the step does.
+        leaves: of the parameters, trained and frozen, in the order of the state.
+        course: what the passes of one microbatch keep; by default nothing, gradients in the reverse order of `leaves`.
+    """
 
     def __init__(self, job: Job, leaves: Sequence[Leaf], course: Course | None) -> None:
         self.leaves = list(leaves)
@@ -169,37 +185,38 @@ class _Account:
 
     def moments(self) -> Iterator[Kinds]:
         """Yield what is there at one moment after the other, by kind."""
+        workspace, kept = self._workspace()
+        for moment in itertools.chain(self._passes(), self._over_copies()):
+            yield moment | {"update": kept}
+        yield from self._updating(workspace, kept)
+
+    def _passes(self) -> Iterator[Kinds]:
         passes = self._in_buckets
         if any(leaf.ranks > 1 for leaf in self.leaves):
             passes = self._at_once if self.job.one_graph else self._in_units
         elif self.job.zero == 2 and any(leaf.apart > 1 for leaf in self.trained):
             passes = self._scattered
-        workspace, kept = self._workspace()
         for before, after, last in _turns(self.job.turns):
-            for moment in passes(before, after, last):
-                yield moment | {"update": kept}
-        for moment in self._over_copies():
-            yield moment | {"update": kept}
-        yield from self._updating(workspace, kept)
+            yield from passes(before, after, last)
 
     # --- whole gradients are added up in buckets: `parallel.ddp` ------------------------------------------------------
 
     def _in_buckets(self, before: int, after: int, last: bool) -> Iterator[Kinds]:
-        buckets = _buckets(sorted(self.trained, key=lambda leaf: leaf.name, reverse=True), BUCKETS)
+        buckets = buckets_of(sorted(self.trained, key=lambda leaf: leaf.name, reverse=True), BUCKETS)
         missing, home = _waiting(buckets)
         added = before * sum(leaf.gradient for leaf in self.trained)
         flying: list[_Sum] = []
         held = at = 0
-        yield _kinds(added, self.casts, live=self.forward)
+        yield kinds(added, self.casts, live=self.forward)
         for leaf, live in self.made:
             held += leaf.gathered
             missing[home[leaf.name]] -= 1
             buffers = sum(x.second for x in flying[:-1]) + sum(x.first for x in flying[-1:])
-            yield _kinds(added + held, self.casts, buffers, live)
+            yield kinds(added + held, self.casts, buffers, live)
             while at < len(buckets) and not missing[at]:
                 bucket, at = buckets[at], at + 1
                 flat = sum(x.gradient for x in bucket)
-                yield _kinds(added + held, self.casts, buffers + flat + _recast(bucket), live)
+                yield kinds(added + held, self.casts, buffers + flat + recast(bucket), live)
                 held -= sum(x.gathered for x in bucket)
                 added += (after - before) * flat
                 if not last or self.job.replicas == 1:
@@ -210,11 +227,11 @@ class _Account:
                 added -= after * flat
                 # The gradient at hand is held by autograd until its hook has returned.
                 buffers = sum(x.second for x in flying)
-                yield _kinds(added + held + leaf.gathered, self.casts, buffers + new.launch, live)
+                yield kinds(added + held + leaf.gathered, self.casts, buffers + new.launch, live)
                 flying.append(new)
                 buffers += new.first
         for i, sum_ in enumerate(flying):
-            yield _kinds(added, 0, sum_.second + sum_.stays + sum(x.second for x in flying[i + 1 :]))
+            yield kinds(added, 0, sum_.second + sum_.stays + sum(x.second for x in flying[i + 1 :]))
             added += sum_.stays
 
     def _sum(self, flat: int, held: int, apart: int) -> _Sum:
@@ -233,25 +250,25 @@ class _Account:
     # --- buckets are sent in each microbatch, of whole parameters: `parallel.scattered` -------------------------------
 
     def _scattered(self, before: int, after: int, last: bool) -> Iterator[Kinds]:
-        buckets = _buckets([leaf for leaf in reversed(self.trained) if leaf.apart > 1], BUCKETS)
+        buckets = buckets_of([leaf for leaf in reversed(self.trained) if leaf.apart > 1], BUCKETS)
         missing, home = _waiting(buckets)
         parts = before * sum(leaf.gradient // leaf.apart for bucket in buckets for leaf in bucket)
         held = at = flying = arriving = 0
-        yield _kinds(parts, self.casts, live=self.forward)
+        yield kinds(parts, self.casts, live=self.forward)
         for leaf, live in self.made:
             held += leaf.gathered
-            yield _kinds(parts + held, self.casts, flying, live)
+            yield kinds(parts + held, self.casts, flying, live)
             if leaf.name not in home:
                 continue
             missing[home[leaf.name]] -= 1
             while at < len(buckets) and not missing[at]:
                 bucket, at = buckets[at], at + 1
                 rows = sum(x.gradient for x in bucket)
-                yield _kinds(parts + held, self.casts, flying + rows + _recast(bucket), live)
+                yield kinds(parts + held, self.casts, flying + rows + recast(bucket), live)
                 held -= sum(x.gathered for x in bucket)
                 parts, flying, arriving = parts + arriving, 2 * rows, sum(x.gradient // x.apart for x in bucket)
-                yield _kinds(parts + held + leaf.gathered, self.casts, flying, live)
-        yield _kinds(parts + arriving + held, 0, flying)
+                yield kinds(parts + held + leaf.gathered, self.casts, flying, live)
+        yield kinds(parts + arriving + held, 0, flying)
 
     # --- parameters are gathered by units: `parallel.fsdp` ------------------------------------------------------------
 
@@ -271,18 +288,18 @@ class _Account:
         pairs = (
             [2 * size[unit] + coming.get(unit, 0) for unit in order[::-1]] if job.reshard else [sum(opened.values())]
         )
-        yield _kinds(parts, self.casts + root + max(pairs, default=0))
-        yield _kinds(parts, self.casts + root + (sum(opened.values()) or max(size.values())), live=self.forward)
+        yield kinds(parts, self.casts + root + max(pairs, default=0))
+        yield kinds(parts, self.casts + root + (sum(opened.values()) or max(size.values())), live=self.forward)
         for leaf, live in self.made:
             unit = leaf.unit
             ahead = coming.get(unit, 0) if job.reshard else 0
             if unit and unit in size and unit not in opened:
                 opened[unit] = size[unit]
                 now = self.casts + root + sum(opened.values())
-                yield _kinds(parts + sum(held.values()), now + size[unit] + ahead, flying, live)
+                yield kinds(parts + sum(held.values()), now + size[unit] + ahead, flying, live)
             held[unit] = held.get(unit, 0) + leaf.gathered
             now = self.casts + root + sum(opened.values()) + ahead
-            yield _kinds(parts + sum(held.values()), now, flying, live)
+            yield kinds(parts + sum(held.values()), now, flying, live)
             if leaf.ranks == 1:
                 continue
             missing[unit] -= 1
@@ -290,15 +307,15 @@ class _Account:
                 continue
             opened.pop(unit, None)
             now = self.casts + root + sum(opened.values()) + ahead
-            recast = _recast([x for x in self.trained if x.unit == unit])
-            yield _kinds(parts + sum(held.values()), now, flying + rows[unit] + recast, live)
+            copies = recast([x for x in self.trained if x.unit == unit])
+            yield kinds(parts + sum(held.values()), now, flying + rows[unit] + copies, live)
             parts, flying, arriving = parts + arriving, 2 * rows[unit], rows[unit] // ranks
-            yield _kinds(parts + sum(held.values()), now, flying, live)
+            yield kinds(parts + sum(held.values()), now, flying, live)
             del held[unit]
         # Those of the root, and of parameters that are not split, are sent last.
         rest = sum(leaf.gradient for leaf in self.trained if leaf.ranks == 1 or not leaf.unit)
-        yield _kinds(parts + arriving + sum(held.values()), 0, flying + rest)
-        yield _kinds(parts + arriving + sum(held.values()), 0, 2 * rest)
+        yield kinds(parts + arriving + sum(held.values()), 0, flying + rest)
+        yield kinds(parts + arriving + sum(held.values()), 0, 2 * rest)
 
     # --- parameters are gathered for a graph of the whole microbatch: `jit.step` --------------------------------------
 
@@ -310,13 +327,13 @@ class _Account:
         whole, parts, held = sum(size.values()), before * sum(rows.values()) // split[0].ranks, 0
         casts = sum(leaf.whole * leaf.computed for leaf in self.leaves if leaf.computed != leaf.at_rest)
         # Each unit is taken apart while all others are here or on their way.
-        yield _kinds(parts, whole + whole // split[0].ranks + max(size.values()))
-        yield _kinds(parts, whole + casts, live=self.forward)
+        yield kinds(parts, whole + whole // split[0].ranks + max(size.values()))
+        yield kinds(parts, whole + casts, live=self.forward)
         for leaf, live in self.made:
             held += leaf.gradient
-            yield _kinds(parts + held, whole + casts, live=live)
+            yield kinds(parts + held, whole + casts, live=live)
         rest = sum(leaf.gradient for leaf in self.trained if leaf.ranks == 1)
-        yield _kinds(parts + held, whole, 2 * (sum(rows.values()) + rest))
+        yield kinds(parts + held, whole, 2 * (sum(rows.values()) + rest))
 
     # --- after the passes ---------------------------------------------------------------------------------------------
 
@@ -330,7 +347,7 @@ class _Account:
         if self.job.copies > 1 and any(leaf.ranks > 1 or leaf.apart > 1 for leaf in self.leaves):
             parts = self._parts(summed=True)
             few = self.job.copies == 2 or self.job.fast
-            yield _kinds(parts, 0, parts if few else 2 * parts)
+            yield kinds(parts, 0, parts if few else 2 * parts)
 
     def _updating(self, workspace: int, kept: int) -> Iterator[Kinds]:
         job, grads, params = self.job, self._parts(summed=True), self._parts(summed=False)
@@ -339,17 +356,17 @@ class _Account:
         new = 0 if job.donated else params + job.optimizer
         if job.away:
             cut, new = 0, 0 if job.donated else params
-        yield _kinds(grads, update=cut + new + workspace)
+        yield kinds(grads, update=cut + new + workspace)
         if not split:
             return
-        groups = _buckets(split, GATHERED, at_rest=True)
+        groups = buckets_of(split, GATHERED, at_rest=True)
         sizes = [sum(leaf.whole * leaf.at_rest for leaf in group) for group in groups]
         # Two are under way while the first is taken apart.
         pairs = [
             2 * a + a // split[0].apart + b + b // split[0].apart for a, b in zip(sizes, [*sizes[1:], 0], strict=True)
         ]
         whole = 0 if job.donated else sum(sizes)
-        yield _kinds(0, update=cut + new + whole + kept + max(pairs))
+        yield kinds(0, update=cut + new + whole + kept + max(pairs))
 
     def _workspace(self) -> tuple[int, int]:
         """Return the bytes of temporary buffers of an update, and how many of them stay until the next one."""
@@ -365,7 +382,7 @@ class _Account:
         return used, used if kept else 0
 
 
-def _kinds(grads: int, gathered: int = 0, sums: int = 0, live: int = 0, update: int = 0) -> Kinds:
+def kinds(grads: int, gathered: int = 0, sums: int = 0, live: int = 0, update: int = 0) -> Kinds:
     return {"grads": grads, "gathered": gathered, "sums": sums, "update": update, "activations": live}
 
 
@@ -385,7 +402,7 @@ def _waiting(buckets: Sequence[Sequence[Leaf]]) -> tuple[list[int], dict[str, in
     return [len(bucket) for bucket in buckets], {leaf.name: k for k, bucket in enumerate(buckets) for leaf in bucket}
 
 
-def _buckets(leaves: Sequence[Leaf], limits: tuple[int, int], *, at_rest: bool = False) -> list[list[Leaf]]:
+def buckets_of(leaves: Sequence[Leaf], limits: tuple[int, int], *, at_rest: bool = False) -> list[list[Leaf]]:
     """Return the leaves that travel together, as `parallel.tree_reduce.Flat` packs them."""
     found: list[list[Leaf]] = []
     sizes: list[int] = []
@@ -412,6 +429,6 @@ def _by_unit(leaves: Sequence[Leaf], *, gradients: bool = False) -> dict[str, in
     return found
 
 
-def _recast(leaves: Sequence[Leaf]) -> int:
+def recast(leaves: Sequence[Leaf]) -> int:
     """Return the bytes of copies of gradients in the dtype of their sums, while they are packed."""
     return sum(leaf.gradient for leaf in leaves if leaf.summed != leaf.computed)

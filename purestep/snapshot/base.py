@@ -72,19 +72,20 @@ def _is_whole(array: Path, nbytes: int) -> bool:
     return (array / ".zarray").is_file() and zarr_files.implausible(array, nbytes) is None
 
 
-def part_of(shards: Sequence[OwnedShard], contents: Sequence[np.ndarray], sums: Sequence[str]) -> Part:
+def part_of(shards: Sequence[OwnedShard], contents: Sequence[np.ndarray], sums: Sequence[str], rank: int = 0) -> Part:
     """Return shards of the base as a part.
 
     Args:
         shards: those that this rank owns.
         contents: uint8[nbytes] of each.
         sums: their checksums.
+        rank: this one.
     """
     import xxhash
 
     rows = [[s.leaf.path, s.leaf.kind, s.leaf.dtype, *s.box, total] for s, total in zip(shards, sums, strict=True)]
     # Numbered in the base, not in the tree: the same weights have the same names below another tree.
-    packed = pack([dataclasses.replace(s, index=i) for i, s in enumerate(shards)], contents)
+    packed = pack([dataclasses.replace(s, index=i) for i, s in enumerate(shards)], contents, rank=rank)
     name = xxhash.xxh3_128_hexdigest(json.dumps([_LAYOUT, rows]).encode()) if packed.arrays else ""
     pieces = [
         piece._replace(leaf=shard.index, array=f"{name}/{piece.array}" if piece.array else "", checksum=total)

@@ -119,7 +119,7 @@ def _write_shards(
     trained = [(shard, content) for shard, content in pairs if shard.leaf.path not in request.base.paths]
     with ThreadPoolExecutor(1, thread_name_prefix="purestep-hash") as pool:
         hashing = pool.submit(_hashed, *_apart(trained))  # runs while this thread waits for the disk
-        part = _part_of_base(*_apart(base))
+        part = _part_of_base(*_apart(base), request.ranks.rank)
         stored = part.is_stored(root)
         free_space.check_room(root, sum(content.nbytes for _, content in trained) + (0 if stored else part.nbytes))
         digesting = pool.submit(_rows_of_base, request.known, *_apart(base), part.pieces)
@@ -138,8 +138,8 @@ def _hashed(shards: list[OwnedShard], contents: list[np.ndarray]) -> tuple[list[
     return checksums(contents), digest.rows_of(shards, contents)
 
 
-def _part_of_base(shards: list[OwnedShard], contents: list[np.ndarray]) -> base_.Part:
-    return base_.part_of(shards, contents, checksums(contents))
+def _part_of_base(shards: list[OwnedShard], contents: list[np.ndarray], rank: int) -> base_.Part:
+    return base_.part_of(shards, contents, checksums(contents), rank)
 
 
 def _rows_of_base(

@@ -192,8 +192,12 @@ def replaced(node: T, **changes: object) -> T:
     Raises:
         TypeError: the node has no such field.
     """
-    values = {**node.__dict__, **changes}
-    if len(values) != len(node.__dict__):
+    made = object.__new__(type(node))
+    values = made.__dict__
+    values.update(node.__dict__)
+    known = len(values)
+    values.update(changes)
+    if len(values) != known:
         unknown = ", ".join(repr(name) for name in changes if name not in node.__dict__)
         raise TypeError(f"{type(node).__name__} has no field {unknown}; it has {', '.join(node.__dict__)}")
-    return node_build(type(node), values)
+    return made

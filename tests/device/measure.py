@@ -23,11 +23,15 @@ def plans():
             found[plan, work] = test_plans.counted(test_plans.PLANS[plan], 4, **options)[0].total
             test_plans.end()
             print(plan, work, file=sys.stderr)
-        for plan in test_plans.MANY:
-            test_plans.start(1024)
-            found[plan, "1024 ranks"] = test_plans.counted(test_plans.PLANS[plan], 1024, batch=test_plans.MANY_TOKENS)[
-                0
-            ].total
+    return found
+
+
+def many():
+    found = {}
+    for case in test_plans.MANY:
+        with pytest.MonkeyPatch.context() as patch:
+            test_plans.pretend(patch)
+            found[case] = test_plans.of_many(case, patch)[0].total
             test_plans.end()
     return found
 
@@ -36,7 +40,7 @@ def main():
     print(HEAD.format(torch.__version__))
     steps = {name: counted(*make())[0].total for name, make in test_steps.STEPS.items()}
     optimizers = {name: test_steps.updated(make())[0].total for name, make in test_steps.ROWS.items()}
-    for name, table in (("STEPS", steps), ("OPTIMIZERS", optimizers), ("PLANS", plans())):
+    for name, table in (("STEPS", steps), ("OPTIMIZERS", optimizers), ("PLANS", plans()), ("MANY", many())):
         print(f"{name} = {{")
         for key, value in table.items():
             print(f"    {str(key)!r}: {value}," if isinstance(key, str) else f"    {key!r}: {value},")

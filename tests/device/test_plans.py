@@ -15,7 +15,7 @@ from shared_fake_cuda import Counts, counting, elsewhere, fake_cuda, needs_cuda_
 from shared_gpt import TOKENS, TinyGPT
 
 import purestep as ps
-from purestep.distributed import collectives, mesh
+from purestep.distributed import collectives, control, mesh
 from purestep.errors import ConfigError
 from purestep.parallel import absent, same_inputs
 from purestep.sharding import placement
@@ -45,6 +45,7 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     patch.setattr(absent.Absent, "of", stand_in)
+    patch.setattr(control, "gather", lambda value, **_: [value] * control.size())
     patch.setattr(collectives, "numbers", lambda number, group, device: [number] * collectives.size_of(group))
 
 
@@ -116,17 +117,27 @@ def test_a_step_of_a_plan(job, plan, work):
     assert counts.total <= budgets.PLANS[plan, work], counts.launches.most_common(8)
 
 
-MANY = ("ddp", "fsdp fast")
+# Of 1,024 ranks: the plan, and ranks of a machine.
+MANY = {"ddp": ("ddp", 1024), "fsdp fast": ("fsdp fast", 1024), "ddp, machines of 8": ("ddp", 8)}
 MANY_TOKENS = {name: torch.zeros(1024, 8, dtype=torch.int64) for name in TOKENS}
 
 
-@pytest.mark.parametrize("plan", MANY)
-def test_a_thousand_ranks(job, plan):
-    job(1024)
-    counts, out = counted(PLANS[plan], 1024, batch=MANY_TOKENS)
+def of_many(case, patch):
+    """Count a step of 1,024 ranks."""
+    plan, each = MANY[case]
+    told = {"RANK": 0, "WORLD_SIZE": 1024, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": each}
+    for name, value in {**told, "MASTER_ADDR": "none", "MASTER_PORT": 1}.items():
+        patch.setenv(name, str(value))
+    start(1024)
+    return counted(PLANS[plan], 1024, batch=MANY_TOKENS)
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_a_thousand_ranks(job, case, monkeypatch):
+    counts, out = of_many(case, monkeypatch)
     assert counts.blocking == {}
     assert elsewhere(out) == {}
-    assert counts.total <= budgets.PLANS[plan, "1024 ranks"], counts.launches.most_common(8)
+    assert counts.total <= budgets.MANY[case], counts.launches.most_common(8)
 
 
 OFFLOADED = {

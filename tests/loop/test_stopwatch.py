@@ -19,6 +19,16 @@ def test_a_part_does_not_count_those_inside_of_it(monkeypatch):
     assert watch.seconds == {"step": 1.0 + 4.0 + 16.0, "data": 2.0 + 8.0}
 
 
+def test_seconds_move_from_the_open_part_to_another(monkeypatch):
+    now = iter([0.0, 31.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    with watch.part("step"):
+        watch.move("data", 2.0)
+        watch.move("data", 8.0)
+    assert watch.seconds == {"step": 21.0, "data": 10.0}
+
+
 def test_an_error_ends_its_parts():
     watch = Stopwatch()
     with pytest.raises(ZeroDivisionError), watch.part("step"):

@@ -7,22 +7,26 @@ single rows of them, separated by semicolons.
 import dataclasses
 import functools
 import gc
+import logging
+import os
 import random
 import sys
 import weakref
 from pathlib import Path
+from unittest.mock import patch
 
 import expert_job
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 import purestep as ps
 from purestep import optim
-from purestep.distributed import collectives
-from purestep.jit import backends
+from purestep.distributed import collectives, machines, mesh
 from purestep.optim.kernels import sliced
+from purestep.parallel import assignment
 from purestep.parallel.fsdp_layout import Rows
 from purestep.parallel.fsdp_units import Session
 from purestep.random.torch_mode import KeyedRandom
@@ -230,6 +234,10 @@ def bits(size):
             on_fewer = (label == "fsdp" and name in SOME) or (size == 1 and label == "ddp") or (long and size == 2)
             if on_four if size == 4 else on_fewer:
                 yield f"{name}|{label}", lambda plan=plan, options=options: train(plan, **options)
+    for label, make in MACHINES.items() if size == 4 else ():
+        for name in ("plain", "ragged", "few", "skipped", "twelve"):
+            options = TWELVE if name == "twelve" else CASES[name]
+            yield f"{name}|{label}, machines", lambda make=make, options=options: on_machines(2, make(), options)
     yield "fast|ddp", lambda: train(ddp(reduction="fast"))
     yield "fast|fsdp", lambda: train(fsdp(reduction="fast"))
     if size == 2:
@@ -244,19 +252,58 @@ def bits(size):
                 yield f"{name}|{label}, donated", lambda plan=plan, options=options: train(plan, **options)
 
 
-def rounded(plan, **options):
-    """Train with a compiler whose results are a bit larger, so that bits show what was compiled together."""
-    own = backends._BACKENDS["eager"]
+TWELVE = {"v": 12, "samples": 11, "model": Tied, "steps": 2}
+MACHINES = {"ddp": ddp, "zero1": zero1, "zero2": zero2, "fsdp": fsdp, "hsdp": functools.partial(hsdp, fsdp=2)}
 
-    def larger(traced, mode):
-        run = own(traced, mode)
-        return lambda tensors: [x * (1 + 2**-20) if x.is_floating_point() else x for x in run(tensors)]
 
-    backends._BACKENDS["eager"] = larger
+def on_machines(each, plan, options, sent=None):
+    """Train as if every so many processes were on a machine of their own; count the bytes of slices between those."""
+    rank, size, exchange = dist.get_rank(), dist.get_world_size(), collectives.exchange
+    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % each, "LOCAL_WORLD_SIZE": each}
+    told |= {"MASTER_ADDR": "none", "MASTER_PORT": 1}
+
+    def noting(values, group, lengths, own):
+        if sent is not None and group is not None:
+            others = [r for r in dist.get_process_group_ranks(group) if r // 2 != rank // 2]
+            sent.append(len(others) * own * values.element_size())
+        return exchange(values, group, lengths, own)
+
+    groups = mesh._cache.copy()
+    forget()
+    collectives.exchange = noting
     try:
-        return train(plan, **options, backend="eager", by_unit=True)
+        with patch.dict(os.environ, {name: str(value) for name, value in told.items()}):
+            return train(plan, **options)
     finally:
-        backends._BACKENDS["eager"] = own
+        collectives.exchange = exchange
+        forget()
+        mesh._cache.update(groups)
+
+
+def forget():
+    """Let groups be made anew."""
+    mesh._cache.clear()
+    assignment._shares.cache_clear()
+    machines._owner = None
+
+
+def between():
+    """Return what the slices of a step take between two machines, with and without a sum on each of them."""
+    found = {}
+    for label in ("ddp", "zero1", "zero2", "fsdp"):
+        for each in (2, 1):
+            sent = []
+            on_machines(each, MACHINES[label](), {"model": Tied, "steps": 1}, sent)
+            found.setdefault(label, []).append(sum(sent))
+    return found
+
+
+def rounded(plan, **options):
+    """Train with the compiler that rounds."""
+    import shared_rounding  # found once the script has said where
+
+    with shared_rounding.compiler():
+        return train(plan, **options, backend="eager", by_unit=True)
 
 
 def by_unit(size):
@@ -273,7 +320,7 @@ def six(size):
         if size == 4:
             continue
         yield f"six|{label}", lambda plan=plan: train(plan, v=6, samples=13, model=Tied)
-    yield "twelve|hsdp", lambda: train(hsdp(fsdp=2 if size == 4 else size), v=12, samples=11, model=Tied, steps=2)
+    yield "twelve|hsdp", lambda: train(hsdp(fsdp=2 if size == 4 else size), **TWELVE)
 
 
 # --- other things that are asked of several processes -----------------------------------------------------------------
@@ -466,6 +513,7 @@ def synced(size):
                 tx = optim.sgd(0.5)
                 state = plan.place(ps.init(Normed, tx, seed=3))
                 step = ps.make_step(loss, tx, plan=plan)
+                step = ps.jit(step, backend="eager", unjittable="eager") if loss is masked_loss else step
                 g = torch.Generator().manual_seed(5)
                 for _ in range(3):
                     x, y = torch.randn(samples, 2, 6, generator=g), torch.randint(0, 4, (samples,), generator=g)
@@ -536,6 +584,8 @@ def checks(size, number):
     for label, plan in expert_job.plans(size).items():
         yield f"experts|{label}", lambda plan=plan: expert_job.train("tokens", plan, 1)["digest"]
     yield "later", later
+    if size == 4:
+        yield "between", between
     from memory_cases import memory  # found once the script has said where
 
     yield from memory(size)
@@ -548,6 +598,7 @@ def main(directory, sizes, number, cases):
     def asked(name):
         return name in cases or name.partition("|")[0] in cases
 
+    logging.getLogger("purestep.jit").setLevel(logging.ERROR)  # of gradients that run uncompiled, as they are to
     answer(directory, sizes, number, lambda size: checks(size, number), asked)
 
 

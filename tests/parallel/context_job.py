@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 import purestep as ps
+from purestep.parallel.tensor_parallel import Team, split
 from purestep.sharding import context_parallel, ddp, fsdp, zero1, zero2
+from purestep.testing.storages import Storages
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 import tensor_job
@@ -50,21 +53,42 @@ tensor_job.MODELS["tokens"] = (TokenLoss, token_loss, None)
 
 def plans(size):
     found = {"context": context_parallel(size, parts=PARTS)}
+    found["ring"] = context_parallel(size, parts=PARTS, attention="ring")
     if size == 1:
         found["none"] = None
     if size == 4:
         by = {"ddp": ddp, "zero1": zero1, "zero2": zero2, "fsdp": fsdp}
         found |= {f"{name} x context": plan(2) * context_parallel(2, parts=PARTS) for name, plan in by.items()}
+        found["fsdp x ring"] = fsdp(2) * context_parallel(2, parts=PARTS, attention="ring")
     return found
 
 
-def resumed(directory, size):
+def kept(size):
+    """Return what layers of attention keep for the backward pass, and hold at most, by how they meet other keys."""
+    group = dist.group.WORLD if size > 1 else None
+    layers = torch.randn(3, 3, 2, 2, 256 // size, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = {}
+    for ring in (False, True):
+        team = Team(group, size, context=True, ring=ring)
+        with Storages(layers) as storages:
+            start, total = storages.now, 0
+            for layer in layers.unbind():
+                cut = [split([x], 2, (256,), team) for x in layer.unbind()]
+                total = total + F.scaled_dot_product_attention(*cut, is_causal=True).parts[0].sum()
+            held = storages.now - start
+            total.backward()
+        layers.grad = None
+        found["ring" if ring else "gather"] = [held, storages.most - start]
+    return found
+
+
+def resumed(directory, size, label):
     """Continue a run that another number of processes began."""
-    state, step, _ = tensor_job.made("tokens", plans(size)["context"])
+    state, step, _ = tensor_job.made("tokens", plans(size)[label])
     until = {4: 2, 2: 4, 1: 6}[size]
     callbacks = [ps.callbacks.snapshots(every=ps.every.steps(2))]
     data = list(tensor_job.data(6))
-    result = ps.fit(step, state, data, until=ps.steps(until), run_dir=directory / "run", callbacks=callbacks)
+    result = ps.fit(step, state, data, until=ps.steps(until), run_dir=directory / label, callbacks=callbacks)
     alone = ps.fit(step, state, data, until=ps.steps(until)) if size == 1 else result
     return {"digest": ps.digest(result.state), "alone": ps.digest(alone.state)}
 
@@ -74,9 +98,12 @@ def checks(directory, size):
         for label, plan in plans(size).items():
             yield f"{model}|{label}", lambda model=model, plan=plan: tensor_job.train(model, plan)
         if size == 2:
-            plan = plans(size)["context"]
-            yield f"{model}|jit", lambda model=model, plan=plan: tensor_job.train(model, plan, "eager")
-    yield "resumed", lambda: resumed(directory, size)
+            for label, jitted in (("context", "jit"), ("ring", "jit ring")):
+                plan = plans(size)[label]
+                yield f"{model}|{jitted}", lambda model=model, plan=plan: tensor_job.train(model, plan, "eager")
+    yield "kept", lambda: kept(size)
+    yield "resumed", lambda: resumed(directory, size, "context")
+    yield "resumed ring", lambda: resumed(directory, size, "ring")
 
 
 if __name__ == "__main__":

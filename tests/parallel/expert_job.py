@@ -4,6 +4,7 @@ Arguments: a directory, the sizes of the jobs to be part of one after the other,
 compute, separated by semicolons.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import purestep as ps
-from purestep import optim
+from purestep import errors, optim
 from purestep.sharding import ddp, expert_parallel, hsdp
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
+import shared_rounding
 from shared_ranks import answer
 
 COUNT, CHOSEN, WIDTH, WORDS = 8, 3, 12, 40
@@ -53,13 +55,35 @@ class Block(nn.Module):
         return x + self.drop(self.experts(tokens, chosen, weights).view_as(x))
 
 
-class Mixture(nn.Module):
-    """Blocks of experts, of which the second one is used twice, and again under a checkpoint."""
+class Attention(nn.Module):
+    """What of a block can be compiled."""
 
     def __init__(self):
         super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).movedim(-3, 0).transpose(-2, -3)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return x + F.dropout(self.out(seen), 0.1, self.training)
+
+
+class Attending(Block):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x):
+        return super().forward(self.attention(x))
+
+
+class Mixture(nn.Module):
+    """Blocks of experts, of which the second one is used twice, and again under a checkpoint."""
+
+    def __init__(self, block=Block):
+        super().__init__()
         self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(block() for _ in range(2))
 
     def forward(self, ids):
         x = self.blocks[1](self.blocks[0](self.embed(ids)))
@@ -100,16 +124,18 @@ def their_loss(net, batch):
 MODELS = {
     "tokens": (Mixture, token_loss),
     "mean": (Mixture, mean_loss),
+    "attending": (lambda: Mixture(Attending), mean_loss),
     "mixtral": (mixtral, their_loss),
     "qwen": (qwen, their_loss),
 }
 
 
-def made(model, plan):
+def made(model, plan, **jit):
     factory, loss_fn = MODELS[model]
     tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2))
     state = ps.init(factory, tx, seed=1, plan=plan)
-    return state, ps.make_step(loss_fn, tx, microbatches=V, plan=plan), loss_fn
+    step = ps.make_step(loss_fn, tx, microbatches=V, plan=plan)
+    return state, ps.jit(step, **jit) if jit else step, loss_fn
 
 
 def data(count=3):
@@ -119,8 +145,8 @@ def data(count=3):
         yield {"x": x, "y": y}
 
 
-def train(model, plan, steps=3):
-    state, step, loss_fn = made(model, plan)
+def train(model, plan, steps=3, **jit):
+    state, step, loss_fn = made(model, plan, **jit)
     held = sum(x.to_local().numel() if hasattr(x, "to_local") else x.numel() for x in state.params.values())
     for batch in data(steps):
         state, metrics = step(state, batch)
@@ -128,7 +154,24 @@ def train(model, plan, steps=3):
     whole = state if plan is None else plan.gather(state)
     some = torch.cat([p.flatten()[:4] for p in whole.params.values()]).tolist()
     numbers = [float(metrics["loss"].compute()), float(evaluate["loss"].compute()), *some]
-    return {"digest": ps.digest([state, metrics]), "numbers": numbers, "held": held}
+    compiled, refusals = (step.units and step.units.compiled, step.refusals) if jit else (None, ())
+    found = {"digest": ps.digest([state, metrics]), "numbers": numbers, "held": held}
+    return found | {"compiled": compiled, "refusals": refusals}
+
+
+def rounded(model, plan):
+    """Train with a compiler that rounds: bits then show what is compiled, and what is compiled together."""
+    with shared_rounding.compiler():
+        return train(model, plan, backend="eager")
+
+
+def refused(plan):
+    """The words of a step whose blocks hold nothing but layers of torch and experts."""
+    try:
+        train("mean", plan, 1, backend="eager")
+    except errors.ConfigError as error:
+        return str(error)
+    return "nothing"
 
 
 def plans(size):
@@ -157,10 +200,16 @@ def checks(directory, size):
     for model in MODELS:
         for label, plan in plans(size).items():
             yield f"{model}|{label}", lambda model=model, plan=plan: train(model, plan)
+            yield f"{model}|{label}, rounded", lambda model=model, plan=plan: rounded(model, plan)
+            for way, jit in {"jit": {}, "unjittable": {"unjittable": "eager"}}.items():
+                jit = {"backend": "eager", "donate": "ddp" in label} | jit
+                yield f"{model}|{label}, {way}", lambda m=model, plan=plan, jit=jit: train(m, plan, **jit)
     yield "resumed", lambda: resumed(directory, size)
+    yield "refused", lambda: refused(plans(size)["expert"])
 
 
 if __name__ == "__main__":
     directory, sizes, number, rows = sys.argv[1:]
     counts = [int(n) for n in sizes.split(",")]
+    logging.getLogger("purestep.jit").setLevel(logging.ERROR)  # of what runs uncompiled; the answers have it
     answer(directory, counts, int(number), lambda n: checks(Path(directory), n), rows.split(";").__contains__)

@@ -83,6 +83,37 @@ def ratio(plan, policy, *, samples=96, donate=True, compiled=False, **settings):
     return [storages.most / said, storages.most, said]
 
 
+TWO = [["embed", "blocks.0-1"], ["blocks.2-4", "head"]]
+FOUR = [["embed", "blocks.0"], ["blocks.1-2"], ["blocks.3"], ["blocks.4", "head"]]
+# By number of processes. Microbatches of many samples, so that activations are most of it.
+PIPELINES = {
+    2: {
+        "1f1b": (lambda: S.pipeline(TWO), "32", {}),
+        "1f1b, bf16": (lambda: S.pipeline(TWO), "bf16-mixed", {"donate": False}),
+        "gpipe": (lambda: S.pipeline(TWO, schedule="gpipe"), "32", {}),
+        "interleaved": (lambda: S.pipeline(FOUR, schedule="interleaved"), "32", {}),
+        "checkpoint": (lambda: S.pipeline(TWO), "32", {"checkpoint": "blocks.*"}),
+        "few samples": (lambda: S.pipeline(TWO), "32", {"samples": 96}),
+    },
+    4: {
+        "1f1b": (lambda: S.pipeline(FOUR), "32", {}),
+        "gpipe": (lambda: S.pipeline(FOUR, schedule="gpipe"), "32", {}),
+        "ddp": (lambda: S.ddp() * S.pipeline(TWO, 2), "32", {"samples": 96}),
+        "zero1": (lambda: S.zero1() * S.pipeline(TWO, 2), "32", {"samples": 96}),
+        "zero2": (lambda: S.zero2() * S.pipeline(TWO, 2), "bf16-mixed", {"samples": 96}),
+        "fsdp": (lambda: S.fsdp() * S.pipeline(TWO, 2), "32", {"samples": 96}),
+        "fsdp, many samples": (lambda: S.fsdp() * S.pipeline(FOUR, 2, schedule="interleaved"), "32", {}),
+    },
+}
+
+
+def of_pipelines(size):
+    """The same of stages: what is said is what the rank with the most needs."""
+    for name, (make, policy, settings) in PIPELINES.get(size, {}).items():
+        chosen = {"microbatches": 8, "samples": 2048} | settings
+        yield f"memory|{name}", lambda row=(make, policy, chosen): ratio(row[0](), row[1], **row[2])
+
+
 def memory(size):
     for label, cases in (("memory", QUICK), ("memory-more", MORE)):
         for name, (make, policy, settings) in cases.items():

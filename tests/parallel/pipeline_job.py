@@ -4,19 +4,29 @@ Arguments: a directory, the sizes of the jobs to be part of one after the other,
 compute, separated by semicolons.
 """
 
+import contextlib
+import dataclasses
+import logging
 import sys
+import types
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 import purestep as ps
 from purestep import errors, optim
-from purestep.sharding import ddp, pipeline, placement
+from purestep.parallel import wire
+from purestep.sharding import ddp, fsdp, pipeline, placement, zero1, zero2
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 import gpt
+import shared_rounding
+from shared_ranks import answer
 
 WIDTH, WORDS = 12, 20
 
@@ -56,6 +66,7 @@ class Odd(nn.Module):
         self.gate = nn.ModuleList(nn.Embedding(WORDS, WIDTH) for _ in range(2))
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
         self.head.weight = self.gate[0].weight = self.gate[1].weight = self.embed.weight
+        self.blocks[2].layer.weight.requires_grad_(False)
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, ids):
@@ -97,6 +108,13 @@ STAGES = {
 }
 MODELS = {"mlp": (mlp, mlp_loss), "odd": (Odd, odd_loss), "gpt": (gpt.GPT, gpt_loss)}
 V = 4
+TWO, FOUR = STAGES["odd"][2], STAGES["odd"][4]
+# By name, the plans of a run by number of processes.
+RUNS = {
+    "stages": lambda: {4: pipeline(FOUR), 2: pipeline(TWO), 1: ddp()},
+    "zero1": lambda: {4: zero1() * pipeline(TWO, 2), 2: zero2(), 1: ddp()},
+    "fsdp": lambda: {4: fsdp() * pipeline(TWO, 2), 2: fsdp(2) * pipeline(TWO, 1), 1: ddp()},
+}
 
 
 def plans(size, model):
@@ -111,7 +129,19 @@ def plans(size, model):
             "interleaved": pipeline(four, schedule="interleaved"),
             "runs": pipeline(four),
         }
-    return {"1f1b": pipeline(four), "ddp": ddp() * pipeline(two, 2), "gpipe": pipeline(four, schedule="gpipe")}
+    turns = pipeline(four, 2, schedule="interleaved")
+    return {
+        "1f1b": pipeline(four),
+        "gpipe": pipeline(four, schedule="gpipe"),
+        "ddp": ddp() * pipeline(two, 2),
+        "zero1": zero1() * pipeline(two, 2),
+        "zero2": zero2() * pipeline(two, 2),
+        "fsdp": fsdp() * pipeline(two, 2),
+        "ddp, turns": ddp() * turns,
+        "zero1, turns": zero1(min_size=100) * turns,
+        "zero2, turns": turns * zero2(),
+        "fsdp, turns": fsdp(fallback="pad") * turns,
+    }
 
 
 def data(model, count=2):
@@ -126,18 +156,46 @@ def data(model, count=2):
             yield {"x": x, "y": y}
 
 
-def made(model, plan, policy=None, **settings):
+def made(model, plan, policy=None, jit=None, **settings):
     factory, loss_fn = MODELS[model]
     tx = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(1e-2))
     chosen = ps.precision.policy(policy or "32")
     state = chosen.apply(ps.init(factory, tx, seed=1, plan=plan))
     state = state if policy is None else plan.place(state)
-    return state, ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy, **settings), loss_fn
+    step = ps.make_step(loss_fn, tx, microbatches=V, plan=plan, policy=policy, **settings)
+    return state, step if jit is None else ps.jit(step, **jit), loss_fn
+
+
+@contextlib.contextmanager
+def noted():
+    """Note what a pipeline sends and receives, in order: group, other rank, elements, further arguments."""
+    found = []
+
+    def noting(name):
+        call = getattr(dist, name)
+
+        def called(tensor, other, group, **further):
+            found.append([name, group.group_name, other, tensor.numel(), *further])
+            return call(tensor, other, group, **further)
+
+        return called
+
+    names = ("get_rank", "get_process_group_ranks")
+    seen = {name: noting(name) for name in ("isend", "recv")} | {name: getattr(dist, name) for name in names}
+    with patch.object(wire, "dist", types.SimpleNamespace(**seen)):
+        yield found
 
 
 def train(model, plan, **settings):
+    with noted() as sent:
+        return {**trained(model, plan, **settings), "sent": sent}
+
+
+def trained(model, plan, **settings):
     state, step, loss_fn = made(model, plan, **settings)
-    held = sum(x.numel() for x in placement.local(state).params.values())
+    here = placement.local(state)
+    held = sum(x.numel() for x in here.params.values())
+    moments = sum(x.numel() for x in ps.tree.leaves(here.opt_state) if x.dim())
     losses = []
     for batch in data(model):
         state, metrics = step(state, batch)
@@ -148,24 +206,56 @@ def train(model, plan, **settings):
         "digest": ps.digest([whole, metrics, evaluate]),
         "losses": losses,
         "held": held,
+        "moments": moments,
         "parameters": sum(x.numel() for x in whole.params.values()),
+        "compiled": step.units.compiled if "jit" in settings and step.units is not None else 0,
+        "refusals": step.refusals if "jit" in settings else (),
     }
 
 
-def resumed(directory, size):
-    """Continue a run that another number of processes began."""
-    plan = {1: ddp(), 2: pipeline(STAGES["odd"][2]), 4: pipeline(STAGES["odd"][4])}[size]
-    state, step, loss_fn = made("odd", plan)
-    until = {2: 2, 1: 4, 4: 6}[size]
+def compiled(size, model):
+    """By name, how a model is trained with the backend "eager": the bits are those of the step itself."""
+    for label, plan in plans(size, model).items():
+        if label in ("1f1b", "ddp", "interleaved"):
+            jit = {"backend": "eager", "donate": label != "1f1b"}
+            yield f"{label}, jit", lambda plan=plan, jit=jit: train(model, plan, jit=jit)
+            jit = jit | {"unjittable": "eager"}
+            yield f"{label}, unjittable", lambda plan=plan, jit=jit: train(model, plan, jit=jit)
+
+
+def rounded(model, plan):
+    """Train with a compiler that rounds: bits then show what is compiled, and what is compiled together."""
+    with shared_rounding.compiler():
+        return train(model, plan, jit={"backend": "eager", "by_unit": not plan.stages})
+
+
+def resumed(directory, size, name, plans):
+    """Begin a run on four processes, go on with it on two, and end it on one; there also in one go.
+
+    Args:
+        directory: of the job.
+        size: number of processes.
+        name: of the run.
+        plans: by number of processes.
+    """
+    state, step, loss_fn = made("odd", plans[size])
     source = list(data("odd", 6))
-    evaluate = ps.callbacks.evaluate(ps.make_eval(loss_fn, plan=plan), source[:3], every=ps.every.steps(2))
+    evaluate = ps.callbacks.evaluate(ps.make_eval(loss_fn, plan=plans[size]), source[:3], every=ps.every.steps(2))
     callbacks = [ps.callbacks.snapshots(every=ps.every.steps(2)), evaluate]
-    result = ps.fit(step, state, source, until=ps.steps(until), run_dir=directory / "run", callbacks=callbacks)
-    found = {"digest": ps.digest(result.state), "loss": result.metrics["val/loss"]}
-    if size == 1:
-        alone = ps.fit(step, state, source, until=ps.steps(6), run_dir=directory / "alone", callbacks=callbacks)
-        found |= {"alone": ps.digest(alone.state), "alone loss": alone.metrics["val/loss"]}
-    return found
+
+    def run(where, until):
+        calls = []
+
+        def counted(step, state, batch):
+            calls.append(state.step.is_meta or type(state.step) is not torch.Tensor)  # the check before the first batch
+            return step(state, batch)
+
+        whole = ps.wrap_step(step, counted)
+        result = ps.fit(whole, state, source, until=ps.steps(until), run_dir=directory / where, callbacks=callbacks)
+        return {"digest": ps.digest(result.state), "loss": result.metrics["val/loss"], "steps": calls.count(False)}
+
+    found = run(name, {4: 2, 2: 4, 1: 6}[size])
+    return found if size > 1 else found | {"alone": run(f"{name} alone", 6)}
 
 
 class Skip(nn.Module):
@@ -237,9 +327,13 @@ def refused():
     def layers():
         return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
 
+    def outermost(step):
+        return ps.jit(dataclasses.replace(step, plan=dataclasses.replace(step.plan, units=("0",))), backend="eager")
+
     return {
         "unstaged": words(layers, [["0"], ["1"]]),
-        "jit": words(layers, [["0"], ["1-2"]], ps.jit),
+        "no units": words(Skip, [["a"], ["b"]], ps.jit),
+        "in a unit": words(lambda: nn.Sequential(layers(), nn.Linear(6, 6)), [["0.0-1"], ["0.2", "1"]], outermost),
         "few": words(layers, [["0"], ["1"], ["2"]]),
         "scalar": words(lambda: nn.Sequential(nn.Linear(6, 6), nn.PReLU()).append(Scaled()), [["0"], ["1-2"]]),
         "skip": words(Skip, [["a"], ["b"]]),
@@ -256,9 +350,18 @@ def checks(directory, size):
     for model in MODELS:
         for label, plan in plans(size, model).items():
             yield f"{model}|{label}", lambda model=model, plan=plan: train(model, plan)
+            yield f"{model}|{label}, rounded", lambda model=model, plan=plan: rounded(model, plan)
+            jit = {"donate": True, "by_unit": not plan.stages}
+            yield f"{model}|{label}, inductor", lambda model=model, plan=plan, jit=jit: train(model, plan, jit=jit)
+        for label, check in compiled(size, model):
+            yield f"{model}|{label}", check
     label = {1: "one", 2: "interleaved", 4: "ddp"}[size]
     yield "gpt|bf16-mixed", lambda: train("gpt", plans(size, "gpt")[label], policy="bf16-mixed")
-    yield "resumed", lambda: resumed(directory, size)
+    for name, plans_of_run in RUNS.items():
+        yield f"resumed|{name}", lambda name=name, chosen=plans_of_run: resumed(directory, size, name, chosen())
+    from memory_cases import of_pipelines  # found once the script has said where
+
+    yield from of_pipelines(size)
     if size == 4:
         return
     yield "odd|rule", lambda: train("odd", plans(size, "odd")["1f1b"], checkpoint="blocks.*")
@@ -270,11 +373,12 @@ def checks(directory, size):
 
 
 def main(directory, sizes, number, rows):
-    answer(directory, sizes, number, lambda size: checks(Path(directory), size), rows.__contains__)
+    def asked(name):
+        return name in rows or name.partition("|")[0] in rows
+
+    logging.getLogger("purestep.jit").setLevel(logging.ERROR)  # of what runs uncompiled; the answers have it
+    answer(directory, sizes, number, lambda size: checks(Path(directory), size), asked)
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1] / "shared"))
-    from shared_ranks import answer
-
     main(sys.argv[1], [int(n) for n in sys.argv[2].split(",")], int(sys.argv[3]), sys.argv[4].split(";"))

@@ -1,4 +1,7 @@
-"""Transformers under context parallelism on 1, 2 and 4 processes: the bits of one process that computes all parts."""
+"""Transformers under context parallelism on 1, 2 and 4 processes: the bits of one process that computes all parts.
+
+Ring attention has bits of its own, which are those of one process, too.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -11,6 +14,8 @@ LABELS = ["context", "none", "jit", "ddp x context", "fsdp x context", "zero1 x 
 # By model: what is computed besides `context` and `none`.
 MORE = {"gpt": ["jit", "fsdp x context"], "llama": ["ddp x context", "zero1 x context"], "encoder": []}
 MORE["tokens"] = ["jit", "ddp x context", "fsdp x context", "zero1 x context", "zero2 x context"]
+RINGS = {"gpt": ["ring", "jit ring"], "llama": ["ring", "fsdp x ring"], "encoder": ["ring"]}
+RINGS["tokens"] = ["ring", "jit ring", "fsdp x ring"]
 SLOW = pytest.mark.slow
 
 
@@ -25,14 +30,15 @@ def asked(zygote, once, name, sizes, rows):
 def answers(zygote, once):
     """By number of processes and rank, what each row found."""
     rows = [f"{model}|{label}" for model, more in MORE.items() for label in ["context", "none", *more]]
-    return asked(zygote, once, "context-parallel", "4,2,1", [*rows, "resumed"])
+    rows += [f"{model}|{label}" for model, labels in RINGS.items() for label in labels]
+    return asked(zygote, once, "context-parallel", "4,2,1", [*rows, "resumed", "resumed ring"])
 
 
-def check(answers, model, least):
+def check(answers, model, least, labels=LABELS):
     found = {
         (*where, label): rows[f"{model}|{label}"]
         for where, rows in answers.items()
-        for label in LABELS
+        for label in labels
         if label != "none" and f"{model}|{label}" in rows
     }
     assert len(found) >= least
@@ -53,8 +59,16 @@ def test_the_bits_do_not_depend_on_ranks_products_or_jit(answers, model):
 
 
 @SLOW
-def test_a_run_goes_on_with_another_number_of_processes(answers):
-    found = answers[1, 0]["resumed"]
+@pytest.mark.parametrize("model", RINGS)
+def test_the_bits_of_a_ring_do_not_depend_on_ranks_products_or_jit(answers, model):
+    labels = RINGS[model]
+    check(answers, model, 7 + 4 * ("fsdp x ring" in labels) + 2 * ("jit ring" in labels), labels)
+
+
+@SLOW
+@pytest.mark.parametrize("row", ["resumed", "resumed ring"])
+def test_a_run_goes_on_with_another_number_of_processes(answers, row):
+    found = answers[1, 0][row]
     assert found["digest"] == found["alone"], found
 
 
@@ -67,4 +81,12 @@ def test_the_llama_of_transformers_has_the_same_bits(zygote, once):
 
 
 def test_two_processes_compute_the_parts_of_one(zygote, once):
-    check(asked(zygote, once, "context-parallel-quick", "2,1", ["tokens|context"]), "tokens", 3)
+    rows = ["tokens|context", "tokens|ring", "kept"]
+    found = asked(zygote, once, "context-parallel-quick", "2,1", rows)
+    check(found, "tokens", 3)
+    check(found, "tokens", 3, ["ring"])
+    for rank in range(2):
+        # Of each layer gathering keeps the keys and values of both ranks, which a ring has at a time of one layer only.
+        (held, most), (gathered, peak) = found[2, rank]["kept"]["ring"], found[2, rank]["kept"]["gather"]
+        assert held < 0.5 * gathered, found[2, rank]
+        assert most < 0.9 * peak, found[2, rank]

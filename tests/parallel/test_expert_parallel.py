@@ -23,7 +23,10 @@ def answers(zygote, once):
     """By number of processes and rank, what each row found."""
     rows = [f"tokens|{label}" for label in [*EXACT, "none", "ddp", "fast"]]
     rows += [f"mean|{label}" for label in ["expert", "ddp x shard", "none", "ddp", "hsdp"]]
-    return asked(zygote, once, "expert-parallel", "4,2,1", [*rows, "resumed"])
+    rows += ["tokens|ddp x shard, unjittable", "tokens|expert, unjittable"]
+    rows += ["attending|expert", "attending|expert, jit", "attending|ddp x shard, jit"]
+    rows += [f"attending|{label}, rounded" for label in EXACT]
+    return asked(zygote, once, "expert-parallel", "4,2,1", [*rows, "resumed", "refused"])
 
 
 def check(answers, model, labels, least):
@@ -49,6 +52,30 @@ def test_the_bits_do_not_depend_on_ranks_or_products(answers):
 
 def test_gathered_experts_have_the_bits_of_one_process_for_a_batch_of_one_sample_too(answers):
     check(answers, "mean", ["ddp", "hsdp"], 1 + 4)
+
+
+def test_an_update_is_compiled_where_gradients_are_not(answers):
+    found = check(answers, "tokens", ["expert", "expert, unjittable", "ddp x shard, unjittable"], 7 + 7 + 4)
+    refusals = {where: value["refusals"] for where, value in found.items() if "unjittable" in where[2]}
+    assert all("how many tokens a rank sends to another" in one for (one,) in refusals.values()), refusals
+
+
+def test_what_is_around_experts_is_compiled_with_the_bits_of_the_step_itself(answers):
+    found = check(answers, "attending", ["expert", "expert, jit", "ddp x shard, jit"], 7 + 7 + 4)
+    # Of equal attentions one forward and one backward graph, for microbatches of 2 samples and of 1.
+    assert {value["compiled"] for where, value in found.items() if "jit" in where[2]} == {4}
+    assert all(value["refusals"] == [] for value in found.values())
+
+
+def test_the_same_is_compiled_on_every_number_of_ranks_and_under_every_product(answers):
+    found = check(answers, "attending", [f"{label}, rounded" for label in EXACT], 7 + 7 + 8)
+    assert answers[1, 0]["attending|expert"]["digest"] not in {value["digest"] for value in found.values()}
+
+
+def test_a_block_of_layers_and_experts_holds_nothing_to_compile(answers):
+    for rows in answers.values():
+        assert rows["refused"].startswith("no gradients of this step can be compiled, only its update"), rows
+        assert 'ps.jit(step, unjittable="eager")' in rows["refused"]
 
 
 def test_fast_sums_agree(answers):

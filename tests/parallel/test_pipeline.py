@@ -1,5 +1,6 @@
 """Models in stages on 1, 2 and 4 processes: the losses and bits of one process, and what cannot be cut."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,28 +10,51 @@ from torch import nn
 
 import purestep as ps
 from purestep import errors
-from purestep.sharding import Plan, Spec, ddp, even_stages, fsdp, mesh, pipeline, zero1
+from purestep.sharding import (
+    Plan,
+    Spec,
+    context_parallel,
+    ddp,
+    even_stages,
+    expert_parallel,
+    fsdp,
+    mesh,
+    pipeline,
+    tensor_parallel,
+    zero1,
+    zero2,
+)
 from purestep.sharding.pipeline_order import bubble, tables
 from purestep.sharding.placement import box_here
 
 JOB = Path(__file__).with_name("pipeline_job.py")
-QUICK = ["mlp|one", "mlp|1f1b", "mlp|interleaved", "refused"]
+QUICK = ["mlp|one", "mlp|1f1b", "mlp|interleaved", "mlp|interleaved, jit", "mlp|interleaved, unjittable"]
+QUICK += ["mlp|zero1", "mlp|fsdp", "refused"]
+PRODUCTS = ["ddp", "zero1", "zero2", "fsdp", "ddp, turns", "zero1, turns", "zero2, turns", "fsdp, turns"]
 ROWS = (
-    "mlp|one;mlp|gpipe;mlp|ddp;mlp|runs;mlp|bf16-master;odd|one;odd|1f1b;odd|ddp;odd|interleaved;odd|rule;odd|16-mixed;"
-    "gpt|one;gpt|1f1b;gpt|ddp;gpt|bf16-mixed;resumed"
-).split(";")
+    "mlp|one;mlp|gpipe;mlp|runs;mlp|bf16-master;odd|one;odd|1f1b;odd|interleaved;odd|rule;odd|16-mixed;"
+    "gpt|one;gpt|1f1b;gpt|ddp;gpt|bf16-mixed;resumed|stages;resumed|zero1;resumed|fsdp;"
+    "odd|1f1b, jit;odd|ddp, jit;odd|interleaved, jit;odd|one, rounded;odd|1f1b, rounded;odd|ddp, rounded;"
+    "odd|interleaved, rounded;odd|one, inductor;odd|1f1b, inductor;odd|ddp, inductor"
+).split(";") + [f"{model}|{name}" for name in PRODUCTS for model in ("mlp", "odd")]
 
 
 @pytest.fixture(scope="module")
 def quick(zygote, once):
     """By number of processes and rank, what each quick row found."""
-    return asked(zygote, once, "pipeline-quick", "2,1", QUICK)
+    return asked(zygote, once, "pipeline-quick", "4,2,1", QUICK)
 
 
 @pytest.fixture(scope="module")
 def answers(zygote, once):
     """By number of processes and rank, what each row found."""
     return asked(zygote, once, "pipeline", "4,2,1", ROWS)
+
+
+@pytest.fixture(scope="module")
+def memory_answers(zygote, once):
+    """By number of processes and rank, what each row found."""
+    return asked(zygote, once, "pipeline-memory", "4,2", ["memory"])
 
 
 def asked(zygote, once, name, sizes, rows):
@@ -50,14 +74,62 @@ def check(answers, rows, least):
     assert len({str(value["losses"]) for _, _, value in found}) == 1, found
 
 
-def test_two_ranks_have_the_bits_of_one_process(quick):
-    check(quick, ["mlp|one", "mlp|1f1b", "mlp|interleaved"], 6)
+def test_several_ranks_have_the_bits_of_one_process(quick):
+    check(quick, ["mlp|one", "mlp|1f1b", "mlp|interleaved", "mlp|zero1", "mlp|fsdp"], 18)
+
+
+def test_a_compiled_step_has_the_bits_of_the_step_itself(quick):
+    check(quick, ["mlp|one", "mlp|interleaved, jit", "mlp|interleaved, unjittable"], 5)
+    for rank in range(2):
+        whole, update = (quick[2, rank][f"mlp|interleaved, {way}"] for way in ("jit", "unjittable"))
+        assert (whole["refusals"], len(update["refusals"])) == ([], 1)
+        assert whole["compiled"] > update["compiled"] == 0
 
 
 def test_a_rank_holds_its_stages_only(quick):
     held = [quick[2, rank]["mlp|1f1b"] for rank in range(2)]
     assert sum(found["held"] for found in held) == held[0]["parameters"]
     assert all(0 < found["held"] < found["parameters"] for found in held)
+
+
+def check_order(answers, size, row):
+    """What NCCL asks for: between two ranks one side sends over a group and the other receives, in the same order."""
+    logs = [answers[size, rank][row]["sent"] for rank in range(size)]
+    lines = {(group, *sorted((rank, other))) for rank, log in enumerate(logs) for _, group, other, *_ in log}
+    assert len(lines) > size - 1  # both directions
+    for group, *pair in lines:
+        sides = [
+            [(name, *rest) for name, line, other, *rest in logs[a] if (line, other) == (group, b)]
+            for a, b in (pair, pair[::-1])
+        ]
+        names = sorted(sorted({name for name, *_ in side}) for side in sides)
+        assert names == [["isend"], ["recv"]], (row, group, pair)
+        assert [rest for _, *rest in sides[0]] == [rest for _, *rest in sides[1]], (row, group, pair)
+        assert all(len(rest) == 1 for _, *rest in sides[0])  # no tag, nothing but the number of elements
+
+
+@pytest.mark.parametrize("row", ["mlp|1f1b", "mlp|interleaved"])
+def test_messages_find_their_place_without_tags(quick, row):
+    check_order(quick, 2, row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "row"),
+    [(4, "mlp|gpipe"), (4, "mlp|ddp"), (4, "odd|1f1b"), (4, "odd|ddp"), (2, "odd|interleaved"), (4, "gpt|1f1b")],
+)
+def test_messages_of_many_stages_and_tied_parameters_find_their_place_without_tags(answers, size, row):
+    check_order(answers, size, row)
+
+
+@pytest.mark.parametrize(("plan", "whole"), [("zero1", True), ("fsdp", False)])
+def test_a_rank_holds_its_part_of_its_stages_only(quick, plan, whole):
+    ranks = [quick[4, rank][f"mlp|{plan}"] for rank in range(4)]  # the stages of a pipeline are neighbours
+    total, uneven = ranks[0]["parameters"], 3  # a bias of three elements is whole on both ranks of its stage
+    assert [ranks[0]["held"], ranks[1]["held"]] == [ranks[2]["held"], ranks[3]["held"]]
+    assert sum(found["held"] for found in ranks[:2]) == (total if whole else (total - uneven) // 2 + uneven)
+    # Two moments of Adam for each element that a rank updates.
+    assert sum(found["moments"] for found in ranks[:2]) == 2 * ((total - uneven) // 2 + uneven)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +139,8 @@ def test_a_rank_holds_its_stages_only(quick):
         ("scalar", "a parameter without dims cannot be a part of a pipeline\n  where:   2.scale"),
         ("few", "3 stages cannot be shared equally by 2 ranks"),
         ("microbatches", "the schedule '1f1b' does not take 1 microbatches"),
-        ("jit", "a step of a pipeline cannot be compiled"),
+        ("no units", "no gradients of this step can be compiled, only its update"),
+        ("in a unit", "a stage begins in the middle of what is compiled\n  where:   the unit '0'"),
         ("skip", "stage 1 of the pipeline computes with a tensor of shape [2, 6] of another stage"),
         ("parameter", "stage 0 of the pipeline computes with the parameter 'scale' of another stage"),
         ("order", "'a' of stage 0 is called in the middle of stage 1"),
@@ -85,23 +158,55 @@ def test_every_rank_refuses_what_cannot_be_cut(quick, case, words):
 @pytest.mark.parametrize(
     ("rows", "least"),
     [
-        ("mlp|one mlp|gpipe mlp|ddp mlp|runs", 13),
-        ("odd|one odd|1f1b odd|ddp odd|interleaved odd|rule", 17),
+        ("mlp|one mlp|gpipe mlp|runs", 9),
+        ("odd|one odd|1f1b odd|interleaved odd|rule", 13),
         ("gpt|one gpt|1f1b gpt|ddp", 12),
+        ("odd|one odd|1f1b, jit odd|ddp, jit odd|interleaved, jit", 14),
+        ("odd|one, rounded odd|1f1b, rounded odd|ddp, rounded odd|interleaved, rounded", 14),
+        ("odd|one, inductor odd|1f1b, inductor odd|ddp, inductor", 12),
         ("gpt|bf16-mixed", 7),
         ("odd|16-mixed", 3),
         ("mlp|bf16-master", 3),
     ],
 )
 def test_schedules_products_and_numbers_of_ranks_have_the_same_bits(answers, rows, least):
-    check(answers, rows.split(), least)
+    check(answers, re.findall(r"[^\s,]+(?:, \w+)?", rows), least)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_stages(answers):
-    whole = answers[1, 0]["resumed"]
-    ends = {(found["resumed"]["digest"], found["resumed"]["loss"]) for (n, _), found in answers.items() if n == 4}
-    assert ends == {(whole["alone"], whole["alone loss"])}
+def test_compiled_stages_agree_with_the_step_itself(answers):
+    plain, rounded, compiled = (answers[1, 0][f"odd|one{way}"] for way in ("", ", rounded", ", inductor"))
+    assert plain["digest"] != rounded["digest"]
+    assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+    # Equal blocks have one forward and one backward graph. One block of four has a frozen parameter.
+    assert compiled["compiled"] == 4
+    for size, counts in {1: [4], 2: [2, 4], 4: [2, 2, 2, 2]}.items():
+        assert [answers[size, rank]["odd|1f1b, inductor"]["compiled"] for rank in range(size)] == counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mlp", "odd"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_over_the_data_axis_have_the_bits_of_one_process(answers, model, name):
+    check(answers, [f"{model}|one", f"{model}|{name}"], 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stages", "zero1", "fsdp"])
+def test_a_run_goes_on_under_another_plan_on_fewer_processes(answers, name):
+    found = {size: answers[size, 0][f"resumed|{name}"] for size in (4, 2, 1)}
+    assert [found[size]["steps"] for size in (4, 2, 1)] == [2, 2, 2]
+    assert found[1]["alone"] == {"digest": found[1]["digest"], "loss": found[1]["loss"], "steps": 6}
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_step_in_stages_is_as_predicted(memory_answers):
+    rows = [(size, row) for size in (2, 4) for row in memory_answers[size, 0]]
+    assert len(rows) == 13
+    for size, row in rows:
+        found = [memory_answers[size, rank][row] for rank in range(size)]
+        (said,) = {said for _, _, said in found}  # of the rank with the most
+        assert 0.85 * said <= max(most for _, most, _ in found) <= 1.15 * said, (size, row, found)
 
 
 # --- what needs no ranks ----------------------------------------------------------------------------------------------
@@ -140,18 +245,36 @@ def test_1f1b_holds_fewer_microbatches_than_gpipe():
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("words", "other"),
     [
-        lambda plan: plan * fsdp(2),
-        lambda plan: plan * zero1(2),
-        lambda plan: plan * Plan(mesh({"tensor": 2}), [("a", Spec("tensor"))], fallback="replicate"),
-        lambda plan: pipeline([["a"], ["b"]], 2, offload="optimizer"),
+        ("tensor and context parallelism", lambda plan: plan * tensor_parallel({"a": Spec("tensor")}, 2)),
+        ("tensor and context parallelism", lambda plan: context_parallel(2) * plan),
+        ("offload", lambda plan: pipeline([["a"], ["b"]], 2, offload="optimizer")),
+        ("sync_batchnorm", lambda plan: ddp(sync_batchnorm=True, reduction="fast") * plan),
+        ("rules over the axis 'stage'", lambda plan: plan * Plan(mesh({"data": 2}), [("a", Spec("stage"))])),
     ],
 )
-def test_a_pipeline_goes_with_data_parallelism_only(other):
-    with pytest.raises(errors.ConfigError, match="a pipeline goes with data parallelism only"):
+def test_a_pipeline_refuses_what_splits_a_layer_or_leaves_the_device(words, other):
+    with pytest.raises(errors.ConfigError, match=f"a pipeline does not go with {words}"):
         other(pipeline([["a"], ["b"]], 2))
-    assert (ddp() * pipeline([["a"], ["b"]], 2)).mesh == mesh({"data": -1, "stage": 2})
+
+
+def test_experts_do_not_go_with_stages():
+    with pytest.raises(errors.ConfigError, match="expert parallelism goes with data parallelism only"):
+        expert_parallel(2) * pipeline([["a"], ["b"]], 2)
+
+
+def test_products_split_what_the_other_plan_splits_over_the_ranks_of_a_stage():
+    stages = pipeline([["a"], ["b"]], 2)
+    whole, part = Spec(at={"stage": 1}), Spec("data", at={"stage": 1})
+    kinds = ("params", "optimizer")
+    assert (ddp() * stages).mesh == mesh({"data": -1, "stage": 2})
+    assert [(ddp(2) * stages).spec("b", (4, 2), k) for k in kinds] == [whole, whole]
+    assert [(zero1(2) * stages).spec("b", (4, 2), k) for k in kinds] == [whole, part]
+    assert [(stages * zero2(2)).spec("b", (4, 2), k) for k in kinds] == [whole, part]
+    assert [(fsdp(2) * stages).spec("b", (4, 2), k) for k in kinds] == [Spec("fsdp", at={"stage": 1})] * 2
+    assert (zero1(2) * stages).spec("b", (3, 3), "optimizer") == whole
+    assert box_here((fsdp(2) * stages), (4, 2), Spec("fsdp", at={"stage": 0})) == ((0, 0), (2, 2))
 
 
 def test_stages_of_a_plan_are_runs_or_take_turns():
@@ -170,16 +293,22 @@ def test_a_dry_run_tells_the_largest_rank_and_that_waits_are_not_known():
     assert "how long a rank waits for the others depends on microbatches=" in str(run)
 
 
-@pytest.mark.slow
-def test_the_memory_of_a_step_in_stages_is_refused_rather_than_guessed():
+@pytest.mark.slow  # imports torch's pipelining in this process
+def test_the_memory_of_a_step_in_stages_is_that_of_the_microbatches_under_way():
     def make():
-        return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        return nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(8)])
 
-    tx = ps.optim.sgd(0.1)
-    step = ps.make_step(lambda net, x: net(x).sum(), tx, plan=pipeline([["0"], ["1"]], 2), microbatches=2)
-    with pytest.raises(errors.StepError, match="dry_run"):
-        ps.step_memory(step, ps.init(make, tx), torch.ones(4, 2), {"stage": 2})
-    assert ps.step_memory(step, ps.init(make, tx), torch.ones(4, 2), {"stage": 1}).nbytes > 0
+    tx, batch = ps.optim.sgd(0.1), torch.ones(800, 8)
+
+    def activations(size, schedule):
+        plan = pipeline(even_stages(make, 4), size, schedule=schedule)
+        step = ps.make_step(lambda net, x: net(x).sum(), tx, plan=plan, microbatches=8)
+        return ps.step_memory(step, ps.init(make, tx), batch, {"stage": size}).memory["activations"]
+
+    one = 100 * 8 * 4  # what a stage is given for a microbatch, and what each of its two layers keeps of it
+    assert 8 * 3 * one <= activations(4, "gpipe") <= (8 * 3 + 3) * one
+    assert 3 * 3 * one <= activations(4, "1f1b") <= (3 * 3 + 3) * one  # of the second rank: the first is given nothing
+    assert 8 * one <= activations(1, "1f1b") <= (8 + 3) * one
 
 
 def test_a_dry_run_tells_how_long_ranks_wait():

@@ -10,7 +10,7 @@ CASES = """plain ragged few single tied frozen routed layerdrop bf16-mixed int8 
 twelve evaluated""".split()
 # What `make test` runs of them, with what is asked of several processes besides bits.
 QUICK = """plain|ddp;plain|fsdp;plain|hsdp;plain|fsdp, donated;skipped|ddp;skipped|fsdp;plain|zero1;plain|zero2;
-plain|fsdp, checkpoint""".replace("\n", "").split(";")
+plain|fsdp, checkpoint;plain|ddp, machines;plain|fsdp, machines;skipped|zero1, machines""".replace("\n", "").split(";")
 EXACT_EXPERTS = ["expert", "shard", "ddp x expert", "ddp x shard"]
 SENT = [f"compressed|ddp|{dtype}" for dtype in ("None", "bf16", "fp16")]
 
@@ -22,9 +22,8 @@ def answers(zygote, once):
     """By number of processes and rank, what each check of the quick cases found."""
     experts = ["experts|expert"]
     tensor = ["tensor|none", "tensor|ddp", "tensor|fsdp"]
-    return _asked(
-        zygote, once, "bits", "4,2,1", [*QUICK, *SENT, "fast", "later", "live", "refusals", *tensor, *experts, *MEMORY]
-    )
+    others = ["fast", "later", "live", "refusals", "between"]
+    return _asked(zygote, once, "bits", "4,2,1", [*QUICK, *SENT, *others, *tensor, *experts, *MEMORY])
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +107,14 @@ def test_the_memory_of_a_step_of_every_plan_is_as_predicted(more_answers):
     check_memory(more_answers, "memory-more")
 
 
+def test_a_sum_on_each_machine_halves_what_two_processes_of_a_machine_send_to_others(answers):
+    found = [answers[4, rank]["between"] for rank in range(4)]
+    for label in ("ddp", "zero1", "zero2", "fsdp"):
+        (levels, without), *rest = (each[label] for each in found)
+        assert rest == [[levels, without]] * 3
+        assert levels * 2 == without > 0, label
+
+
 def test_sums_of_the_backend_have_other_bits(answers):
     one, four = (answers[size, 0] for size in (1, 4))
     assert one["fast|ddp"] != four["fast|ddp"]
@@ -170,7 +177,7 @@ def test_what_a_plan_cannot_do_is_refused(answers):
     assert "fsdp(units=" in said["touched"]
     assert "ConfigError: this optimizer gives a part of a tensor other bits than the whole" in said["fused"]
     assert "ConfigError: 3 microbatches cannot be shared equally by 2 ranks" in said["count"]
-    assert "ConfigError: a step with batch norm over ranks cannot be compiled" in said["synced"]
+    assert "ConfigError: no gradients of this step can be compiled, only its update" in said["synced"]
 
 
 def test_tensor_parallel_ranks_have_the_bits_of_one_process(answers):

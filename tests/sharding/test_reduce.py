@@ -5,11 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purestep.distributed.collectives import Pending
 from purestep.errors import ConfigError
 from purestep.parallel.absent import Absent
 from purestep.parallel.fsdp_layout import Row, Rows
-from purestep.parallel.tree_reduce import Flat, arrived, rows_of
+from purestep.parallel.tree_reduce import Flat, added, rows_of
 from purestep.sharding import fsdp
 from purestep.sharding.spec import Spec, box
 from purestep.treesum import TreeSum
@@ -70,7 +69,7 @@ def test_a_sum_does_not_hold_what_came_in(owners):
     for node, part in zip(nodes, received.view(-1, 5).unbind(), strict=True):
         expected.put(node, part)
     wanted = {node: part.clone() for node, part in expected.nodes.items()}
-    found = arrived(Pending(received), 5, owners).nodes
+    found = added(received.view(-1, 5), owners).nodes
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[node], wanted[node]) for node in found)
     if len(found) < len(nodes):

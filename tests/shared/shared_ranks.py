@@ -54,7 +54,7 @@ def ask(
     checks: Iterable[str],
     *,
     preload: str = "",
-    seconds: float = 240,
+    seconds: float = 600,
     silent: bool = True,
 ) -> None:
     """Start the ranks of a job, as many as the largest group has, and wait for their answers.

@@ -1,6 +1,7 @@
 """One of four gloo processes: fine-tunes a Llama that is larger than the memory that a process may take.
 
-Run by test_ranks.py: `ranks_llama.py RANK FOLDER LIMIT`, the limit in MiB beyond what the libraries take.
+Run by test_ranks.py: `ranks_llama.py RANK FOLDER LIMIT`, the limit in MiB of address space beyond what the libraries,
+the process group and a first training of a tiny model have mapped.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def llama(**changes: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(SETTINGS | changes)))
 
 
-def writable() -> int:
-    """Bytes of writable memory that this process has mapped, which RLIMIT_DATA limits."""
+def mapped() -> int:
+    """Bytes of address space of this process, which RLIMIT_AS limits: libraries and files count, too."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmSize"))
 
 
 def fits(make: Callable[[], object]) -> bool:
@@ -75,8 +76,8 @@ def main() -> None:
     # The heap gives memory back; otherwise what is free in it counts, too.
     for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, 1 << 18), (_TRIM_THRESHOLD, 1 << 18)):
         ctypes.CDLL(None).mallopt(option, value)
-    allowed = writable() + limit
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    allowed = mapped() + limit
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     assert not fits(lambda: ps.init(llama, TX, plan=plan, frozen=FROZEN))
     state = ps.init(llama, TX, plan=plan, frozen=FROZEN, deferred=True, weights=root / "pretrained")
     state = trained(state, plan)

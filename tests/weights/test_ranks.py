@@ -35,7 +35,7 @@ def test_two_processes_read_and_write_together(zygote, tmp_path):
     run(zygote, "ranks_weights.py", 2, tmp_path, preload=zygote.RANKS)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory with RLIMIT_DATA and reads it from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory with RLIMIT_AS and reads it from /proc")
 def test_a_llama_larger_than_the_memory_of_a_process_is_tuned_and_written_back(zygote, tmp_path):
     sys.path.insert(0, str(HERE))
     from ranks_llama import FROZEN, TX, llama, trained
